@@ -1,0 +1,1 @@
+"""frames -> latents, and tokens -> answer: the only place that calls transformers."""

@@ -1,0 +1,85 @@
+"""The two attention calls the towers and decoders are run with, under the names transformers looks them up by."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+# A tower hands over packed frames with their boundaries, instead of looping over frames in Python, when the name of the
+# attention contains "flash".
+PACKED_FRAMES = "freres_flash_packed_frames"
+
+# transformers builds no mask for a name it has no mask function for.
+CAUSAL_NO_MASK = "freres_causal_no_mask"
+
+
+def packed_frames_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    max_length_q: int | Tensor = 0,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention inside each of n equally long frames, in one call.
+
+    ``query key value``: (1, heads, n*length, d), frames packed one after the other. Returns (1, n*length, heads, d).
+    Ours: the stock tower calls the kernel once per frame and layer; the result is the same to the bit.
+    """
+    length = int(max_length_q)
+
+    def to_batch(packed: Tensor) -> Tensor:
+        heads, total, width = packed.shape[1:]
+        return packed.view(heads, total // length, length, width).transpose(0, 1)
+
+    out = scaled_dot_product_attention(to_batch(query), to_batch(key), to_batch(value), scale=scaling)
+    return out.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1), None
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention of the last ``q`` of ``kv`` positions, without building a mask on kernels that need none.
+
+    ``query``: (1, heads, q, d). ``key value``: (1, kv_heads, kv, d). Returns (1, q, heads, d).
+    One sequence, no padding.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    has_groups = query.shape[1] != key.shape[1]
+    if num_queries == 1 or num_queries == num_keys:
+        out = scaled_dot_product_attention(
+            query, key, value, is_causal=num_queries > 1, scale=scaling, enable_gqa=has_groups
+        )
+    else:
+        bias = causal_lower_right(num_queries, num_keys)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=has_groups)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make both known to transformers. Registering twice is harmless."""
+    AttentionInterface.register(PACKED_FRAMES, packed_frames_attention)
+    AttentionInterface.register(CAUSAL_NO_MASK, causal_attention)
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Run every layer of ``model`` with the attention registered as ``name``.
+
+    Sets the field the layers read. ``set_attn_implementation`` would first look for a flash-attention package.
+    """
+    model.config._attn_implementation = name
+
+
+register()
+
+__all__ = ["CAUSAL_NO_MASK", "PACKED_FRAMES", "use_attention"]

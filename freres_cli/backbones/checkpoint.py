@@ -1,0 +1,247 @@
+"""A model on disk: where it is, what its config says, and reading only the weights that one half of it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from freres_cli.backbones.hub import fetch
+from freres_cli.errors import BackboneError
+
+BUNDLED = "bundled"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_UNTOLD_CONFIG_KEYS = {"transformers_version", "_name_or_path", "name_or_path"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder. ``model_id``: ``bundled``, the folder's name or the hub id. ``revision``: hub commit, if any."""
+
+    model_id: str
+    revision: str | None
+    directory: Path
+    config: dict[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type"))
+
+    @cached_property
+    def files_by_key(self) -> dict[str, Path]:
+        """Which safetensors file holds each tensor. Raises BackboneError for pickles, missing or damaged files."""
+        index = self.directory / "model.safetensors.index.json"
+        single = self.directory / "model.safetensors"
+        if index.is_file():
+            return self._read_index(index)
+        if single.is_file():
+            with open_safetensors(single) as file:
+                return dict.fromkeys(file.keys(), single)
+        if any(next(self.directory.glob(pattern), None) for pattern in _PICKLES):
+            hint = "convert the weights to safetensors; pickle files can run code and are never read"
+            raise BackboneError(f"{self.model_id}: only pickled weights: expected model.safetensors", hint)
+        raise BackboneError(f"{self.model_id}: no weights: expected model.safetensors in {self.directory}")
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BackboneError(f"{index}: expected a weight_map")
+        for name in set(weight_map.values()):
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise BackboneError(f"{index}: expected safetensors file names in weight_map, got {name!r}")
+            if not (self.directory / name).is_file():
+                raise BackboneError(f"{self.model_id}: weight file {name} is missing", "download the model again")
+        return {key: self.directory / name for key, name in weight_map.items()}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weight files, in bytes."""
+        return sum(path.stat().st_size for path in set(self.files_by_key.values()))
+
+    def keys_under(self, candidates: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+        """The first of the prefixes that the checkpoint uses, and its keys as {rest of the key: key}.
+
+        Checkpoints of one family come in several layouts that differ in the prefix. List the longer prefix first.
+        Returns ``("", {})`` if none is used.
+        """
+        for prefix in candidates:
+            keys = {key.removeprefix(prefix): key for key in self.files_by_key if key.startswith(prefix)}
+            if keys:
+                return prefix, keys
+        return "", {}
+
+    def stored_dtype(self, candidates: tuple[str, ...]) -> torch.dtype:
+        """The dtype that the tensors under a prefix are stored in, going by the first of them."""
+        _, keys = self.keys_under(candidates)
+        if not keys:
+            raise BackboneError(f"{self.model_id}: no tensors named {' or '.join(p + '*' for p in candidates)}")
+        key = min(keys.values())
+        with open_safetensors(self.files_by_key[key]) as file:
+            name = file.get_slice(key).get_dtype()
+        if name not in _STORED_DTYPES:
+            raise BackboneError(
+                f"{self.model_id}: {key}: expected one of {', '.join(_STORED_DTYPES)}, got {name}",
+                "quantized checkpoints are not supported; use the original weights",
+            )
+        return _STORED_DTYPES[name]
+
+    def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors one at a time, grouped by file; nothing else is read from the disk."""
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.files_by_key[key], []).append(key)
+        for path, names in by_file.items():
+            with open_safetensors(path) as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder, or {} where it has none."""
+        path = self.directory / name
+        return _read_json(path) if path.is_file() else {}
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for lazy reading. Raises BackboneError if it is missing, truncated or not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(
+            f"{path}: damaged weights: {str(error).partition(chr(10))[0]}", "download or copy the file again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BackboneError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def resolve_checkpoint(
+    model: str,
+    supported: tuple[str, ...],
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> Checkpoint:
+    """Find a model: ``bundled`` (in ``bundled_directory``), a local folder, or a hub id ``ORGANISATION/NAME``.
+
+    A hub model's config is fetched and checked before its weights. ``revision`` is for hub models only.
+    Raises BackboneError for one that is missing, unreachable, or of a ``model_type`` outside ``supported``.
+    """
+    if model == BUNDLED and bundled_directory is not None:
+        return _open_folder(BUNDLED, bundled_directory, None, supported)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _open_folder(folder.resolve().name, folder, None, supported)
+    if not _HUB_ID.fullmatch(model):
+        hint = "see: freres models"
+        raise BackboneError(f"{model}: no such model: expected bundled, a folder or ORGANISATION/NAME", hint)
+    snapshot = fetch(model, revision, patterns=("config.json",))
+    _open_folder(model, snapshot, snapshot.name, supported)
+    snapshot = fetch(model, snapshot.name)
+    return _open_folder(model, snapshot, snapshot.name, supported)
+
+
+def _open_folder(model_id: str, folder: Path, revision: str | None, supported: tuple[str, ...]) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"{model_id}: not a model folder: expected config.json in {folder}")
+    config = _read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in supported:
+        raise BackboneError(
+            f"{model_id}: unsupported model_type: expected one of {', '.join(supported)}, got {model_type}",
+            "see: freres models",
+        )
+    if "quantization_config" in config:
+        hint = "use the original weights"
+        raise BackboneError(f"{model_id}: quantized checkpoints are not supported", hint)
+    return Checkpoint(model_id, revision, folder, config)
+
+
+def load_submodule(
+    checkpoint: Checkpoint,
+    module: nn.Module,
+    prefixes: Mapping[str, tuple[str, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Fill ``module`` with its weights, reading no other tensor, and move it to ``device``.
+
+    ``prefixes``: prefix of the module's own names -> prefixes they may have in the checkpoint. Parameters become
+    ``dtype``; buffers that are not stored, such as RoPE frequencies, keep the values and the dtype that the constructor
+    gave them. Raises BackboneError naming the keys that are missing, unexpected or of another shape.
+    """
+    keys: dict[str, str] = {}
+    for own_prefix, candidates in prefixes.items():
+        _, found = checkpoint.keys_under(candidates)
+        keys |= {own_prefix + rest: key for rest, key in found.items() if not rest.endswith(".inv_freq")}
+    wanted = module.state_dict(keep_vars=True)
+    _refuse_keys(checkpoint, "missing", sorted(wanted.keys() - keys.keys()))
+    _refuse_keys(checkpoint, "unexpected", sorted(keys[name] for name in keys.keys() - wanted.keys()))
+    names = {key: name for name, key in keys.items()}
+    for key, tensor in checkpoint.tensors(list(names)):
+        expected = wanted[names[key]].shape
+        if tensor.shape != expected:
+            shapes = f"expected {tuple(expected)}, got {tuple(tensor.shape)}"
+            raise BackboneError(f"{checkpoint.model_id}: {key}: wrong shape: {shapes}")
+        owner_name, _, leaf = names[key].rpartition(".")
+        owner = module.get_submodule(owner_name)
+        # A copy, so that no weight stays tied to the mapped file.
+        setattr(owner, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False))
+    module.to(device)
+
+
+def _refuse_keys(checkpoint: Checkpoint, what: str, keys: list[str]) -> None:
+    if keys:
+        shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        raise BackboneError(f"{checkpoint.model_id}: {what} weights: {shown}", "the config and the weights disagree")
+
+
+def fingerprint(checkpoint: Checkpoint, projector_prefixes: tuple[str, ...]) -> dict[str, str | None]:
+    """What tells this model from another: id, revision, sha256 of its config and of its projector weights.
+
+    The config is hashed as canonical JSON without paths and library version; the projector by the names below its
+    prefix, dtypes, shapes and bytes, so the same weights give the same digest in every key layout.
+    """
+    _, keys = checkpoint.keys_under(projector_prefixes)
+    rest_by_key = {key: rest for rest, key in keys.items()}
+    digests = {}
+    for key, tensor in checkpoint.tensors(sorted(rest_by_key)):
+        header = f"{rest_by_key[key]} {tensor.dtype} {tuple(tensor.shape)} ".encode()
+        content = tensor.contiguous().view(torch.uint8).numpy()
+        digests[rest_by_key[key]] = hashlib.sha256(header + content.tobytes()).hexdigest()
+    return {
+        "model_id": checkpoint.model_id,
+        "revision": checkpoint.revision,
+        "config_sha256": _sha256_of(_without_untold(checkpoint.config)),
+        "projector_sha256": _sha256_of(digests),
+    }
+
+
+def _without_untold(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_untold(value) for key, value in config.items() if key not in _UNTOLD_CONFIG_KEYS}
+
+
+def _sha256_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

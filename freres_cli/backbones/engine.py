@@ -1,0 +1,161 @@
+"""Running a language model over a video: one prefill of system text and video, reused by every question about it.
+
+Knows no family and no video format: it drives a ``base.LanguageModel``. One sequence at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.base import LanguageModel, PromptRows
+from freres_cli.devices import memory_errors_as, synchronize
+from freres_cli.errors import BackboneError
+from freres_cli.records import VideoTokens
+
+# Rows per forward pass of a prefill: bounds the memory of activations, large enough to keep the device busy.
+PREFILL_CHUNK_TOKENS = 4096
+
+
+@dataclass
+class VideoPrefix:
+    """System text and video, prefilled once.
+
+    ``num_tokens``: rows in the cache. ``next_position``: what the question counts from. ``prefill_s``: seconds the
+    prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time.
+    """
+
+    cache: Any
+    num_tokens: int
+    num_visual_tokens: int
+    next_position: float
+    prefill_s: float
+    notes: tuple[str, ...] = ()
+    is_lent: bool = field(default=False, init=False)
+
+
+def prefill_video(
+    model: LanguageModel,
+    prefix_ids: tuple[int, ...],
+    video: VideoTokens,
+    text_after: str = "max",
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> VideoPrefix:
+    """Prefill the text before the video and the video itself.
+
+    Raises BackboneError if that alone exceeds the model's context, ResourceError if it does not fit in memory.
+    """
+    synchronize(model.device)
+    start_s = time.perf_counter()
+    rows = model.splice(prefix_ids, video, text_after)
+    notes = check_context(model, len(rows), rows.next_position)
+    cache = model.new_cache()
+    prefill(model, rows, cache, chunk_tokens)
+    synchronize(model.device)
+    return VideoPrefix(cache, len(rows), len(video), rows.next_position, time.perf_counter() - start_s, notes)
+
+
+def check_context(model: LanguageModel, num_tokens: int, next_position: float) -> tuple[str, ...]:
+    """Notes on a prompt of this many tokens, whose text continues at ``next_position``.
+
+    More tokens than the model's context is a BackboneError. Positions beyond it, with fewer tokens, give a note: the
+    tokens kept from a long video stay at the places they had among all of them.
+    """
+    limit = model.max_context_tokens
+    if num_tokens > limit:
+        raise BackboneError(
+            f"prompt: more tokens than the model's context: expected at most {limit}, got {num_tokens}",
+            "lower the token budget, the number of frames or the number of new tokens",
+        )
+    if next_position > limit:
+        return (f"positions reach {next_position:.0f}, beyond the {limit} the model was made for",)
+    return ()
+
+
+@torch.no_grad()
+def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> Tensor:
+    """Run rows on top of the cache, ``chunk_tokens`` at a time. Returns the last hidden state, (1, D).
+
+    In exact arithmetic the chunk size does not matter; in float32 logits move by about 1e-5. Raises ResourceError.
+    """
+    num_cached = cache.get_seq_length()
+    with _memory_of(model, num_cached + len(rows)):
+        for start in range(0, len(rows), chunk_tokens):
+            stop = min(start + chunk_tokens, len(rows))
+            part = PromptRows(rows.embeds[start:stop], rows.positions[..., start:stop], rows.next_position)
+            hidden = model.decode(part, cache)
+    return hidden[-1:]
+
+
+@contextmanager
+def lend_cache(prefix: VideoPrefix) -> Iterator[Any]:
+    """The prefix's cache for one question. Rows added to it are gone afterwards, the prefix itself is not touched."""
+    if prefix.is_lent:
+        raise RuntimeError("this video prefix is answering another question: finish or close that one first")
+    prefix.is_lent = True
+    try:
+        with branch(prefix.cache) as cache:
+            yield cache
+    finally:
+        prefix.is_lent = False
+
+
+@contextmanager
+def branch(cache: Any) -> Iterator[Any]:
+    """A cache to continue from this one, which is as before afterwards. Recurrent caches cannot be cut, but copied."""
+    if not getattr(cache, "is_croppable", True):
+        yield copy.deepcopy(cache)
+        return
+    num_tokens = cache.get_seq_length()
+    try:
+        yield cache
+    finally:
+        # crop takes how many to remove, as a negative number
+        if (num_added := cache.get_seq_length() - num_tokens) > 0:
+            cache.crop(-num_added)
+
+
+@torch.no_grad()
+def score_options(
+    model: LanguageModel,
+    prefix: VideoPrefix,
+    suffix_ids: tuple[int, ...],
+    options: list[tuple[int, ...]],
+) -> Tensor:
+    """Log-likelihood of each option as the whole continuation of the prompt, (n,) float32 on the CPU.
+
+    ``suffix_ids``: the text after the video. Every option is scored against the same cache. Raises BackboneError for an
+    option without tokens or a prompt beyond the model's context.
+    """
+    if not options or not all(options):
+        raise BackboneError("options: expected at least one token in each option, got none")
+    longest = prefix.num_tokens + len(suffix_ids) + max(map(len, options))
+    check_context(model, longest, prefix.next_position)
+    scores = []
+    with lend_cache(prefix) as cache:
+        rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
+        first = model.logits(prefill(model, rows, cache)).log_softmax(-1)
+        num_prompt = prefix.num_tokens + len(rows)
+        for option in options:
+            log_probs = first
+            if len(option) > 1:
+                continuation = model.text_rows(option[:-1], num_prompt, rows.next_position)
+                with _memory_of(model, num_prompt + len(option)), branch(cache) as scratch:
+                    later = model.logits(model.decode(continuation, scratch)).log_softmax(-1)
+                log_probs = torch.cat([first, later])
+            ids = torch.tensor(option, device=log_probs.device)
+            scores.append(log_probs.gather(1, ids[:, None]).sum())
+    return torch.stack(scores).cpu()
+
+
+def _memory_of(model: LanguageModel, num_tokens: int) -> Any:
+    num_bytes = num_tokens * model.kv_bytes_per_token
+    what = f"{num_tokens} tokens, {num_bytes} bytes of KV cache ({num_bytes / 2**30:.2f} GiB)"
+    return memory_errors_as(what, "lower the token budget, or use a smaller dtype or a device with more memory")

@@ -1,0 +1,167 @@
+"""Generating an answer token by token, as text pieces, with the latencies measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.backbones.engine import VideoPrefix, check_context, lend_cache, prefill
+from freres_cli.devices import synchronize
+from freres_cli.errors import UsageError
+
+_REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked.
+
+    Temperature 0 is greedy. ``top_p``: draw from the smallest set of tokens with this much probability together.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UsageError(f"temperature: expected a number >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+
+
+@dataclass
+class Generation:
+    """An answer under way: iterate over it for text pieces; the fields are final once it is exhausted.
+
+    ``ttft_s``: from submission to the first token being known. ``tpot_s``: mean seconds of each further token, None
+    below two tokens. ``num_new_tokens`` counts the stop token. ``finish_reason``: stop, length, or None
+    while not finished.
+    """
+
+    num_context_tokens: int
+    pieces: Iterator[str] = field(init=False, repr=False)
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    finish_reason: str | None = None
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+
+def generate(
+    model: LanguageModel,
+    prefix: VideoPrefix,
+    suffix_ids: tuple[int, ...],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    submitted_s: float | None = None,
+) -> Generation:
+    """Answer a question about a prefilled video. Work starts when the result is iterated.
+
+    ``suffix_ids``: the text after the video, from ``model.prompt``. ``submitted_s``: ``time.perf_counter()`` when the
+    question was submitted; the default is the start of the iteration. Raises BackboneError beyond the model's context.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    num_context = prefix.num_tokens + len(suffix_ids)
+    check_context(model, num_context + max_new_tokens, prefix.next_position)
+    result = Generation(num_context)
+    result.pieces = _pieces(model, prefix, suffix_ids, max_new_tokens, sampling or Sampling(), submitted_s, result)
+    return result
+
+
+def _pieces(
+    model: LanguageModel,
+    prefix: VideoPrefix,
+    suffix_ids: tuple[int, ...],
+    max_new_tokens: int,
+    sampling: Sampling,
+    submitted_s: float | None,
+    result: Generation,
+) -> Iterator[str]:
+    start_s = time.perf_counter() if submitted_s is None else submitted_s
+    picker = torch.Generator().manual_seed(sampling.seed)
+    stream = TextStream(model.tokenizer)
+    with lend_cache(prefix) as cache:
+        rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
+        step_s, later_s = start_s, 0.0
+        while result.finish_reason is None:
+            token = pick_token(model.logits(prefill(model, rows, cache))[0], sampling, picker)
+            synchronize(model.device)
+            spent_s = time.perf_counter() - step_s
+            result.ids.append(token)
+            if result.ttft_s is None:
+                result.ttft_s = spent_s
+            else:
+                later_s += spent_s
+            if token in model.stop_ids:
+                result.finish_reason = "stop"
+            elif len(result.ids) == max_new_tokens:
+                result.finish_reason = "length"
+            piece = "" if result.finish_reason == "stop" else stream.add(token)
+            piece += stream.flush() if result.finish_reason else ""
+            result.text += piece
+            if piece:
+                yield piece
+            # The reader's own time between two pieces is not the model's.
+            step_s = time.perf_counter()
+            rows = model.text_rows([token], cache.get_seq_length(), rows.next_position)
+    if len(result.ids) > 1:
+        result.tpot_s = later_s / (len(result.ids) - 1)
+
+
+def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token from (vocabulary,) logits. Sampling runs on the CPU, so a seed means the same on every device."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits.float().cpu() / sampling.temperature).softmax(-1)
+    ordered, order = probabilities.sort(descending=True)
+    is_outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+    choice = torch.multinomial(ordered.masked_fill(is_outside, 0.0), 1, generator=generator)
+    return int(order[choice])
+
+
+class TextStream:
+    """Turns token ids into text as they come. A character split over tokens appears once it is whole."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._num_sent = 0
+
+    def add(self, token: int) -> str:
+        """The text that is certain once this token is there; may be empty."""
+        self._ids.append(token)
+        text = self._decode()
+        # A decoder writes an unfinished character at the end as exactly one replacement character.
+        certain = text.removesuffix(_REPLACEMENT)
+        piece = certain[self._num_sent :]
+        if certain == text and text:
+            # Keep one whole token as context: some decoders treat the start of a text in a special way.
+            self._ids = self._ids[-1:]
+            self._num_sent = len(self._decode())
+        else:
+            self._num_sent = len(certain)
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end, with replacement characters for what never became whole."""
+        piece = self._decode()[self._num_sent :]
+        self._ids, self._num_sent = [], 0
+        return piece
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,0 +1,99 @@
+"""Model families by ``model_type`` of their config, and the checkpoints known to fit them.
+
+A new family is one file and one line in ``FAMILIES``. Classes are named by string, so that listing models imports none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.backbones.checkpoint import Checkpoint, resolve_checkpoint
+from freres_cli.devices import Device
+from freres_cli.errors import BackboneError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the two halves of a family live, as ``module:class``."""
+
+    vision: str
+    language: str
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(
+        vision="freres_cli.backbones.qwen2_vl:Qwen2VLVisionEncoder",
+        language="freres_cli.backbones.qwen2_vl:Qwen2VLLanguageModel",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class KnownCheckpoint:
+    """A published checkpoint of a supported family. The numbers come from its config; ``is_tested`` says whether this
+    project has ever run its real weights. ``tokens_per_frame``: (frame width px, height px) -> visual tokens.
+    ``kv_bytes_per_token``: in bfloat16."""
+
+    model_id: str
+    family: str
+    width: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    tokens_per_frame: dict[tuple[int, int], int]
+    is_tested: bool
+
+
+_QWEN2_VL_SIZES = {(336, 336): 144, (448, 448): 256, (672, 672): 576, (1288, 728): 1196}
+
+KNOWN_CHECKPOINTS: tuple[KnownCheckpoint, ...] = (
+    KnownCheckpoint(
+        "Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", 1536, 28 * 1024, 2 * 2_208_985_600, _QWEN2_VL_SIZES, False
+    ),
+    KnownCheckpoint(
+        "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", 3584, 56 * 1024, 2 * 8_291_375_616, _QWEN2_VL_SIZES, False
+    ),
+)
+
+
+def load_vision_encoder(
+    model: str,
+    device: Device,
+    dtype: str | None = None,
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> VisionEncoder:
+    """The vision half of a model, in evaluation mode. No weight of the language half is read.
+
+    ``model``: ``bundled``, a local folder or a hub id. Raises BackboneError, and ResourceError if it does not fit.
+    """
+    checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
+    return _class_of(checkpoint, "vision").load(checkpoint, device, dtype)
+
+
+def load_language_model(
+    model: str,
+    device: Device,
+    dtype: str | None = None,
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> LanguageModel:
+    """The language half of a model, with its tokenizer. No weight of the vision half is read. Arguments as above."""
+    checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
+    return _class_of(checkpoint, "language").load(checkpoint, device, dtype)
+
+
+def _class_of(checkpoint: Checkpoint, half: str) -> Any:
+    module_name, _, class_name = getattr(FAMILIES[checkpoint.model_type], half).partition(":")
+    try:
+        loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)
+    except ImportError as error:
+        raise BackboneError(
+            f"{checkpoint.model_type}: the installed transformers lacks this family: {error}",
+            "install transformers 5.23 or newer, below 6",
+        ) from error
+    return loaded

@@ -1,0 +1,58 @@
+"""Timers that wait for the device, and peak memory over a span."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from freres_cli.devices import synchronize
+
+
+class StageTimer:
+    """Adds up the seconds of named stages; the device is idle at both ends of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block and add it to ``name``."""
+        synchronize(self._device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronize(self._device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class PeakMemory:
+    """Most memory held since ``reset``: allocated on the device for CUDA, resident of this process for the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new span."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def read_bytes(self) -> int:
+        """Return the peak of the span in bytes; where the system cannot reset it, the peak of the process."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        if sys.platform == "linux":
+            status = Path("/proc/self/status").read_text().split()
+            return int(status[status.index("VmHWM:") + 1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,38 @@
+"""What a figure was measured on, and the spread of repeated runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from freres_cli import __version__
+from freres_cli.devices import Device
+
+
+def describe_environment(device: Device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Return machine, device and versions, as every ``--json`` document carries them."""
+    return {
+        "freres": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "av": version("av"),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.name,
+        "device_description": device.description,
+        "attention": device.attention,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
+
+
+def summarize_runs(values: Sequence[float]) -> dict[str, float]:
+    """Return median, least and greatest of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -1,0 +1,45 @@
+"""Adapter files: trained weights as safetensors, with a header that says what they were trained for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from freres_cli.errors import BackboneError
+
+HEADER = "freres.adapter/1"
+MODEL_FACTS = ("config_sha256", "projector_sha256")
+
+
+def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write trained weights; ``header`` holds the backbone's facts under ``model`` and module sizes under ``shape``."""
+    save_file(dict(weights), path, metadata={HEADER: json.dumps(header, sort_keys=True)})
+
+
+def read_adapter(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights and header of an adapter for the backbone that ``model`` describes.
+
+    Raises ``BackboneError`` where the file is missing, damaged, or made for another backbone.
+    """
+    if not path.is_file():
+        raise BackboneError(f"{path}: no such adapter file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), dict) for key in ("model", "shape")):
+        raise BackboneError(f"{path}: not a freres adapter")
+    if any(header["model"].get(fact) != model.get(fact) for fact in MODEL_FACTS):
+        raise BackboneError(
+            f"{path}: adapter for another model: expected {model.get('model_id')}, got {header['model'].get('model_id')}",
+            "name an adapter that was trained for the bundle's model",
+        )
+    return weights, header

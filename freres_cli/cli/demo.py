@@ -1,0 +1,122 @@
+"""``freres demo``: the main job on a clip made on the spot."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.compress import make_request, warn_if_untrained
+from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
+from freres_cli.errors import UsageError
+
+DEMO_BUDGETS = (1280, 320)
+
+
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Keep the clip and the bundles here.")
+    ] = None,
+    model: options.Model = None,
+    device: options.DeviceName = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a 4 s H.264 clip, compress it at two budgets, ask three questions, profile it.
+
+    Answers stand beside the truth. The clip holds a patch that is on screen for three frames only.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}: expected an existing folder", "make it first")
+    warn_if_untrained(model)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
+        document = _run(Path(place), model, device, quiet or json)
+    if json:
+        print_json("freres.demo/1", document)
+        return
+    _print(document)
+
+
+def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dict[str, Any]:
+    from freres_cli.bench.report import describe_environment
+    from freres_cli.workflows.ask import AskRequest, open_session
+    from freres_cli.workflows.compress import compress_video
+    from freres_cli.workflows.profile import ProfileRequest
+    from freres_cli.workflows.profile import profile as run_profile
+    from freres_cli.world.clip import QUESTIONS, make_clip
+
+    clip = make_clip(place / "clip.mp4")
+    bundles, answers = [], []
+    for budget in DEMO_BUDGETS:
+        request = make_request(clip, {"budget_tokens": budget}, None, model, device=device)
+        result = compress_video(request, place / f"bundle-{budget}.pt", force=True)
+        bundles.append({"bundle": str(result.bundle), **result.manifest["tokens"], "timings_s": result.timings_s})
+        bundles[-1]["peak_memory_bytes"] = result.peak_memory_bytes
+        session = open_session(AskRequest(result.bundle, request.device, model))
+        for item in QUESTIONS:
+            answer = session.ask(item.question, choices=item.choices)
+            assert answer.choices is not None
+            answers.append(
+                {
+                    "question": item.question,
+                    "is_transient": item.is_transient,
+                    "visual_tokens": answer.num_visual_tokens,
+                    "answer": answer.text,
+                    "probability": answer.choices[answer.text],
+                    "truth": item.truth,
+                    "ttft_s": answer.ttft_s,
+                }
+            )
+    print_notes([f"profiling: one process for each row, on {request.device.description}"], quiet)
+    question = QUESTIONS[0].question
+    rows = run_profile(ProfileRequest(request.device, question, 1, 1, 8, 600.0, compress=request))
+    facts = {"clip": str(clip), "bundles": bundles, "answers": answers, "profile": rows}
+    return {**facts, "environment": describe_environment(request.device)}
+
+
+def _print(document: dict[str, Any]) -> None:
+    print_table(
+        ("budget", "visual tokens", "of", "compression", "took", "peak memory"),
+        [
+            (
+                str(b["budget_tokens"]),
+                str(b["visual_tokens"]),
+                str(b["full_tokens"]),
+                f"{b['compression']:.1f}x",
+                format_seconds(b["timings_s"]["total"]),
+                format_bytes(b["peak_memory_bytes"]),
+            )
+            for b in document["bundles"]
+        ],
+    )
+    print_result("")
+    print_table(
+        ("tokens", "question", "answer", "truth", "TTFT"),
+        [
+            (
+                str(a["visual_tokens"]),
+                a["question"],
+                f"{a['answer']} ({a['probability']:.0%})",
+                a["truth"],
+                format_seconds(a["ttft_s"]),
+            )
+            for a in document["answers"]
+        ],
+    )
+    print_result("")
+    print_table(
+        ("run", "visual tokens", "TTFT", "peak memory"),
+        [
+            (
+                row["method"] if row["status"] == "ok" else f"{row['method']} ({row['status']})",
+                str(row["visual_tokens"] or "-"),
+                format_seconds(row["ttft_s"]),
+                format_bytes(row["peak_memory_bytes"]),
+            )
+            for row in document["profile"]
+        ],
+    )

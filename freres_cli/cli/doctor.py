@@ -1,0 +1,24 @@
+"""``freres doctor``: what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+from freres_cli.cli import options
+from freres_cli.cli.output import print_json, print_table
+
+
+def doctor(json: options.Json = False) -> None:
+    """Check what this machine can run: packages, decoders, devices, memory, the bundled model, the model hub.
+
+    Every line is ok, limited or missing, with what that means. Exits 0 when the main job can run.
+    """
+    from freres_cli.errors import ResourceError
+    from freres_cli.workflows.doctor import examine_machine
+
+    findings = examine_machine()
+    if json:
+        print_json("freres.doctor/1", {"findings": [vars(finding) for finding in findings]})
+    else:
+        print_table(("part", "state", "what"), [(f.part, f.state, f.text) for f in findings])
+    missing = [finding.part for finding in findings if finding.state == "missing" and finding.is_needed]
+    if missing:
+        raise ResourceError(f"the main job cannot run: {', '.join(missing)}", "install what is missing")

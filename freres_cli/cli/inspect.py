@@ -1,0 +1,100 @@
+"""``freres inspect``: what is inside a bundle."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.output import format_bytes, format_share, print_json, print_result, print_table
+
+
+def inspect(
+    bundle: options.BundlePath,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Add one row for each visual token.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Show what a bundle holds: tokens, times, energy kept, the seconds that lost most, settings and their sources.
+
+    Needs neither the video nor any model. Energy shares say how much motion was kept, not how well a model answers.
+    """
+    from freres_cli.workflows.inspect import inspect_bundle
+
+    report = inspect_bundle(bundle, with_tokens=tokens)
+    if json:
+        print_json("freres.inspect/1", report)
+        return
+    _print_head(report)
+    _print_energy(report["energy"])
+    print_result("")
+    _print_gops(report["gops"])
+    print_result("")
+    rows = [(key, str(setting["value"]), setting["source"]) for key, setting in report["settings"].items()]
+    print_table(("setting", "value", "from"), rows)
+    if tokens:
+        print_result("")
+        _print_tokens(report["tokens"])
+
+
+def _print_head(report: dict[str, Any]) -> None:
+    source, model, sampling = report["source"], report["model"], report["sampling"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report["tokens_by_kind"].items())
+    lines = {
+        "source": f"{source['file']}, {source['codec']} {source['width_px']}x{source['height_px']}, "
+        f"{source['duration_s']:.2f} s, sha256 {source['sha256'][:12]}",
+        "model": f"{model['model_id']} ({model['family']}, {model['dtype']}), revision {model.get('revision') or 'none'}",
+        "frames": f"{sampling['num_frames']} read ({sampling['mode']}), grid "
+        f"{report['geometry']['grid'][1]}x{report['geometry']['grid'][2]}, {sampling['lost_s']:.2f} s lost in the file",
+        "tokens": f"{report['visual_tokens']} of at most {report['budget_tokens']} ({kinds})",
+        "full": f"{report['full_tokens']} tokens in {sampling['baseline_frames']} frames: {report['compression']:.2f}x",
+        "size": f"{format_bytes(report['bundle_bytes'])}, {format_bytes(report['bytes_per_token'])} a token",
+        "cuts": f"{report['cuts_found']} found, {report['cuts_not_honoured']} without an anchor for lack of budget",
+    }
+    for name, text in lines.items():
+        print_result(f"{name:<8} {text}")
+    for note in [*source["notes"], *sampling["notes"]]:
+        print_result(f"{'note':<8} {note}")
+
+
+def _print_energy(energy: dict[str, Any]) -> None:
+    print_result("")
+    if energy["clip_kept"] is None:
+        print_result("energy   no residual energy: every frame is an anchor, or nothing moves")
+        return
+    print_result(
+        f"energy   {format_share(energy['clip_kept'])} of the pooled residual kept; pooling to cells left "
+        f"{format_share(energy['pooling_kept'])} of all"
+    )
+    print_result("         share in the first coefficients, beside independent noise frames (null):")
+    print_table(
+        ("         first", *[str(k + 1) for k in range(len(energy["spectrum"]))]),
+        [
+            ("         clip", *[format_share(share) for share in energy["spectrum"]]),
+            ("         null", *[format_share(share) for share in energy["null_spectrum"]]),
+        ],
+    )
+    spans = [f"{loss['start_s']:.2f}-{loss['end_s']:.2f} s" for loss in energy["worst_seconds"]]
+    print_result(f"lost most, worst first: {', '.join(spans)}")
+
+
+def _print_gops(gops: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            f"{gop['start_s']:.2f} s",
+            gop["start"],
+            str(gop["num_residual_frames"]),
+            format_share(gop["energy_kept"]),
+            *[str(count) for count in gop["tokens_by_kind"].values()],
+        )
+        for gop in gops
+    ]
+    print_table(("GoP at", "start", "residuals", "kept", *gops[0]["tokens_by_kind"]), rows)
+
+
+def _print_tokens(tokens: list[dict[str, Any]]) -> None:
+    rows = [
+        (t["kind"], *[f"{t[k]:g}" for k in ("gop", "t", "h", "w")], f"{t['seconds']:.3f}", f"{t['energy']:.4g}")
+        for t in tokens
+    ]
+    print_table(("token", "gop", "t", "h", "w", "seconds", "energy"), rows)

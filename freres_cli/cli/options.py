@@ -1,0 +1,67 @@
+"""Flags that several verbs share, and what they complete to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freres_cli.presets import environment_value, preset_names
+
+BUNDLED = "bundled"
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Presets that begin with what is typed."""
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Models that begin with what is typed."""
+    from freres_cli.cli.catalog import CHECKPOINT_IDS
+
+    return [name for name in (BUNDLED, *CHECKPOINT_IDS) if name.startswith(incomplete)]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no notes on stderr.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="ID|DIR",
+        help="Model: 'bundled', a folder, or a hub id such as Qwen/Qwen2-VL-2B-Instruct.",
+        autocompletion=complete_model,
+    ),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
+DeviceName = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. FRERES_DEVICE sets the default."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16. FRERES_DTYPE sets the default."),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME|FILE", help="Settings to start from.", autocompletion=complete_preset),
+]
+Budget = Annotated[int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens, exact.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any preset setting; may be given again. See freres-preset(5)."),
+]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]
+
+
+def device_name(flag: str | None) -> str | None:
+    """Flag, else FRERES_DEVICE."""
+    return flag or environment_value("device")
+
+
+def dtype_name(flag: str | None) -> str | None:
+    """Flag, else FRERES_DTYPE."""
+    return flag or environment_value("dtype")

@@ -1,0 +1,104 @@
+"""The only printer: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from freres_cli.errors import FreresError
+
+
+def print_result(text: str, end: str = "\n") -> None:
+    """Write a result line to stdout at once."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def print_json(schema: str, document: Mapping[str, Any]) -> None:
+    """Write one JSON document to stdout; numbers that are not finite become null."""
+    print_result(json.dumps({"schema": schema, **_finite(document)}, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_notes(notes: Iterable[str], quiet: bool = False) -> None:
+    """Write notes to stderr, one a line."""
+    if not quiet:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def print_warning(text: str) -> None:
+    """Write a warning to stderr; ``--quiet`` does not hide it."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def print_error(error: FreresError) -> None:
+    """Write what went wrong and what to do about it, one line each."""
+    print(f"error: {' '.join(error.message.split())}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write an aligned table to stdout; the first column to the left, numbers to the right, plain text in a pipe."""
+    cells = [list(columns), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    is_number = [
+        all(not row[i] or row[i] in ("-", "yes", "no") or row[i][0].isdigit() for row in cells[1:])
+        for i in range(len(columns))
+    ]
+    for row in cells:
+        aligned = (
+            cell.rjust(width) if number and i else cell.ljust(width)
+            for i, (cell, width, number) in enumerate(zip(row, widths, is_number, strict=True))
+        )
+        print_result("  ".join(aligned).rstrip())
+
+
+@contextmanager
+def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a function (done, total) that draws a bar on stderr; ``None`` where stderr is no terminal, or on ``quiet``."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def format_bytes(count: float | None) -> str:
+    """Return bytes in binary units: ``1.5 GiB``."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return seconds with as many digits as they deserve."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def format_share(share: float | None) -> str:
+    """Return a share of one in percent."""
+    return "-" if share is None else f"{100 * share:.1f} %"

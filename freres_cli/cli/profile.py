@@ -1,0 +1,101 @@
+"""``freres profile``: what a clip costs, compressed and in full."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.compress import make_request
+from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
+from freres_cli.errors import VideoError
+from freres_cli.presets import parse_assignment
+
+if TYPE_CHECKING:
+    from freres_cli.workflows.profile import ProfileRequest
+
+
+def profile(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[BUNDLE|VIDEO]", help="What to profile; none makes a 4 s clip.")
+    ] = None,
+    question: Annotated[str, typer.Option("--question", help="The question asked.")] = "What happens in the video?",
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Counted runs.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before that are not counted.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens answered.")] = 16,
+    timeout: Annotated[float, typer.Option("--timeout", min=1.0, metavar="SECONDS", help="Ends a slow row.")] = 1800.0,
+    budget: options.Budget = None,
+    preset: options.PresetName = None,
+    assignments: options.Assignments = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    device: options.DeviceName = None,
+    dtype: options.Dtype = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure decode, encode, compress, prefill, time to first token and peak memory, beside the full-token run.
+
+    Each row runs in a process of its own; one that runs out of memory is a row that says so. TTFT runs from the question's
+    submission to the first token, bundle and model loaded, video not yet prefilled. A bundle does not hold the video, so its
+    full-token row stands in random latents.
+    """
+    from freres_cli.bench.report import describe_environment
+    from freres_cli.devices import choose_device
+    from freres_cli.workflows.ask import AskRequest
+    from freres_cli.workflows.profile import ProfileRequest
+    from freres_cli.workflows.profile import profile as run_profile
+    from freres_cli.world.clip import make_clip
+
+    chosen = choose_device(options.device_name(device))
+    if target is not None and not target.exists():
+        raise VideoError(f"{target}: no such file", "name a video or a bundle")
+    with tempfile.TemporaryDirectory() if target is None else nullcontext() as folder:
+        subject = make_clip(Path(folder) / "clip.mp4") if folder else target
+        assert subject is not None
+        compress = bundle = None
+        if zipfile.is_zipfile(subject):
+            bundle = AskRequest(subject, chosen, model, revision, options.dtype_name(dtype))
+        else:
+            flags = dict(parse_assignment(text) for text in assignments or []) | {"budget_tokens": budget}
+            compress = make_request(subject, flags, preset, model, revision, device=device, dtype=dtype)
+        request = ProfileRequest(
+            chosen, question, repeat, warmup, max_new_tokens, timeout, compress=compress, bundle=bundle
+        )
+        print_notes([chosen.note, f"{repeat} runs a row after {warmup} warm-up; wait"], quiet or json)
+        rows = run_profile(request)
+    name = "made clip, 4 s" if target is None else str(target)
+    if json:
+        facts = {"target": name, "question": question, "repeat": repeat, "warmup": warmup}
+        facts |= {"model": model or options.BUNDLED if bundle is None else None}
+        print_json("freres.profile/1", {**facts, "rows": rows, "environment": describe_environment(chosen)})
+        return
+    _print_rows(rows, request)
+
+
+def _print_rows(rows: list[dict[str, Any]], request: ProfileRequest) -> None:
+    columns = ("method", "visual", "context", "decode", "encode", "compress", "load", "prefill", "TTFT", "next TTFT")
+    print_table(
+        (*columns, "TPOT", "peak memory"),
+        [
+            (
+                row["method"] if row["status"] == "ok" else f"{row['method']} ({row['status']})",
+                *["-" if row[key] is None else str(row[key]) for key in ("visual_tokens", "context_tokens")],
+                *[
+                    format_seconds(row[f"{stage}_s"])
+                    for stage in ("decode", "encode", "compress", "load", "prefill", "ttft", "next_ttft", "tpot")
+                ],
+                format_bytes(row["peak_memory_bytes"]),
+            )
+            for row in rows
+        ],
+    )
+    for row in rows:
+        if row["message"]:
+            print_result(f"{row['method']}: {row['message']}")
+    print_result(f"medians of {request.repeat} runs; spread with --json")

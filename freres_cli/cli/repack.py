@@ -1,0 +1,37 @@
+"""``freres repack``: bundle -> smaller bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.output import format_bytes, print_json, print_notes, print_result
+
+
+def repack(
+    bundle: options.BundlePath,
+    budget: Annotated[int, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens, exact.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The bundle to write.")],
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Cut a bundle to a smaller budget, without the video and without the vision tower.
+
+    Every kind of token keeps its most important ones. Prints the new bundle's path.
+    """
+    from freres_cli.workflows.repack import repack_bundle
+
+    result = repack_bundle(bundle, output, budget, force=force)
+    print_notes(result.notes, quiet)
+    if json:
+        document = {"bundle": str(result.bundle), "bundle_bytes": result.bundle_bytes, "source_bundle": str(bundle)}
+        print_json("freres.repack/1", {**document, **result.manifest["tokens"], "notes": list(result.notes)})
+        return
+    tokens = result.manifest["tokens"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
+    print_notes([f"{tokens['visual_tokens']} visual tokens ({kinds}), {format_bytes(result.bundle_bytes)}"], quiet)
+    print_result(str(result.bundle))

@@ -1,0 +1,1 @@
+"""latents -> tracks -> tokens: the Fre-Res method as pure tensor code."""

@@ -1,0 +1,208 @@
+"""Hierarchical allocation of a hard token budget (paper section 3.5 and appendix F.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Ours: candidates kept for each dynamic token that the budget allows, so that ranking by energy has a choice. With 1
+# this is the paper's own cap on K (F.1), which contradicts its compact case (K = 3 needs 384 candidates for 285).
+CANDIDATES_PER_DYNAMIC_TOKEN = 4
+# Ours: an anchor thinner than a quarter of its grid is no longer full detail; fewer anchors are kept instead.
+MIN_ANCHOR_SHARE = 0.25
+# Ours: shots whose anchor found no room give one summary token each, from at most this share of the temporal budget.
+DEMOTED_SUMMARY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """The knobs of the method, as a preset names them.
+
+    ``anchors`` is the number of uniform anchors at ``reference_budget_tokens``; at another budget it scales with the
+    budget, so GoPs grow or shrink and anchors keep their detail. ``keep_per_block``: tokens kept of the 9 in each 3x3
+    block. ``temporal_share``: least share of the budget for residual tokens. ``pooled_side``: g. ``max_coefficients``:
+    K_max. ``variant``: one of ``presets.VARIANTS``. ``tau``: event threshold, ``None`` for automatic.
+    """
+
+    variant: str
+    reference_budget_tokens: int
+    anchors: int
+    keep_per_block: int
+    temporal_share: float
+    static_per_gop: int
+    pooled_side: int
+    max_coefficients: int
+    tau: float | None
+    events: bool
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Tokens of each kind; the sum never exceeds the budget."""
+
+    anchor: int
+    dynamic: int
+    static: int
+    summary: int
+
+    @property
+    def total(self) -> int:
+        return self.anchor + self.dynamic + self.static + self.summary
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What is decided before any frame is encoded.
+
+    ``anchor_target_tokens`` is A*R, shared by uniform and event anchors alike. ``num_coefficients`` is K. ``is_lossless``
+    means that the budget holds every token, so all are kept as they are and nothing else is made.
+    """
+
+    budget_tokens: int
+    num_frames: int
+    grid: tuple[int, int]
+    pooled_grid: tuple[int, int]
+    num_anchors: int
+    max_events: int
+    anchor_target_tokens: int
+    num_coefficients: int
+    expected: Allocation
+    is_lossless: bool
+
+    @property
+    def num_tokens_per_frame(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def plan_budget(num_frames: int, grid: tuple[int, int], settings: MethodSettings, budget_tokens: int) -> BudgetPlan:
+    """Return the plan for a clip of ``num_frames`` frames of ``grid`` (H, W) tokens under ``budget_tokens``.
+
+    Raises ``ValueError`` when a count is below one.
+    """
+    if num_frames < 1 or min(grid) < 1 or budget_tokens < 1:
+        raise ValueError(f"frames, grid and budget: expected at least 1, got {num_frames}, {grid}, {budget_tokens}")
+    tokens = grid[0] * grid[1]
+    pooled = (min(settings.pooled_side, grid[0]), min(settings.pooled_side, grid[1]))
+    if budget_tokens >= num_frames * tokens and settings.variant != "temporal":
+        everything = Allocation(num_frames * tokens, 0, 0, 0)
+        return BudgetPlan(
+            budget_tokens, num_frames, grid, pooled, num_frames, 0, everything.anchor, 1, everything, True
+        )
+    num_anchors = _choose_num_anchors(num_frames, tokens, pooled, settings, budget_tokens)
+    target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
+    num_coefficients = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens - target)
+    trajectories = min(num_anchors, num_frames - num_anchors)
+    expected = allocate_budget(
+        budget_tokens,
+        settings,
+        anchor_target=target,
+        anchor_available=num_anchors * tokens,
+        num_gops=trajectories,
+        num_demoted=0,
+        static_available=trajectories * num_static_cells(pooled, settings),
+        dynamic_available=_num_candidates(num_anchors, num_frames, pooled, num_coefficients, settings),
+    )
+    max_events = num_anchors if settings.events else 0
+    return BudgetPlan(
+        budget_tokens,
+        num_frames,
+        grid,
+        pooled,
+        num_anchors,
+        max_events,
+        target,
+        num_coefficients,
+        expected,
+        False,
+    )
+
+
+def allocate_budget(
+    budget_tokens: int,
+    settings: MethodSettings,
+    *,
+    anchor_target: int,
+    anchor_available: int,
+    num_gops: int,
+    num_demoted: int,
+    static_available: int,
+    dynamic_available: int,
+) -> Allocation:
+    """Return how many tokens of each kind to keep, given how many there are.
+
+    Order: anchors up to their target, then summary and static, the rest dynamic (paper F.1); what is left over goes to
+    more anchor tokens (ours). ``num_gops`` counts GoPs that have residual frames.
+    """
+    variant = settings.variant
+    anchor = 0 if variant == "temporal" else min(anchor_target, anchor_available, budget_tokens)
+    left = budget_tokens - anchor
+    summary = static = dynamic = 0
+    if variant != "anchors":
+        summary = min(left, num_gops)
+        summary += min(num_demoted, int((left - summary) * DEMOTED_SUMMARY_SHARE))
+        static = min(left - summary, static_available)
+        dynamic = min(left - summary - static, dynamic_available)
+        left -= summary + static + dynamic
+    if variant != "temporal":
+        anchor += min(left, anchor_available - anchor)
+    return Allocation(anchor, dynamic, static, summary)
+
+
+def _anchor_target(num_anchors: int, tokens: int, settings: MethodSettings, budget_tokens: int) -> int:
+    """A*R: the preset's share of every block, but never into the temporal share."""
+    if settings.variant == "temporal":
+        return 0
+    if settings.variant == "anchors":
+        return min(budget_tokens, num_anchors * tokens)
+    per_anchor = max(1, (tokens * settings.keep_per_block) // 9)
+    room = max(1, int(budget_tokens * (1.0 - settings.temporal_share)))
+    return min(num_anchors * per_anchor, room)
+
+
+def _choose_num_anchors(
+    num_frames: int, tokens: int, pooled: tuple[int, int], settings: MethodSettings, budget_tokens: int
+) -> int:
+    """Scale the preset's anchors to the budget, drop anchors that would be too thin, add some where tokens run out."""
+    scaled = round(settings.anchors * budget_tokens / settings.reference_budget_tokens)
+    num_anchors = min(num_frames, max(1, scaled))
+    if settings.variant == "temporal":
+        return min(num_anchors, max(1, num_frames // 2))
+    thinnest = max(1, int(tokens * MIN_ANCHOR_SHARE))
+    target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
+    num_anchors = max(1, min(num_anchors, target // thinnest))
+    while num_anchors < num_frames:
+        target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
+        k = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens - target)
+        room = num_anchors * tokens
+        if settings.variant != "anchors":
+            room += min(num_anchors, num_frames - num_anchors) * (1 + num_static_cells(pooled, settings))
+            room += _num_candidates(num_anchors, num_frames, pooled, k, settings)
+        if room >= budget_tokens:
+            break
+        num_anchors += 1
+    return num_anchors
+
+
+def _choose_num_coefficients(
+    num_anchors: int, num_frames: int, pooled: tuple[int, int], settings: MethodSettings, temporal_tokens: int
+) -> int:
+    """K = min(K_max, L, c * B_temporal / (G * P)), at least 1 (paper F.1; c is ours, see above)."""
+    reserved = num_anchors * (1 + settings.static_per_gop)
+    candidates = CANDIDATES_PER_DYNAMIC_TOKEN * max(0, temporal_tokens - reserved)
+    longest = max(1, -(-num_frames // num_anchors) - 1)
+    affordable = candidates // (num_anchors * pooled[0] * pooled[1])
+    return max(1, min(settings.max_coefficients, longest, affordable))
+
+
+def num_static_cells(pooled: tuple[int, int], settings: MethodSettings) -> int:
+    """Return the static tokens of a GoP: as the preset says, but at most half of its cells."""
+    return min(settings.static_per_gop, pooled[0] * pooled[1] // 2)
+
+
+def _num_candidates(
+    num_anchors: int, num_frames: int, pooled: tuple[int, int], num_coefficients: int, settings: MethodSettings
+) -> int:
+    """Coefficients that uniform GoPs offer: a GoP of L residual frames has at most L of them in each moving cell."""
+    short, num_longer = divmod(num_frames, num_anchors)
+    cells = pooled[0] * pooled[1] - num_static_cells(pooled, settings)
+    per_cell = num_longer * min(num_coefficients, short) + (num_anchors - num_longer) * min(num_coefficients, short - 1)
+    return cells * per_cell

@@ -1,0 +1,119 @@
+"""The streaming compressor: latents in, frame by frame; tracks out, within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from freres_cli.method.anchors import EventDetector, anchor_schedule
+from freres_cli.method.budget import BudgetPlan, MethodSettings
+from freres_cli.method.gop import ClosedGop, OpenGop
+from freres_cli.method.residuals import pool_to_cells
+from freres_cli.method.select import select_tracks
+from freres_cli.records import GOP_STARTS, Tracks
+
+UNIFORM, EVENT, DEMOTED = range(len(GOP_STARTS))
+
+# Ours. Cuts beyond the cap still end a GoP, so that no residual crosses them; this many of them, the strongest, keep
+# their residual tracks, the others one summary each. It bounds memory in a film of a thousand cuts.
+MAX_DEMOTED_TRACKS = 32
+
+
+class StreamingCompressor:
+    """Turns a stream of latents into tracks (method sections 2 to 7); memory grows with the tokens kept, not the frames.
+
+    The result does not depend on how the frames are cut into batches.
+    """
+
+    def __init__(self, plan: BudgetPlan, settings: MethodSettings, width: int) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._width = width
+        self._schedule = set(anchor_schedule(plan.num_frames, plan.num_anchors))
+        self._detector = EventDetector(settings.tau) if plan.max_events else None
+        self._gops: list[ClosedGop] = []
+        self._open: OpenGop | None = None
+        self._events: list[OpenGop | ClosedGop] = []
+        self._demoted: list[ClosedGop] = []
+        self._seconds: list[float] = []
+        self.num_cuts_found = 0
+        self.num_cuts_not_honoured = 0
+
+    def push(self, latents: Tensor, seconds: Iterable[float]) -> None:
+        """Take the next frames: ``latents`` (n, H, W, C) with their times in seconds."""
+        if tuple(latents.shape[1:3]) != self._plan.grid:
+            raise ValueError(f"latents: expected a grid of {self._plan.grid}, got {tuple(latents.shape[1:3])}")
+        cells = pool_to_cells(latents, *self._plan.pooled_grid)
+        for frame_latents, frame_cells, second in zip(latents, cells, seconds, strict=True):
+            self._push_frame(frame_latents, frame_cells, second)
+
+    def _push_frame(self, latents: Tensor, cells: Tensor, second: float) -> None:
+        frame = len(self._seconds)
+        self._seconds.append(second)
+        distance, is_event = 0.0, False
+        if self._detector is not None:
+            distance, is_event = self._detector.observe(latents[..., : self._width])
+        self.num_cuts_found += is_event
+        is_uniform = frame in self._schedule
+        if self._open is not None and not (is_uniform or is_event):
+            self._open.append(latents, cells)
+            return
+        self._close()
+        start = UNIFORM if is_uniform else EVENT
+        # A slice of the batch would keep the whole batch alive.
+        self._open = OpenGop(frame, latents.clone(), self._width, self._plan.pooled_grid, start, distance)
+        if start == EVENT:
+            self._honour(self._open)
+
+    def _honour(self, event: OpenGop) -> None:
+        """Admit an event; above the cap the weakest one goes, whichever that is (the strongest cuts win)."""
+        self._events.append(event)
+        if len(self._events) <= self._plan.max_events:
+            return
+        weakest = min(self._events, key=_strength)
+        self._events.remove(weakest)
+        self.num_cuts_not_honoured += 1
+        if isinstance(weakest, ClosedGop):
+            self._demote(weakest)
+        else:
+            weakest.start = DEMOTED
+
+    def _demote(self, gop: ClosedGop) -> None:
+        gop.drop_anchor(DEMOTED)
+        self._demoted.append(gop)
+        if len(self._demoted) > MAX_DEMOTED_TRACKS:
+            weakest = min(self._demoted, key=_strength)
+            self._demoted.remove(weakest)
+            weakest.drop_residuals()
+
+    def _close(self) -> None:
+        if self._open is None:
+            return
+        closed = self._open.close(self._plan.num_coefficients)
+        if closed.start == DEMOTED:
+            self._demote(closed)
+        elif closed.start == EVENT:
+            self._events[self._events.index(self._open)] = closed
+        self._gops.append(closed)
+        self._open = None
+
+    def finish(self) -> Tracks:
+        """Close the last GoP and return the tracks. Raises ``ValueError`` when no frame came."""
+        self._close()
+        if not self._seconds:
+            raise ValueError("no frames: expected at least 1")
+        return select_tracks(self._gops, self._plan, self._settings, self._width, self._seconds)
+
+
+def _strength(gop: OpenGop | ClosedGop) -> tuple[float, int]:
+    return gop.event_distance, -gop.anchor_frame
+
+
+def compress_latents(
+    latents: Tensor, seconds: Iterable[float], plan: BudgetPlan, settings: MethodSettings, width: int
+) -> Tracks:
+    """Return the tracks of a whole clip: ``latents`` (T, H, W, C), ``seconds`` one a frame."""
+    compressor = StreamingCompressor(plan, settings, width)
+    compressor.push(latents, seconds)
+    return compressor.finish()

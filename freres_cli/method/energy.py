@@ -1,0 +1,123 @@
+"""What the compression kept and lost, told from tracks alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freres_cli.method.dct import dct_basis, null_energy_share
+from freres_cli.method.gop import NUM_SEGMENTS, segment_of_bin
+from freres_cli.method.tokens import seconds_at
+from freres_cli.records import Tracks
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A stretch of time and the residual energy that was not kept there, per second."""
+
+    start_s: float
+    end_s: float
+    lost_energy_per_s: float
+
+
+@dataclass(frozen=True)
+class EnergyReport:
+    """Shares are of residual energy, ``None`` where there is none.
+
+    ``gop_kept``: (G,) share that the kept coefficients hold of the pooled residual of each GoP; ``clip_kept`` the same over
+    the clip; ``pooling_kept``: share that pooling to cells leaves. ``spectrum``: share in the first 1, 2, ... coefficients
+    over all GoPs; ``null_spectrum``: the same for independent noise frames. ``losses``: worst first.
+    """
+
+    gop_kept: tuple[float | None, ...]
+    clip_kept: float | None
+    pooling_kept: float | None
+    spectrum: tuple[float, ...]
+    null_spectrum: tuple[float, ...]
+    losses: tuple[Loss, ...]
+
+
+def report_energy(tracks: Tracks, num_losses: int = 5) -> EnergyReport:
+    """Return shares of residual energy kept, the spectrum beside its null, and the seconds that lost most."""
+    num_gops = tracks.gop_anchor_frame.shape[0]
+    pooled = tracks.gop_pooled_energy.to(torch.float64)
+    kept = torch.zeros(num_gops, dtype=torch.float64)
+    kept.index_add_(0, tracks.coefficient_gop, tracks.coefficient_energy.to(torch.float64))
+    areas = tracks.grid[1] * tracks.grid[2] / (tracks.pooled_grid[0] * tracks.pooled_grid[1])
+    spectrum, null = _spectra(tracks)
+    losses = sorted(_losses(tracks), key=lambda loss: -loss.lost_energy_per_s)
+    return EnergyReport(
+        gop_kept=tuple(_share(float(k), float(e)) for k, e in zip(kept, pooled, strict=True)),
+        clip_kept=_share(float(kept.sum()), float(pooled.sum())),
+        pooling_kept=_share(float(pooled.sum()) * areas, float(tracks.gop_residual_energy.sum())),
+        spectrum=spectrum,
+        null_spectrum=null,
+        losses=tuple(losses[:num_losses]),
+    )
+
+
+def _share(part: float, whole: float) -> float | None:
+    return min(1.0, part / whole) if whole > 0 else None
+
+
+def _spectra(tracks: Tracks) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Cumulative share of the first bands and its null, both weighted by the energy of each GoP."""
+    energy = tracks.gop_pooled_energy.to(torch.float64)
+    total = float(energy.sum())
+    if total <= 0:
+        return (), ()
+    bands = tracks.gop_band_energy.to(torch.float64)
+    cumulative = (bands.sum(0) / total).cumsum(0).clamp(max=1.0)
+    lengths = tracks.gop_num_residuals.tolist()
+    null = [
+        sum(float(e) * null_energy_share(length, k + 1) for e, length in zip(energy, lengths, strict=True)) / total
+        for k in range(bands.shape[1])
+    ]
+    return tuple(cumulative.tolist()), tuple(null)
+
+
+def _losses(tracks: Tracks) -> list[Loss]:
+    """Energy of residual minus reconstruction in each eighth of each GoP: E - 2 <r, r'> + |r'|^2, exact by the bin."""
+    losses = []
+    for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
+        mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
+        lost = tracks.gop_segment_energy[gop] - 2 * tracks.coefficient_segments[mine].sum(0)
+        lost = (lost + _kept_by_segment(tracks, gop, mine)).clamp(min=0)
+        num_bins, bin_frames = int(tracks.gop_num_bins[gop]), int(tracks.gop_bin_frames[gop])
+        first = int(tracks.gop_anchor_frame[gop]) + 1
+        segments = segment_of_bin(num_bins)
+        for segment in segments.unique().tolist():
+            inside = (segments == segment).nonzero().squeeze(1)
+            low = first + int(inside[0]) * bin_frames
+            high = first + min((int(inside[-1]) + 1) * bin_frames, int(tracks.gop_num_residuals[gop]))
+            start, end = _span(tracks.frame_seconds, low, high)
+            losses.append(Loss(start, end, float(lost[segment]) / max(end - start, 1e-9)))
+    return losses
+
+
+def _span(frame_seconds: Tensor, low: int, high: int) -> tuple[float, float]:
+    """Seconds from frame ``low`` until frame ``high`` begins; after the last frame its own gap is repeated."""
+    edges = seconds_at(frame_seconds, torch.tensor([low, high], dtype=torch.float64))
+    start, end = float(edges[0]), float(edges[1])
+    if high >= frame_seconds.shape[0] and frame_seconds.shape[0] > 1:
+        end += float(frame_seconds[-1] - frame_seconds[-2])
+    return start, end
+
+
+def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:
+    """Energy of the reconstruction in each eighth of one GoP: (8,) float32."""
+    num_bins = int(tracks.gop_num_bins[gop])
+    kept = torch.zeros(NUM_SEGMENTS)
+    if not rows.numel():
+        return kept
+    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+    num_bands = int(tracks.coefficient_band[rows].max()) + 1
+    dense = torch.zeros(cells, num_bands, tracks.width)
+    values = tracks.coefficient_values[rows, : tracks.width].to(torch.float32)
+    dense[tracks.coefficient_cell[rows], tracks.coefficient_band[rows]] = values
+    gram = torch.einsum("pkd,pjd->kj", dense, dense)
+    basis = dct_basis(num_bins, num_bands)
+    per_bin = torch.einsum("kb,jb,kj->b", basis, basis, gram)
+    return kept.index_add_(0, segment_of_bin(num_bins), per_bin)

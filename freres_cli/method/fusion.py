@@ -1,0 +1,103 @@
+"""The trainable parts: adapters, type embeddings, gates and the absorber; at the start they change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from freres_cli.method.absorber import SpatialGuidedAbsorber, neighbour_table, neighbours_of
+from freres_cli.records import TOKEN_KINDS, Tracks
+
+RAW_BRANCH, TEMPORAL_BRANCH = 0, 1
+ANCHOR, SUMMARY = TOKEN_KINDS.index("anchor"), TOKEN_KINDS.index("summary")
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """Sizes of the trainable modules: ``width`` D, ``rank`` of every bottleneck, ``num_bands`` the absorber knows."""
+
+    width: int
+    rank: int
+    num_bands: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class BottleneckAdapter(nn.Module):
+    """Residual bottleneck MLP, ``x + up(gelu(down(norm(x))))`` with ``up`` zero at the start (paper E.1, form is ours)."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """``x``: (n, D). ``source``: (n, D), what the correction is read from; ``x`` itself where not given."""
+        out: Tensor = x + self.up(nn.functional.gelu(self.down(self.norm(x if source is None else source))))
+        return out
+
+
+class FreResModules(nn.Module):
+    """Everything that is trained on a frozen backbone (paper E.1). Works on the main channels, in float32."""
+
+    def __init__(self, shape: ModuleShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.adapters = nn.ModuleList(BottleneckAdapter(shape.width, shape.rank) for _ in TOKEN_KINDS)
+        self.concat_down = nn.Linear(shape.width, shape.rank, bias=False)
+        self.concat_up = nn.Linear(shape.rank, shape.width, bias=False)
+        nn.init.zeros_(self.concat_up.weight)
+        self.absorber = SpatialGuidedAbsorber(shape.width, shape.rank, shape.num_bands)
+        self.type_embedding = nn.Parameter(torch.zeros(len(TOKEN_KINDS), shape.width))
+        self.gates = nn.Parameter(torch.ones(2))
+
+    def adapt(self, latents: Tensor, kind: int, width: int, spectrum: Tensor | None) -> Tensor:
+        """Return tokens of one kind, (n, C), after adapter, type embedding and branch gate.
+
+        Summary tokens are corrected by their mean retained coefficient, ``spectrum`` (n, K, C) (paper section 3.4).
+        """
+        main = latents[:, :width].to(torch.float32)
+        source = None
+        if kind == SUMMARY and spectrum is not None and spectrum.shape[1]:
+            source = spectrum[..., :width].to(torch.float32).mean(1)
+        adapted = self.adapters[kind](main, source) + self.type_embedding[kind]
+        gate = self.gates[RAW_BRANCH if kind == ANCHOR else TEMPORAL_BRANCH]
+        return _with_main(latents, adapted * gate)
+
+    def adapt_concat(self, latents: Tensor, width: int) -> Tensor:
+        """Return coefficients through a linear adapter, ``c + up(down(c))``: the ``concat`` variant (paper Table 4 D)."""
+        main = latents[:, :width].to(torch.float32)
+        return _with_main(latents, main + self.concat_up(self.concat_down(main)))
+
+    def absorb(self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor) -> Tensor:
+        """Return dynamic tokens (n, C) of cells ``cell`` in GoPs ``gop`` after the absorber."""
+        num_bands = int(tracks.coefficient_band.max()) + 1
+        if num_bands > self.shape.num_bands:
+            raise ValueError(f"coefficient band: expected at most {self.shape.num_bands - 1}, got {num_bands - 1}")
+        table = neighbour_table(
+            tracks.coefficient_gop,
+            tracks.coefficient_cell,
+            tracks.coefficient_band,
+            tracks.gop_anchor_frame.shape[0],
+            tracks.pooled_grid,
+            num_bands,
+        )
+        around = neighbours_of(cell, tracks.pooled_grid)
+        slots = torch.where((around < 0)[..., None], -1, table[gop[:, None], around.clamp(min=0)])
+        coefficients = tracks.coefficient_values[:, : tracks.width].to(torch.float32)
+        main = self.absorber(latents[:, : tracks.width].to(torch.float32), coefficients, slots)
+        return _with_main(latents, main)
+
+
+def _with_main(latents: Tensor, main: Tensor) -> Tensor:
+    """Put new main channels before the DeepStack rows, in the dtype of ``latents``."""
+    width = main.shape[1]
+    if width == latents.shape[1]:
+        return main.to(latents.dtype)
+    return torch.cat([main.to(latents.dtype), latents[:, width:]], dim=1)

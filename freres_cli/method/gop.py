@@ -1,0 +1,146 @@
+"""One group of pictures: an anchor frame and the frames it predicts, reduced when it closes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freres_cli.method.dct import dct_basis
+from freres_cli.method.residuals import ResidualTrajectory, cell_areas, pool_to_cells
+
+NUM_SEGMENTS = 8  # eighths of a GoP, in which lost energy is told
+NUM_REPORTED_BANDS = 8
+
+
+@dataclass(eq=False)
+class ClosedGop:
+    """A reduced GoP, on the CPU. P cells, K candidate coefficients, C channels.
+
+    ``anchor``: (H, W, C) as encoded, or ``None`` for an event without room. ``base``: (P, C) pooled anchor; ``coefficients``:
+    (K, P, C); ``energies``: (K, P); ``segments``: (8, K, P) inner product of residual and coefficient wave in each eighth;
+    all float32 and empty where the GoP has no residual frames.
+    """
+
+    anchor_frame: int
+    num_residuals: int
+    num_bins: int
+    bin_frames: int
+    start: int
+    event_distance: float
+    residual_energy: float
+    pooled_energy: float
+    band_energy: Tensor
+    segment_energy: Tensor
+    anchor: Tensor | None
+    base: Tensor
+    coefficients: Tensor
+    energies: Tensor
+    segments: Tensor
+    summary_base: Tensor
+    summary_spectrum: Tensor
+
+    def drop_anchor(self, start: int) -> None:
+        """Give up the raw anchor: this event found no room among the anchors. Its residual track stays."""
+        self.start = start
+        self.anchor = None
+
+    def drop_residuals(self) -> None:
+        """Give up the residual track as well; only the summary stays."""
+        self.coefficients, self.energies = self.coefficients[:0], self.energies[:0]
+        self.segments, self.base = self.segments[:, :0], self.base[:0]
+
+
+def segment_of_bin(num_bins: int) -> Tensor:
+    """Return which eighth of the GoP each time bin belongs to: (num_bins,) int64."""
+    return (torch.arange(num_bins) * NUM_SEGMENTS) // num_bins
+
+
+class OpenGop:
+    """Collects the frames of one GoP; memory does not grow with its length (see ``ResidualTrajectory``)."""
+
+    def __init__(
+        self,
+        anchor_frame: int,
+        anchor: Tensor,
+        width: int,
+        pooled: tuple[int, int],
+        start: int,
+        distance: float,
+    ) -> None:
+        self.anchor_frame = anchor_frame
+        self.anchor = anchor
+        self.start = start
+        self.event_distance = distance
+        self._width = width
+        self._pooled = pooled
+        self._base = pool_to_cells(anchor, *pooled)
+        self._trajectory = ResidualTrajectory()
+        self._residual_energy = 0.0
+
+    def append(self, latents: Tensor, cells: Tensor) -> None:
+        """Add a residual frame: its latents (H, W, C) and the same pooled to cells (P, C) float32."""
+        residual = cells - self._base
+        difference = latents[..., : self._width].to(torch.float32) - self.anchor[..., : self._width].to(torch.float32)
+        self._residual_energy += float(difference.square().sum())
+        self._trajectory.append(residual, float(residual[..., : self._width].square().sum()))
+
+    def close(self, num_coefficients: int) -> ClosedGop:
+        """Return the reduced GoP with its first ``num_coefficients`` coefficients, or as many as it has time bins."""
+        channels = self.anchor.shape[-1]
+        cells = self._base.shape[0]
+        k = min(num_coefficients, self._trajectory.num_bins())
+        coefficients = torch.zeros(0, cells, channels)
+        energies, segments = torch.zeros(0, cells), torch.zeros(NUM_SEGMENTS, 0, cells)
+        band_energy, segment_energy = torch.zeros(NUM_REPORTED_BANDS), torch.zeros(NUM_SEGMENTS)
+        pooled_energy = 0.0
+        if k:
+            coefficients, band_energy, segments = self._transform(k)
+            energies = coefficients[..., : self._width].square().sum(-1)
+            bin_energy = self._trajectory.bin_energies()
+            segment_energy.index_add_(0, segment_of_bin(self._trajectory.num_bins()), bin_energy)
+            pooled_energy = float(bin_energy.sum())
+        areas = cell_areas(self.anchor.shape[0], self.anchor.shape[1], *self._pooled)
+        weights = (areas / areas.sum())[:, None]
+        base = self._base.cpu()
+        return ClosedGop(
+            anchor_frame=self.anchor_frame,
+            num_residuals=self._trajectory.num_frames,
+            num_bins=self._trajectory.num_bins(),
+            bin_frames=self._trajectory.bin_frames,
+            start=self.start,
+            event_distance=self.event_distance,
+            residual_energy=self._residual_energy,
+            pooled_energy=pooled_energy,
+            band_energy=band_energy,
+            segment_energy=segment_energy,
+            anchor=self.anchor.cpu(),
+            base=base,
+            coefficients=coefficients,
+            energies=energies,
+            segments=segments,
+            summary_base=(base * weights).sum(0),
+            summary_spectrum=(coefficients * weights).sum(1),
+        )
+
+    def _transform(self, num_coefficients: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return coefficients (K, P, C), energy of the first bands (8,), and segment inner products (8, K, P), on the CPU.
+
+        A bin stands for ``bin_frames`` equal frames, so coefficients are scaled by its square root: energies of GoPs of any
+        length compare.
+        """
+        bins = self._trajectory.bins()
+        num_bins, root = bins.shape[0], self._trajectory.bin_frames**0.5
+        reported = min(NUM_REPORTED_BANDS, num_bins)
+        basis = dct_basis(num_bins, max(num_coefficients, reported), bins.device)
+        spectrum = torch.einsum("kb,bpc->kpc", basis, bins) * root
+        band_energy = torch.zeros(NUM_REPORTED_BANDS)
+        band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum((1, 2)).cpu()
+        coefficients = spectrum[:num_coefficients]
+        main = slice(0, self._width)
+        inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
+        inner = inner * (basis[:num_coefficients].T * root)[..., None]
+        segments = torch.zeros(NUM_SEGMENTS, *inner.shape[1:])
+        segments.index_add_(0, segment_of_bin(num_bins), inner.cpu())
+        return coefficients.cpu().contiguous(), band_energy, segments

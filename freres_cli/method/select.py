@@ -1,0 +1,271 @@
+"""Choosing what is kept: the best coefficients of the whole clip, anchor tokens, static and summary tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.method.anchors import prune_order, spread_order
+from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings, allocate_budget, num_static_cells
+from freres_cli.method.gop import ClosedGop
+from freres_cli.method.residuals import cell_centres
+from freres_cli.records import GOP_STARTS, Tracks
+
+# A coefficient below this share of a mean anchor token's energy is rounding, not motion (paper: near-zero cells are
+# dropped; the value is ours).
+NEAR_ZERO_SHARE = 1e-9
+
+
+def select_tracks(
+    gops: list[ClosedGop], plan: BudgetPlan, settings: MethodSettings, width: int, seconds: list[float]
+) -> Tracks:
+    """Return the tracks that fit ``plan.budget_tokens``; for an orthonormal transform the coefficients of largest energy
+    are the best choice (method section 4, ours)."""
+    moving = [i for i, gop in enumerate(gops) if gop.coefficients.shape[0]]
+    demoted = [i for i, gop in enumerate(gops) if gop.anchor is None]
+    standing = [i for i in moving if gops[i].anchor is not None]
+    rules = {
+        "anchor_target": plan.anchor_target_tokens,
+        "anchor_available": sum(gop.anchor is not None for gop in gops) * plan.num_tokens_per_frame,
+        "num_gops": 0 if plan.is_lossless else len(standing),
+        "num_demoted": len(demoted),
+        "static_available": len(moving) * num_static_cells(plan.pooled_grid, settings),
+    }
+    allocation = allocate_budget(plan.budget_tokens, settings, **rules, dynamic_available=0)
+    static = _static_cells(gops, moving, plan, settings, allocation.static)
+    order = _coefficient_order(gops, moving, width, static)
+    dynamic_available = 0 if plan.is_lossless else order.shape[0]
+    allocation = allocate_budget(plan.budget_tokens, settings, **rules, dynamic_available=dynamic_available)
+    allocation = _spend_rest(allocation, plan, settings, rules["anchor_available"])
+    kept = order[: allocation.dynamic]
+    summary = [standing[i] for i in spread_order(len(standing))] + _strongest_first(gops, demoted)
+    summary = summary[: allocation.summary]
+    return _gather(gops, plan, settings, width, seconds, allocation, kept, static, summary)
+
+
+def cut_tracks(tracks: Tracks, settings: MethodSettings, budget_tokens: int) -> Tracks:
+    """Return the same clip in at most ``budget_tokens`` tokens: a prefix of every kind, GoPs unchanged.
+
+    Raises ``ValueError`` when the budget is below one.
+    """
+    if budget_tokens < 1:
+        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    counts = tracks.num_tokens_by_kind()
+    total = sum(counts.values())
+    if budget_tokens >= total:
+        return tracks
+    moving = int((tracks.gop_start[tracks.summary_gop] != GOP_STARTS.index("demoted")).sum())
+    allocation = allocate_budget(
+        budget_tokens,
+        settings,
+        anchor_target=budget_tokens * counts["anchor"] // total,
+        anchor_available=counts["anchor"],
+        num_gops=moving,
+        num_demoted=counts["summary"] - moving,
+        static_available=counts["static"],
+        dynamic_available=counts["dynamic"],
+    )
+    sizes = {"anchor": allocation.anchor, "coefficient": allocation.dynamic}
+    sizes |= {"static": allocation.static, "summary": allocation.summary}
+    cut: dict[str, Any] = {
+        name: tensor[: sizes[name.partition("_")[0]]].clone()
+        for name, tensor in tracks.tensors().items()
+        if name.partition("_")[0] in sizes
+    }
+    if settings.variant != "idct":
+        cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+        used = cut["coefficient_gop"] * cells + cut["coefficient_cell"]
+        keep = torch.isin(tracks.base_gop * cells + tracks.base_cell, used)
+        cut |= {name: getattr(tracks, name)[keep] for name in ("base_latents", "base_gop", "base_cell")}
+    return replace(tracks, **cut)
+
+
+def num_dense_frames(num_coefficients: int, num_residuals: Tensor, num_cells: int) -> Tensor:
+    """Return how many whole reconstructed frames each GoP gets in the ``idct`` variant: (G,) int64.
+
+    As many tokens as coefficients were kept, in whole frames of P cells, dealt to GoPs in turn, at most L each.
+    """
+    frames = torch.zeros_like(num_residuals)
+    left = num_coefficients // num_cells
+    turn = spread_order(num_residuals.shape[0])
+    while left and bool((frames < num_residuals).any()):
+        for gop in turn:
+            if left and frames[gop] < num_residuals[gop]:
+                frames[gop] += 1
+                left -= 1
+    return frames
+
+
+def _coefficient_order(gops: list[ClosedGop], moving: list[int], width: int, static: list[tuple[int, int]]) -> Tensor:
+    """Return (n, 3) int64 rows (gop, band, cell) of every coefficient that is not near zero, largest energy first.
+
+    Cells that give a static token give no coefficients.
+    """
+    if not moving:
+        return torch.zeros(0, 3, dtype=torch.int64)
+    anchor_energy = torch.stack(
+        [_mean_token_energy(gop.anchor, width) for gop in gops if gop.anchor is not None]
+    ).mean()
+    rows, energies = [], []
+    for i in moving:
+        bands, cells = gops[i].energies.shape
+        grid = torch.cartesian_prod(torch.arange(bands), torch.arange(cells)).reshape(-1, 2)
+        rows.append(torch.cat([torch.full((grid.shape[0], 1), i), grid], dim=1))
+        calm = [cell for gop, cell in static if gop == i]
+        energies.append(gops[i].energies.index_fill(1, torch.tensor(calm, dtype=torch.int64), 0.0).flatten())
+    energy = torch.cat(energies)
+    order = torch.argsort(energy, descending=True, stable=True)
+    return torch.cat(rows)[order[energy[order] > NEAR_ZERO_SHARE * anchor_energy]]
+
+
+def _mean_token_energy(anchor: Tensor, width: int) -> Tensor:
+    return anchor[..., :width].to(torch.float32).square().sum(-1).mean()
+
+
+def _static_cells(
+    gops: list[ClosedGop], moving: list[int], plan: BudgetPlan, settings: MethodSettings, wanted: int
+) -> list[tuple[int, int]]:
+    """Return up to ``wanted`` (gop, cell) pairs of background cells, spread over each grid, GoPs in turn."""
+    if not wanted:
+        return []
+    centres = cell_centres(*plan.grid, *plan.pooled_grid)
+    per_gop = num_static_cells(plan.pooled_grid, settings)
+    picks = {i: _spread_cells(centres, gops[i].energies.sum(0), per_gop) for i in moving}
+    turns = [moving[i] for i in spread_order(len(moving))]
+    return [(i, picks[i][n]) for n in range(per_gop) for i in turns][:wanted]
+
+
+def _spread_cells(centres: Tensor, energy: Tensor, count: int) -> list[int]:
+    """Pick cells of the calmer half far from each other: the calmest first, then always the farthest from those picked."""
+    calm = torch.argsort(energy, stable=True)[: max(count, centres.shape[0] // 2)]
+    picked = calm[:1].tolist()
+    distance = (centres[calm] - centres[calm[0]]).square().sum(-1)
+    while len(picked) < count:
+        best = calm[int(distance.argmax())]
+        picked.append(int(best))
+        distance = torch.minimum(distance, (centres[calm] - centres[best]).square().sum(-1))
+    return picked
+
+
+def _spend_rest(
+    allocation: Allocation, plan: BudgetPlan, settings: MethodSettings, anchor_available: int
+) -> Allocation:
+    """Give anchors what the whole frames of ``idct`` leave over."""
+    if settings.variant != "idct":
+        return allocation
+    unused = allocation.dynamic % (plan.pooled_grid[0] * plan.pooled_grid[1])
+    return replace(allocation, anchor=allocation.anchor + min(unused, anchor_available - allocation.anchor))
+
+
+def _strongest_first(gops: list[ClosedGop], rows: list[int]) -> list[int]:
+    return sorted(rows, key=lambda i: (-gops[i].event_distance, i))
+
+
+def _gather(
+    gops: list[ClosedGop],
+    plan: BudgetPlan,
+    settings: MethodSettings,
+    width: int,
+    seconds: list[float],
+    allocation: Allocation,
+    kept: Tensor,
+    static: list[tuple[int, int]],
+    summary: list[int],
+) -> Tracks:
+    """Stack the chosen rows into tracks; latents keep the dtype in which they were encoded."""
+    first = next(gop.anchor for gop in gops if gop.anchor is not None)
+    dtype, channels = first.dtype, first.shape[-1]
+    num_cells = plan.pooled_grid[0] * plan.pooled_grid[1]
+    gop, band, cell = kept.unbind(1)
+    if settings.variant == "idct":
+        moving = torch.tensor([i for i, g in enumerate(gops) if g.coefficients.shape[0]], dtype=torch.int64)
+        bases = torch.cartesian_prod(moving, torch.arange(num_cells)).reshape(-1, 2)
+    else:
+        pairs = torch.unique(gop * num_cells + cell)
+        bases = torch.stack([pairs // num_cells, pairs % num_cells], dim=1)
+    static_rows = torch.tensor(static, dtype=torch.int64).reshape(-1, 2)
+    num_bands = max([gops[i].coefficients.shape[0] for i in summary], default=0)
+
+    def rows(values: list[Tensor], *shape: int) -> Tensor:
+        return torch.stack(values).to(dtype) if values else torch.zeros(0, *shape, dtype=dtype)
+
+    anchor_latents, anchor_gop, anchor_cell = _gather_anchors(gops, width, allocation.anchor)
+    return Tracks(
+        width=width,
+        grid=(len(seconds), *plan.grid),
+        pooled_grid=plan.pooled_grid,
+        frame_seconds=torch.tensor(seconds, dtype=torch.float64),
+        **_gop_table(gops),
+        anchor_latents=anchor_latents,
+        anchor_gop=anchor_gop,
+        anchor_cell=anchor_cell,
+        coefficient_values=rows([gops[g].coefficients[k, p] for g, k, p in kept.tolist()], channels),
+        coefficient_gop=gop.clone(),
+        coefficient_cell=cell.clone(),
+        coefficient_band=band.clone(),
+        coefficient_energy=_stack([gops[g].energies[k, p] for g, k, p in kept.tolist()]),
+        coefficient_segments=_stack([gops[g].segments[:, k, p] for g, k, p in kept.tolist()], 8),
+        base_latents=rows([gops[g].base[p] for g, p in bases.tolist()], channels),
+        base_gop=bases[:, 0].clone(),
+        base_cell=bases[:, 1].clone(),
+        static_latents=rows([time_mean(gops[g])[p] for g, p in static], channels),
+        static_gop=static_rows[:, 0].clone(),
+        static_cell=static_rows[:, 1].clone(),
+        summary_base=rows([gops[i].summary_base for i in summary], channels),
+        summary_spectrum=rows([_padded(gops[i].summary_spectrum, num_bands) for i in summary], num_bands, channels),
+        summary_gop=torch.tensor(summary, dtype=torch.int64),
+    )
+
+
+def time_mean(gop: ClosedGop) -> Tensor:
+    """Return the mean of each cell over the residual frames: (P, C) float32."""
+    scale = (gop.num_bins * gop.bin_frames) ** 0.5
+    return gop.base + gop.coefficients[0] / scale
+
+
+def _padded(spectrum: Tensor, num_bands: int) -> Tensor:
+    return torch.nn.functional.pad(spectrum, (0, 0, 0, num_bands - spectrum.shape[0]))
+
+
+def _stack(values: list[Tensor], *shape: int) -> Tensor:
+    return torch.stack(values) if values else torch.zeros(0, *shape)
+
+
+def _gather_anchors(gops: list[ClosedGop], width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first ``count`` anchor tokens: every anchor's best first, anchors in spread order."""
+    standing = [i for i, gop in enumerate(gops) if gop.anchor is not None]
+    orders = {i: prune_order(gops[i].anchor, width) for i in standing}  # type: ignore[arg-type]
+    turns = torch.tensor([standing[i] for i in spread_order(len(standing))])
+    num_tokens = orders[standing[0]].shape[0]
+    gop = turns.repeat(-(-count // len(turns)))[:count] if count else turns[:0]
+    rank = torch.arange(count) // len(turns)
+    by_rank = torch.stack([orders[i] for i in standing])
+    row = torch.searchsorted(torch.tensor(standing), gop)
+    cell = by_rank[row, rank] if count else rank
+    first = gops[standing[0]].anchor
+    assert first is not None
+    latents = torch.empty(count, first.shape[-1], dtype=first.dtype)
+    for i in standing:
+        mine = (gop == i).nonzero().squeeze(1)
+        anchor = gops[i].anchor
+        assert anchor is not None
+        latents[mine] = anchor.reshape(num_tokens, -1)[cell[mine]]
+    return latents, gop.clone(), cell.clone()
+
+
+def _gop_table(gops: list[ClosedGop]) -> dict[str, Tensor]:
+    return {
+        "gop_anchor_frame": torch.tensor([gop.anchor_frame for gop in gops]),
+        "gop_num_residuals": torch.tensor([gop.num_residuals for gop in gops]),
+        "gop_num_bins": torch.tensor([gop.num_bins for gop in gops]),
+        "gop_bin_frames": torch.tensor([gop.bin_frames for gop in gops]),
+        "gop_start": torch.tensor([gop.start for gop in gops]),
+        "gop_event_distance": torch.tensor([gop.event_distance for gop in gops], dtype=torch.float32),
+        "gop_residual_energy": torch.tensor([gop.residual_energy for gop in gops], dtype=torch.float32),
+        "gop_pooled_energy": torch.tensor([gop.pooled_energy for gop in gops], dtype=torch.float32),
+        "gop_band_energy": torch.stack([gop.band_energy for gop in gops]),
+        "gop_segment_energy": torch.stack([gop.segment_energy for gop in gops]),
+    }

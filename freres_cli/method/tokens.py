@@ -1,0 +1,239 @@
+"""tracks -> tokens: every kept number becomes a token on the backbone's own manifold, in time order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freres_cli.method.dct import dct_basis_at
+from freres_cli.method.fusion import FreResModules
+from freres_cli.method.residuals import cell_centres
+from freres_cli.method.select import num_dense_frames
+from freres_cli.records import TOKEN_KINDS, Tracks, VideoTokens
+
+ANCHOR, DYNAMIC, STATIC, SUMMARY = range(len(TOKEN_KINDS))
+CELLS_AT_ONCE = 512  # bounds the memory of the inverse transform
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Tokens of one kind: latents (n, C), positions (n, 3), gop (n,), energy (n,)."""
+
+    kind: int
+    latents: Tensor
+    positions: Tensor
+    gop: Tensor
+    energy: Tensor
+
+
+def build_tokens(tracks: Tracks, variant: str = "absorber", modules: FreResModules | None = None) -> VideoTokens:
+    """Return the visual tokens of a clip for the language model (method sections 5 and 6).
+
+    Without ``modules`` nothing is trained: anchors are the backbone's own latents bit for bit, and every other token is a
+    pooled latent of the clip at some instant. Order is time: per GoP anchors, dynamic, static, summary, each in raster
+    order. ``variant`` is one of ``presets.VARIANTS``.
+    """
+    kinds = [
+        _anchor_rows(tracks),
+        *_dynamic_rows(tracks, variant, modules),
+        _static_rows(tracks),
+        _summary_rows(tracks),
+    ]
+    if modules is not None:
+        kinds = [_adapted(rows, tracks, modules) for rows in kinds]
+    kind = torch.cat([torch.full_like(rows.gop, rows.kind) for rows in kinds])
+    positions = torch.cat([rows.positions for rows in kinds])
+    gop = torch.cat([rows.gop for rows in kinds])
+    order = _sequence_order(gop, kind, positions)
+    return VideoTokens(
+        latents=torch.cat([rows.latents for rows in kinds])[order],
+        positions=positions[order],
+        seconds=seconds_at(tracks.frame_seconds, positions[order, 0]),
+        kind=kind[order].to(torch.uint8),
+        gop=gop[order],
+        energy=torch.cat([rows.energy for rows in kinds])[order],
+        grid=tracks.grid,
+        width=tracks.width,
+    )
+
+
+def count_tokens(tracks: Tracks, variant: str) -> dict[str, int]:
+    """Return how many tokens of each kind ``build_tokens`` gives."""
+    counts = tracks.num_tokens_by_kind()
+    if variant == "idct":
+        cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+        frames = num_dense_frames(counts["dynamic"], _dense_lengths(tracks), cells)
+        counts["dynamic"] = int(frames.sum()) * cells
+    return counts
+
+
+def seconds_at(frame_seconds: Tensor, frames: Tensor) -> Tensor:
+    """Return the time of fractional frame positions, linear between frames: (n,) float64."""
+    clamped = frames.to(torch.float64).clamp(0, frame_seconds.shape[0] - 1)
+    low = clamped.floor().to(torch.int64)
+    high = clamped.ceil().to(torch.int64)
+    return torch.lerp(frame_seconds[low], frame_seconds[high], clamped - low)
+
+
+def _sequence_order(gop: Tensor, kind: Tensor, positions: Tensor) -> Tensor:
+    """Sort by (gop, kind, t, h, w): stable sorts from the last key to the first."""
+    order = torch.arange(gop.shape[0])
+    for key in (positions[:, 2], positions[:, 1], positions[:, 0], kind, gop):
+        order = order[torch.argsort(key[order], stable=True)]
+    return order
+
+
+def _energy(latents: Tensor, width: int) -> Tensor:
+    return latents[:, :width].to(torch.float32).square().sum(-1)
+
+
+def _positions(t: Tensor, hw: Tensor) -> Tensor:
+    return torch.cat([t.to(torch.float32)[:, None], hw.to(torch.float32)], dim=1)
+
+
+def _centres(tracks: Tracks) -> Tensor:
+    return cell_centres(*tracks.grid[1:], *tracks.pooled_grid)
+
+
+def _middle(tracks: Tracks, gop: Tensor) -> Tensor:
+    """The middle of the residual frames of a GoP, on the frame axis; the anchor itself where there are none."""
+    length = tracks.gop_num_residuals[gop].to(torch.float64)
+    return tracks.gop_anchor_frame[gop] + torch.where(length > 0, (length + 1) / 2, 0.0)
+
+
+def _anchor_rows(tracks: Tracks) -> _Rows:
+    t = tracks.gop_anchor_frame[tracks.anchor_gop]
+    grid_w = tracks.grid[2]
+    hw = torch.stack([tracks.anchor_cell // grid_w, tracks.anchor_cell % grid_w], dim=1)
+    energy = _energy(tracks.anchor_latents, tracks.width)
+    return _Rows(ANCHOR, tracks.anchor_latents, _positions(t, hw), tracks.anchor_gop, energy)
+
+
+def _static_rows(tracks: Tracks) -> _Rows:
+    positions = _positions(_middle(tracks, tracks.static_gop), _centres(tracks)[tracks.static_cell])
+    energy = _energy(tracks.static_latents, tracks.width)
+    return _Rows(STATIC, tracks.static_latents, positions, tracks.static_gop, energy)
+
+
+def _summary_rows(tracks: Tracks) -> _Rows:
+    gop = tracks.summary_gop
+    latents = tracks.summary_base
+    if tracks.summary_spectrum.shape[1]:
+        samples = (tracks.gop_num_bins[gop] * tracks.gop_bin_frames[gop]).clamp(min=1)
+        mean_residual = tracks.summary_spectrum[:, 0].to(torch.float32) / samples.sqrt()[:, None]
+        latents = (latents.to(torch.float32) + mean_residual).to(tracks.summary_base.dtype)
+    middle = torch.tensor([(tracks.grid[1] - 1) / 2, (tracks.grid[2] - 1) / 2]).expand(gop.shape[0], 2)
+    energy = _energy(latents, tracks.width)
+    return _Rows(SUMMARY, latents, _positions(_middle(tracks, gop), middle), gop, energy)
+
+
+def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -> list[_Rows]:
+    if not tracks.coefficient_gop.numel():
+        return []
+    if variant == "idct":
+        return [_dense_rows(tracks)]
+    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+    # Coefficients of one cell lie side by side, lowest band first.
+    key = tracks.coefficient_gop * cells + tracks.coefficient_cell
+    order = torch.argsort(tracks.coefficient_band, stable=True)
+    order = order[torch.argsort(key[order], stable=True)]
+    _, group, sizes = torch.unique_consecutive(key[order], return_inverse=True, return_counts=True)
+    index = torch.arange(order.shape[0]) - (sizes.cumsum(0) - sizes)[group]
+    gop, cell = tracks.coefficient_gop[order], tracks.coefficient_cell[order]
+    length = tracks.gop_num_residuals[gop].to(torch.float64)
+    instants = (index + 0.5) * length / sizes[group] - 0.5
+    positions = _positions(tracks.gop_anchor_frame[gop] + 1 + instants, _centres(tracks)[cell])
+    if variant == "concat":
+        latents = tracks.coefficient_values[order]
+        if modules is not None:
+            latents = modules.adapt_concat(latents, tracks.width)
+    else:
+        latents = _evaluate(tracks, order, group, index, sizes, instants)
+        if modules is not None:
+            latents = modules.absorb(latents, tracks, gop, cell)
+    return [_Rows(DYNAMIC, latents, positions, gop, tracks.coefficient_energy[order])]
+
+
+def _bin_coordinate(tracks: Tracks, gop: Tensor, instants: Tensor) -> Tensor:
+    """Turn instants in residual frames of a GoP into instants in its time bins."""
+    return (instants + 0.5) / tracks.gop_bin_frames[gop] - 0.5
+
+
+def _basis(tracks: Tracks, gop: Tensor, instants: Tensor, band: Tensor) -> Tensor:
+    """Value of each band's wave at each instant of its GoP, for coefficients scaled by sqrt(bin_frames)."""
+    num_bins = tracks.gop_num_bins[gop].to(torch.float64)
+    at = _bin_coordinate(tracks, gop, instants)
+    # The basis of length n at x depends on (2x + 1) / n only, up to its scale: read all lengths from length 1.
+    phase = (2 * at + 1) / num_bins
+    value = dct_basis_at((phase - 1) / 2, 1, band).to(torch.float64)
+    return (value / (num_bins * tracks.gop_bin_frames[gop]).sqrt()).to(torch.float32)
+
+
+def _evaluate(tracks: Tracks, order: Tensor, group: Tensor, index: Tensor, sizes: Tensor, instants: Tensor) -> Tensor:
+    """Return base + kept coefficients at each token's instant: (n, C), in the order of ``order``."""
+    num_groups, widest = sizes.shape[0], int(sizes.max())
+    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+    gop, cell = tracks.coefficient_gop[order], tracks.coefficient_cell[order]
+    starts = sizes.cumsum(0) - sizes
+    base_row = torch.searchsorted(tracks.base_gop * cells + tracks.base_cell, (gop * cells + cell)[starts])
+    values = tracks.coefficient_values
+    out = torch.empty(order.shape[0], values.shape[1], dtype=values.dtype)
+    for low in range(0, num_groups, CELLS_AT_ONCE):
+        high = min(num_groups, low + CELLS_AT_ONCE)
+        rows = slice(int(starts[low]), int(starts[high - 1] + sizes[high - 1]))
+        g, i = group[rows] - low, index[rows]
+        padded = torch.zeros(high - low, widest, values.shape[1])
+        padded[g, i] = values[order[rows]].to(torch.float32)
+        bands = torch.zeros(high - low, widest, dtype=torch.int64)
+        bands[g, i] = tracks.coefficient_band[order[rows]]
+        waves = _basis(tracks, gop[rows][:, None], instants[rows][:, None], bands[g])
+        filled = torch.arange(widest) < sizes[low:high, None]
+        weights = torch.zeros(high - low, widest, widest)
+        weights[g, i] = waves * filled[g]
+        residual = torch.bmm(weights, padded)[g, i]
+        base = tracks.base_latents[base_row[low:high]].to(torch.float32)
+        out[rows] = (base[g] + residual).to(values.dtype)
+    return out
+
+
+def _dense_lengths(tracks: Tracks) -> Tensor:
+    """Residual frames of each GoP that has bases, else 0."""
+    lengths = torch.zeros_like(tracks.gop_num_residuals)
+    with_base = tracks.base_gop.unique()
+    lengths[with_base] = tracks.gop_num_residuals[with_base]
+    return lengths
+
+
+def _dense_rows(tracks: Tracks) -> _Rows:
+    """The ``idct`` variant: whole reconstructed frames of P cells at even instants of each GoP."""
+    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+    lengths = _dense_lengths(tracks)
+    frames = num_dense_frames(tracks.coefficient_gop.shape[0], lengths, cells)
+    latents, positions, gops = [], [], []
+    for gop in frames.nonzero().squeeze(1).tolist():
+        count = int(frames[gop])
+        instants = (torch.arange(count) + 0.5) * int(lengths[gop]) / count - 0.5
+        mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
+        row = torch.tensor(gop)
+        waves = _basis(tracks, row, instants[:, None], tracks.coefficient_band[mine][None, :])
+        base = tracks.base_latents[tracks.base_gop == gop].to(torch.float32)
+        frame = base.repeat(count, 1, 1)
+        values = tracks.coefficient_values[mine].to(torch.float32)
+        frame.index_add_(1, tracks.coefficient_cell[mine], waves[..., None] * values[None])
+        t = tracks.gop_anchor_frame[gop] + 1 + instants
+        latents.append(frame.flatten(0, 1).to(tracks.base_latents.dtype))
+        positions.append(_positions(t.repeat_interleave(cells), _centres(tracks).repeat(count, 1)))
+        gops.append(torch.full((count * cells,), gop))
+    if not latents:
+        empty = tracks.coefficient_values[:0]
+        return _Rows(DYNAMIC, empty, torch.zeros(0, 3), tracks.coefficient_gop[:0], torch.zeros(0))
+    stacked = torch.cat(latents)
+    return _Rows(DYNAMIC, stacked, torch.cat(positions), torch.cat(gops), _energy(stacked, tracks.width))
+
+
+def _adapted(rows: _Rows, tracks: Tracks, modules: FreResModules) -> _Rows:
+    spectrum = tracks.summary_spectrum if rows.kind == SUMMARY else None
+    latents = modules.adapt(rows.latents, rows.kind, tracks.width, spectrum)
+    return _Rows(rows.kind, latents, rows.positions, rows.gop, rows.energy)

@@ -1,0 +1,198 @@
+"""Presets and settings: flag > environment > preset > default, and every value remembers where it came from."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from freres_cli.errors import PresetError
+
+VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct")
+SAMPLES = ("native", "fps", "count")
+TEXT_AFTER = ("max", "hf")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One preset key: its type, legal range or values, default and meaning (the help and the man page read this)."""
+
+    kind: type
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] | None = None
+    optional: bool = False
+
+
+KEYS: dict[str, Key] = {
+    "description": Key(str, "", "one line for 'freres presets'"),
+    "budget_tokens": Key(int, 1280, "most visual tokens given to the language model", low=1),
+    "sample": Key(str, "native", "which frames are read", choices=SAMPLES),
+    "sample_fps": Key(float, None, "frames read each second, with sample: fps", low=1e-6, high=1000.0, optional=True),
+    "sample_count": Key(int, None, "frames read from the clip, with sample: count", low=1, optional=True),
+    "track_density": Key(int, 1, "frames of the residual track for each frame named above", low=1, high=64),
+    "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
+    "tokens_per_frame": Key(int, 576, "most tokens of a frame, with grid: auto", low=1),
+    "variant": Key(str, "absorber", "how residuals become tokens (ablation)", choices=VARIANTS),
+    "anchors": Key(int, 8, "uniform anchor frames at the preset's own budget", low=1),
+    "keep_per_block": Key(int, 8, "anchor tokens kept of the 9 in a 3x3 block", low=1, high=9),
+    "temporal_share": Key(float, 0.2, "least share of the budget for residual tokens", low=0.0, high=0.95),
+    "static_per_gop": Key(int, 3, "static background tokens of a GoP", low=0, high=64),
+    "pooled_side": Key(int, 4, "cells each way to which residuals are pooled", low=1, high=64),
+    "max_coefficients": Key(int, 4, "most DCT coefficients of a cell", low=1, high=64),
+    "events": Key(bool, True, "give an anchor to frames that start something new"),
+    "tau": Key(float, None, "event threshold; auto follows the clip", low=0.0, high=2.0, optional=True),
+    "text_after": Key(str, "max", "position of the text after the video", choices=TEXT_AFTER),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it came from: ``flag``, ``preset NAME`` or ``default``."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A validated preset: its name, the file it came from, and its values."""
+
+    name: str
+    path: Path
+    values: Mapping[str, Any]
+
+
+def presets_dir() -> Path:
+    """Return the folder of the shipped presets: inside the package once installed, else beside it."""
+    installed = Path(__file__).parent / "presets_data"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets, sorted."""
+    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
+
+
+def load_preset(name_or_path: str) -> Preset:
+    """Return a shipped preset by name, or one from a YAML file. Raises ``PresetError``."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = presets_dir() / f"{name_or_path}.yaml"
+        if name_or_path not in preset_names():
+            raise PresetError(
+                f"preset {name_or_path}: not found",
+                _near(name_or_path, preset_names())
+                or f"shipped presets: {', '.join(preset_names())}; or name a .yaml file",
+            )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PresetError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PresetError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise PresetError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    values = {str(key): check_value(str(key), value, str(path)) for key, value in data.items()}
+    return Preset(path.stem, path, values)
+
+
+def check_value(key: str, value: Any, where: str) -> Any:
+    """Return ``value`` in the type of ``key``. Raises ``PresetError`` naming ``where``, key, what was expected and got."""
+    if key not in KEYS:
+        raise PresetError(f"{where}: unknown setting {key!r}", _near(key, list(KEYS)) or f"settings: {', '.join(KEYS)}")
+    rule = KEYS[key]
+    if rule.optional and (value is None or value == "auto"):
+        return None
+    fits = isinstance(value, (int, float)) if rule.kind is float else isinstance(value, rule.kind)
+    if not fits or (isinstance(value, bool) and rule.kind is not bool):
+        raise PresetError(f"{where}: {key}: expected {_type_name(rule)}, got {value!r}")
+    if rule.choices is not None and value not in rule.choices:
+        raise PresetError(f"{where}: {key}: expected one of {', '.join(rule.choices)}, got {value!r}")
+    if (rule.low is not None and not value >= rule.low) or (rule.high is not None and not value <= rule.high):
+        limits = f"at least {rule.low:g}" if rule.high is None else f"{rule.low:g} to {rule.high:g}"
+        raise PresetError(f"{where}: {key}: expected {limits}, got {value!r}")
+    if key == "grid":
+        parse_grid(value, where)
+    return float(value) if rule.kind is float else value
+
+
+def parse_grid(text: str, where: str = "grid") -> tuple[int, int] | None:
+    """Return (rows, columns) of ``"24x24"``, ``None`` for ``"auto"``. Raises ``PresetError``."""
+    if text == "auto":
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 256 for part in parts):
+        raise PresetError(f"{where}: grid: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or auto, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return key and checked value of ``--set KEY=VALUE``. Raises ``PresetError``."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise PresetError(f"--set {text}: expected KEY=VALUE")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise PresetError(f"--set {text}: not a value: {_one_line(error)}") from error
+    if KEYS.get(key.strip(), KEYS["description"]).kind is str and not isinstance(parsed, str):
+        parsed = value
+    return key.strip(), check_value(key.strip(), parsed, "--set")
+
+
+def merge_settings(preset: Preset, flags: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return every setting with its source: flags win over the preset, the preset over defaults.
+
+    Naming a rate or a count by flag also chooses the matching ``sample``. Raises ``PresetError`` where values contradict.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    if "sample" not in given and ("sample_fps" in given or "sample_count" in given):
+        if "sample_fps" in given and "sample_count" in given:
+            raise PresetError("--fps and --frames: expected one of them, got both")
+        given["sample"] = "fps" if "sample_fps" in given else "count"
+        # A density belongs to the sampling that the preset names, not to the one that replaces it.
+        given.setdefault("track_density", 1)
+    if "tokens_per_frame" in given and "grid" not in given:
+        given["grid"] = "auto"
+    settings = {}
+    for key, rule in KEYS.items():
+        if key in given:
+            settings[key] = Setting(check_value(key, given[key], "flag"), "flag")
+        elif key in preset.values:
+            settings[key] = Setting(preset.values[key], f"preset {preset.name}")
+        else:
+            settings[key] = Setting(rule.default, "default")
+    # Anchors are named for the preset's own budget and scale from it.
+    reference = preset.values.get("budget_tokens", KEYS["budget_tokens"].default)
+    settings["reference_budget_tokens"] = Setting(reference, f"preset {preset.name}")
+    sample = settings["sample"].value
+    needed = {"fps": "sample_fps", "count": "sample_count"}.get(sample)
+    if needed and settings[needed].value is None:
+        raise PresetError(f"{preset.path}: sample: {sample} needs {needed}")
+    return settings
+
+
+def environment_value(name: str) -> str | None:
+    """Return a machine fact from ``FRERES_<NAME>``, ``None`` where unset or empty."""
+    return os.environ.get(f"FRERES_{name.upper()}") or None
+
+
+def _near(word: str, words: list[str]) -> str | None:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _type_name(rule: Key) -> str:
+    return {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[rule.kind]

@@ -1,0 +1,221 @@
+"""The nouns handed from stage to stage: video -> Frames -> Latents -> Tracks -> VideoTokens -> Answer.
+
+Each is frozen and checks its own shapes. Axis letters are those of the method: ``T`` sampled frames, ``H W`` token
+grid of a frame, ``C`` stored channels of a visual token, ``D <= C`` its width in the language model (the other channels
+are DeepStack rows where a family has them), ``G`` GoPs, ``P = g*g`` pooled cells, ``S`` visual tokens given to the LM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file says of itself, after rotation and sample aspect ratio.
+
+    ``None`` means that the file does not say. ``num_packets`` and ``duration_s`` come from reading all packets, not
+    from the header, which may be wrong. ``width_px height_px`` are what a viewer shows: rotated, with square pixels.
+    """
+
+    path: str
+    container: str
+    codec: str
+    width_px: int
+    height_px: int
+    coded_width_px: int
+    coded_height_px: int
+    rotation_deg: int
+    sample_aspect_ratio: float
+    source_fps: float | None
+    num_packets: int
+    start_s: float
+    duration_s: float
+    stream_index: int
+    num_video_streams: int
+    has_timestamps: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A batch of consecutive sampled frames.
+
+    ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: presentation time of each, in seconds of the file's own
+    clock. ``source_index``: ordinal of the frame in the file, in display order, from 0. A source frame that is on screen
+    at several sampled instants is given once for each of them, with the same ``source_index``.
+    """
+
+    pixels: Tensor
+    pts_seconds: tuple[float, ...]
+    source_index: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        n = self.pixels.shape[0]
+        _require(
+            self.pixels.ndim == 4 and self.pixels.shape[-1] == 3,
+            f"pixels: expected (n, h, w, 3), got {tuple(self.pixels.shape)}",
+        )
+        _require(len(self.pts_seconds) == n and len(self.source_index) == n, "one time and one index for each frame")
+
+
+@dataclass(frozen=True)
+class FrameSize:
+    """Pixels a frame is resized to, and the token grid they become."""
+
+    height_px: int
+    width_px: int
+    grid_h: int
+    grid_w: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid_h * self.grid_w
+
+
+TOKEN_KINDS = ("anchor", "dynamic", "static", "summary")
+GOP_STARTS = ("uniform", "event", "demoted")
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """What compression keeps, before any adapter; each kind is ordered by importance, so a prefix is a smaller clip.
+
+    ``width``: D; ``grid``: (T, H, W); ``pooled_grid``: cells (rows, columns); ``frame_seconds``: (T,) float64.
+
+    GoP table, G rows: ``gop_anchor_frame``, ``gop_num_residuals`` (L), ``gop_num_bins``, ``gop_bin_frames``, ``gop_start``
+    (index into ``GOP_STARTS``), ``gop_event_distance``, ``gop_residual_energy`` (all tokens), ``gop_pooled_energy`` (cells),
+    ``gop_band_energy`` (G, B) of the first bands, ``gop_segment_energy`` (G, 8) of eighths of the GoP.
+
+    Anchor tokens ``anchor_latents`` (n, C) with ``anchor_gop``, ``anchor_cell`` (raster index in the grid).
+    Coefficients ``coefficient_values`` (n, C) with ``_gop _cell _band _energy`` and ``_segments`` (n, 8), the inner product
+    with the residual in each eighth. ``base_latents`` (n, C) with ``base_gop base_cell``: pooled anchor of every cell that
+    kept a coefficient. ``static_latents`` (n, C) with ``static_gop static_cell``: time means. ``summary_base`` (n, C) and
+    ``summary_spectrum`` (n, K, C) with ``summary_gop``: means over the cells.
+    """
+
+    width: int
+    grid: tuple[int, int, int]
+    pooled_grid: tuple[int, int]
+    frame_seconds: Tensor
+    gop_anchor_frame: Tensor
+    gop_num_residuals: Tensor
+    gop_num_bins: Tensor
+    gop_bin_frames: Tensor
+    gop_start: Tensor
+    gop_event_distance: Tensor
+    gop_residual_energy: Tensor
+    gop_pooled_energy: Tensor
+    gop_band_energy: Tensor
+    gop_segment_energy: Tensor
+    anchor_latents: Tensor
+    anchor_gop: Tensor
+    anchor_cell: Tensor
+    coefficient_values: Tensor
+    coefficient_gop: Tensor
+    coefficient_cell: Tensor
+    coefficient_band: Tensor
+    coefficient_energy: Tensor
+    coefficient_segments: Tensor
+    base_latents: Tensor
+    base_gop: Tensor
+    base_cell: Tensor
+    static_latents: Tensor
+    static_gop: Tensor
+    static_cell: Tensor
+    summary_base: Tensor
+    summary_spectrum: Tensor
+    summary_gop: Tensor
+
+    def __post_init__(self) -> None:
+        t, h, w = self.grid
+        rows, columns = self.pooled_grid
+        _require(min(t, h, w, rows, columns, self.width) >= 1, "grid, pooled grid and width: expected at least 1")
+        _require(
+            tuple(self.frame_seconds.shape) == (t,),
+            f"frame_seconds: expected ({t},), got {tuple(self.frame_seconds.shape)}",
+        )
+        num_gops = self.gop_anchor_frame.shape[0]
+        limits = {"gop": num_gops, "cell": rows * columns, "band": 1 << 16}
+        channels = self.anchor_latents.shape[-1]
+        for name, tensor in self.tensors().items():
+            kind, _, column = name.partition("_")
+            if kind == "frame":
+                continue
+            rows_of_kind = num_gops if kind == "gop" else getattr(self, f"{kind}_gop").shape[0]
+            _require(tensor.shape[0] == rows_of_kind, f"{name}: expected {rows_of_kind} rows, got {tensor.shape[0]}")
+            if column in ("latents", "values", "base", "spectrum"):
+                _require(
+                    tensor.shape[-1] == channels and channels % self.width == 0, f"{name}: expected {channels} channels"
+                )
+            elif column in limits and kind != "gop" and tensor.numel():
+                limit = h * w if name == "anchor_cell" else limits[column]
+                _require(int(tensor.min()) >= 0 and int(tensor.max()) < limit, f"{name}: expected 0..{limit - 1}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("width", "grid", "pooled_grid")}
+
+    def num_tokens_by_kind(self) -> dict[str, int]:
+        """Return how many tokens of each kind these tracks give (the variant ``idct`` spends coefficients otherwise)."""
+        counts = (self.anchor_gop, self.coefficient_gop, self.static_gop, self.summary_gop)
+        return {kind: int(rows.shape[0]) for kind, rows in zip(TOKEN_KINDS, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """Visual tokens ready for the language model, in sequence order.
+
+    ``latents``: (S, C). ``positions``: (S, 3) float32, (t, h, w) on the sampled-frame axis and the token grid; may be
+    fractional. ``seconds``: (S,) float64. ``kind``: (S,) uint8 index into ``TOKEN_KINDS``. ``gop``: (S,) int64.
+    ``energy``: (S,) float32, squared L2 norm of what the token carries (0 where it means nothing).
+    ``grid``: (T, H, W) of the full-token sequence these tokens stand for. ``width``: D.
+    """
+
+    latents: Tensor
+    positions: Tensor
+    seconds: Tensor
+    kind: Tensor
+    gop: Tensor
+    energy: Tensor
+    grid: tuple[int, int, int]
+    width: int
+
+    def __post_init__(self) -> None:
+        s = self.latents.shape[0]
+        _require(
+            self.latents.ndim == 2 and self.latents.shape[1] % self.width == 0,
+            "latents: expected (S, C), C a multiple of D",
+        )
+        _require(
+            tuple(self.positions.shape) == (s, 3), f"positions: expected ({s}, 3), got {tuple(self.positions.shape)}"
+        )
+        for name in ("seconds", "kind", "gop", "energy"):
+            _require(tuple(getattr(self, name).shape) == (s,), f"{name}: expected ({s},)")
+
+    def __len__(self) -> int:
+        return int(self.latents.shape[0])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the language model said. ``choices`` maps each option to its probability where options were given."""
+
+    text: str
+    num_visual_tokens: int
+    num_context_tokens: int
+    num_new_tokens: int
+    ttft_s: float
+    tpot_s: float | None
+    finish_reason: str
+    choices: dict[str, float] | None = None
+    notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,1 @@
+"""video -> frames: decoding with PyAV and the index arithmetic of sampling."""

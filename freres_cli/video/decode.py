@@ -1,0 +1,265 @@
+"""Stream the sampled frames of a video: decode, resize, turn upright, pack into batches.
+
+Only sampled frames are converted, and one decoded frame is held at a time, so memory does not grow with the clip.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import torch
+from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+from freres_cli.errors import VideoError
+from freres_cli.records import Frames, FrameSize, VideoInfo
+from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table
+from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """What became of a file. ``lost_s``: seconds of the wanted part that could not be decoded."""
+
+    num_frames_decoded: int
+    num_frames_sampled: int
+    lost_s: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Tally:
+    """Counts kept while decoding."""
+
+    num_decoded: int = 0
+    num_sampled: int = 0
+    num_failed: int = 0
+    num_damaged: int = 0
+    num_restamped: int = 0
+    ends_badly: bool = False
+    is_exhausted: bool = False
+    covered_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A decoded frame and how long it is on screen, in seconds of the file's clock."""
+
+    frame: av.VideoFrame
+    index: int
+    start_s: float
+    end_s: float
+
+
+def decode_frames(
+    path: str | Path,
+    info: VideoInfo,
+    sampling: Sampling,
+    size: FrameSize,
+    batch_frames: int = 16,
+    strict: bool = False,
+) -> Decoder:
+    """An iterable of ``Frames`` of at most ``batch_frames`` each, resized to ``size`` and upright.
+
+    Damaged files give what can be decoded; ``Decoder.report`` then says what was lost. With ``strict`` they raise
+    ``VideoError`` instead. Iterating raises ``VideoError`` and, for a window outside the clip, ``UsageError``.
+    """
+    return Decoder(str(path), info, sampling, size, batch_frames, strict)
+
+
+class Decoder:
+    """Sampled frames of one video. Each iteration decodes the file anew; ``report`` tells of the last complete one."""
+
+    def __init__(
+        self, path: str, info: VideoInfo, sampling: Sampling, size: FrameSize, batch_frames: int, strict: bool
+    ) -> None:
+        if batch_frames < 1:
+            raise ValueError(f"batch_frames: expected at least 1, got {batch_frames}")
+        self._path, self._info, self._sampling, self._size = path, info, sampling, size
+        self._batch_frames, self._strict = batch_frames, strict
+        self._reformatter = VideoReformatter()
+        self._report: DecodeReport | None = None
+
+    @property
+    def report(self) -> DecodeReport:
+        """What became of the file; only after the last batch."""
+        if self._report is None:
+            raise RuntimeError("the report is there after the last batch")
+        return self._report
+
+    def __iter__(self) -> Iterator[Frames]:
+        self._report = None
+        table = read_packet_table(self._path, self._info.stream_index)
+        tally = _Tally()
+        with closing(self._pick(table, tally)) as picked:
+            yield from self._pack(picked, tally)
+        self._report = self._sum_up(table, tally)
+
+    def _decode(self, tally: _Tally) -> Iterator[av.VideoFrame]:
+        """Frames in display order. A packet that fails is counted and skipped."""
+        with open_video(self._path) as container:
+            stream = container.streams[self._info.stream_index]
+            stream.thread_type = "AUTO"
+            for frame in iterate_frames(container, stream):
+                if frame is None:
+                    break
+                tally.num_decoded += 1
+                yield frame
+            else:
+                return
+        # A failing packet takes frames of other threads with it, and how many depends on the machine. So a damaged file
+        # is read again on one thread, past what was delivered: every machine then gives the same frames.
+        num_delivered, num_seen = tally.num_decoded, 0
+        with open_video(self._path) as container:
+            stream = container.streams[self._info.stream_index]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            for frame in iterate_frames(container, stream):
+                tally.ends_badly = frame is None
+                if frame is None:
+                    self._refuse_if_strict("a packet cannot be decoded")
+                    tally.num_failed += 1
+                    continue
+                num_seen += 1
+                if num_seen > num_delivered:
+                    tally.num_decoded += 1
+                    yield frame
+
+    def _refuse_if_strict(self, trouble: str) -> None:
+        if self._strict:
+            raise VideoError(
+                f"{self._path}: the video is damaged: {trouble}", hint="Leave out --strict to use what can be decoded."
+            )
+
+    def _stamp(self, table: PacketTable, tally: _Tally) -> Iterator[tuple[av.VideoFrame, int, float]]:
+        """Each decoded frame with its ordinal and its time, which never runs backwards.
+
+        Where timestamps are missing, run backwards, or cannot tell when a B-frame is shown, the k-th frame out of the
+        decoder gets the k-th smallest timestamp: the decoder's order is right, and sorting would scramble it.
+        """
+        by_rank, previous = table.is_order_blind, float("-inf")
+        with closing(self._decode(tally)) as frames:
+            for index, frame in enumerate(frames):
+                own = None if frame.pts is None else float(frame.pts * frame.time_base)
+                by_rank = by_rank or own is None or own < previous
+                if by_rank:
+                    rank = min(index + tally.num_failed, len(table.stamps_s) - 1)
+                    time = max(table.stamps_s[rank], previous)
+                    tally.num_restamped += table.has_timestamps and time != own
+                else:
+                    time = own
+                if frame.is_corrupt:
+                    self._refuse_if_strict(f"the frame at {time:.3f} s is broken")
+                    tally.num_damaged += 1
+                previous = time
+                yield frame, index, time
+
+    def _show(self, table: PacketTable, tally: _Tally) -> Iterator[_Shown]:
+        """Each frame with the time it leaves the screen: when the next one comes."""
+        held: tuple[av.VideoFrame, int, float] | None = None
+        with closing(self._stamp(table, tally)) as stamped:
+            for frame, index, time in stamped:
+                if held is not None:
+                    yield _Shown(*held, end_s=time)
+                held = (frame, index, time)
+        if held is not None:
+            following = bisect_right(table.stamps_s, held[2] + TOLERANCE_S)
+            tally.covered_s = table.stamps_s[following] if following < len(table.stamps_s) else table.end_s
+            yield _Shown(*held, end_s=tally.covered_s)
+        tally.is_exhausted = True
+
+    def _pick(self, table: PacketTable, tally: _Tally) -> Iterator[tuple[_Shown, int]]:
+        """Frames that are sampled, each with the number of instants at which it is on screen."""
+        info = self._info
+        first, last = sampling_window(self._sampling, info.start_s, info.duration_s)
+        has_window = self._sampling.start_s is not None or self._sampling.end_s is not None
+        instants = sampling_instants(self._sampling, info.start_s, info.duration_s, info.num_packets)
+        position = 0
+        with closing(self._show(table, tally)) as frames:
+            for shown in frames:
+                if instants is None:
+                    if has_window and shown.start_s >= last - TOLERANCE_S:
+                        return
+                    if not has_window or shown.end_s > first + TOLERANCE_S:
+                        yield shown, 1
+                    continue
+                following = bisect_left(instants, shown.end_s - TOLERANCE_S, lo=position)
+                if following > position:
+                    yield shown, following - position
+                position = following
+                if position == len(instants):
+                    return
+
+    def _convert(self, frame: av.VideoFrame) -> Tensor:
+        """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then turned upright."""
+        quarter_turns = self._info.rotation_deg // 90
+        height, width = self._size.height_px, self._size.width_px
+        if quarter_turns % 2:
+            height, width = width, height
+        try:
+            # Frames decode on several threads already; more of them inside the resize only get in the way.
+            resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+        except FFmpegError as error:
+            raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
+        plane = resized.planes[0]
+        # Rows are padded to a multiple of the vector width.
+        picture = torch.frombuffer(plane, dtype=torch.uint8).as_strided((height, width, 3), (plane.line_size, 3, 1))
+        return torch.rot90(picture, quarter_turns) if quarter_turns else picture
+
+    def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
+        shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
+        pixels, times, indices = torch.empty(shape, dtype=torch.uint8), [], []
+        for shown, repeats in picked:
+            picture = self._convert(shown.frame)
+            for _ in range(repeats):
+                pixels[len(times)].copy_(picture)
+                times.append(shown.start_s)
+                indices.append(shown.index)
+                tally.num_sampled += 1
+                if len(times) == self._batch_frames:
+                    yield Frames(pixels, tuple(times), tuple(indices))
+                    pixels, times, indices = torch.empty(shape, dtype=torch.uint8), [], []
+        if times:
+            yield Frames(pixels[: len(times)], tuple(times), tuple(indices))
+
+    def _sum_up(self, table: PacketTable, tally: _Tally) -> DecodeReport:
+        if tally.num_sampled == 0:
+            raise VideoError(
+                f"{self._path}: not one frame of the wanted part can be decoded",
+                hint="The file is damaged; try to play it, or fetch it again.",
+            )
+        lost = self._measure_loss(table, tally)
+        if lost > 0:
+            self._refuse_if_strict(f"{lost:.2f} s are lost")
+        return DecodeReport(tally.num_decoded, tally.num_sampled, lost, tuple(self._describe(tally, lost)))
+
+    def _measure_loss(self, table: PacketTable, tally: _Tally) -> float:
+        """Seconds that the wanted part should have and no decoded frame covers."""
+        if not tally.is_exhausted:
+            tail, due = 0.0, tally.num_decoded
+        else:
+            end = table.end_s + (table.missing_s if table.is_cut or tally.ends_badly else 0.0)
+            if self._sampling.end_s is not None:
+                end = min(end, self._info.start_s + self._sampling.end_s)
+            tail = end - tally.covered_s
+            due = bisect_left(table.stamps_s, tally.covered_s - TOLERANCE_S)
+        # Frames held longer because their successors failed hide a hole inside the clip.
+        hole = (due - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
+        return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
+
+    def _describe(self, tally: _Tally, lost: float) -> Iterator[str]:
+        if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
+            yield f"{self._sampling.count} frames asked, {tally.num_sampled} given: the clip has no more"
+        if tally.num_restamped:
+            yield f"timestamps run backwards: {tally.num_restamped} frames are timed by their order"
+        if tally.num_failed:
+            yield f"{tally.num_failed} packets cannot be decoded and are skipped"
+        if tally.num_damaged:
+            yield f"{tally.num_damaged} frames are damaged"
+        if lost > 0:
+            yield f"{lost:.2f} s of video are lost"

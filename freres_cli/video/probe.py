@@ -1,0 +1,296 @@
+"""Open a video file and learn what is in it by reading all its packets. Headers are not believed.
+
+Real files promise frames they do not hold, give rates that are off by a factor of six, start at 8.3 s, or have no
+timestamps at all; packets tell the truth at the price of one read of the file, without decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+import statistics
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from freres_cli.errors import VideoError
+from freres_cli.records import VideoInfo
+
+GUESSED_FPS = 25.0
+# FFmpeg reads plain text as terminal art; nobody means that.
+NOT_VIDEO_FORMATS = frozenset({"tty", "lavfi"})
+
+
+@dataclass(frozen=True)
+class PacketTable:
+    """When the frames of one video stream are shown, learnt without decoding. Times in seconds of the file's clock.
+
+    ``stamps_s``: ascending, one for each packet. ``end_s``: when the last frame leaves the screen. ``gap_s``: the usual
+    time between frames. ``is_order_blind``: timestamps ascend in the file although the codec may reorder frames, so they
+    cannot tell when a B-frame is shown. ``missing_s``: how much longer the header says the file is. ``is_cut``: something proves that the end
+    of the file is missing.
+    """
+
+    stamps_s: array[float]
+    end_s: float
+    gap_s: float
+    has_timestamps: bool
+    is_order_blind: bool
+    missing_s: float
+    is_cut: bool
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, as 64 hexadecimal digits. Raises ``VideoError``."""
+    _require_regular_file(str(path))
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_regular_file(path: str) -> None:
+    try:
+        status = Path(path).stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise VideoError(f"{path}: is a directory", hint="Name one video file.")
+        # Opening a pipe would wait for ever, so its kind is checked first.
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError(
+                f"{path}: is a pipe or device, not a file",
+                hint="Save the video to a file first: it is read more than once.",
+            )
+        with Path(path).open("rb"):
+            pass
+    except FileNotFoundError as error:
+        raise VideoError(f"{path}: no such file", hint="Check the path.") from error
+    except PermissionError as error:
+        raise VideoError(f"{path}: permission denied", hint="Make the file readable for this user.") from error
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be opened: {error.strerror}") from error
+    if status.st_size == 0:
+        raise VideoError(f"{path}: the file is empty", hint="The download or copy may have failed.")
+
+
+def _describe(error: FFmpegError) -> str:
+    """FFmpeg's reason, with its last log line, which is often the only telling part."""
+    logged = error.log[1] if error.log else None
+    reason = error.strerror or type(error).__name__
+    return f"{reason} ({logged[2].strip()})" if logged else reason
+
+
+def open_video(path: str) -> InputContainer:
+    """The opened file; the caller closes it. Raises ``VideoError``."""
+    _require_regular_file(path)
+    # Troubles are reported as errors and notes of ours: FFmpeg's own chatter would end up between them.
+    av.logging.set_libav_level(av.logging.PANIC)
+    try:
+        # An absolute path cannot be taken for a URL, and a playlist must not reach for the network.
+        container = av.open(
+            str(Path(path).absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"}
+        )
+    except FFmpegError as error:
+        raise VideoError(
+            f"{path}: not a video that can be read: {_describe(error)}",
+            hint="The file may be cut short, damaged, or not a video; try to play it, or fetch it again.",
+        ) from error
+    if container.format.name in NOT_VIDEO_FORMATS:
+        container.close()
+        raise VideoError(f"{path}: not a video but text", hint="Name a video file.")
+    return container
+
+
+def _real_video_streams(container: InputContainer) -> list[VideoStream]:
+    """Video streams that are not the cover picture of a song."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
+def _select_stream(path: str, container: InputContainer, number: int | None) -> VideoStream:
+    streams = _real_video_streams(container)
+    if not streams:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        raise VideoError(f"{path}: has no video stream, only {' and '.join(kinds)}", hint="Name a file with video.")
+    if number is not None and not 0 <= number < len(streams):
+        raise VideoError(f"{path}: video stream: expected 0 to {len(streams) - 1}, got {number}")
+    stream = streams[number or 0]
+    if stream.codec_context is None:
+        raise VideoError(
+            f"{path}: this build of FFmpeg has no decoder for its video", hint="Convert the file to H.264 first."
+        )
+    return stream
+
+
+def iterate_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame | None]:
+    """Decoded frames in display order. ``None`` stands for a packet that cannot be read or decoded."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except FFmpegError:
+            yield None
+            packet = av.Packet()  # An empty packet asks the decoder for the frames it still holds.
+            packet.stream = stream
+            packets = iter(())
+        if packet is None:
+            return
+        try:
+            frames = packet.decode()
+        except FFmpegError:
+            yield None
+            continue
+        yield from frames
+
+
+def _first_frame(path: str, container: InputContainer, stream: VideoStream) -> av.VideoFrame:
+    frame = next((f for f in iterate_frames(container, stream) if f is not None), None)
+    if frame is None:
+        raise VideoError(
+            f"{path}: not one frame can be decoded", hint="The file is damaged; try to play it, or fetch it again."
+        )
+    return frame
+
+
+def read_packet_table(path: str, stream_index: int) -> PacketTable:
+    """The packet table of one stream. It is kept for files that did not change. Raises ``VideoError``."""
+    _require_regular_file(path)
+    status = Path(path).stat()
+    return _read_packet_table(path, stream_index, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_packet_table(path: str, stream_index: int, _size: int, _mtime_ns: int) -> PacketTable:
+    stamps: list[int | None] = []
+    durations: list[int] = []
+    file_start, file_end = float("inf"), 0.0
+    num_discarded, is_cut = 0, False
+    with open_video(path) as container:
+        stream = container.streams[stream_index]
+        try:
+            for packet in container.demux():
+                if packet.size == 0:
+                    continue
+                is_cut = packet.is_corrupt
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if stamp is not None:
+                    file_start = min(file_start, float(stamp * packet.time_base))
+                    file_end = max(file_end, float((stamp + (packet.duration or 0)) * packet.time_base))
+                if packet.stream_index == stream_index and packet.is_discard:
+                    num_discarded += 1
+                elif packet.stream_index == stream_index:
+                    stamps.append(stamp)
+                    durations.append(packet.duration or 0)
+        except FFmpegError:
+            is_cut = True
+        # The sample tables of mp4 and mov are exact, unlike the counts of other containers.
+        if "mp4" in container.format.name and stream.frames > len(stamps) + num_discarded:
+            is_cut = True
+        promised = (container.duration or 0) / av.time_base
+        # Some containers count from the first packet, others from 0: believe the milder reading.
+        held = max(file_end, file_end - file_start)
+        missing = max(0.0, promised - held) if stamps and file_start < float("inf") else 0.0
+        return _build_table(path, stream, stamps, durations, missing, is_cut)
+
+
+def _build_table(
+    path: str,
+    stream: VideoStream,
+    stamps: list[int | None],
+    durations: list[int],
+    missing_s: float,
+    is_cut: bool,
+) -> PacketTable:
+    if not stamps:
+        raise VideoError(f"{path}: holds no video packets", hint="The file may be cut short; fetch it again.")
+    has_timestamps = any(stamp is not None for stamp in stamps)
+    time_base = stream.time_base
+    if not has_timestamps:
+        usual = statistics.median(durations) * time_base
+        gap = float(usual or 1 / Fraction(stream.guessed_rate or GUESSED_FPS))
+        seconds = [k * gap for k in range(len(stamps))]
+        return PacketTable(array("d", seconds), len(stamps) * gap, gap, False, True, missing_s, is_cut)
+    filled: list[int] = []
+    for stamp, duration in zip(stamps, durations, strict=True):
+        filled.append(stamp if stamp is not None else filled[-1] + duration if filled else 0)
+    ascending = sorted(filled)
+    steps = [b - a for a, b in pairwise(ascending) if b > a]
+    last_duration = durations[filled.index(ascending[-1])]
+    usual = statistics.median(steps) if steps else last_duration
+    gap = float(usual * time_base) or 1 / GUESSED_FPS
+    end = float(ascending[-1] * time_base) + (float(last_duration * time_base) or gap)
+    seconds = array("d", (float(stamp * time_base) for stamp in ascending))
+    is_order_blind = filled == ascending and bool(stream.codec_context.has_b_frames)
+    return PacketTable(seconds, end, gap, True, is_order_blind, missing_s, is_cut)
+
+
+def _describe_oddities(container: InputContainer, stream: VideoStream, table: PacketTable) -> Iterator[str]:
+    held, rate = len(table.stamps_s), _measure_fps(table)
+    if stream.frames and stream.frames != held:
+        yield f"header promises {stream.frames} frames, the file holds {held}"
+    if table.missing_s > max(0.5, 2 * table.gap_s):
+        duration = (container.duration or 0) / av.time_base
+        yield f"header promises {duration:.2f} s, the file ends {table.missing_s:.2f} s earlier"
+    header_rate = stream.average_rate
+    if rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
+        yield f"header says {float(header_rate):.2f} frames per second, the timestamps say {rate:.2f}"
+    if not table.has_timestamps:
+        yield f"the file has no timestamps: times are guessed from {1 / table.gap_s:.2f} frames per second"
+    steps = [b - a for a, b in pairwise(table.stamps_s)]
+    if steps and max(steps) > 2 * min(steps) + 0.002:
+        yield f"variable frame rate: frames are {min(steps) * 1e3:.0f} to {max(steps) * 1e3:.0f} ms apart"
+    num_streams = len(_real_video_streams(container))
+    if num_streams > 1:
+        yield f"{num_streams} video streams: stream {stream.index} of the file is used"
+
+
+def _measure_fps(table: PacketTable) -> float | None:
+    """Mean rate of the timestamps, or the guessed one; ``None`` for a single frame."""
+    span = table.stamps_s[-1] - table.stamps_s[0]
+    return (len(table.stamps_s) - 1) / span if span > 0 else None
+
+
+def probe_video(path: str | Path, stream: int | None = None) -> VideoInfo:
+    """What the file holds, from its packets and its first decodable frame.
+
+    ``stream`` picks the n-th video stream, from 0, not counting cover pictures; by default the first. ``source_fps`` is
+    the mean rate of the timestamps. ``rotation_deg`` is 0, 90, 180 or 270: how far a viewer turns the picture
+    counterclockwise. Raises ``VideoError``.
+    """
+    path = str(path)
+    with open_video(path) as container:
+        chosen = _select_stream(path, container, stream)
+        table = read_packet_table(path, chosen.index)
+        frame = _first_frame(path, container, chosen)
+        notes = list(_describe_oddities(container, chosen, table))
+        rotation = round(frame.rotation / 90) * 90 % 360
+        if frame.rotation % 90:
+            notes.append(f"the file asks to be turned by {frame.rotation} degrees: {rotation} is used")
+        aspect = float(chosen.sample_aspect_ratio or 1) or 1.0
+        shown = (max(1, round(frame.width * aspect)), frame.height)
+        width, height = shown if rotation % 180 == 0 else shown[::-1]
+        return VideoInfo(
+            path=path,
+            container=container.format.name,
+            codec=chosen.codec_context.codec.canonical_name,
+            width_px=width,
+            height_px=height,
+            coded_width_px=frame.width,
+            coded_height_px=frame.height,
+            rotation_deg=rotation,
+            sample_aspect_ratio=aspect,
+            source_fps=_measure_fps(table),
+            num_packets=len(table.stamps_s),
+            start_s=table.stamps_s[0],
+            duration_s=table.end_s - table.stamps_s[0],
+            stream_index=chosen.index,
+            num_video_streams=len(_real_video_streams(container)),
+            has_timestamps=table.has_timestamps,
+            notes=tuple(notes),
+        )

@@ -1,0 +1,103 @@
+"""Which instants of a clip are looked at: pure arithmetic, no video library.
+
+An instant names the frame on screen then: the last one whose timestamp is not after it, or the first frame where the
+instant is before them all. A frame on screen at several instants is given once for each, because the temporal DCT and
+the language model's time axis both assume a uniform grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from freres_cli.errors import UsageError
+
+MODES = ("fps", "count", "native")
+
+# Containers with millisecond clocks store 2/30 s as 0.067: a frame may be stamped this much after its true time.
+TOLERANCE_S = 1e-3
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How frames are chosen: ``fps`` a second, ``count`` in all, or every frame (``native``).
+
+    ``start_s`` and ``end_s`` narrow it to a window, in seconds after the first frame of the clip.
+    """
+
+    mode: str
+    fps: float | None = None
+    count: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"sampling mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        if (self.fps is not None) != (self.mode == "fps") or (self.count is not None) != (self.mode == "count"):
+            raise UsageError(
+                f"sampling mode {self.mode}: got fps={self.fps}, count={self.count}",
+                hint="Give fps with mode fps, count with mode count, neither with mode native.",
+            )
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise UsageError(f"fps: expected a finite number above 0, got {self.fps}")
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"number of frames: expected at least 1, got {self.count}")
+        self._check_window()
+
+    def _check_window(self) -> None:
+        start = 0.0 if self.start_s is None else self.start_s
+        if not (math.isfinite(start) and start >= 0):
+            raise UsageError(f"start of the window: expected a finite number of at least 0 s, got {start}")
+        if self.end_s is not None and not (math.isfinite(self.end_s) and self.end_s > start):
+            raise UsageError(f"end of the window: expected a finite number above {start:g} s, got {self.end_s}")
+
+
+def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tuple[float, float]:
+    """First and last instant of the window on the file's own clock, in seconds. The last one is not part of it.
+
+    Raises ``UsageError`` where the window starts after the clip's end.
+    """
+    end = duration_s if sampling.end_s is None else min(duration_s, sampling.end_s)
+    start = sampling.start_s or 0.0
+    if start > 0 and start >= duration_s - TOLERANCE_S:
+        raise UsageError(
+            f"the window starts at {start:g} s: the clip lasts {duration_s:.3f} s",
+            hint="Times count from the first frame of the clip.",
+        )
+    return start_s + start, start_s + end
+
+
+def sampling_instants(
+    sampling: Sampling, start_s: float, duration_s: float, num_packets: int
+) -> Sequence[float] | None:
+    """Instants to look at, ascending, in seconds of the file's own clock; ``None`` means every frame.
+
+    ``start_s duration_s num_packets`` are those of the clip. A ``count`` above the number of frames is capped to it.
+    """
+    if sampling.mode == "native":
+        return None
+    first, last = sampling_window(sampling, start_s, duration_s)
+    span = last - first
+    count = num_sampled_frames(sampling, start_s, duration_s, num_packets)
+    # Each instant is computed from its number: adding up steps of 1/fps drifts by a frame in an hour.
+    if sampling.fps is not None:
+        return tuple(first + k / sampling.fps for k in range(count))
+    return tuple(first + (i + 0.5) * span / count for i in range(count))
+
+
+def num_sampled_frames(sampling: Sampling, start_s: float, duration_s: float, num_packets: int) -> int:
+    """Frames that ``sampling`` gives, at least 1, told without decoding.
+
+    Exact for a clip whose every packet decodes, but for a window of ``native``, where frames are taken to be evenly
+    spread.
+    """
+    first, last = sampling_window(sampling, start_s, duration_s)
+    span = last - first
+    if sampling.fps is not None:
+        # An instant within the tolerance of the end would show a frame that is already over.
+        return max(1, math.ceil((span - TOLERANCE_S) * sampling.fps - 1e-6))
+    share = span / duration_s if duration_s > 0 else 1.0
+    num_frames = max(1, math.ceil(num_packets * share - 1e-6))
+    return num_frames if sampling.count is None else min(sampling.count, num_frames)

@@ -1,0 +1,217 @@
+"""Cost of a clip, compressed and in full: every row in a process of its own, so that running out of memory is a row."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freres_cli.backbones.registry import load_language_model
+from freres_cli.bench.clock import PeakMemory, StageTimer
+from freres_cli.bench.report import summarize_runs
+from freres_cli.devices import Device
+from freres_cli.errors import BackboneError, FreresError, ResourceError
+from freres_cli.method.tokens import build_tokens
+from freres_cli.presets import Setting
+from freres_cli.records import VideoTokens
+from freres_cli.workflows.ask import AskRequest, Session, open_session
+from freres_cli.workflows.compress import CompressRequest, load_encoder, plan_compression, run_stages
+from freres_cli.world.bundled_model import bundled_model_dir
+
+FULL_BUDGET = 2**31 - 1  # every token of the clip
+STAGES = ("load_s", "decode_s", "encode_s", "compress_s", "prefill_s", "ttft_s", "next_ttft_s", "tpot_s")
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to measure. One of ``compress`` (a video) and ``bundle`` is given.
+
+    ``warmup`` runs are not counted; ``timeout_s`` ends a row that takes longer.
+    """
+
+    device: Device
+    question: str
+    repeat: int
+    warmup: int
+    max_new_tokens: int
+    timeout_s: float
+    compress: CompressRequest | None = None
+    bundle: AskRequest | None = None
+
+
+def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
+    """Return a row for Fre-Res and one for the full-token run of the same model.
+
+    A row has ``status`` ok, out_of_memory, context_exceeded or timed_out; figures it does not reach are ``None``. Raises
+    the ``FreresError`` of a video, bundle or model that cannot be used at all.
+    """
+    rows = []
+    for method in ("fre-res", "full"):
+        row = _run_apart(request, method)
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return rows
+
+
+def _run_apart(request: ProfileRequest, method: str) -> dict[str, Any]:
+    """Measure one row in a fresh process, and tell how it ended."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_row_process, args=(theirs, request, method), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        outcome = ours.recv() if ours.poll(request.timeout_s) else None
+        is_late = outcome is None
+    except EOFError:
+        outcome, is_late = None, False
+    finally:
+        process.kill() if process.is_alive() and not ours.closed else None
+        process.join()
+    if isinstance(outcome, dict):
+        return outcome
+    if isinstance(outcome, FreresError) and not isinstance(outcome, ResourceError):
+        if not (isinstance(outcome, BackboneError) and "context" in outcome.message):
+            raise outcome
+        return _empty_row(method, "context_exceeded", outcome.message)
+    if is_late:
+        return _empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
+    why = outcome.message if outcome is not None else f"the process was ended by the system ({process.exitcode})"
+    return _empty_row(method, "out_of_memory", why)
+
+
+def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
+    figures = {name: None for name in ("visual_tokens", "context_tokens", "full_tokens", "peak_memory_bytes")}
+    figures |= {"encode_peak_memory_bytes": None, "ask_peak_memory_bytes": None, "base_memory_bytes": None}
+    return {"method": method, "status": status, "message": message, **figures, **dict.fromkeys(STAGES), "spread": {}}
+
+
+def _row_process(connection: Connection, request: ProfileRequest, method: str) -> None:
+    try:
+        if not request.device.is_cuda:
+            _limit_memory()
+        connection.send(_measure_row(request, method))
+    except MemoryError:
+        connection.send(ResourceError("not enough memory"))
+    except FreresError as error:
+        connection.send(error)
+    finally:
+        connection.close()
+
+
+def _limit_memory() -> None:
+    """Let allocations fail at what the machine has, instead of letting the system kill its neighbours."""
+    if sys.platform != "linux":
+        return
+    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + available, mapped + available))
+
+
+def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
+    device = torch.device(request.device.name)
+    memory = PeakMemory(device)
+    row = _empty_row(method, "ok", None) | {"base_memory_bytes": memory.read_bytes()}
+    runs: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    if request.compress is not None:
+        tokens, full_tokens = _encode_runs(request, method, runs)
+        row["encode_peak_memory_bytes"] = memory.read_bytes()
+        memory.reset()
+        session = _session_for(request, tokens, full_tokens, runs)
+    else:
+        assert request.bundle is not None
+        session = open_session(request.bundle)
+        runs["load_s"].append(session.load_s)
+        if method == "full":
+            session.tokens = _stand_in(session.tokens, session.full_tokens)
+            row["message"] = "full tokens stand in as random latents: the bundle does not hold the video"
+    for run in range(-request.warmup, request.repeat):
+        context_tokens = _ask_once(session, request, runs if run >= 0 else None)
+    row["ask_peak_memory_bytes"] = memory.read_bytes()
+    row["peak_memory_bytes"] = max(row["ask_peak_memory_bytes"], row["encode_peak_memory_bytes"] or 0)
+    row |= {"visual_tokens": len(session.tokens), "full_tokens": session.full_tokens, "context_tokens": context_tokens}
+    row["spread"] = {stage: summarize_runs(values) for stage, values in runs.items() if values}
+    return row | {stage: spread["median"] for stage, spread in row["spread"].items()}
+
+
+def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[float]]) -> tuple[VideoTokens, int]:
+    """Decode, encode and compress as often as asked; return the tokens and the full-token count."""
+    compress = request.compress
+    assert compress is not None
+    if method == "full":
+        settings = {
+            **compress.settings,
+            "budget_tokens": Setting(FULL_BUDGET, "full"),
+            "track_density": Setting(1, "full"),
+        }
+        compress = replace(compress, settings=settings)
+    timer = StageTimer(torch.device(request.device.name))
+    with timer.stage("load"):
+        encoder = load_encoder(compress)
+    runs["load_s"].append(timer.seconds["load"])
+    plan = plan_compression(compress, encoder)
+    for run in range(-request.warmup, request.repeat):
+        timer.seconds.clear()
+        tracks, _, _ = run_stages(compress, plan, encoder, timer)
+        if run >= 0:
+            for stage in ("decode", "encode", "compress"):
+                runs[f"{stage}_s"].append(timer.seconds[stage])
+    with torch.no_grad():
+        tokens = build_tokens(tracks, compress.settings["variant"].value)
+    return tokens, min(plan.baseline_frames, tracks.grid[0]) * plan.size.num_tokens
+
+
+def _session_for(
+    request: ProfileRequest, tokens: VideoTokens, full_tokens: int, runs: dict[str, list[float]]
+) -> Session:
+    """Return a session over tokens that were never written to a bundle."""
+    compress = request.compress
+    assert compress is not None
+    timer = StageTimer(torch.device(request.device.name))
+    with timer.stage("load"):
+        model = load_language_model(
+            compress.model, compress.device, compress.dtype, compress.revision, bundled_directory=bundled_model_dir()
+        )
+    runs["load_s"][0] += timer.seconds["load"]
+    return Session(model, tokens, full_tokens, compress.settings["text_after"].value, timer.seconds["load"])
+
+
+def _stand_in(tokens: VideoTokens, full_tokens: int) -> VideoTokens:
+    """Random latents for every token of the full sequence: cost does not depend on their values."""
+    _, grid_h, grid_w = tokens.grid
+    num_frames = full_tokens // (grid_h * grid_w)
+    index = torch.arange(full_tokens)
+    t, h, w = index // (grid_h * grid_w), index // grid_w % grid_h, index % grid_w
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(full_tokens, tokens.latents.shape[1], generator=generator).to(tokens.latents.dtype)
+    return VideoTokens(
+        latents=latents,
+        positions=torch.stack([t, h, w], dim=1).to(torch.float32),
+        seconds=t.to(torch.float64),
+        kind=torch.zeros(full_tokens, dtype=torch.uint8),
+        gop=t,
+        energy=torch.zeros(full_tokens),
+        grid=(num_frames, grid_h, grid_w),
+        width=tokens.width,
+    )
+
+
+def _ask_once(session: Session, request: ProfileRequest, runs: dict[str, list[float]] | None) -> int:
+    """Ask once with a cold prefix and once with the prefix reused; return the tokens in context."""
+    session.forget_prefix()
+    first = session.ask(request.question, max_new_tokens=request.max_new_tokens)
+    second = session.ask(request.question, max_new_tokens=1)
+    if runs is not None:
+        runs["prefill_s"].append(session.prefill_s)
+        runs["ttft_s"].append(first.ttft_s)
+        runs["next_ttft_s"].append(second.ttft_s)
+        runs["tpot_s"] += [] if first.tpot_s is None else [first.tpot_s]
+    return first.num_context_tokens

@@ -1,0 +1,72 @@
+"""A short clip with known content, drawn and encoded on the spot: for the demo and for profiling without a video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from freres_cli.errors import ResourceError
+
+SIDE_PX = 288
+FPS = 30
+CUT_AT = 0.5  # share of the clip after which the scene changes
+FLASH_FRAMES = 3
+
+
+@dataclass(frozen=True)
+class ClipQuestion:
+    """A question about the made clip, its options and the true one. ``is_transient``: on screen for a few frames only."""
+
+    question: str
+    choices: tuple[str, ...]
+    truth: str
+    is_transient: bool
+
+
+QUESTIONS = (
+    ClipQuestion("Which way does the red square move?", ("left", "right", "up", "down"), "right", False),
+    ClipQuestion("What moves after the cut?", ("a square", "a circle", "a triangle", "nothing"), "a circle", False),
+    ClipQuestion(
+        "Which colour flashes for a moment near the end?", ("yellow", "white", "purple", "black"), "yellow", True
+    ),
+)
+
+
+def make_clip(path: Path, seconds: float = 4.0) -> Path:
+    """Write an H.264 file at 30 fps and return its path: a red square moves right; cut; a green circle moves down and a
+    yellow patch is there for 3 frames. Raises ``ResourceError`` where PyAV was built without an H.264 encoder."""
+    num_frames = max(2, round(seconds * FPS))
+    try:
+        with av.open(str(path), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "threads": "1"})
+            stream.width = stream.height = SIDE_PX
+            stream.pix_fmt = "yuv420p"
+            for index in range(num_frames):
+                frame = av.VideoFrame.from_ndarray(draw_frame(index, num_frames), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    except (av.FFmpegError, ValueError) as error:
+        raise ResourceError(f"{path}: the clip cannot be encoded: {error}", "name a video instead") from error
+    return path
+
+
+def draw_frame(index: int, num_frames: int) -> np.ndarray:
+    """Return frame ``index`` of the clip: (288, 288, 3) uint8 RGB."""
+    y, x = np.mgrid[0:SIDE_PX, 0:SIDE_PX].astype(np.float32)
+    share = index / num_frames
+    image = np.empty((SIDE_PX, SIDE_PX, 3), np.float32)
+    if share < CUT_AT:
+        image[...] = (70 + 60 * y / SIDE_PX)[..., None]
+        centre = SIDE_PX * (0.15 + 0.7 * share / CUT_AT)
+        image[(np.abs(x - centre) < 28) & (np.abs(y - SIDE_PX / 2) < 28)] = (220, 30, 30)
+        return image.astype(np.uint8)
+    image[...] = np.stack([30 + 0 * x, 50 + 60 * x / SIDE_PX, 150 + 0 * x], axis=-1)
+    centre = SIDE_PX * (0.15 + 0.7 * (share - CUT_AT) / (1 - CUT_AT))
+    image[(x - SIDE_PX / 2) ** 2 + (y - centre) ** 2 < 32**2] = (40, 200, 60)
+    flash = round(num_frames * 0.8)
+    if flash <= index < flash + FLASH_FRAMES:
+        image[(x > SIDE_PX * 0.72) & (y < SIDE_PX * 0.28)] = (240, 220, 40)
+    return image.astype(np.uint8)

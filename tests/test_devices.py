@@ -1,0 +1,105 @@
+"""Which device and dtype are chosen, and what is said of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from freres_cli.devices import Device, choose_device, choose_dtype, memory_errors_as, set_seed
+from freres_cli.errors import ResourceError, UsageError
+
+CPU = Device("cpu", "CPU", "sdpa", "")
+CUDA = Device("cuda:0", "a GPU", "sdpa", "")
+GIB = 2**30
+
+
+@pytest.fixture
+def num_cuda(monkeypatch):
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        properties = type("Properties", (), {"name": "a GPU", "total_memory": 24 * GIB})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _ordinal: properties)
+
+    return pretend
+
+
+@pytest.mark.parametrize("requested", [None, "auto"])
+def test_auto_takes_the_cpu_only_with_a_word(num_cuda, requested):
+    num_cuda(0)
+    device = choose_device(requested)
+    assert device.name == "cpu"
+    assert "auto: torch sees no CUDA device" in device.note
+
+
+def test_auto_takes_cuda_where_there_is_one(num_cuda):
+    num_cuda(1)
+    device = choose_device("auto")
+    assert (device.name, device.is_cuda) == ("cuda:0", True)
+    assert device.note == "device cuda:0 (a GPU, 24 GiB): auto: CUDA is available"
+
+
+def test_what_is_asked_for_is_taken(num_cuda):
+    num_cuda(2)
+    assert choose_device("cpu").note.endswith("asked for")
+    assert choose_device("cuda").name == "cuda:0"
+    assert choose_device("cuda:1").name == "cuda:1"
+
+
+@pytest.mark.parametrize(("requested", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
+def test_a_cuda_device_that_is_not_there(num_cuda, requested, count):
+    num_cuda(count)
+    with pytest.raises(ResourceError, match=f"{requested} is not there: expected one of {count} CUDA devices"):
+        choose_device(requested)
+
+
+@pytest.mark.parametrize("requested", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps"])
+def test_other_names_are_refused(requested):
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda or cuda:N"):
+        choose_device(requested)
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "weight_bytes", "expected"),
+    [
+        (None, CPU, GIB - 1, torch.float32),
+        ("auto", CPU, GIB, torch.bfloat16),
+        ("auto", CUDA, 1, torch.bfloat16),
+        ("float16", CPU, 1, torch.float16),
+        ("float32", CUDA, 10 * GIB, torch.float32),
+    ],
+)
+def test_dtype(requested, device, weight_bytes, expected):
+    dtype, note = choose_dtype(requested, device, torch.bfloat16, weight_bytes)
+    assert dtype == expected
+    assert str(expected).removeprefix("torch.") in note
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(UsageError, match="expected one of auto, float32, bfloat16, float16, got int8"):
+        choose_dtype("int8", CPU, torch.float32, 1)
+
+
+@pytest.mark.parametrize(
+    "failure", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_memory_failures_become_one_line(failure):
+    with pytest.raises(ResourceError, match="the thing: out of memory"), memory_errors_as("the thing", "a hint"):
+        raise failure
+
+
+def test_other_failures_pass():
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors_as("the thing", "a hint"):
+        raise RuntimeError("shapes do not match")
+
+
+def test_a_huge_allocation_is_a_resource_error():
+    with pytest.raises(ResourceError), memory_errors_as("the thing", "a hint"):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_set_seed():
+    set_seed(3)
+    first = torch.rand(2)
+    set_seed(3)
+    assert torch.equal(torch.rand(2), first)
