@@ -166,7 +166,7 @@ class Tracks:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("width", "grid", "pooled_grid")}
 
     def num_tokens_by_kind(self) -> dict[str, int]:
-        """Return how many tokens of each kind these tracks give (the variant ``idct`` spends coefficients otherwise)."""
+        """Return how many tokens of each kind these tracks give, whatever the variant."""
         counts = (self.anchor_gop, self.coefficient_gop, self.static_gop, self.summary_gop)
         return {kind: int(rows.shape[0]) for kind, rows in zip(TOKEN_KINDS, counts, strict=True)}
 

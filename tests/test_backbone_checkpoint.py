@@ -13,7 +13,6 @@ import pytest
 import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
-from tiny_models import CPU, make_qwen2_vl, open_checkpoint, rewrite_weights, to_new_layout
 
 from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.checkpoint import fingerprint, resolve_checkpoint
@@ -21,6 +20,7 @@ from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEnc
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, load_language_model, load_vision_encoder
 from freres_cli.errors import BackboneError, ResourceError
 from freres_cli.world.bundled_model import bundled_model_dir, bundled_model_info, make_checkpoint
+from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, rewrite_weights, to_new_layout
 
 SUPPORTED = tuple(FAMILIES)
 

@@ -39,7 +39,6 @@ def select_tracks(
     order = _coefficient_order(gops, moving, width, static)
     dynamic_available = 0 if plan.is_lossless else order.shape[0]
     allocation = allocate_budget(plan.budget_tokens, settings, **rules, dynamic_available=dynamic_available)
-    allocation = _spend_rest(allocation, plan, settings, rules["anchor_available"])
     kept = order[: allocation.dynamic]
     summary = [standing[i] for i in spread_order(len(standing))] + _strongest_first(gops, demoted)
     summary = summary[: allocation.summary]
@@ -81,22 +80,6 @@ def cut_tracks(tracks: Tracks, settings: MethodSettings, budget_tokens: int) -> 
         keep = torch.isin(tracks.base_gop * cells + tracks.base_cell, used)
         cut |= {name: getattr(tracks, name)[keep] for name in ("base_latents", "base_gop", "base_cell")}
     return replace(tracks, **cut)
-
-
-def num_dense_frames(num_coefficients: int, num_residuals: Tensor, num_cells: int) -> Tensor:
-    """Return how many whole reconstructed frames each GoP gets in the ``idct`` variant: (G,) int64.
-
-    As many tokens as coefficients were kept, in whole frames of P cells, dealt to GoPs in turn, at most L each.
-    """
-    frames = torch.zeros_like(num_residuals)
-    left = num_coefficients // num_cells
-    turn = spread_order(num_residuals.shape[0])
-    while left and bool((frames < num_residuals).any()):
-        for gop in turn:
-            if left and frames[gop] < num_residuals[gop]:
-                frames[gop] += 1
-                left -= 1
-    return frames
 
 
 def _coefficient_order(gops: list[ClosedGop], moving: list[int], width: int, static: list[tuple[int, int]]) -> Tensor:
@@ -148,16 +131,6 @@ def _spread_cells(centres: Tensor, energy: Tensor, count: int) -> list[int]:
         picked.append(int(best))
         distance = torch.minimum(distance, (centres[calm] - centres[best]).square().sum(-1))
     return picked
-
-
-def _spend_rest(
-    allocation: Allocation, plan: BudgetPlan, settings: MethodSettings, anchor_available: int
-) -> Allocation:
-    """Give anchors what the whole frames of ``idct`` leave over."""
-    if settings.variant != "idct":
-        return allocation
-    unused = allocation.dynamic % (plan.pooled_grid[0] * plan.pooled_grid[1])
-    return replace(allocation, anchor=allocation.anchor + min(unused, anchor_available - allocation.anchor))
 
 
 def _strongest_first(gops: list[ClosedGop], rows: list[int]) -> list[int]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from freres_cli.method.anchors import spread_order
 from freres_cli.method.dct import dct_basis_at
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.residuals import cell_centres
-from freres_cli.method.select import num_dense_frames
 from freres_cli.records import TOKEN_KINDS, Tracks, VideoTokens
 
 ANCHOR, DYNAMIC, STATIC, SUMMARY = range(len(TOKEN_KINDS))
@@ -57,16 +57,6 @@ def build_tokens(tracks: Tracks, variant: str = "absorber", modules: FreResModul
         grid=tracks.grid,
         width=tracks.width,
     )
-
-
-def count_tokens(tracks: Tracks, variant: str) -> dict[str, int]:
-    """Return how many tokens of each kind ``build_tokens`` gives."""
-    counts = tracks.num_tokens_by_kind()
-    if variant == "idct":
-        cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
-        frames = num_dense_frames(counts["dynamic"], _dense_lengths(tracks), cells)
-        counts["dynamic"] = int(frames.sum()) * cells
-    return counts
 
 
 def seconds_at(frame_seconds: Tensor, frames: Tensor) -> Tensor:
@@ -198,39 +188,42 @@ def _evaluate(tracks: Tracks, order: Tensor, group: Tensor, index: Tensor, sizes
     return out
 
 
-def _dense_lengths(tracks: Tracks) -> Tensor:
-    """Residual frames of each GoP that has bases, else 0."""
-    lengths = torch.zeros_like(tracks.gop_num_residuals)
-    with_base = tracks.base_gop.unique()
-    lengths[with_base] = tracks.gop_num_residuals[with_base]
-    return lengths
-
-
 def _dense_rows(tracks: Tracks) -> _Rows:
-    """The ``idct`` variant: whole reconstructed frames of P cells at even instants of each GoP."""
+    """The ``idct`` variant: reconstructed frames of all P cells at even instants of each GoP, a token for a coefficient."""
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
-    lengths = _dense_lengths(tracks)
-    frames = num_dense_frames(tracks.coefficient_gop.shape[0], lengths, cells)
+    share = _deal_tokens(tracks, cells)
     latents, positions, gops = [], [], []
-    for gop in frames.nonzero().squeeze(1).tolist():
-        count = int(frames[gop])
-        instants = (torch.arange(count) + 0.5) * int(lengths[gop]) / count - 0.5
+    for gop, count in share.items():
+        num_frames = -(-count // cells)
+        instants = (torch.arange(num_frames) + 0.5) * int(tracks.gop_num_residuals[gop]) / num_frames - 0.5
         mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
         row = torch.tensor(gop)
         waves = _basis(tracks, row, instants[:, None], tracks.coefficient_band[mine][None, :])
         base = tracks.base_latents[tracks.base_gop == gop].to(torch.float32)
-        frame = base.repeat(count, 1, 1)
+        frame = base.repeat(num_frames, 1, 1)
         values = tracks.coefficient_values[mine].to(torch.float32)
         frame.index_add_(1, tracks.coefficient_cell[mine], waves[..., None] * values[None])
         t = tracks.gop_anchor_frame[gop] + 1 + instants
-        latents.append(frame.flatten(0, 1).to(tracks.base_latents.dtype))
-        positions.append(_positions(t.repeat_interleave(cells), _centres(tracks).repeat(count, 1)))
-        gops.append(torch.full((count * cells,), gop))
-    if not latents:
-        empty = tracks.coefficient_values[:0]
-        return _Rows(DYNAMIC, empty, torch.zeros(0, 3), tracks.coefficient_gop[:0], torch.zeros(0))
+        latents.append(frame.flatten(0, 1)[:count].to(tracks.base_latents.dtype))
+        at = _positions(t.repeat_interleave(cells), _centres(tracks).repeat(num_frames, 1))
+        positions.append(at[:count])
+        gops.append(torch.full((count,), gop))
     stacked = torch.cat(latents)
     return _Rows(DYNAMIC, stacked, torch.cat(positions), torch.cat(gops), _energy(stacked, tracks.width))
+
+
+def _deal_tokens(tracks: Tracks, cells: int) -> dict[int, int]:
+    """Deal as many tokens as coefficients were kept, a frame of P cells at a time, to GoPs in turn, at most L each."""
+    with_base = tracks.base_gop.unique().tolist()
+    turn = [with_base[i] for i in spread_order(len(with_base))]
+    share = dict.fromkeys(sorted(with_base), 0)
+    left = tracks.coefficient_gop.shape[0]
+    while left:
+        for gop in turn:
+            dealt = min(left, cells, cells * int(tracks.gop_num_residuals[gop]) - share[gop])
+            share[gop] += dealt
+            left -= dealt
+    return {gop: count for gop, count in share.items() if count}
 
 
 def _adapted(rows: _Rows, tracks: Tracks, modules: FreResModules) -> _Rows:

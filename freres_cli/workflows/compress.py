@@ -19,7 +19,6 @@ from freres_cli.devices import Device
 from freres_cli.errors import VideoError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.method.compress import StreamingCompressor
-from freres_cli.method.tokens import count_tokens
 from freres_cli.presets import Setting, parse_grid
 from freres_cli.records import Frames, FrameSize, Tracks, VideoInfo
 from freres_cli.video.decode import Decoder, DecodeReport, decode_frames
@@ -270,7 +269,7 @@ def describe_tokens(
     request: CompressRequest, plan: CompressPlan, tracks: Tracks, compressor: StreamingCompressor
 ) -> dict[str, Any]:
     """Return the token counts of the manifest."""
-    by_kind = count_tokens(tracks, request.value("variant"))
+    by_kind = tracks.num_tokens_by_kind()
     full = min(plan.baseline_frames, tracks.grid[0]) * plan.size.num_tokens
     return {
         **token_counts(by_kind, request.value("budget_tokens"), full),

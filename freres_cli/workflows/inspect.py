@@ -7,7 +7,7 @@ from typing import Any
 
 from freres_cli.bundle.store import read_bundle
 from freres_cli.method.energy import report_energy
-from freres_cli.method.tokens import build_tokens, count_tokens
+from freres_cli.method.tokens import build_tokens
 from freres_cli.records import GOP_STARTS, TOKEN_KINDS
 
 
@@ -27,7 +27,6 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False) -> dict[str, Any]:
         "bytes_per_token": bundle.num_bytes / max(1, len(tokens)),
         **{key: manifest[key] for key in ("freres_version", "model", "source", "sampling", "geometry", "settings")},
         **manifest["tokens"],
-        "tokens_by_kind": count_tokens(tracks, variant),
         "history": manifest["history"],
         "energy": {
             "clip_kept": energy.clip_kept,

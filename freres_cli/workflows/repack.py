@@ -11,7 +11,6 @@ from freres_cli import __version__
 from freres_cli.bundle.store import check_destination, read_bundle, write_bundle
 from freres_cli.errors import BundleError, UsageError
 from freres_cli.method.select import cut_tracks
-from freres_cli.method.tokens import count_tokens
 from freres_cli.workflows.compress import method_settings, token_counts
 
 
@@ -36,9 +35,9 @@ def repack_bundle(source: Path, output: Path, budget_tokens: int, *, force: bool
     bundle = read_bundle(source)
     values = _setting_values(source, bundle.manifest["settings"])
     settings = method_settings(values)
-    before = sum(count_tokens(bundle.tracks, settings.variant).values())
+    before = sum(bundle.tracks.num_tokens_by_kind().values())
     tracks = cut_tracks(bundle.tracks, settings, budget_tokens)
-    by_kind = count_tokens(tracks, settings.variant)
+    by_kind = tracks.num_tokens_by_kind()
     recorded = bundle.manifest["tokens"]
     tokens = {**recorded, **token_counts(by_kind, budget_tokens, recorded["full_tokens"])}
     step = {"verb": "repack", "freres_version": __version__, "budget_tokens": budget_tokens}
