@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.dct import dct_basis, null_energy_share
-from freres_cli.method.gop import NUM_SEGMENTS, segment_of_bin
+from freres_cli.method.gop import NUM_SEGMENTS, segment_of_bin, sum_by_segment
 from freres_cli.method.tokens import seconds_at
 from freres_cli.records import Tracks
 
@@ -109,9 +109,8 @@ def _span(frame_seconds: Tensor, low: int, high: int) -> tuple[float, float]:
 def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:
     """Energy of the reconstruction in each eighth of one GoP: (8,) float32."""
     num_bins = int(tracks.gop_num_bins[gop])
-    kept = torch.zeros(NUM_SEGMENTS)
     if not rows.numel():
-        return kept
+        return torch.zeros(NUM_SEGMENTS)
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
     num_bands = int(tracks.coefficient_band[rows].max()) + 1
     dense = torch.zeros(cells, num_bands, tracks.width)
@@ -120,4 +119,4 @@ def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:
     gram = torch.einsum("pkd,pjd->kj", dense, dense)
     basis = dct_basis(num_bins, num_bands)
     per_bin = torch.einsum("kb,jb,kj->b", basis, basis, gram)
-    return kept.index_add_(0, segment_of_bin(num_bins), per_bin)
+    return sum_by_segment(per_bin[:, None]).squeeze(1)

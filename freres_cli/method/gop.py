@@ -57,6 +57,12 @@ def segment_of_bin(num_bins: int) -> Tensor:
     return (torch.arange(num_bins) * NUM_SEGMENTS) // num_bins
 
 
+def sum_by_segment(per_bin: Tensor) -> Tensor:
+    """Add up (num_bins, ...) over the eighths of the GoP: (8, ...) float32."""
+    members = segment_of_bin(per_bin.shape[0]) == torch.arange(NUM_SEGMENTS)[:, None]
+    return (members.to(torch.float32) @ per_bin.flatten(1)).reshape(NUM_SEGMENTS, *per_bin.shape[1:])
+
+
 class OpenGop:
     """Collects the frames of one GoP; memory does not grow with its length (see ``ResidualTrajectory``)."""
 
@@ -99,7 +105,7 @@ class OpenGop:
             coefficients, band_energy, segments = self._transform(k)
             energies = coefficients[..., : self._width].square().sum(-1)
             bin_energy = self._trajectory.bin_energies()
-            segment_energy.index_add_(0, segment_of_bin(self._trajectory.num_bins()), bin_energy)
+            segment_energy = sum_by_segment(bin_energy[:, None]).squeeze(1)
             pooled_energy = float(bin_energy.sum())
         areas = cell_areas(self.anchor.shape[0], self.anchor.shape[1], *self._pooled)
         weights = (areas / areas.sum())[:, None]
@@ -141,6 +147,4 @@ class OpenGop:
         main = slice(0, self._width)
         inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
         inner = inner * (basis[:num_coefficients].T * root)[..., None]
-        segments = torch.zeros(NUM_SEGMENTS, *inner.shape[1:])
-        segments.index_add_(0, segment_of_bin(num_bins), inner.cpu())
-        return coefficients.cpu().contiguous(), band_energy, segments
+        return coefficients.cpu().contiguous(), band_energy, sum_by_segment(inner.cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from freres_cli.method.anchors import prune_order, spread_order
 from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings, allocate_budget, num_static_cells
-from freres_cli.method.gop import ClosedGop
+from freres_cli.method.gop import NUM_SEGMENTS, ClosedGop
 from freres_cli.method.residuals import cell_centres
 from freres_cli.records import GOP_STARTS, Tracks
 
@@ -175,13 +176,15 @@ def _gather(
         anchor_latents=anchor_latents,
         anchor_gop=anchor_gop,
         anchor_cell=anchor_cell,
-        coefficient_values=rows([gops[g].coefficients[k, p] for g, k, p in kept.tolist()], channels),
+        coefficient_values=_pick(gops, gop, lambda g, at: g.coefficients[band[at], cell[at]], dtype, channels),
         coefficient_gop=gop.clone(),
         coefficient_cell=cell.clone(),
         coefficient_band=band.clone(),
-        coefficient_energy=_stack([gops[g].energies[k, p] for g, k, p in kept.tolist()]),
-        coefficient_segments=_stack([gops[g].segments[:, k, p] for g, k, p in kept.tolist()], 8),
-        base_latents=rows([gops[g].base[p] for g, p in bases.tolist()], channels),
+        coefficient_energy=_pick(gops, gop, lambda g, at: g.energies[band[at], cell[at]], torch.float32),
+        coefficient_segments=_pick(
+            gops, gop, lambda g, at: g.segments[:, band[at], cell[at]].T, torch.float32, NUM_SEGMENTS
+        ),
+        base_latents=_pick(gops, bases[:, 0], lambda g, at: g.base[bases[at, 1]], dtype, channels),
         base_gop=bases[:, 0].clone(),
         base_cell=bases[:, 1].clone(),
         static_latents=rows([time_mean(gops[g])[p] for g, p in static], channels),
@@ -203,8 +206,15 @@ def _padded(spectrum: Tensor, num_bands: int) -> Tensor:
     return torch.nn.functional.pad(spectrum, (0, 0, 0, num_bands - spectrum.shape[0]))
 
 
-def _stack(values: list[Tensor], *shape: int) -> Tensor:
-    return torch.stack(values) if values else torch.zeros(0, *shape)
+def _pick(
+    gops: list[ClosedGop], gop: Tensor, read: Callable[[ClosedGop, Tensor], Tensor], dtype: torch.dtype, *shape: int
+) -> Tensor:
+    """Return one row for each entry of ``gop``, read a GoP at a time: stacking all GoPs first would double the memory."""
+    out = torch.empty(gop.shape[0], *shape, dtype=dtype)
+    for i in gop.unique().tolist():
+        at = (gop == i).nonzero().squeeze(1)
+        out[at] = read(gops[i], at).to(dtype)
+    return out
 
 
 def _gather_anchors(gops: list[ClosedGop], width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:

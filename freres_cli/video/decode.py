@@ -14,13 +14,17 @@ from pathlib import Path
 import av
 import torch
 from av.error import FFmpegError
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from torch import Tensor
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
 from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
+
+
+# Without accurate rounding white comes out as 253.
+RESIZE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ class Decoder:
             height, width = width, height
         try:
             # Frames decode on several threads already; more of them inside the resize only get in the way.
-            resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+            resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=0)
         except FFmpegError as error:
             raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
         plane = resized.planes[0]
