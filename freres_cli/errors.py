@@ -32,6 +32,10 @@ class FreresError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[FreresError], tuple[str, str | None]]:
+        # Errors cross process borders in 'freres profile'.
+        return type(self), (self.message, self.hint)
+
 
 class UsageError(FreresError):
     """A flag, argument or combination of them that cannot be carried out."""

@@ -24,6 +24,8 @@ MANIFEST_KEYS = ("freres_version", "model", "source", "sampling", "geometry", "s
 
 def tensor_digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in row order."""
+    if not tensor.numel():
+        return hashlib.sha256().hexdigest()
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
 

@@ -22,9 +22,8 @@ from freres_cli.records import Frames, FrameSize, VideoInfo
 from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
 
-
-# Without accurate rounding white comes out as 253.
-RESIZE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+# swscale's shortcut for colour, which FULL_CHR_H_INT turns off, gives white as 253 and mid-grey two levels too dark.
+RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,14 @@ class Decoder:
             stream = container.streams[self._info.stream_index]
             stream.thread_type = "AUTO"
             for frame in iterate_frames(container, stream):
-                if frame is None:
+                if frame is None or frame.is_corrupt:
                     break
                 tally.num_decoded += 1
                 yield frame
             else:
                 return
-        # A failing packet takes frames of other threads with it, and how many depends on the machine. So a damaged file
-        # is read again on one thread, past what was delivered: every machine then gives the same frames.
+        # Damage in one thread spoils frames of the others, and which ones depends on the machine and on luck. So a damaged
+        # file is read again on one thread, past what was delivered: every run then gives the same frames.
         num_delivered, num_seen = tally.num_decoded, 0
         with open_video(self._path) as container:
             stream = container.streams[self._info.stream_index]
@@ -207,7 +206,7 @@ class Decoder:
             height, width = width, height
         try:
             # Frames decode on several threads already; more of them inside the resize only get in the way.
-            resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=0)
+            resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1)
         except FFmpegError as error:
             raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
         plane = resized.planes[0]
@@ -260,10 +259,10 @@ class Decoder:
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
             yield f"{self._sampling.count} frames asked, {tally.num_sampled} given: the clip has no more"
         if tally.num_restamped:
-            yield f"timestamps run backwards: {tally.num_restamped} frames are timed by their order"
+            yield f"timestamps run backwards: frames timed by their order: {tally.num_restamped}"
         if tally.num_failed:
-            yield f"{tally.num_failed} packets cannot be decoded and are skipped"
+            yield f"packets skipped because they cannot be decoded: {tally.num_failed}"
         if tally.num_damaged:
-            yield f"{tally.num_damaged} frames are damaged"
+            yield f"damaged frames: {tally.num_damaged}"
         if lost > 0:
             yield f"{lost:.2f} s of video are lost"

@@ -27,6 +27,8 @@ from freres_cli.errors import VideoError
 from freres_cli.records import VideoInfo
 
 GUESSED_FPS = 25.0
+# A file that ends this much before what its header says is short; less is rounding, or sound longer than the picture.
+CUT_S = 0.5
 # FFmpeg reads plain text as terminal art; nobody means that.
 NOT_VIDEO_FORMATS = frozenset({"tty", "lavfi"})
 
@@ -36,9 +38,9 @@ class PacketTable:
     """When the frames of one video stream are shown, learnt without decoding. Times in seconds of the file's clock.
 
     ``stamps_s``: ascending, one for each packet. ``end_s``: when the last frame leaves the screen. ``gap_s``: the usual
-    time between frames. ``is_order_blind``: timestamps ascend in the file although the codec may reorder frames, so they
-    cannot tell when a B-frame is shown. ``missing_s``: how much longer the header says the file is. ``is_cut``: something proves that the end
-    of the file is missing.
+    time between frames. ``is_order_blind``: timestamps ascend in the file although the codec may reorder frames, so
+    they cannot tell when a B-frame is shown. ``missing_s``: how much longer the header says the file is, which counts
+    only where ``is_cut``: something other than that shows that the end of the file is missing.
     """
 
     stamps_s: array[float]
@@ -80,18 +82,11 @@ def _require_regular_file(path: str) -> None:
         raise VideoError(f"{path}: the file is empty", hint="The download or copy may have failed.")
 
 
-def _describe(error: FFmpegError) -> str:
-    """FFmpeg's reason, with its last log line, which is often the only telling part."""
-    logged = error.log[1] if error.log else None
-    reason = error.strerror or type(error).__name__
-    return f"{reason} ({logged[2].strip()})" if logged else reason
-
-
 def open_video(path: str) -> InputContainer:
     """The opened file; the caller closes it. Raises ``VideoError``."""
     _require_regular_file(path)
-    # Troubles are reported as errors and notes of ours: FFmpeg's own chatter would end up between them.
-    av.logging.set_libav_level(av.logging.PANIC)
+    # FFmpeg's own chatter stays off. Sent to Python's logging instead, it deadlocks with threaded decoding (PyAV 18.1).
+    av.logging.set_level(None)
     try:
         # An absolute path cannot be taken for a URL, and a playlist must not reach for the network.
         container = av.open(
@@ -99,7 +94,7 @@ def open_video(path: str) -> InputContainer:
         )
     except FFmpegError as error:
         raise VideoError(
-            f"{path}: not a video that can be read: {_describe(error)}",
+            f"{path}: not a video that can be read: {error.strerror}",
             hint="The file may be cut short, damaged, or not a video; try to play it, or fetch it again.",
         ) from error
     if container.format.name in NOT_VIDEO_FORMATS:
@@ -116,7 +111,7 @@ def _real_video_streams(container: InputContainer) -> list[VideoStream]:
 def _select_stream(path: str, container: InputContainer, number: int | None) -> VideoStream:
     streams = _real_video_streams(container)
     if not streams:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        kinds = sorted({"a cover picture" if s.type == "video" else s.type for s in container.streams}) or ["nothing"]
         raise VideoError(f"{path}: has no video stream, only {' and '.join(kinds)}", hint="Name a file with video.")
     if number is not None and not 0 <= number < len(streams):
         raise VideoError(f"{path}: video stream: expected 0 to {len(streams) - 1}, got {number}")
@@ -192,11 +187,18 @@ def _read_packet_table(path: str, stream_index: int, _size: int, _mtime_ns: int)
         # The sample tables of mp4 and mov are exact, unlike the counts of other containers.
         if "mp4" in container.format.name and stream.frames > len(stamps) + num_discarded:
             is_cut = True
-        promised = (container.duration or 0) / av.time_base
         # Some containers count from the first packet, others from 0: believe the milder reading.
-        held = max(file_end, file_end - file_start)
-        missing = max(0.0, promised - held) if stamps and file_start < float("inf") else 0.0
+        held = max(file_end, file_end - file_start) if file_start < float("inf") else float("inf")
+        missing = max(0.0, _promised_s(container, stream) - held)
+        # Matroska writes its length when the file is finished, so one that is too long means a cut.
+        is_cut = is_cut or ("matroska" in container.format.name and missing > CUT_S)
         return _build_table(path, stream, stamps, durations, missing, is_cut)
+
+
+def _promised_s(container: InputContainer, stream: VideoStream) -> float:
+    """How long the headers say the file is. AVI says it only by its number of frames."""
+    by_frames = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+    return max((container.duration or 0) / av.time_base, by_frames)
 
 
 def _build_table(
@@ -234,11 +236,10 @@ def _describe_oddities(container: InputContainer, stream: VideoStream, table: Pa
     held, rate = len(table.stamps_s), _measure_fps(table)
     if stream.frames and stream.frames != held:
         yield f"header promises {stream.frames} frames, the file holds {held}"
-    if table.missing_s > max(0.5, 2 * table.gap_s):
-        duration = (container.duration or 0) / av.time_base
-        yield f"header promises {duration:.2f} s, the file ends {table.missing_s:.2f} s earlier"
+    if table.missing_s > max(CUT_S, 2 * table.gap_s):
+        yield f"header promises {_promised_s(container, stream):.2f} s, the file ends {table.missing_s:.2f} s earlier"
     header_rate = stream.average_rate
-    if rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
+    if table.has_timestamps and rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
         yield f"header says {float(header_rate):.2f} frames per second, the timestamps say {rate:.2f}"
     if not table.has_timestamps:
         yield f"the file has no timestamps: times are guessed from {1 / table.gap_s:.2f} frames per second"

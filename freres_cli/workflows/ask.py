@@ -16,7 +16,7 @@ from freres_cli.backbones.generation import Sampling, generate
 from freres_cli.backbones.registry import load_language_model
 from freres_cli.bundle.adapter import MODEL_FACTS, read_adapter
 from freres_cli.bundle.store import Bundle, read_bundle
-from freres_cli.devices import Device
+from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, BundleError, UsageError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import build_tokens
@@ -170,7 +170,7 @@ def open_session(request: AskRequest) -> Session:
     variant = _setting(bundle, "variant")
     if modules is None and variant == "concat":
         notes.append("variant concat without an adapter: coefficients enter the model raw")
-    with torch.no_grad():
+    with torch.no_grad(), memory_errors_as(f"opening {request.bundle}", "repack it to a smaller budget"):
         tokens = build_tokens(bundle.tracks, variant, modules)
     text_after = request.text_after or _setting(bundle, "text_after")
     full_tokens = int(bundle.manifest["tokens"]["full_tokens"])

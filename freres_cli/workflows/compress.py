@@ -15,7 +15,7 @@ from freres_cli.backbones.base import VisionEncoder
 from freres_cli.backbones.registry import load_vision_encoder
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bundle.store import check_destination, write_bundle
-from freres_cli.devices import Device
+from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import VideoError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.method.compress import StreamingCompressor
@@ -144,7 +144,8 @@ def compress_video(
     with timer.stage("load"):
         encoder = load_encoder(request)
     plan = plan_compression(request, encoder)
-    tracks, compressor, report = run_stages(request, plan, encoder, timer, progress)
+    with memory_errors_as(f"compressing {request.video}", "lower --budget or --grid, or use a smaller --dtype"):
+        tracks, compressor, report = run_stages(request, plan, encoder, timer, progress)
     manifest = build_manifest(request, plan, encoder, tracks, compressor, report)
     with timer.stage("write"):
         num_bytes = write_bundle(output, tracks, manifest, force=force)

@@ -16,7 +16,7 @@ import torch
 from freres_cli.backbones.registry import load_language_model
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bench.report import summarize_runs
-from freres_cli.devices import Device
+from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, FreresError, ResourceError
 from freres_cli.method.tokens import build_tokens
 from freres_cli.presets import Setting
@@ -54,27 +54,32 @@ def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | 
     """
     rows = []
     for method in ("fre-res", "full"):
-        row = _run_apart(request, method)
+        row = run_apart(request, method)
         rows.append(row)
         if on_row is not None:
             on_row(row)
     return rows
 
 
-def _run_apart(request: ProfileRequest, method: str) -> dict[str, Any]:
-    """Measure one row in a fresh process, and tell how it ended."""
+RowTarget = Callable[[Connection, ProfileRequest, str], None]
+
+
+def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = None) -> dict[str, Any]:
+    """Measure one row in a fresh process, by ``run_row`` or another ``target``, and tell how it ended."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_row_process, args=(theirs, request, method), daemon=True)
+    process = context.Process(target=target or run_row, args=(theirs, request, method), daemon=True)
     process.start()
     theirs.close()
+    is_late = False
     try:
         outcome = ours.recv() if ours.poll(request.timeout_s) else None
         is_late = outcome is None
     except EOFError:
-        outcome, is_late = None, False
+        outcome = None
     finally:
-        process.kill() if process.is_alive() and not ours.closed else None
+        process.join(timeout=0 if is_late else 10)
+        process.kill()
         process.join()
     if isinstance(outcome, dict):
         return outcome
@@ -84,7 +89,9 @@ def _run_apart(request: ProfileRequest, method: str) -> dict[str, Any]:
         return _empty_row(method, "context_exceeded", outcome.message)
     if is_late:
         return _empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
-    why = outcome.message if outcome is not None else f"the process was ended by the system ({process.exitcode})"
+    if outcome is None and (process.exitcode or 0) >= 0:
+        raise FreresError(f"profile: the process of row {method} failed; its traceback is above")
+    why = outcome.message if outcome is not None else "the system ended the process"
     return _empty_row(method, "out_of_memory", why)
 
 
@@ -94,13 +101,14 @@ def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
     return {"method": method, "status": status, "message": message, **figures, **dict.fromkeys(STAGES), "spread": {}}
 
 
-def _row_process(connection: Connection, request: ProfileRequest, method: str) -> None:
+def run_row(connection: Connection, request: ProfileRequest, method: str) -> None:
+    """Measure one row and send it, or the ``FreresError`` it ended in, through ``connection``."""
     try:
         if not request.device.is_cuda:
             _limit_memory()
-        connection.send(_measure_row(request, method))
-    except MemoryError:
-        connection.send(ResourceError("not enough memory"))
+        with memory_errors_as(f"row {method}", "lower --budget, or use a machine with more memory"):
+            row = _measure_row(request, method)
+        connection.send(row)
     except FreresError as error:
         connection.send(error)
     finally:

@@ -1,0 +1,192 @@
+"""Measures the figures of the README: ``python -m freres_cli.cli.benchmark -o FILE [PART ...]`` writes one JSON file.
+
+Parts: ``method`` (cost after encoding, beside encoding at a released model's widths), ``decode`` (beside plain PyAV) and
+``memory`` (one and ten minutes of 30 fps video). Takes about a quarter of an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+
+from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.cli.output import print_result
+from freres_cli.devices import choose_device
+from freres_cli.method.budget import plan_budget
+from freres_cli.method.compress import compress_latents
+from freres_cli.method.tokens import build_tokens
+from freres_cli.presets import load_preset, merge_settings
+from freres_cli.records import FrameSize
+from freres_cli.video.decode import decode_frames
+from freres_cli.video.probe import probe_video
+from freres_cli.video.sampling import Sampling
+from freres_cli.workflows.compress import method_settings
+from freres_cli.world.clip import draw_frame
+
+# Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
+TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
+GRID = (24, 24)
+
+
+def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
+    """Return the seconds of each of ``repeat`` runs."""
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
+    """Time the tower on one 24x24 frame, and everything after it on a clip, per frame, in one process."""
+    from transformers import Qwen2VLConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    from freres_cli.backbones.qwen2_vl import PixelRule, Qwen2VLVisionEncoder
+
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(vision_config=TOWER).vision_config
+    encoder = Qwen2VLVisionEncoder(Qwen2VisionTransformerPretrainedModel(config), PixelRule(), {})
+    size = encoder.frame_size(1280, 720, GRID)
+    frame = torch.randint(0, 256, (1, size.height_px, size.width_px, 3), dtype=torch.uint8)
+    encoder.encode(frame)
+    encode = time_runs(lambda: encoder.encode(frame), repeat)
+    values = {key: setting.value for key, setting in merge_settings(load_preset("qwen2-vl-7b"), {}).items()}
+    settings = method_settings(values)
+    plan = plan_budget(num_frames, GRID, settings, values["budget_tokens"])
+    phase = torch.linspace(0, 6, num_frames)[:, None, None, None]
+    latents = torch.randn(*GRID, encoder.width) + torch.sin(phase) * torch.randn(*GRID, encoder.width)
+
+    def compress() -> None:
+        build_tokens(compress_latents(latents, range(num_frames), plan, settings, encoder.width))
+
+    compress()
+    after = [seconds / num_frames for seconds in time_runs(compress, repeat)]
+    share = summarize_runs(after)["median"] / summarize_runs(encode)["median"]
+    return {
+        "tower": TOWER,
+        "grid": GRID,
+        "preset": "qwen2-vl-7b",
+        "num_frames": num_frames,
+        "warmup": 1,
+        "runs": repeat,
+        "dtype": "float32",
+        "encode_s_per_frame": summarize_runs(encode),
+        "method_s_per_frame": summarize_runs(after),
+        "method_share_of_encoding": share,
+    }
+
+
+def measure_decode(folder: Path, repeat: int = 5) -> dict[str, Any]:
+    """Time our decoding of a 720p file, every frame resized, beside plain PyAV on the same file, in turn."""
+    path = write_video(folder / "720p.mp4", num_frames=300, side=(1280, 720))
+    info = probe_video(path)
+    size = FrameSize(144, 144, 9, 9)
+
+    def ours() -> None:
+        for _ in decode_frames(path, info, Sampling("native"), size, 32):
+            pass
+
+    def plain(resize: bool) -> None:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for frame in container.decode(video=0):
+                if resize:
+                    frame.to_ndarray(format="rgb24", width=144, height=144)
+
+    runs: dict[str, list[float]] = {"freres": [], "pyav_decode_only": [], "pyav_decode_and_resize": []}
+    for counted in [False] + [True] * repeat:
+        for name, run in (
+            ("freres", ours),
+            ("pyav_decode_only", lambda: plain(False)),
+            ("pyav_decode_and_resize", lambda: plain(True)),
+        ):
+            seconds = time_runs(run, 1)
+            runs[name] += seconds if counted else []
+    ratios = {
+        f"freres_over_{name}": summarize_runs([a / b for a, b in zip(runs["freres"], runs[name], strict=True)])
+        for name in ("pyav_decode_only", "pyav_decode_and_resize")
+    }
+    video = "1280x720 H.264, 300 frames at 30 fps, every frame to 144x144 RGB"
+    return {
+        "video": video,
+        "warmup": 1,
+        "runs": repeat,
+        **{f"{k}_s": summarize_runs(v) for k, v in runs.items()},
+        **ratios,
+    }
+
+
+def measure_memory(folder: Path, repeat: int = 2) -> dict[str, Any]:
+    """Peak memory of ``freres compress`` on one and on ten minutes of 30 fps video, each run in a fresh process."""
+    peaks: dict[str, list[int]] = {}
+    documents = {}
+    for minutes in (1, 10):
+        path = write_video(folder / f"{minutes}min.mp4", num_frames=minutes * 1800, side=(288, 288))
+        for _ in range(repeat):
+            command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", str(path)]
+            command += ["--budget", "6600", "-o", str(folder / "b.pt"), "--force", "--json"]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+            documents[minutes] = json.loads(run.stdout)
+            peaks.setdefault(f"{minutes}_min", []).append(documents[minutes]["peak_memory_bytes"])
+    ratio = summarize_runs(peaks["10_min"])["median"] / summarize_runs(peaks["1_min"])["median"]
+    return {
+        "command": "freres compress VIDEO --budget 6600 --json",
+        "runs": repeat,
+        "visual_tokens": {f"{m}_min": d["visual_tokens"] for m, d in documents.items()},
+        "full_tokens": {f"{m}_min": d["full_tokens"] for m, d in documents.items()},
+        "timings_s": {f"{m}_min": d["timings_s"] for m, d in documents.items()},
+        "peak_memory_bytes": {name: summarize_runs(values) for name, values in peaks.items()},
+        "ten_minutes_over_one": ratio,
+    }
+
+
+def write_video(path: Path, num_frames: int, side: tuple[int, int]) -> Path:
+    """Write H.264 at 30 fps, the made clip over and over."""
+    pictures = [av.VideoFrame.from_ndarray(draw_frame(i, 120), format="rgb24") for i in range(120)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
+        stream.width, stream.height = side
+        stream.pix_fmt = "yuv420p"
+        for index in range(num_frames):
+            frame = pictures[index % len(pictures)].reformat(width=side[0], height=side[1], format="yuv420p")
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def main() -> None:
+    """Run the named parts and write them, after what the file already holds of the others."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("parts", nargs="*", default=[], help="method, decode, memory; all when none is named")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        measures = {
+            "method": measure_method,
+            "decode": lambda: measure_decode(Path(folder)),
+            "memory": lambda: measure_memory(Path(folder)),
+        }
+        for part in arguments.parts or list(measures):
+            results["environment"] = describe_environment(choose_device("cpu"))
+            results["command"] = "python -m freres_cli.cli.benchmark -o freres_cli/bench/results/pipeline.json"
+            results[part] = measures[part]()
+            arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+            print_result(f"{part}: done")
+
+
+if __name__ == "__main__":
+    main()

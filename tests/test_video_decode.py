@@ -1,0 +1,434 @@
+"""Laws of decoding, on files made here whose frames carry their own number."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import tracemalloc
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from freres_cli.errors import VideoError
+from freres_cli.records import FrameSize
+from freres_cli.video import decode as decode_module
+from freres_cli.video.decode import decode_frames
+from freres_cli.video.probe import hash_file, probe_video
+from freres_cli.video.sampling import Sampling, num_sampled_frames
+from tests import clips
+
+SMALL = FrameSize(32, 32, 1, 1)
+NATIVE = Sampling("native")
+
+
+def decode(path, sampling=NATIVE, size=SMALL, stream=None, **options):
+    """All frames of a file: numbers shown, times, source indices, pixels, report."""
+    decoder = decode_frames(path, probe_video(path, stream), sampling, size, **options)
+    batches = list(decoder)
+    pixels = torch.cat([batch.pixels for batch in batches])
+    times = [t for batch in batches for t in batch.pts_seconds]
+    indices = [i for batch in batches for i in batch.source_index]
+    return clips.read_indices(pixels), times, indices, pixels, decoder.report
+
+
+FORMATS = {
+    "h264_b_frames.mp4": {},
+    "h264.mov": {},
+    "h264.mkv": {},
+    "h264.ts": {},
+    "h264_10bit.mkv": {"pix_fmt": "yuv420p10le"},
+    "h264_444_odd.mkv": {"pix_fmt": "yuv444p", "size": (67, 45)},
+    "h264_full_range.mp4": {"pix_fmt": "yuvj420p", "color_range": 2},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=3"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
+    "vp8_hidden_frames.webm": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
+    "av1.mkv": {"codec": "libsvtav1", "options": {"preset": "11", "crf": "10", "svtav1-params": "enable-stat-report=0"}},
+    "mpeg4_b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2", "qmin": "1", "qmax": "3"}},
+    "mjpeg.mov": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "color_range": 2},
+    "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "audio_first.mp4": {"audio": "first"},
+    "audio_last.mkv": {"audio": "last"},
+    "h264_b_frames.avi": {},
+    "raw.h264": {},
+}
+
+
+@pytest.fixture(scope="module")
+def plain_clip(tmp_path_factory):
+    """48 frames at 24 fps, H.264 with B-frames."""
+    return clips.write_clip(tmp_path_factory.mktemp("clips") / "plain.mp4")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_native_gives_every_frame_once_in_display_order(tmp_path, name):
+    if not clips.has_encoder(FORMATS[name].get("codec", "libx264")):
+        pytest.skip("no such encoder in this build")
+    path = clips.write_clip(tmp_path / name, **FORMATS[name])
+    shown, times, indices, _, report = decode(path)
+    assert shown == indices == list(range(48))
+    assert np.allclose(np.diff(times), 1 / 24, atol=1e-3)
+    info = probe_video(path)
+    assert info.num_packets == report.num_frames_decoded == report.num_frames_sampled == 48
+    assert info.duration_s == pytest.approx(2.0, abs=2e-3)
+    assert info.source_fps == pytest.approx(24, rel=1e-3)
+    assert times[0] == pytest.approx(info.start_s)
+    assert report.lost_s == 0
+
+
+@pytest.mark.parametrize("sampling", [NATIVE, Sampling("fps", fps=7), Sampling("fps", fps=60), Sampling("count", count=5)])
+def test_batch_size_changes_nothing(plain_clip, sampling):
+    reference = decode(plain_clip, sampling, batch_frames=1000)
+    for batch_frames in (1, 2, 3, 16, 48):
+        other = decode(plain_clip, sampling, batch_frames=batch_frames)
+        assert torch.equal(other[3], reference[3])
+        assert other[:3] == reference[:3] and other[4] == reference[4]
+
+
+@pytest.mark.parametrize("name", ["grid.mp4", "milliseconds.mkv"])
+@pytest.mark.parametrize("fps", [1, 2, 7, 24, 50])
+def test_fps_gives_the_frame_on_screen_at_each_instant(tmp_path, name, fps):
+    path = clips.write_clip(tmp_path / name)
+    shown, times, indices, _, report = decode(path, Sampling("fps", fps=fps))
+    assert shown == indices == [k * 24 // fps for k in range(2 * fps)]
+    assert all(k / fps - 1 / 24 - 2e-3 < t <= k / fps + 1e-3 for k, t in enumerate(times))
+    info = probe_video(path)
+    predicted = num_sampled_frames(Sampling("fps", fps=fps), info.start_s, info.duration_s, info.num_packets)
+    assert predicted == report.num_frames_sampled == len(shown)
+
+
+@pytest.mark.parametrize("count", [1, 5, 24, 48, 1000])
+def test_count_gives_the_middles_of_equal_parts(plain_clip, count):
+    shown, _, _, _, report = decode(plain_clip, Sampling("count", count=count))
+    expected = min(count, 48)
+    assert shown == [int((i + 0.5) * 48 / expected) for i in range(expected)]
+    assert any("frames asked" in note for note in report.notes) == (count > 48)
+
+
+def test_windows_count_from_the_first_frame(tmp_path):
+    path = clips.write_shifted(tmp_path / "late.ts", 8.3)
+    assert decode(path, Sampling("native", start_s=0.5, end_s=1.0))[0] == list(range(12, 24))
+    assert decode(path, Sampling("fps", fps=4, start_s=1.0))[0] == [24, 30, 36, 42]
+    assert decode(path, Sampling("fps", fps=4, start_s=0.5, end_s=1.0))[0] == [12, 18]
+
+
+def test_native_window_inside_one_long_frame_gives_that_frame(tmp_path):
+    path = clips.write_clip(tmp_path / "slides.mkv", 3, pts=[0, 10_000, 20_000], time_base=Fraction(1, 1000))
+    assert decode(path, Sampling("native", start_s=12.0, end_s=13.0))[0] == [1]
+
+
+@pytest.mark.parametrize("name", ["late.ts", "late.mp4", "late.mkv"])
+@pytest.mark.parametrize("start", [0.3, 8.3])
+def test_clips_that_do_not_start_at_zero(tmp_path, name, start):
+    path = clips.write_shifted(tmp_path / name, start)
+    info = probe_video(path)
+    assert info.start_s == pytest.approx(start, abs=2e-3)
+    assert info.duration_s == pytest.approx(2.0, abs=2e-3)
+    shown, times, *_ = decode(path, Sampling("fps", fps=2))
+    assert shown == [0, 12, 24, 36]
+    assert times == pytest.approx([start + k / 2 for k in range(4)], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["stamps.mp4", "stamps.mkv", "stamps.avi"])
+def test_pts_equal_to_dts_keeps_the_order_of_the_decoder(tmp_path, name):
+    path = clips.write_pts_equal_dts(tmp_path / name)
+    with av.open(str(path)) as container:
+        pts = [frame.pts for frame in container.decode(video=0)]
+    assert any(b < a for a, b in pairwise(pts)), "the clip made here should have the trouble it is for"
+    shown, times, _, _, report = decode(path)
+    assert shown == list(range(48))
+    assert np.allclose(np.diff(times), 1 / 24, atol=1e-3)
+    assert any("run backwards" in note for note in report.notes)
+
+
+def test_variable_frame_rate_is_sampled_by_time(tmp_path):
+    stamps = [0, 40, 160, 240, 250, 1000, 1033, 2000, 5000, 5040]
+    path = clips.write_clip(tmp_path / "vfr.mkv", 10, pts=stamps, time_base=Fraction(1, 1000))
+    info = probe_video(path)
+    assert any("variable frame rate" in note for note in info.notes)
+    shown, times, indices, pixels, _ = decode(path, Sampling("fps", fps=2))
+    expected = [max(i for i, stamp in enumerate(stamps) if stamp <= k * 500) for k in range(len(shown))]
+    assert shown == indices == expected
+    assert times == [stamps[i] / 1000 for i in expected]
+    assert len(shown) == 11 and torch.equal(pixels[5], pixels[9])  # the frame of 2.0 s is on screen until 5.0 s
+
+
+def test_headers_are_not_believed(tmp_path):
+    path = clips.lie_in_header(clips.write_clip(tmp_path / "lie.avi", codec="mpeg4", options={"qmax": "3"}), 444)
+    info = probe_video(path)
+    assert (info.num_packets, info.duration_s) == (48, 2.0)
+    assert "header promises 444 frames, the file holds 48" in info.notes
+    shown, *_, report = decode(path, Sampling("count", count=4), strict=True)
+    assert shown == [6, 18, 30, 42] and report.lost_s == 0
+
+
+def test_wild_header_rate_is_not_believed(tmp_path):
+    path = clips.write_clip(tmp_path / "wild.mkv", fps=144, time_base=Fraction(1, 24))
+    info = probe_video(path)
+    assert info.source_fps == pytest.approx(24, rel=1e-3)
+    assert decode(path, Sampling("fps", fps=2))[0] == [0, 12, 24, 36]
+
+
+def test_no_timestamps_are_guessed_and_told(tmp_path):
+    info = probe_video(clips.write_clip(tmp_path / "raw.h264"))
+    assert not info.has_timestamps
+    assert any("no timestamps" in note for note in info.notes)
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation_is_applied(tmp_path, degrees):
+    marker = 0x1235
+    path = clips.write_clip(tmp_path / "turned.mp4", 2, size=(96, 48), pictures=[clips.draw_index(marker, 96, 48)] * 2)
+    clips.rotate_mp4(path, degrees)
+    info = probe_video(path)
+    assert info.rotation_deg == degrees
+    assert (info.width_px, info.height_px) == ((96, 48) if degrees % 180 == 0 else (48, 96))
+    assert (info.coded_width_px, info.coded_height_px) == (96, 48)
+    shown, _, _, pixels, _ = decode(path, size=FrameSize(info.height_px, info.width_px, 1, 1))
+    assert tuple(pixels.shape) == (2, info.height_px, info.width_px, 3)
+    upright = clips.read_index(np.rot90(clips.draw_index(marker, 96, 48), degrees // 90))
+    assert shown == [upright, upright]
+
+
+def test_pixels_that_are_not_square_widen_the_picture(tmp_path):
+    path = clips.write_clip(tmp_path / "wide.mp4", 2, sample_aspect_ratio=Fraction(3, 2))
+    info = probe_video(path)
+    assert (info.width_px, info.height_px, info.sample_aspect_ratio) == (96, 64, 1.5)
+
+
+COLOURS = [(200, 40, 60), (30, 180, 90), (255, 255, 255), (0, 0, 0), (128, 128, 128)]
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {},
+        {"pix_fmt": "yuvj420p", "color_range": 2},
+        {"color_range": 2},
+        {"colorspace": 1, "color_range": 1},
+        {"pix_fmt": "yuv420p10le", "colorspace": 1, "color_range": 1},
+    ],
+    ids=["plain", "yuvj", "full", "bt709", "bt709-10bit"],
+)
+def test_colours_survive(tmp_path, tags):
+    for number, rgb in enumerate(COLOURS):
+        path = tmp_path / f"colour{number}.mp4"
+        clips.write_clip(path, 1, pictures=clips.solid(1, rgb), options={"crf": "1"}, **tags)
+        (batch,) = decode_frames(path, probe_video(path), NATIVE, SMALL)
+        error = (batch.pixels[0].int() - torch.tensor(rgb)).abs().max()
+        assert error <= 3, f"{rgb}: off by {error}"
+
+
+def test_streams_are_picked_by_number(tmp_path):
+    path = clips.write_clip(tmp_path / "two.mp4", more_streams=[clips.numbered(48, first=1000)], audio="first")
+    assert probe_video(path).num_video_streams == 2
+    assert any("2 video streams" in note for note in probe_video(path).notes)
+    assert decode(path)[0] == list(range(48))
+    assert decode(path, stream=1)[0] == list(range(1000, 1048))
+    with pytest.raises(VideoError, match="expected 0 to 1, got 2"):
+        probe_video(path, 2)
+
+
+def test_one_frame_is_a_video(tmp_path):
+    path = clips.write_clip(tmp_path / "one.mp4", 1)
+    info = probe_video(path)
+    assert info.num_packets == 1 and info.source_fps is None
+    for sampling in (NATIVE, Sampling("fps", fps=1), Sampling("count", count=8)):
+        assert decode(path, sampling)[0] == [0]
+
+
+def test_picture_size_that_changes_is_levelled_out(tmp_path):
+    assert decode(clips.write_size_change(tmp_path / "change.h264"))[0] == list(range(24))
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("index_first.mp4", {"container_options": {"movflags": "faststart"}}),
+        ("fragmented.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+        ("no_cues.mkv", {}),
+        ("old.avi", {"codec": "mpeg4", "options": {"qmax": "3"}}),
+        ("with_sound.mkv", {"audio": "last"}),
+    ],
+)
+def test_cut_files_give_the_good_part_and_say_what_is_lost(tmp_path, name, options):
+    path = clips.write_clip(tmp_path / name, 240, **options)
+    if name == "fragmented.mp4":  # such a header does not promise anything, so only the packets show the loss
+        path = clips.write_clip(tmp_path / name, 240, container_options={"movflags": "faststart"})
+    clips.cut(path, 0.6)
+    shown, times, _, _, report = decode(path)
+    assert 40 < len(shown) < 200
+    assert shown == list(range(len(shown)))
+    assert report.lost_s == pytest.approx(10.0 - len(shown) / 24, abs=0.2)
+    assert any("are lost" in note for note in report.notes)
+    sampled = decode(path, Sampling("fps", fps=4))
+    assert sampled[1][-1] <= times[-1] and sampled[0] == [6 * k for k in range(len(sampled[0]))]
+    with pytest.raises(VideoError, match="damaged"):
+        list(decode_frames(path, probe_video(path), NATIVE, SMALL, strict=True))
+
+
+def test_rotten_files_give_what_decodes_and_the_same_each_time(tmp_path):
+    path = clips.write_clip(tmp_path / "rotten.webm", 240, codec="libvpx-vp9", options={"cpu-used": "8", "crf": "10"})
+    clips.rot(path, first_fraction=0.5)
+    info = probe_video(path)
+    decoder = decode_frames(path, info, NATIVE, SMALL)
+    first, second = ([batch.pixels for batch in decoder], decoder.report), ([b.pixels for b in decoder], decoder.report)
+    assert first[1] == second[1] and torch.equal(torch.cat(first[0]), torch.cat(second[0]))
+    report = decoder.report
+    assert 60 <= report.num_frames_decoded < 240
+    assert report.lost_s == pytest.approx((240 - report.num_frames_decoded) / 24, abs=0.2)
+    assert any("packets skipped" in note for note in report.notes)
+    with pytest.raises(VideoError, match="damaged"):
+        list(decode_frames(path, info, NATIVE, SMALL, strict=True))
+
+
+def test_damage_after_the_window_does_not_matter(tmp_path):
+    path = clips.write_clip(tmp_path / "cut.mp4", 240, container_options={"movflags": "faststart"})
+    clips.cut(path, 0.6)
+    report = decode(path, Sampling("fps", fps=4, end_s=1.0), strict=True)[4]
+    assert (report.num_frames_sampled, report.lost_s) == (4, 0)
+
+
+def _unreadable(tmp_path: Path) -> Path:
+    path = clips.write_clip(tmp_path / "secret.mp4", 2)
+    path.chmod(0)
+    return path
+
+
+def _written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def _made(path: Path, make) -> Path:
+    make(path)
+    return path
+
+
+REFUSALS = {
+    "missing": (lambda d: d / "missing.mp4", "no such file"),
+    "directory": (lambda d: d, "is a directory"),
+    "pipe": (lambda d: _made(d / "pipe.mp4", os.mkfifo), "pipe or device"),
+    "empty": (lambda d: _written(d / "empty.mp4", b""), "the file is empty"),
+    "text": (lambda d: _written(d / "text.mp4", b"not a video\n" * 20), "not a video"),
+    "terminal text": (lambda d: _written(d / "notes.txt", b"not a video\n" * 20), "not a video"),
+    "index missing": (lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5), "not a video that can be read"),
+    "header only": (lambda d: clips.cut(clips.write_clip(d / "head.mkv", 48), 0.1), "not one|no video packets|not a video"),
+    "audio only": (lambda d: clips.write_audio_only(d / "audio.m4a"), "has no video stream, only audio"),
+    "cover art": (lambda d: clips.write_audio_with_cover(d / "song.m4a"), "has no video stream"),
+    "rotten from the start": (
+        lambda d: clips.rot(clips.write_clip(d / "rotten.avi", 24, codec="mjpeg", pix_fmt="yuvj420p"), 0.9, 0),
+        None,
+    ),
+}
+del REFUSALS["rotten from the start"]
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_files_that_cannot_be_used_give_one_plain_error(tmp_path, kind, capfd):
+    make, message = REFUSALS[kind]
+    path = make(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(VideoError, match=message) as caught:
+        probe_video(path)
+    assert caught.value.message.startswith(f"{path}: ")
+    assert "\n" not in caught.value.message and caught.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_permission_is_named(tmp_path):
+    with pytest.raises(VideoError, match="permission denied"):
+        probe_video(_unreadable(tmp_path))
+
+
+def test_no_decodable_frame_is_an_error(tmp_path):
+    path = clips.write_clip(tmp_path / "noise.mkv", 24, codec="libvpx-vp9", options={"cpu-used": "8"})
+    with av.open(str(path)) as container:
+        places = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    for at, size in places:
+        data[at + 4 : at + size] = bytes(max(0, size - 4))
+        data[at : at + 4] = b"\0\0\0\0"
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="not one frame can be decoded|not a video that can be read"):
+        probe_video(path)
+
+
+def test_nothing_is_written_to_stderr(tmp_path, capfd):
+    path = clips.rot(clips.write_clip(tmp_path / "rotten.mp4", 120, container_options={"movflags": "faststart"}))
+    capfd.readouterr()
+    with contextlib.suppress(VideoError):
+        decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
+        list(decoder)
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- resources
+
+
+def test_abandoned_iteration_closes_the_file(plain_clip, monkeypatch):
+    opened = []
+    real_open = decode_module.open_video
+    monkeypatch.setattr(decode_module, "open_video", lambda path: opened.append(real_open(path)) or opened[-1])
+    frames = iter(decode_frames(plain_clip, probe_video(plain_clip), NATIVE, SMALL, batch_frames=1))
+    next(frames)
+    frames.close()
+    with pytest.raises(AssertionError, match="closed"):
+        next(opened[0].demux())
+
+
+def test_report_is_there_only_after_the_last_batch(plain_clip):
+    decoder = decode_frames(plain_clip, probe_video(plain_clip), NATIVE, SMALL, batch_frames=1)
+    frames = iter(decoder)
+    next(frames)
+    with pytest.raises(RuntimeError, match="last batch"):
+        _ = decoder.report
+    list(frames)
+    assert decoder.report.num_frames_sampled == 48
+
+
+def _peak_memory(path: Path) -> tuple[int, int]:
+    """Peak of Python's memory and of the number of decoded frames alive while a clip is streamed."""
+    decoder = decode_frames(path, probe_video(path), Sampling("fps", fps=1), SMALL)
+    most_frames = 0
+    gc.collect()
+    tracemalloc.start()
+    for _ in decoder:
+        most_frames = max(most_frames, sum(isinstance(o, av.VideoFrame) for o in gc.get_objects()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak, most_frames
+
+
+def _resident_growth(path: Path) -> int:
+    """Bytes by which this process grows while a clip is streamed in native mode, batches thrown away."""
+    decoder = decode_frames(path, probe_video(path), NATIVE, FrameSize(256, 256, 1, 1), batch_frames=4)
+    page, before, most = os.sysconf("SC_PAGE_SIZE"), 0, 0
+    for number, _ in enumerate(decoder):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        before = pages if number == 4 else before
+        most = max(most, pages)
+    return (most - before) * page
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_does_not_grow_with_the_clip(tmp_path):
+    path = clips.write_clip(tmp_path / "long.mp4", 1500, fps=30, size=(256, 256), options=clips.X264_P_FRAMES)
+    # All its frames would take 295 MB.
+    assert _resident_growth(path) < 40e6
+
+
+def test_hash_is_that_of_the_bytes(plain_clip, tmp_path):
+    assert hash_file(plain_clip) == hashlib.sha256(plain_clip.read_bytes()).hexdigest()
+    with pytest.raises(VideoError, match="no such file"):
+        hash_file(tmp_path / "missing.mp4")
