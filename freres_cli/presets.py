@@ -14,6 +14,7 @@ import yaml
 from freres_cli.errors import PresetError
 
 VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct")
+METHODS = ("fre-res",)
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")
 
@@ -37,7 +38,7 @@ KEYS: dict[str, Key] = {
     "sample": Key(str, "native", "which frames are read", choices=SAMPLES),
     "sample_fps": Key(float, None, "frames read each second, with sample: fps", low=1e-6, high=1000.0, optional=True),
     "sample_count": Key(int, None, "frames read from the clip, with sample: count", low=1, optional=True),
-    "track_density": Key(int, 1, "frames of the residual track for each frame named above", low=1, high=64),
+    "track_density": Key(int, 1, "frames read for the residual track, for each sampled frame", low=1, high=64),
     "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
     "tokens_per_frame": Key(int, 576, "most tokens of a frame, with grid: auto", low=1),
     "variant": Key(str, "absorber", "how residuals become tokens (ablation)", choices=VARIANTS),
@@ -105,7 +106,8 @@ def load_preset(name_or_path: str) -> Preset:
 
 
 def check_value(key: str, value: Any, where: str) -> Any:
-    """Return ``value`` in the type of ``key``. Raises ``PresetError`` naming ``where``, key, what was expected and got."""
+    """Return ``value`` in the type of ``key``. Raises ``PresetError`` naming ``where``, key, what was expected and
+    got."""
     if key not in KEYS:
         raise PresetError(f"{where}: unknown setting {key!r}", _near(key, list(KEYS)) or f"settings: {', '.join(KEYS)}")
     rule = KEYS[key]
@@ -151,7 +153,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def merge_settings(preset: Preset, flags: Mapping[str, Any]) -> dict[str, Setting]:
     """Return every setting with its source: flags win over the preset, the preset over defaults.
 
-    Naming a rate or a count by flag also chooses the matching ``sample``. Raises ``PresetError`` where values contradict.
+    Naming a rate or a count by flag also chooses the matching ``sample``. Raises ``PresetError`` where values
+    contradict.
     """
     given = {key: value for key, value in flags.items() if value is not None}
     if "sample" not in given and ("sample_fps" in given or "sample_count" in given):

@@ -50,9 +50,9 @@ class VideoInfo:
 class Frames:
     """A batch of consecutive sampled frames.
 
-    ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: presentation time of each, in seconds of the file's own
-    clock. ``source_index``: ordinal of the frame in the file, in display order, from 0. A source frame that is on screen
-    at several sampled instants is given once for each of them, with the same ``source_index``.
+    ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: presentation time of each, in seconds of the file's
+    own clock. ``source_index``: ordinal of the frame in the file, in display order, from 0. A source frame that is on
+    screen at several sampled instants is given once for each of them, with the same ``source_index``.
     """
 
     pixels: Tensor
@@ -92,15 +92,16 @@ class Tracks:
 
     ``width``: D; ``grid``: (T, H, W); ``pooled_grid``: cells (rows, columns); ``frame_seconds``: (T,) float64.
 
-    GoP table, G rows: ``gop_anchor_frame``, ``gop_num_residuals`` (L), ``gop_num_bins``, ``gop_bin_frames``, ``gop_start``
-    (index into ``GOP_STARTS``), ``gop_event_distance``, ``gop_residual_energy`` (all tokens), ``gop_pooled_energy`` (cells),
-    ``gop_band_energy`` (G, B) of the first bands, ``gop_segment_energy`` (G, 8) of eighths of the GoP.
+    GoP table, G rows: ``gop_anchor_frame``, ``gop_num_residuals`` (L), ``gop_num_bins``, ``gop_bin_frames``,
+    ``gop_start`` (index into ``GOP_STARTS``), ``gop_event_distance``, ``gop_residual_energy`` (all tokens),
+    ``gop_pooled_energy`` (cells), ``gop_band_energy`` (G, B) of the first bands, ``gop_segment_energy`` (G, 8) of
+    eighths of the GoP.
 
     Anchor tokens ``anchor_latents`` (n, C) with ``anchor_gop``, ``anchor_cell`` (raster index in the grid).
-    Coefficients ``coefficient_values`` (n, C) with ``_gop _cell _band _energy`` and ``_segments`` (n, 8), the inner product
-    with the residual in each eighth. ``base_latents`` (n, C) with ``base_gop base_cell``: pooled anchor of every cell that
-    kept a coefficient. ``static_latents`` (n, C) with ``static_gop static_cell``: time means. ``summary_base`` (n, C) and
-    ``summary_spectrum`` (n, K, C) with ``summary_gop``: means over the cells.
+    Coefficients ``coefficient_values`` (n, C) with ``_gop _cell _band _energy`` and ``_segments`` (n, 8), the inner
+    product with the residual in each eighth. ``base_latents`` (n, C) with ``base_gop base_cell``: pooled anchor of
+    every cell that kept a coefficient. ``static_latents`` (n, C) with ``static_gop static_cell``: time means.
+    ``summary_base`` (n, C) and ``summary_spectrum`` (n, K, C) with ``summary_gop``: means over the cells.
     """
 
     width: int

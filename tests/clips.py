@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -113,7 +113,6 @@ def write_clip(
     pictures: Iterable[np.ndarray] | None = None,
     audio: str = "none",
     more_streams: Sequence[Iterable[np.ndarray]] = (),
-    format: str | None = None,
     **tags: object,
 ) -> Path:
     """Encode ``count`` numbered frames (or ``pictures``) to ``path``. ``audio``: "none", "first" or "last" stream.
@@ -124,7 +123,7 @@ def write_clip(
     if options is None:
         options = X264_B_FRAMES if codec == "libx264" else {}
     width, height = size
-    with av.open(str(path), "w", format=format, options=dict(container_options or {})) as container:
+    with av.open(str(path), "w", options=dict(container_options or {})) as container:
         sound = container.add_stream("aac", rate=44100, layout="mono") if audio == "first" else None
         streams = [_add_video(container, codec, fps, pix_fmt, size, options, time_base, tags)]
         for _ in more_streams:
@@ -155,9 +154,9 @@ def write_audio_with_cover(path: Path) -> Path:
     return path
 
 
-def _copy_packets(source: Path, target: Path, restamp, format: str | None = None) -> Path:
+def _copy_packets(source: Path, target: Path, restamp: Callable[[int, av.Packet], None]) -> Path:
     """Copy the video packets of ``source``; ``restamp(number, packet)`` may change their times."""
-    with av.open(str(source)) as reader, av.open(str(target), "w", format=format) as writer:
+    with av.open(str(source)) as reader, av.open(str(target), "w") as writer:
         stream = reader.streams.video[0]
         copy = writer.add_stream_from_template(stream)
         for number, packet in enumerate(p for p in reader.demux(stream) if p.size):
@@ -185,14 +184,7 @@ def write_shifted(path: Path, seconds: float, count: int = 48, fps: int = 24) ->
         shift = round(seconds / packet.time_base)
         packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
 
-    with av.open(str(source)) as reader, av.open(str(path), "w", options={"copyts": "1"}) as writer:
-        stream = reader.streams.video[0]
-        copy = writer.add_stream_from_template(stream)
-        for number, packet in enumerate(p for p in reader.demux(stream) if p.size):
-            restamp(number, packet)
-            packet.stream = copy
-            writer.mux(packet)
-    return path
+    return _copy_packets(source, path, restamp)
 
 
 def rotate_mp4(path: Path, degrees_ccw: int) -> Path:
@@ -225,11 +217,22 @@ def cut(path: Path, fraction: float) -> Path:
     return path
 
 
-def rot(path: Path, first_fraction: float = 0.4, flips: int = 40, seed: int = 0) -> Path:
-    """Flip bytes after ``first_fraction`` of the file."""
+def rot(path: Path, first_fraction: float = 0.4, last_fraction: float = 1.0, flips: int = 40, seed: int = 0) -> Path:
+    """Flip bytes between two fractions of the file."""
     data, dice = bytearray(path.read_bytes()), random.Random(seed)
     for _ in range(flips):
-        data[dice.randrange(int(len(data) * first_fraction), len(data))] ^= 0xFF
+        data[dice.randrange(int(len(data) * first_fraction), int(len(data) * last_fraction))] ^= 0xFF
+    path.write_bytes(data)
+    return path
+
+
+def blank_payloads(path: Path) -> Path:
+    """Overwrite every frame of an AVI with zeros and leave the container as it is."""
+    with av.open(str(path)) as container:
+        places = [(packet.pos + 8, packet.size) for packet in container.demux() if packet.size]
+    data = bytearray(path.read_bytes())
+    for at, size in places:
+        data[at : at + size] = bytes(size)
     path.write_bytes(data)
     return path
 

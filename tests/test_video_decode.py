@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import os
-import tracemalloc
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +47,7 @@ FORMATS = {
     "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=3"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
     "vp8_hidden_frames.webm": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
-    "av1.mkv": {"codec": "libsvtav1", "options": {"preset": "11", "crf": "10", "svtav1-params": "enable-stat-report=0"}},
+    "av1.mkv": {"codec": "libsvtav1", "options": {"preset": "8", "crf": "5"}, "size": (128, 128)},
     "mpeg4_b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2", "qmin": "1", "qmax": "3"}},
     "mjpeg.mov": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "color_range": 2},
     "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
@@ -82,7 +80,9 @@ def test_native_gives_every_frame_once_in_display_order(tmp_path, name):
     assert report.lost_s == 0
 
 
-@pytest.mark.parametrize("sampling", [NATIVE, Sampling("fps", fps=7), Sampling("fps", fps=60), Sampling("count", count=5)])
+@pytest.mark.parametrize(
+    "sampling", [NATIVE, Sampling("fps", fps=7), Sampling("fps", fps=60), Sampling("count", count=5)]
+)
 def test_batch_size_changes_nothing(plain_clip, sampling):
     reference = decode(plain_clip, sampling, batch_frames=1000)
     for batch_frames in (1, 2, 3, 16, 48):
@@ -222,7 +222,7 @@ def test_colours_survive(tmp_path, tags):
         clips.write_clip(path, 1, pictures=clips.solid(1, rgb), options={"crf": "1"}, **tags)
         (batch,) = decode_frames(path, probe_video(path), NATIVE, SMALL)
         error = (batch.pixels[0].int() - torch.tensor(rgb)).abs().max()
-        assert error <= 3, f"{rgb}: off by {error}"
+        assert error <= 2, f"{rgb}: off by {error}"
 
 
 def test_streams_are_picked_by_number(tmp_path):
@@ -254,7 +254,6 @@ def test_picture_size_that_changes_is_levelled_out(tmp_path):
     ("name", "options"),
     [
         ("index_first.mp4", {"container_options": {"movflags": "faststart"}}),
-        ("fragmented.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
         ("no_cues.mkv", {}),
         ("old.avi", {"codec": "mpeg4", "options": {"qmax": "3"}}),
         ("with_sound.mkv", {"audio": "last"}),
@@ -262,16 +261,18 @@ def test_picture_size_that_changes_is_levelled_out(tmp_path):
 )
 def test_cut_files_give_the_good_part_and_say_what_is_lost(tmp_path, name, options):
     path = clips.write_clip(tmp_path / name, 240, **options)
-    if name == "fragmented.mp4":  # such a header does not promise anything, so only the packets show the loss
-        path = clips.write_clip(tmp_path / name, 240, container_options={"movflags": "faststart"})
     clips.cut(path, 0.6)
     shown, times, _, _, report = decode(path)
     assert 40 < len(shown) < 200
-    assert shown == list(range(len(shown)))
+    # B-frames next to the cut may be gone; whatever is given has its own time.
+    assert shown[:-8] == list(range(len(shown) - 8))
+    assert shown == [round((t - times[0]) * 24) for t in times]
     assert report.lost_s == pytest.approx(10.0 - len(shown) / 24, abs=0.2)
     assert any("are lost" in note for note in report.notes)
     sampled = decode(path, Sampling("fps", fps=4))
-    assert sampled[1][-1] <= times[-1] and sampled[0] == [6 * k for k in range(len(sampled[0]))]
+    assert sampled[0] == [max(n for n in shown if n <= 6 * k) for k in range(len(sampled[0]))]
+    # Instants after the last decoded frame has left the screen would be fiction.
+    assert len(sampled[0]) == (shown[-1] + 6) // 6
     with pytest.raises(VideoError, match="damaged"):
         list(decode_frames(path, probe_video(path), NATIVE, SMALL, strict=True))
 
@@ -289,6 +290,44 @@ def test_rotten_files_give_what_decodes_and_the_same_each_time(tmp_path):
     assert any("packets skipped" in note for note in report.notes)
     with pytest.raises(VideoError, match="damaged"):
         list(decode_frames(path, info, NATIVE, SMALL, strict=True))
+
+
+def test_a_hole_inside_the_clip_is_counted(tmp_path):
+    options = {"cpu-used": "8", "crf": "10", "g": "24"}
+    path = clips.write_clip(tmp_path / "hole.webm", 240, codec="libvpx-vp9", options=options)
+    clips.rot(path, first_fraction=0.4, last_fraction=0.6)
+    shown, *_, report = decode(path)
+    assert shown[-1] == 239 and len(shown) < 240
+    assert report.lost_s == pytest.approx((240 - len(shown)) / 24, abs=0.05)
+
+
+def _decode_on_one_thread(path: Path) -> list[int]:
+    """Times of what PyAV decodes of a damaged file without threads, in units of the stream."""
+    times = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        for packet in container.demux(stream):
+            with contextlib.suppress(av.error.FFmpegError):
+                times += [float(frame.pts * frame.time_base) for frame in packet.decode()]
+    return times
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_costs_no_frame_that_one_thread_can_decode(tmp_path, seed):
+    options = {"x265-params": "log-level=none:bframes=3:keyint=24"}
+    path = clips.write_clip(tmp_path / "rotten.mkv", 240, codec="libx265", options=options)
+    clips.rot(path, seed=seed)
+    decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
+    assert [t for batch in decoder for t in batch.pts_seconds] == _decode_on_one_thread(path)
+
+
+def test_a_cut_between_packets_is_seen_in_the_index(tmp_path):
+    path = clips.write_clip(tmp_path / "clean_cut.mp4", 240, container_options={"movflags": "faststart"})
+    with av.open(str(path)) as container:
+        end = next(p.pos + p.size for number, p in enumerate(container.demux(video=0)) if number == 119)
+    path.write_bytes(path.read_bytes()[:end])
+    assert decode(path)[4].lost_s == pytest.approx(5.0, abs=0.2)
 
 
 def test_damage_after_the_window_does_not_matter(tmp_path):
@@ -322,15 +361,17 @@ REFUSALS = {
     "text": (lambda d: _written(d / "text.mp4", b"not a video\n" * 20), "not a video"),
     "terminal text": (lambda d: _written(d / "notes.txt", b"not a video\n" * 20), "not a video"),
     "index missing": (lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5), "not a video that can be read"),
-    "header only": (lambda d: clips.cut(clips.write_clip(d / "head.mkv", 48), 0.1), "not one|no video packets|not a video"),
+    "header only": (
+        lambda d: clips.cut(clips.write_clip(d / "head.mkv", 48), 0.1),
+        "not one|no video packets|not a video",
+    ),
     "audio only": (lambda d: clips.write_audio_only(d / "audio.m4a"), "has no video stream, only audio"),
     "cover art": (lambda d: clips.write_audio_with_cover(d / "song.m4a"), "has no video stream"),
-    "rotten from the start": (
-        lambda d: clips.rot(clips.write_clip(d / "rotten.avi", 24, codec="mjpeg", pix_fmt="yuvj420p"), 0.9, 0),
-        None,
+    "no decodable frame": (
+        lambda d: clips.blank_payloads(clips.write_clip(d / "blank.avi", 24, codec="mjpeg", pix_fmt="yuvj420p")),
+        "not one frame can be decoded",
     ),
 }
-del REFUSALS["rotten from the start"]
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
@@ -349,19 +390,6 @@ def test_files_that_cannot_be_used_give_one_plain_error(tmp_path, kind, capfd):
 def test_permission_is_named(tmp_path):
     with pytest.raises(VideoError, match="permission denied"):
         probe_video(_unreadable(tmp_path))
-
-
-def test_no_decodable_frame_is_an_error(tmp_path):
-    path = clips.write_clip(tmp_path / "noise.mkv", 24, codec="libvpx-vp9", options={"cpu-used": "8"})
-    with av.open(str(path)) as container:
-        places = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
-    data = bytearray(path.read_bytes())
-    for at, size in places:
-        data[at + 4 : at + size] = bytes(max(0, size - 4))
-        data[at : at + 4] = b"\0\0\0\0"
-    path.write_bytes(data)
-    with pytest.raises(VideoError, match="not one frame can be decoded|not a video that can be read"):
-        probe_video(path)
 
 
 def test_nothing_is_written_to_stderr(tmp_path, capfd):
@@ -383,7 +411,7 @@ def test_abandoned_iteration_closes_the_file(plain_clip, monkeypatch):
     frames = iter(decode_frames(plain_clip, probe_video(plain_clip), NATIVE, SMALL, batch_frames=1))
     next(frames)
     frames.close()
-    with pytest.raises(AssertionError, match="closed"):
+    with pytest.raises(AssertionError, match="not open"):
         next(opened[0].demux())
 
 
@@ -397,35 +425,23 @@ def test_report_is_there_only_after_the_last_batch(plain_clip):
     assert decoder.report.num_frames_sampled == 48
 
 
-def _peak_memory(path: Path) -> tuple[int, int]:
-    """Peak of Python's memory and of the number of decoded frames alive while a clip is streamed."""
-    decoder = decode_frames(path, probe_video(path), Sampling("fps", fps=1), SMALL)
-    most_frames = 0
-    gc.collect()
-    tracemalloc.start()
-    for _ in decoder:
-        most_frames = max(most_frames, sum(isinstance(o, av.VideoFrame) for o in gc.get_objects()))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak, most_frames
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _resident_growth(path: Path) -> int:
-    """Bytes by which this process grows while a clip is streamed in native mode, batches thrown away."""
+def _most_growth(path: Path) -> int:
+    """Bytes by which this process grows, at most, while all frames of a clip are streamed and thrown away."""
     decoder = decode_frames(path, probe_video(path), NATIVE, FrameSize(256, 256, 1, 1), batch_frames=4)
-    page, before, most = os.sysconf("SC_PAGE_SIZE"), 0, 0
-    for number, _ in enumerate(decoder):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before = pages if number == 4 else before
-        most = max(most, pages)
-    return (most - before) * page
+    before = _resident_bytes()
+    return max(_resident_bytes() for _ in decoder) - before
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_does_not_grow_with_the_clip(tmp_path):
     path = clips.write_clip(tmp_path / "long.mp4", 1500, fps=30, size=(256, 256), options=clips.X264_P_FRAMES)
-    # All its frames would take 295 MB.
-    assert _resident_growth(path) < 40e6
+    _most_growth(path)  # the decoder's own buffers are paid for once
+    # As decoded its frames take 147 MB, as RGB 295 MB.
+    assert _most_growth(path) < 30e6
 
 
 def test_hash_is_that_of_the_bytes(plain_clip, tmp_path):

@@ -10,7 +10,14 @@ import pytest
 from freres_cli.errors import UsageError
 from freres_cli.video.sampling import Sampling, num_sampled_frames, sampling_instants, sampling_window
 
-CLIPS = [(0.0, 10.0, 300), (8.3, 10.01, 300), (0.3, 31.8, 636), (0.0, 29.6, 68), (0.0, 1 / 30, 1), (0.0, 3600.0, 108000)]
+CLIPS = [
+    (0.0, 10.0, 300),
+    (8.3, 10.01, 300),
+    (0.3, 31.8, 636),
+    (0.0, 29.6, 68),
+    (0.0, 1 / 30, 1),
+    (0.0, 3600.0, 108000),
+]
 
 
 @pytest.mark.parametrize("clip", CLIPS)

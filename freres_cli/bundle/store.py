@@ -54,7 +54,8 @@ def write_bundle(path: Path, tracks: Tracks, manifest: Mapping[str, Any], *, for
     """Write a bundle and return its size in bytes; the same tracks and manifest give the same bytes.
 
     The file appears whole or not at all: a temporary file in the same folder is synced, then renamed. Without ``force``
-    an existing file is never replaced, not even one that appeared meanwhile. Raises ``BundleError`` or ``ResourceError``.
+    an existing file is never replaced, not even one that appeared meanwhile. Raises ``BundleError`` or
+    ``ResourceError``.
     """
     check_destination(path, force)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tracks.tensors().items()}

@@ -13,24 +13,29 @@ from freres_cli.cli import options
 from freres_cli.cli.compress import warn_if_untrained
 from freres_cli.cli.output import format_seconds, print_error, print_json, print_notes, print_result
 from freres_cli.errors import FreresError, UsageError
+from freres_cli.presets import TEXT_AFTER
 
 if TYPE_CHECKING:
-    from freres_cli.backbones.generation import Sampling
     from freres_cli.records import Answer
-    from freres_cli.workflows.ask import Session
+    from freres_cli.workflows.ask import AskRequest, Session
 
 
 def ask(
     bundle: options.BundlePath,
     question: Annotated[
-        str | None, typer.Argument(metavar="[QUESTION]", help="The question; - reads stdin; none opens a prompt loop.")
+        str | None, typer.Argument(metavar="QUESTION", help="The question; - reads stdin; none opens a prompt loop.")
     ] = None,
     choices: Annotated[
-        str | None, typer.Option("--choices", metavar="A|B|...", help="Options to choose from, with probabilities.")
+        str | None,
+        typer.Option("--choices", metavar="A|B|...", help="Answer with one of these; print the probability of each."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample from this much probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this share.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     model: options.Model = None,
     revision: options.Revision = None,
@@ -50,46 +55,59 @@ def ask(
 ) -> None:
     """Answer a question from a bundle alone; the video is not needed.
 
-    The answer streams to stdout. Without a question, questions are read line by line and the video is prefilled only once.
+    The answer streams to stdout. Without a question, questions are read line by line and the video is prefilled only
+    once.
     """
     started = time.perf_counter()
-    if question is None and json:
-        raise UsageError("--json: expected a question", "give the question, or - to read it from stdin")
-    if text_after not in (None, "max", "hf"):
-        raise UsageError(f"--text-after: expected max or hf, got {text_after}")
-    options_list = choices.split("|") if choices is not None else []
+    text = _read_question(question, json)
+    if text_after not in (None, *TEXT_AFTER):
+        raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
     from freres_cli.backbones.generation import Sampling
     from freres_cli.devices import choose_device
     from freres_cli.workflows.ask import AskRequest, check_choices, open_session
 
-    sampling = Sampling(temperature, top_p, seed)
+    listed = choices.split("|") if choices is not None else []
     if choices is not None:
-        check_choices(options_list)
-    text = sys.stdin.read() if question == "-" else question
-    if text is not None and not text.strip():
-        raise UsageError("question: is empty", 'such as: freres ask bundle.pt "what moves first?"')
-    chosen = choose_device(options.device_name(device))
-    session = open_session(AskRequest(bundle, chosen, model, revision, options.dtype_name(dtype), adapter, text_after))
+        check_choices(listed)
+    sampling = Sampling(temperature, top_p, seed)
+    manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
+    place = choose_device(options.device_name(device))
+    request = AskRequest(bundle, place, model, revision, options.dtype_name(dtype), adapter, text_after)
+    session = open_session(request)
     warn_if_untrained(session.model.fingerprint.get("model_id"))
     print_notes(session.notes, quiet)
     if text is None:
-        _loop(session, options_list, max_new_tokens, sampling, quiet)
-        return
-    on_text = None if json else lambda piece: print_result(piece, end="")
-    asked = time.perf_counter()
-    answer = session.ask(
-        text.strip(), choices=options_list, max_new_tokens=max_new_tokens, sampling=sampling, on_text=on_text
-    )
-    if json:
-        cold = asked - started + answer.ttft_s
-        print_json("freres.ask/1", _document(answer, session, bundle, text.strip(), cold, chosen))
-        return
+        _loop(session, manner, quiet)
+    elif json:
+        asked = time.perf_counter()
+        answer = session.ask(text, **manner)
+        print_json("freres.ask/1", _document(answer, session, request, text, asked - started + answer.ttft_s))
+    else:
+        _answer(session, text, manner, quiet)
+
+
+def _read_question(question: str | None, json: bool) -> str | None:
+    """Return the question, from stdin where it is ``-``; ``None`` asks for the prompt loop."""
+    if question is None:
+        if json:
+            raise UsageError("--json: expected a question", "give the question, or - to read it from stdin")
+        return None
+    text = (sys.stdin.read() if question == "-" else question).strip()
+    if not text:
+        raise UsageError("question: is empty", 'such as: freres ask bundle.pt "what moves first?"')
+    return text
+
+
+def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool) -> None:
+    """Stream one answer to stdout."""
+    answer = session.ask(question, **manner, on_text=lambda piece: print_result(piece, end=""))
     print_result("")
-    _print_choices(answer)
+    for choice, probability in (answer.choices or {}).items():
+        print_result(f"{probability:6.1%}  {choice}")
     print_notes([*answer.notes, _cost(answer)], quiet)
 
 
-def _loop(session: Session, choices: list[str], max_new_tokens: int, sampling: Sampling, quiet: bool) -> None:
+def _loop(session: Session, manner: dict[str, Any], quiet: bool) -> None:
     """Answer one question a line until the end of input."""
     is_terminal = sys.stdin.isatty()
     while True:
@@ -101,27 +119,12 @@ def _loop(session: Session, choices: list[str], max_new_tokens: int, sampling: S
         if not line.strip():
             continue
         try:
-            answer = session.ask(
-                line.strip(),
-                choices=choices,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                on_text=lambda piece: print_result(piece, end=""),
-            )
+            _answer(session, line.strip(), manner, quiet)
         except FreresError as error:
             # One question that does not fit must not end the conversation on a terminal.
             if not is_terminal:
                 raise
             print_error(error)
-            continue
-        print_result("")
-        _print_choices(answer)
-        print_notes([*answer.notes, _cost(answer)], quiet)
-
-
-def _print_choices(answer: Answer) -> None:
-    for choice, probability in (answer.choices or {}).items():
-        print_result(f"{probability:6.1%}  {choice}")
 
 
 def _cost(answer: Answer) -> str:
@@ -133,12 +136,12 @@ def _cost(answer: Answer) -> str:
 
 
 def _document(
-    answer: Answer, session: Session, bundle: Path, question: str, cold_ttft_s: float, device: Any
+    answer: Answer, session: Session, request: AskRequest, question: str, cold_ttft_s: float
 ) -> dict[str, Any]:
     from freres_cli.bench.report import describe_environment
 
     return {
-        "bundle": str(bundle),
+        "bundle": str(request.bundle),
         "question": question,
         "answer": answer.text,
         "choices": answer.choices,
@@ -153,5 +156,5 @@ def _document(
         "model": session.model.fingerprint,
         "text_after": session.text_after,
         "notes": [*session.notes, *answer.notes],
-        "environment": describe_environment(device, session.model.dtype),
+        "environment": describe_environment(request.device, session.model.dtype),
     }

@@ -1,7 +1,7 @@
 """Measures the figures of the README: ``python -m freres_cli.cli.benchmark -o FILE [PART ...]`` writes one JSON file.
 
-Parts: ``method`` (cost after encoding, beside encoding at a released model's widths), ``decode`` (beside plain PyAV) and
-``memory`` (one and ten minutes of 30 fps video). Takes about a quarter of an hour on two cores.
+Parts: ``method`` (cost after encoding, beside encoding at a released model's widths), ``decode`` (beside plain PyAV)
+and ``memory`` (one and ten minutes of 30 fps video). Takes about a quarter of an hour on two cores.
 """
 
 from __future__ import annotations

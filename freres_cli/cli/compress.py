@@ -17,12 +17,10 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.errors import UsageError
-from freres_cli.presets import load_preset, merge_settings, parse_assignment
+from freres_cli.presets import METHODS, load_preset, merge_settings, parse_assignment
 
 if TYPE_CHECKING:
     from freres_cli.workflows.compress import CompressPlan, CompressRequest, CompressResult
-
-METHODS = ("fre-res",)
 
 
 def compress(
@@ -31,7 +29,7 @@ def compress(
     preset: options.PresetName = None,
     model: options.Model = None,
     revision: options.Revision = None,
-    method: Annotated[str, typer.Option("--method", help="Compression method: fre-res.")] = "fre-res",
+    method: Annotated[str, typer.Option("--method", help="Compression method.")] = "fre-res",
     variant: Annotated[
         str | None, typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat or idct.")
     ] = None,
@@ -45,8 +43,13 @@ def compress(
         str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
     ] = None,
     assignments: options.Assignments = None,
-    start: Annotated[float | None, typer.Option("--start", min=0.0, metavar="SECONDS", help="Begin here.")] = None,
-    end: Annotated[float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="End here.")] = None,
+    start: Annotated[
+        float | None,
+        typer.Option("--start", min=0.0, metavar="SECONDS", help="Begin this many seconds into the video."),
+    ] = None,
+    end: Annotated[
+        float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="End this many seconds into the video.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")] = False,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
@@ -54,10 +57,11 @@ def compress(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compress a video into a bundle of at most --budget visual tokens.
+    """Compress a video into a bundle.
 
-    Decodes the video, encodes its frames with the model's frozen vision tower, keeps sparse full-detail anchor frames and a
-    few temporal DCT coefficients of the rest, and writes bundle.pt. The video is not needed again. Prints the bundle's path.
+    Decodes the video, encodes its frames with the model's frozen vision tower, keeps sparse full-detail anchor frames
+    and a few temporal DCT coefficients of the rest, and writes at most --budget visual tokens. The video is not needed
+    again. Prints the bundle's path.
     """
     flags = dict(parse_assignment(text) for text in assignments or [])
     flags |= {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
@@ -177,7 +181,9 @@ def _print_plan(plan: CompressPlan, request: CompressRequest, json: bool) -> Non
         "settings": {key: vars(setting) for key, setting in request.settings.items()},
     }
     if json:
-        print_json("freres.plan/1", document)
+        from freres_cli.bench.report import describe_environment
+
+        print_json("freres.plan/1", {**document, "environment": describe_environment(request.device)})
         return
     print_result(f"frames read      {budget.num_frames} of {budget.grid[0]}x{budget.grid[1]} tokens")
     print_result(f"full tokens      {plan.full_tokens} ({plan.baseline_frames} frames)")

@@ -26,9 +26,10 @@ def demo(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make a 4 s H.264 clip, compress it at two budgets, ask three questions, profile it.
+    """Run the whole job on a made clip.
 
-    Answers stand beside the truth. The clip holds a patch that is on screen for three frames only.
+    A 4 s H.264 file is made, compressed at two budgets, asked three questions, and profiled. Answers stand beside the
+    truth. The clip holds a patch that is on screen for three frames only.
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: expected an existing folder", "make it first")

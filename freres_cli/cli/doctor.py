@@ -7,16 +7,21 @@ from freres_cli.cli.output import print_json, print_table
 
 
 def doctor(json: options.Json = False) -> None:
-    """Check what this machine can run: packages, decoders, devices, memory, the bundled model, the model hub.
+    """Check what this machine can run.
 
-    Every line is ok, limited or missing, with what that means. Exits 0 when the main job can run.
+    Looks at packages, decoders, devices, memory, the bundled model and the model hub. Every line is ok, limited or
+    missing, with what that means. Exits 0 when the main job can run.
     """
     from freres_cli.errors import ResourceError
     from freres_cli.workflows.doctor import examine_machine
 
     findings = examine_machine()
     if json:
-        print_json("freres.doctor/1", {"findings": [vars(finding) for finding in findings]})
+        from freres_cli.bench.report import describe_environment
+        from freres_cli.devices import choose_device
+
+        rows = [vars(finding) for finding in findings]
+        print_json("freres.doctor/1", {"findings": rows, "environment": describe_environment(choose_device())})
     else:
         print_table(("part", "state", "what"), [(f.part, f.state, f.text) for f in findings])
     missing = [finding.part for finding in findings if finding.state == "missing" and finding.is_needed]

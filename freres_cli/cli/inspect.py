@@ -15,15 +15,19 @@ def inspect(
     tokens: Annotated[bool, typer.Option("--tokens", help="Add one row for each visual token.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Show what a bundle holds: tokens, times, energy kept, the seconds that lost most, settings and their sources.
+    """Show what a bundle holds.
 
-    Needs neither the video nor any model. Energy shares say how much motion was kept, not how well a model answers.
+    Tokens, times, energy kept, the seconds that lost most, settings and their sources. Needs neither the video nor any
+    model. Energy shares say how much motion was kept, not how well a model answers.
     """
     from freres_cli.workflows.inspect import inspect_bundle
 
     report = inspect_bundle(bundle, with_tokens=tokens)
     if json:
-        print_json("freres.inspect/1", report)
+        from freres_cli.bench.report import describe_environment
+        from freres_cli.devices import choose_device
+
+        print_json("freres.inspect/1", {**report, "environment": describe_environment(choose_device("cpu"))})
         return
     _print_head(report)
     _print_energy(report["energy"])

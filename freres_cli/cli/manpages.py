@@ -1,8 +1,8 @@
 """The manual pages, written from the command itself: ``python -m freres_cli.cli.manpages [--check]``.
 
-Pages of section 1 come from the verbs and freres-preset(5) from ``presets.KEYS``. freres(7) is edited by hand but for its
-header, PRESETS, EXIT STATUS and SEE ALSO; freres-bundle(5) is a specification, written by hand. Typer vendors Click: the
-commands are only walked.
+Pages of section 1 come from the verbs and freres-preset(5) from ``presets.KEYS``. freres(7) is edited by hand but for
+its header, PRESETS, EXIT STATUS and SEE ALSO; freres-bundle(5) is a specification, written by hand. Typer vendors
+Click: the commands are only walked.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from freres_cli.cli.output import format_bytes, print_json, print_result, print_
 
 
 def models(json: options.Json = False) -> None:
-    """List the model families and checkpoints that can be named with --model.
+    """List what --model can name.
 
     Any local folder or hub checkpoint of a listed family works; those listed are the ones whose numbers are known.
     """

@@ -47,9 +47,16 @@ Dtype = Annotated[
 ]
 PresetName = Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME|FILE", help="Settings to start from.", autocompletion=complete_preset),
+    typer.Option(
+        "--preset",
+        metavar="NAME|FILE",
+        help="Settings to start from: a shipped preset or a .yaml file.",
+        autocompletion=complete_preset,
+    ),
 ]
-Budget = Annotated[int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens, exact.")]
+Budget = Annotated[
+    int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens; never more.")
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any preset setting; may be given again. See freres-preset(5)."),

@@ -68,7 +68,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a function (done, total) that draws a bar on stderr; ``None`` where stderr is no terminal, or on ``quiet``."""
+    """Give a function (done, total) that draws a bar on stderr; ``None`` where stderr is no terminal, or on
+    ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield None
         return

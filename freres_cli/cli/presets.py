@@ -14,7 +14,7 @@ from freres_cli.presets import KEYS, load_preset, preset_names
 def presets(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="A preset or a .yaml file.", autocompletion=options.complete_preset),
+        typer.Argument(metavar="NAME", help="A preset or a .yaml file.", autocompletion=options.complete_preset),
     ] = None,
     json: options.Json = False,
 ) -> None:

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 def profile(
     target: Annotated[
-        Path | None, typer.Argument(metavar="[BUNDLE|VIDEO]", help="What to profile; none makes a 4 s clip.")
+        Path | None, typer.Argument(metavar="BUNDLE|VIDEO", help="What to profile; none makes a 4 s clip.")
     ] = None,
     question: Annotated[str, typer.Option("--question", help="The question asked.")] = "What happens in the video?",
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Counted runs.")] = 3,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before that are not counted.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens answered.")] = 16,
-    timeout: Annotated[float, typer.Option("--timeout", min=1.0, metavar="SECONDS", help="Ends a slow row.")] = 1800.0,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those, not counted.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")] = 16,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1.0, metavar="SECONDS", help="End a row that takes longer.")
+    ] = 1800.0,
     budget: options.Budget = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -39,10 +41,11 @@ def profile(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure decode, encode, compress, prefill, time to first token and peak memory, beside the full-token run.
+    """Measure time and memory, beside the full-token run.
 
-    Each row runs in a process of its own; one that runs out of memory is a row that says so. TTFT runs from the question's
-    submission to the first token, bundle and model loaded, video not yet prefilled. A bundle does not hold the video, so its
+    Decode, encode, compress, load, prefill, time to first token, time per token and peak memory. Each row runs in a
+    process of its own; one that runs out of memory is a row that says so. TTFT runs from the question's submission to
+    the first token, bundle and model loaded, video not yet prefilled. A bundle does not hold the video, so its
     full-token row stands in random latents.
     """
     from freres_cli.bench.report import describe_environment

@@ -13,23 +13,34 @@ from freres_cli.cli.output import format_bytes, print_json, print_notes, print_r
 
 def repack(
     bundle: options.BundlePath,
-    budget: Annotated[int, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens, exact.")],
+    budget: Annotated[int, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens; never more.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The bundle to write.")],
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Cut a bundle to a smaller budget, without the video and without the vision tower.
+    """Cut a bundle to a smaller budget.
 
-    Every kind of token keeps its most important ones. Prints the new bundle's path.
+    Needs neither the video nor the vision tower. Every kind of token keeps its most important ones. Prints the new
+    bundle's path.
     """
     from freres_cli.workflows.repack import repack_bundle
 
     result = repack_bundle(bundle, output, budget, force=force)
     print_notes(result.notes, quiet)
     if json:
-        document = {"bundle": str(result.bundle), "bundle_bytes": result.bundle_bytes, "source_bundle": str(bundle)}
-        print_json("freres.repack/1", {**document, **result.manifest["tokens"], "notes": list(result.notes)})
+        from freres_cli.bench.report import describe_environment
+        from freres_cli.devices import choose_device
+
+        document = {
+            "bundle": str(result.bundle),
+            "bundle_bytes": result.bundle_bytes,
+            "source_bundle": str(bundle),
+            **result.manifest["tokens"],
+            "notes": list(result.notes),
+            "environment": describe_environment(choose_device("cpu")),
+        }
+        print_json("freres.repack/1", document)
         return
     tokens = result.manifest["tokens"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())

@@ -32,8 +32,8 @@ def neighbours_of(cell: Tensor, pooled_grid: tuple[int, int]) -> Tensor:
 class SpatialGuidedAbsorber(nn.Module):
     """Adds to each token what the kept coefficients of its GoP say within its 3x3 cells (paper section 3.4, H.2).
 
-    ``output = token + gamma * CrossAttention(token; coefficients, band and offset embeddings)``. ``gamma`` starts at zero,
-    so before training tokens pass unchanged (ours). ``dim`` is the width of queries and keys.
+    ``output = token + gamma * CrossAttention(token; coefficients, band and offset embeddings)``. ``gamma`` starts at
+    zero, so before training tokens pass unchanged (ours). ``dim`` is the width of queries and keys.
     """
 
     def __init__(self, width: int, dim: int, num_bands: int) -> None:

@@ -27,7 +27,8 @@ def anchor_schedule(num_frames: int, num_anchors: int) -> list[int]:
 
 
 def spread_order(count: int) -> list[int]:
-    """Return 0..count-1 so that every prefix is spread over the whole range (bit reversal; ours, for cutting bundles)."""
+    """Return 0..count-1 so that every prefix is spread over the whole range (bit reversal; ours, for cutting
+    bundles)."""
     bits = max(1, (count - 1).bit_length())
     reversed_indices = (int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits))
     return [i for i in reversed_indices if i < count]
@@ -36,9 +37,9 @@ def spread_order(count: int) -> list[int]:
 def prune_order(latents: Tensor, width: int) -> Tensor:
     """Return the tokens of an anchor frame, most important first: (N,) int64 raster indices.
 
-    ``latents``: (H, W, C); energy is the L2 norm over the first ``width`` channels. The first ``R`` of the order are what
-    block pruning keeps: with ``R = 8/9 N`` every full 3x3 block loses its token of lowest energy (paper section 3.2),
-    with other ``R`` every block keeps the same share, to the token. Ties fall to raster order.
+    ``latents``: (H, W, C); energy is the L2 norm over the first ``width`` channels. The first ``R`` of the order are
+    what block pruning keeps: with ``R = 8/9 N`` every full 3x3 block loses its token of lowest energy (paper section
+    3.2), with other ``R`` every block keeps the same share, to the token. Ties fall to raster order.
     """
     grid_h, grid_w = latents.shape[:2]
     energy = latents[..., :width].to(torch.float32).square().sum(-1).flatten().cpu()
@@ -58,8 +59,8 @@ class EventDetector:
     """Finds the frames that start something new: cuts, flashes, whip pans (paper section 3.3).
 
     The measure is the cosine distance between consecutive frames' latents after the running mean token is removed; raw
-    latents share a large common component that hides cuts (ours). ``tau`` is a number, or ``None`` for the running median
-    plus 6 MAD.
+    latents share a large common component that hides cuts (ours). ``tau`` is a number, or ``None`` for the running
+    median plus 6 MAD.
     """
 
     def __init__(self, tau: float | None) -> None:

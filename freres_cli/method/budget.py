@@ -53,8 +53,8 @@ class Allocation:
 class BudgetPlan:
     """What is decided before any frame is encoded.
 
-    ``anchor_target_tokens`` is A*R, shared by uniform and event anchors alike. ``num_coefficients`` is K. ``is_lossless``
-    means that the budget holds every token, so all are kept as they are and nothing else is made.
+    ``anchor_target_tokens`` is A*R, shared by uniform and event anchors alike. ``num_coefficients`` is K.
+    ``is_lossless`` means that the budget holds every token, so all are kept as they are and nothing else is made.
     """
 
     budget_tokens: int

@@ -21,7 +21,8 @@ MAX_DEMOTED_TRACKS = 32
 
 
 class StreamingCompressor:
-    """Turns a stream of latents into tracks (method sections 2 to 7); memory grows with the tokens kept, not the frames.
+    """Turns a stream of latents into tracks (method sections 2 to 7); memory grows with the tokens kept, not the
+    frames.
 
     The result does not depend on how the frames are cut into batches.
     """

@@ -30,8 +30,8 @@ def dct_basis(length: int, num_coefficients: int, device: torch.device | None = 
 def temporal_dct(trajectory: Tensor, num_coefficients: int) -> Tensor:
     """Return the first DCT-II coefficients of a trajectory along its first axis (paper section 3.3).
 
-    ``trajectory``: (L, ...). Returns (K, ...) float32, ``K = num_coefficients <= L``. With ``K = L`` the transform keeps
-    all energy and ``inverse_temporal_dct`` gives the trajectory back.
+    ``trajectory``: (L, ...). Returns (K, ...) float32, ``K = num_coefficients <= L``. With ``K = L`` the transform
+    keeps all energy and ``inverse_temporal_dct`` gives the trajectory back.
     """
     length = trajectory.shape[0]
     if not 1 <= num_coefficients <= length:
@@ -51,8 +51,9 @@ def inverse_temporal_dct(coefficients: Tensor, length: int) -> Tensor:
 def null_energy_share(length: int, num_coefficients: int) -> float:
     """Return the share of residual energy that the first coefficients hold when frames are independent noise.
 
-    Independent frames minus one shared anchor have covariance ``I + 11'`` along time: DC holds ``1 + L`` of ``2 L`` parts,
-    every other band one. Any spectrum is shown beside this (method section 12, ours): only the excess says anything.
+    Independent frames minus one shared anchor have covariance ``I + 11'`` along time: DC holds ``1 + L`` of ``2 L``
+    parts, every other band one. Any spectrum is shown beside this (method section 12, ours): only the excess says
+    anything.
     """
     if length < 1:
         return 1.0

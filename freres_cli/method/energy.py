@@ -26,9 +26,9 @@ class Loss:
 class EnergyReport:
     """Shares are of residual energy, ``None`` where there is none.
 
-    ``gop_kept``: (G,) share that the kept coefficients hold of the pooled residual of each GoP; ``clip_kept`` the same over
-    the clip; ``pooling_kept``: share that pooling to cells leaves. ``spectrum``: share in the first 1, 2, ... coefficients
-    over all GoPs; ``null_spectrum``: the same for independent noise frames. ``losses``: worst first.
+    ``gop_kept``: (G,) share that the kept coefficients hold of the pooled residual of each GoP; ``clip_kept`` the same
+    over the clip; ``pooling_kept``: share that pooling to cells leaves. ``spectrum``: share in the first 1, 2, ...
+    coefficients over all GoPs; ``null_spectrum``: the same for independent noise frames. ``losses``: worst first.
     """
 
     gop_kept: tuple[float | None, ...]

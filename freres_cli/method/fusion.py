@@ -27,7 +27,8 @@ class ModuleShape:
 
 
 class BottleneckAdapter(nn.Module):
-    """Residual bottleneck MLP, ``x + up(gelu(down(norm(x))))`` with ``up`` zero at the start (paper E.1, form is ours)."""
+    """Residual bottleneck MLP, ``x + up(gelu(down(norm(x))))`` with ``up`` zero at the start (paper E.1, form is
+    ours)."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -71,7 +72,8 @@ class FreResModules(nn.Module):
         return _with_main(latents, adapted * gate)
 
     def adapt_concat(self, latents: Tensor, width: int) -> Tensor:
-        """Return coefficients through a linear adapter, ``c + up(down(c))``: the ``concat`` variant (paper Table 4 D)."""
+        """Return coefficients through a linear adapter, ``c + up(down(c))``: the ``concat`` variant (paper Table 4
+        D)."""
         main = latents[:, :width].to(torch.float32)
         return _with_main(latents, main + self.concat_up(self.concat_down(main)))
 

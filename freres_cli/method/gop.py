@@ -18,9 +18,9 @@ NUM_REPORTED_BANDS = 8
 class ClosedGop:
     """A reduced GoP, on the CPU. P cells, K candidate coefficients, C channels.
 
-    ``anchor``: (H, W, C) as encoded, or ``None`` for an event without room. ``base``: (P, C) pooled anchor; ``coefficients``:
-    (K, P, C); ``energies``: (K, P); ``segments``: (8, K, P) inner product of residual and coefficient wave in each eighth;
-    all float32 and empty where the GoP has no residual frames.
+    ``anchor``: (H, W, C) as encoded, or ``None`` for an event without room. ``base``: (P, C) pooled anchor;
+    ``coefficients``: (K, P, C); ``energies``: (K, P); ``segments``: (8, K, P) inner product of residual and coefficient
+    wave in each eighth; all float32 and empty where the GoP has no residual frames.
     """
 
     anchor_frame: int
@@ -131,10 +131,11 @@ class OpenGop:
         )
 
     def _transform(self, num_coefficients: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return coefficients (K, P, C), energy of the first bands (8,), and segment inner products (8, K, P), on the CPU.
+        """Return coefficients (K, P, C), energy of the first bands (8,), and segment inner products (8, K, P), on the
+        CPU.
 
-        A bin stands for ``bin_frames`` equal frames, so coefficients are scaled by its square root: energies of GoPs of any
-        length compare.
+        A bin stands for ``bin_frames`` equal frames, so coefficients are scaled by its square root: energies of GoPs of
+        any length compare.
         """
         bins = self._trajectory.bins()
         num_bins, root = bins.shape[0], self._trajectory.bin_frames**0.5

@@ -26,8 +26,8 @@ def pooled_grid(grid_h: int, grid_w: int, pooled_side: int) -> tuple[int, int]:
 def pool_to_cells(latents: Tensor, rows: int, columns: int) -> Tensor:
     """Return area means over the cells of the token grid (paper F.2; pooling is linear, so it comes before the DCT).
 
-    ``latents``: (..., H, W, C). Returns (..., P, C) float32 in raster order, ``P = rows * columns``. With as many cells as
-    tokens the latents come back unchanged.
+    ``latents``: (..., H, W, C). Returns (..., P, C) float32 in raster order, ``P = rows * columns``. With as many cells
+    as tokens the latents come back unchanged.
     """
     h_edges, w_edges = cell_edges(latents.shape[-3], rows), cell_edges(latents.shape[-2], columns)
     x = latents.to(torch.float32)
@@ -54,8 +54,8 @@ def cell_centres(grid_h: int, grid_w: int, rows: int, columns: int) -> Tensor:
 class ResidualTrajectory:
     """The pooled residuals of one GoP, frame after frame, in at most ``MAX_TIME_BINS`` bins of equal width.
 
-    A bin holds the mean of ``bin_frames`` consecutive residual frames; ``bin_frames`` is 1 until the bins run out and then
-    doubles. Energies are summed frame by frame, so they stay exact.
+    A bin holds the mean of ``bin_frames`` consecutive residual frames; ``bin_frames`` is 1 until the bins run out and
+    then doubles. Energies are summed frame by frame, so they stay exact.
     """
 
     def __init__(self, max_bins: int = MAX_TIME_BINS) -> None:

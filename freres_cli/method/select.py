@@ -23,8 +23,8 @@ NEAR_ZERO_SHARE = 1e-9
 def select_tracks(
     gops: list[ClosedGop], plan: BudgetPlan, settings: MethodSettings, width: int, seconds: list[float]
 ) -> Tracks:
-    """Return the tracks that fit ``plan.budget_tokens``; for an orthonormal transform the coefficients of largest energy
-    are the best choice (method section 4, ours)."""
+    """Return the tracks that fit ``plan.budget_tokens``; for an orthonormal transform the coefficients of largest
+    energy are the best choice (method section 4, ours)."""
     moving = [i for i, gop in enumerate(gops) if gop.coefficients.shape[0]]
     demoted = [i for i, gop in enumerate(gops) if gop.anchor is None]
     standing = [i for i in moving if gops[i].anchor is not None]
@@ -123,7 +123,8 @@ def _static_cells(
 
 
 def _spread_cells(centres: Tensor, energy: Tensor, count: int) -> list[int]:
-    """Pick cells of the calmer half far from each other: the calmest first, then always the farthest from those picked."""
+    """Pick cells of the calmer half far from each other: the calmest first, then always the farthest from those
+    picked."""
     calm = torch.argsort(energy, stable=True)[: max(count, centres.shape[0] // 2)]
     picked = calm[:1].tolist()
     distance = (centres[calm] - centres[calm[0]]).square().sum(-1)
@@ -209,7 +210,8 @@ def _padded(spectrum: Tensor, num_bands: int) -> Tensor:
 def _pick(
     gops: list[ClosedGop], gop: Tensor, read: Callable[[ClosedGop, Tensor], Tensor], dtype: torch.dtype, *shape: int
 ) -> Tensor:
-    """Return one row for each entry of ``gop``, read a GoP at a time: stacking all GoPs first would double the memory."""
+    """Return one row for each entry of ``gop``, read a GoP at a time: stacking all GoPs first would double the
+    memory."""
     out = torch.empty(gop.shape[0], *shape, dtype=dtype)
     for i in gop.unique().tolist():
         at = (gop == i).nonzero().squeeze(1)

@@ -31,9 +31,9 @@ class _Rows:
 def build_tokens(tracks: Tracks, variant: str = "absorber", modules: FreResModules | None = None) -> VideoTokens:
     """Return the visual tokens of a clip for the language model (method sections 5 and 6).
 
-    Without ``modules`` nothing is trained: anchors are the backbone's own latents bit for bit, and every other token is a
-    pooled latent of the clip at some instant. Order is time: per GoP anchors, dynamic, static, summary, each in raster
-    order. ``variant`` is one of ``presets.VARIANTS``.
+    Without ``modules`` nothing is trained: anchors are the backbone's own latents bit for bit, and every other token is
+    a pooled latent of the clip at some instant. Order is time: per GoP anchors, dynamic, static, summary, each in
+    raster order. ``variant`` is one of ``presets.VARIANTS``.
     """
     kinds = [
         _anchor_rows(tracks),
@@ -189,7 +189,8 @@ def _evaluate(tracks: Tracks, order: Tensor, group: Tensor, index: Tensor, sizes
 
 
 def _dense_rows(tracks: Tracks) -> _Rows:
-    """The ``idct`` variant: reconstructed frames of all P cells at even instants of each GoP, a token for a coefficient."""
+    """The ``idct`` variant: reconstructed frames of all P cells at even instants of each GoP, a token for a
+    coefficient."""
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
     share = _deal_tokens(tracks, cells)
     latents, positions, gops = [], [], []

@@ -72,7 +72,8 @@ class Session:
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer a question; ``on_text`` receives the text as it comes. TTFT runs from this call, bundle and model loaded.
+        """Answer a question; ``on_text`` receives the text as it comes. TTFT runs from this call, bundle and model
+        loaded.
 
         With ``choices`` the answer is the option whose letter is likeliest. Raises ``UsageError`` or ``BackboneError``.
         """
@@ -183,8 +184,8 @@ def check_model(bundle: Bundle, model: LanguageModel) -> None:
     differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
     if differing or bundle.tracks.width != model.width:
         raise BackboneError(
-            f"{bundle.path}: made for another model: expected {recorded.get('model_id')}, got {model.fingerprint.get('model_id')}"
-            f" ({', '.join(differing) or 'width'} differs)",
+            f"{bundle.path}: made for another model: expected {recorded.get('model_id')}, "
+            f"got {model.fingerprint.get('model_id')} ({', '.join(differing) or 'width'} differs)",
             "name the model that made the bundle with --model, or compress the video again",
         )
 

@@ -26,7 +26,6 @@ from freres_cli.video.probe import hash_file, probe_video
 from freres_cli.video.sampling import Sampling, num_sampled_frames
 from freres_cli.world.bundled_model import bundled_model_dir
 
-METHODS = ("fre-res",)
 # Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
 ENCODE_BATCH_TOKENS = 4608
 MAX_BATCH_FRAMES = 64
@@ -55,7 +54,8 @@ class CompressRequest:
 
 @dataclass(frozen=True)
 class CompressPlan:
-    """What will be done, known before any frame is encoded. ``baseline_frames``: frames the full-token model would read."""
+    """What will be done, known before any frame is encoded. ``baseline_frames``: frames the full-token model would
+    read."""
 
     info: VideoInfo
     sampling: Sampling
@@ -100,16 +100,17 @@ def method_settings(settings: Mapping[str, Any]) -> MethodSettings:
 def plan_compression(request: CompressRequest, encoder: VisionEncoder) -> CompressPlan:
     """Probe the video and allocate the budget. Raises ``VideoError`` or ``UsageError``."""
     info = probe_video(request.video)
-    density = request.value("track_density")
-    sampling = choose_sampling(request, density)
     grid = parse_grid(request.value("grid"))
     size = encoder.frame_size(info.width_px, info.height_px, grid, request.value("tokens_per_frame"))
-    num_frames = num_sampled_frames(sampling, info.start_s, info.duration_s, info.num_packets)
     values = {key: setting.value for key, setting in request.settings.items()}
-    plan = plan_budget(num_frames, (size.grid_h, size.grid_w), method_settings(values), values["budget_tokens"])
-    baseline = min(num_frames, request.value("sample_count") or 0) or num_frames
-    if sampling.mode != "count":
-        baseline = -(-num_frames // density)
+    budget = values["budget_tokens"]
+    sampling = choose_sampling(request, 1)
+    num_frames = baseline = num_sampled_frames(sampling, info.start_s, info.duration_s, info.num_packets)
+    # A budget for every token of the named frames leaves nothing for a denser track to add.
+    if budget < baseline * size.num_tokens and values["track_density"] > 1:
+        sampling = choose_sampling(request, values["track_density"])
+        num_frames = num_sampled_frames(sampling, info.start_s, info.duration_s, info.num_packets)
+    plan = plan_budget(num_frames, (size.grid_h, size.grid_w), method_settings(values), budget)
     return CompressPlan(info, sampling, size, plan, baseline)
 
 

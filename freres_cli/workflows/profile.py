@@ -49,8 +49,8 @@ class ProfileRequest:
 def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
     """Return a row for Fre-Res and one for the full-token run of the same model.
 
-    A row has ``status`` ok, out_of_memory, context_exceeded or timed_out; figures it does not reach are ``None``. Raises
-    the ``FreresError`` of a video, bundle or model that cannot be used at all.
+    A row has ``status`` ok, out_of_memory, context_exceeded or timed_out; figures it does not reach are ``None``.
+    Raises the ``FreresError`` of a video, bundle or model that cannot be used at all.
     """
     rows = []
     for method in ("fre-res", "full"):
@@ -98,7 +98,15 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
 def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
     figures = {name: None for name in ("visual_tokens", "context_tokens", "full_tokens", "peak_memory_bytes")}
     figures |= {"encode_peak_memory_bytes": None, "ask_peak_memory_bytes": None, "base_memory_bytes": None}
-    return {"method": method, "status": status, "message": message, **figures, **dict.fromkeys(STAGES), "spread": {}}
+    return {
+        "method": method,
+        "status": status,
+        "message": message,
+        "dtype": None,
+        **figures,
+        **dict.fromkeys(STAGES),
+        "spread": {},
+    }
 
 
 def run_row(connection: Connection, request: ProfileRequest, method: str) -> None:
@@ -143,6 +151,7 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
             row["message"] = "full tokens stand in as random latents: the bundle does not hold the video"
     for run in range(-request.warmup, request.repeat):
         context_tokens = _ask_once(session, request, runs if run >= 0 else None)
+    row["dtype"] = str(session.model.dtype).removeprefix("torch.")
     row["ask_peak_memory_bytes"] = memory.read_bytes()
     row["peak_memory_bytes"] = max(row["ask_peak_memory_bytes"], row["encode_peak_memory_bytes"] or 0)
     row |= {"visual_tokens": len(session.tokens), "full_tokens": session.full_tokens, "context_tokens": context_tokens}

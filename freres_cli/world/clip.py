@@ -18,7 +18,8 @@ FLASH_FRAMES = 3
 
 @dataclass(frozen=True)
 class ClipQuestion:
-    """A question about the made clip, its options and the true one. ``is_transient``: on screen for a few frames only."""
+    """A question about the made clip, its options and the true one. ``is_transient``: on screen for a few frames
+    only."""
 
     question: str
     choices: tuple[str, ...]
