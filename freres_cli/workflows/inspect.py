@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from freres_cli.bundle.store import read_bundle
-from freres_cli.method.energy import report_energy
+from freres_cli.method.energy import EnergyReport, report_energy
 from freres_cli.method.tokens import build_tokens
-from freres_cli.records import GOP_STARTS, TOKEN_KINDS
+from freres_cli.records import GOP_STARTS, TOKEN_KINDS, Tracks, VideoTokens
 
 
 def inspect_bundle(path: Path, *, with_tokens: bool = False) -> dict[str, Any]:
@@ -36,23 +38,7 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False) -> dict[str, Any]:
             "worst_seconds": [vars(loss) for loss in energy.losses],
         },
     }
-    counts = [
-        [int(((tokens.gop == g) & (tokens.kind == k)).sum()) for k in range(len(TOKEN_KINDS))]
-        for g in range(tracks.gop_anchor_frame.shape[0])
-    ]
-    report["gops"] = [
-        {
-            "anchor_frame": int(tracks.gop_anchor_frame[g]),
-            "start_s": float(tracks.frame_seconds[int(tracks.gop_anchor_frame[g])]),
-            "num_residual_frames": int(tracks.gop_num_residuals[g]),
-            "frames_per_time_bin": int(tracks.gop_bin_frames[g]),
-            "start": GOP_STARTS[int(tracks.gop_start[g])],
-            "event_distance": float(tracks.gop_event_distance[g]),
-            "energy_kept": energy.gop_kept[g],
-            "tokens_by_kind": dict(zip(TOKEN_KINDS, counts[g], strict=True)),
-        }
-        for g in range(len(counts))
-    ]
+    report["gops"] = _describe_gops(tracks, tokens, energy)
     if with_tokens:
         report["tokens"] = [
             {"kind": TOKEN_KINDS[kind], "gop": gop, "t": t, "h": h, "w": w, "seconds": second, "energy": e}
@@ -66,3 +52,21 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False) -> dict[str, Any]:
             )
         ]
     return report
+
+
+def _describe_gops(tracks: Tracks, tokens: VideoTokens, energy: EnergyReport) -> list[dict[str, Any]]:
+    kinds = len(TOKEN_KINDS)
+    counts = torch.bincount(tokens.gop * kinds + tokens.kind, minlength=kinds * tracks.gop_anchor_frame.shape[0])
+    return [
+        {
+            "anchor_frame": int(tracks.gop_anchor_frame[g]),
+            "start_s": float(tracks.frame_seconds[int(tracks.gop_anchor_frame[g])]),
+            "num_residual_frames": int(tracks.gop_num_residuals[g]),
+            "frames_per_time_bin": int(tracks.gop_bin_frames[g]),
+            "start": GOP_STARTS[int(tracks.gop_start[g])],
+            "event_distance": float(tracks.gop_event_distance[g]),
+            "energy_kept": energy.gop_kept[g],
+            "tokens_by_kind": dict(zip(TOKEN_KINDS, by_kind, strict=True)),
+        }
+        for g, by_kind in enumerate(counts.reshape(-1, kinds).tolist())
+    ]
