@@ -162,6 +162,32 @@ class Tracks:
                 limit = h * w if name == "anchor_cell" else limits[column]
                 _require(int(tensor.min()) >= 0 and int(tensor.max()) < limit, f"{name}: expected 0..{limit - 1}")
 
+        self._check_gops()
+
+    def _check_gops(self) -> None:
+        """GoPs follow one another inside the clip, and what the coefficients need of them is there."""
+        frame, length = self.gop_anchor_frame, self.gop_num_residuals
+        bins, width = self.gop_num_bins, self.gop_bin_frames
+        _require(frame.shape[0] >= 1 and int(frame.min()) >= 0, "gop_anchor_frame: expected 0 or more")
+        _require(bool((frame.diff() > 0).all()), "gop_anchor_frame: expected rising frames")
+        _require(int(length.min()) >= 0, "gop_num_residuals: expected 0 or more")
+        _require(
+            int((frame + length).max()) < self.grid[0], f"gop_num_residuals: expected to end before {self.grid[0]}"
+        )
+        covered = (bins >= 0) & (bins <= length) & (width >= 1) & (width <= self.grid[0]) & (bins * width >= length)
+        _require(bool(covered.all()), "gop_num_bins: expected bins that cover the residual frames")
+        starts = self.gop_start
+        _require(int(starts.min()) >= 0 and int(starts.max()) < len(GOP_STARTS), "gop_start: expected 0..2")
+        within = self.coefficient_band < bins[self.coefficient_gop]
+        _require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
+        cells = self.pooled_grid[0] * self.pooled_grid[1]
+        base = self.base_gop * cells + self.base_cell
+        _require(bool((base.diff() > 0).all()), "base_cell: expected rows by GoP, then cell")
+        needed = self.coefficient_gop * cells + self.coefficient_cell
+        _require(
+            set(needed.tolist()) <= set(base.tolist()), "base_latents: expected one for each cell with coefficients"
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name, in the order of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("width", "grid", "pooled_grid")}

@@ -217,21 +217,22 @@ def cut(path: Path, fraction: float) -> Path:
     return path
 
 
-def rot(path: Path, first_fraction: float = 0.4, last_fraction: float = 1.0, flips: int = 40, seed: int = 0) -> Path:
-    """Flip bytes between two fractions of the file."""
+def rot(path: Path, first_fraction: float = 0.4, flips: int = 40, seed: int = 0) -> Path:
+    """Flip bytes after ``first_fraction`` of the file."""
     data, dice = bytearray(path.read_bytes()), random.Random(seed)
     for _ in range(flips):
-        data[dice.randrange(int(len(data) * first_fraction), int(len(data) * last_fraction))] ^= 0xFF
+        data[dice.randrange(int(len(data) * first_fraction), len(data))] ^= 0xFF
     path.write_bytes(data)
     return path
 
 
-def blank_payloads(path: Path) -> Path:
-    """Overwrite every frame of an AVI with zeros and leave the container as it is."""
+def blank_payloads(path: Path, numbers: slice = slice(None)) -> Path:
+    """Overwrite packets of an mp4, or of an AVI, with zeros and leave the container as it is."""
+    header = 8 if path.suffix == ".avi" else 0
     with av.open(str(path)) as container:
-        places = [(packet.pos + 8, packet.size) for packet in container.demux() if packet.size]
+        places = [(packet.pos + header, packet.size) for packet in container.demux() if packet.size]
     data = bytearray(path.read_bytes())
-    for at, size in places:
+    for at, size in places[numbers]:
         data[at : at + size] = bytes(size)
     path.write_bytes(data)
     return path

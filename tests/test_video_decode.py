@@ -294,23 +294,26 @@ def test_rotten_files_give_what_decodes_and_the_same_each_time(tmp_path):
 
 def test_a_hole_inside_the_clip_is_counted(tmp_path):
     options = {"cpu-used": "8", "crf": "10", "g": "24"}
-    path = clips.write_clip(tmp_path / "hole.webm", 240, codec="libvpx-vp9", options=options)
-    clips.rot(path, first_fraction=0.4, last_fraction=0.6)
-    shown, *_, report = decode(path)
-    assert shown[-1] == 239 and len(shown) < 240
+    path = clips.write_clip(tmp_path / "hole.mp4", 240, codec="libvpx-vp9", options=options)
+    clips.blank_payloads(path, slice(100, 110))
+    shown, times, *_, report = decode(path)
+    assert shown[-1] == 239 and 200 < len(shown) <= 230
+    assert shown == [round(t * 24) for t in times]
     assert report.lost_s == pytest.approx((240 - len(shown)) / 24, abs=0.05)
+    # A player holds the last good frame until the next one.
+    assert decode(path, Sampling("fps", fps=24))[0] == [max(n for n in shown if n <= k) for k in range(240)]
 
 
-def _decode_on_one_thread(path: Path) -> list[int]:
-    """Times of what PyAV decodes of a damaged file without threads, in units of the stream."""
-    times = []
+def _decode_on_one_thread(path: Path) -> list[int | None]:
+    """Timestamps of what PyAV decodes of a damaged file without threads."""
+    stamps = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         for packet in container.demux(stream):
             with contextlib.suppress(av.error.FFmpegError):
-                times += [float(frame.pts * frame.time_base) for frame in packet.decode()]
-    return times
+                stamps += [frame.pts for frame in packet.decode()]
+    return stamps
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -318,8 +321,12 @@ def test_damage_costs_no_frame_that_one_thread_can_decode(tmp_path, seed):
     options = {"x265-params": "log-level=none:bframes=3:keyint=24"}
     path = clips.write_clip(tmp_path / "rotten.mkv", 240, codec="libx265", options=options)
     clips.rot(path, seed=seed)
-    decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
-    assert [t for batch in decoder for t in batch.pts_seconds] == _decode_on_one_thread(path)
+    times = [t for batch in decode_frames(path, probe_video(path), NATIVE, SMALL) for t in batch.pts_seconds]
+    assert times == sorted(times)
+    expected = _decode_on_one_thread(path)
+    assert len(times) == len(expected)
+    if expected == sorted(stamp for stamp in expected if stamp is not None):
+        assert times == pytest.approx([stamp / 1000 for stamp in expected])
 
 
 def test_a_cut_between_packets_is_seen_in_the_index(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.errors import BundleError
+from freres_cli.presets import TEXT_AFTER, VARIANTS
 from freres_cli.records import Tracks
 
 FORMAT = "freres.bundle"
@@ -102,8 +103,11 @@ def _check_tensors(tensors: dict[Any, Any], described: dict[str, Any], where: st
 
 def tracks_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], where: str) -> Tracks:
     """Return the tracks that the tensors hold. Raises ``BundleError`` where shapes or indices do not fit together."""
-    geometry = manifest["geometry"]
+    geometry, settings = manifest["geometry"], manifest["settings"]
     try:
+        for key, legal in (("variant", VARIANTS), ("text_after", TEXT_AFTER)):
+            if settings[key]["value"] not in legal:
+                raise ValueError(f"setting {key}: expected one of {', '.join(legal)}, got {settings[key]['value']!r}")
         return Tracks(
             width=_whole(geometry["width"]),
             grid=(_whole(geometry["grid"][0]), _whole(geometry["grid"][1]), _whole(geometry["grid"][2])),

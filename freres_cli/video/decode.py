@@ -149,13 +149,12 @@ class Decoder:
         with closing(self._decode(tally)) as frames:
             for index, frame in enumerate(frames):
                 own = None if frame.pts is None else float(frame.pts * frame.time_base)
-                by_rank = by_rank or own is None or own < previous
-                if by_rank:
-                    rank = min(index + tally.num_failed, len(table.stamps_s) - 1)
-                    time = max(table.stamps_s[rank], previous)
-                    tally.num_restamped += table.has_timestamps and time != own
-                else:
-                    time = own
+                by_rank = by_rank or (own is not None and own < previous)
+                # A frame that damage left without a time is taken for the one after its predecessor.
+                rank = index + tally.num_failed if by_rank else bisect_right(table.stamps_s, previous + TOLERANCE_S)
+                stamp = table.stamps_s[min(rank, len(table.stamps_s) - 1)]
+                time = max(stamp, previous) if by_rank or own is None else own
+                tally.num_restamped += table.has_timestamps and time != own
                 if frame.is_corrupt:
                     self._refuse_if_strict(f"the frame at {time:.3f} s is broken")
                     tally.num_damaged += 1
@@ -259,7 +258,7 @@ class Decoder:
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
             yield f"{self._sampling.count} frames asked, {tally.num_sampled} given: the clip has no more"
         if tally.num_restamped:
-            yield f"timestamps run backwards: frames timed by their order: {tally.num_restamped}"
+            yield f"timestamps run backwards or are missing: frames timed by their order: {tally.num_restamped}"
         if tally.num_failed:
             yield f"packets skipped because they cannot be decoded: {tally.num_failed}"
         if tally.num_damaged:
