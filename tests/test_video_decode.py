@@ -293,11 +293,10 @@ def test_rotten_files_give_what_decodes_and_the_same_each_time(tmp_path):
 
 
 def test_a_hole_inside_the_clip_is_counted(tmp_path):
-    options = {"cpu-used": "8", "crf": "10", "g": "24"}
-    path = clips.write_clip(tmp_path / "hole.mp4", 240, codec="libvpx-vp9", options=options)
+    path = clips.write_clip(tmp_path / "hole.mov", 240, codec="mjpeg", pix_fmt="yuvj420p", color_range=2)
     clips.blank_payloads(path, slice(100, 110))
     shown, times, *_, report = decode(path)
-    assert shown[-1] == 239 and 200 < len(shown) <= 230
+    assert shown == [*range(100), *range(110, 240)]
     assert shown == [round(t * 24) for t in times]
     assert report.lost_s == pytest.approx((240 - len(shown)) / 24, abs=0.05)
     # A player holds the last good frame until the next one.
