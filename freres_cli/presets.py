@@ -71,6 +71,17 @@ class Preset:
     values: Mapping[str, Any]
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice, which YAML would silently let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def presets_dir() -> Path:
     """Return the folder of the shipped presets: inside the package once installed, else beside it."""
     installed = Path(__file__).parent / "presets_data"
@@ -93,11 +104,13 @@ def load_preset(name_or_path: str) -> Preset:
                 _near(name_or_path, preset_names())
                 or f"shipped presets: {', '.join(preset_names())}; or name a .yaml file",
             )
+    if not os.path.isfile(path):  # noqa: PTH113 (a name too long for the system is no file either)
+        raise PresetError(f"preset {name_or_path}: no such file", f"shipped presets: {', '.join(preset_names())}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
     except OSError as error:
         raise PresetError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise PresetError(f"{path}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
         raise PresetError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
@@ -143,7 +156,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise PresetError(f"--set {text}: expected KEY=VALUE")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise PresetError(f"--set {text}: not a value: {_one_line(error)}") from error
     if KEYS.get(key.strip(), KEYS["description"]).kind is str and not isinstance(parsed, str):
         parsed = value
@@ -153,16 +166,19 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def merge_settings(preset: Preset, flags: Mapping[str, Any]) -> dict[str, Setting]:
     """Return every setting with its source: flags win over the preset, the preset over defaults.
 
+    ``flags`` holds what was given only; ``None`` is ``auto`` where a key allows it.
+
     Naming a rate or a count by flag also chooses the matching ``sample``. Raises ``PresetError`` where values
     contradict.
     """
-    given = {key: value for key, value in flags.items() if value is not None}
+    given = dict(flags)
     if "sample" not in given and ("sample_fps" in given or "sample_count" in given):
         if "sample_fps" in given and "sample_count" in given:
             raise PresetError("--fps and --frames: expected one of them, got both")
         given["sample"] = "fps" if "sample_fps" in given else "count"
-        # A density belongs to the sampling that the preset names, not to the one that replaces it.
-        given.setdefault("track_density", 1)
+        # A density belongs to the sampling that the preset names, not to another one that replaces it.
+        if given["sample"] != preset.values.get("sample", KEYS["sample"].default):
+            given.setdefault("track_density", 1)
     if "tokens_per_frame" in given and "grid" not in given:
         given["grid"] = "auto"
     settings = {}

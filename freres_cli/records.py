@@ -84,6 +84,9 @@ class FrameSize:
 
 TOKEN_KINDS = ("anchor", "dynamic", "static", "summary")
 GOP_STARTS = ("uniform", "event", "demoted")
+# Columns of the GoP table that hold whole numbers, and columns of any table that hold more than one number a row.
+GOP_COUNTS = ("anchor_frame", "num_residuals", "num_bins", "bin_frames", "start")
+WIDE_COLUMNS = ("latents", "values", "base", "segments", "band_energy", "segment_energy")
 
 
 @dataclass(frozen=True)
@@ -145,24 +148,40 @@ class Tracks:
             tuple(self.frame_seconds.shape) == (t,),
             f"frame_seconds: expected ({t},), got {tuple(self.frame_seconds.shape)}",
         )
-        num_gops = self.gop_anchor_frame.shape[0]
-        limits = {"gop": num_gops, "cell": rows * columns, "band": 1 << 16}
+        _require(rows <= h and columns <= w, "pooled_grid: expected no more cells than the grid has tokens")
+        self._check_shapes()
+        self._check_gops()
+
+    def _check_shapes(self) -> None:
+        """Every column has the type, the rows and the range that its name promises."""
+        _, h, w = self.grid
+        num_gops, cells = self.gop_anchor_frame.shape[0], self.pooled_grid[0] * self.pooled_grid[1]
         channels = self.anchor_latents.shape[-1]
         for name, tensor in self.tensors().items():
             kind, _, column = name.partition("_")
-            if kind == "frame":
-                continue
-            rows_of_kind = num_gops if kind == "gop" else getattr(self, f"{kind}_gop").shape[0]
-            _require(tensor.shape[0] == rows_of_kind, f"{name}: expected {rows_of_kind} rows, got {tensor.shape[0]}")
-            if column in ("latents", "values", "base", "spectrum"):
+            is_real = column not in ("gop", "cell", "band") and not (kind == "gop" and column in GOP_COUNTS)
+            _require(
+                tensor.is_floating_point() == is_real, f"{name}: expected {'real' if is_real else 'whole'} numbers"
+            )
+            expected = {"frame": self.grid[0], "gop": num_gops}.get(kind)
+            expected = getattr(self, f"{kind}_gop").shape[0] if expected is None else expected
+            ndim = 3 if column == "spectrum" else 2 if column in WIDE_COLUMNS else 1
+            shape = tuple(tensor.shape)
+            _require(
+                len(shape) == ndim and shape[0] == expected,
+                f"{name}: expected {expected} rows in {ndim}-D, got {shape}",
+            )
+            if column in ("segments", "band_energy", "segment_energy"):
+                _require(shape[1] == 8, f"{name}: expected 8 columns, got {shape[1]}")
+            elif ndim > 1:
                 _require(
-                    tensor.shape[-1] == channels and channels % self.width == 0, f"{name}: expected {channels} channels"
+                    shape[-1] == channels and channels % self.width == 0 and channels > 0,
+                    f"{name}: expected {channels} channels, a multiple of {self.width}",
                 )
-            elif column in limits and kind != "gop" and tensor.numel():
-                limit = h * w if name == "anchor_cell" else limits[column]
-                _require(int(tensor.min()) >= 0 and int(tensor.max()) < limit, f"{name}: expected 0..{limit - 1}")
-
-        self._check_gops()
+            elif not is_real and kind != "gop" and tensor.numel():
+                limit = {"gop": num_gops, "cell": h * w if kind == "anchor" else cells, "band": 1 << 16}[column]
+                inside = int(tensor.min()) >= 0 and int(tensor.max()) < limit
+                _require(inside, f"{name}: expected 0..{limit - 1}")
 
     def _check_gops(self) -> None:
         """GoPs follow one another inside the clip, and what the coefficients need of them is there."""
@@ -184,6 +203,8 @@ class Tracks:
         base = self.base_gop * cells + self.base_cell
         _require(bool((base.diff() > 0).all()), "base_cell: expected rows by GoP, then cell")
         needed = self.coefficient_gop * cells + self.coefficient_cell
+        places = needed * (1 << 16) + self.coefficient_band
+        _require(places.unique().shape == places.shape, "coefficient_band: expected each coefficient once")
         _require(
             set(needed.tolist()) <= set(base.tolist()), "base_latents: expected one for each cell with coefficients"
         )

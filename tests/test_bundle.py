@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from freres_cli.bundle.format import encode_manifest
 from freres_cli.bundle.store import read_bundle, write_atomically, write_bundle
 from freres_cli.errors import BundleError, ResourceError
+from freres_cli.presets import load_preset, merge_settings
 from tests.test_method_laws import compress, smooth_clip
 
 MANIFEST = {
@@ -25,8 +27,8 @@ MANIFEST = {
     "model": {"model_id": "x"},
     "source": {},
     "sampling": {},
-    "settings": {"variant": {"value": "absorber"}, "text_after": {"value": "max"}},
-    "tokens": {},
+    "settings": {key: asdict(s) for key, s in merge_settings(load_preset("bundled"), {}).items()},
+    "tokens": {"full_tokens": 2560},
     "history": [],
 }
 
@@ -282,3 +284,71 @@ def test_an_expanded_view_that_claims_more_than_the_file_holds_is_refused(bundle
     torch.save({**content, "tensors": tensors}, bundle)
     with pytest.raises(BundleError):
         read_bundle(bundle)
+
+
+def forge(path, tracks, tensors, **manifest):
+    """Write a bundle of any tensors with right checksums."""
+
+    class Forged:
+        def tensors(self):
+            return tensors
+
+    write_bundle(path, Forged(), {**manifest_for(tracks), **manifest})
+
+
+def test_forged_columns_are_refused_whatever_their_shape_or_type(tmp_path, tracks):
+    for number, name in enumerate(tracks.tensors()):
+        tensor = getattr(tracks, name)
+        kind = torch.int64 if tensor.is_floating_point() else torch.float32
+        for trick, forged in enumerate((tensor[..., None].expand(*tensor.shape, 2), tensor.to(kind), tensor[:0])):
+            if forged.shape == tensor.shape and forged.dtype == tensor.dtype:
+                continue
+            path = tmp_path / f"{number}-{trick}.pt"
+            forge(path, tracks, {**tracks.tensors(), name: forged.contiguous()})
+            with pytest.raises(BundleError):
+                read_bundle(path)
+
+
+def test_a_coefficient_given_twice_is_refused(tmp_path, tracks):
+    tensors = dict(tracks.tensors())
+    for name in ("coefficient_gop", "coefficient_cell", "coefficient_band"):
+        tensors[name] = tensors[name].clone()
+        tensors[name][1] = tensors[name][0]
+    forge(tmp_path / "b.pt", tracks, tensors)
+    with pytest.raises(BundleError, match="each coefficient once"):
+        read_bundle(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("variant", "idct"), ("variant", "magic"), ("anchors", "many"), ("text_after", 3)]
+)
+def test_forged_settings_are_refused(tmp_path, tracks, key, value):
+    settings = {**MANIFEST["settings"], key: {"value": value, "source": "flag"}}
+    forge(tmp_path / "b.pt", tracks, tracks.tensors(), settings=settings)
+    with pytest.raises(BundleError, match="damaged bundle"):
+        read_bundle(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("tokens", [{}, {"full_tokens": "many"}, {"full_tokens": 0}])
+def test_forged_counts_are_refused(tmp_path, tracks, tokens):
+    forge(tmp_path / "b.pt", tracks, tracks.tensors(), tokens=tokens)
+    with pytest.raises(BundleError, match="damaged bundle"):
+        read_bundle(tmp_path / "b.pt")
+
+
+def test_a_link_keeps_pointing_where_it_points(tmp_path, tracks):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.pt"
+    link.symlink_to(tmp_path / "real" / "b.pt")
+    write_bundle(tmp_path / "real" / "b.pt", tracks, manifest_for(tracks))
+    write_bundle(link, tracks, {**manifest_for(tracks), "source": {"new": 1}}, force=True)
+    assert link.is_symlink() and read_bundle(tmp_path / "real" / "b.pt").manifest["source"] == {"new": 1}
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path, tracks):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match="no regular file"):
+        write_bundle(tmp_path / "pipe", tracks, manifest_for(tracks), force=True)
+    with pytest.raises(BundleError, match="name too long"):
+        write_bundle(tmp_path / ("b" * 300), tracks, manifest_for(tracks))
+    write_bundle(tmp_path / ("b" * 255), tracks, manifest_for(tracks))

@@ -441,3 +441,37 @@ def test_the_loss_of_every_second_is_the_reconstruction_error():
     assert kept / (kept + total_error) == pytest.approx(report.clip_kept, rel=1e-3)
     rates = [loss.lost_energy_per_s for loss in report.losses]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_reported_spectrum_is_that_of_the_pooled_residuals():
+    latents = smooth_clip(24, (4, 4), width=6)
+    tracks, _, _ = compress(latents, 120, anchors=2, reference_budget_tokens=120)
+    pooled = pool_to_cells(latents, 4, 4)
+    energies = torch.zeros(8)
+    for low, high in itertools.pairwise([*tracks.gop_anchor_frame.tolist(), 24]):
+        spectrum = scipy_dct((pooled[low + 1 : high] - pooled[low]).numpy(), type=2, norm="ortho", axis=0)
+        energies += torch.tensor((spectrum**2).sum((1, 2))[:8])
+    total = float(tracks.gop_pooled_energy.sum())
+    assert report_energy(tracks).spectrum == pytest.approx((energies.cumsum(0) / total).tolist(), rel=1e-4)
+
+
+def test_what_is_dropped_is_freed():
+    from freres_cli.method.gop import OpenGop
+
+    latents = smooth_clip(12, (6, 6))
+    gop = OpenGop(0, latents[0].clone(), 16, (3, 3), 1, 0.5)
+    for frame in latents[1:]:
+        gop.append(frame, pool_to_cells(frame, 3, 3))
+    closed = gop.close(2)
+    assert closed.coefficients.untyped_storage().nbytes() == closed.coefficients.nbytes
+    closed.drop_residuals()
+    for name in ("coefficients", "energies", "segments", "base"):
+        assert getattr(closed, name).untyped_storage().nbytes() == 0, name
+
+
+def test_a_clip_of_nothing_but_cuts_still_fills_a_cut_bundle():
+    latents = torch.randn(30, 6, 6, 8, generator=torch.Generator().manual_seed(4))
+    tracks, _, settings = compress(latents, 265, events=True, tau=0.05)
+    total = sum(tracks.num_tokens_by_kind().values())
+    for budget in (1, 3, total - 8, total - 1):
+        assert 0.98 * budget <= len(build_tokens(cut_tracks(tracks, settings, budget))) <= budget

@@ -86,7 +86,7 @@ def test_every_shipped_preset_is_whole_and_says_where_its_values_come_from():
 
 
 def test_flags_win_over_the_preset_and_sources_are_kept():
-    settings = merge_settings(load_preset("compact-16f"), {"budget_tokens": 3000, "tau": 0.2, "variant": None})
+    settings = merge_settings(load_preset("compact-16f"), {"budget_tokens": 3000, "tau": 0.2})
     assert (settings["budget_tokens"].value, settings["budget_tokens"].source) == (3000, "flag")
     assert settings["variant"].source == "preset compact-16f"
     assert settings["tokens_per_frame"].source == "default"
@@ -96,6 +96,7 @@ def test_flags_win_over_the_preset_and_sources_are_kept():
 def test_a_rate_or_a_count_by_flag_chooses_the_sampling():
     settings = merge_settings(load_preset("compact-16f"), {"sample_fps": 2.0})
     assert settings["sample"].value == "fps" and settings["track_density"].value == 1
+    assert merge_settings(load_preset("compact-16f"), {"sample_count": 12})["track_density"].value == 4
     assert merge_settings(load_preset("dense-30fps"), {"sample_count": 8})["sample"].value == "count"
     with pytest.raises(PresetError, match="got both"):
         merge_settings(load_preset("bundled"), {"sample_fps": 2.0, "sample_count": 8})
@@ -116,9 +117,11 @@ def test_a_rate_or_a_count_by_flag_chooses_the_sampling():
         ("grid: 0x04g", "expected ROWSxCOLUMNS"),
         ("grid: 300x4", "expected ROWSxCOLUMNS"),
         ("- a\n- b", "expected a mapping"),
+        ("anchors: 3\nanchors: 4", "'anchors' is given twice"),
+        ("tau: 2020-13-45", "not valid YAML"),
         ("a: [", "not valid YAML"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
-        ("sample: fps\nsample_fps: 2\nsample_fps: 0", "expected 1e-06 to 1000"),
+        ("sample: fps\nsample_fps: 0", "expected 1e-06 to 1000"),
     ],
 )
 def test_a_bad_preset_is_refused_in_one_line(tmp_path, text, message):

@@ -117,9 +117,10 @@ def branch(cache: Any) -> Iterator[Any]:
     try:
         yield cache
     finally:
-        # crop takes how many to remove, as a negative number
-        if (num_added := cache.get_seq_length() - num_tokens) > 0:
-            cache.crop(-num_added)
+        # Each layer by its own excess: a pass that failed half way grew only some. crop takes a negative number.
+        for layer in cache.layers:
+            if (num_added := layer.get_seq_length() - num_tokens) > 0:
+                layer.crop(-num_added)
 
 
 @torch.no_grad()

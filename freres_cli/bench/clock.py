@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -43,15 +44,17 @@ class PeakMemory:
     def reset(self) -> None:
         """Start a new span."""
         if self._device.type == "cuda":
+            torch.cuda.init()  # a fresh process has no device to reset yet
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif sys.platform == "linux":
+            return
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     def read_bytes(self) -> int:
         """Return the peak of the span in bytes; where the system cannot reset it, the peak of the process."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        if sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):
             status = Path("/proc/self/status").read_text().split()
             return int(status[status.index("VmHWM:") + 1]) * 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

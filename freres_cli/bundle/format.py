@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freres_cli.errors import BundleError
-from freres_cli.presets import TEXT_AFTER, VARIANTS
+from freres_cli.errors import BundleError, PresetError
+from freres_cli.presets import KEYS, check_value
 from freres_cli.records import Tracks
 
 FORMAT = "freres.bundle"
@@ -105,17 +105,31 @@ def tracks_from(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], wher
     """Return the tracks that the tensors hold. Raises ``BundleError`` where shapes or indices do not fit together."""
     geometry, settings = manifest["geometry"], manifest["settings"]
     try:
-        for key, legal in (("variant", VARIANTS), ("text_after", TEXT_AFTER)):
-            if settings[key]["value"] not in legal:
-                raise ValueError(f"setting {key}: expected one of {', '.join(legal)}, got {settings[key]['value']!r}")
-        return Tracks(
+        for key in KEYS.keys() - {"description"}:
+            check_value(key, settings[key]["value"], "settings")
+        if min(_whole(settings["reference_budget_tokens"]["value"]), _whole(manifest["tokens"]["full_tokens"])) < 1:
+            raise ValueError("reference_budget_tokens, full_tokens: expected at least 1")
+        tracks = Tracks(
             width=_whole(geometry["width"]),
             grid=(_whole(geometry["grid"][0]), _whole(geometry["grid"][1]), _whole(geometry["grid"][2])),
             pooled_grid=(_whole(geometry["pooled_grid"][0]), _whole(geometry["pooled_grid"][1])),
             **tensors,
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if settings["variant"]["value"] == "idct":
+            _check_dense_bases(tracks)
+        return tracks
+    except PresetError as error:
+        raise _damaged(where, error.message) from error
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _check_dense_bases(tracks: Tracks) -> None:
+    """The idct variant rebuilds whole frames: a GoP with coefficients has the base of every cell."""
+    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+    counts = tracks.base_gop.bincount(minlength=tracks.gop_anchor_frame.shape[0])
+    if bool((counts[tracks.coefficient_gop] != cells).any()):
+        raise ValueError(f"base_latents: expected all {cells} cells of a GoP with variant idct")
 
 
 def _whole(value: Any) -> int:

@@ -27,6 +27,8 @@ from freres_cli.bundle.format import (
 from freres_cli.errors import BundleError, ResourceError
 from freres_cli.records import Tracks
 
+MAX_NAME_BYTES = 255
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -40,9 +42,13 @@ class Bundle:
 
 def check_destination(path: Path, force: bool) -> None:
     """Refuse, before any work is done, a destination that cannot be written. Raises ``BundleError``."""
-    if path.is_dir():
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise BundleError(f"{path.name[:40]}...: name too long: expected at most {MAX_NAME_BYTES} bytes")
+    if os.path.isdir(path):  # noqa: PTH112 (os.path takes names too long for the system)
         raise BundleError(f"{path}: is a folder: expected a file name", "name a file with -o")
-    if not path.parent.is_dir():
+    if path.exists() and not path.is_file():
+        raise BundleError(f"{path}: is no regular file: expected a file name", "name a file with -o")
+    if not os.path.isdir(path.parent):  # noqa: PTH112
         raise BundleError(f"{path}: folder {path.parent} does not exist", "make the folder first")
     if path.exists() and not force:
         raise BundleError(f"{path}: already exists", "name another file with -o, or overwrite it with --force")
@@ -54,10 +60,11 @@ def write_bundle(path: Path, tracks: Tracks, manifest: Mapping[str, Any], *, for
     """Write a bundle and return its size in bytes; the same tracks and manifest give the same bytes.
 
     The file appears whole or not at all: a temporary file in the same folder is synced, then renamed. Without ``force``
-    an existing file is never replaced, not even one that appeared meanwhile. Raises ``BundleError`` or
-    ``ResourceError``.
+    an existing file is never replaced, not even one that appeared meanwhile (on file systems with hard links).
+    Raises ``BundleError`` or ``ResourceError``.
     """
     check_destination(path, force)
+    path = Path(os.path.realpath(path))  # a link keeps pointing where it points
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tracks.tensors().items()}
     # A view would drag its whole storage into the file.
     tensors = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
@@ -75,7 +82,7 @@ def write_bundle(path: Path, tracks: Tracks, manifest: Mapping[str, Any], *, for
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None], *, force: bool) -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it, and move it into place."""
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    temporary = path.parent / f".freres-{secrets.token_hex(6)}.tmp"
     try:
         with temporary.open("xb") as file:
             write(file)
@@ -120,8 +127,8 @@ def _move(temporary: Path, path: Path, force: bool) -> None:
 
 def read_bundle(path: Path) -> Bundle:
     """Return a bundle, every byte of it checked and none of it executed. Raises ``BundleError``."""
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "no such file"
+    if not os.path.isfile(path):  # noqa: PTH113
+        problem = "is a folder" if os.path.isdir(path) else "no such file"  # noqa: PTH112
         raise BundleError(f"{path}: {problem}: expected a bundle", "make one with: freres compress VIDEO")
     try:
         if not zipfile.is_zipfile(path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,16 +53,18 @@ def freres(
 
 def main() -> None:
     """Run the command. FRERES_DEBUG=1 shows tracebacks."""
+    # Ends by way of the `finally` blocks: no temporary file and no child process stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     try:
         app()
     except FreresError as error:
         _fail(error)
     except MemoryError as error:
         _fail(ResourceError("not enough memory", "lower --budget, or use a smaller --dtype"), error)
-    except BrokenPipeError:
-        # The reader went away, as `head` does; nothing is left to say, not even at shutdown.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitStatus.DONE)
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
     except Exception as error:

@@ -36,7 +36,7 @@ def ask(
     top_p: Annotated[
         float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this share.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: Annotated[
@@ -66,7 +66,7 @@ def ask(
     from freres_cli.devices import choose_device
     from freres_cli.workflows.ask import AskRequest, check_choices, open_session
 
-    listed = choices.split("|") if choices is not None else []
+    listed = [check_text(choice.strip(), "--choices") for choice in choices.split("|")] if choices is not None else []
     if choices is not None:
         check_choices(listed)
     sampling = Sampling(temperature, top_p, seed)
@@ -92,10 +92,28 @@ def _read_question(question: str | None, json: bool) -> str | None:
         if json:
             raise UsageError("--json: expected a question", "give the question, or - to read it from stdin")
         return None
-    text = (sys.stdin.read() if question == "-" else question).strip()
+    text = check_text((_read_stdin() if question == "-" else question).strip(), "question")
     if not text:
         raise UsageError("question: is empty", 'such as: freres ask bundle.pt "what moves first?"')
     return text
+
+
+def check_text(text: str, name: str) -> str:
+    """Return text that is whole Unicode. Raises ``UsageError`` for bytes that were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name}: expected UTF-8 text, got other bytes") from error
+    return text
+
+
+def _read_stdin(line: bool = False) -> str:
+    if sys.stdin is None:
+        raise UsageError("question: standard input is closed", "give the question as an argument")
+    try:
+        return sys.stdin.readline() if line else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError("question: expected UTF-8 text on standard input, got other bytes") from error
 
 
 def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool) -> None:
@@ -109,17 +127,17 @@ def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool
 
 def _loop(session: Session, manner: dict[str, Any], quiet: bool) -> None:
     """Answer one question a line until the end of input."""
-    is_terminal = sys.stdin.isatty()
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = _read_stdin(line=True)
         if not line:
             return
         if not line.strip():
             continue
         try:
-            _answer(session, line.strip(), manner, quiet)
+            _answer(session, check_text(line.strip(), "question"), manner, quiet)
         except FreresError as error:
             # One question that does not fit must not end the conversation on a terminal.
             if not is_terminal:

@@ -63,8 +63,8 @@ def compress(
     and a few temporal DCT coefficients of the rest, and writes at most --budget visual tokens. The video is not needed
     again. Prints the bundle's path.
     """
-    flags = dict(parse_assignment(text) for text in assignments or [])
-    flags |= {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
+    named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
+    flags = gather_flags(assignments, named)
     request = make_request(video, flags, preset, model, revision, method, start, end, strict, device, dtype)
     from freres_cli.workflows.compress import compress_video, load_encoder, plan_compression
 
@@ -81,6 +81,12 @@ def compress(
     tokens = result.manifest["tokens"]
     print_notes([_summary(tokens, result)], quiet)
     print_result(str(result.bundle))
+
+
+def gather_flags(assignments: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings given: ``--set`` first, flags of their own over it."""
+    given = {key: value for key, value in named.items() if value is not None}
+    return dict(parse_assignment(text) for text in assignments or []) | given
 
 
 def make_request(

@@ -33,6 +33,11 @@ def demo(
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: expected an existing folder", "make it first")
+    if folder is not None:
+        names = ("clip.mp4", *[f"bundle-{budget}.pt" for budget in DEMO_BUDGETS])
+        taken = [name for name in names if (folder / name).exists()]
+        if taken:
+            raise UsageError(f"{folder}: {', '.join(taken)} already there", "name an empty folder")
     warn_if_untrained(model)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
         document = _run(Path(place), model, device, quiet or json)

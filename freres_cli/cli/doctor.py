@@ -16,14 +16,14 @@ def doctor(json: options.Json = False) -> None:
     from freres_cli.workflows.doctor import examine_machine
 
     findings = examine_machine()
-    if json:
+    missing = [finding.part for finding in findings if finding.state == "missing" and finding.is_needed]
+    if json and not missing:
         from freres_cli.bench.report import describe_environment
         from freres_cli.devices import choose_device
 
         rows = [vars(finding) for finding in findings]
         print_json("freres.doctor/1", {"findings": rows, "environment": describe_environment(choose_device())})
-    else:
+    elif not json:
         print_table(("part", "state", "what"), [(f.part, f.state, f.text) for f in findings])
-    missing = [finding.part for finding in findings if finding.state == "missing" and finding.is_needed]
     if missing:
         raise ResourceError(f"the main job cannot run: {', '.join(missing)}", "install what is missing")

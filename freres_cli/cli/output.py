@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from freres_cli.errors import FreresError
+from freres_cli.errors import ExitStatus, FreresError, ResourceError
 
 
 def print_result(text: str, end: str = "\n") -> None:
     """Write a result line to stdout at once."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader went away, as `head` does; nothing is left to say, not even at shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(ExitStatus.DONE) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ResourceError(f"standard output: cannot be written: {error.strerror}") from error
 
 
 def print_json(schema: str, document: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zipfile
 from contextlib import nullcontext
@@ -11,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import make_request
+from freres_cli.cli.compress import gather_flags, make_request, warn_if_untrained
 from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
-from freres_cli.errors import VideoError
-from freres_cli.presets import parse_assignment
+from freres_cli.errors import UsageError, VideoError
 
 if TYPE_CHECKING:
     from freres_cli.workflows.profile import ProfileRequest
@@ -29,7 +29,7 @@ def profile(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those, not counted.")] = 1,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")] = 16,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=1.0, metavar="SECONDS", help="End a row that takes longer.")
+        float, typer.Option("--timeout", min=1.0, max=1e6, metavar="SECONDS", help="End a row that takes longer.")
     ] = 1800.0,
     budget: options.Budget = None,
     preset: options.PresetName = None,
@@ -56,17 +56,22 @@ def profile(
     from freres_cli.world.clip import make_clip
 
     chosen = choose_device(options.device_name(device))
-    if target is not None and not target.exists():
+    if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
         raise VideoError(f"{target}: no such file", "name a video or a bundle")
     with tempfile.TemporaryDirectory() if target is None else nullcontext() as folder:
         subject = make_clip(Path(folder) / "clip.mp4") if folder else target
         assert subject is not None
         compress = bundle = None
         if zipfile.is_zipfile(subject):
+            if budget is not None or preset is not None or assignments:
+                raise UsageError(
+                    "--budget, --preset, --set: a bundle has been compressed", "repack it, or name a video"
+                )
             bundle = AskRequest(subject, chosen, model, revision, options.dtype_name(dtype))
         else:
-            flags = dict(parse_assignment(text) for text in assignments or []) | {"budget_tokens": budget}
+            flags = gather_flags(assignments, {"budget_tokens": budget})
             compress = make_request(subject, flags, preset, model, revision, device=device, dtype=dtype)
+            warn_if_untrained(model)
         request = ProfileRequest(
             chosen, question, repeat, warmup, max_new_tokens, timeout, compress=compress, bundle=bundle
         )

@@ -91,12 +91,13 @@ def plan_budget(num_frames: int, grid: tuple[int, int], settings: MethodSettings
     target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
     num_coefficients = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens - target)
     trajectories = min(num_anchors, num_frames - num_anchors)
+    num_gops = num_anchors if settings.variant == "temporal" else trajectories
     expected = allocate_budget(
         budget_tokens,
         settings,
         anchor_target=target,
         anchor_available=num_anchors * tokens,
-        num_gops=trajectories,
+        num_gops=num_gops,
         num_demoted=0,
         static_available=trajectories * num_static_cells(pooled, settings),
         dynamic_available=_num_candidates(num_anchors, num_frames, pooled, num_coefficients, settings),
@@ -143,7 +144,10 @@ def allocate_budget(
         dynamic = min(left - summary - static, dynamic_available)
         left -= summary + static + dynamic
     if variant != "temporal":
-        anchor += min(left, anchor_available - anchor)
+        extra = min(left, anchor_available - anchor)
+        anchor, left = anchor + extra, left - extra
+    if variant != "anchors":
+        summary += min(left, max(0, num_gops + num_demoted - summary))
     return Allocation(anchor, dynamic, static, summary)
 
 

@@ -11,7 +11,7 @@ from freres_cli.method.absorber import SpatialGuidedAbsorber, neighbour_table, n
 from freres_cli.records import TOKEN_KINDS, Tracks
 
 RAW_BRANCH, TEMPORAL_BRANCH = 0, 1
-ANCHOR, SUMMARY = TOKEN_KINDS.index("anchor"), TOKEN_KINDS.index("summary")
+ANCHOR = TOKEN_KINDS.index("anchor")
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,10 @@ class FreResModules(nn.Module):
     def adapt(self, latents: Tensor, kind: int, width: int, spectrum: Tensor | None) -> Tensor:
         """Return tokens of one kind, (n, C), after adapter, type embedding and branch gate.
 
-        Summary tokens are corrected by their mean retained coefficient, ``spectrum`` (n, K, C) (paper section 3.4).
+        Summary tokens are corrected by their mean retained coefficient, ``spectrum`` (n, D) (paper section 3.4).
         """
         main = latents[:, :width].to(torch.float32)
-        source = None
-        if kind == SUMMARY and spectrum is not None and spectrum.shape[1]:
-            source = spectrum[..., :width].to(torch.float32).mean(1)
-        adapted = self.adapters[kind](main, source) + self.type_embedding[kind]
+        adapted = self.adapters[kind](main, spectrum) + self.type_embedding[kind]
         gate = self.gates[RAW_BRANCH if kind == ANCHOR else TEMPORAL_BRANCH]
         return _with_main(latents, adapted * gate)
 

@@ -48,8 +48,9 @@ class ClosedGop:
 
     def drop_residuals(self) -> None:
         """Give up the residual track as well; only the summary stays."""
-        self.coefficients, self.energies = self.coefficients[:0], self.energies[:0]
-        self.segments, self.base = self.segments[:, :0], self.base[:0]
+        # Copies: a view of nothing would keep the whole storage alive.
+        self.coefficients, self.energies = self.coefficients[:0].clone(), self.energies[:0].clone()
+        self.segments, self.base = self.segments[:, :0].clone(), self.base[:0].clone()
 
 
 def segment_of_bin(num_bins: int) -> Tensor:
@@ -144,8 +145,8 @@ class OpenGop:
         spectrum = torch.einsum("kb,bpc->kpc", basis, bins) * root
         band_energy = torch.zeros(NUM_REPORTED_BANDS)
         band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum((1, 2)).cpu()
-        coefficients = spectrum[:num_coefficients]
+        coefficients = spectrum[:num_coefficients].clone()
         main = slice(0, self._width)
         inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
         inner = inner * (basis[:num_coefficients].T * root)[..., None]
-        return coefficients.cpu().contiguous(), band_energy, sum_by_segment(inner.cpu())
+        return coefficients.cpu(), band_energy, sum_by_segment(inner.cpu())

@@ -27,7 +27,9 @@ def select_tracks(
     energy are the best choice (method section 4, ours)."""
     moving = [i for i, gop in enumerate(gops) if gop.coefficients.shape[0]]
     demoted = [i for i, gop in enumerate(gops) if gop.anchor is None]
-    standing = [i for i in moving if gops[i].anchor is not None]
+    # Without raw anchors a frame that stands alone would be lost: it gives its summary.
+    alone = settings.variant == "temporal"
+    standing = [i for i, gop in enumerate(gops) if gop.anchor is not None and (alone or gop.coefficients.shape[0])]
     rules = {
         "anchor_target": plan.anchor_target_tokens,
         "anchor_available": sum(gop.anchor is not None for gop in gops) * plan.num_tokens_per_frame,

@@ -228,6 +228,13 @@ def _deal_tokens(tracks: Tracks, cells: int) -> dict[int, int]:
 
 
 def _adapted(rows: _Rows, tracks: Tracks, modules: FreResModules) -> _Rows:
-    spectrum = tracks.summary_spectrum if rows.kind == SUMMARY else None
+    spectrum = _mean_spectrum(tracks) if rows.kind == SUMMARY else None
     latents = modules.adapt(rows.latents, rows.kind, tracks.width, spectrum)
     return _Rows(rows.kind, latents, rows.positions, rows.gop, rows.energy)
+
+
+def _mean_spectrum(tracks: Tracks) -> Tensor:
+    """Mean of the retained coefficients of each summary, over the bands its GoP has: (n, D) float32."""
+    spectrum = tracks.summary_spectrum[..., : tracks.width].to(torch.float32)
+    bands = tracks.gop_num_bins[tracks.summary_gop].clamp(min=1, max=max(1, spectrum.shape[1]))
+    return spectrum.sum(1) / bands[:, None]

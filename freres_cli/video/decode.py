@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 from av.error import FFmpegError
 from av.video.reformatter import Interpolation, VideoReformatter
-from torch import Tensor
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
@@ -115,9 +115,11 @@ class Decoder:
                 tally.num_decoded += 1
                 yield frame
             else:
-                return
-        # Damage in one thread spoils frames of the others, and which ones depends on the machine and on luck. So a damaged
-        # file is read again on one thread, past what was delivered: every run then gives the same frames.
+                if tally.num_decoded >= self._info.num_packets:
+                    return
+        # Damage in one thread spoils frames of the others, and which ones depends on the machine and on luck; at the end of
+        # the file it does so without an error. So a file that seems damaged is read again on one thread, past what was
+        # delivered: every run then gives the same frames.
         num_delivered, num_seen = tally.num_decoded, 0
         with open_video(self._path) as container:
             stream = container.streams[self._info.stream_index]
@@ -197,7 +199,7 @@ class Decoder:
                 if position == len(instants):
                     return
 
-    def _convert(self, frame: av.VideoFrame) -> Tensor:
+    def _convert(self, frame: av.VideoFrame) -> np.ndarray:
         """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then turned upright."""
         quarter_turns = self._info.rotation_deg // 90
         height, width = self._size.height_px, self._size.width_px
@@ -210,8 +212,8 @@ class Decoder:
             raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
         plane = resized.planes[0]
         # Rows are padded to a multiple of the vector width.
-        picture = torch.frombuffer(plane, dtype=torch.uint8).as_strided((height, width, 3), (plane.line_size, 3, 1))
-        return torch.rot90(picture, quarter_turns) if quarter_turns else picture
+        rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
+        return np.rot90(rows.reshape(height, width, 3), quarter_turns)
 
     def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
         shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
@@ -219,7 +221,8 @@ class Decoder:
         for shown, repeats in picked:
             picture = self._convert(shown.frame)
             for _ in range(repeats):
-                pixels[len(times)].copy_(picture)
+                # torch would start a thread pool for this copy, which fights with the decoder's threads.
+                pixels.numpy()[len(times)] = picture
                 times.append(shown.start_s)
                 indices.append(shown.index)
                 tally.num_sampled += 1

@@ -29,6 +29,8 @@ from freres_cli.records import VideoInfo
 GUESSED_FPS = 25.0
 # A file that ends this much before what its header says is short; less is rounding, or sound longer than the picture.
 CUT_S = 0.5
+# One timestamp spoilt by damage can put a frame years away; timestamps like that are not used.
+MOST_SECONDS_PER_FRAME = 600.0
 # FFmpeg reads plain text as terminal art; nobody means that.
 NOT_VIDEO_FORMATS = frozenset({"tty", "lavfi"})
 
@@ -132,7 +134,7 @@ def iterate_frames(container: InputContainer, stream: VideoStream) -> Iterator[a
         except FFmpegError:
             yield None
             packet = av.Packet()  # An empty packet asks the decoder for the frames it still holds.
-            packet.stream = stream
+            packet.stream, packet.time_base = stream, stream.time_base
             packets = iter(())
         if packet is None:
             return
@@ -211,19 +213,19 @@ def _build_table(
 ) -> PacketTable:
     if not stamps:
         raise VideoError(f"{path}: holds no video packets", hint="The file may be cut short; fetch it again.")
-    has_timestamps = any(stamp is not None for stamp in stamps)
-    time_base = stream.time_base
-    if not has_timestamps:
-        usual = statistics.median(durations) * time_base
-        gap = float(usual or 1 / Fraction(stream.guessed_rate or GUESSED_FPS))
-        seconds = [k * gap for k in range(len(stamps))]
-        return PacketTable(array("d", seconds), len(stamps) * gap, gap, False, True, missing_s, is_cut)
     filled: list[int] = []
     for stamp, duration in zip(stamps, durations, strict=True):
         filled.append(stamp if stamp is not None else filled[-1] + duration if filled else 0)
     ascending = sorted(filled)
     steps = [b - a for a, b in pairwise(ascending) if b > a]
+    time_base = stream.time_base
     last_duration = durations[filled.index(ascending[-1])]
+    span = float((ascending[-1] + last_duration - ascending[0]) * time_base)
+    if all(stamp is None for stamp in stamps) or span > MOST_SECONDS_PER_FRAME * len(stamps):
+        guesses = (statistics.median(durations) * time_base, 1 / Fraction(stream.guessed_rate or GUESSED_FPS))
+        gap = next((float(guess) for guess in guesses if 0 < guess < MOST_SECONDS_PER_FRAME), 1 / GUESSED_FPS)
+        seconds = array("d", (k * gap for k in range(len(stamps))))
+        return PacketTable(seconds, len(stamps) * gap, gap, False, True, missing_s, is_cut)
     usual = statistics.median(steps) if steps else last_duration
     gap = float(usual * time_base) or 1 / GUESSED_FPS
     end = float(ascending[-1] * time_base) + (float(last_duration * time_base) or gap)
@@ -242,7 +244,7 @@ def _describe_oddities(container: InputContainer, stream: VideoStream, table: Pa
     if table.has_timestamps and rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
         yield f"header says {float(header_rate):.2f} frames per second, the timestamps say {rate:.2f}"
     if not table.has_timestamps:
-        yield f"the file has no timestamps: times are guessed from {1 / table.gap_s:.2f} frames per second"
+        yield f"the file has no usable timestamps: times are guessed from {1 / table.gap_s:.2f} frames per second"
     steps = [b - a for a, b in pairwise(table.stamps_s)]
     if steps and max(steps) > 2 * min(steps) + 0.002:
         yield f"variable frame rate: frames are {min(steps) * 1e3:.0f} to {max(steps) * 1e3:.0f} ms apart"

@@ -80,6 +80,7 @@ class Session:
         submitted = time.perf_counter()
         if not question.strip():
             raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
+        self._refuse_control_tokens(question, *choices)
         if choices:
             return self._choose(question, list(choices), submitted, on_text)
         prefix, suffix = self._prompt(question)
@@ -98,6 +99,12 @@ class Session:
             finish_reason=generation.finish_reason or "length",
             notes=prefix.notes,
         )
+
+    def _refuse_control_tokens(self, *texts: str) -> None:
+        """A question that ends its own turn, or names another video, would change the prompt unseen."""
+        for token in map(str, self.model.tokenizer.added_tokens_decoder.values()):
+            if any(token in text for text in texts):
+                raise UsageError(f"question: holds {token}, which the model reads as a command", "leave it out")
 
     def _prompt(self, question: str) -> tuple[VideoPrefix, tuple[int, ...]]:
         """Return the prefilled [system + video], computed once, and the question's ids after it."""
@@ -168,6 +175,7 @@ def open_session(request: AskRequest) -> Session:
     if request.adapter is not None:
         weights, header = read_adapter(request.adapter, recorded)
         modules = _build_modules(request.adapter, weights, header)
+        _check_modules(request.adapter, modules, bundle)
     variant = _setting(bundle, "variant")
     if modules is None and variant == "concat":
         notes.append("variant concat without an adapter: coefficients enter the model raw")
@@ -211,6 +219,19 @@ def _build_modules(path: Path, weights: Mapping[str, Any], header: Mapping[str, 
     except (TypeError, RuntimeError) as error:
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
     return modules.eval()
+
+
+def _check_modules(path: Path, modules: FreResModules, bundle: Bundle) -> None:
+    """Refuse an adapter that is too small for the bundle. Raises ``BackboneError``."""
+    tracks, shape = bundle.tracks, modules.shape
+    if shape.width != tracks.width:
+        raise BackboneError(f"{path}: adapter width: expected {tracks.width}, got {shape.width}")
+    bands = int(tracks.coefficient_band.max()) + 1 if tracks.coefficient_band.numel() else 0
+    if bands > shape.num_bands:
+        raise BackboneError(
+            f"{path}: adapter bands: expected at least {bands}, got {shape.num_bands}",
+            f"compress with --set max_coefficients={shape.num_bands}",
+        )
 
 
 def _setting(bundle: Bundle, key: str) -> Any:

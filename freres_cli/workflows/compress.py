@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from freres_cli import __version__
 from freres_cli.backbones.base import VisionEncoder
+from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.backbones.registry import load_vision_encoder
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bundle.store import check_destination, write_bundle
 from freres_cli.devices import Device, memory_errors_as
-from freres_cli.errors import VideoError
+from freres_cli.errors import BackboneError, UsageError, VideoError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.method.compress import StreamingCompressor
 from freres_cli.presets import Setting, parse_grid
@@ -139,6 +141,8 @@ def compress_video(
 ) -> CompressResult:
     """Compress a video into a bundle at ``output``; nothing is written unless everything went well."""
     check_destination(output, force)
+    if output.exists() and request.video.is_file() and output.samefile(request.video):
+        raise UsageError(f"{output}: is the video itself", "name another file with -o")
     start = time.perf_counter()
     timer = StageTimer(torch.device(request.device.name))
     memory = PeakMemory(torch.device(request.device.name))
@@ -173,6 +177,10 @@ def run_stages(
     compressor = StreamingCompressor(plan.budget, method_settings(values), encoder.width)
     done, total = 0, plan.budget.num_frames
     for frames, latents in encode_frames(_timed(decoder, timer), encoder, timer):
+        if not bool(torch.isfinite(latents).all()):
+            raise BackboneError(
+                f"{request.model}: latents are not finite in {encoder.dtype}", "use --dtype float32 or bfloat16"
+            )
         with timer.stage("compress"):
             compressor.push(latents, frames.pts_seconds)
         done += len(frames.pts_seconds)
@@ -229,14 +237,14 @@ def build_manifest(
         "model": {
             **encoder.fingerprint,
             # A folder's name alone would not find it again.
-            "folder": str(Path(request.model).resolve()) if Path(request.model).is_dir() else None,
+            "folder": _model_folder(request.model),
             "family": encoder.family,
             "width": encoder.width,
             "num_deep_layers": encoder.num_deep_layers,
             "dtype": str(encoder.dtype).removeprefix("torch."),
         },
         "source": {
-            "file": request.video.name,
+            "file": os.fsencode(request.video.name).decode(errors="backslashreplace"),
             "bytes": request.video.stat().st_size,
             "sha256": hash_file(request.video),
             **info,
@@ -267,6 +275,11 @@ def build_manifest(
         "tokens": describe_tokens(request, plan, tracks, compressor),
         "history": [{"verb": "compress", "freres_version": __version__}],
     }
+
+
+def _model_folder(model: str) -> str | None:
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if model != BUNDLED and folder.is_dir() else None
 
 
 def describe_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,14 +72,18 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
     process = context.Process(target=target or run_row, args=(theirs, request, method), daemon=True)
     process.start()
     theirs.close()
-    is_late = False
+    outcome, is_late = None, False
     try:
-        outcome = ours.recv() if ours.poll(request.timeout_s) else None
-        is_late = outcome is None
+        if ours.poll(request.timeout_s):
+            outcome = ours.recv()
+        else:
+            is_late = True
     except EOFError:
-        outcome = None
+        process.join(timeout=10)
     finally:
-        process.join(timeout=0 if is_late else 10)
+        # Also when this process is told to end: the row must not go on alone.
+        process.join(timeout=0 if outcome is None else 10)
+        exit_code = process.exitcode
         process.kill()
         process.join()
     if isinstance(outcome, dict):
@@ -89,8 +94,9 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
         return _empty_row(method, "context_exceeded", outcome.message)
     if is_late:
         return _empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
-    if outcome is None and (process.exitcode or 0) >= 0:
-        raise FreresError(f"profile: the process of row {method} failed; its traceback is above")
+    # Linux ends what takes too much memory with SIGKILL; any other end is a failure of ours.
+    if outcome is None and exit_code != -signal.SIGKILL:
+        raise FreresError(f"profile: the process of row {method} failed with status {exit_code}; see above")
     why = outcome.message if outcome is not None else "the system ended the process"
     return _empty_row(method, "out_of_memory", why)
 
@@ -168,6 +174,7 @@ def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[floa
             **compress.settings,
             "budget_tokens": Setting(FULL_BUDGET, "full"),
             "track_density": Setting(1, "full"),
+            "variant": Setting("absorber", "full"),
         }
         compress = replace(compress, settings=settings)
     timer = StageTimer(torch.device(request.device.name))
