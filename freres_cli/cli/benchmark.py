@@ -128,7 +128,7 @@ def measure_decode(folder: Path, repeat: int = 5) -> dict[str, Any]:
     }
 
 
-def measure_memory(folder: Path, repeat: int = 2) -> dict[str, Any]:
+def measure_memory(folder: Path, repeat: int = 1) -> dict[str, Any]:
     """Peak memory of ``freres compress`` on one and on ten minutes of 30 fps video, each run in a fresh process."""
     peaks: dict[str, list[int]] = {}
     documents = {}
