@@ -9,6 +9,7 @@ token's place in the prompt, the others are rows that the family adds after its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,7 +120,7 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def text_rows(self, ids: list[int] | tuple[int, ...], index: int, position: float) -> PromptRows:
+    def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text as rows for the decoder. ``index``: how many rows come before it. ``position``: where it counts from."""
         ...
 

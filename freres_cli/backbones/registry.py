@@ -25,11 +25,17 @@ class Family:
     language: str
 
 
+def _family(module: str, name: str) -> Family:
+    path = f"freres_cli.backbones.{module}:{name}"
+    return Family(vision=f"{path}VisionEncoder", language=f"{path}LanguageModel")
+
+
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        vision="freres_cli.backbones.qwen2_vl:Qwen2VLVisionEncoder",
-        language="freres_cli.backbones.qwen2_vl:Qwen2VLLanguageModel",
-    ),
+    "qwen2_vl": _family("qwen2_vl", "Qwen2VL"),
+    "qwen2_5_vl": _family("qwen2_5_vl", "Qwen25VL"),
+    "qwen3_vl": _family("qwen3_vl", "Qwen3VL"),
+    "qwen3_vl_moe": _family("qwen3_vl_moe", "Qwen3VLMoe"),
+    "qwen3_5": _family("qwen3_5", "Qwen35"),
 }
 
 
