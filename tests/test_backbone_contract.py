@@ -57,6 +57,15 @@ class Tiny:
         return logits
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than they give on models this small, above all beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=FAMILY_CASES, ids=lambda case: case.name)
 def tiny(request, tmp_path_factory):
     return Tiny(request.param, tmp_path_factory.mktemp(request.param.name))
@@ -147,8 +156,13 @@ def oracle(tiny, num_steps):
         positions = path.positions(ids)
         logits = tiny.stock(**inputs, position_ids=positions, use_cache=False).logits[0, -1]
         steps.append(logits)
-        ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+        ids = torch.cat([ids, next_byte(logits)[None, None]], dim=1)
     return steps
+
+
+def next_byte(logits):
+    """The likeliest token that is not a special one: a generated video token would ask for features."""
+    return logits[:256].argmax()
 
 
 def test_a_subset_answers_as_the_full_sequence_with_the_others_hidden(tiny):
@@ -156,7 +170,7 @@ def test_a_subset_answers_as_the_full_sequence_with_the_others_hidden(tiny):
         pytest.skip("a recurrent state has no masked tokens: leaving them out is not hiding them")
     expected = oracle(tiny, STEPS)
     rows = tiny.whole_prompt(tiny.tokens(tiny.keep))
-    ours = tiny.steps(rows, [int(step.argmax()) for step in expected[:-1]])
+    ours = tiny.steps(rows, [int(next_byte(step)) for step in expected[:-1]])
     assert max(map(difference, ours, expected)) < 1e-4
     everything = tiny.last_logits(tiny.whole_prompt(tiny.tokens()))
     assert difference(everything, expected[0]) > 1e-2
@@ -179,7 +193,7 @@ def test_the_comparison_sees_deepstack(tiny):
         assert difference(tiny.last_logits(tiny.whole_prompt(tiny.tokens(latents=wrong))), right) > 1e-2
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 33])
+@pytest.mark.parametrize("chunk_tokens", [3, 33])
 def test_prefill_in_chunks(tiny, chunk_tokens):
     rows = tiny.whole_prompt(tiny.tokens())
     assert difference(tiny.last_logits(rows, chunk_tokens), tiny.last_logits(rows)) < 1e-4

@@ -36,6 +36,7 @@ class FamilyCase:
     is_hybrid: bool = False
     tokens: tuple[str, ...] = ()
     stock_path: Any = None
+    chat_template: str | None = None
 
     @property
     def vision_class(self) -> Any:
@@ -55,6 +56,7 @@ class FamilyCase:
     def make(self, directory: Path) -> Any:
         """Write the checkpoint with a byte tokenizer; weights are large, so that logits are."""
         tokenizer = make_tokenizer()
+        tokenizer.chat_template = self.chat_template or tokenizer.chat_template
         tokenizer.add_special_tokens({"additional_special_tokens": list(self.tokens)})
         raw = self.config(lambda name: int(tokenizer.convert_tokens_to_ids(name)), len(tokenizer))
         with torch.random.fork_rng(devices=[]):
@@ -199,6 +201,114 @@ class QwenStock:
         return {"full_attention": mask} if self.case.name in ("qwen2_vl", "qwen2_5_vl") else mask
 
 
+class SquareStock:
+    """The stock pixel path of the families with square frames and one-axis positions."""
+
+    def __init__(self, case: FamilyCase, stock: Any, prompt: Any, frames: Tensor, encoder: Any) -> None:
+        self.case, self.stock = case, stock
+        self.prefix_length, self.cells = len(prompt.prefix), case.grid[0] * case.grid[1]
+        self.pixels = encoder.prepare(frames)
+        config = stock.config
+        self.pad = getattr(config, "video_token_index", None) or config.image_token_id
+        self.middle, self.stretches = [], []
+        getattr(self, f"write_{case.name}")(len(frames), encoder)
+        self.ids = torch.tensor([[*prompt.prefix, *self.middle, *prompt.suffix]])
+        self.is_visual = self.ids[0] == self.pad
+        if case.name == "llava_onevision":  # the newline row is no visual token, and always there
+            self.is_visual[self.is_visual.nonzero()[-1]] = False
+
+    def add_frame(self, before: str, after: str, token: Callable[[str], list[int]]) -> None:
+        start = self.prefix_length + len(self.middle)
+        self.middle += [*token(before), *[self.pad] * self.cells, *token(after)]
+        self.stretches.append(torch.arange(start, self.prefix_length + len(self.middle)))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Bytes are their own ids here; special tokens come after them, in the order of the family's list."""
+        ids: list[int] = []
+        while text:
+            name = next((n for n in self.case.tokens if text.startswith(n)), None)
+            ids += [264 + self.case.tokens.index(name)] if name else list(text[0].encode())
+            text = text[len(name or text[0]) :]
+        return ids
+
+    def write_internvl(self, num_frames: int, encoder: Any) -> None:
+        for frame in range(num_frames):
+            line = f"Frame{frame + 1}: <img>"
+            self.add_frame(line if frame == 0 else "\n" + line, "</img>", self.encode_text)
+
+    def write_llava_onevision(self, num_frames: int, encoder: Any) -> None:
+        self.middle = [self.pad] * (num_frames * self.cells + 1)
+
+    def write_smolvlm(self, num_frames: int, encoder: Any) -> None:
+        self.middle += self.encode_text(
+            " You are provided the following series of four frames from a 0:00:07 [H:MM:SS] video.\n"
+        )
+        for seconds in ("00:00", "00:02", "00:05", "00:07"):
+            line = f"\nFrame from {seconds}:<fake_token_around_image><global-img>"
+            self.add_frame(line, "<fake_token_around_image>", self.encode_text)
+
+    def features(self) -> Tensor:
+        if self.case.name == "internvl":
+            out = self.stock.get_image_features(self.pixels, return_dict=True).pooler_output
+        elif self.case.name == "llava_onevision":
+            out = self.stock.get_video_features(self.pixels[None], return_dict=True).pooler_output[0, :-1]
+        else:
+            out = self.stock.get_image_features(self.pixels[None], return_dict=True).pooler_output[0]
+        return out.reshape(-1, out.shape[-1])
+
+    def processed(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+        from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+        rule = self.case.vision_class.default_rule
+        options: dict[str, Any] = {"do_resize": False, "image_mean": list(rule.mean), "image_std": list(rule.std)}
+        images = [frame.permute(2, 0, 1).numpy() for frame in frames]
+        if self.case.name == "smolvlm":
+            processor = SmolVLMImageProcessorPil(
+                **options, do_image_splitting=False, do_pad=False, max_image_size={"longest_edge": frames.shape[1]}
+            )
+        else:
+            classes = {"internvl": GotOcr2ImageProcessorPil, "llava_onevision": SiglipImageProcessorPil}
+            processor = classes[self.case.name](**options)
+        expected = processor(images, input_data_format="channels_first")["pixel_values"]
+        return self.pixels, torch.as_tensor(np.asarray(expected)).reshape(self.pixels.shape)
+
+    def forward_inputs(self, ids: Tensor) -> dict[str, Any]:
+        if self.case.name == "internvl":
+            return {"input_ids": ids, "pixel_values": self.pixels}
+        key = "pixel_values_videos" if self.case.name == "llava_onevision" else "pixel_values"
+        return {"input_ids": ids, key: self.pixels[None]}
+
+    def positions(self, ids: Tensor) -> Tensor:
+        return torch.arange(ids.shape[1])[None]
+
+    def frame_stretches(self) -> list[Tensor]:
+        return self.stretches
+
+    def as_mask(self, mask: Tensor) -> Any:
+        return {"full_attention": mask} if self.case.name != "smolvlm" else mask
+
+
+def square_config(**own: Any) -> Callable[..., dict[str, Any]]:
+    def make(token: Callable[[str], int], vocabulary: int) -> dict[str, Any]:
+        ids = {key: token(name) for key, name in own.items() if key.endswith(("_id", "_index"))}
+        text = text_config(vocabulary, **own.get("text", {}), pad_token_id=None)
+        rest = {key: value for key, value in own.items() if key not in ids and key not in ("text", "vision")}
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+        return {"text_config": text, "vision_config": {**tower, **own["vision"]}, **ids, **rest}
+
+    return make
+
+
+VIDEO_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<video>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n"
+)
+SMOL_TOKENS = ("<fake_token_around_image>", "<global-img>", "<image>", "<end_of_utterance>")
+QWEN2_TEXT = {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+
 FAMILY_CASES = [
     FamilyCase(
         "qwen2_vl",
@@ -241,5 +351,53 @@ FAMILY_CASES = [
         preprocessor=QWEN_PIXELS,
         stock_path=QwenStock,
         is_hybrid=True,
+    ),
+    FamilyCase(
+        "internvl",
+        square_config(
+            text=QWEN2_TEXT,
+            vision={"image_size": [32, 32], "patch_size": [4, 4]},
+            image_token_id="<IMG_CONTEXT>",
+            tie_word_embeddings=False,
+        ),
+        "InternVL",
+        grid=(4, 4),
+        frame_px=(32, 32),
+        num_axes=1,
+        tokens=("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        stock_path=SquareStock,
+        chat_template=VIDEO_TEMPLATE,
+    ),
+    FamilyCase(
+        "llava_onevision",
+        # 9 x 9 patches, pooled to 5 x 5 tokens
+        square_config(
+            text=QWEN2_TEXT,
+            vision={"model_type": "siglip_vision_model", "image_size": 36, "patch_size": 4, "vision_use_head": False},
+            video_token_index="<video>",
+            image_token_index="<image>",
+        ),
+        "LlavaOnevision",
+        grid=(5, 5),
+        frame_px=(36, 36),
+        num_axes=1,
+        tokens=("<image>", "<video>"),
+        stock_path=SquareStock,
+        chat_template=VIDEO_TEMPLATE,
+    ),
+    FamilyCase(
+        "smolvlm",
+        square_config(
+            text={"model_type": "llama"},
+            vision={"image_size": 32, "patch_size": 4},
+            image_token_id="<image>",
+            scale_factor=2,
+        ),
+        "SmolVLM",
+        grid=(4, 4),
+        frame_px=(32, 32),
+        num_axes=1,
+        tokens=SMOL_TOKENS,
+        stock_path=SquareStock,
     ),
 ]

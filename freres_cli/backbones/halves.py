@@ -19,7 +19,7 @@ class FamilyFiles:
 
     ``vision``: prefix of the vision half's own names -> prefixes they may have in a checkpoint, the longer first; the
     others are such prefixes of one part. Released checkpoints, ``save_pretrained`` and the modules in memory may all
-    differ.
+    differ. ``transposed``: ends of names that may be stored with their last two axes swapped.
     """
 
     family: str
@@ -29,13 +29,16 @@ class FamilyFiles:
     projector: tuple[str, ...]
     decoder: tuple[str, ...]
     head: tuple[str, ...] = ("lm_head.",)
+    transposed: tuple[str, ...] = ()
 
     @property
     def first_vision_prefixes(self) -> tuple[str, ...]:
         return next(iter(self.vision.values()))
 
 
-def qwen_files(family: str, title: str, config_class: type[PretrainedConfig]) -> FamilyFiles:
+def qwen_files(
+    family: str, title: str, config_class: type[PretrainedConfig], transposed: tuple[str, ...] = ()
+) -> FamilyFiles:
     """The layouts of the Qwen families: ``visual.*`` and ``model.*``, or ``model.visual.*`` and
     ``model.language_model.*``."""
     return FamilyFiles(
@@ -45,6 +48,7 @@ def qwen_files(family: str, title: str, config_class: type[PretrainedConfig]) ->
         vision={"": ("model.visual.", "visual.")},
         projector=("model.visual.merger.", "visual.merger."),
         decoder=("model.language_model.", "model."),
+        transposed=transposed,
     )
 
 
@@ -57,8 +61,11 @@ def read_config(checkpoint: Checkpoint, files: FamilyFiles) -> Any:
         raise BackboneError(f"{checkpoint.model_id}: config.json is not a {files.title} config: {reason}") from error
 
 
-def read_tokenizer(checkpoint: Checkpoint, known_token_id: int) -> Any:
-    """The checkpoint's tokenizer, which must know the given token. Raises BackboneError."""
+def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
+    """The checkpoint's tokenizer, which must know the given token. Raises BackboneError.
+
+    Checkpoints that keep the chat template in a file of the processor's have it from there.
+    """
     hint = "the folder needs tokenizer.json and tokenizer_config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
@@ -66,8 +73,14 @@ def read_tokenizer(checkpoint: Checkpoint, known_token_id: int) -> Any:
         reason = str(error).strip().partition("\n")[0]
         raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: {reason}", hint) from error
     # Without tokenizer files transformers quietly makes an empty one.
-    if tokenizer.convert_ids_to_tokens(known_token_id) is None:
-        raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: no token {known_token_id}", hint)
+    if isinstance(known_token, int):
+        is_known = tokenizer.convert_ids_to_tokens(known_token) is not None
+    else:
+        is_known = known_token in tokenizer.get_vocab()
+    if not is_known:
+        raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: no token {known_token}", hint)
+    if template := checkpoint.read_json("chat_template.json").get("chat_template"):
+        tokenizer.chat_template = template
     return tokenizer
 
 

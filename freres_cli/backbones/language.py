@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModel, DynamicCache
@@ -34,11 +35,13 @@ class DecoderLanguageModel(ABC):
     """The decoder, head and tokenizer of one family. See ``base.LanguageModel``.
 
     A family says where the video stands in the prompt and at which positions its tokens go. ``num_axes``: 3 for
-    families with three-axis positions (time, row, column), else 1.
+    families with three-axis positions (time, row, column), else 1. ``video_token``: what holds the video's place in
+    the prompt, where the config does not name it.
     """
 
     files: ClassVar[FamilyFiles]
     num_axes: ClassVar[int] = 3
+    video_token: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -51,10 +54,13 @@ class DecoderLanguageModel(ABC):
     ) -> None:
         use_attention(half.decoder, CAUSAL_NO_MASK)
         self.config = config
+        self.half = half
         self.decoder = half.decoder.eval()
         self.head_weight = half.decoder.embed_tokens.weight if half.lm_head is None else half.lm_head.weight
         self.tokenizer = tokenizer
-        self.video_token_id = self.video_token(config)
+        self.video_token_id = int(
+            tokenizer.convert_tokens_to_ids(self.video_token) if self.video_token else config.video_token_id
+        )
         self.stop_ids = stop_ids
         self.fingerprint = fingerprint
         self.notes = notes
@@ -70,17 +76,17 @@ class DecoderLanguageModel(ABC):
             raise BackboneError(f"{checkpoint.model_id}: sliding-window attention is not supported")
         stored = checkpoint.stored_dtype(cls.files.decoder)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
-        tokenizer = read_tokenizer(checkpoint, cls.video_token(config))
+        tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):
-            half, prefixes = cls._build_half(config, chosen)
-            load_submodule(checkpoint, half, prefixes, chosen, torch.device(device.name))
+            half, prefixes = cls.build_half(config, chosen)
+            load_submodule(checkpoint, half, prefixes, chosen, torch.device(device.name), cls.files.transposed)
         stop = checkpoint.read_json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
         return cls(config, half, tokenizer, stop_ids, digests, (device.note, dtype_note))
 
     @classmethod
-    def _build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
+    def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
         """An unfilled decoder with its head, and where each is stored."""
         text = config.text_config
         prefixes: dict[str, tuple[str, ...]] = {"decoder.": cls.files.decoder}
@@ -90,11 +96,6 @@ class DecoderLanguageModel(ABC):
                 return LanguageHalf(decoder, None), prefixes
             head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype)
         return LanguageHalf(decoder, head), prefixes | {"lm_head.": cls.files.head}
-
-    @classmethod
-    def video_token(cls, config: Any) -> int:
-        """The id that holds the video's place in the prompt."""
-        return int(config.video_token_id)
 
     @classmethod
     def count_deep_layers(cls, config: Any) -> int:
@@ -133,10 +134,20 @@ class DecoderLanguageModel(ABC):
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        place = self.tokenizer.convert_ids_to_tokens(self.video_token_id)
+        text = None
         if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        else:
-            text = self.plain_prompt(question, system, self.tokenizer.convert_ids_to_tokens(self.video_token_id))
+            try:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except (TypeError, TemplateError):
+                # A template for text only cannot take parts, and one that can belongs to the processor.
+                text = None
+        if text is None or place not in text:
+            text = self.plain_prompt(question, system, place)
+        return self.split_prompt(text)
+
+    def split_prompt(self, text: str) -> PromptIds:
+        """The prompt's ids before and after the video's place. Raises BackboneError unless there is one such place."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (num_places := ids.count(self.video_token_id)) != 1:
             raise BackboneError(

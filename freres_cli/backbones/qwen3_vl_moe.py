@@ -8,7 +8,9 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVis
 from freres_cli.backbones.halves import qwen_files
 from freres_cli.backbones.qwen3_vl import DeepStackLanguageModel, Qwen3VLVisionEncoder
 
-FILES = qwen_files("qwen3_vl_moe", "Qwen3-VL-MoE", Qwen3VLMoeConfig)
+# Released checkpoints store the experts' matrices with their axes the other way round than transformers 5 holds them.
+_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+FILES = qwen_files("qwen3_vl_moe", "Qwen3-VL-MoE", Qwen3VLMoeConfig, transposed=_EXPERTS)
 
 
 class Qwen3VLMoeVisionEncoder(Qwen3VLVisionEncoder):

@@ -36,6 +36,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": _family("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": _family("qwen3_vl_moe", "Qwen3VLMoe"),
     "qwen3_5": _family("qwen3_5", "Qwen35"),
+    "internvl": _family("internvl", "InternVL"),
+    "llava_onevision": _family("llava_onevision", "LlavaOnevision"),
+    "smolvlm": _family("smolvlm", "SmolVLM"),
 }
 
 
