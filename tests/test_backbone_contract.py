@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from freres_cli.backbones import base, engine
+from freres_cli.backbones import attention, base, engine
 from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.registry import FAMILIES
@@ -272,3 +273,80 @@ def test_kv_bytes_per_token_is_what_the_cache_holds(tiny):
     layers = [layer for layer in prefix.cache.layers if getattr(layer, "keys", None) is not None]
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert held == prefix.num_tokens * tiny.model.kv_bytes_per_token
+
+
+# What only some families have
+
+
+def test_experts_stored_the_other_way_round_load_the_same(tmp_path):
+    """Released Qwen3-VL-MoE checkpoints hold the experts' matrices transposed; transformers 5 turns them on loading."""
+    case = next(case for case in FAMILY_CASES if case.name == "qwen3_vl_moe")
+    case.make(tmp_path)
+    expected = case.language_class.load(open_checkpoint(tmp_path), CPU).decoder.state_dict()
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    turned = {k: (v.mT.contiguous() if ".experts." in k else v.clone()) for k, v in weights.items()}
+    path.unlink()
+    save_file(turned, path, metadata={"format": "pt"})
+    ours = case.language_class.load(open_checkpoint(tmp_path), CPU).decoder.state_dict()
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
+def test_windows_of_a_frame_are_one_call_for_each_length(tiny, monkeypatch):
+    if tiny.case.name != "qwen2_5_vl":
+        pytest.skip("no windows in this family")
+    calls = []
+    real = attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape[0]) or real(*a, **k)
+    )
+    tiny.vision.encode(tiny.frames)
+    # windows of 3x3, 3x2, 1x3 and 1x2 tokens of each frame; then the whole frames
+    assert [sorted(calls[:4]), calls[4]] == [[4, 4, 4, 4], 4] and len(calls) == 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "period"),
+    [
+        ([0.0], 1.0),
+        ([3.0, 3.5, 4.0], 0.5),
+        ([0.0, 0.0334, 0.0667], 1 / 30),
+        ([0.0, 0.4995, 0.999], 0.5),
+        ([0.0, 0.75, 1.5], 0.75),
+        ([0.0, 2.004, 4.004], 2.0),
+        ([0.0, 0.0], 1.0),
+    ],
+)
+def test_the_period_of_frames_is_the_nominal_one(seconds, period):
+    from freres_cli.backbones.qwen2_5_vl import seconds_per_frame
+
+    assert seconds_per_frame(torch.tensor(seconds, dtype=torch.float64)) == pytest.approx(period, abs=1e-9)
+
+
+def test_numbers_in_words():
+    from freres_cli.backbones.smolvlm import in_words
+
+    words = {
+        0: "zero",
+        16: "sixteen",
+        40: "forty",
+        64: "sixty-four",
+        100: "one hundred",
+        128: "one hundred and twenty-eight",
+    }
+    words |= {
+        1000: "one thousand",
+        1024: "one thousand and twenty-four",
+        2345: "two thousand, three hundred and forty-five",
+    }
+    assert {number: in_words(number) for number in words} == words
+
+
+@pytest.mark.parametrize(("t", "frame"), [(0.4, 0), (0.5, 1), (2.49, 2), (3.0, 3), (3.7, 3)])
+def test_a_token_goes_to_its_nearest_frame(t, frame):
+    from freres_cli.backbones.frame_runs import nearest_frames
+
+    video = video_tokens(torch.zeros(4, 1, 1, 2), torch.tensor([0]))
+    video.positions[0, 0] = t
+    assert nearest_frames(video).tolist() == [frame]

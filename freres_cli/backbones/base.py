@@ -56,7 +56,7 @@ class PromptIds:
 class VisionEncoder(Protocol):
     """The frozen vision tower and projector of one family.
 
-    Contract test: ``tests/test_backbone_qwen2_vl.py``, part "vision". A new family must pass the same laws there:
+    Contract test: ``tests/test_backbone_contract.py``, part "vision". A new family is a row there and passes its laws:
     patches equal the family's own image processor to the bit, latents equal its own features to the bit, and the
     latents of a frame depend neither on the other frames nor on how many are encoded at a time.
     """
@@ -79,7 +79,8 @@ class VisionEncoder(Protocol):
         """Pixels to resize a frame of this shape to, and its token grid.
 
         ``grid`` (rows, columns) is taken exactly, and the frame is squeezed into it. Without it the aspect ratio is
-        kept and a frame has at most ``max_tokens`` tokens.
+        kept and a frame has at most ``max_tokens`` tokens. A family whose frames have one size gives that size, and
+        says so in ``notes``.
         """
         ...
 
@@ -91,7 +92,7 @@ class VisionEncoder(Protocol):
 class LanguageModel(Protocol):
     """The language half of one family: tokenizer, prompt format, positions and decoder. ``engine.py`` runs it.
 
-    Contract test: ``tests/test_backbone_qwen2_vl.py``, part "language". A new family must pass the same laws there:
+    Contract test: ``tests/test_backbone_contract.py``, part "language". A new family is a row there and passes its laws:
     with every token kept, logits and greedy tokens equal its own pixel path, and a subset of tokens answers as the
     full sequence with the others masked.
     """
@@ -116,7 +117,7 @@ class LanguageModel(Protocol):
         """The text before the video and the visual tokens at their positions, as rows for the decoder.
 
         ``text_after``: ``max`` puts later text one after the largest position of the full grid, as the released models
-        were trained; ``hf`` puts it where transformers does.
+        were trained; ``hf`` puts it where transformers does. They differ for Qwen2-VL and Qwen2.5-VL only.
         """
         ...
 

@@ -21,8 +21,8 @@ class FrameTexts:
     """The family's text inside a video, as token ids: ``before`` and ``after`` each of the T sampled frames, and
     ``intro`` and ``outro`` around all of them."""
 
-    before: list[Ids]
-    after: list[Ids]
+    before: Sequence[Ids]
+    after: Sequence[Ids]
     intro: Ids = ()
     outro: Ids = ()
 

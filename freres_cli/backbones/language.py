@@ -83,7 +83,8 @@ class DecoderLanguageModel(ABC):
         stop = checkpoint.read_json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
-        return cls(config, half, tokenizer, stop_ids, digests, (device.note, dtype_note))
+        notes = (device.note, dtype_note, *_rope_notes(config.text_config))
+        return cls(config, half, tokenizer, stop_ids, digests, notes)
 
     @classmethod
     def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
@@ -230,6 +231,14 @@ class DecoderLanguageModel(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, vocabulary) float32."""
         return linear(hidden, self.head_weight).float()
+
+
+def _rope_notes(text_config: Any) -> tuple[str, ...]:
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "dynamic":
+        return ()
+    limit = text_config.max_position_embeddings
+    return (f"rotary frequencies change past position {limit} (dynamic scaling): there, answers depend on chunking",)
 
 
 def join_rows(parts: Sequence[PromptRows], next_position: float) -> PromptRows:

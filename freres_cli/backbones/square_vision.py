@@ -31,7 +31,13 @@ class SquareVisionEncoder(FrameEncoder):
         text = config.text_config
         # A decoder of no layers and one word, dropped at once.
         config.text_config = LlamaConfig(
-            hidden_size=text.hidden_size, intermediate_size=1, num_hidden_layers=0, vocab_size=1, num_attention_heads=1
+            hidden_size=text.hidden_size,
+            intermediate_size=1,
+            num_hidden_layers=0,
+            vocab_size=1,
+            num_attention_heads=1,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         model: nn.Module = cls.model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
         delattr(model, cls.decoder_name)
