@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.registry import FAMILIES
 from tests.tiny_families import FAMILY_CASES, PERIOD_S
-from tests.tiny_models import CPU, open_checkpoint, video_tokens
+from tests.tiny_models import CPU, MERGE, open_checkpoint, random_frames, video_tokens
 
 T, STEPS = 4, 12
 QUESTION = "What is it? Ünïcödé"
@@ -293,15 +294,20 @@ def test_experts_stored_the_other_way_round_load_the_same(tmp_path):
     assert all(torch.equal(ours[key], expected[key]) for key in ours)
 
 
-def test_windows_of_a_frame_are_one_call_for_each_length(tiny, monkeypatch):
-    if tiny.case.name != "qwen2_5_vl":
-        pytest.skip("no windows in this family")
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """The one family that attends inside windows of a frame."""
+    case = next(case for case in FAMILY_CASES if case.name == "qwen2_5_vl")
+    return Tiny(case, tmp_path_factory.mktemp("windowed"))
+
+
+def test_windows_of_a_frame_are_one_call_for_each_length(windowed, monkeypatch):
     calls = []
     real = attention.scaled_dot_product_attention
     monkeypatch.setattr(
         attention, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape[0]) or real(*a, **k)
     )
-    tiny.vision.encode(tiny.frames)
+    windowed.vision.encode(windowed.frames)
     # windows of 3x3, 3x2, 1x3 and 1x2 tokens of each frame; then the whole frames
     assert [sorted(calls[:4]), calls[4]] == [[4, 4, 4, 4], 4] and len(calls) == 10
 
@@ -350,3 +356,44 @@ def test_a_token_goes_to_its_nearest_frame(t, frame):
     video = video_tokens(torch.zeros(4, 1, 1, 2), torch.tensor([0]))
     video.positions[0, 0] = t
     assert nearest_frames(video).tolist() == [frame]
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (1, 7), (2, 2), (6, 3)])
+def test_windows_of_any_grid_equal_stock(windowed, grid):
+    frames = random_frames(6, grid)
+    stock_grid = torch.tensor([[6, grid[0] * MERGE, grid[1] * MERGE]])
+    stock = windowed.stock.get_video_features(
+        windowed.vision.patches(frames), stock_grid, return_dict=True
+    ).pooler_output
+    assert difference(windowed.vision.encode(frames).flatten(0, 2), torch.cat(stock)) < 2e-5
+
+
+PLAIN_PROMPTS = {
+    "internvl": ("<|im_start|>user\n", "\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+    "llava_onevision": ("<|im_start|>user ", "\nWhy?<|im_end|><|im_start|>assistant\n"),
+    "smolvlm": ("<|im_start|>User:", "\n\nWhy?<end_of_utterance>\nAssistant:"),
+}
+
+
+def test_the_prompt_without_a_template_is_the_familys_own(tiny, monkeypatch):
+    """Also with a template that takes no parts, as the text-only ones that some of these checkpoints carry."""
+    qwen = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    has_outer = tiny.case.name in ("qwen2_vl", "qwen2_5_vl")
+    opening, closing = ("<|vision_start|>", "<|vision_end|>") if has_outer else ("", "")
+    default = (qwen + opening, closing + "Why?<|im_end|>\n<|im_start|>assistant\n")
+    expected = PLAIN_PROMPTS.get(tiny.case.name, default)
+    text_only = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
+    for template in (None, text_only):
+        monkeypatch.setattr(tiny.model.tokenizer, "chat_template", template)
+        prompt = tiny.model.prompt("Why?")
+        assert tuple(map(tiny.model.tokenizer.decode, (prompt.prefix, prompt.suffix))) == expected
+
+
+def test_a_template_beside_the_tokenizer_is_used(tmp_path):
+    case = FAMILY_CASES[0]
+    case.make(tmp_path)
+    template = "{% for part in messages[0]['content'] %}{{ part.text or '<|video_pad|>' }}!{% endfor %}"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    model = case.language_class.load(open_checkpoint(tmp_path), CPU)
+    prompt = model.prompt("Why?")
+    assert (prompt.prefix, model.tokenizer.decode(prompt.suffix)) == ((), "!Why?!")
