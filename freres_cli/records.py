@@ -226,7 +226,8 @@ class VideoTokens:
     ``latents``: (S, C). ``positions``: (S, 3) float32, (t, h, w) on the sampled-frame axis and the token grid; may be
     fractional. ``seconds``: (S,) float64. ``kind``: (S,) uint8 index into ``TOKEN_KINDS``. ``gop``: (S,) int64.
     ``energy``: (S,) float32, squared L2 norm of what the token carries (0 where it means nothing).
-    ``grid``: (T, H, W) of the full-token sequence these tokens stand for. ``width``: D.
+    ``grid``: (T, H, W) of the full-token sequence these tokens stand for. ``width``: D. ``frame_seconds``: (T,)
+    float64, time of every sampled frame, also of those without a token: some families write it in the prompt.
     """
 
     latents: Tensor
@@ -237,6 +238,7 @@ class VideoTokens:
     energy: Tensor
     grid: tuple[int, int, int]
     width: int
+    frame_seconds: Tensor
 
     def __post_init__(self) -> None:
         s = self.latents.shape[0]
@@ -249,6 +251,7 @@ class VideoTokens:
         )
         for name in ("seconds", "kind", "gop", "energy"):
             _require(tuple(getattr(self, name).shape) == (s,), f"{name}: expected ({s},)")
+        _require(tuple(self.frame_seconds.shape) == self.grid[:1], f"frame_seconds: expected {self.grid[:1]}")
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])

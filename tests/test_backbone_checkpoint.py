@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.checkpoint import fingerprint, resolve_checkpoint
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
+from freres_cli.backbones.qwen_vision import fit_grid
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, load_language_model, load_vision_encoder
 from freres_cli.errors import BackboneError, ResourceError
 from freres_cli.world.bundled_model import bundled_model_dir, bundled_model_info, make_checkpoint
@@ -152,7 +153,7 @@ def change_config(folder, **changes):
 
 def test_an_unsupported_family(folder):
     change_config(folder, model_type="llama")
-    refused(folder, "unsupported model_type: expected one of qwen2_vl, got llama")
+    refused(folder, "unsupported model_type: expected one of qwen2_vl, .*, got llama")
 
 
 def test_a_quantized_checkpoint(folder):
@@ -353,3 +354,11 @@ def test_the_bundled_model_loads():
 
 def test_known_checkpoints_are_of_supported_families():
     assert {known.family for known in KNOWN_CHECKPOINTS} <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("known", KNOWN_CHECKPOINTS, ids=lambda known: known.model_id)
+def test_tokens_of_known_checkpoints_follow_the_size_rule(known):
+    factor, least, most = (32, 256 * 256, 4096 * 4096) if known.num_deep_layers else (28, 56 * 56, 28 * 28 * 1280)
+    for (width, height), tokens in known.tokens_per_frame.items():
+        rows, columns = fit_grid(width, height, factor, least, most)
+        assert rows * columns == tokens

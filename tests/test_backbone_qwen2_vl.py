@@ -10,7 +10,8 @@ import torch
 
 from freres_cli.backbones import attention, base, engine
 from freres_cli.backbones.generation import Sampling, TextStream, generate, pick_token
-from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder, fit_grid
+from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
+from freres_cli.backbones.qwen_vision import fit_grid
 from freres_cli.errors import BackboneError, ResourceError, UsageError
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, random_frames, stock_inputs, video_tokens
 

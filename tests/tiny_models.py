@@ -119,15 +119,27 @@ def random_frames(num_frames: int, grid: tuple[int, int], seed: int = 0) -> Tens
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def video_tokens(latents: Tensor, keep: Tensor | None = None) -> VideoTokens:
-    """All tokens of (T, H, W, D) latents at their places, or those of a sorted index into the T*H*W."""
+def video_tokens(
+    latents: Tensor, keep: Tensor | None = None, width: int | None = None, period_s: float = 1.0
+) -> VideoTokens:
+    """All tokens of (T, H, W, C) latents at their places, or those of a sorted index into the T*H*W."""
     grid = latents.shape[:3]
     positions = torch.cartesian_prod(*[torch.arange(size, dtype=torch.float32) for size in grid])
     keep = torch.arange(len(positions)) if keep is None else keep
     zeros = torch.zeros(len(keep))
     flat = latents.reshape(len(positions), -1)[keep]
+    frame_seconds = torch.arange(grid[0], dtype=torch.float64) * period_s
+    seconds = frame_seconds[positions[keep, 0].long()]
     return VideoTokens(
-        flat, positions[keep], zeros.double(), zeros.byte(), zeros.long(), zeros, tuple(grid), latents.shape[-1]
+        flat,
+        positions[keep],
+        seconds,
+        zeros.byte(),
+        zeros.long(),
+        zeros,
+        tuple(grid),
+        width or latents.shape[-1],
+        frame_seconds,
     )
 
 

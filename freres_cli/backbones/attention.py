@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,22 +23,34 @@ def packed_frames_attention(
     value: Tensor,
     attention_mask: None,
     scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | Tensor = 0,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention inside each of n equally long frames, in one call.
+    """Attention inside each of n stretches (frames, or windows of a frame), in one call for each length there is.
 
-    ``query key value``: (1, heads, n*length, d), frames packed one after the other. Returns (1, n*length, heads, d).
-    Ours: the stock tower calls the kernel once per frame and layer; the result is the same to the bit.
+    ``query key value``: (1, heads, total, d), stretches packed one after the other. ``cu_seq_lens_q``: (n + 1,) their
+    boundaries. ``max_length_q``: the longest. Returns (1, total, heads, d).
+    Ours: the stock tower calls the kernel once per stretch and layer; the result is the same to the bit.
     """
-    length = int(max_length_q)
+    assert cu_seq_lens_q is not None
+    total, longest = query.shape[2], int(max_length_q)
+    packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (total, heads, d)
+    if (cu_seq_lens_q.shape[0] - 1) * longest == total:
+        return _attend_batch(packed, longest, scaling)[None], None
+    out = torch.empty_like(packed[2])
+    lengths = cu_seq_lens_q.diff()
+    for length in lengths.unique().tolist():
+        starts = cu_seq_lens_q[:-1][lengths == length]
+        rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
+        out[rows] = _attend_batch([tensor[rows] for tensor in packed], length, scaling)
+    return out[None], None
 
-    def to_batch(packed: Tensor) -> Tensor:
-        heads, total, width = packed.shape[1:]
-        return packed.view(heads, total // length, length, width).transpose(0, 1)
 
-    out = scaled_dot_product_attention(to_batch(query), to_batch(key), to_batch(value), scale=scaling)
-    return out.transpose(1, 2).reshape(1, query.shape[2], query.shape[1], -1), None
+def _attend_batch(packed: list[Tensor], length: int, scaling: float | None) -> Tensor:
+    """Attention inside stretches of one length: q, k, v (n*length, heads, d) -> (n*length, heads, d)."""
+    query, key, value = (tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in packed)
+    return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)
 
 
 def causal_attention(

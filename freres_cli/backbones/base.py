@@ -9,6 +9,7 @@ token's place in the prompt, the others are rows that the family adds after its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class PromptIds:
 class VisionEncoder(Protocol):
     """The frozen vision tower and projector of one family.
 
-    Contract test: ``tests/test_backbone_qwen2_vl.py``, part "vision". A new family must pass the same laws there:
+    Contract test: ``tests/test_backbone_contract.py``, part "vision". A new family is a row there and passes its laws:
     patches equal the family's own image processor to the bit, latents equal its own features to the bit, and the
     latents of a frame depend neither on the other frames nor on how many are encoded at a time.
     """
@@ -78,7 +79,8 @@ class VisionEncoder(Protocol):
         """Pixels to resize a frame of this shape to, and its token grid.
 
         ``grid`` (rows, columns) is taken exactly, and the frame is squeezed into it. Without it the aspect ratio is
-        kept and a frame has at most ``max_tokens`` tokens.
+        kept and a frame has at most ``max_tokens`` tokens. A family whose frames have one size gives that size, and
+        says so in ``notes``.
         """
         ...
 
@@ -90,7 +92,7 @@ class VisionEncoder(Protocol):
 class LanguageModel(Protocol):
     """The language half of one family: tokenizer, prompt format, positions and decoder. ``engine.py`` runs it.
 
-    Contract test: ``tests/test_backbone_qwen2_vl.py``, part "language". A new family must pass the same laws there:
+    Contract test: ``tests/test_backbone_contract.py``, part "language". A new family is a row there and passes its laws:
     with every token kept, logits and greedy tokens equal its own pixel path, and a subset of tokens answers as the
     full sequence with the others masked.
     """
@@ -115,11 +117,11 @@ class LanguageModel(Protocol):
         """The text before the video and the visual tokens at their positions, as rows for the decoder.
 
         ``text_after``: ``max`` puts later text one after the largest position of the full grid, as the released models
-        were trained; ``hf`` puts it where transformers does.
+        were trained; ``hf`` puts it where transformers does. They differ for Qwen2-VL and Qwen2.5-VL only.
         """
         ...
 
-    def text_rows(self, ids: list[int] | tuple[int, ...], index: int, position: float) -> PromptRows:
+    def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text as rows for the decoder. ``index``: how many rows come before it. ``position``: where it counts from."""
         ...
 

@@ -183,12 +183,14 @@ def load_submodule(
     prefixes: Mapping[str, tuple[str, ...]],
     dtype: torch.dtype,
     device: torch.device,
+    transposed: tuple[str, ...] = (),
 ) -> None:
     """Fill ``module`` with its weights, reading no other tensor, and move it to ``device``.
 
     ``prefixes``: prefix of the module's own names -> prefixes they may have in the checkpoint. Parameters become
     ``dtype``; buffers that are not stored, such as RoPE frequencies, keep the values and the dtype that the constructor
-    gave them. Raises BackboneError naming the keys that are missing, unexpected or of another shape.
+    gave them. Names that end in one of ``transposed`` may be stored with their last two axes swapped, and are swapped back
+    where only that fits. Raises BackboneError naming the keys that are missing, unexpected or of another shape.
     """
     keys: dict[str, str] = {}
     for own_prefix, candidates in prefixes.items():
@@ -200,13 +202,19 @@ def load_submodule(
     names = {key: name for name, key in keys.items()}
     for key, tensor in checkpoint.tensors(list(names)):
         expected = wanted[names[key]].shape
+        if tensor.shape != expected and names[key].endswith(transposed or "\0"):
+            tensor = tensor.mT
         if tensor.shape != expected:
             shapes = f"expected {tuple(expected)}, got {tuple(tensor.shape)}"
             raise BackboneError(f"{checkpoint.model_id}: {key}: wrong shape: {shapes}")
         owner_name, _, leaf = names[key].rpartition(".")
         owner = module.get_submodule(owner_name)
         # A copy, so that no weight stays tied to the mapped file.
-        setattr(owner, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False))
+        setattr(
+            owner,
+            leaf,
+            nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True).contiguous(), requires_grad=False),
+        )
     module.to(device)
 
 

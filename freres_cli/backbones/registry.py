@@ -25,11 +25,20 @@ class Family:
     language: str
 
 
+def _family(module: str, name: str) -> Family:
+    path = f"freres_cli.backbones.{module}:{name}"
+    return Family(vision=f"{path}VisionEncoder", language=f"{path}LanguageModel")
+
+
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        vision="freres_cli.backbones.qwen2_vl:Qwen2VLVisionEncoder",
-        language="freres_cli.backbones.qwen2_vl:Qwen2VLLanguageModel",
-    ),
+    "qwen2_vl": _family("qwen2_vl", "Qwen2VL"),
+    "qwen2_5_vl": _family("qwen2_5_vl", "Qwen25VL"),
+    "qwen3_vl": _family("qwen3_vl", "Qwen3VL"),
+    "qwen3_vl_moe": _family("qwen3_vl_moe", "Qwen3VLMoe"),
+    "qwen3_5": _family("qwen3_5", "Qwen35"),
+    "internvl": _family("internvl", "InternVL"),
+    "llava_onevision": _family("llava_onevision", "LlavaOnevision"),
+    "smolvlm": _family("smolvlm", "SmolVLM"),
 }
 
 
@@ -37,7 +46,7 @@ FAMILIES: dict[str, Family] = {
 class KnownCheckpoint:
     """A published checkpoint of a supported family. The numbers come from its config; ``is_tested`` says whether this
     project has ever run its real weights. ``tokens_per_frame``: (frame width px, height px) -> visual tokens.
-    ``kv_bytes_per_token``: in bfloat16."""
+    ``kv_bytes_per_token``: in bfloat16. ``num_deep_layers``: rows of ``width`` stored besides the first."""
 
     model_id: str
     family: str
@@ -46,17 +55,19 @@ class KnownCheckpoint:
     weight_bytes: int
     tokens_per_frame: dict[tuple[int, int], int]
     is_tested: bool
+    num_deep_layers: int = 0
 
 
-_QWEN2_VL_SIZES = {(336, 336): 144, (448, 448): 256, (672, 672): 576, (1288, 728): 1196}
+_CELLS_28 = {(336, 336): 144, (448, 448): 256, (672, 672): 576, (1288, 728): 1196}
+_CELLS_32 = {(320, 320): 100, (448, 448): 196, (672, 672): 441, (768, 768): 576, (1280, 736): 920}
 
 KNOWN_CHECKPOINTS: tuple[KnownCheckpoint, ...] = (
-    KnownCheckpoint(
-        "Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", 1536, 28 * 1024, 2 * 2_208_985_600, _QWEN2_VL_SIZES, False
-    ),
-    KnownCheckpoint(
-        "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", 3584, 56 * 1024, 2 * 8_291_375_616, _QWEN2_VL_SIZES, False
-    ),
+    KnownCheckpoint("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", 1536, 28 * 1024, 2 * 2_208_985_600, _CELLS_28, False),
+    KnownCheckpoint("Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", 3584, 56 * 1024, 2 * 8_291_375_616, _CELLS_28, False),
+    KnownCheckpoint("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", 2048, 36 * 1024, 2 * 3_754_622_976, _CELLS_28, False),
+    KnownCheckpoint("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 3584, 56 * 1024, 2 * 8_292_166_656, _CELLS_28, False),
+    KnownCheckpoint("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", 2560, 144 * 1024, 2 * 4_437_815_808, _CELLS_32, False, 3),
+    KnownCheckpoint("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", 4096, 144 * 1024, 2 * 8_767_123_696, _CELLS_32, False, 3),
 )
 
 

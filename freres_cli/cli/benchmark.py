@@ -53,11 +53,12 @@ def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
     from transformers import Qwen2VLConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-    from freres_cli.backbones.qwen2_vl import PixelRule, Qwen2VLVisionEncoder
+    from freres_cli.backbones.qwen2_vl import Qwen2VLVisionEncoder
+    from freres_cli.backbones.qwen_vision import CLIP_PIXELS
 
     torch.manual_seed(0)
     config = Qwen2VLConfig(vision_config=TOWER).vision_config
-    encoder = Qwen2VLVisionEncoder(Qwen2VisionTransformerPretrainedModel(config), PixelRule(), {})
+    encoder = Qwen2VLVisionEncoder(Qwen2VisionTransformerPretrainedModel(config), CLIP_PIXELS, {})
     size = encoder.frame_size(1280, 720, GRID)
     frame = torch.randint(0, 256, (1, size.height_px, size.width_px, 3), dtype=torch.uint8)
     encoder.encode(frame)

@@ -33,7 +33,7 @@ def models(json: options.Json = False) -> None:
                 c.family,
                 str(c.tokens_per_frame.get((672, 672), "-")),
                 format_bytes(c.kv_bytes_per_token),
-                format_bytes(2 * c.width),
+                format_bytes(2 * c.width * (1 + c.num_deep_layers)),
                 "real weights run" if c.is_tested else "architecture tested, real weights not run",
             )
         )

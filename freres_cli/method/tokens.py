@@ -56,6 +56,7 @@ def build_tokens(tracks: Tracks, variant: str = "absorber", modules: FreResModul
         energy=torch.cat([rows.energy for rows in kinds])[order],
         grid=tracks.grid,
         width=tracks.width,
+        frame_seconds=tracks.frame_seconds,
     )
 
 

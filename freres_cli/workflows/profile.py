@@ -215,16 +215,19 @@ def _stand_in(tokens: VideoTokens, full_tokens: int) -> VideoTokens:
     index = torch.arange(full_tokens)
     t, h, w = index // (grid_h * grid_w), index // grid_w % grid_h, index % grid_w
     generator = torch.Generator().manual_seed(0)
+    first, last = float(tokens.frame_seconds[0]), float(tokens.frame_seconds[-1])
+    frame_seconds = torch.linspace(first, last, num_frames, dtype=torch.float64)
     latents = torch.randn(full_tokens, tokens.latents.shape[1], generator=generator).to(tokens.latents.dtype)
     return VideoTokens(
         latents=latents,
         positions=torch.stack([t, h, w], dim=1).to(torch.float32),
-        seconds=t.to(torch.float64),
+        seconds=frame_seconds[t],
         kind=torch.zeros(full_tokens, dtype=torch.uint8),
         gop=t,
         energy=torch.zeros(full_tokens),
         grid=(num_frames, grid_h, grid_w),
         width=tokens.width,
+        frame_seconds=frame_seconds,
     )
 
 

@@ -1,0 +1,88 @@
+"""Prompts in which every frame is a run of its own, with the family's text around it: time is told in words."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.base import PromptRows
+from freres_cli.backbones.language import DecoderLanguageModel, join_rows
+from freres_cli.records import VideoTokens
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class FrameTexts:
+    """The family's text inside a video, as token ids: ``before`` and ``after`` each of the T sampled frames, and
+    ``intro`` and ``outro`` around all of them."""
+
+    before: Sequence[Ids]
+    after: Sequence[Ids]
+    intro: Ids = ()
+    outro: Ids = ()
+
+
+def nearest_frames(video: VideoTokens) -> Tensor:
+    """The sampled frame that each token is given to, (S,) int64: the nearest one, the later at half way."""
+    return (video.positions[:, 0] + 0.5).floor().long().clamp(0, video.grid[0] - 1)
+
+
+class FrameRunLanguageModel(DecoderLanguageModel):
+    """A family that writes text around every frame.
+
+    A token stands in the run of its nearest sampled frame, at its place in that frame. Everything keeps the position it
+    has in the prompt of all T frames. A frame without any token is left out with its text: for the model that is the
+    full prompt with this text hidden along with its tokens, and no frame is announced that does not come.
+    """
+
+    @abstractmethod
+    def frame_texts(self, video: VideoTokens) -> FrameTexts:
+        """The text around the sampled frames of the full prompt."""
+
+    def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
+        """Runs in order of time. ``text_after`` has no effect: here text follows the largest position in either
+        rule."""
+        texts = self.frame_texts(video)
+        frames = nearest_frames(video)
+        order = torch.argsort(frames, stable=True)
+        runs = dict(
+            zip(range(video.grid[0]), order.split(frames.bincount(minlength=video.grid[0]).tolist()), strict=True)
+        )
+        parts: list[PromptRows] = []
+
+        def add(part: PromptRows) -> None:
+            nonlocal index
+            parts.append(part)
+            index += len(part)
+
+        span = max(video.grid[1:]) if self.num_axes > 1 else video.grid[1] * video.grid[2]
+        add(self.text_rows(texts.intro, index, position))
+        position += len(texts.intro)
+        for frame, mine in runs.items():
+            before, after = texts.before[frame], texts.after[frame]
+            first = position + len(before)
+            if len(mine):
+                add(self.text_rows(before, index, position))
+                axes = self._axes_in_frame(video.positions[mine], video.grid[2]) + first
+                add(self.visual_rows(video.latents[mine], index, axes, first + span))
+                add(self.text_rows(after, index, first + span))
+            position = first + span + len(after)
+        add(self.text_rows(texts.outro, index, position))
+        return join_rows(parts, position + len(texts.outro))
+
+    def _axes_in_frame(self, positions: Tensor, grid_w: int) -> Tensor:
+        """(num_axes, n) positions counted from the frame's first token: no time, or the raster index."""
+        _, row, column = positions.to(torch.float32).unbind(1)
+        if self.num_axes == 1:
+            return (row * grid_w + column)[None]
+        return torch.stack([torch.zeros_like(row), row, column])
+
+    def ids_of(self, text: str) -> Ids:
+        """Token ids of the family's own text, without what a tokenizer puts around a whole text."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

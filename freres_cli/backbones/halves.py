@@ -1,0 +1,91 @@
+"""What the two halves of every family share: where a family keeps its weights, its config, its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PretrainedConfig
+
+from freres_cli.backbones.checkpoint import Checkpoint
+from freres_cli.devices import memory_errors_as
+from freres_cli.errors import BackboneError
+
+
+@dataclass(frozen=True)
+class FamilyFiles:
+    """How a family's checkpoints are laid out.
+
+    ``vision``: prefix of the vision half's own names -> prefixes they may have in a checkpoint, the longer first; the
+    others are such prefixes of one part. Released checkpoints, ``save_pretrained`` and the modules in memory may all
+    differ. ``transposed``: ends of names that may be stored with their last two axes swapped.
+    """
+
+    family: str
+    title: str
+    config_class: type[PretrainedConfig]
+    vision: dict[str, tuple[str, ...]]
+    projector: tuple[str, ...]
+    decoder: tuple[str, ...]
+    head: tuple[str, ...] = ("lm_head.",)
+    transposed: tuple[str, ...] = ()
+
+    @property
+    def first_vision_prefixes(self) -> tuple[str, ...]:
+        return next(iter(self.vision.values()))
+
+
+def qwen_files(
+    family: str, title: str, config_class: type[PretrainedConfig], transposed: tuple[str, ...] = ()
+) -> FamilyFiles:
+    """The layouts of the Qwen families: ``visual.*`` and ``model.*``, or ``model.visual.*`` and
+    ``model.language_model.*``."""
+    return FamilyFiles(
+        family,
+        title,
+        config_class,
+        vision={"": ("model.visual.", "visual.")},
+        projector=("model.visual.merger.", "visual.merger."),
+        decoder=("model.language_model.", "model."),
+        transposed=transposed,
+    )
+
+
+def read_config(checkpoint: Checkpoint, files: FamilyFiles) -> Any:
+    """The checkpoint's config as transformers' class. Raises BackboneError in one line."""
+    try:
+        return files.config_class.from_dict(checkpoint.config)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackboneError(f"{checkpoint.model_id}: config.json is not a {files.title} config: {reason}") from error
+
+
+def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
+    """The checkpoint's tokenizer, which must know the given token. Raises BackboneError.
+
+    Checkpoints that keep the chat template in a file of the processor's have it from there.
+    """
+    hint = "the folder needs tokenizer.json and tokenizer_config.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: {reason}", hint) from error
+    # Without tokenizer files transformers quietly makes an empty one.
+    if isinstance(known_token, int):
+        is_known = tokenizer.convert_ids_to_tokens(known_token) is not None
+    else:
+        is_known = known_token in tokenizer.get_vocab()
+    if not is_known:
+        raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: no token {known_token}", hint)
+    if template := checkpoint.read_json("chat_template.json").get("chat_template"):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def loading(checkpoint: Checkpoint, what: str) -> Any:
+    """A context in which running out of memory is a ResourceError that names the model and its size."""
+    gib = checkpoint.weight_bytes / 2**30
+    message = f"{checkpoint.model_id}: loading the {what} (whole model: {gib:.1f} GiB as stored)"
+    return memory_errors_as(message, "use a smaller model or dtype, or a device with more memory")

@@ -1,0 +1,91 @@
+"""LLaVA-OneVision: one run of visual tokens for all frames and a newline row after them, one-axis positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaOnevisionConfig
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+from freres_cli.backbones.base import PromptRows
+from freres_cli.backbones.halves import FamilyFiles
+from freres_cli.backbones.language import DecoderLanguageModel, LanguageHalf, join_rows
+from freres_cli.backbones.square_vision import SquareVisionEncoder
+from freres_cli.backbones.vision import PixelRule
+from freres_cli.records import VideoTokens
+
+_PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
+_NEWLINE = ("model.image_newline", "image_newline")
+FILES = FamilyFiles(
+    "llava_onevision",
+    "LLaVA-OneVision",
+    LlavaOnevisionConfig,
+    vision={
+        "vision_tower.": (
+            "model.vision_tower.vision_model.",
+            "vision_tower.vision_model.",
+            "model.vision_tower.",
+            "vision_tower.",
+        ),
+        "multi_modal_projector.": _PROJECTOR,
+        "image_newline": _NEWLINE,
+    },
+    projector=_PROJECTOR,
+    decoder=("model.language_model.", "language_model.model."),
+    head=("lm_head.", "language_model.lm_head."),
+)
+
+
+class LlavaOnevisionVisionEncoder(SquareVisionEncoder):
+    """The vision tower, projector and pooling of a LLaVA-OneVision checkpoint."""
+
+    files = FILES
+    model_class = LlavaOnevisionModel
+    default_rule = PixelRule(
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), min_pixels=0, max_pixels=0
+    )
+
+    @classmethod
+    def tokens_per_side(cls, config: Any, patches_per_side: int) -> int:
+        return -(-patches_per_side // 2)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """The last row of a call is the newline, which belongs to the prompt."""
+        out = self.tower.get_video_features(self.prepare(pixels).to(self.dtype)[None], return_dict=True)
+        latents: Tensor = out.pooler_output[0, :-1]
+        return latents.view(len(pixels), self.side**2, -1)
+
+
+class LlavaOnevisionLanguageModel(DecoderLanguageModel):
+    """The decoder, head, tokenizer and newline row of a LLaVA-OneVision checkpoint."""
+
+    files = FILES
+    num_axes = 1
+
+    @classmethod
+    def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
+        half, prefixes = super().build_half(config, dtype)
+        half.register_parameter("image_newline", nn.Parameter(torch.empty(config.text_config.hidden_size, dtype=dtype)))
+        return half, prefixes | {"image_newline": _NEWLINE}
+
+    @property
+    def newline(self) -> Tensor:
+        """(D,): the row that ends every video."""
+        return self.half.get_parameter("image_newline")
+
+    def plain_prompt(self, question: str, system: str | None, video: str) -> str:
+        opening = f"<|im_start|>system\n{system}<|im_end|>" if system else ""
+        return f"{opening}<|im_start|>user {video}\n{question}<|im_end|><|im_start|>assistant\n"
+
+    def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
+        """Tokens at base + raster index in the whole clip, which may be fractional; the newline row after the full
+        grid, always. ``text_after`` has no effect."""
+        num_frames, grid_h, grid_w = video.grid
+        t, row, column = video.positions.to(torch.float32).unbind(1)
+        raster = (t * grid_h + row) * grid_w + column
+        end = position + num_frames * grid_h * grid_w
+        visual = self.visual_rows(video.latents, index, raster[None] + position, end)
+        newline = self.visual_rows(self.newline[None], index + len(visual), torch.tensor([[end]]), end + 1)
+        return join_rows([visual, newline], end + 1)
