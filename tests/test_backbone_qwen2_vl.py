@@ -13,6 +13,7 @@ from freres_cli.backbones.generation import Sampling, TextStream, generate, pick
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
 from freres_cli.backbones.qwen_vision import fit_grid
 from freres_cli.errors import BackboneError, ResourceError, UsageError
+from freres_cli.presets import TEXT_AFTER
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, random_frames, stock_inputs, video_tokens
 
 T, H, W = 4, 4, 5
@@ -160,7 +161,7 @@ def test_text_after_a_long_video(tiny):
     assert long.next_position == base_position + 9 == long.positions[1:].max() + 1
 
 
-@pytest.mark.parametrize("text_after", base.TEXT_AFTER_RULES)
+@pytest.mark.parametrize("text_after", TEXT_AFTER)
 def test_logits_equal_stock_when_all_tokens_are_kept(tiny, text_after):
     rows = tiny.whole_prompt(video_tokens(tiny.latents), text_after)
     every_row = tiny.model.logits(tiny.model.decode(rows, tiny.model.new_cache()))
@@ -241,7 +242,7 @@ def test_the_comparison_sees_positions(tiny):
     plain = torch.arange(len(rows), dtype=torch.float32).expand(4, 1, -1)
     assert largest_difference(tiny.last_logits(base.PromptRows(rows.embeds, plain, 0.0)), right) > 1e-2
     long = video_tokens(tiny.latents.repeat(3, 1, 1, 1))
-    rules = [tiny.last_logits(tiny.whole_prompt(long, rule)) for rule in base.TEXT_AFTER_RULES]
+    rules = [tiny.last_logits(tiny.whole_prompt(long, rule)) for rule in TEXT_AFTER]
     assert largest_difference(*rules) > 1e-2
 
 

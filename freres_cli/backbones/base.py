@@ -18,8 +18,6 @@ from torch import Tensor
 
 from freres_cli.records import FrameSize, VideoTokens
 
-TEXT_AFTER_RULES = ("max", "hf")
-
 
 @dataclass(frozen=True)
 class PromptRows:

@@ -14,11 +14,12 @@ from transformers import AutoModel, DynamicCache
 from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
-from freres_cli.backbones.base import TEXT_AFTER_RULES, PromptIds, PromptRows
+from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
 from freres_cli.devices import Device, choose_dtype
 from freres_cli.errors import BackboneError
+from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
 
 
@@ -168,8 +169,8 @@ class DecoderLanguageModel(ABC):
 
     def splice(self, prefix_ids: tuple[int, ...], video: VideoTokens, text_after: str = "max") -> PromptRows:
         """The text before the video and the visual tokens at their positions. See ``base.LanguageModel``."""
-        if text_after not in TEXT_AFTER_RULES:
-            raise BackboneError(f"text_after: expected one of {', '.join(TEXT_AFTER_RULES)}, got {text_after}")
+        if text_after not in TEXT_AFTER:
+            raise BackboneError(f"text_after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
         channels = self.width * (1 + self.num_deep_layers)
         if video.latents.shape[1] != channels or video.width != self.width:
             got = f"{video.latents.shape[1]} (D = {video.width})"

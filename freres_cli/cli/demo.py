@@ -59,7 +59,7 @@ def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dic
     bundles, answers = [], []
     for budget in DEMO_BUDGETS:
         request = make_request(clip, {"budget_tokens": budget}, None, model, device=device)
-        result = compress_video(request, place / f"bundle-{budget}.pt", force=True)
+        result = compress_video(request, place / f"bundle-{budget}.pt")
         bundles.append({"bundle": str(result.bundle), **result.manifest["tokens"], "timings_s": result.timings_s})
         bundles[-1]["peak_memory_bytes"] = result.peak_memory_bytes
         session = open_session(AskRequest(result.bundle, request.device, model))

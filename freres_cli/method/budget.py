@@ -131,7 +131,7 @@ def allocate_budget(
     """Return how many tokens of each kind to keep, given how many there are.
 
     Order: anchors up to their target, then summary and static, the rest dynamic (paper F.1); what is left over goes to
-    more anchor tokens (ours). ``num_gops`` counts GoPs that have residual frames.
+    more anchor tokens, and then to the summaries of demoted GoPs (ours). ``num_gops`` counts GoPs that have residual frames.
     """
     variant = settings.variant
     anchor = 0 if variant == "temporal" else min(anchor_target, anchor_available, budget_tokens)

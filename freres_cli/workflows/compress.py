@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +86,7 @@ class CompressResult:
 
 def method_settings(settings: Mapping[str, Any]) -> MethodSettings:
     """Return the method's knobs from merged settings (plain values by key)."""
-    return MethodSettings(
-        variant=settings["variant"],
-        reference_budget_tokens=settings["reference_budget_tokens"],
-        anchors=settings["anchors"],
-        keep_per_block=settings["keep_per_block"],
-        temporal_share=settings["temporal_share"],
-        static_per_gop=settings["static_per_gop"],
-        pooled_side=settings["pooled_side"],
-        max_coefficients=settings["max_coefficients"],
-        tau=settings["tau"],
-        events=settings["events"],
-    )
+    return MethodSettings(**{knob.name: settings[knob.name] for knob in fields(MethodSettings)})
 
 
 def plan_compression(request: CompressRequest, encoder: VisionEncoder) -> CompressPlan:
