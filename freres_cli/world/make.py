@@ -1,0 +1,114 @@
+"""Clips and questions as files: real encoded video and one ``questions.jsonl``, for anyone to use."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from torch import Tensor
+
+from freres_cli.errors import ResourceError
+from freres_cli.world.draw import draw_scenes
+from freres_cli.world.questions import Question, questions_of
+from freres_cli.world.script import make_scene
+
+FILE_SIDE_PX = 192
+QUESTIONS_FILE = "questions.jsonl"
+SEEDS_A_SPLIT = 10**9
+SEEDS_A_SET = 10**6  # clips that one --seed of a split can have
+SPLITS = ("train", "validation", "test")
+# Every fourth clip is VP9, the others H.264; both at a quality where the marks of encoding can be seen, barely.
+CODECS = (
+    ("mp4", "libx264", {"crf": "20", "preset": "fast", "threads": "1"}),
+    ("webm", "libvpx-vp9", {"crf": "24", "b:v": "0", "deadline": "realtime", "cpu-used": "6", "threads": "1"}),
+)
+VP9_EVERY = 4
+
+
+@dataclass(frozen=True)
+class MadeClip:
+    """A clip written to ``file`` (a name inside the set's folder) and the questions chosen about it."""
+
+    seed: int
+    file: str
+    questions: tuple[Question, ...]
+
+
+def clip_seed(split: str, index: int, seed: int = 0) -> int:
+    """The scene's seed of a clip; no two splits share one."""
+    return SPLITS.index(split) * SEEDS_A_SPLIT + seed * SEEDS_A_SET + index
+
+
+def make_set(
+    directory: Path,
+    split: str,
+    count: int,
+    seed: int = 0,
+    questions_per_clip: int = 4,
+    on_clip: Callable[[int, int], None] | None = None,
+) -> list[MadeClip]:
+    """Write ``count`` clips and their questions into ``directory``; the questions file comes last.
+
+    Raises ``ResourceError`` where this PyAV lacks an encoder.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    asked: Counter[str] = Counter()
+    made = []
+    for index in range(count):
+        number = clip_seed(split, index, seed)
+        scene = make_scene(number)
+        chosen = choose_questions(questions_of(number, scene), questions_per_clip, asked)
+        suffix, codec, options = CODECS[index % VP9_EVERY == VP9_EVERY - 1]
+        name = f"{split}-{seed}-{index:05d}.{suffix}"
+        encode_clip(directory / name, draw_scenes([scene], FILE_SIDE_PX)[0], scene.fps, codec, options)
+        made.append(MadeClip(number, name, tuple(chosen)))
+        if on_clip is not None:
+            on_clip(index + 1, count)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for clip in made for row in question_rows(clip)]
+    partial = directory / f"{QUESTIONS_FILE}.part"
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(directory / QUESTIONS_FILE)
+    return made
+
+
+def choose_questions(questions: list[Question], count: int, asked: Counter[str]) -> list[Question]:
+    """At most ``count``, one a category, those first whose category has been asked least; ``asked`` is kept up."""
+    chosen: list[Question] = []
+    for question in sorted(questions, key=lambda question: asked[question.category]):
+        if len(chosen) < count and question.category not in {other.category for other in chosen}:
+            chosen.append(question)
+            asked[question.category] += 1
+    return chosen
+
+
+def question_rows(clip: MadeClip) -> Iterator[dict[str, object]]:
+    """Rows of ``questions.jsonl``."""
+    for number, question in enumerate(clip.questions):
+        yield {
+            "id": f"{Path(clip.file).stem}-{number}",
+            "video": clip.file,
+            "category": question.category,
+            "question": question.question,
+            "choices": list(question.choices),
+            "answer": question.answer,
+        }
+
+
+def encode_clip(path: Path, frames: Tensor, fps: int, codec: str, options: dict[str, str]) -> None:
+    """Write frames (T, h, w, 3) uint8 RGB as a video file. Raises ``ResourceError``."""
+    try:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=fps, options=options)
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for frame in frames.cpu().numpy():
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+    except (av.FFmpegError, ValueError, OSError) as error:
+        raise ResourceError(f"{path}: the clip cannot be encoded: {error}", "look at 'freres doctor'") from error

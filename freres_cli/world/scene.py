@@ -1,0 +1,89 @@
+"""What happens in a made clip, as plain numbers: objects with a place for every frame, backgrounds, cuts.
+
+Lengths are in design pixels: the frame is ``SIDE`` wide and high whatever it is rendered at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIDE = 96
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "arrow")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
+TEXTURES = ("plain", "striped", "checked", "speckled")
+DIRECTIONS = ("up", "right", "down", "left")  # an arrow's quarter turns, clockwise
+STEPS = {"up": (0.0, -1.0), "right": (1.0, 0.0), "down": (0.0, 1.0), "left": (-1.0, 0.0)}
+
+COLOUR_RGB = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 70),
+    "blue": (55, 95, 240),
+    "yellow": (240, 220, 50),
+    "purple": (175, 60, 215),
+    "cyan": (60, 215, 220),
+}
+
+
+@dataclass
+class Thing:
+    """An object and where it is in each of T frames.
+
+    ``centre``: (T, 2) x, y. ``visible``, ``is_white``: (T,) bool. ``turn``: quarter turns clockwise (arrows only).
+    ``is_outlined``: has a white rim, as short-lived objects do.
+    """
+
+    shape: str
+    colour: str
+    radius: float
+    centre: NDArray[np.float64]
+    visible: NDArray[np.bool_]
+    is_white: NDArray[np.bool_]
+    turn: int = 0
+    is_outlined: bool = False
+    facts: dict[str, str | int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass
+class Background:
+    """``rgb``: its dull colour. ``drift``: px a frame (x, y) that the texture moves, as under a moving camera."""
+
+    texture: str
+    rgb: tuple[float, float, float]
+    contrast: float
+    period: float
+    is_upright: bool
+    gradient: tuple[float, float]
+    drift: tuple[float, float]
+    speckles: NDArray[np.float64]
+
+
+@dataclass
+class Shot:
+    """Frames ``start`` to ``end`` (excluded) before one background."""
+
+    start: int
+    end: int
+    background: Background
+
+
+@dataclass
+class Scene:
+    """A clip's content. ``fade``: (T,) brightness in [0, 1]. ``facts``: what questions may ask of the whole."""
+
+    num_frames: int
+    fps: int
+    shots: list[Shot]
+    things: list[Thing]
+    fade: NDArray[np.float64]
+    facts: dict[str, str | int] = field(default_factory=dict)
+
+    def thing(self, name: str) -> Thing:
+        return next(thing for thing in self.things if thing.name == name)

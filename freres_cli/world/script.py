@@ -1,0 +1,267 @@
+"""Making up scenes: seeded, each of one of five kinds, so that every category of question has its clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+
+from freres_cli.world.scene import COLOURS, DIRECTIONS, SHAPES, SIDE, STEPS, TEXTURES, Background, Scene, Shot, Thing
+
+FPS = 8
+SECONDS = (4, 5)
+KINDS = ("motion", "cut", "hit", "order", "repeat")
+CORNERS = ((24.0, 24.0), (72.0, 24.0), (24.0, 72.0), (72.0, 72.0))
+
+SPEED_PX = {"slowly": 1.0, "steadily": 2.5, "quickly": 6.0}  # a frame
+TRAVEL_FRAMES = {"slowly": (14, 20), "steadily": (10, 17), "quickly": (6, 9)}
+TRANSIENT_FRAMES = (1, 1, 1, 2, 2, 3)
+TRANSIENT_SHARE = 0.6
+CIRCLE_RADIUS, CIRCLE_FRAMES = 11.0, 10
+SHAKE_PX = 4.0
+BLINK_FRAMES = 2
+
+
+@dataclass
+class Cast:
+    """Objects that differ in shape and in colour, so that either names one. The last may be unseen: a wrong option."""
+
+    names: list[tuple[str, str]]
+
+    def take(self) -> tuple[str, str]:
+        return self.names.pop()
+
+
+def make_scene(seed: int, kind: str | None = None) -> Scene:
+    """The scene of a seed; the same seed gives the same scene on every machine."""
+    rng = np.random.default_rng(seed)
+    kind = kind or KINDS[rng.choice(len(KINDS), p=(0.28, 0.2, 0.22, 0.15, 0.15))]
+    num_frames = FPS * int(rng.choice(SECONDS))
+    cast = Cast(list(zip(rng.permutation(SHAPES).tolist(), rng.permutation(COLOURS).tolist(), strict=True)))
+    scene = Scene(num_frames, FPS, [], [], np.ones(num_frames), {"kind": kind})
+    _MAKERS[kind](scene, cast, rng)
+    if rng.random() < TRANSIENT_SHARE:
+        _add_transient(scene, cast, rng)
+    scene.facts["unseen"] = "|".join(f"{colour} {shape}" for shape, colour in cast.names)
+    return scene
+
+
+def random_background(rng: Generator) -> Background:
+    """A dull background with one of the textures, sometimes graded, sometimes drifting."""
+    texture = TEXTURES[rng.integers(len(TEXTURES))]
+    base = rng.uniform(45, 85)
+    rgb = tuple(float(v) for v in base + rng.uniform(-15, 15, 3))
+    gradient = (0.0, 0.0) if rng.random() < 0.5 else tuple(float(v) for v in rng.uniform(-25, 25, 2))
+    drift = tuple(float(v) for v in rng.uniform(-0.8, 0.8, 2)) if rng.random() < 0.25 else (0.0, 0.0)
+    return Background(
+        texture,
+        rgb,  # type: ignore[arg-type]
+        float(rng.uniform(16, 26)),
+        float(rng.uniform(11, 15)),
+        bool(rng.random() < 0.5),
+        gradient,  # type: ignore[arg-type]
+        drift,  # type: ignore[arg-type]
+        rng.choice([-1.0, 0.0, 1.0], (48, 48)),
+    )
+
+
+def _one_shot(scene: Scene, rng: Generator) -> None:
+    scene.shots = [Shot(0, scene.num_frames, random_background(rng))]
+
+
+def _thing(scene: Scene, cast: Cast, rng: Generator, at: tuple[float, float], start: int = 0, end: int | None = None) -> Thing:
+    """A still object at ``at``, seen from frame ``start`` to ``end``."""
+    shape, colour = cast.take()
+    n = scene.num_frames
+    visible = np.zeros(n, bool)
+    visible[start : n if end is None else end] = True
+    thing = Thing(
+        shape, colour, float(rng.uniform(9, 12.5)), np.tile(np.asarray(at, float), (n, 1)), visible, np.zeros(n, bool)
+    )
+    thing.turn = int(rng.integers(4)) if shape == "arrow" else 0
+    scene.things.append(thing)
+    return thing
+
+
+def _corners(rng: Generator, count: int) -> list[tuple[float, float]]:
+    """Places in different quarters of the frame, clear of its middle lines."""
+    chosen = rng.permutation(len(CORNERS))[:count]
+    return [(CORNERS[i][0] + rng.uniform(-8, 8), CORNERS[i][1] + rng.uniform(-8, 8)) for i in chosen]
+
+
+def _place_fact(thing: Thing) -> None:
+    x, y = thing.centre[0]
+    thing.facts["place"] = f"{'top' if y < SIDE / 2 else 'bottom'} {'left' if x < SIDE / 2 else 'right'}"
+
+
+def _stay(thing: Thing) -> None:
+    thing.facts |= {"does": "stays still", "speed": "not at all"}
+    _place_fact(thing)
+
+
+def _slide(thing: Thing, rng: Generator, start: int) -> None:
+    """Straight along an axis, somewhere inside the frame."""
+    direction = DIRECTIONS[rng.integers(4)]
+    speed = list(SPEED_PX)[rng.integers(3)]
+    n = len(thing.centre)
+    low, high = TRAVEL_FRAMES[speed]
+    frames = min(int(rng.integers(low, high + 1)), n - 1 - start)
+    length = frames * SPEED_PX[speed]
+    step = np.asarray(STEPS[direction])
+    along = rng.uniform(14, SIDE - 14 - length)
+    across = rng.uniform(16, SIDE - 16)
+    first = np.where(step > 0, along, np.where(step < 0, SIDE - along, across))
+    moved = np.clip(np.arange(n) - start, 0, frames) * SPEED_PX[speed]
+    thing.centre = first + moved[:, None] * step
+    thing.facts |= {"does": "slides", "way": direction, "speed": speed, "starts": start}
+
+
+def _circle(thing: Thing, rng: Generator, start: int) -> None:
+    n = len(thing.centre)
+    turn = np.clip(np.arange(n) - start, 0, None) * (2 * np.pi / CIRCLE_FRAMES) * rng.choice([-1, 1])
+    angle = turn + rng.uniform(0, 2 * np.pi)
+    first = np.clip(thing.centre[0], 14 + CIRCLE_RADIUS, SIDE - 14 - CIRCLE_RADIUS)
+    thing.centre = first + CIRCLE_RADIUS * np.stack([np.cos(angle), np.sin(angle)], -1)
+    thing.facts["does"] = "circles"
+
+
+def _shake(thing: Thing, start: int) -> None:
+    moving = np.arange(len(thing.centre)) >= start
+    thing.centre = thing.centre.copy()
+    thing.centre[:, 0] += np.where(moving, np.where(np.arange(len(moving)) % 2, SHAKE_PX, -SHAKE_PX), 0.0)
+    thing.facts["does"] = "shakes"
+
+
+def _move(thing: Thing, rng: Generator, start: int) -> None:
+    does = rng.choice(4, p=(0.46, 0.18, 0.18, 0.18))
+    if does == 0:
+        _slide(thing, rng, start)
+    elif does == 1:
+        _circle(thing, rng, start)
+    elif does == 2:
+        _shake(thing, start)
+    else:
+        _stay(thing)
+
+
+def _make_motion(scene: Scene, cast: Cast, rng: Generator) -> None:
+    """One to four objects, each doing its own."""
+    _one_shot(scene, rng)
+    count = int(rng.integers(1, 5))
+    for at in _corners(rng, count):
+        thing = _thing(scene, cast, rng, at)
+        _move(thing, rng, int(rng.integers(1, scene.num_frames // 3)))
+    scene.facts["num_objects"] = count
+
+
+def _make_cut(scene: Scene, cast: Cast, rng: Generator) -> None:
+    """Two shots of two objects; one object is in both."""
+    n = scene.num_frames
+    cut = int(rng.integers(round(0.35 * n), round(0.65 * n)))
+    scene.shots = [Shot(0, cut, random_background(rng)), Shot(cut, n, random_background(rng))]
+    before, after = _corners(rng, 2), _corners(rng, 2)
+    again = _thing(scene, cast, rng, before[0])
+    again.centre[cut:] = after[0]
+    again.facts["role"] = "again"
+    for role, at, start, end in (("before", before[1], 0, cut), ("after", after[1], cut, n)):
+        _thing(scene, cast, rng, at, start, end).facts["role"] = role
+    scene.facts["cut"] = cut
+    if rng.random() < 0.4:
+        distance = np.abs(np.arange(n) + 0.5 - cut)
+        scene.fade = np.clip(distance / 3, 0.0, 1.0)
+        scene.facts["has_fade"] = 1
+
+
+def _make_hit(scene: Scene, cast: Cast, rng: Generator) -> None:
+    """The first object starts to move: pushed by the second, by the third, or by itself."""
+    _one_shot(scene, rng)
+    n = scene.num_frames
+    direction = DIRECTIONS[rng.integers(4)]
+    step = np.asarray(STEPS[direction])
+    across = np.abs(step[::-1])
+    lane = rng.uniform(22, 74)
+    other = lane + 34 if lane < SIDE / 2 else lane - 34
+    cause = ("nothing", "second", "third")[rng.choice(3, p=(0.25, 0.375, 0.375))]
+    speed, frames = 2.5, np.arange(n)
+
+    def at(along: float, place: float) -> tuple[float, float]:
+        """``along`` counts in the direction of motion."""
+        signed = along if step.sum() > 0 else SIDE - along
+        return tuple(np.abs(step) * signed + across * place)  # type: ignore[return-value]
+
+    target = _thing(scene, cast, rng, at(rng.uniform(44, 50), lane))
+    pair = [_thing(scene, cast, rng, (0.0, 0.0)) for _ in range(2)]
+    contact = int(rng.integers(12, 18))
+    target.facts |= {"does": "slides", "way": direction, "role": "target", "starts": contact}
+    pusher = {"second": pair[0], "third": pair[1]}.get(cause)
+    side = other
+    for thing in pair:
+        if thing is pusher:
+            travel = speed * (contact - 2)
+            touching = float((target.centre[0] * np.abs(step)).sum())
+            touching = touching if step.sum() > 0 else SIDE - touching
+            first = at(touching - thing.radius - target.radius - travel + 2, lane)
+            way = step
+        else:
+            way = step if rng.random() < 0.5 else -step
+            travel = speed * int(rng.integers(8, 13))
+            along = rng.uniform(16, SIDE - 16 - travel)
+            first = at(along if way is step else SIDE - along, side)
+            # A second one on its own takes the same far lane, opposite to the target's; they may pass each other.
+            side = other
+        moved = np.clip((frames - 2) * speed, 0, travel)
+        thing.centre = np.asarray(first) + moved[:, None] * way
+    target.centre = target.centre + np.clip((frames - contact) * speed, 0, rng.uniform(22, 34))[:, None] * step
+    scene.facts["cause"] = pusher.name if pusher else "nothing"
+
+
+def _make_order(scene: Scene, cast: Cast, rng: Generator) -> None:
+    """Three objects come one after the other."""
+    _one_shot(scene, rng)
+    n = scene.num_frames
+    times = np.sort(rng.choice(np.arange(1, (n - 4) // 4), 3, replace=False)) * 4 + rng.integers(0, 2, 3)
+    places = _corners(rng, 3)
+    for rank, index in enumerate(rng.permutation(3)):
+        thing = _thing(scene, cast, rng, places[index], start=int(times[rank]))
+        thing.facts["rank"] = rank
+        _place_fact(thing)
+    rng.shuffle(scene.things)  # type: ignore[arg-type]
+    scene.facts["num_objects"] = 3
+
+
+def _make_repeat(scene: Scene, cast: Cast, rng: Generator) -> None:
+    """One object turns white for a moment, one to four times."""
+    _one_shot(scene, rng)
+    n, count = scene.num_frames, int(rng.integers(1, 4 + 1))
+    for rank, at in enumerate(_corners(rng, int(rng.integers(1, 4)))):
+        thing = _thing(scene, cast, rng, at)
+        _place_fact(thing)
+        if rank == 0:
+            slots = np.sort(rng.choice(np.arange((n - 3) // 5), count, replace=False)) * 5 + rng.integers(1, 4)
+            for start in slots:
+                thing.is_white[start : start + BLINK_FRAMES] = True
+            thing.facts["blinks"] = count
+    scene.facts["num_objects"] = len(scene.things)
+
+
+def _add_transient(scene: Scene, cast: Cast, rng: Generator) -> None:
+    """A rimmed object for one to three frames, over everything else."""
+    n = scene.num_frames
+    length = int(TRANSIENT_FRAMES[rng.integers(len(TRANSIENT_FRAMES))])
+    start = int(rng.integers(2, n - length - 1))
+    while (scene.fade[start : start + length] < 1).any():
+        start = int(rng.integers(2, n - length - 1))
+    at = (float(rng.uniform(16, SIDE - 16)), float(rng.uniform(16, SIDE - 16)))
+    thing = _thing(scene, cast, rng, at, start, start + length)
+    thing.is_outlined = True
+    thing.facts |= {"role": "transient", "frames": length, "starts": start}
+
+
+_MAKERS = {
+    "motion": _make_motion,
+    "cut": _make_cut,
+    "hit": _make_hit,
+    "order": _make_order,
+    "repeat": _make_repeat,
+}
