@@ -1,8 +1,9 @@
-"""The bundled model's vision tower, trained on dense labels of made frames."""
+"""The bundled model's vision tower, trained on dense labels of made frames: what is where, for every token."""
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from torch import Tensor, nn
 
 from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
 from freres_cli.workflows.muon import Muon
+from freres_cli.workflows.training_state import load_state, save_state
 from freres_cli.world.draw import draw_scenes
-from freres_cli.world.labels import CLASSES, STILLS, dense_labels, make_stills
+from freres_cli.world.labels import CLASSES, dense_labels, make_stills
 from freres_cli.world.scene import TEXTURES
+
+SCENES_A_STEP = 32  # of two frames each
+LEARNING_RATE = 2e-3
+MUON_FACTOR = 4
+WARM_UP_STEPS = 100
+LOG_EVERY, SAVE_EVERY = 25, 200
+NOISE = 4.0  # grey levels: as much as an encoder leaves
 
 
 class DenseHead(nn.Module):
@@ -26,78 +35,96 @@ class DenseHead(nn.Module):
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def loss(self, tokens: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """``tokens`` (n, rows, columns, D) and ``labels.dense_labels`` of them -> loss, and how right each label is."""
         present_logit, place, *logits = self.linear(tokens).split(self.sizes, dim=-1)
         present = labels["present"]
         loss = F.binary_cross_entropy_with_logits(present_logit[..., 0], present.float())
-        loss = loss + F.smooth_l1_loss(place[present], labels["place"][present], beta=0.1) * 2
+        loss = loss + 2 * F.smooth_l1_loss(place[present], labels["place"][present], beta=0.1)
         scores = {"present": ((present_logit[..., 0] > 0) == present).float().mean().item()}
-        scores["place_px"] = (place[present] - labels["place"][present]).abs().mean().item() * 16
         for name, logit in zip([*CLASSES, "texture"], logits, strict=True):
-            chosen = torch.ones_like(present) if name == "texture" else present
+            # The texture is known everywhere, and easy.
+            chosen, weight = (torch.ones_like(present), 0.3) if name == "texture" else (present, 1.0)
             target = labels[name][chosen]
-            loss = loss + F.cross_entropy(logit[chosen], target, ignore_index=-100) * (0.3 if name == "texture" else 1)
             known = target >= 0
-            scores[name] = (logit[chosen].argmax(-1)[known] == target[known]).float().mean().item()
+            if known.any():
+                loss = loss + weight * F.cross_entropy(logit[chosen][known], target[known])
+                scores[name] = (logit[chosen].argmax(-1)[known] == target[known]).float().mean().item()
         return loss, scores
 
 
-def to_patches(frames: Tensor, patch: int, merge: int, steps: int) -> Tensor:
-    """(n, h, w, 3) uint8 -> the tower's rows, scaled to [-1, 1]; as ``qwen_vision.patches``, with gradients kept out."""
+def to_patches(frames: Tensor, patch_px: int, merge: int, steps: int) -> Tensor:
+    """(n, h, w, 3) in 0..255 -> the tower's rows in [-1, 1], in the order of ``qwen_vision.patches``; takes noisy
+    frames too."""
     n, h, w, _ = frames.shape
-    rows, columns = h // (patch * merge), w // (patch * merge)
-    cells = (frames.float() / 127.5 - 1).view(n, rows, merge, patch, columns, merge, patch, 3)
-    values = cells.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(n * rows * columns * merge**2, 3, 1, patch, patch)
+    rows, columns = h // (patch_px * merge), w // (patch_px * merge)
+    cells = (frames.float() / 127.5 - 1).view(n, rows, merge, patch_px, columns, merge, patch_px, 3)
+    values = cells.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(n * rows * columns * merge**2, 3, 1, patch_px, patch_px)
     return values.expand(-1, -1, steps, -1, -1).reshape(len(values), -1)
 
 
 def run_tower(tower: Any, frames: Tensor) -> Tensor:
-    """(n, h, w, 3) uint8 -> (n, rows, columns, D)."""
+    """(n, h, w, 3) in 0..255 -> (n, rows, columns, D)."""
     config = tower.config
     patch, merge = config.patch_size, config.spatial_merge_size
     n, h, w, _ = frames.shape
     grid = torch.tensor([[n, h // patch, w // patch]], device=frames.device)
     out = tower(to_patches(frames, patch, merge, config.temporal_patch_size), grid_thw=grid, return_dict=True)
-    return out.pooler_output.view(n, h // (patch * merge), w // (patch * merge), -1)
+    latents: Tensor = out.pooler_output.view(n, h // (patch * merge), w // (patch * merge), -1)
+    return latents
 
 
-def train_tower(tower: Any, width: int, grid: int, minutes: float, out: Path, clips: int = 32, seed: int = 0, lr=2e-3) -> None:
+def train_tower(
+    tower: Any,
+    width: int,
+    grid: int,
+    num_steps: int,
+    checkpoint: Path,
+    device: torch.device,
+    log: Callable[[str], None],
+) -> None:
+    """Train ``tower`` in place. ``checkpoint`` is written as it goes, and continued from where it exists."""
     use_attention(tower, PACKED_FRAMES)
-    head = DenseHead(width)
-    params = [*tower.parameters(), *head.parameters()]
-    matrices = [p for n, p in tower.named_parameters() if p.ndim == 2 and "blocks" in n]
-    ids = {id(p) for p in matrices}
-    rest = [p for p in params if id(p) not in ids]
+    torch.manual_seed(0)
+    head = DenseHead(width).to(device)
+    both = nn.ModuleDict({"tower": tower, "head": head})
+    matrices = [p for name, p in tower.named_parameters() if p.ndim == 2 and "blocks" in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in both.parameters() if id(p) not in chosen]
     optimizers = [
-        Muon(matrices, 4 * lr),
-        torch.optim.AdamW(rest, lr=lr, weight_decay=0.01, betas=(0.9, 0.98)),
+        Muon(matrices, MUON_FACTOR * LEARNING_RATE),
+        torch.optim.AdamW(rest, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    start, step = time.time(), 0
-    while (spent := time.time() - start) < minutes * 60:
-        share = spent / (minutes * 60)
-        factor = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * share)).item()))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-        scenes = [make_stills(seed * 10**6 + step * clips + i) for i in range(clips)]
-        frames = torch.cat(draw_scenes(scenes))
-        noise = torch.randn(frames.shape) * (4 * torch.rand(len(frames), 1, 1, 1))
-        frames = (frames.float() + noise).clamp(0, 255)
-        parts = [dense_labels(scene, grid) for scene in scenes]
-        labels = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    step = load_state(checkpoint, both, optimizers).get("step", 0)
+    while step < num_steps:
+        factor = min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / num_steps)))
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * factor
+        frames, labels = _make_batch(step, grid, device)
         loss, scores = head.loss(run_tower(tower, frames), labels)
-        for p in params:
-            p.grad = None
+        both.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
+        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        if step % 25 == 0:
-            print(f"{spent:6.0f}s step {step} loss {loss.item():.3f} "
-                  + " ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
-        if step % 200 == 0:
-            torch.save({"tower": tower.state_dict(), "head": head.state_dict()}, out)
-    torch.save({"tower": tower.state_dict(), "head": head.state_dict()}, out)
+        if step % LOG_EVERY == 0:
+            log(
+                f"tower {step}/{num_steps} loss {loss.item():.3f} "
+                + " ".join(f"{k} {v:.2f}" for k, v in scores.items())
+            )
+        if step % SAVE_EVERY == 0 or step == num_steps:
+            save_state(checkpoint, both, optimizers, step=step)
+
+
+def _make_batch(step: int, grid: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Noisy frames (n, h, w, 3) and their labels; the same for the same step."""
+    scenes = [make_stills(step * SCENES_A_STEP + i) for i in range(SCENES_A_STEP)]
+    frames = torch.cat(draw_scenes(scenes, device=device)).float()
+    generator = torch.Generator().manual_seed(step)
+    level = NOISE * torch.rand(len(frames), 1, 1, 1, generator=generator)
+    noise = torch.randn(frames.shape, generator=generator) * level
+    parts = [dense_labels(scene, grid) for scene in scenes]
+    labels = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+    return (frames + noise.to(device)).clamp(0, 255), labels

@@ -28,6 +28,7 @@ GRID = FRAME_PX // (PATCH_PX * MERGE)  # tokens a side
 WIDTH = 192
 CORPUS_SCENES = 400
 
+
 def bundled_model_dir() -> Path:
     """The folder of the bundled model."""
     return Path(__file__).parent / "bundled_model"

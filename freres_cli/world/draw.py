@@ -24,8 +24,12 @@ def draw_scenes(scenes: Sequence[Scene], side_px: int = SIDE, device: str | torc
     canvas = torch.cat([_backgrounds(scene, scale, device) for scene in scenes])
     padded = torch.nn.functional.pad(canvas, (0, 0, margin, margin, margin, margin))
     for layer in range(max(len(scene.things) for scene in scenes)):
-        _draw_layer(padded, [scene.things[layer] if layer < len(scene.things) else None for scene in scenes],
-                    [scene.num_frames for scene in scenes], scale)
+        _draw_layer(
+            padded,
+            [scene.things[layer] if layer < len(scene.things) else None for scene in scenes],
+            [scene.num_frames for scene in scenes],
+            scale,
+        )
     frames = padded[:, margin:-margin, margin:-margin]
     fade = torch.cat([torch.from_numpy(scene.fade) for scene in scenes]).to(frames)
     frames = (frames * fade[:, None, None, None]).round().clamp(0, 255).to(torch.uint8)

@@ -49,6 +49,7 @@ def make_set(
     split: str,
     count: int,
     seed: int = 0,
+    level: int = 1,
     questions_per_clip: int = 4,
     on_clip: Callable[[int, int], None] | None = None,
 ) -> list[MadeClip]:
@@ -61,7 +62,7 @@ def make_set(
     made = []
     for index in range(count):
         number = clip_seed(split, index, seed)
-        scene = make_scene(number)
+        scene = make_scene(number, level=level)
         chosen = choose_questions(questions_of(number, scene), questions_per_clip, asked)
         suffix, codec, options = CODECS[index % VP9_EVERY == VP9_EVERY - 1]
         name = f"{split}-{seed}-{index:05d}.{suffix}"
@@ -96,6 +97,7 @@ def question_rows(clip: MadeClip) -> Iterator[dict[str, object]]:
             "question": question.question,
             "choices": list(question.choices),
             "answer": question.answer,
+            "seed": clip.seed,
         }
 
 

@@ -52,9 +52,7 @@ def ask_about(scene: Scene, rng: Generator) -> list[Question]:
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def _question(
-    category: str, rng: Generator, wordings: Sequence[str], options: Sequence[str], answer: str
-) -> Question:
+def _question(category: str, rng: Generator, wordings: Sequence[str], options: Sequence[str], answer: str) -> Question:
     """Four of the options, the answer among them, shuffled."""
     others = [option for option in options if option != answer]
     chosen = [answer, *[others[i] for i in rng.permutation(len(others))[:3]]]
@@ -75,8 +73,11 @@ def _action(scene: Scene, rng: Generator) -> Iterator[Question]:
     for thing in _lasting(scene):
         name, facts = _named(thing, scene, rng), thing.facts
         if "way" in facts and facts.get("role") != "target":
-            words = (f"Which way does the {name} move?", f"In which direction does the {name} go?",
-                     f"Where is the {name} heading?")
+            words = (
+                f"Which way does the {name} move?",
+                f"In which direction does the {name} go?",
+                f"Where is the {name} heading?",
+            )
             yield _question("Action", rng, words, DIRECTIONS, str(facts["way"]))
         if scene.facts["kind"] != "motion":
             continue
@@ -92,15 +93,21 @@ def _action(scene: Scene, rng: Generator) -> Iterator[Question]:
 
 def _object(scene: Scene, rng: Generator) -> Iterator[Question]:
     for thing in _lasting(scene):
-        words = (f"What shape is the {thing.colour} object?", f"What is the {thing.colour} thing?",
-                 f"Which shape does the {thing.colour} object have?")
+        words = (
+            f"What shape is the {thing.colour} object?",
+            f"What is the {thing.colour} thing?",
+            f"Which shape does the {thing.colour} object have?",
+        )
         yield _question("Object", rng, words, SHAPES, thing.shape)
 
 
 def _attribute(scene: Scene, rng: Generator) -> Iterator[Question]:
     for thing in _lasting(scene):
-        words = (f"What colour is the {thing.shape}?", f"Which colour does the {thing.shape} have?",
-                 f"Name the colour of the {thing.shape}.")
+        words = (
+            f"What colour is the {thing.shape}?",
+            f"Which colour does the {thing.shape} have?",
+            f"Name the colour of the {thing.shape}.",
+        )
         yield _question("Attribute", rng, words, COLOURS, thing.colour)
 
 
@@ -108,8 +115,11 @@ def _position(scene: Scene, rng: Generator) -> Iterator[Question]:
     for thing in _lasting(scene):
         if "place" in thing.facts:
             name = _named(thing, scene, rng)
-            words = (f"Where is the {name}?", f"In which corner is the {name}?",
-                     f"Which part of the picture holds the {name}?")
+            words = (
+                f"Where is the {name}?",
+                f"In which corner is the {name}?",
+                f"Which part of the picture holds the {name}?",
+            )
             yield _question("Position", rng, words, PLACES, str(thing.facts["place"]))
 
 
@@ -139,8 +149,11 @@ def _count(scene: Scene, rng: Generator) -> Iterator[Question]:
 def _pose(scene: Scene, rng: Generator) -> Iterator[Question]:
     for thing in _lasting(scene):
         if thing.shape == "arrow":
-            words = ("Which way does the arrow point?", f"Where does the {thing.name} point?",
-                     "In which direction is the arrow turned?")
+            words = (
+                "Which way does the arrow point?",
+                f"Where does the {thing.name} point?",
+                "In which direction is the arrow turned?",
+            )
             yield _question("Pose", rng, words, DIRECTIONS, DIRECTIONS[thing.turn])
 
 
@@ -148,8 +161,11 @@ def _character(scene: Scene, rng: Generator) -> Iterator[Question]:
     roles = {str(thing.facts["role"]): thing.name for thing in scene.things if "role" in thing.facts}
     if "again" in roles:
         options = [roles["again"], roles["before"], roles["after"], _unseen(scene)]
-        words = ("Which object is seen both before and after the cut?", "What comes back after the cut?",
-                 "Which object is in both scenes?")
+        words = (
+            "Which object is seen both before and after the cut?",
+            "What comes back after the cut?",
+            "Which object is in both scenes?",
+        )
         yield _question("Character", rng, words, options, roles["again"])
 
 
@@ -171,7 +187,10 @@ def _order(scene: Scene, rng: Generator) -> Iterator[Question]:
     if not ranked:
         return
     options = [*[thing.name for thing in ranked.values()], _unseen(scene)]
-    words = {0: ("Which object appears first?", "What comes first?"), 2: ("Which object appears last?", "What comes last?")}
+    words = {
+        0: ("Which object appears first?", "What comes first?"),
+        2: ("Which object appears last?", "What comes last?"),
+    }
     for rank, wordings in words.items():
         yield _question("Order", rng, wordings, options, ranked[rank].name)
 
@@ -179,11 +198,17 @@ def _order(scene: Scene, rng: Generator) -> Iterator[Question]:
 def _transient(scene: Scene, rng: Generator) -> Iterator[Question]:
     for thing in scene.things:
         if thing.facts.get("role") == "transient":
-            words = ("What colour is the object that appears for a moment?", "Which colour flashes up briefly?",
-                     "What is the colour of the object seen only for an instant?")
+            words = (
+                "What colour is the object that appears for a moment?",
+                "Which colour flashes up briefly?",
+                "What is the colour of the object seen only for an instant?",
+            )
             yield _question("Transient", rng, words, COLOURS, thing.colour)
-            words = ("What shape is the object that appears for a moment?", "Which shape flashes up briefly?",
-                     "What is the shape of the object seen only for an instant?")
+            words = (
+                "What shape is the object that appears for a moment?",
+                "Which shape flashes up briefly?",
+                "What is the shape of the object seen only for an instant?",
+            )
             yield _question("Transient", rng, words, SHAPES, thing.shape)
 
 

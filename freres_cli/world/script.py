@@ -11,6 +11,8 @@ from freres_cli.world.scene import COLOURS, DIRECTIONS, SHAPES, SIDE, STEPS, TEX
 
 FPS = 8
 SECONDS = (4, 5)
+LONG_SECONDS, LONG_FPS = (6, 60), (12, 15, 24, 30)
+SWAY_SHARE, SWAY_PX = 0.5, 5.0
 KINDS = ("motion", "cut", "hit", "order", "repeat")
 CORNERS = ((24.0, 24.0), (72.0, 24.0), (24.0, 72.0), (72.0, 72.0))
 
@@ -33,17 +35,58 @@ class Cast:
         return self.names.pop()
 
 
-def make_scene(seed: int, kind: str | None = None) -> Scene:
-    """The scene of a seed; the same seed gives the same scene on every machine."""
+def make_scene(seed: int, kind: str | None = None, level: int = 1) -> Scene:
+    """The scene of a seed; the same seed gives the same scene on every machine.
+
+    Level 1 is what the bundled model is trained on: 4 or 5 s at 8 frames a second. Level 2 has the same events in clips
+    of 6 to 60 s at 12 to 30 frames a second, under a camera that may sway, and is for stronger models.
+    """
     rng = np.random.default_rng(seed)
     kind = kind or KINDS[rng.choice(len(KINDS), p=(0.28, 0.2, 0.22, 0.15, 0.15))]
     num_frames = FPS * int(rng.choice(SECONDS))
+    finer = np.random.default_rng([seed, 4])
+    if level == 2:
+        num_frames = FPS * int(finer.integers(LONG_SECONDS[0], LONG_SECONDS[1] + 1))
     cast = Cast(list(zip(rng.permutation(SHAPES).tolist(), rng.permutation(COLOURS).tolist(), strict=True)))
     scene = Scene(num_frames, FPS, [], [], np.ones(num_frames), {"kind": kind})
     _MAKERS[kind](scene, cast, rng)
     if rng.random() < TRANSIENT_SHARE:
         _add_transient(scene, cast, rng)
     scene.facts["unseen"] = "|".join(f"{colour} {shape}" for shape, colour in cast.names)
+    return scene if level == 1 else _refine(scene, finer)
+
+
+def _refine(scene: Scene, rng: Generator) -> Scene:
+    """The same events at a higher frame rate, the transient object in 1 to 5 frames of it, the camera swaying."""
+    fps = int(LONG_FPS[rng.integers(len(LONG_FPS))])
+    ticks = np.arange(scene.num_frames * fps // FPS) * (FPS / fps)
+    nearest = np.minimum(ticks.astype(int), scene.num_frames - 1)
+    sway = np.zeros((len(ticks), 2))
+    if rng.random() < SWAY_SHARE:
+        periods = rng.uniform(40, 90, 2)
+        sway = SWAY_PX * np.sin(ticks[:, None] * (2 * np.pi / periods) + rng.uniform(0, 2 * np.pi, 2))
+    for thing in scene.things:
+        known = np.arange(scene.num_frames)
+        x, y = (np.interp(ticks, known, thing.centre[:, axis]) for axis in (0, 1))
+        # Between two shots an object jumps; it must not glide there.
+        jumps = np.abs(np.diff(thing.centre, axis=0)).max(1) > 2 * max(SPEED_PX.values())
+        hold = np.append(jumps, False)[nearest]
+        moved = np.where(hold[:, None], thing.centre[nearest], np.stack([x, y], -1))
+        thing.centre = moved + sway
+        thing.visible, thing.is_white = thing.visible[nearest], thing.is_white[nearest]
+        if thing.facts.get("role") == "transient":
+            length = int(rng.integers(1, 6))
+            first = int(thing.visible.argmax())
+            thing.visible[:] = False
+            thing.visible[first : first + length] = True
+            thing.facts |= {"frames": length, "starts": first}
+    for shot in scene.shots:
+        shot.start, shot.end = (round(at * fps / FPS) for at in (shot.start, shot.end))
+        drift = shot.background.drift
+        shot.background.drift = (drift[0] * FPS / fps, drift[1] * FPS / fps)
+    scene.shots[-1].end = len(ticks)
+    scene.fade = np.interp(ticks, np.arange(scene.num_frames), scene.fade)
+    scene.num_frames, scene.fps = len(ticks), fps
     return scene
 
 
@@ -70,7 +113,9 @@ def _one_shot(scene: Scene, rng: Generator) -> None:
     scene.shots = [Shot(0, scene.num_frames, random_background(rng))]
 
 
-def _thing(scene: Scene, cast: Cast, rng: Generator, at: tuple[float, float], start: int = 0, end: int | None = None) -> Thing:
+def _thing(
+    scene: Scene, cast: Cast, rng: Generator, at: tuple[float, float], start: int = 0, end: int | None = None
+) -> Thing:
     """A still object at ``at``, seen from frame ``start`` to ``end``."""
     shape, colour = cast.take()
     n = scene.num_frames

@@ -1,0 +1,94 @@
+"""``freres world``: clips with known answers, and the model that is trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.output import print_json, print_notes, print_result, progress_bar
+from freres_cli.errors import UsageError
+
+SPLITS = ("train", "validation", "test")
+
+world = typer.Typer(
+    help="Clips with known answers, and the model that is trained on them.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+
+@world.command("make")
+def make(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new or empty folder.")],
+    split: Annotated[str, typer.Option("--split", help="train, validation or test; they share no clip.")] = "test",
+    count: Annotated[int, typer.Option("--count", min=1, max=10**6, help="How many clips.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=998, help="Another set of the same split.")] = 0,
+    level: Annotated[
+        int, typer.Option("--level", min=1, max=2, help="1: 4 to 5 s at 8 fps. 2: 6 to 60 s at 12 to 30 fps, swaying.")
+    ] = 1,
+    questions: Annotated[
+        int, typer.Option("--questions-per-clip", min=1, max=11, help="At most; of different categories.")
+    ] = 4,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write encoded clips and questions.jsonl, for freres eval or any other tool.
+
+    The same arguments give the same clips and questions. Each row holds id, video, category, question, four choices and
+    the answer.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output}: expected a new or empty folder", "name another with -o")
+    from freres_cli.world.make import QUESTIONS_FILE, make_set
+
+    with progress_bar("clips", quiet or json) as advance:
+        made = make_set(output, split, count, seed, level, questions, advance)
+    num_questions = sum(len(clip.questions) for clip in made)
+    path = output / QUESTIONS_FILE
+    if json:
+        by_category: dict[str, int] = {}
+        for question in (question for clip in made for question in clip.questions):
+            by_category[question.category] = by_category.get(question.category, 0) + 1
+        facts = {"split": split, "seed": seed, "level": level, "num_clips": len(made), "num_questions": num_questions}
+        print_json("freres.world-make/1", {"questions": str(path), **facts, "by_category": by_category})
+        return
+    print_result(str(path))
+    print_notes([f"{len(made)} clips, {num_questions} questions"], quiet)
+
+
+@world.command("train")
+def train(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the model; goes on from there.")
+    ],
+    tower_steps: Annotated[int, typer.Option("--tower-steps", min=1, help="Steps of the vision tower.")] = 940,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the language half.")] = 1500,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=98, help="Other weights to start from, and other clips.")
+    ] = 0,
+    device: options.DeviceName = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a bundled model from nothing: a folder for --model.
+
+    Two hours on two CPU cores. A stopped run, started again with the same arguments, goes on where it last wrote its
+    state, in DIR/training.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: expected a folder", "name another with -o")
+    from freres_cli.devices import choose_device
+    from freres_cli.workflows.train_world import TrainRequest, train_world
+
+    place = choose_device(options.device_name(device))
+    request = TrainRequest(output, place, tower_steps, steps, seed)
+    done = train_world(request, lambda line: print_notes([line], quiet or json))
+    if json:
+        print_json("freres.world-train/1", done)
+    else:
+        print_result(done["model"])

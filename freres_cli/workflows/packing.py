@@ -1,0 +1,169 @@
+"""Many questions behind one video in one training sequence: the video is read once, and no question sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+ATTENTION = "freres_packed_questions"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things lie in each row: the text before the video and the video in the first ``video`` places, padded at
+    their end; then ``questions`` blocks of ``block`` places. ``seen``: (B, video) bool, places that are not padding."""
+
+    video: int
+    questions: int
+    block: int
+    seen: Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """The visual tokens of one example: ``latents`` (S, D), ``positions`` (S, 3), the clip's number of frames."""
+
+    latents: Tensor
+    positions: Tensor
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question as trained: ids of the prompt after the video and of the answer. ``name``: under which it is
+    scored."""
+
+    prompt: list[int]
+    answer: list[int]
+    name: str
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A batch. ``ids``, ``is_video``, ``targets`` (-100 where nothing is learnt), ``weights``: (B, L); ``positions``:
+    (3, B, L); ``latents``: (all visual tokens, D). ``firsts``: (row, place) that predicts an item's answer, with its
+    name and first token."""
+
+    layout: Layout
+    ids: Tensor
+    is_video: Tensor
+    latents: Tensor
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+    firsts: list[tuple[int, int, str, int]]
+
+    def to(self, device: torch.device) -> Pack:
+        """The same batch on a device."""
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("layout", "firsts")}
+        return Pack(replace(self.layout, seen=self.layout.seen.to(device)), **tensors, firsts=self.firsts)
+
+
+def pack(
+    views: Sequence[View],
+    items: Sequence[Sequence[Item]],
+    prefix: Sequence[int],
+    end: int,
+    grid: int,
+    end_weight: float,
+) -> Pack:
+    """Lay out a batch. Text after the video counts on from the largest position of the whole clip, as in ``ask``."""
+    batch, p = len(views), len(prefix)
+    video = p + max(len(view.latents) for view in views)
+    questions = max(map(len, items))
+    block = max(len(item.prompt) + len(item.answer) + 1 for part in items for item in part)
+    length = video + questions * block
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    targets = torch.full((batch, length), -100)
+    weights, positions = torch.zeros(batch, length), torch.zeros(3, batch, length)
+    is_video = torch.zeros(batch, length, dtype=torch.bool)
+    seen = torch.zeros(batch, video, dtype=torch.bool)
+    firsts = []
+    for b, (view, part) in enumerate(zip(views, items, strict=True)):
+        n = p + len(view.latents)
+        ids[b, :p] = torch.tensor(prefix)
+        is_video[b, p:n] = True
+        seen[b, :n] = True
+        positions[:, b, :p] = torch.arange(p)
+        positions[:, b, p:n] = view.positions.T + p
+        start = p + max(view.num_frames, grid)
+        for number, item in enumerate(part):
+            at = video + number * block
+            whole = torch.tensor([*item.prompt, *item.answer, end])
+            ids[b, at : at + len(whole)] = whole
+            positions[:, b, at : at + block] = torch.arange(block) + start
+            learnt = slice(at + len(item.prompt) - 1, at + len(whole) - 1)
+            targets[b, learnt] = torch.tensor([*item.answer, end])
+            weights[b, learnt] = torch.tensor([*[1.0] * len(item.answer), end_weight])
+            firsts.append((b, learnt.start, item.name, item.answer[0]))
+    latents = torch.cat([view.latents for view in views])
+    return Pack(Layout(video, questions, block, seen), ids, is_video, latents, positions, targets, weights, firsts)
+
+
+def use_packed_attention(decoder: Any) -> None:
+    """Make a decoder attend as a pack's layout says."""
+    decoder.config._attn_implementation = ATTENTION
+
+
+def run_pack(decoder: Any, batch: Pack) -> Tensor:
+    """Logits of the places that have a target, (n, vocabulary), in order of row and place."""
+    embeds = decoder.embed_tokens(batch.ids)
+    embeds = embeds.masked_scatter(batch.is_video[..., None], batch.latents)
+    plain = torch.arange(batch.ids.shape[1], dtype=torch.float32, device=batch.ids.device).expand(1, *batch.ids.shape)
+    out = decoder(
+        inputs_embeds=embeds,
+        # Four-dimensional masks reach the attention function untouched; ours reads the layout instead.
+        attention_mask=batch.layout.seen[:, None, None],
+        position_ids=torch.cat([plain, batch.positions]),
+        use_cache=False,
+        layout=batch.layout,
+    )
+    return F.linear(out.last_hidden_state[batch.targets >= 0], decoder.embed_tokens.weight)
+
+
+def pack_loss(logits: Tensor, batch: Pack) -> tuple[Tensor, list[tuple[str, bool]]]:
+    """The weighted mean cross-entropy, and for each item its name and whether its answer begins right."""
+    known = batch.targets >= 0
+    losses = F.cross_entropy(logits, batch.targets[known], reduction="none")
+    weights = batch.weights[known]
+    row_of = torch.full(batch.targets.shape, -1)
+    row_of[known.cpu()] = torch.arange(int(known.sum()))
+    best = logits.argmax(-1).cpu()
+    right = [(name, bool(best[row_of[b, place]] == target)) for b, place, name, target in batch.firsts]
+    return (losses * weights).sum() / weights.sum(), right
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """(B, heads, L, d) -> (B, L, heads, d): the video is causal, a question sees the video and its own past."""
+    layout: Layout = kwargs["layout"]
+    batch, heads, _, d = query.shape
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    v, n, block = layout.video, layout.questions, layout.block
+    # Padding lies after the video's own tokens, so that causality alone hides it from them.
+    of_video = F.scaled_dot_product_attention(query[:, :, :v], key[:, :, :v], value[:, :, :v], is_causal=True)
+
+    def blocks(x: Tensor) -> Tensor:
+        return x[:, :, v:].reshape(batch, heads, n, block, d).transpose(1, 2).flatten(0, 1)
+
+    def with_video(x: Tensor) -> Tensor:
+        shared = x[:, None, :, :v].expand(batch, n, heads, v, d).flatten(0, 1)
+        return torch.cat([shared, blocks(x)], dim=2)
+
+    own = torch.ones(block, block, dtype=torch.bool, device=query.device).tril()
+    allowed = torch.cat([layout.seen[:, None].expand(batch, block, v), own.expand(batch, block, block)], -1)
+    mask = torch.zeros(allowed.shape, device=query.device).masked_fill_(~allowed, float("-inf"))
+    mask = mask.repeat_interleave(n, 0)[:, None]
+    of_text = F.scaled_dot_product_attention(blocks(query), with_video(key), with_video(value), attn_mask=mask)
+    of_text = of_text.view(batch, n, heads, block, d).transpose(1, 2).reshape(batch, heads, n * block, d)
+    return torch.cat([of_video, of_text], dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attend)

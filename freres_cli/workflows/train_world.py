@@ -1,0 +1,65 @@
+"""The bundled model, from nothing to a checkpoint folder: tower first, then the language half on top of it, frozen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freres_cli.bench.report import describe_environment
+from freres_cli.devices import Device
+from freres_cli.workflows.train_language import FIRST_SEED, train_language
+from freres_cli.workflows.train_tower import train_tower
+from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, make_tokenizer, tokenizer_corpus
+
+TOWER_STEPS = 940
+LANGUAGE_STEPS = 1500
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """``output``: the folder of the checkpoint, which also keeps the states that a stopped run goes on from."""
+
+    output: Path
+    device: Device
+    tower_steps: int = TOWER_STEPS
+    language_steps: int = LANGUAGE_STEPS
+    seed: int = 0
+
+
+def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, Any]:
+    """Train both halves and write the checkpoint. Called again, it goes on where it was stopped. Returns what was
+    done."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
+
+    start = time.perf_counter()
+    device = torch.device(request.device.name)
+    tokenizer = make_tokenizer(tokenizer_corpus())
+    config = make_config(tokenizer)
+    states = request.output / "training"
+    torch.manual_seed(request.seed)
+    tower = Qwen2VisionTransformerPretrainedModel._from_config(config.vision_config).to(device)
+    decoder = Qwen2VLTextModel._from_config(config.text_config).to(device)
+    train_tower(tower, WIDTH, GRID, request.tower_steps, states / "tower.pt", device, log)
+    tower.eval().requires_grad_(False)
+    train_language(
+        decoder, tower, tokenizer, GRID, request.language_steps, states / "language.pt", device, log, request.seed
+    )
+    facts = {
+        "tower_steps": request.tower_steps,
+        "language_steps": request.language_steps,
+        "train_seeds": f"from {FIRST_SEED} on",
+        "choices_as": "words",
+    }
+    make_checkpoint(request.output, tower.cpu().state_dict(), decoder.cpu().state_dict(), **facts)
+    seconds = time.perf_counter() - start
+    return {
+        "model": str(request.output),
+        **facts,
+        "train_s": seconds,
+        "environment": describe_environment(request.device),
+    }
