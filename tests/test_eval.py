@@ -26,11 +26,10 @@ from freres_cli.devices import choose_device
 from freres_cli.errors import UsageError
 from freres_cli.method.tokens import build_tokens
 from freres_cli.presets import Setting, parse_grid
-from freres_cli.workflows import clips, evaluate
+from freres_cli.workflows import clips, compress, evaluate
 from freres_cli.workflows.ask import AskRequest, open_session
 from freres_cli.workflows.budgets import METHODS, parse_budget, parse_cells
 from freres_cli.workflows.clips import BASELINES, EncodedClip
-from freres_cli.workflows.compress import compress_video
 from freres_cli.workflows.questions import Question, is_right, read_questions
 from tests.clips import write_clip
 from tests.runner import check_failure, run_freres
@@ -54,7 +53,8 @@ def models_loaded_once():
         for name in ("load_encoder", "_load_language_model"):
             load = getattr(evaluate, name)
             cached = functools.cache(lambda *_, load=load: load(request_for(Path("any.mp4"))))
-            patch.setattr(evaluate, name, lambda request, cached=cached: cached(request.model, request.dtype))
+            for module in (evaluate, compress):
+                patch.setattr(module, name, lambda request, c=cached: c(request.model, request.dtype), raising=False)
         yield
 
 
@@ -109,7 +109,7 @@ def request_for(video, **flags):
 def compressed_tokens(request, path, budget):
     """What the language model gets from ``freres compress`` and ``freres ask``."""
     settings = {**request.settings, "budget_tokens": Setting(budget, "flag")}
-    compress_video(replace(request, settings=settings), path)
+    compress.compress_video(replace(request, settings=settings), path)
     return build_tokens(read_bundle(path).tracks)
 
 
