@@ -48,8 +48,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def models_loaded_once():
-    """Many short runs: the bundled model is read once for all of them."""
+    """Many short runs: the bundled model is read once for all of them, and free answers are cut short."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "MAX_ANSWER_TOKENS", 2)
         for name in ("load_encoder", "_load_language_model"):
             load = getattr(evaluate, name)
             cached = functools.cache(lambda *_, load=load: load(request_for(Path("any.mp4"))))
@@ -215,7 +216,8 @@ def test_each_frame_passes_the_tower_once_for_all_methods_and_budgets(questions,
     assert sum(seen) == 3 * FRAMES + 3 and len(decoded) == 3
 
 
-def test_the_answers_are_those_of_compress_and_ask(folder, questions, tmp_path):
+def test_the_answers_are_those_of_compress_and_ask(folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_ANSWER_TOKENS", 16)
     output = tmp_path / "answers.jsonl"
     assert run_freres("eval", questions, "--methods", "fre-res", "--budgets", "200", "-o", output).status == 0
     row = json.loads(output.read_text().splitlines()[1])
