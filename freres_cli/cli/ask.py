@@ -64,7 +64,8 @@ def ask(
         raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
     from freres_cli.backbones.generation import Sampling
     from freres_cli.devices import choose_device
-    from freres_cli.workflows.ask import AskRequest, check_choices, open_session
+    from freres_cli.workflows.ask import AskRequest, open_session
+    from freres_cli.workflows.questions import check_choices
 
     listed = [check_text(choice.strip(), "--choices") for choice in choices.split("|")] if choices is not None else []
     if choices is not None:

@@ -19,6 +19,7 @@ import yaml
 
 from freres_cli import __version__
 from freres_cli.cli.app import app
+from freres_cli.cli.roff import code, escape, line, tagged
 from freres_cli.errors import ExitStatus
 from freres_cli.presets import KEYS, Key, load_preset, preset_names
 
@@ -93,6 +94,26 @@ profile:
     not ok says why: out_of_memory, context_exceeded or timed_out.
   schemas: {freres.profile/1: target question repeat warmup model rows environment}
   defaults: {model: "bundled, or the bundle's", revision: "the hub's main branch, or the bundle's"}
+eval:
+  examples:
+    freres eval questions.jsonl: The bundled model, three methods at four budgets.
+    freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
+    freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to go on after a stop.
+  output: >-
+    Two tables: a row for each method and budget, and accuracy by category. `accuracy` counts every question once,
+    `mean_over_categories` every category once; `retention` is accuracy over that of full. Intervals are 95 % percentile
+    bootstrap over 2,000 resamples (seed 0) of whole videos, since questions on one video stand or fall together; they have no
+    width where all answers are right, or all wrong, and are null for a single video. Tokens are means over videos (`_max`:
+    the most), times medians: `compress_s` from latents to tokens, `ttft_s` of a video's first question with its prefill,
+    `next_ttft_s` of the others. The file of `--output` has a header and a line for each video; a file of another run is
+    refused, and failed videos are tried again.
+  schemas:
+    freres.eval/1:
+      questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
+      rows (method budget budget_tokens budget_tokens_max visual_tokens visual_tokens_max accuracy ci_low ci_high retention
+      chance num_questions mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s) results_file
+      num_videos_resumed model settings notes environment
+  defaults: {output: none (nothing is kept), limit: every question}
 inspect:
   examples:
     freres inspect bundle.pt: What is inside, and where each setting came from.
@@ -152,31 +173,6 @@ anchors: 6
 temporal_share: 0.3
 tau: auto
 """
-
-
-def escape(text: str) -> str:
-    """Return text that groff shows as it stands: hyphens, quotes and backslashes are what they were."""
-    for char, code in {"\\": "\\e", "-": "\\-", "'": "\\(aq", '"': "\\(dq", "^": "\\(ha", "~": "\\(ti"}.items():
-        text = text.replace(char, code)
-    return "".join(char if ord(char) < 128 else f"\\[u{ord(char):04X}]" for char in text)
-
-
-def line(text: str) -> str:
-    """Return one input line of prose; `words` in backticks are bold, and none begins with a control character."""
-    parts = re.split(r"`([^`]*)`", " ".join(text.split()))
-    out = "".join(f"\\fB{escape(part)}\\fR" if i % 2 else escape(part) for i, part in enumerate(parts))
-    return f"\\&{out}\n" if out.startswith(".") else f"{out}\n"
-
-
-def tagged(tag: str, text: str) -> str:
-    """Return a tagged paragraph; the tag is roff."""
-    return f".TP\n{tag}\n{line(text)}"
-
-
-def code(text: str) -> str:
-    """Return lines shown as they stand."""
-    rows = (f"\\&{escape(row)}\n" for row in text.splitlines())
-    return f".PP\n.RS 4\n.nf\n{''.join(rows)}.fi\n.RE\n"
 
 
 def head(name: str, section: int, title: str) -> str:

@@ -21,9 +21,8 @@ from freres_cli.errors import BackboneError, BundleError, UsageError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import build_tokens
 from freres_cli.records import Answer, VideoTokens
+from freres_cli.workflows.questions import check_choices, find_control_token, format_choices
 from freres_cli.world.bundled_model import bundled_model_dir
-
-MAX_CHOICES = 26
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ class Session:
 
     def _refuse_control_tokens(self, *texts: str) -> None:
         """A question that ends its own turn, or names another video, would change the prompt unseen."""
-        for token in map(str, self.model.tokenizer.added_tokens_decoder.values()):
-            if any(token in text for text in texts):
-                raise UsageError(f"question: holds {token}, which the model reads as a command", "leave it out")
+        token = find_control_token(texts, control_tokens(self.model))
+        if token is not None:
+            raise UsageError(f"question: holds {token}, which the model reads as a command", "leave it out")
 
     def _prompt(self, question: str) -> tuple[VideoPrefix, tuple[int, ...]]:
         """Return the prefilled [system + video], computed once, and the question's ids after it."""
@@ -138,21 +137,9 @@ class Session:
         )
 
 
-def check_choices(choices: Sequence[str]) -> list[str]:
-    """Return the letters of the options. Raises ``UsageError`` for fewer than two, empty or equal options."""
-    if not 2 <= len(choices) <= MAX_CHOICES:
-        raise UsageError(f"--choices: expected 2 to {MAX_CHOICES} options, got {len(choices)}", "separate them with |")
-    if any(not choice.strip() for choice in choices):
-        raise UsageError("--choices: an option is empty", "separate options with |")
-    if len({choice.strip() for choice in choices}) < len(choices):
-        raise UsageError("--choices: two options are the same")
-    return [chr(ord("A") + i) for i in range(len(choices))]
-
-
-def format_choices(question: str, choices: Sequence[str]) -> str:
-    """Return the question with lettered options; they stay in the prompt (paper F.4)."""
-    options = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
-    return f"{question}\nOptions:\n{options}\nAnswer with the option's letter from the given choices directly."
+def control_tokens(model: LanguageModel) -> list[str]:
+    """Return what the model reads as commands."""
+    return [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
 
 
 def open_session(request: AskRequest) -> Session:

@@ -89,9 +89,9 @@ def method_settings(settings: Mapping[str, Any]) -> MethodSettings:
     return MethodSettings(**{knob.name: settings[knob.name] for knob in fields(MethodSettings)})
 
 
-def plan_compression(request: CompressRequest, encoder: VisionEncoder) -> CompressPlan:
-    """Probe the video and allocate the budget. Raises ``VideoError`` or ``UsageError``."""
-    info = probe_video(request.video)
+def plan_compression(request: CompressRequest, encoder: VisionEncoder, info: VideoInfo | None = None) -> CompressPlan:
+    """Probe the video, unless ``info`` is known, and allocate the budget. Raises ``VideoError`` or ``UsageError``."""
+    info = info or probe_video(request.video)
     grid = parse_grid(request.value("grid"))
     size = encoder.frame_size(info.width_px, info.height_px, grid, request.value("tokens_per_frame"))
     values = {key: setting.value for key, setting in request.settings.items()}
@@ -160,29 +160,54 @@ def run_stages(
     progress: Progress | None = None,
 ) -> tuple[Tracks, StreamingCompressor, DecodeReport]:
     """Stream decode -> encode -> compress, timing each; frames are never all in memory."""
-    values = {key: setting.value for key, setting in request.settings.items()}
-    batch = max(1, min(MAX_BATCH_FRAMES, ENCODE_BATCH_TOKENS // plan.size.num_tokens))
-    decoder = decode_frames(request.video, plan.info, plan.sampling, plan.size, batch, request.strict)
-    compressor = StreamingCompressor(plan.budget, method_settings(values), encoder.width)
+    decoder = open_decoder(request, plan)
+    compressor = start_compressor(request, plan, encoder)
     done, total = 0, plan.budget.num_frames
-    for frames, latents in encode_frames(_timed(decoder, timer), encoder, timer):
-        if not bool(torch.isfinite(latents).all()):
-            raise BackboneError(
-                f"{request.model}: latents are not finite in {encoder.dtype}", "use --dtype float32 or bfloat16"
-            )
+    for frames, latents in encode_frames(timed_batches(decoder, timer), encoder, timer):
+        check_finite(latents, request)
         with timer.stage("compress"):
             compressor.push(latents, frames.pts_seconds)
         done += len(frames.pts_seconds)
         if progress is not None:
             progress(done, max(done, total))
-    if not done:
-        raise VideoError(f"{request.video}: no frame could be decoded in the part asked for")
+    check_any(done, request)
     with timer.stage("compress"):
         tracks = compressor.finish()
     return tracks, compressor, decoder.report
 
 
-def _timed(decoder: Decoder, timer: StageTimer) -> Iterator[Frames]:
+def batch_frames(plan: CompressPlan) -> int:
+    """Return how many frames are decoded and encoded at a time."""
+    return max(1, min(MAX_BATCH_FRAMES, ENCODE_BATCH_TOKENS // plan.size.num_tokens))
+
+
+def open_decoder(request: CompressRequest, plan: CompressPlan) -> Decoder:
+    """Return the decoder of the plan's frames, in batches."""
+    return decode_frames(request.video, plan.info, plan.sampling, plan.size, batch_frames(plan), request.strict)
+
+
+def start_compressor(request: CompressRequest, plan: CompressPlan, encoder: VisionEncoder) -> StreamingCompressor:
+    """Return an empty compressor with the request's settings."""
+    values = {key: setting.value for key, setting in request.settings.items()}
+    return StreamingCompressor(plan.budget, method_settings(values), encoder.width)
+
+
+def check_finite(latents: Tensor, request: CompressRequest) -> None:
+    """Refuse latents that overflowed. Raises ``BackboneError``."""
+    if not bool(torch.isfinite(latents).all()):
+        raise BackboneError(
+            f"{request.model}: latents are not finite in {latents.dtype}", "use --dtype float32 or bfloat16"
+        )
+
+
+def check_any(num_frames: int, request: CompressRequest) -> None:
+    """Refuse a clip of no frames. Raises ``VideoError``."""
+    if not num_frames:
+        raise VideoError(f"{request.video}: no frame could be decoded in the part asked for")
+
+
+def timed_batches(decoder: Decoder, timer: StageTimer) -> Iterator[Frames]:
+    """Yield the decoder's batches, timed as stage ``decode``."""
     batches = iter(decoder)
     while True:
         with timer.stage("decode"):

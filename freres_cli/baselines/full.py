@@ -1,0 +1,44 @@
+"""The full-token run: every latent of every frame, each at its own place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from freres_cli.records import VideoTokens
+
+
+def keep_every_token(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
+    """Return all T*H*W tokens of ``latents`` (T, H, W, C); ``frame_seconds`` is (T,) float64.
+
+    ``width`` is D, the channels that stand in the prompt. Raises ``ValueError`` where the budget does not hold them all.
+    """
+    num_tokens = latents.shape[:3].numel()
+    if budget_tokens < num_tokens:
+        raise ValueError(f"budget: expected at least all {num_tokens} tokens, got {budget_tokens}")
+    return gather_tokens(latents, frame_seconds, torch.arange(num_tokens), width)
+
+
+def gather_tokens(latents: Tensor, frame_seconds: Tensor, keep: Tensor, width: int) -> VideoTokens:
+    """Return the tokens of a rising raster index ``keep`` (S,) into the T*H*W latents, bit for bit, as anchor tokens."""
+    num_frames, grid_h, grid_w = latents.shape[:3]
+    t, h, w = keep // (grid_h * grid_w), keep // grid_w % grid_h, keep % grid_w
+    positions = torch.stack([t, h, w], dim=1).to(torch.float32)
+    return place_tokens(latents[t, h, w], positions, t, (num_frames, grid_h, grid_w), frame_seconds, width)
+
+
+def place_tokens(
+    rows: Tensor, positions: Tensor, frame: Tensor, grid: tuple[int, int, int], frame_seconds: Tensor, width: int
+) -> VideoTokens:
+    """Return tokens ``rows`` (S, C) at ``positions`` (S, 3), each of the sampled frame ``frame`` (S,) of the full grid."""
+    return VideoTokens(
+        latents=rows,
+        positions=positions,
+        seconds=frame_seconds[frame],
+        kind=torch.zeros(frame.shape[0], dtype=torch.uint8),
+        gop=frame,
+        energy=rows[:, :width].to(torch.float32).square().sum(-1),
+        grid=grid,
+        width=width,
+        frame_seconds=frame_seconds,
+    )

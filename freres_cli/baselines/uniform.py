@@ -1,0 +1,31 @@
+"""Uniform frames: what most video language models do with a budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from freres_cli.baselines.full import gather_tokens
+from freres_cli.records import VideoTokens
+
+
+def sample_uniform_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
+    """Return the tokens of F = ceil(B / (H*W)) evenly spread frames of ``latents`` (T, H, W, C), at their own places.
+
+    Frames stand at the centres of F equal parts of the clip, as is common practice. Where F frames hold more than B
+    tokens they are thinned evenly along the sequence, so that exactly min(B, T*H*W) remain. ``frame_seconds``: (T,)
+    float64; ``width``: D. Raises ``ValueError`` for a budget below one.
+    """
+    if budget_tokens < 1:
+        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
+    frames = spread(min(num_frames, -(-budget_tokens // per_frame)), num_frames)
+    tokens = (frames[:, None] * per_frame + torch.arange(per_frame)).flatten()
+    kept = tokens[spread(min(budget_tokens, tokens.shape[0]), tokens.shape[0])]
+    return gather_tokens(latents, frame_seconds, kept, width)
+
+
+def spread(count: int, size: int) -> Tensor:
+    """Return ``count`` <= ``size`` different places in 0..size-1, at the centres of ``count`` equal parts: (count,)."""
+    # Whole numbers: (i + 1/2) * size / count, rounded down.
+    return (2 * torch.arange(count) + 1) * size // (2 * count)

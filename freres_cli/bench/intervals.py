@@ -1,0 +1,80 @@
+"""Accuracy with its uncertainty: bootstrap intervals over questions that come in clusters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_RESAMPLES = 2000
+LEVEL = 0.95
+SEED = 0
+RESAMPLES_AT_ONCE = 100  # bounds memory for many clusters
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its interval, shares of one. The interval is ``None`` below two clusters: it cannot be told."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class GroupedEstimates:
+    """Of one method: over all questions, in each group, and the plain mean of the groups."""
+
+    overall: Estimate
+    groups: tuple[Estimate, ...]
+    mean_over_groups: Estimate
+
+
+def estimate_shares(
+    correct: np.ndarray, total: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = SEED
+) -> GroupedEstimates:
+    """Return shares of right answers with 95 % percentile bootstrap intervals.
+
+    ``correct`` and ``total``: (V, K) right answers and questions of cluster (video) v in group (category) k; every
+    group has a question. Questions on one video stand or fall together, so whole videos are resampled, with
+    replacement; a resample without any question of a group leaves it out. The same seed draws the same videos, so
+    methods asked the same questions are compared on the same resamples. Where every answer is right (or wrong) the
+    interval has no width, whatever the number of questions.
+    """
+    totals = total.sum(0)
+    shares = correct.sum(0) / totals
+    overall, mean = float(correct.sum() / total.sum()), float(shares.mean())
+    if len(total) < 2:
+        bare = tuple(Estimate(float(share), None, None) for share in shares)
+        return GroupedEstimates(Estimate(overall, None, None), bare, Estimate(mean, None, None))
+    right, asked = resample_sums(correct, total, num_resamples, seed)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a group is left out
+        by_group = right / asked
+    all_shares = right.sum(1) / np.maximum(asked.sum(1), 1)
+    groups = tuple(
+        # One video holds the whole group: drawing it again and again says nothing of another one.
+        _with_interval(float(share), column) if np.count_nonzero(counts) > 1 else Estimate(float(share), None, None)
+        for share, column, counts in zip(shares, by_group.T, total.T, strict=True)
+    )
+    means = np.nanmean(by_group, axis=1)
+    return GroupedEstimates(_with_interval(overall, all_shares), groups, _with_interval(mean, means))
+
+
+def resample_sums(
+    correct: np.ndarray, total: np.ndarray, num_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the column sums of ``num_resamples`` draws of V rows with replacement: two of (R, K)."""
+    generator = np.random.default_rng(seed)
+    num_rows = len(total)
+    right, asked = [], []
+    for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
+        size = min(RESAMPLES_AT_ONCE, num_resamples - start)
+        times_drawn = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=size)
+        right.append(times_drawn @ correct)
+        asked.append(times_drawn @ total)
+    return np.concatenate(right), np.concatenate(asked)
+
+
+def _with_interval(value: float, resampled: np.ndarray) -> Estimate:
+    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(low), float(high))

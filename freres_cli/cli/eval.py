@@ -1,0 +1,196 @@
+"""``freres eval``: how well questions are answered, by method and budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.compress import gather_flags, make_request, warn_if_untrained
+from freres_cli.cli.output import (
+    format_seconds,
+    print_json,
+    print_notes,
+    print_result,
+    print_table,
+    print_warning,
+    progress_bar,
+)
+from freres_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from freres_cli.workflows.evaluate import EvalRequest, EvalResult
+
+SHOWN_FAILURES = 10
+
+
+def evaluate(
+    questions: Annotated[
+        Path, typer.Argument(metavar="QUESTIONS", help="JSON lines: id, video, category, question, choices, answer.")
+    ],
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="NAME,...", help="Of full, uniform, lowres, fre-res and blind.")
+    ] = "full,uniform,fre-res",
+    budgets: Annotated[
+        str,
+        typer.Option(
+            "--budgets",
+            metavar="SIZE,...",
+            help="With a decimal point a share of the full tokens (0.25, 1.0); without, a count (640).",
+        ),
+    ] = "1.0,0.5,0.25,0.1",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, and go on where they end."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin anew where the output file holds something else.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask the first so many questions only.")] = None,
+    preset: options.PresetName = None,
+    assignments: options.Assignments = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    device: options.DeviceName = None,
+    dtype: options.Dtype = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure accuracy by method and budget.
+
+    Each video is decoded and encoded once; every method makes its tokens from these latents, and answers all questions
+    on the video from one prefill. Options are scored as by freres ask --choices; a free answer is greedy, at most 16
+    tokens, and compared without case, spacing and punctuation at its end. A video that cannot be used is a failed row,
+    and its questions count for no method.
+
+    QUESTIONS holds one JSON object a line with the keys id, video (relative to that file), category, question, choices
+    (2 to 26 options; none for a free answer) and answer (the option as it stands there). Other keys are ignored.
+
+    Methods: full, every token; uniform, whole frames at even distances, thinned to exactly the budget; lowres, every
+    frame averaged in space; fre-res, as freres compress; blind, the question without any visual token. full and blind
+    have one row, whatever the budgets. A budget is never exceeded.
+    """
+    from freres_cli.workflows.budgets import parse_cells
+    from freres_cli.workflows.questions import read_questions
+    from freres_cli.workflows.results import results_path
+
+    cells = parse_cells(methods, budgets)
+    flags = gather_flags(assignments, {})
+    if "budget_tokens" in flags:
+        raise UsageError("--set budget_tokens: each method has its budget from --budgets", "use --budgets")
+    file = read_questions(questions, limit)
+    path = None if output is None else results_path(output, questions)
+    compress = make_request(questions, flags, preset, model, revision, device=device, dtype=dtype)
+    from freres_cli.workflows.evaluate import EvalRequest
+    from freres_cli.workflows.evaluate import evaluate as run_evaluation
+
+    warn_if_untrained(compress.model)
+    request = EvalRequest(file, cells, compress, path, force)
+    with progress_bar("eval", quiet or json, "videos") as progress:
+        result = run_evaluation(request, progress)
+    _print_failures(result)
+    print_notes([*result.notes, *_run_notes(result, request)], quiet)
+    if json:
+        print_json("freres.eval/1", _document(result, request))
+        return
+    _print_rows(result.summary)
+
+
+def _print_failures(result: EvalResult) -> None:
+    failed = result.summary["failed"]
+    for item in failed[:SHOWN_FAILURES]:
+        print_warning(f"failed: {item['message']}")
+    if failed:
+        more = f" ({len(failed) - SHOWN_FAILURES} not shown)" if len(failed) > SHOWN_FAILURES else ""
+        lost = sum(item["num_questions"] for item in failed)
+        videos = result.summary["num_videos"] + len(failed)
+        print_warning(f"{len(failed)} of {videos} videos failed{more}: questions that count for no method: {lost}")
+
+
+def _run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
+    if request.output is None:
+        return []
+    return [f"{request.output}: {result.num_resumed} videos were answered before"] if result.num_resumed else []
+
+
+def _document(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
+    from freres_cli.bench.report import describe_environment
+
+    return {
+        **result.summary,
+        "results_file": None if request.output is None else str(request.output),
+        "num_videos_resumed": result.num_resumed,
+        "model": result.run["model"],
+        "settings": {
+            key: vars(setting) for key, setting in request.compress.settings.items() if key != "budget_tokens"
+        },
+        "notes": list(result.notes),
+        "environment": describe_environment(request.compress.device, result.dtype),
+    }
+
+
+def _print_rows(summary: dict[str, Any]) -> None:
+    columns = ("method", "budget", "tokens", "most", "accuracy", "95 % interval", "by category", "retention")
+    print_table(
+        (*columns, "compress", "prefill", "TTFT", "next TTFT"),
+        [
+            (
+                row["method"],
+                _size(row["budget"]),
+                f"{row['visual_tokens']:.0f}",
+                str(row["visual_tokens_max"]),
+                _percent(row["accuracy"]),
+                _interval(row),
+                _percent(row["mean_over_categories"]["accuracy"]),
+                _percent(row["retention"]),
+                *[format_seconds(row[f"{stage}_s"]) for stage in ("compress", "prefill", "ttft", "next_ttft")],
+            )
+            for row in summary["rows"]
+        ],
+    )
+    print_result("")
+    _print_categories(summary["rows"])
+    print_result("")
+    print_result(
+        f"{summary['num_questions']} questions on {summary['num_videos']} videos, {len(summary['failed'])} failed; "
+        f"{summary['full_tokens']:.0f} full tokens a video"
+    )
+    print_result(
+        "percent; accuracy over questions, by category the mean over categories; intervals: videos resampled "
+        f"{summary['intervals']['resamples']} times"
+    )
+    print_result(
+        f"a video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, once for "
+        "all methods; tokens are means, times medians"
+    )
+
+
+def _print_categories(rows: list[dict[str, Any]]) -> None:
+    names = [row["method"] if row["budget"] is None else f"{row['method']} {_size(row['budget'])}" for row in rows]
+    first = rows[0]["by_category"]
+    print_table(
+        ("category", "questions", "chance", *names),
+        [
+            (
+                category,
+                str(part["num_questions"]),
+                _percent(part["chance"]),
+                *[_percent(row["by_category"][category]["accuracy"]) for row in rows],
+            )
+            for category, part in first.items()
+        ],
+    )
+
+
+def _size(budget: float | None) -> str:
+    return "-" if budget is None else str(budget)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _interval(part: dict[str, Any]) -> str:
+    return "-" if part["ci_low"] is None else f"{_percent(part['ci_low'])} to {_percent(part['ci_high'])}"

@@ -1,0 +1,88 @@
+"""What is compared: methods, and budgets as shares or counts. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from freres_cli.errors import UsageError
+
+METHODS = ("full", "uniform", "lowres", "fre-res", "blind")
+# They have no budget to vary: every token, and none.
+METHODS_WITHOUT_BUDGET = ("full", "blind")
+MAX_COUNT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget as asked for: a share of the full tokens, kept exact, or a count."""
+
+    text: str
+    share: Fraction | None = None
+    count: int | None = None
+
+    def tokens(self, full_tokens: int) -> int:
+        """Return most visual tokens for a clip of ``full_tokens``: a share is rounded down, to at least 1."""
+        if self.count is not None:
+            return self.count
+        assert self.share is not None
+        return max(1, int(self.share * full_tokens))
+
+    @property
+    def number(self) -> float | int:
+        """The budget as JSON has it: a share in (0, 1] or a whole number of tokens."""
+        return self.count if self.count is not None else float(self.share or 0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the result: a method at a budget; ``None`` where the method has none."""
+
+    method: str
+    budget: Budget | None
+
+    @property
+    def name(self) -> str:
+        return self.method if self.budget is None else f"{self.method} {self.budget.text}"
+
+
+def parse_budget(text: str) -> Budget:
+    """Return a budget: with a decimal point a share in (0, 1], without one a count of at least 2.
+
+    ``1`` could be either, so it is refused. Raises ``UsageError``.
+    """
+    text = text.strip()
+    if re.fullmatch(r"[0-9]{1,10}", text) and 2 <= int(text) <= MAX_COUNT:
+        return Budget(text, count=int(text))
+    if re.fullmatch(r"[0-9]{0,9}\.[0-9]{1,18}|[0-9]{1,9}\.", text) and 0 < (share := Fraction(text)) <= 1:
+        return Budget(text, share=share)
+    raise UsageError(
+        f"--budgets: expected a share such as 0.25 (above 0, at most 1.0) or a count such as 640, got {text!r}",
+        "a decimal point makes a share: 1.0 is every token" if text == "1" else "separate budgets with commas",
+    )
+
+
+def parse_cells(methods: str, budgets: str) -> tuple[Cell, ...]:
+    """Return what is compared, in the order given; ``methods`` and ``budgets`` are separated by commas.
+
+    Raises ``UsageError``.
+    """
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        if name not in METHODS:
+            raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {name!r}", "separate with commas")
+    sizes = [parse_budget(text) for text in budgets.split(",")]
+    _refuse_twice("--methods", names)
+    _refuse_twice("--budgets", [size.number for size in sizes])
+    cells: list[Cell] = []
+    for name in names:
+        cells += [Cell(name, None)] if name in METHODS_WITHOUT_BUDGET else [Cell(name, size) for size in sizes]
+    return tuple(cells)
+
+
+def _refuse_twice(flag: str, values: Sequence[object]) -> None:
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise UsageError(f"{flag}: {twice[0]} is given twice", "name each once")

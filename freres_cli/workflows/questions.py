@@ -1,0 +1,178 @@
+"""Questions with known answers: the file, the options, and what counts as right. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from freres_cli.errors import UsageError
+
+MAX_CHOICES = 26
+TRAILING = " .,;:!?\u3002"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of a questions file. ``video_name`` is as written there, ``video`` where that is. No ``choices``: the
+    answer is free text. ``line`` counts from 1."""
+
+    id: str
+    video_name: str
+    video: Path
+    category: str
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+    line: int
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """The questions of a file in its order, and the SHA-256 of its bytes."""
+
+    path: Path
+    sha256: str
+    questions: tuple[Question, ...]
+
+    def by_video(self) -> dict[str, list[Question]]:
+        """Return the questions of each video, in the order of the file."""
+        videos: dict[str, list[Question]] = {}
+        for question in self.questions:
+            videos.setdefault(question.video_name, []).append(question)
+        return videos
+
+
+class _BadRow(Exception):
+    """What is wrong with a row, and what to do."""
+
+
+def check_choices(choices: Sequence[str], where: str = "--choices", separator: str = "|") -> list[str]:
+    """Return the letters of the options. Raises ``UsageError`` for fewer than two, empty or equal options."""
+    if not 2 <= len(choices) <= MAX_CHOICES:
+        raise UsageError(
+            f"{where}: expected 2 to {MAX_CHOICES} options, got {len(choices)}", f"separate them with {separator}"
+        )
+    if any(not choice.strip() for choice in choices):
+        raise UsageError(f"{where}: an option is empty", f"separate options with {separator}")
+    if len({choice.strip() for choice in choices}) < len(choices):
+        raise UsageError(f"{where}: two options are the same")
+    return [chr(ord("A") + i) for i in range(len(choices))]
+
+
+def format_choices(question: str, choices: Sequence[str]) -> str:
+    """Return the question with lettered options; they stay in the prompt (paper F.4)."""
+    options = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
+    return f"{question}\nOptions:\n{options}\nAnswer with the option's letter from the given choices directly."
+
+
+def find_control_token(texts: Iterable[str], tokens: Iterable[str]) -> str | None:
+    """Return a token that one of the texts holds. Such a text would end its own turn, or name another video."""
+    joined = "\0".join(texts)
+    return next((token for token in tokens if token in joined), None)
+
+
+def is_right(prediction: str, question: Question) -> bool:
+    """Return whether an option is the answer, or a free text says the same but for case, spaces and a final stop."""
+    if question.choices:
+        return prediction == question.answer
+    return normalize_answer(prediction) == normalize_answer(question.answer)
+
+
+def normalize_answer(text: str) -> str:
+    """Return a free answer as it is compared: case folded, spaces single, no punctuation at its end."""
+    return " ".join(text.casefold().split()).rstrip(TRAILING)
+
+
+def read_questions(path: Path, limit: int | None = None) -> QuestionFile:
+    """Return the questions of a JSON lines file, the first ``limit`` of them; every row is checked.
+
+    Raises ``UsageError`` that names the first bad row as FILE:LINE, and the lines of the others.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: cannot be read: {reason}", "name a file of questions, JSON lines") from error
+    found: list[Question] = []
+    bad: list[tuple[int, str]] = []
+    line_of: dict[str, int] = {}
+    for line, row in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not row.strip():
+            continue
+        try:
+            question = _read_row(row, line, path.parent)
+            if question.id in line_of:
+                raise _BadRow(f"id {question.id!r} is that of line {line_of[question.id]}: give each row its own")
+        except _BadRow as error:
+            bad.append((line, str(error)))
+            continue
+        line_of[question.id] = line
+        found.append(question)
+    if bad:
+        others = [str(line) for line, _ in bad[1:]]
+        more = f"; {len(others)} more bad rows: lines {', '.join(others[:10])}" if others else ""
+        hint = "keys of a row: id, video, category, question, choices (options, or none), answer"
+        raise UsageError(f"{path}:{bad[0][0]}: {bad[0][1]}", hint + more + (", ..." if len(others) > 10 else ""))
+    if not found:
+        raise UsageError(f"{path}: holds no questions", "write one JSON object a line")
+    return QuestionFile(path, hashlib.sha256(data).hexdigest(), tuple(found[:limit]))
+
+
+def _read_row(row: bytes, line: int, folder: Path) -> Question:
+    try:
+        values = json.loads(row.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _BadRow("expected UTF-8 text, got other bytes: save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise _BadRow(f"not valid JSON ({reason}): write one object a line") from error
+    if not isinstance(values, dict):
+        raise _BadRow(f"expected a JSON object, got {type(values).__name__}: write one object a line")
+    name, category, question, answer, own_id = (
+        _read_text(values, key) for key in ("video", "category", "question", "answer", "id")
+    )
+    if "\0" in name:
+        raise _BadRow("video: holds a zero byte: name a file")
+    choices = _read_choices(values)
+    if choices and answer not in choices:
+        raise _BadRow(f"answer {answer[:40]!r} is not one of the choices: write an option as it stands there")
+    if not choices and not normalize_answer(answer):
+        raise _BadRow("answer: only punctuation: write the answer in words")
+    return Question(own_id, name, folder / name, category, question, choices, answer, line)
+
+
+def _read_text(values: dict[str, Any], key: str) -> str:
+    if key not in values:
+        raise _BadRow(f"{key!r} is missing: add it")
+    text = values[key]
+    if not isinstance(text, str):
+        raise _BadRow(f"{key}: expected text, got {json.dumps(text)[:40]}: put it in quotes")
+    return _check_text(text, key)
+
+
+def _check_text(text: str, key: str) -> str:
+    if not text.strip():
+        raise _BadRow(f"{key}: is empty: fill it in")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"{key}: half of a character pair: write the whole character") from error
+    return text.strip()
+
+
+def _read_choices(values: dict[str, Any]) -> tuple[str, ...]:
+    listed = values.get("choices")
+    if listed is None or listed == []:
+        return ()
+    if not isinstance(listed, list) or not all(isinstance(choice, str) for choice in listed):
+        raise _BadRow("choices: expected a list of texts: write them in quotes, or leave the key out")
+    try:
+        choices = tuple(choice.strip() for choice in listed)
+        check_choices(choices, "choices")
+    except UsageError as error:
+        raise _BadRow(f"{error.message}: list 2 to {MAX_CHOICES} different options, or leave the key out") from error
+    return tuple(_check_text(choice, "choices") for choice in choices)

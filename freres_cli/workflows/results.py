@@ -1,0 +1,142 @@
+"""The results file of an evaluation: a header and one line a video, so that a run that ended early goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from freres_cli.errors import ResourceError, UsageError
+
+SCHEMA = "freres.eval.log/1"
+DEFAULT_NAME = "eval.jsonl"
+
+
+def results_path(output: Path, questions: Path) -> Path:
+    """Return the file to write: ``output``, or ``eval.jsonl`` in it where that is a folder. Raises ``UsageError``."""
+    path = output / DEFAULT_NAME if output.is_dir() else output
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: folder {path.parent} does not exist", "make the folder first")
+    if path.exists() and path.samefile(questions):
+        raise UsageError(f"{path}: is the questions file itself", "name another file with -o")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is no regular file: expected a file name", "name a file or a folder with -o")
+    return path
+
+
+class ResultsFile:
+    """Rows of a run by video, also on disk where a path is given; a later row of a video replaces the earlier one.
+
+    ``run`` is everything that decides the answers. A file of the same run is continued; another one is refused, or
+    begun anew with ``force``. A last line that a crash cut short is dropped. Raises ``UsageError``.
+    """
+
+    def __init__(self, path: Path | None, run: Mapping[str, Any], force: bool = False) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.num_resumed = 0
+        self._header = {"schema": SCHEMA, "run_sha256": digest_run(run), "run": run}
+        if path is None:
+            return
+        try:
+            kept = self._read(path) if path.exists() else 0
+        except UsageError:
+            if not force:
+                raise
+            kept = 0
+        self.num_resumed = len(self.rows)
+        self._cut(path, kept)
+        if not kept:
+            self._write(self._header)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add the row of a video; on disk once this returns."""
+        self.rows[row["video"]] = row
+        if self.path is not None:
+            self._write(row)
+
+    def _read(self, path: Path) -> int:
+        """Take the rows of an earlier run; return the bytes that are whole."""
+        data = _read_bytes(path)
+        lines = data.splitlines(keepends=True)
+        if not lines or (len(lines) == 1 and _is_cut_header(data)):
+            return 0
+        self._check_header(path, lines[0])
+        kept = len(lines[0])
+        for number, line in enumerate(lines[1:], start=2):
+            row = _parse(line) if line.endswith(b"\n") else None
+            if row is None or "video" not in row:
+                if number < len(lines):
+                    raise UsageError(f"{path}:{number}: damaged results", "begin anew with --force")
+                break
+            self.rows[row["video"]] = row
+            kept += len(line)
+        return kept
+
+    def _check_header(self, path: Path, line: bytes) -> None:
+        header = _parse(line)
+        if header is None or header.get("schema") != SCHEMA:
+            raise UsageError(
+                f"{path}: already exists and holds no results of freres eval", "name another file, or use --force"
+            )
+        if header.get("run_sha256") != self._header["run_sha256"]:
+            old, new = header.get("run"), json.loads(json.dumps(self._header["run"]))
+            old = old if isinstance(old, dict) else {}
+            differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+            raise UsageError(
+                f"{path}: holds the results of another run: {', '.join(differing) or 'header'} differs",
+                "name another file with -o, or begin anew with --force",
+            )
+
+    def _cut(self, path: Path, num_bytes: int) -> None:
+        if path.exists():
+            with _writing(path), path.open("r+b") as file:
+                file.truncate(num_bytes)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        assert self.path is not None
+        text = json.dumps(row, allow_nan=False) + "\n"
+        with _writing(self.path), self.path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def digest_run(run: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a run's settings as canonical JSON."""
+    text = json.dumps(run, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", "name another file with -o") from error
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_cut_header(data: bytes) -> bool:
+    start = f'{{"schema": "{SCHEMA}"'.encode()
+    return not data.endswith(b"\n") and data[: len(start)] == start[: len(data)]
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written: {error.strerror}", "free some space, or name another file with -o"
+        ) from error
