@@ -47,6 +47,8 @@ DEFAULTS = {
     "revision": "the hub's main branch",
     "device": "auto (CUDA where there is one, else the CPU)",
     "dtype": "auto (float32 for small models on the CPU, else as the checkpoint is stored)",
+    "attn": "auto (flash kernels where they are installed and fit, else PyTorch's own, exact on the CPU)",
+    "deepstack": "the preset's",
 }
 
 
@@ -103,13 +105,16 @@ inspect:
   schemas:
     freres.inspect/1:
       bundle bundle_bytes bytes_per_token visual_tokens budget_tokens full_tokens compression retention tokens_by_kind model
-      source sampling geometry settings history energy gops tokens
+      source sampling geometry settings history channels latents_dtype energy gops tokens
 repack:
-  examples: {freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.}
+  examples:
+    freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.
+    freres repack bundle.pt --deepstack drop -o small.pt: Leave out the rows of DeepStack; answers change.
   output: The new bundle's path. Token counts go to stderr.
   schemas:
     freres.repack/1:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind notes
+  defaults: {budget: all tokens stay, deepstack: as the bundle is}
 presets:
   examples:
     freres presets: List the presets.
@@ -138,7 +143,8 @@ demo:
 KEY_EXAMPLES: dict[str, str] = yaml.load(
     """{description: one line, budget_tokens: 1280, sample: fps, sample_fps: 1, sample_count: 16, track_density: 4,
     grid: 24x24, tokens_per_frame: 256, variant: anchors, anchors: 4, keep_per_block: 8, temporal_share: 0.3,
-    static_per_gop: 0, pooled_side: 6, max_coefficients: 5, events: false, tau: 0.25, text_after: hf}""",
+    static_per_gop: 0, pooled_side: 6, max_coefficients: 5, events: false, tau: 0.25, text_after: hf,
+    deepstack: drop}""",
     yaml.BaseLoader,
 )
 EXAMPLE_PRESET = """\
