@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from freres_cli import devices
 from freres_cli.backbones import attention
-from freres_cli.backbones.attention import CAUSAL, PACKED_FRAMES, WHOLE_FRAMES, use_attention
+from freres_cli.backbones.attention import CAUSAL_NO_MASK, PACKED_FRAMES, WHOLE_FRAMES, use_attention
 from freres_cli.backbones.engine import prefill
 from freres_cli.backbones.square_vision import SquareVisionEncoder
 from freres_cli.bench.report import describe_environment
@@ -170,27 +170,27 @@ def tiny(request, tmp_path_factory):
     return SimpleNamespace(case=case, vision=vision, model=model)
 
 
-def tower_name(vision, kernel):
-    return (WHOLE_FRAMES if isinstance(vision, SquareVisionEncoder) else PACKED_FRAMES)[kernel]
+def use_in_tower(vision, kernel):
+    use_attention(vision.tower, WHOLE_FRAMES if isinstance(vision, SquareVisionEncoder) else PACKED_FRAMES, kernel)
 
 
 @pytest.mark.parametrize("kernel", ["eager", "flash"])
 def test_towers_mean_the_same_with_every_kernel(tiny, flash, kernel):
     frames = tiny.case.frames(T)
     expected = tiny.vision.encode(frames)
-    use_attention(tiny.vision.tower, tower_name(tiny.vision, kernel))
+    use_in_tower(tiny.vision, kernel)
     try:
         got = tiny.vision.encode(frames)
     finally:
-        use_attention(tiny.vision.tower, tower_name(tiny.vision, "sdpa"))
+        use_in_tower(tiny.vision, "sdpa")
     assert (flash.num_calls > 0) == (kernel == "flash")
     assert float((got - expected).abs().max()) < 1e-4
     assert torch.equal(tiny.vision.encode(frames), expected)
 
 
-def logits_of(tiny, chunk_tokens, attention_name):
+def logits_of(tiny, chunk_tokens, kernel):
     """At every row of a prompt with a third of the tokens left out, and the rest at odd places."""
-    use_attention(tiny.model.decoder, attention_name)
+    use_attention(tiny.model.decoder, CAUSAL_NO_MASK, kernel)
     latents = tiny.vision.encode(tiny.case.frames(T))
     video = video_tokens(latents, width=tiny.vision.width)
     keep = torch.arange(len(video)) % 3 > 0
@@ -201,7 +201,7 @@ def logits_of(tiny, chunk_tokens, attention_name):
     rows = rows.then(tiny.model.text_rows(ids.suffix, len(rows), rows.next_position))
     cache = tiny.model.new_cache()
     last = tiny.model.logits(prefill(tiny.model, rows, cache, chunk_tokens))
-    use_attention(tiny.model.decoder, CAUSAL["sdpa"])
+    use_attention(tiny.model.decoder, CAUSAL_NO_MASK)
     return last
 
 
@@ -209,8 +209,8 @@ def logits_of(tiny, chunk_tokens, attention_name):
 @pytest.mark.parametrize("chunk_tokens", [4096, 13])
 def test_decoders_mean_the_same_with_every_kernel(tiny, flash, kernel, chunk_tokens):
     """Fractional positions with gaps, and later chunks of the prefill: no kernel looks at positions, or needs a mask."""
-    expected = logits_of(tiny, 4096, CAUSAL["sdpa"])
-    got = logits_of(tiny, chunk_tokens, CAUSAL[kernel])
+    expected = logits_of(tiny, 4096, "sdpa")
+    got = logits_of(tiny, chunk_tokens, kernel)
     assert (flash.num_calls > 0) == (kernel == "flash")
     assert float(expected.abs().max()) > 1
     assert float((got - expected).abs().max()) < 2e-4

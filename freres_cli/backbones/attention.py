@@ -23,14 +23,13 @@ from freres_cli.errors import ResourceError
 
 # A tower hands over packed frames with their boundaries, instead of looping over frames in Python, when the name of the
 # attention contains "flash".
-PACKED_FRAMES = {kernel: f"freres_flash_packed_{kernel}" for kernel in ("sdpa", "eager", "flash")}
+PACKED_FRAMES = "freres_flash_packed_frames"
 
 # Towers that take whole frames as a batch, and loop over none.
-WHOLE_FRAMES = {kernel: f"freres_frames_{kernel}" for kernel in PACKED_FRAMES}
+WHOLE_FRAMES = "freres_whole_frames"
 
-# transformers builds no mask for a name it has no mask function for. Without "flash": that would also mean its own glue,
-# which guesses from gaps between positions that several sequences are packed.
-CAUSAL = {"sdpa": "freres_causal_sdpa", "eager": "freres_causal_eager", "flash": "freres_causal_fused"}
+# transformers builds no mask for a name it has no mask function for.
+CAUSAL_NO_MASK = "freres_causal_no_mask"
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 
@@ -147,21 +146,30 @@ _KERNELS: dict[str, Attend] = {"sdpa": _attend_sdpa, "flash": _attend_flash, "ea
 def register() -> None:
     """Make all known to transformers. Registering twice is harmless."""
     for kernel in _KERNELS:
-        AttentionInterface.register(PACKED_FRAMES[kernel], partial(packed_frames_attention, kernel=kernel))
-        whole = partial(batch_attention, kernel=kernel, is_last_of_keys=False)
-        AttentionInterface.register(WHOLE_FRAMES[kernel], whole)
-        AttentionInterface.register(CAUSAL[kernel], partial(batch_attention, kernel=kernel))
+        calls: dict[str, Callable[..., Any]] = {
+            PACKED_FRAMES: partial(packed_frames_attention, kernel=kernel),
+            WHOLE_FRAMES: partial(batch_attention, kernel=kernel, is_last_of_keys=False),
+            CAUSAL_NO_MASK: partial(batch_attention, kernel=kernel),
+        }
+        for call, function in calls.items():
+            AttentionInterface.register(_name(call, kernel), function)
 
 
-def use_attention(model: nn.Module, name: str) -> None:
-    """Run every layer of ``model`` with the attention registered as ``name``.
+def _name(call: str, kernel: str) -> str:
+    """No "flash" in a decoder's name: transformers would take it for its own, and gaps between positions for several
+    packed sequences."""
+    return call if kernel == "sdpa" else f"{call}_{'fused' if kernel == 'flash' else kernel}"
+
+
+def use_attention(model: nn.Module, call: str, kernel: str = "sdpa") -> None:
+    """Run every layer of ``model`` with one of the calls above, or any that transformers knows, and a kernel.
 
     Sets the field the layers read. ``set_attn_implementation`` would first look for a flash-attention package.
     """
     for module in model.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
-            config._attn_implementation = name
+            config._attn_implementation = _name(call, kernel)
 
 
 register()

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import AutoModel, DynamicCache
 from transformers.initialization import no_init_weights
 
-from freres_cli.backbones.attention import CAUSAL, use_attention
+from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
@@ -54,7 +54,7 @@ class DecoderLanguageModel(ABC):
         notes: tuple[str, ...] = (),
         attention: str = "sdpa",
     ) -> None:
-        use_attention(half.decoder, CAUSAL[attention])
+        use_attention(half.decoder, CAUSAL_NO_MASK, attention)
         self.attention = attention
         self.config = config
         self.half = half

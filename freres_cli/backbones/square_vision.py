@@ -50,7 +50,7 @@ class SquareVisionEncoder(FrameEncoder):
         """Side of the token grid."""
 
     def set_up(self) -> None:
-        use_attention(self.tower, WHOLE_FRAMES[self.attention])
+        use_attention(self.tower, WHOLE_FRAMES, self.attention)
         config = self.tower.config
         self.width = int(config.text_config.hidden_size)
         self.side_px = _one_side(config.vision_config.image_size)

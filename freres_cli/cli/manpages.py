@@ -124,12 +124,13 @@ presets:
 models:
   examples: {freres models: List model families and checkpoints.}
   output: >-
-    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, and whether real weights were run.
-  schemas: {freres.models/1: families bundled checkpoints}
+    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, bytes of all weights, and whether real
+    weights were run.
+  schemas: {freres.models/1: families bundled checkpoints environment}
 doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."
-  schemas: {freres.doctor/1: findings}
+  schemas: {freres.doctor/1: findings environment}
 demo:
   examples:
     freres demo: Run the whole job on a made clip.
