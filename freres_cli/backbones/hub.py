@@ -42,8 +42,9 @@ def fetch(model_id: str, revision: str | None, names: Iterable[str]) -> Path:
     full.
     """
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    logging.set_verbosity_error()  # a failure is one line, ours; its retries are none of the user's business
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
