@@ -27,6 +27,8 @@ def repack(
     Needs neither the video nor the vision tower. Every kind of token keeps its most important ones. Prints the new
     bundle's path.
     """
+    if budget is None and deepstack is None:
+        raise UsageError("--budget: expected it or --deepstack, got neither")
     if deepstack not in (None, *DEEPSTACK):
         raise UsageError(f"--deepstack: expected one of {', '.join(DEEPSTACK)}, got {deepstack}")
     from freres_cli.workflows.repack import repack_bundle

@@ -28,13 +28,11 @@ class RepackResult:
 def repack_bundle(
     source: Path, output: Path, budget_tokens: int | None, deepstack: str | None = None, *, force: bool = False
 ) -> RepackResult:
-    """Cut a bundle to a smaller budget: every kind keeps its most important tokens. None leaves them all.
+    """Cut a bundle to a smaller budget: every kind keeps its most important tokens; None keeps all.
 
     ``deepstack``: ``drop`` leaves out the DeepStack rows of all tokens; None leaves them as they are. Raises
     ``UsageError`` for an illegal budget or rows that are gone, ``BundleError`` for a bad bundle or destination.
     """
-    if budget_tokens is None and deepstack is None:
-        raise UsageError("--budget: expected it or --deepstack, got neither")
     if budget_tokens is not None and budget_tokens < 1:
         raise UsageError(f"--budget: expected at least 1, got {budget_tokens}")
     check_destination(output, force)
