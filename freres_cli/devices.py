@@ -1,12 +1,16 @@
-"""Where a model runs and in what precision, and the reason for each choice. torch is imported inside the functions."""
+"""Where a model runs, in what precision and with which attention kernel, and the reason for each choice.
+
+torch is imported inside the functions.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from freres_cli.errors import ResourceError, UsageError
 
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION_NAMES = ("auto", "sdpa", "eager", "flash")
 
 # Below this size float32 costs little memory, and CPUs without bfloat16 units are slow in bfloat16.
 SMALL_MODEL_BYTES = 2**30
@@ -27,25 +32,34 @@ class Device:
     """A place to run a model.
 
     ``name`` is what torch calls it (``cpu``, ``cuda:0``); ``description`` names the hardware; ``attention`` the kernel
-    family the models are run with; ``note`` says what was chosen and why, for the user to read.
+    family the models are run with, where their precision allows it (see ``fit_attention``); the notes say what was
+    chosen and why, for the user to read. ``is_attention_named``: the user named the kernel, nothing may stand in for it.
     """
 
     name: str
     description: str
     attention: str
     note: str
+    attention_note: str = ""
+    is_attention_named: bool = False
 
     @property
     def is_cuda(self) -> bool:
         return self.name.startswith("cuda")
 
 
-def choose_device(requested: str | None = None) -> Device:
-    """The device to run on: ``auto`` (or None) takes CUDA where there is one, else the CPU, and says so.
+def choose_device(requested: str | None = None, attention: str | None = None) -> Device:
+    """The device to run on and the attention kernel: ``auto`` (or None) takes CUDA where there is one, else the CPU.
 
-    Raises ResourceError for a CUDA device that is not there, UsageError for any other name than these and cpu,
-    cuda, cuda:N.
+    Raises ResourceError for a CUDA device that is not there or a kernel it cannot run, UsageError for any other device
+    than these and cpu, cuda, cuda:N, and any other kernel than ``ATTENTION_NAMES``.
     """
+    if attention not in (None, *ATTENTION_NAMES):
+        raise UsageError(f"--attn: expected one of {', '.join(ATTENTION_NAMES)}, got {attention}")
+    return _choose_attention(_choose_place(requested), attention or "auto")
+
+
+def _choose_place(requested: str | None) -> Device:
     import torch
 
     name = requested or "auto"
@@ -74,6 +88,79 @@ def _cpu_device(why: str) -> Device:
 
     description = f"CPU, {torch.get_num_threads()} threads"
     return Device("cpu", description, "sdpa", f"device cpu ({description}): {why}")
+
+
+def _choose_attention(device: Device, name: str) -> Device:
+    """``auto`` takes the flash_attn package on CUDA; PyTorch's own kernels, which on the CPU are exact, elsewhere."""
+    if name in ("sdpa", "eager"):
+        return replace(device, attention=name, attention_note=f"attention {name}: asked for", is_attention_named=True)
+    provider, problem = _find_flash(device)
+    if name == "flash":
+        if problem is not None:
+            raise ResourceError(f"attention flash: {problem}", "use --attn sdpa, or leave --attn out")
+        note = f"attention flash: asked for, {provider}"
+        return replace(device, attention="flash", attention_note=note, is_attention_named=True)
+    if not device.is_cuda:
+        return replace(device, attention_note="attention sdpa: auto, exact on the CPU")
+    if problem is None and flash_package() is not None:
+        return replace(device, attention="flash", attention_note=f"attention flash: auto, {provider}")
+    reason = problem or f"{provider} where they fit; {_package_problem()}"
+    return replace(device, attention_note=f"attention sdpa: auto, {reason}")
+
+
+def _find_flash(device: Device) -> tuple[str, str | None]:
+    """Who has flash kernels for a device, and why none can run there, if so."""
+    import torch
+
+    if not device.is_cuda:
+        return "", f"expected a CUDA device, got {device.name}"
+    capability = torch.cuda.get_device_capability(device.name)
+    if capability < (8, 0):
+        return "", f"expected compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    if (package := flash_package()) is not None:
+        return f"flash_attn {package.__version__}", None
+    if torch.backends.cuda.is_flash_attention_available():
+        return "PyTorch's own flash kernels", None
+    return "", f"{_package_problem()}, and this torch has no flash kernels"
+
+
+@cache
+def _import_flash() -> tuple[Any, str]:
+    """The flash_attn package, or None and why it cannot be used."""
+    try:
+        import flash_attn
+    except ModuleNotFoundError:
+        return None, "flash_attn is not installed"
+    except (ImportError, OSError) as error:  # built for another torch, as a rule
+        return None, f"flash_attn cannot be imported: {str(error).strip().partition(chr(10))[0]}"
+    found = str(getattr(flash_attn, "__version__", "0"))
+    # Before 2.1 a causal mask began at the first key, which is wrong for every chunk but the first.
+    numbers = [int(part) if part.isdecimal() else 0 for part in found.split(".")[:2]]
+    return (None, f"flash_attn: expected 2.1 or newer, got {found}") if numbers < [2, 1] else (flash_attn, "")
+
+
+def flash_package() -> Any:
+    """The flash_attn package where it can be used, else None."""
+    return _import_flash()[0]
+
+
+def _package_problem() -> str:
+    return _import_flash()[1]
+
+
+def fit_attention(device: Device, dtype: torch.dtype) -> tuple[str, str]:
+    """The attention kernel for a model of this precision, and a note saying why.
+
+    Flash kernels take 16-bit numbers only: where ``auto`` chose them, sdpa stands in; where the user named them this is a
+    ResourceError.
+    """
+    if device.attention == "flash" and dtype.itemsize != 2:
+        got = str(dtype).removeprefix("torch.")
+        if device.is_attention_named:
+            hint = "use --dtype bfloat16, or --attn sdpa"
+            raise ResourceError(f"attention flash: expected a model in bfloat16 or float16, got {got}", hint)
+        return "sdpa", f"attention sdpa: auto, flash kernels do not take {got}"
+    return device.attention, device.attention_note
 
 
 def choose_dtype(

@@ -17,6 +17,7 @@ VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct")
 METHODS = ("fre-res",)
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")
+DEEPSTACK = ("keep", "drop")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ KEYS: dict[str, Key] = {
     "events": Key(bool, True, "give an anchor to frames that start something new"),
     "tau": Key(float, None, "event threshold; auto follows the clip", low=0.0, high=2.0, optional=True),
     "text_after": Key(str, "max", "position of the text after the video", choices=TEXT_AFTER),
+    "deepstack": Key(str, "keep", "rows that DeepStack families store besides each token", choices=DEEPSTACK),
 }
 
 

@@ -7,7 +7,7 @@ are DeepStack rows where a family has them), ``G`` GoPs, ``P = g*g`` pooled cell
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -212,6 +212,11 @@ class Tracks:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name, in the order of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("width", "grid", "pooled_grid")}
+
+    def without_deep_rows(self) -> Tracks:
+        """Return the same tracks with the first D channels of every latent only, the rows of DeepStack left out."""
+        latents = [name for name in self.tensors() if name.endswith(("_latents", "_values", "_base", "_spectrum"))]
+        return replace(self, **{name: getattr(self, name)[..., : self.width].contiguous() for name in latents})
 
     def num_tokens_by_kind(self) -> dict[str, int]:
         """Return how many tokens of each kind these tracks give, whatever the variant."""

@@ -18,7 +18,7 @@ def num_cuda(monkeypatch):
     def pretend(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        properties = type("Properties", (), {"name": "a GPU", "total_memory": 24 * GIB})
+        properties = type("Properties", (), {"name": "a GPU", "total_memory": 24 * GIB, "major": 9, "minor": 0})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _ordinal: properties)
 
     return pretend

@@ -1,19 +1,37 @@
-"""The two attention calls the towers and decoders are run with, under the names transformers looks them up by."""
+"""The attention calls that towers and decoders are run with, under the names transformers looks them up by.
+
+Three kernels (``devices.ATTENTION_NAMES``) behind three calls. None builds a mask or looks at positions, so fractional
+positions and later chunks of a prefill mean the same to each of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
+
+from freres_cli.devices import flash_package
+from freres_cli.errors import ResourceError
 
 # A tower hands over packed frames with their boundaries, instead of looping over frames in Python, when the name of the
 # attention contains "flash".
 PACKED_FRAMES = "freres_flash_packed_frames"
 
+# Towers that take whole frames as a batch, and loop over none.
+WHOLE_FRAMES = "freres_whole_frames"
+
 # transformers builds no mask for a name it has no mask function for.
 CAUSAL_NO_MASK = "freres_causal_no_mask"
+
+Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 
 
 def packed_frames_attention(
@@ -25,74 +43,133 @@ def packed_frames_attention(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | Tensor = 0,
+    kernel: str = "sdpa",
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention inside each of n stretches (frames, or windows of a frame), in one call for each length there is.
 
     ``query key value``: (1, heads, total, d), stretches packed one after the other. ``cu_seq_lens_q``: (n + 1,) their
     boundaries. ``max_length_q``: the longest. Returns (1, total, heads, d).
-    Ours: the stock tower calls the kernel once per stretch and layer; the result is the same to the bit.
+    Ours: the stock tower calls the kernel once per stretch and layer; the result is the same to the bit with sdpa.
     """
     assert cu_seq_lens_q is not None
     total, longest = query.shape[2], int(max_length_q)
     packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (total, heads, d)
+    if kernel == "flash" and (package := flash_package()) is not None:
+        bounds = cu_seq_lens_q.to(torch.int32)
+        out = package.flash_attn_varlen_func(*packed, bounds, bounds, longest, longest, softmax_scale=scaling)
+        return out[None], None
+    attend = _KERNELS[kernel]
     if (cu_seq_lens_q.shape[0] - 1) * longest == total:
-        return _attend_batch(packed, longest, scaling)[None], None
+        return _attend_stretches(attend, packed, longest, scaling)[None], None
     out = torch.empty_like(packed[2])
     lengths = cu_seq_lens_q.diff()
     for length in lengths.unique().tolist():
         starts = cu_seq_lens_q[:-1][lengths == length]
         rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        out[rows] = _attend_batch([tensor[rows] for tensor in packed], length, scaling)
+        out[rows] = _attend_stretches(attend, [tensor[rows] for tensor in packed], length, scaling)
     return out[None], None
 
 
-def _attend_batch(packed: list[Tensor], length: int, scaling: float | None) -> Tensor:
+def _attend_stretches(attend: Attend, packed: list[Tensor], length: int, scaling: float | None) -> Tensor:
     """Attention inside stretches of one length: q, k, v (n*length, heads, d) -> (n*length, heads, d)."""
     query, key, value = (tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in packed)
-    return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).flatten(0, 1)
+    return attend(query, key, value, scaling, False).transpose(1, 2).flatten(0, 1)
 
 
-def causal_attention(
+def batch_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: None,
     scaling: float | None = None,
+    kernel: str = "sdpa",
+    is_last_of_keys: bool = True,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of the last ``q`` of ``kv`` positions, without building a mask on kernels that need none.
+    """Attention of the last ``q`` of ``kv`` positions, to those before them if ``is_last_of_keys``, else to all.
 
-    ``query``: (1, heads, q, d). ``key value``: (1, kv_heads, kv, d). Returns (1, q, heads, d).
-    One sequence, no padding.
+    ``query``: (n, heads, q, d). ``key value``: (n, kv_heads, kv, d). Returns (n, q, heads, d). No padding.
     """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    has_groups = query.shape[1] != key.shape[1]
-    if num_queries == 1 or num_queries == num_keys:
-        out = scaled_dot_product_attention(
-            query, key, value, is_causal=num_queries > 1, scale=scaling, enable_gqa=has_groups
-        )
-    else:
-        bias = causal_lower_right(num_queries, num_keys)
-        out = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=has_groups)
+    out = _KERNELS[kernel](query, key, value, scaling, is_last_of_keys)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
+    """PyTorch's own kernels; a mask is built only where none of them can do without."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if not is_causal or num_queries in (1, num_keys):
+        return scaled_dot_product_attention(query, key, value, is_causal=is_causal and num_queries > 1, **options)
+    bias = causal_lower_right(num_queries, num_keys)
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+
+
+def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
+    """The flash_attn package, whose causal mask ends at the last key; else PyTorch's flash kernel and no other."""
+    if (package := flash_package()) is not None:
+        swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        out: Tensor = package.flash_attn_func(*swapped, softmax_scale=scaling, causal=is_causal)
+        return out.transpose(1, 2)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _no_kernel_refused(query):
+        return _attend_sdpa(query, key, value, scaling, is_causal)
+
+
+@contextmanager
+def _no_kernel_refused(query: Tensor) -> Any:
+    try:
+        yield
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        got = f"heads of width {query.shape[-1]} in {str(query.dtype).removeprefix('torch.')} on {query.device}"
+        raise ResourceError(f"attention flash: no flash kernel takes {got}", "use --attn sdpa") from error
+
+
+def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
+    """Attention written out, with its whole matrix in memory: slow, and the same on every machine."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if is_causal:
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).triu(
+            num_keys - num_queries + 1
+        )
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+_KERNELS: dict[str, Attend] = {"sdpa": _attend_sdpa, "flash": _attend_flash, "eager": _attend_eager}
+
+
 def register() -> None:
-    """Make both known to transformers. Registering twice is harmless."""
-    AttentionInterface.register(PACKED_FRAMES, packed_frames_attention)
-    AttentionInterface.register(CAUSAL_NO_MASK, causal_attention)
+    """Make all known to transformers. Registering twice is harmless."""
+    for kernel in _KERNELS:
+        calls: dict[str, Callable[..., Any]] = {
+            PACKED_FRAMES: partial(packed_frames_attention, kernel=kernel),
+            WHOLE_FRAMES: partial(batch_attention, kernel=kernel, is_last_of_keys=False),
+            CAUSAL_NO_MASK: partial(batch_attention, kernel=kernel),
+        }
+        for call, function in calls.items():
+            AttentionInterface.register(_name(call, kernel), function)
 
 
-def use_attention(model: nn.Module, name: str) -> None:
-    """Run every layer of ``model`` with the attention registered as ``name``.
+def _name(call: str, kernel: str) -> str:
+    """No "flash" in a decoder's name: transformers would take it for its own, and gaps between positions for several
+    packed sequences."""
+    return call if kernel == "sdpa" else f"{call}_{'fused' if kernel == 'flash' else kernel}"
+
+
+def use_attention(model: nn.Module, call: str, kernel: str = "sdpa") -> None:
+    """Run every layer of ``model`` with one of the calls above, or any that transformers knows, and a kernel.
 
     Sets the field the layers read. ``set_attn_implementation`` would first look for a flash-attention package.
     """
-    model.config._attn_implementation = name
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            config._attn_implementation = _name(call, kernel)
 
 
 register()
-
-__all__ = ["CAUSAL_NO_MASK", "PACKED_FRAMES", "use_attention"]

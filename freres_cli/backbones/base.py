@@ -64,6 +64,7 @@ class VisionEncoder(Protocol):
     num_deep_layers: int
     dtype: torch.dtype
     device: torch.device
+    attention: str
     fingerprint: dict[str, str | None]
     notes: tuple[str, ...]
 
@@ -100,6 +101,7 @@ class LanguageModel(Protocol):
     num_deep_layers: int
     dtype: torch.dtype
     device: torch.device
+    attention: str
     fingerprint: dict[str, str | None]
     notes: tuple[str, ...]
     max_context_tokens: int

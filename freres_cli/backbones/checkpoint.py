@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from freres_cli.backbones.hub import fetch
+from freres_cli.backbones.hub import CONFIG_FILES, INDEX_FILE, OFFLINE_HINT, SINGLE_FILE, fetch
 from freres_cli.errors import BackboneError
 
 BUNDLED = "bundled"
@@ -29,12 +29,16 @@ _UNTOLD_CONFIG_KEYS = {"transformers_version", "_name_or_path", "name_or_path"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder. ``model_id``: ``bundled``, the folder's name or the hub id. ``revision``: hub commit, if any."""
+    """A model folder. ``model_id``: ``bundled``, the folder's name or the hub id. ``revision``: hub commit, if any.
+
+    ``is_remote``: from the hub, each file downloaded only when it is needed: ``directory`` may hold part of them.
+    """
 
     model_id: str
     revision: str | None
     directory: Path
     config: dict[str, Any]
+    is_remote: bool = False
 
     @property
     def model_type(self) -> str:
@@ -43,10 +47,11 @@ class Checkpoint:
     @cached_property
     def files_by_key(self) -> dict[str, Path]:
         """Which safetensors file holds each tensor. Raises BackboneError for pickles, missing or damaged files."""
-        index = self.directory / "model.safetensors.index.json"
-        single = self.directory / "model.safetensors"
+        index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         if index.is_file():
             return self._read_index(index)
+        if self.is_remote:
+            self.fetch_files([SINGLE_FILE])
         if single.is_file():
             with open_safetensors(single) as file:
                 return dict.fromkeys(file.keys(), single)
@@ -62,14 +67,30 @@ class Checkpoint:
         for name in set(weight_map.values()):
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise BackboneError(f"{index}: expected safetensors file names in weight_map, got {name!r}")
-            if not (self.directory / name).is_file():
+            if not self.is_remote and not (self.directory / name).is_file():
                 raise BackboneError(f"{self.model_id}: weight file {name} is missing", "download the model again")
         return {key: self.directory / name for key, name in weight_map.items()}
 
     @property
     def weight_bytes(self) -> int:
-        """Size of all weight files, in bytes."""
-        return sum(path.stat().st_size for path in set(self.files_by_key.values()))
+        """Size of all weight files in bytes; of a hub model's, as its index says."""
+        if self.is_remote and isinstance(size := self.read_json(INDEX_FILE).get("metadata", {}).get("total_size"), int):
+            return size
+        return sum(path.stat().st_size for path in set(self.files_by_key.values()) if path.is_file())
+
+    def fetch_files(self, names: Iterable[str], *, are_needed: bool = True) -> None:
+        """Download those of these files that are not there; a local folder has what it has.
+
+        Raises BackboneError, or ResourceError for a full disk. ``are_needed``: one that is not to be had is an error.
+        """
+        missing = [name for name in names if not (self.directory / name).is_file()]
+        if not self.is_remote or not missing:
+            return
+        fetch(self.model_id, self.revision, missing)
+        gone = [name for name in missing if not (self.directory / name).is_file()]
+        if gone and are_needed:
+            listed = f"{gone[0]} is" if len(gone) == 1 else f"{gone[0]} and {len(gone) - 1} more files are"
+            raise BackboneError(f"{self.model_id}: {listed} not in the local cache or on the hub", OFFLINE_HINT)
 
     def keys_under(self, candidates: tuple[str, ...]) -> tuple[str, dict[str, str]]:
         """The first of the prefixes that the checkpoint uses, and its keys as {rest of the key: key}.
@@ -89,6 +110,7 @@ class Checkpoint:
         if not keys:
             raise BackboneError(f"{self.model_id}: no tensors named {' or '.join(p + '*' for p in candidates)}")
         key = min(keys.values())
+        self.fetch_files([self.files_by_key[key].name])
         with open_safetensors(self.files_by_key[key]) as file:
             name = file.get_slice(key).get_dtype()
         if name not in _STORED_DTYPES:
@@ -99,10 +121,12 @@ class Checkpoint:
         return _STORED_DTYPES[name]
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors one at a time, grouped by file; nothing else is read from the disk."""
+        """The named tensors one at a time, grouped by file; no other file is downloaded, nothing else read."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.files_by_key[key], []).append(key)
+        # All at once: downloads run beside each other, and a failure comes before anything is read.
+        self.fetch_files(sorted(path.name for path in by_file))
         for path, names in by_file.items():
             with open_safetensors(path) as file:
                 for name in names:
@@ -144,7 +168,8 @@ def resolve_checkpoint(
 ) -> Checkpoint:
     """Find a model: ``bundled`` (in ``bundled_directory``), a local folder, or a hub id ``ORGANISATION/NAME``.
 
-    A hub model's config is fetched and checked before its weights. ``revision`` is for hub models only.
+    A hub model's config is fetched and checked; its weights are left to ``Checkpoint``. ``revision`` is for hub models
+    only.
     Raises BackboneError for one that is missing, unreachable, or of a ``model_type`` outside ``supported``.
     """
     if model == BUNDLED and bundled_directory is not None:
@@ -155,14 +180,14 @@ def resolve_checkpoint(
     if not _HUB_ID.fullmatch(model):
         hint = "see: freres models"
         raise BackboneError(f"{model}: no such model: expected bundled, a folder or ORGANISATION/NAME", hint)
-    snapshot = fetch(model, revision, patterns=("config.json",))
-    _open_folder(model, snapshot, snapshot.name, supported)
-    snapshot = fetch(model, snapshot.name)
+    snapshot = fetch(model, revision, CONFIG_FILES)
     return _open_folder(model, snapshot, snapshot.name, supported)
 
 
 def _open_folder(model_id: str, folder: Path, revision: str | None, supported: tuple[str, ...]) -> Checkpoint:
     if not (folder / "config.json").is_file():
+        if revision is not None:
+            raise BackboneError(f"{model_id}: config.json is not in the local cache or on the hub", OFFLINE_HINT)
         raise BackboneError(f"{model_id}: not a model folder: expected config.json in {folder}")
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
@@ -174,7 +199,7 @@ def _open_folder(model_id: str, folder: Path, revision: str | None, supported: t
     if "quantization_config" in config:
         hint = "use the original weights"
         raise BackboneError(f"{model_id}: quantized checkpoints are not supported", hint)
-    return Checkpoint(model_id, revision, folder, config)
+    return Checkpoint(model_id, revision, folder, config, is_remote=revision is not None)
 
 
 def load_submodule(

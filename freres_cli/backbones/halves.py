@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PretrainedConfig
 
 from freres_cli.backbones.checkpoint import Checkpoint
+from freres_cli.backbones.hub import TOKENIZER_FILES
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError
 
@@ -66,7 +67,8 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
 
     Checkpoints that keep the chat template in a file of the processor's have it from there.
     """
-    hint = "the folder needs tokenizer.json and tokenizer_config.json"
+    hint = "the model needs tokenizer.json and tokenizer_config.json"
+    checkpoint.fetch_files(TOKENIZER_FILES, are_needed=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:

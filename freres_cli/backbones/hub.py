@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import errno
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from freres_cli.errors import BackboneError, ResourceError
 
-# Never *.bin, *.pt or *.py: pickles and code are not read.
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
-_OFFLINE_HINT = "pass a local folder, or download it where there is a network; HF_HUB_OFFLINE and HF_HOME are honoured"
+# Small, and read by both halves. Never *.bin, *.pt or *.py: pickles and code are not read.
+CONFIG_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+    INDEX_FILE,
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+OFFLINE_HINT = "pass a local folder, or download it where there is a network; HF_HUB_OFFLINE and HF_HOME are honoured"
 
 
-def fetch(model_id: str, revision: str | None, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
+def fetch(model_id: str, revision: str | None, names: Iterable[str]) -> Path:
     """The local snapshot folder of a hub model, whose name is the resolved revision. Downloads what is not cached.
 
-    Raises BackboneError if it does not exist, is gated or cannot be reached, ResourceError if the disk is full.
+    Of ``names``, those that the hub does not have are not there afterwards; nor, without a network, those that are not
+    cached. Raises BackboneError if the model does not exist, is gated or cannot be reached, ResourceError if the disk is
+    full.
     """
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    logging.set_verbosity_error()  # a failure is one line, ours; its retries are none of the user's business
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(names)))
     except errors.GatedRepoError as error:
         hint = "accept its terms on the hub, then log in with: hf auth login"
         raise BackboneError(f"{model_id}: this model is gated", hint) from error
@@ -31,16 +58,17 @@ def fetch(model_id: str, revision: str | None, patterns: tuple[str, ...] = MODEL
         raise BackboneError(f"{model_id}: no such model on the hub, or it is private", "check the name") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         raise BackboneError(
-            f"{model_id}: not in the local cache, and the hub cannot be reached", _OFFLINE_HINT
+            f"{model_id}: not in the local cache, and the hub cannot be reached", OFFLINE_HINT
         ) from error
     except errors.HFValidationError as error:
         raise BackboneError(f"{model_id}: not a model id: expected ORGANISATION/NAME") from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    # Faults of the connection, of the disk, and of the downloader in native code, which knows only RuntimeError.
+    except (errors.HTTPError, errors.XetDownloadError, OSError, RuntimeError) as error:
         raise _download_failure(model_id, error) from error
 
 
-def _download_failure(model_id: str, error: OSError) -> BackboneError | ResourceError:
-    if error.errno == errno.ENOSPC:
+def _download_failure(model_id: str, error: Exception) -> BackboneError | ResourceError:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         return ResourceError(f"{model_id}: the disk is full", "free some space, or set HF_HOME to another disk")
     first_line = str(error).strip().partition("\n")[0]
-    return BackboneError(f"{model_id}: download failed: {first_line}", _OFFLINE_HINT)
+    return BackboneError(f"{model_id}: download failed: {first_line}", OFFLINE_HINT)

@@ -17,7 +17,7 @@ from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
-from freres_cli.devices import Device, choose_dtype
+from freres_cli.devices import Device, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
 from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
@@ -52,8 +52,10 @@ class DecoderLanguageModel(ABC):
         stop_ids: frozenset[int],
         fingerprint: dict[str, str | None],
         notes: tuple[str, ...] = (),
+        attention: str = "sdpa",
     ) -> None:
-        use_attention(half.decoder, CAUSAL_NO_MASK)
+        use_attention(half.decoder, CAUSAL_NO_MASK, attention)
+        self.attention = attention
         self.config = config
         self.half = half
         self.decoder = half.decoder.eval()
@@ -77,6 +79,7 @@ class DecoderLanguageModel(ABC):
             raise BackboneError(f"{checkpoint.model_id}: sliding-window attention is not supported")
         stored = checkpoint.stored_dtype(cls.files.decoder)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
+        attention, attention_note = fit_attention(device, chosen)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):
             half, prefixes = cls.build_half(config, chosen)
@@ -84,8 +87,8 @@ class DecoderLanguageModel(ABC):
         stop = checkpoint.read_json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
-        notes = (device.note, dtype_note, *_rope_notes(config.text_config))
-        return cls(config, half, tokenizer, stop_ids, digests, notes)
+        notes = tuple(filter(None, (device.note, dtype_note, attention_note, *_rope_notes(config.text_config))))
+        return cls(config, half, tokenizer, stop_ids, digests, notes, attention)
 
     @classmethod
     def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:

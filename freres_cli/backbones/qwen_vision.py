@@ -57,7 +57,7 @@ class QwenVisionEncoder(FrameEncoder):
         return tower
 
     def set_up(self) -> None:
-        use_attention(self.tower, PACKED_FRAMES)
+        use_attention(self.tower, PACKED_FRAMES, self.attention)
         config = self.tower.config
         self.width = int(getattr(config, self.width_key))
         self.patch_px = int(config.patch_size)

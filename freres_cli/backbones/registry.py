@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,32 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class KnownCheckpoint:
-    """A published checkpoint of a supported family. The numbers come from its config; ``is_tested`` says whether this
-    project has ever run its real weights. ``tokens_per_frame``: (frame width px, height px) -> visual tokens.
-    ``kv_bytes_per_token``: in bfloat16. ``num_deep_layers``: rows of ``width`` stored besides the first."""
+    """A published checkpoint of a supported family. The numbers come from its config or that of the language model it
+    was built on, None is not known; ``is_tested`` says whether this project has ever run its real weights.
+    ``tokens_per_frame``: (frame width px, height px) -> visual tokens; one entry where frames have one size.
+    ``kv_bytes_per_token``, ``weight_bytes``: in bfloat16. ``num_deep_layers``: rows of ``width`` stored besides the
+    first."""
 
     model_id: str
     family: str
-    width: int
-    kv_bytes_per_token: int
-    weight_bytes: int
+    width: int | None
+    kv_bytes_per_token: int | None
+    weight_bytes: int | None
     tokens_per_frame: dict[tuple[int, int], int]
     is_tested: bool
-    num_deep_layers: int = 0
+    num_deep_layers: int | None = 0
+
+    @property
+    def bundle_bytes_per_token(self) -> int | None:
+        """Bytes of a stored token's latents in bfloat16."""
+        if self.width is None or self.num_deep_layers is None:
+            return None
+        return 2 * self.width * (1 + self.num_deep_layers)
 
 
 _CELLS_28 = {(336, 336): 144, (448, 448): 256, (672, 672): 576, (1288, 728): 1196}
 _CELLS_32 = {(320, 320): 100, (448, 448): 196, (672, 672): 441, (768, 768): 576, (1280, 736): 920}
+_INTERNVL, _ONEVISION = {(448, 448): 256}, {(384, 384): 196}
 
 KNOWN_CHECKPOINTS: tuple[KnownCheckpoint, ...] = (
     KnownCheckpoint("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", 1536, 28 * 1024, 2 * 2_208_985_600, _CELLS_28, False),
@@ -68,6 +79,21 @@ KNOWN_CHECKPOINTS: tuple[KnownCheckpoint, ...] = (
     KnownCheckpoint("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 3584, 56 * 1024, 2 * 8_292_166_656, _CELLS_28, False),
     KnownCheckpoint("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", 2560, 144 * 1024, 2 * 4_437_815_808, _CELLS_32, False, 3),
     KnownCheckpoint("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", 4096, 144 * 1024, 2 * 8_767_123_696, _CELLS_32, False, 3),
+    KnownCheckpoint("Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe", 2048, 96 * 1024, None, _CELLS_32, False, 3),
+    KnownCheckpoint("Qwen/Qwen3.5-27B", "qwen3_5", None, None, None, {}, False),
+    KnownCheckpoint("OpenGVLab/InternVL3-1B-hf", "internvl", 896, 12 * 1024, None, _INTERNVL, False),
+    KnownCheckpoint("OpenGVLab/InternVL3-8B-hf", "internvl", 3584, 56 * 1024, None, _INTERNVL, False),
+    KnownCheckpoint("OpenGVLab/InternVL3_5-8B-HF", "internvl", 4096, 144 * 1024, None, _INTERNVL, False),
+    KnownCheckpoint(
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision", 896, 12 * 1024, None, _ONEVISION, False
+    ),
+    KnownCheckpoint(
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision", 3584, 56 * 1024, None, _ONEVISION, False
+    ),
+    KnownCheckpoint(
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm", 960, 40 * 1024, None, {(512, 512): 64}, False
+    ),
+    KnownCheckpoint("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "smolvlm", 2048, 192 * 1024, None, {(384, 384): 81}, False),
 )
 
 
@@ -99,12 +125,18 @@ def load_language_model(
 
 
 def _class_of(checkpoint: Checkpoint, half: str) -> Any:
-    module_name, _, class_name = getattr(FAMILIES[checkpoint.model_type], half).partition(":")
+    return import_half(checkpoint.model_type, half)
+
+
+def import_half(model_type: str, half: str) -> Any:
+    """The class of a family's ``vision`` or ``language`` half. Raises BackboneError if transformers lacks it."""
+    module_name, _, class_name = getattr(FAMILIES[model_type], half).partition(":")
     try:
         loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)
     except ImportError as error:
+        reason = str(error).strip().partition("\n")[0]
         raise BackboneError(
-            f"{checkpoint.model_type}: the installed transformers lacks this family: {error}",
+            f"{model_type}: transformers {version('transformers')} lacks this family: {reason}",
             "install transformers 5.23 or newer, below 6",
         ) from error
     return loaded

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from freres_cli.backbones.attention import WHOLE_FRAMES, use_attention
 from freres_cli.backbones.vision import FrameEncoder, refuse_frames
 from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
@@ -49,6 +50,7 @@ class SquareVisionEncoder(FrameEncoder):
         """Side of the token grid."""
 
     def set_up(self) -> None:
+        use_attention(self.tower, WHOLE_FRAMES, self.attention)
         config = self.tower.config
         self.width = int(config.text_config.hidden_size)
         self.side_px = _one_side(config.vision_config.image_size)

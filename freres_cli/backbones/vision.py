@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config
-from freres_cli.devices import Device, choose_dtype, memory_errors_as
+from freres_cli.devices import Device, choose_dtype, fit_attention, memory_errors_as
 from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
 
@@ -66,7 +66,9 @@ class FrameEncoder(ABC):
         pixel_rule: PixelRule,
         fingerprint: dict[str, str | None],
         notes: tuple[str, ...] = (),
+        attention: str = "sdpa",
     ) -> None:
+        self.attention = attention
         self.tower: Any = tower.eval()
         self.pixel_rule = pixel_rule
         self.fingerprint = fingerprint
@@ -79,12 +81,14 @@ class FrameEncoder(ABC):
         config = read_config(checkpoint, cls.files)
         stored = checkpoint.stored_dtype(cls.files.first_vision_prefixes)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
+        attention, attention_note = fit_attention(device, chosen)
         with loading(checkpoint, "vision tower"):
             with no_init_weights():
                 tower = cls.build_tower(config, chosen)
             load_submodule(checkpoint, tower, cls.files.vision, chosen, torch.device(device.name))
         digests = fingerprint(checkpoint, cls.files.projector)
-        return cls(tower, cls.default_rule.read(checkpoint), digests, (device.note, dtype_note))
+        notes = tuple(filter(None, (device.note, dtype_note, attention_note)))
+        return cls(tower, cls.default_rule.read(checkpoint), digests, notes, attention)
 
     @property
     def family(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from freres_cli import __version__
-from freres_cli.devices import Device
+from freres_cli.devices import Device, fit_attention
 
 
 def describe_environment(device: Device, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def describe_environment(device: Device, dtype: torch.dtype | None = None) -> di
         "threads": torch.get_num_threads(),
         "device": device.name,
         "device_description": device.description,
-        "attention": device.attention,
+        "attention": device.attention if dtype is None else fit_attention(device, dtype)[0],
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
     }
 

@@ -50,6 +50,7 @@ def ask(
     ] = None,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
+    attn: options.Attention = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -72,7 +73,7 @@ def ask(
         check_choices(listed)
     sampling = Sampling(temperature, top_p, seed)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
-    place = choose_device(options.device_name(device))
+    place = choose_device(options.device_name(device), attn)
     request = AskRequest(bundle, place, model, revision, options.dtype_name(dtype), adapter, text_after)
     session = open_session(request)
     warn_if_untrained(session.model.fingerprint.get("model_id"))

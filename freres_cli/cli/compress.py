@@ -53,6 +53,8 @@ def compress(
     strict: Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")] = False,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
+    attn: options.Attention = None,
+    deepstack: options.DeepStack = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the token allocation; encode nothing.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -64,8 +66,9 @@ def compress(
     again. Prints the bundle's path.
     """
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
+    named |= {"deepstack": deepstack}
     flags = gather_flags(assignments, named)
-    request = make_request(video, flags, preset, model, revision, method, start, end, strict, device, dtype)
+    request = make_request(video, flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
     from freres_cli.workflows.compress import compress_video, load_encoder, plan_compression
 
     warn_if_untrained(request.model)
@@ -101,6 +104,7 @@ def make_request(
     strict: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    attn: str | None = None,
 ) -> CompressRequest:
     """Turn flags into a request. Raises ``UsageError`` or ``PresetError``."""
     if method not in METHODS:
@@ -115,7 +119,7 @@ def make_request(
         video=video,
         model=chosen,
         settings=settings,
-        device=choose_device(options.device_name(device)),
+        device=choose_device(options.device_name(device), attn),
         revision=revision,
         dtype=options.dtype_name(dtype),
         method=method,

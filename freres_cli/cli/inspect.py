@@ -48,6 +48,7 @@ def _print_head(report: dict[str, Any]) -> None:
         "source": f"{source['file']}, {source['codec']} {source['width_px']}x{source['height_px']}, "
         f"{source['duration_s']:.2f} s, sha256 {source['sha256'][:12]}",
         "model": f"{model['model_id']} ({model['family']}, {model['dtype']}), revision {model.get('revision') or 'none'}",
+        "channels": _describe_channels(report),
         "frames": f"{sampling['num_frames']} read ({sampling['mode']}), grid "
         f"{report['geometry']['grid'][1]}x{report['geometry']['grid'][2]}, {sampling['lost_s']:.2f} s lost in the file",
         "tokens": f"{report['visual_tokens']} of at most {report['budget_tokens']} ({kinds})",
@@ -59,6 +60,18 @@ def _print_head(report: dict[str, Any]) -> None:
         print_result(f"{name:<8} {text}")
     for note in [*source["notes"], *sampling["notes"]]:
         print_result(f"{'note':<8} {note}")
+
+
+def _describe_channels(report: dict[str, Any]) -> str:
+    """What a stored token is made of."""
+    channels, model = report["channels"], report["model"]
+    text = f"{channels} a token, {report['latents_dtype']}"
+    num_deep = model.get("num_deep_layers")
+    if not num_deep:
+        return text
+    if report["settings"]["deepstack"]["value"] == "drop":
+        return f"{text}; the rows of {num_deep} DeepStack layers were dropped, answers change"
+    return f"{text}: {model['width']} and the rows of {num_deep} DeepStack layers"
 
 
 def _print_energy(energy: dict[str, Any]) -> None:

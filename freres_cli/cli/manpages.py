@@ -48,6 +48,8 @@ DEFAULTS = {
     "revision": "the hub's main branch",
     "device": "auto (CUDA where there is one, else the CPU)",
     "dtype": "auto (float32 for small models on the CPU, else as the checkpoint is stored)",
+    "attn": "auto (flash kernels where they are installed and fit, else PyTorch's own, exact on the CPU)",
+    "deepstack": "the preset's",
 }
 
 
@@ -124,13 +126,16 @@ inspect:
   schemas:
     freres.inspect/1:
       bundle bundle_bytes bytes_per_token visual_tokens budget_tokens full_tokens compression retention tokens_by_kind model
-      source sampling geometry settings history energy gops tokens
+      source sampling geometry settings history channels latents_dtype energy gops tokens
 repack:
-  examples: {freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.}
+  examples:
+    freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.
+    freres repack bundle.pt --deepstack drop -o small.pt: Leave out the rows of DeepStack; answers change.
   output: The new bundle's path. Token counts go to stderr.
   schemas:
     freres.repack/1:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind notes
+  defaults: {budget: all tokens stay, deepstack: as the bundle is}
 presets:
   examples:
     freres presets: List the presets.
@@ -140,12 +145,13 @@ presets:
 models:
   examples: {freres models: List model families and checkpoints.}
   output: >-
-    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, and whether real weights were run.
-  schemas: {freres.models/1: families bundled checkpoints}
+    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, bytes of all weights, and whether real
+    weights were run.
+  schemas: {freres.models/1: families bundled checkpoints environment}
 doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."
-  schemas: {freres.doctor/1: findings}
+  schemas: {freres.doctor/1: findings environment}
 demo:
   examples:
     freres demo: Run the whole job on a made clip.
@@ -159,7 +165,8 @@ demo:
 KEY_EXAMPLES: dict[str, str] = yaml.load(
     """{description: one line, budget_tokens: 1280, sample: fps, sample_fps: 1, sample_count: 16, track_density: 4,
     grid: 24x24, tokens_per_frame: 256, variant: anchors, anchors: 4, keep_per_block: 8, temporal_share: 0.3,
-    static_per_gop: 0, pooled_side: 6, max_coefficients: 5, events: false, tau: 0.25, text_after: hf}""",
+    static_per_gop: 0, pooled_side: 6, max_coefficients: 5, events: false, tau: 0.25, text_after: hf,
+    deepstack: drop}""",
     yaml.BaseLoader,
 )
 EXAMPLE_PRESET = """\

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from freres_cli.cli import options
 from freres_cli.cli.output import format_bytes, print_json, print_result, print_table
+
+if TYPE_CHECKING:
+    from freres_cli.backbones.registry import KnownCheckpoint
 
 
 def models(json: options.Json = False) -> None:
     """List what --model can name.
 
-    Any local folder or hub checkpoint of a listed family works; those listed are the ones whose numbers are known.
+    Any local folder or hub checkpoint of a listed family works; those listed are the ones whose numbers are known, in
+    bfloat16. A dash is a number that is not known here.
     """
-    from dataclasses import asdict
-
     from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS
     from freres_cli.world.bundled_model import bundled_model_info
 
     bundled = bundled_model_info()
     if json:
-        known = [
-            {**asdict(c), "tokens_per_frame": {f"{w}x{h}": n for (w, h), n in c.tokens_per_frame.items()}}
-            for c in KNOWN_CHECKPOINTS
-        ]
-        print_json("freres.models/1", {"families": list(FAMILIES), "bundled": bundled, "checkpoints": known})
+        _print_document(bundled)
         return
     trained = "trained" if bundled.get("freres_trained") else "untrained"
-    rows = [("bundled", "qwen2_vl", "-", "-", "-", f"ships with freres, {trained}")]
-    for c in KNOWN_CHECKPOINTS:
-        rows.append(
-            (
-                c.model_id,
-                c.family,
-                str(c.tokens_per_frame.get((672, 672), "-")),
-                format_bytes(c.kv_bytes_per_token),
-                format_bytes(2 * c.width * (1 + c.num_deep_layers)),
-                "real weights run" if c.is_tested else "architecture tested, real weights not run",
-            )
-        )
-    print_table(("model", "family", "tokens at 672 px", "KV a token", "bundle a token", "state"), rows)
+    rows = [("bundled", "qwen2_vl", "81 at 144x144", "-", "-", "-", f"ships with freres, {trained}")]
+    rows += [_describe(known) for known in KNOWN_CHECKPOINTS]
+    columns = ("model", "family", "tokens a frame", "KV a token", "bundle a token", "weights", "state")
+    print_table(columns, rows)
+    listed = {known.family for known in KNOWN_CHECKPOINTS}
     print_result(f"families: {', '.join(FAMILIES)}; any folder or hub checkpoint of theirs can be named")
+    if others := [family for family in FAMILIES if family not in listed]:
+        print_result(f"no checkpoint is listed of: {', '.join(others)}")
+
+
+def _describe(known: KnownCheckpoint) -> tuple[str, ...]:
+    sizes = known.tokens_per_frame
+    # The size of the paper's 24x24 grid where frames may have any, else the only one.
+    size = (672, 672) if (672, 672) in sizes else next(iter(sizes), None)
+    return (
+        known.model_id,
+        known.family,
+        "-" if size is None else f"{sizes[size]} at {size[0]}x{size[1]}",
+        format_bytes(known.kv_bytes_per_token),
+        format_bytes(known.bundle_bytes_per_token),
+        format_bytes(known.weight_bytes),
+        "real weights run" if known.is_tested else "architecture tested, real weights not run",
+    )
+
+
+def _print_document(bundled: dict[str, Any]) -> None:
+    from dataclasses import asdict
+
+    from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS
+    from freres_cli.bench.report import describe_environment
+    from freres_cli.devices import choose_device
+
+    checkpoints = [
+        {
+            **asdict(known),
+            "bundle_bytes_per_token": known.bundle_bytes_per_token,
+            "tokens_per_frame": {f"{w}x{h}": n for (w, h), n in known.tokens_per_frame.items()} or None,
+        }
+        for known in KNOWN_CHECKPOINTS
+    ]
+    document = {"families": list(FAMILIES), "bundled": bundled, "checkpoints": checkpoints}
+    print_json("freres.models/1", {**document, "environment": describe_environment(choose_device("cpu"))})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from freres_cli.presets import environment_value, preset_names
+from freres_cli.presets import DEEPSTACK, environment_value, preset_names
 
 BUNDLED = "bundled"
 
@@ -44,6 +44,20 @@ DeviceName = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16. FRERES_DTYPE sets the default."),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attn", metavar="NAME", help="Attention kernels: auto, sdpa, eager or flash (16-bit models on CUDA)."
+    ),
+]
+DeepStack = Annotated[
+    str | None,
+    typer.Option(
+        "--deepstack",
+        metavar="|".join(DEEPSTACK),
+        help="Rows that DeepStack families (Qwen3-VL) store besides each token; drop: 4 times smaller, answers change.",
+    ),
 ]
 PresetName = Annotated[
     str | None,

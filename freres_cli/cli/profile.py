@@ -38,6 +38,7 @@ def profile(
     revision: options.Revision = None,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
+    attn: options.Attention = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -55,7 +56,7 @@ def profile(
     from freres_cli.workflows.profile import profile as run_profile
     from freres_cli.world.clip import make_clip
 
-    chosen = choose_device(options.device_name(device))
+    chosen = choose_device(options.device_name(device), attn)
     if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
         raise VideoError(f"{target}: no such file", "name a video or a bundle")
     with tempfile.TemporaryDirectory() if target is None else nullcontext() as folder:
@@ -70,12 +71,14 @@ def profile(
             bundle = AskRequest(subject, chosen, model, revision, options.dtype_name(dtype))
         else:
             flags = gather_flags(assignments, {"budget_tokens": budget})
-            compress = make_request(subject, flags, preset, model, revision, device=device, dtype=dtype)
+            compress = make_request(subject, flags, preset, model, revision, device=device, dtype=dtype, attn=attn)
             warn_if_untrained(model)
         request = ProfileRequest(
             chosen, question, repeat, warmup, max_new_tokens, timeout, compress=compress, bundle=bundle
         )
-        print_notes([chosen.note, f"{repeat} runs a row after {warmup} warm-up; wait"], quiet or json)
+        print_notes(
+            [chosen.note, chosen.attention_note, f"{repeat} runs a row after {warmup} warm-up; wait"], quiet or json
+        )
         rows = run_profile(request)
     name = "made clip, 4 s" if target is None else str(target)
     if json:

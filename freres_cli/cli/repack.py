@@ -9,24 +9,31 @@ import typer
 
 from freres_cli.cli import options
 from freres_cli.cli.output import format_bytes, print_json, print_notes, print_result
+from freres_cli.errors import UsageError
+from freres_cli.presets import DEEPSTACK
 
 
 def repack(
     bundle: options.BundlePath,
-    budget: Annotated[int, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens; never more.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The bundle to write.")],
+    budget: options.Budget = None,
+    deepstack: options.DeepStack = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Cut a bundle to a smaller budget.
+    """Cut a bundle to a smaller budget, or drop its DeepStack rows.
 
     Needs neither the video nor the vision tower. Every kind of token keeps its most important ones. Prints the new
     bundle's path.
     """
+    if budget is None and deepstack is None:
+        raise UsageError("--budget: expected it or --deepstack, got neither")
+    if deepstack not in (None, *DEEPSTACK):
+        raise UsageError(f"--deepstack: expected one of {', '.join(DEEPSTACK)}, got {deepstack}")
     from freres_cli.workflows.repack import repack_bundle
 
-    result = repack_bundle(bundle, output, budget, force=force)
+    result = repack_bundle(bundle, output, budget, deepstack, force=force)
     print_notes(result.notes, quiet)
     if json:
         from freres_cli.bench.report import describe_environment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from freres_cli.errors import BackboneError, BundleError, UsageError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import build_tokens
 from freres_cli.records import Answer, VideoTokens
+from freres_cli.workflows.compress import describe_drop
 from freres_cli.workflows.questions import check_choices, find_control_token, format_choices
 from freres_cli.world.bundled_model import bundled_model_dir
 
@@ -168,9 +169,20 @@ def open_session(request: AskRequest) -> Session:
         notes.append("variant concat without an adapter: coefficients enter the model raw")
     with torch.no_grad(), memory_errors_as(f"opening {request.bundle}", "repack it to a smaller budget"):
         tokens = build_tokens(bundle.tracks, variant, modules)
+    if _setting(bundle, "deepstack") == "drop" and (cost := describe_drop(model.num_deep_layers)) is not None:
+        tokens = with_deep_rows(tokens, model)
+        notes.append(cost)
     text_after = request.text_after or _setting(bundle, "text_after")
     full_tokens = int(bundle.manifest["tokens"]["full_tokens"])
     return Session(model, tokens, full_tokens, text_after, time.perf_counter() - start, tuple(notes))
+
+
+def with_deep_rows(tokens: VideoTokens, model: LanguageModel) -> VideoTokens:
+    """Tokens whose DeepStack rows were dropped, with zeros in their place; all others as they are."""
+    if tokens.latents.shape[1] != tokens.width:
+        return tokens
+    zeros = tokens.latents.new_zeros(len(tokens), tokens.width * model.num_deep_layers)
+    return replace(tokens, latents=torch.cat([tokens.latents, zeros], dim=1))
 
 
 def check_model(bundle: Bundle, model: LanguageModel) -> None:

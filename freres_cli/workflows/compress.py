@@ -146,7 +146,7 @@ def compress_video(
     with timer.stage("write"):
         num_bytes = write_bundle(output, tracks, manifest, force=force)
     timer.seconds["total"] = time.perf_counter() - start
-    notes = (*encoder.notes, *plan.info.notes, *report.notes, *_plan_notes(plan, request, manifest["tokens"]))
+    notes = (*encoder.notes, *plan.info.notes, *report.notes, *_plan_notes(plan, request, manifest))
     return CompressResult(
         output, num_bytes, manifest, timer.seconds, memory.read_bytes(), encoder.dtype, tuple(dict.fromkeys(notes))
     )
@@ -173,6 +173,9 @@ def run_stages(
     check_any(done, request)
     with timer.stage("compress"):
         tracks = compressor.finish()
+        # At the end, so that what stays is the same to the bit as in a bundle that keeps all.
+        if request.value("deepstack") == "drop":
+            tracks = tracks.without_deep_rows()
     return tracks, compressor, decoder.report
 
 
@@ -256,6 +259,7 @@ def build_manifest(
             "width": encoder.width,
             "num_deep_layers": encoder.num_deep_layers,
             "dtype": str(encoder.dtype).removeprefix("torch."),
+            "attention": encoder.attention,
         },
         "source": {
             "file": os.fsencode(request.video.name).decode(errors="backslashreplace"),
@@ -325,7 +329,8 @@ def token_counts(by_kind: Mapping[str, int], budget_tokens: int, full_tokens: in
     }
 
 
-def _plan_notes(plan: CompressPlan, request: CompressRequest, tokens: Mapping[str, Any]) -> Iterator[str]:
+def _plan_notes(plan: CompressPlan, request: CompressRequest, manifest: Mapping[str, Any]) -> Iterator[str]:
+    tokens, model = manifest["tokens"], manifest["model"]
     if plan.budget.is_lossless:
         yield (
             f"the budget of {plan.budget.budget_tokens} tokens holds all {plan.budget.expected.total} tokens of the "
@@ -337,3 +342,15 @@ def _plan_notes(plan: CompressPlan, request: CompressRequest, tokens: Mapping[st
         yield f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts got no anchor of their own: the budget is full"
     if request.value("sample") == "native" and request.value("track_density") > 1:
         yield "track_density has no effect with sample: native"
+    if request.value("deepstack") == "drop":
+        yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"
+
+
+def describe_drop(num_deep_layers: int) -> str | None:
+    """What leaving out the DeepStack rows costs, in words; None for a model without them."""
+    if not num_deep_layers:
+        return None
+    return (
+        f"the bundle holds no DeepStack rows: it is {1 + num_deep_layers} times smaller, the language model adds zeros "
+        "in their place, and its answers change"
+    )

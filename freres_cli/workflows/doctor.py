@@ -7,13 +7,15 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import av
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, import_half
 from freres_cli.devices import choose_device
+from freres_cli.errors import BackboneError, ResourceError
 from freres_cli.world.bundled_model import bundled_model_dir, bundled_model_info
 
 CODECS = {"h264": True, "hevc": False, "vp9": False, "libdav1d": False, "mpeg4": False}
@@ -32,7 +34,8 @@ class Finding:
 
 def examine_machine() -> list[Finding]:
     """Return a finding for each part that freres uses."""
-    return [_packages(), _decoders(), _encoder(), *_devices(), _memory(), _bundled_model(), _hub()]
+    machine = [_packages(), _decoders(), _encoder(), *_devices(), _attention(), _memory(), _bundled_model(), _hub()]
+    return [*machine, *(_family(model_type) for model_type in FAMILIES)]
 
 
 def _packages() -> Finding:
@@ -69,18 +72,60 @@ def _devices() -> list[Finding]:
         return [*found, Finding("cuda", "missing", f"{built}: models run on the CPU, large ones slowly")]
     for index in range(torch.cuda.device_count()):
         found.append(Finding(f"cuda:{index}", "ok", choose_device(f"cuda:{index}").description))
-    if find_spec("flash_attn") is None:
-        found.append(
-            Finding("attention", "ok", "PyTorch's own kernels (SDPA); flash_attn is not installed and not needed")
-        )
     return found
 
 
+def _attention() -> Finding:
+    """What --attn auto takes, and whether --attn flash can be named."""
+    note = choose_device().attention_note.removeprefix("attention ")
+    try:
+        flash = choose_device(attention="flash").attention_note.rpartition(", ")[2]
+    except ResourceError as error:
+        return Finding("attention", "ok", f"{note}; --attn flash cannot run: {error.message.partition(': ')[2]}")
+    return Finding("attention", "ok", f"{note}; --attn flash: {flash}")
+
+
 def _memory() -> Finding:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = memory_bytes()
     disk = shutil.disk_usage(Path.cwd()).free
-    text = f"{pages / GIB:.0f} GiB of memory, {disk / GIB:.0f} GiB free on this disk"
-    return Finding("memory", "ok" if pages > 4 * GIB and disk > GIB else "limited", text)
+    text = f"{total / GIB:.0f} GiB of memory, {disk / GIB:.0f} GiB free on this disk"
+    return Finding("memory", "ok" if total > 4 * GIB and disk > GIB else "limited", text)
+
+
+def memory_bytes() -> int:
+    """Memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def model_memory_bytes() -> int:
+    """Memory where models run: that of the largest CUDA device, else the machine's."""
+    if not torch.cuda.is_available():
+        return memory_bytes()
+    return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+
+
+def _family(model_type: str) -> Finding:
+    """Whether the family's classes are there, and which of its known checkpoints have room.
+
+    Weights of both halves count, although a command loads one: the other half stands for cache and activations.
+    """
+    try:
+        for half in ("vision", "language"):
+            import_half(model_type, half)
+    except BackboneError as error:
+        reason = error.message.removeprefix(f"{model_type}: ")
+        return Finding(model_type, "missing", f"{reason}: {error.hint}")
+    known = [checkpoint for checkpoint in KNOWN_CHECKPOINTS if checkpoint.family == model_type]
+    sized = [(c.model_id.rpartition("/")[2], c.weight_bytes) for c in known if c.weight_bytes is not None]
+    room = model_memory_bytes()
+    fitting = [f"{name} ({size / GIB:.1f} GiB)" for name, size in sized if size <= room]
+    others = [f"{name} ({size / GIB:.1f} GiB)" for name, size in sized if size > room]
+    texts = [f"in bfloat16 there is room for {', '.join(fitting)}"] if fitting else []
+    if others:
+        texts.append(f"{room / GIB:.0f} GiB is not enough for {', '.join(others)}")
+    if not sized:
+        texts.append("its classes are there; the sizes of its checkpoints are not known here")
+    return Finding(model_type, "limited" if others else "ok", "; ".join(texts))
 
 
 def _bundled_model() -> Finding:
@@ -95,4 +140,10 @@ def _bundled_model() -> Finding:
 def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return Finding("hub", "limited", "HF_HUB_OFFLINE is set: only models already downloaded can be named by id")
-    return Finding("hub", "ok", "models named by id are downloaded when first used (not tried now)")
+    folder = Path(HF_HUB_CACHE)
+    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    if not os.access(place, os.W_OK):
+        return Finding("hub", "limited", f"{folder} is not writable: set HF_HOME to a folder for downloads")
+    free = shutil.disk_usage(place).free
+    text = f"models named by id are downloaded when first used (not tried now); {free / GIB:.0f} GiB free for them"
+    return Finding("hub", "ok" if free > 4 * GIB else "limited", text)

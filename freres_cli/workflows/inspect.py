@@ -30,6 +30,8 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False) -> dict[str, Any]:
         **{key: manifest[key] for key in ("freres_version", "model", "source", "sampling", "geometry", "settings")},
         **manifest["tokens"],
         "history": manifest["history"],
+        "channels": tracks.anchor_latents.shape[1],
+        "latents_dtype": str(tracks.anchor_latents.dtype).removeprefix("torch."),
         "energy": {
             "clip_kept": energy.clip_kept,
             "pooling_kept": energy.pooling_kept,

@@ -22,7 +22,7 @@ from freres_cli.errors import BackboneError, FreresError, ResourceError
 from freres_cli.method.tokens import build_tokens
 from freres_cli.presets import Setting
 from freres_cli.records import VideoTokens
-from freres_cli.workflows.ask import AskRequest, Session, open_session
+from freres_cli.workflows.ask import AskRequest, Session, open_session, with_deep_rows
 from freres_cli.workflows.compress import CompressRequest, load_encoder, plan_compression, run_stages
 from freres_cli.world.bundled_model import bundled_model_dir
 
@@ -109,6 +109,7 @@ def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
         "status": status,
         "message": message,
         "dtype": None,
+        "attention": None,
         **figures,
         **dict.fromkeys(STAGES),
         "spread": {},
@@ -158,6 +159,7 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
     for run in range(-request.warmup, request.repeat):
         context_tokens = _ask_once(session, request, runs if run >= 0 else None)
     row["dtype"] = str(session.model.dtype).removeprefix("torch.")
+    row["attention"] = session.model.attention
     row["ask_peak_memory_bytes"] = memory.read_bytes()
     row["peak_memory_bytes"] = max(row["ask_peak_memory_bytes"], row["encode_peak_memory_bytes"] or 0)
     row |= {"visual_tokens": len(session.tokens), "full_tokens": session.full_tokens, "context_tokens": context_tokens}
@@ -175,6 +177,7 @@ def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[floa
             "budget_tokens": Setting(FULL_BUDGET, "full"),
             "track_density": Setting(1, "full"),
             "variant": Setting("absorber", "full"),
+            "deepstack": Setting("keep", "full"),
         }
         compress = replace(compress, settings=settings)
     timer = StageTimer(torch.device(request.device.name))
@@ -205,6 +208,7 @@ def _session_for(
             compress.model, compress.device, compress.dtype, compress.revision, bundled_directory=bundled_model_dir()
         )
     runs["load_s"][0] += timer.seconds["load"]
+    tokens = with_deep_rows(tokens, model)
     return Session(model, tokens, full_tokens, compress.settings["text_after"].value, timer.seconds["load"])
 
 
