@@ -13,7 +13,8 @@ from freres_cli.backbones import attention, base, engine
 from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.registry import FAMILIES
-from tests.tiny_families import FAMILY_CASES, PERIOD_S
+from tests.stock_paths import PERIOD_S
+from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, MERGE, open_checkpoint, random_frames, video_tokens
 
 T, STEPS = 4, 12
@@ -369,6 +370,8 @@ def test_windows_of_any_grid_equal_stock(windowed, grid):
 
 
 PLAIN_PROMPTS = {
+    "minicpmv4_6": ("<|im_start|>user\n", "\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+    "minicpmv4_7": ("<|im_start|>user\n", "Why?<|im_end|>\n<|im_start|>assistant\n"),
     "internvl": ("<|im_start|>user\n", "\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
     "llava_onevision": ("<|im_start|>user ", "\nWhy?<|im_end|><|im_start|>assistant\n"),
     "smolvlm": ("<|im_start|>User:", "\n\nWhy?<end_of_utterance>\nAssistant:"),

@@ -58,6 +58,7 @@ class SmolVLMLanguageModel(FrameRunLanguageModel):
 
     files = FILES
     num_axes = 1
+    counts_raster = True
     video_token = "<image>"
 
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
