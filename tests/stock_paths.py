@@ -79,9 +79,9 @@ class QwenStock:
         """Indices of each frame with its own text, where frames have text."""
         if self.case.name in ("qwen2_vl", "qwen2_5_vl"):
             return []
-        ends = (self.ids[0] == self.stock.config.vision_end_token_id).nonzero()[:, 0].tolist()
-        starts = [self.prefix_length, *[end + 1 for end in ends]]
-        return [torch.arange(start, end + 1) for start, end in zip(starts, ends, strict=False)]
+        ends = (self.ids[0] == self.stock.config.vision_end_token_id).nonzero()[: self.num_frames, 0].tolist()
+        starts = [self.prefix_length, *[end + 1 for end in ends[:-1]]]
+        return [torch.arange(start, end + 1) for start, end in zip(starts, ends, strict=True)]
 
     def as_mask(self, mask: Tensor) -> Any:
         """A 4-D mask as this family's decoder takes it."""

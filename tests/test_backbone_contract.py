@@ -381,9 +381,7 @@ PLAIN_PROMPTS = {
 def test_the_prompt_without_a_template_is_the_familys_own(tiny, monkeypatch):
     """Also with a template that takes no parts, as the text-only ones that some of these checkpoints carry."""
     qwen = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    has_outer = tiny.case.name in ("qwen2_vl", "qwen2_5_vl")
-    opening, closing = ("<|vision_start|>", "<|vision_end|>") if has_outer else ("", "")
-    default = (qwen + opening, closing + "Why?<|im_end|>\n<|im_start|>assistant\n")
+    default = (qwen + "<|vision_start|>", "<|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n")
     expected = PLAIN_PROMPTS.get(tiny.case.name, default)
     text_only = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
     for template in (None, text_only):
