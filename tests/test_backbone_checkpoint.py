@@ -156,6 +156,13 @@ def test_an_unsupported_family(folder):
     refused(folder, "unsupported model_type: expected one of qwen2_vl, .*, got llama")
 
 
+@pytest.mark.parametrize("model_type", ["llava_qwen", "llava_onevision"])
+def test_llava_video_is_refused_by_name_of_what_is_missing(folder, model_type):
+    """Its newline after every row of tokens is in no class of transformers, whatever the checkpoint was turned into."""
+    change_config(folder, model_type=model_type, mm_newline_position="grid")
+    refused(folder, "unsupported newline tokens in the video: expected one_token, got grid")
+
+
 def test_a_quantized_checkpoint(folder):
     change_config(folder, quantization_config={"quant_method": "gptq"})
     refused(folder, "quantized checkpoints are not supported")
