@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from tests.tiny_models import MERGE, PATCH_PX
 
@@ -18,7 +20,58 @@ if TYPE_CHECKING:
 PERIOD_S = 2.5
 
 
-class QwenStock:
+class StockPath:
+    """What the paths of all families do: ``ids`` (1, L) with a place for every token, ``is_visual`` (L,) which those are."""
+
+    case: FamilyCase
+    stock: Any
+    ids: Tensor
+    is_visual: Tensor
+
+    def frame_stretches(self) -> list[Tensor]:
+        return []
+
+    def is_left(self, keep: Tensor) -> Tensor:
+        """(L,) bool: what is left of the prompt with these visual tokens; frames without any lose their text too."""
+        kept = torch.zeros(self.ids.shape[1], dtype=torch.bool)
+        kept[self.is_visual.nonzero()[:, 0][keep]] = True
+        left = ~self.is_visual | kept
+        for stretch in self.frame_stretches():
+            if not kept[stretch].any():
+                left[stretch] = False
+        return left
+
+    def injected(self, keep: Tensor, latents: Tensor) -> dict[str, Any]:
+        """The arguments of the public model and its ``generate`` for these visual tokens alone, (K, C), at their stock
+        positions, without pixels."""
+        left = self.is_left(keep)
+        positions = self.positions(self.ids)[..., left].float()
+        if len(positions) == 3:
+            positions = torch.cat([torch.arange(int(left.sum())).float()[None, None], positions])
+        return {
+            "input_ids": self.ids[:, left],
+            "attention_mask": torch.ones(1, int(left.sum()), dtype=torch.long),
+            "position_ids": positions,
+            "mm_encoder_outputs": self.encoder_outputs(latents),
+        }
+
+    def encoder_outputs(self, latents: Tensor) -> dict[str, Any]:
+        """Visual tokens (K, C) in the container that the family's model takes."""
+        main, *deep = latents.split(latents.shape[1] // (1 + self.case.num_deep), dim=1)
+        if deep:
+            return {
+                "video": BaseModelOutputWithDeepstackFeatures(
+                    pooler_output=[main], deepstack_features=[[d] for d in deep]
+                )
+            }
+        if self.case.name == "llava_onevision":
+            main = torch.cat([main, self.stock.model.image_newline[None]])
+        kind = "image" if self.case.name in ("internvl", "smolvlm") else "video"
+        is_tensor = self.case.name in ("internvl", "llava_onevision")
+        return {kind: BaseModelOutputWithPooling(pooler_output=main[None] if is_tensor else [main])}
+
+
+class QwenStock(StockPath):
     """The stock pixel path of the Qwen families for one video of T frames."""
 
     def __init__(self, case: FamilyCase, stock: Any, prompt: Any, frames: Tensor, encoder: Any) -> None:
@@ -88,7 +141,7 @@ class QwenStock:
         return {"full_attention": mask} if self.case.name in ("qwen2_vl", "qwen2_5_vl") else mask
 
 
-class SquareStock:
+class SquareStock(StockPath):
     """The stock pixel path of the families with square frames and one-axis positions."""
 
     def __init__(self, case: FamilyCase, stock: Any, prompt: Any, frames: Tensor, encoder: Any) -> None:
@@ -177,7 +230,7 @@ class SquareStock:
         return {"full_attention": mask} if self.case.name != "smolvlm" else mask
 
 
-class MiniCPMStock:
+class MiniCPMStock(StockPath):
     """The stock pixel path of MiniCPM-V: frames side by side in one strip."""
 
     def __init__(self, case: FamilyCase, stock: Any, prompt: Any, frames: Tensor, encoder: Any) -> None:
@@ -192,6 +245,11 @@ class MiniCPMStock:
             middle.append(10)
         self.ids = torch.tensor([[*prompt.prefix, *middle, *prompt.suffix]])
         self.is_visual = self.ids[0] == pad
+        cells, start = rows * columns + 2, len(prompt.prefix)
+        self.stretches = list((start + torch.arange(len(frames) * cells)).split(cells))
+
+    def frame_stretches(self) -> list[Tensor]:
+        return self.stretches
 
     def features(self) -> Tensor:
         return torch.cat(self.stock.get_video_features(self.strip, self.sizes, return_dict=True).pooler_output)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -93,6 +96,17 @@ def use_attention(model: nn.Module, name: str) -> None:
     model.config._attn_implementation = name
 
 
+@contextmanager
+def attention_for_padding(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` with the attention that takes a mask, for as long."""
+    before = model.config._attn_implementation
+    use_attention(model, "sdpa")
+    try:
+        yield
+    finally:
+        use_attention(model, before)
+
+
 register()
 
-__all__ = ["CAUSAL_NO_MASK", "PACKED_FRAMES", "use_attention"]
+__all__ = ["CAUSAL_NO_MASK", "PACKED_FRAMES", "attention_for_padding", "use_attention"]
