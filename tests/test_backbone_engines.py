@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from freres_cli.backbones import attention, batches, engine
+from freres_cli.backbones import attention, base, batches, engine
 from freres_cli.backbones.generation import generate
 from freres_cli.errors import BackboneError
 from tests import family_contract
@@ -44,6 +45,49 @@ def test_both_engines_agree_on_a_subset(tiny):
     answer = generate(tiny.model, prefix, suffix, STEPS)
     list(answer)
     assert answer.ids == tokens
+
+
+class MaskShapes(TorchDispatchMode):
+    """Records every operation whose result has ``shape`` as its last two sides, but for those of the kernels."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found, self.is_in_kernel = shape, [], False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and tuple(out.shape[-2:]) == self.shape and not self.is_in_kernel:
+            self.found.append(str(function))
+        return out
+
+
+def test_a_later_chunk_of_a_prefill_builds_no_mask(tiny, monkeypatch):
+    rows, cache = tiny.whole_prompt(tiny.tokens()), tiny.model.new_cache()
+    parts = [
+        base.PromptRows(e, p, 0.0) for e, p in zip(rows.embeds.split(37), rows.positions.split(37, -1), strict=True)
+    ]
+    engine.prefill(tiny.model, parts[0], cache)
+    shapes, biases = MaskShapes((37, 74)), []
+    real, real_bias = attention.scaled_dot_product_attention, attention._causal_lower_right
+
+    def bias_of(*sides):
+        with _disable_current_modes():  # no tensor subclass can be made under one; its size is checked below
+            return real_bias(*sides)
+
+    def kernel(*args, attn_mask=None, is_causal=False, **options):
+        biases.append(attn_mask)
+        shapes.is_in_kernel = True
+        out = real(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+        shapes.is_in_kernel = False
+        return out
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(attention, "_causal_lower_right", bias_of)
+    with shapes:
+        engine.prefill(tiny.model, parts[1], cache)
+    assert shapes.found == []
+    assert len(biases) == sum(getattr(layer, "keys", None) is not None for layer in cache.layers) > 1
+    assert all(type(bias).__name__ == "CausalBias" and bias.untyped_storage().nbytes() == 0 for bias in biases)
 
 
 QUESTIONS = ("Why?", family_contract.QUESTION, "How many red squares, would you say?", "Why?", "Who?")

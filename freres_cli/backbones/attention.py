@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -77,7 +77,7 @@ def causal_attention(
             query, key, value, is_causal=num_queries > 1, scale=scaling, enable_gqa=has_groups
         )
     else:
-        bias = causal_lower_right(num_queries, num_keys)
+        bias = _causal_lower_right(num_queries, num_keys)
         out = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=has_groups)
     return out.transpose(1, 2).contiguous(), None
 
@@ -94,6 +94,13 @@ def use_attention(model: nn.Module, name: str) -> None:
     Sets the field the layers read. ``set_attn_implementation`` would first look for a flash-attention package.
     """
     model.config._attn_implementation = name
+
+
+def _causal_lower_right(num_queries: int, num_keys: int) -> Tensor:
+    """``torch.nn.attention.bias.causal_lower_right`` without the (2, q, kv) float32 tensor that one allocates."""
+    bias: Tensor = CausalBias.__new__(CausalBias)
+    CausalBias.__init__(bias, CausalVariant.LOWER_RIGHT, num_queries, num_keys)
+    return bias
 
 
 @contextmanager

@@ -83,8 +83,11 @@ def check_context(model: LanguageModel, num_tokens: int, next_position: float) -
 def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> Tensor:
     """Run rows on top of the cache, ``chunk_tokens`` at a time. Returns the last hidden state, (1, D).
 
-    In exact arithmetic the chunk size does not matter; in float32 logits move by about 1e-5. Raises ResourceError.
+    In exact arithmetic the chunk size does not matter; in float32 logits move by about 1e-5. Raises ResourceError, and
+    BackboneError for no rows: a cache alone does not say what comes next.
     """
+    if not len(rows):
+        raise BackboneError("prompt: expected at least one token after the video, got none")
     num_cached = cache.get_seq_length()
     with memory_of(model, num_cached + len(rows)):
         for start in range(0, len(rows), chunk_tokens):
