@@ -241,8 +241,9 @@ def fingerprint(checkpoint: Checkpoint, projector_prefixes: tuple[str, ...]) -> 
     digests = {}
     for key, tensor in checkpoint.tensors(sorted(rest_by_key)):
         header = f"{rest_by_key[key]} {tensor.dtype} {tuple(tensor.shape)} ".encode()
-        content = tensor.contiguous().view(torch.uint8).numpy()
-        digests[rest_by_key[key]] = hashlib.sha256(header + content.tobytes()).hexdigest()
+        digest = hashlib.sha256(header)
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digests[rest_by_key[key]] = digest.hexdigest()
     return {
         "model_id": checkpoint.model_id,
         "revision": checkpoint.revision,
