@@ -81,6 +81,11 @@ class FrameSize:
     def num_tokens(self) -> int:
         return self.grid_h * self.grid_w
 
+    def fit(self, width_px: int, height_px: int) -> str:
+        """How a frame of this shape goes in: ``exact``, its aspect ratio kept to within one token, or ``squeezed``."""
+        aspect = width_px / height_px
+        return "exact" if abs(self.grid_w - aspect * self.grid_h) < max(1.0, aspect) else "squeezed"
+
 
 TOKEN_KINDS = ("anchor", "dynamic", "static", "summary")
 GOP_STARTS = ("uniform", "event", "demoted")

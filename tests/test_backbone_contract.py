@@ -13,68 +13,12 @@ from freres_cli.backbones import attention, base, engine
 from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.registry import FAMILIES
-from tests.tiny_families import FAMILY_CASES, PERIOD_S
+from tests import family_contract
+from tests.family_contract import STEPS, T, Tiny, difference
+from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, MERGE, open_checkpoint, random_frames, video_tokens
 
-T, STEPS = 4, 12
-QUESTION = "What is it? Ünïcödé"
-
-
-class Tiny:
-    """A stock model, both of our halves of it, and one encoded video."""
-
-    def __init__(self, case, directory):
-        self.case = case
-        self.stock = case.make(directory)
-        self.checkpoint = open_checkpoint(directory)
-        self.vision = case.vision_class.load(self.checkpoint, CPU)
-        self.model = case.language_class.load(self.checkpoint, CPU)
-        self.frames = case.frames(T)
-        self.latents = self.vision.encode(self.frames)
-        self.prompt = self.model.prompt(QUESTION)
-        self.path = case.stock_path(case, self.stock, self.prompt, self.frames, self.vision)
-        # Whole frames without tokens, frames with few, and a token of the first and last place.
-        cells = case.grid[0] * case.grid[1]
-        self.keep = torch.tensor([0, 3, 7, cells - 1, 2 * cells + 1, 2 * cells + 2, 3 * cells, 4 * cells - 1])
-
-    def tokens(self, keep=None, latents=None):
-        latents = self.latents if latents is None else latents
-        return video_tokens(latents, keep, width=self.vision.width, period_s=PERIOD_S)
-
-    def whole_prompt(self, video, text_after="hf"):
-        rows = self.model.splice(self.prompt.prefix, video, text_after)
-        return rows.then(self.model.text_rows(self.prompt.suffix, len(rows), rows.next_position))
-
-    def last_logits(self, rows, chunk_tokens=10**6):
-        return self.model.logits(engine.prefill(self.model, rows, self.model.new_cache(), chunk_tokens))[0]
-
-    def steps(self, rows, tokens):
-        """Logits of the prompt and of each further token."""
-        cache = self.model.new_cache()
-        logits = []
-        for token in [*tokens, None]:
-            logits.append(self.model.logits(engine.prefill(self.model, rows, cache))[0])
-            if token is not None:
-                rows = self.model.text_rows([token], cache.get_seq_length(), rows.next_position)
-        return logits
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they give on models this small, above all beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", params=FAMILY_CASES, ids=lambda case: case.name)
-def tiny(request, tmp_path_factory):
-    return Tiny(request.param, tmp_path_factory.mktemp(request.param.name))
-
-
-def difference(a, b):
-    return (a - b).abs().max().item()
+tiny, one_thread = family_contract.tiny, family_contract.one_thread
 
 
 def test_every_family_has_its_row():
@@ -141,13 +85,7 @@ def oracle(tiny, num_steps):
     """Greedy steps of the stock pixel path over the full sequence, without a cache: a mask hides the dropped tokens,
     and the family's text around frames that have none left."""
     path, ids = tiny.path, tiny.path.ids
-    kept = torch.zeros(ids.shape[1], dtype=torch.bool)
-    kept[path.is_visual.nonzero()[:, 0][tiny.keep]] = True
-    hidden = torch.where(path.is_visual, ~kept, False)
-    for stretch in path.frame_stretches():
-        if not kept[stretch].any():
-            hidden[stretch] = True
-    hidden = hidden.nonzero()[:, 0]
+    hidden = (~path.is_left(tiny.keep)).nonzero()[:, 0]
     steps = []
     for _ in range(num_steps):
         length = ids.shape[1]
@@ -369,6 +307,8 @@ def test_windows_of_any_grid_equal_stock(windowed, grid):
 
 
 PLAIN_PROMPTS = {
+    "minicpmv4_6": ("<|im_start|>user\n", "\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+    "minicpmv4_7": ("<|im_start|>user\n", "Why?<|im_end|>\n<|im_start|>assistant\n"),
     "internvl": ("<|im_start|>user\n", "\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
     "llava_onevision": ("<|im_start|>user ", "\nWhy?<|im_end|><|im_start|>assistant\n"),
     "smolvlm": ("<|im_start|>User:", "\n\nWhy?<end_of_utterance>\nAssistant:"),
@@ -378,9 +318,7 @@ PLAIN_PROMPTS = {
 def test_the_prompt_without_a_template_is_the_familys_own(tiny, monkeypatch):
     """Also with a template that takes no parts, as the text-only ones that some of these checkpoints carry."""
     qwen = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    has_outer = tiny.case.name in ("qwen2_vl", "qwen2_5_vl")
-    opening, closing = ("<|vision_start|>", "<|vision_end|>") if has_outer else ("", "")
-    default = (qwen + opening, closing + "Why?<|im_end|>\n<|im_start|>assistant\n")
+    default = (qwen + "<|vision_start|>", "<|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n")
     expected = PLAIN_PROMPTS.get(tiny.case.name, default)
     text_only = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
     for template in (None, text_only):

@@ -47,6 +47,10 @@ def test_a_video_is_compressed_and_asked_about(case, clip, tmp_path):
     assert made.status == 0, made.err
     assert ("squeezed" in made.err) == (case.num_axes == 1)
     manifest = read_bundle(bundle).manifest
+    # 96x64 px: a grid of 4x5 is as near as whole tokens come, a square is not
+    assert manifest["geometry"]["fit"] == ("exact" if case.frame_px[0] != case.frame_px[1] else "squeezed")
+    assert manifest["geometry"]["source_aspect"] == 1.5
+    assert manifest["geometry"]["frame_aspect"] == case.frame_px[1] / case.frame_px[0]
     assert manifest["model"]["family"] == case.name and manifest["model"]["num_deep_layers"] == case.num_deep
     assert manifest["tokens"]["full_tokens"] == full
     assert 0 < manifest["tokens"]["visual_tokens"] <= full // 2

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from freres_cli.errors import UsageError
+from freres_cli.records import FrameSize
 from freres_cli.video.sampling import Sampling, num_sampled_frames, sampling_instants, sampling_window
 
 CLIPS = [
@@ -111,3 +112,19 @@ def test_window_outside_the_clip_is_a_usage_error():
 def test_values_that_make_no_sense_are_usage_errors(values):
     with pytest.raises(UsageError):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "fit"),
+    [
+        ((24, 24), (500, 500), "exact"),
+        ((26, 46), (1280, 720), "exact"),
+        ((20, 36), (1280, 720), "exact"),
+        ((24, 24), (1280, 720), "squeezed"),
+        ((16, 16), (640, 480), "squeezed"),
+        ((46, 26), (720, 1280), "exact"),
+        ((24, 24), (720, 1280), "squeezed"),
+    ],
+)
+def test_what_became_of_the_aspect_ratio(grid, size, fit):
+    assert FrameSize(grid[0] * 28, grid[1] * 28, *grid).fit(*size) == fit

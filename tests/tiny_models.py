@@ -30,6 +30,7 @@ def make_qwen2_vl(
     depth: int = 3,
     tower: int = 32,
     context: int = 4096,
+    intermediate: int | None = None,
 ) -> Qwen2VLForConditionalGeneration:
     """Write a tiny Qwen2-VL checkpoint with a byte tokenizer, and return it. Weights are large, so that logits are."""
     tokenizer = make_tokenizer()
@@ -48,7 +49,7 @@ def make_qwen2_vl(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
+            "intermediate_size": intermediate or 2 * hidden,
             "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,

@@ -6,7 +6,7 @@ positions and later chunks of a prefill mean the same to each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
@@ -102,7 +102,7 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | Non
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if not is_causal or num_queries in (1, num_keys):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal and num_queries > 1, **options)
-    bias = causal_lower_right(num_queries, num_keys)
+    bias = _causal_lower_right(num_queries, num_keys)
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
 
 
@@ -170,6 +170,24 @@ def use_attention(model: nn.Module, call: str, kernel: str = "sdpa") -> None:
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
             config._attn_implementation = _name(call, kernel)
+
+
+def _causal_lower_right(num_queries: int, num_keys: int) -> Tensor:
+    """``torch.nn.attention.bias.causal_lower_right`` without the (2, q, kv) float32 tensor that one allocates."""
+    bias: Tensor = CausalBias.__new__(CausalBias)
+    CausalBias.__init__(bias, CausalVariant.LOWER_RIGHT, num_queries, num_keys)
+    return bias
+
+
+@contextmanager
+def attention_for_padding(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` with the attention that takes a mask, for as long."""
+    before = model.config._attn_implementation
+    use_attention(model, "sdpa")
+    try:
+        yield
+    finally:
+        use_attention(model, before)
 
 
 register()

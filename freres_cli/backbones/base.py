@@ -133,6 +133,13 @@ class LanguageModel(Protocol):
         """Run rows through the decoder on top of the cache, which grows. Returns last hidden states (L, D)."""
         ...
 
+    def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """Run text rows of several sequences at once, (B, L, C) at (R, B, L), on top of a cache of B sequences.
+
+        ``mask``: (B, cached + L) bool, False where there is padding; None where there is none. Returns (B, L, D).
+        """
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) hidden states -> (n, vocabulary) float32 logits."""
         ...

@@ -191,6 +191,12 @@ def _open_folder(model_id: str, folder: Path, revision: str | None, supported: t
         raise BackboneError(f"{model_id}: not a model folder: expected config.json in {folder}")
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
+    if (newlines := config.get("mm_newline_position", "one_token")) != "one_token":
+        # LLaVA-Video. Its tensors fit the classes of LLaVA-OneVision, which would answer from another prompt.
+        hint = "transformers has no class with such a prompt; LLaVA-OneVision checkpoints work"
+        raise BackboneError(
+            f"{model_id}: unsupported newline tokens in the video: expected one_token, got {newlines}", hint
+        )
     if model_type not in supported:
         raise BackboneError(
             f"{model_id}: unsupported model_type: expected one of {', '.join(supported)}, got {model_type}",
@@ -260,8 +266,9 @@ def fingerprint(checkpoint: Checkpoint, projector_prefixes: tuple[str, ...]) -> 
     digests = {}
     for key, tensor in checkpoint.tensors(sorted(rest_by_key)):
         header = f"{rest_by_key[key]} {tensor.dtype} {tuple(tensor.shape)} ".encode()
-        content = tensor.contiguous().view(torch.uint8).numpy()
-        digests[rest_by_key[key]] = hashlib.sha256(header + content.tobytes()).hexdigest()
+        digest = hashlib.sha256(header)
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digests[rest_by_key[key]] = digest.hexdigest()
     return {
         "model_id": checkpoint.model_id,
         "revision": checkpoint.revision,

@@ -83,10 +83,13 @@ def check_context(model: LanguageModel, num_tokens: int, next_position: float) -
 def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> Tensor:
     """Run rows on top of the cache, ``chunk_tokens`` at a time. Returns the last hidden state, (1, D).
 
-    In exact arithmetic the chunk size does not matter; in float32 logits move by about 1e-5. Raises ResourceError.
+    In exact arithmetic the chunk size does not matter; in float32 logits move by about 1e-5. Raises ResourceError, and
+    BackboneError for no rows: a cache alone does not say what comes next.
     """
+    if not len(rows):
+        raise BackboneError("prompt: expected at least one token after the video, got none")
     num_cached = cache.get_seq_length()
-    with _memory_of(model, num_cached + len(rows)):
+    with memory_of(model, num_cached + len(rows)):
         for start in range(0, len(rows), chunk_tokens):
             stop = min(start + chunk_tokens, len(rows))
             part = PromptRows(rows.embeds[start:stop], rows.positions[..., start:stop], rows.next_position)
@@ -148,7 +151,7 @@ def score_options(
             log_probs = first
             if len(option) > 1:
                 continuation = model.text_rows(option[:-1], num_prompt, rows.next_position)
-                with _memory_of(model, num_prompt + len(option)), branch(cache) as scratch:
+                with memory_of(model, num_prompt + len(option)), branch(cache) as scratch:
                     later = model.logits(model.decode(continuation, scratch)).log_softmax(-1)
                 log_probs = torch.cat([first, later])
             ids = torch.tensor(option, device=log_probs.device)
@@ -156,7 +159,8 @@ def score_options(
     return torch.stack(scores).cpu()
 
 
-def _memory_of(model: LanguageModel, num_tokens: int) -> Any:
+def memory_of(model: LanguageModel, num_tokens: int) -> Any:
+    """A context in which running out of memory is a ResourceError that names this many cached tokens."""
     num_bytes = num_tokens * model.kv_bytes_per_token
     what = f"{num_tokens} tokens, {num_bytes} bytes of KV cache ({num_bytes / 2**30:.2f} GiB)"
     return memory_errors_as(what, "lower the token budget, or use a smaller dtype or a device with more memory")

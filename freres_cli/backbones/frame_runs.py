@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +39,10 @@ class FrameRunLanguageModel(DecoderLanguageModel):
     A token stands in the run of its nearest sampled frame, at its place in that frame. Everything keeps the position it
     has in the prompt of all T frames. A frame without any token is left out with its text: for the model that is the
     full prompt with this text hidden along with its tokens, and no frame is announced that does not come.
+    ``counts_raster``: tokens of a frame count on, row after row, on every axis there is.
     """
+
+    counts_raster: ClassVar[bool] = False
 
     @abstractmethod
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
@@ -48,11 +52,6 @@ class FrameRunLanguageModel(DecoderLanguageModel):
         """Runs in order of time. ``text_after`` has no effect: here text follows the largest position in either
         rule."""
         texts = self.frame_texts(video)
-        frames = nearest_frames(video)
-        order = torch.argsort(frames, stable=True)
-        runs = dict(
-            zip(range(video.grid[0]), order.split(frames.bincount(minlength=video.grid[0]).tolist()), strict=True)
-        )
         parts: list[PromptRows] = []
 
         def add(part: PromptRows) -> None:
@@ -60,26 +59,32 @@ class FrameRunLanguageModel(DecoderLanguageModel):
             parts.append(part)
             index += len(part)
 
-        span = max(video.grid[1:]) if self.num_axes > 1 else video.grid[1] * video.grid[2]
+        span = video.grid[1] * video.grid[2] if self.counts_raster else max(video.grid[1:])
         add(self.text_rows(texts.intro, index, position))
         position += len(texts.intro)
-        for frame, mine in runs.items():
+        for frame, mine in enumerate(self.tokens_of_frames(video)):
             before, after = texts.before[frame], texts.after[frame]
             first = position + len(before)
             if len(mine):
                 add(self.text_rows(before, index, position))
-                axes = self._axes_in_frame(video.positions[mine], video.grid[2]) + first
+                axes = self.axes_in_frame(video.positions[mine], video.grid[2]) + first
                 add(self.visual_rows(video.latents[mine], index, axes, first + span))
                 add(self.text_rows(after, index, first + span))
             position = first + span + len(after)
         add(self.text_rows(texts.outro, index, position))
         return join_rows(parts, position + len(texts.outro))
 
-    def _axes_in_frame(self, positions: Tensor, grid_w: int) -> Tensor:
+    def tokens_of_frames(self, video: VideoTokens) -> tuple[Tensor, ...]:
+        """Which tokens stand in the run of each of the T sampled frames."""
+        frames = nearest_frames(video)
+        order = torch.argsort(frames, stable=True)
+        return order.split(frames.bincount(minlength=video.grid[0]).tolist())
+
+    def axes_in_frame(self, positions: Tensor, grid_w: int) -> Tensor:
         """(num_axes, n) positions counted from the frame's first token: no time, or the raster index."""
         _, row, column = positions.to(torch.float32).unbind(1)
-        if self.num_axes == 1:
-            return (row * grid_w + column)[None]
+        if self.counts_raster:
+            return (row * grid_w + column).expand(self.num_axes, -1)
         return torch.stack([torch.zeros_like(row), row, column])
 
     def ids_of(self, text: str) -> Ids:

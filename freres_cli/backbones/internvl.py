@@ -47,6 +47,7 @@ class InternVLLanguageModel(FrameRunLanguageModel):
 
     files = FILES
     num_axes = 1
+    counts_raster = True
     video_token = "<video>"
 
     def plain_prompt(self, question: str, system: str | None, video: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModel, DynamicCache
 from transformers.initialization import no_init_weights
 
-from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
+from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
@@ -225,6 +226,20 @@ class DecoderLanguageModel(ABC):
             **self.deep_inputs(rows.embeds),
         )
         hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    @torch.no_grad()
+    def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """Run text rows of several sequences at once. See ``base.LanguageModel``."""
+        with nullcontext() if mask is None else attention_for_padding(self.decoder):
+            out = self.decoder(
+                inputs_embeds=embeds[..., : self.width],
+                position_ids=positions if self.num_axes > 1 else positions[0],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        hidden: Tensor = out.last_hidden_state
         return hidden
 
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from freres_cli.backbones.base import PromptIds
 from freres_cli.backbones.frame_runs import FrameRunLanguageModel, FrameTexts
 from freres_cli.backbones.halves import FamilyFiles, qwen_files
 from freres_cli.backbones.qwen_vision import QwenVisionEncoder
@@ -31,16 +30,11 @@ class Qwen3VLVisionEncoder(QwenVisionEncoder):
 
 
 class TimestampLanguageModel(FrameRunLanguageModel):
-    """The prompt of Qwen3-VL and its successors: ``<1.5 seconds><|vision_start|>tokens<|vision_end|>`` for a frame."""
+    """The prompt of Qwen3-VL and its successors: ``<1.5 seconds><|vision_start|>tokens<|vision_end|>`` for a frame.
 
-    def prompt(self, question: str, system: str | None = None) -> PromptIds:
-        """The chat prompt. The template's vision_start and vision_end around the video make way for those around its
-        frames, as in the processor the models were released with."""
-        start, end = (self.config.vision_start_token_id, self.config.vision_end_token_id)
-        ids = super().prompt(question, system)
-        if ids.prefix[-1:] == (start,) and ids.suffix[:1] == (end,):
-            return PromptIds(ids.prefix[:-1], ids.suffix[1:])
-        return ids
+    The template's own vision_start and vision_end stay around all of them, as transformers' processor has it since 5.10.
+    The processor that Qwen3-VL came out with (transformers 4.57) put the frames in the place of that pair.
+    """
 
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
         """A frame's time is in seconds of the file, with one decimal."""

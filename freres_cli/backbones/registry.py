@@ -40,6 +40,8 @@ FAMILIES: dict[str, Family] = {
     "internvl": _family("internvl", "InternVL"),
     "llava_onevision": _family("llava_onevision", "LlavaOnevision"),
     "smolvlm": _family("smolvlm", "SmolVLM"),
+    "minicpmv4_6": _family("minicpm_v", "MiniCPMV46"),
+    "minicpmv4_7": _family("minicpm_v", "MiniCPMV47"),
 }
 
 

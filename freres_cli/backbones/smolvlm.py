@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import SmolVLMConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMModel
@@ -14,6 +15,7 @@ from freres_cli.backbones.frame_runs import FrameRunLanguageModel, FrameTexts
 from freres_cli.backbones.halves import FamilyFiles
 from freres_cli.backbones.square_vision import SquareVisionEncoder
 from freres_cli.backbones.vision import PixelRule
+from freres_cli.errors import BackboneError
 from freres_cli.records import VideoTokens
 
 _PROJECTOR = ("model.connector.", "connector.")
@@ -46,9 +48,15 @@ class SmolVLMVisionEncoder(SquareVisionEncoder):
     def tokens_per_side(cls, config: Any, patches_per_side: int) -> int:
         return patches_per_side // int(config.scale_factor)
 
+    def set_up(self) -> None:
+        super().set_up()
+        # The stock model takes a frame of zeros for padding and drops it without a word.
+        shades = self.pixel_rule.normalize(torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1))
+        if bool((shades == 0).all(dim=1).any()):
+            raise BackboneError(f"pixels: expected no shade that becomes zero, got image_mean {self.pixel_rule.mean}")
+
     def features(self, pixels: Tensor) -> Tensor:
         out = self.tower.get_image_features(self.prepare(pixels)[None], return_dict=True)
-        # A frame that is exactly zero after normalisation would be taken for padding; no uint8 value becomes zero.
         latents: Tensor = out.pooler_output[0]
         return latents.view(len(pixels), self.side**2, -1)
 
@@ -58,6 +66,7 @@ class SmolVLMLanguageModel(FrameRunLanguageModel):
 
     files = FILES
     num_axes = 1
+    counts_raster = True
     video_token = "<image>"
 
     def prompt(self, question: str, system: str | None = None) -> PromptIds:

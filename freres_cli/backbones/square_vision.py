@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from freres_cli.backbones.attention import WHOLE_FRAMES, use_attention
-from freres_cli.backbones.vision import FrameEncoder, refuse_frames
+from freres_cli.backbones.vision import FrameEncoder, build_without_decoder, refuse_frames
 from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
 
@@ -29,20 +28,7 @@ class SquareVisionEncoder(FrameEncoder):
 
     @classmethod
     def build_tower(cls, config: Any, dtype: torch.dtype) -> nn.Module:
-        text = config.text_config
-        # A decoder of no layers and one word, dropped at once.
-        config.text_config = LlamaConfig(
-            hidden_size=text.hidden_size,
-            intermediate_size=1,
-            num_hidden_layers=0,
-            vocab_size=1,
-            num_attention_heads=1,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        model: nn.Module = cls.model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
-        delattr(model, cls.decoder_name)
-        return model
+        return build_without_decoder(cls.model_class, cls.decoder_name, config, dtype)
 
     @classmethod
     @abstractmethod

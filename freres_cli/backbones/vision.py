@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
@@ -145,6 +146,24 @@ class FrameEncoder(ABC):
                 pixels = torch.cat([pixels, pixels.new_zeros(num_black, height, width, 3)])
             latents = self.features(pixels)
         return latents.view(n + num_black, rows, columns, -1)[:n]
+
+
+def build_without_decoder(model_class: Any, decoder_name: str, config: Any, dtype: torch.dtype) -> nn.Module:
+    """transformers' own model of both halves, unfilled, without the decoder that it calls ``decoder_name``."""
+    text = config.text_config
+    # A decoder of no layers and one word, dropped at once.
+    config.text_config = LlamaConfig(
+        hidden_size=text.hidden_size,
+        intermediate_size=1,
+        num_hidden_layers=0,
+        vocab_size=1,
+        num_attention_heads=1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model: nn.Module = model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    delattr(model, decoder_name)
+    return model
 
 
 def refuse_frames(pixels: Tensor, expected: str) -> BackboneError:

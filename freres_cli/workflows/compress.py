@@ -283,8 +283,7 @@ def build_manifest(
             "width": tracks.width,
             "grid": list(tracks.grid),
             "pooled_grid": list(tracks.pooled_grid),
-            "frame_height_px": plan.size.height_px,
-            "frame_width_px": plan.size.width_px,
+            **describe_frames(plan),
         },
         "settings": {
             "method": {"value": request.method, "source": "default"},
@@ -292,6 +291,18 @@ def build_manifest(
         },
         "tokens": describe_tokens(request, plan, tracks, compressor),
         "history": [{"verb": "compress", "freres_version": __version__}],
+    }
+
+
+def describe_frames(plan: CompressPlan) -> dict[str, Any]:
+    """Return the frames' size for the manifest, and what became of their aspect ratio (width over height)."""
+    size, info = plan.size, plan.info
+    return {
+        "frame_height_px": size.height_px,
+        "frame_width_px": size.width_px,
+        "fit": size.fit(info.width_px, info.height_px),
+        "frame_aspect": size.width_px / size.height_px,
+        "source_aspect": info.width_px / info.height_px,
     }
 
 

@@ -1,0 +1,200 @@
+"""MiniCPM-V 4.6 and 4.7: ``<image>tokens</image>`` for each frame, and the decoder of Qwen3.5, which keeps a state.
+
+A frame is encoded whole: the slices that these models cut out of large pictures are for pictures, and their makers turn
+them off for videos, along with the numbering of pictures. 4.6 counts positions on one axis; 4.7 lays each frame out on a
+canvas, with its two markers at the canvas' corners.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import MiniCPMV4_6Config, MiniCPMV4_7Config
+from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6Model
+from transformers.models.minicpmv4_7.modeling_minicpmv4_7 import MiniCPMV4_7Model
+
+from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
+from freres_cli.backbones.base import PromptIds, PromptRows
+from freres_cli.backbones.checkpoint import Checkpoint
+from freres_cli.backbones.frame_runs import FrameRunLanguageModel, FrameTexts
+from freres_cli.backbones.halves import FamilyFiles
+from freres_cli.backbones.language import join_rows
+from freres_cli.backbones.qwen_vision import fit_grid
+from freres_cli.backbones.vision import FrameEncoder, PixelRule, build_without_decoder, refuse_frames
+from freres_cli.errors import BackboneError
+from freres_cli.records import FrameSize, VideoTokens
+
+
+def _files(family: str, title: str, config_class: Any) -> FamilyFiles:
+    merger = ("model.merger.", "merger.")
+    return FamilyFiles(
+        family,
+        title,
+        config_class,
+        vision={"vision_tower.": ("model.vision_tower.", "vision_tower."), "merger.": merger},
+        projector=merger,
+        decoder=("model.language_model.", "language_model."),
+    )
+
+
+FILES_4_6 = _files("minicpmv4_6", "MiniCPM-V 4.6", MiniCPMV4_6Config)
+FILES_4_7 = _files("minicpmv4_7", "MiniCPM-V 4.7", MiniCPMV4_7Config)
+
+
+class ScalePixelRule(PixelRule):
+    """A rule whose ``max_pixels`` is the one area that frames are scaled to."""
+
+    def read(self, checkpoint: Checkpoint) -> PixelRule:
+        side = checkpoint.read_json("preprocessor_config.json").get("scale_resolution")
+        rule = super().read(checkpoint)
+        return replace(rule, max_pixels=side**2) if side else rule
+
+
+class MiniCPMV46VisionEncoder(FrameEncoder):
+    """The vision tower and merger of a MiniCPM-V 4.6 checkpoint, with as many tokens as its ``downsample_mode`` says."""
+
+    files = FILES_4_6
+    model_class: ClassVar[Any] = MiniCPMV4_6Model
+    default_rule = ScalePixelRule((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), min_pixels=0, max_pixels=448**2)
+
+    @classmethod
+    def build_tower(cls, config: Any, dtype: torch.dtype) -> nn.Module:
+        return build_without_decoder(cls.model_class, "language_model", config, dtype)
+
+    def set_up(self) -> None:
+        config = self.tower.config
+        use_attention(self.tower.vision_tower, PACKED_FRAMES, self.attention)
+        self.width = int(config.text_config.hidden_size)
+        self.patch_px = int(config.vision_config.patch_size)
+        window = 1 if config.downsample_mode == "4x" else int(config.vision_config.window_kernel_size[0])
+        self.merge = window * int(config.merge_kernel_size[0]) ** int(config.merger_times)
+
+    def frame_size(
+        self,
+        width_px: int,
+        height_px: int,
+        grid: tuple[int, int] | None = None,
+        max_tokens: int | None = None,
+    ) -> FrameSize:
+        """Pixels to resize a frame to, and its token grid; every side a multiple of patch*merge px.
+
+        Without ``grid``, the aspect ratio is kept and every frame scaled, up or down, to the area that the checkpoint
+        names, as its image processor does. Raises BackboneError for a grid or limit below one token.
+        """
+        factor = self.patch_px * self.merge
+        if max_tokens is not None and max_tokens < 1:
+            raise BackboneError(f"tokens per frame: expected at least 1, got {max_tokens}")
+        if grid is None:
+            height = int(math.sqrt(self.pixel_rule.max_pixels * height_px / width_px))
+            sides = (height, int(height * width_px / height_px))
+            grid = (max(1, round(sides[0] / factor)), max(1, round(sides[1] / factor)))
+            if max_tokens is not None and grid[0] * grid[1] > max_tokens:
+                grid = fit_grid(width_px, height_px, factor, 0, max_tokens * factor**2)
+        if min(grid) < 1:
+            raise BackboneError(f"token grid: expected at least 1x1, got {grid[0]}x{grid[1]}")
+        return FrameSize(grid[0] * factor, grid[1] * factor, grid[0], grid[1])
+
+    def check_frames(self, pixels: Tensor) -> tuple[int, int]:
+        _, height, width, channels = pixels.shape
+        factor = self.patch_px * self.merge
+        if height % factor or width % factor or channels != 3 or pixels.dtype != torch.uint8:
+            raise refuse_frames(pixels, f"h and w multiples of {factor}")
+        return height // factor, width // factor
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Frames as the tower's input: (n, h, w, 3) uint8 -> (1, 3, p, n*gh*gw*p) float32, patches side by side."""
+        n, height, width, _ = pixels.shape
+        p = self.patch_px
+        values = self.pixel_rule.normalize(pixels.to(self.device).permute(0, 3, 1, 2).contiguous())
+        cells = values.view(n, 3, height // p, p, width // p, p)
+        return cells.permute(1, 3, 0, 2, 4, 5).reshape(1, 3, p, -1)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        rows, columns = self.check_frames(pixels)
+        # On the CPU: the tower reads the sizes in Python.
+        sizes = torch.tensor([[rows * self.merge, columns * self.merge]]).repeat(len(pixels), 1)
+        out = self.tower.get_image_features(self.patches(pixels), sizes, return_dict=True)
+        return torch.stack(list(out.pooler_output))
+
+
+class MiniCPMV47VisionEncoder(MiniCPMV46VisionEncoder):
+    """The vision tower and merger of a MiniCPM-V 4.7 checkpoint."""
+
+    files = FILES_4_7
+    model_class = MiniCPMV4_7Model
+
+
+class MiniCPMV46LanguageModel(FrameRunLanguageModel):
+    """The decoder, head and tokenizer of a MiniCPM-V 4.6 checkpoint. One axis, which its decoder takes three times."""
+
+    files: ClassVar[FamilyFiles] = FILES_4_6
+    counts_raster = True
+
+    def plain_prompt(self, question: str, system: str | None, video: str) -> str:
+        opening = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        return f"{opening}<|im_start|>user\n{video}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+    def markers(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after a frame."""
+        start = getattr(self.tokenizer, "image_start_token", None) or "<image>"
+        end = getattr(self.tokenizer, "image_end_token", None) or "</image>"
+        return list(self.ids_of(start)), list(self.ids_of(end))
+
+    def frame_texts(self, video: VideoTokens) -> FrameTexts:
+        before, after = self.markers()
+        return FrameTexts([before] * video.grid[0], [after] * video.grid[0])
+
+
+class MiniCPMV47LanguageModel(MiniCPMV46LanguageModel):
+    """The decoder, head and tokenizer of a MiniCPM-V 4.7 checkpoint.
+
+    Line feeds right after a video share the position of its last frame. They are the template's, so they belong to the
+    video here and not to the question, and a question's own leading line feeds are left out.
+    """
+
+    files = FILES_4_7
+    counts_raster = False
+
+    def prompt(self, question: str, system: str | None = None) -> PromptIds:
+        """The chat prompt, without the line feeds right after the video."""
+        ids = super().prompt(question.lstrip("\n"), system)
+        return PromptIds(ids.prefix, ids.suffix[len(self.line_feeds) :])
+
+    @cached_property
+    def line_feeds(self) -> tuple[int, ...]:
+        """The tokens for line feeds that the template puts right after the video."""
+        suffix, newline = super().prompt("?").suffix, self.config.newline_id
+        end = next((place for place, token in enumerate(suffix) if token != newline), len(suffix))
+        return suffix[:end]
+
+    def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
+        """Each frame on a canvas of its own, H by W from its base: tokens at (base, base + h, base + w), the marker
+        before them just outside one corner, the one after them outside the other. ``text_after`` has no effect."""
+        num_frames, height, width = video.grid
+        frames = self.tokens_of_frames(video)
+        before, after = self.markers()
+        parts: list[PromptRows] = []
+        base = position
+        for frame in range(num_frames):
+            base = position + frame * (max(height, width) + 1)
+            if not len(mine := frames[frame]):
+                continue
+            parts.append(self.pinned_rows(before, index, (base, max(base - 1, 0), max(base - 1, 0))))
+            index += len(before)
+            axes = self.axes_in_frame(video.positions[mine], width) + base
+            parts.append(self.visual_rows(video.latents[mine], index, axes, base))
+            index += len(mine)
+            parts.append(self.pinned_rows(after, index, (base, base + height, base + width)))
+            index += len(after)
+        parts.append(self.pinned_rows(self.line_feeds, index, (base, base, base)))
+        return join_rows(parts, base + max(height, width) + 1)
+
+    def pinned_rows(self, ids: Any, index: int, place: tuple[float, float, float]) -> PromptRows:
+        """Text tokens that all stand at one place."""
+        axes = torch.tensor(place, dtype=torch.float32, device=self.device)[:, None].expand(-1, len(ids))
+        return PromptRows(self.text_rows(ids, index, 0.0).embeds, self._positions(axes, index), place[0])

@@ -1,0 +1,75 @@
+"""What the tests of every family share: a stock model, both of our halves of it, one encoded video."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from freres_cli.backbones import engine
+from tests.stock_paths import PERIOD_S
+from tests.tiny_families import FAMILY_CASES
+from tests.tiny_models import CPU, open_checkpoint, video_tokens
+
+T, STEPS = 4, 12
+QUESTION = "What is it? Ünïcödé"
+
+
+class Tiny:
+    """A stock model, both of our halves of it, and one encoded video."""
+
+    def __init__(self, case, directory):
+        self.case = case
+        self.stock = case.make(directory)
+        self.checkpoint = open_checkpoint(directory)
+        self.vision = case.vision_class.load(self.checkpoint, CPU)
+        self.model = case.language_class.load(self.checkpoint, CPU)
+        self.frames = case.frames(T)
+        self.latents = self.vision.encode(self.frames)
+        self.prompt = self.model.prompt(QUESTION)
+        self.path = case.stock_path(case, self.stock, self.prompt, self.frames, self.vision)
+        # Whole frames without tokens, frames with few, and a token of the first and last place.
+        cells = case.grid[0] * case.grid[1]
+        self.keep = torch.tensor([0, 3, 7, cells - 1, 2 * cells + 1, 2 * cells + 2, 3 * cells, 4 * cells - 1])
+
+    def tokens(self, keep=None, latents=None):
+        latents = self.latents if latents is None else latents
+        return video_tokens(latents, keep, width=self.vision.width, period_s=PERIOD_S)
+
+    def whole_prompt(self, video, text_after="hf"):
+        rows = self.model.splice(self.prompt.prefix, video, text_after)
+        return rows.then(self.model.text_rows(self.prompt.suffix, len(rows), rows.next_position))
+
+    def last_logits(self, rows, chunk_tokens=10**6):
+        return self.model.logits(engine.prefill(self.model, rows, self.model.new_cache(), chunk_tokens))[0]
+
+    def ask(self, video, question=QUESTION):
+        """The prefilled video, and the ids of a question about it."""
+        return engine.prefill_video(self.model, self.prompt.prefix, video, "hf"), self.model.prompt(question).suffix
+
+    def steps(self, rows, tokens):
+        """Logits of the prompt and of each further token."""
+        cache = self.model.new_cache()
+        logits = []
+        for token in [*tokens, None]:
+            logits.append(self.model.logits(engine.prefill(self.model, rows, cache))[0])
+            if token is not None:
+                rows = self.model.text_rows([token], cache.get_seq_length(), rows.next_position)
+        return logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than they give on models this small, above all beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=FAMILY_CASES, ids=lambda case: case.name)
+def tiny(request, tmp_path_factory):
+    return Tiny(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()

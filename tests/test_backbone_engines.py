@@ -1,0 +1,142 @@
+"""Every family answers alike through the decoder, as ``ask`` runs it, and through transformers' public ``generate``; and
+several questions at once as one at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from freres_cli.backbones import attention, base, batches, engine
+from freres_cli.backbones.generation import generate
+from freres_cli.errors import BackboneError
+from tests import family_contract
+from tests.family_contract import STEPS, difference
+
+tiny, one_thread = family_contract.tiny, family_contract.one_thread
+
+# The public API with visual tokens injected is called engine A below, our own loop over the decoder engine B.
+
+
+def everything(tiny):
+    return torch.arange(len(tiny.latents.flatten(0, 2)))
+
+
+def test_injected_tokens_equal_the_stock_pixels_when_all_are_kept(tiny):
+    inputs = tiny.path.forward_inputs(tiny.path.ids)
+    injected = tiny.path.injected(everything(tiny), tiny.latents.flatten(0, 2))
+    assert difference(tiny.stock(**injected).logits, tiny.stock(**inputs).logits) == 0.0
+    told = tiny.stock.generate(**inputs, max_new_tokens=16, do_sample=False)
+    injected = tiny.path.injected(everything(tiny), tiny.latents.flatten(0, 2))
+    assert tiny.stock.generate(**injected, max_new_tokens=16, do_sample=False).tolist() == told.tolist()
+
+
+def test_both_engines_agree_on_a_subset(tiny):
+    latents = tiny.latents.flatten(0, 2)[tiny.keep]
+    injected = tiny.path.injected(tiny.keep, latents)
+    told = tiny.stock.generate(
+        **injected, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    tokens = told.sequences[0, injected["input_ids"].shape[1] :].tolist()
+    ours = tiny.steps(tiny.whole_prompt(tiny.tokens(tiny.keep)), tokens[:-1])
+    assert len(tokens) == STEPS and len(set(tokens)) > 2
+    assert max(difference(a, b[0]) for a, b in zip(ours, told.logits, strict=True)) < 1e-4
+    prefix, suffix = tiny.ask(tiny.tokens(tiny.keep))
+    answer = generate(tiny.model, prefix, suffix, STEPS)
+    list(answer)
+    assert answer.ids == tokens
+
+
+class MaskShapes(TorchDispatchMode):
+    """Records every operation whose result has ``shape`` as its last two sides, but for those of the kernels."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.found, self.is_in_kernel = shape, [], False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and tuple(out.shape[-2:]) == self.shape and not self.is_in_kernel:
+            self.found.append(str(function))
+        return out
+
+
+def test_a_later_chunk_of_a_prefill_builds_no_mask(tiny, monkeypatch):
+    rows, cache = tiny.whole_prompt(tiny.tokens()), tiny.model.new_cache()
+    parts = [
+        base.PromptRows(e, p, 0.0) for e, p in zip(rows.embeds.split(37), rows.positions.split(37, -1), strict=True)
+    ]
+    engine.prefill(tiny.model, parts[0], cache)
+    shapes, biases = MaskShapes((37, 74)), []
+    real, real_bias = attention.scaled_dot_product_attention, attention._causal_lower_right
+
+    def bias_of(*sides):
+        with _disable_current_modes():  # no tensor subclass can be made under one; its size is checked below
+            return real_bias(*sides)
+
+    def kernel(*args, attn_mask=None, is_causal=False, **options):
+        biases.append(attn_mask)
+        shapes.is_in_kernel = True
+        out = real(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+        shapes.is_in_kernel = False
+        return out
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(attention, "_causal_lower_right", bias_of)
+    with shapes:
+        engine.prefill(tiny.model, parts[1], cache)
+    assert shapes.found == []
+    assert len(biases) == sum(getattr(layer, "keys", None) is not None for layer in cache.layers) > 1
+    assert all(type(bias).__name__ == "CausalBias" and bias.untyped_storage().nbytes() == 0 for bias in biases)
+
+
+QUESTIONS = ("Why?", family_contract.QUESTION, "How many red squares, would you say?", "Why?", "Who?")
+OPTIONS = [
+    [tuple(b"A"), tuple(b"B")],
+    [tuple(b"yes"), tuple(b"n"), tuple("vielleicht ü".encode())],
+    [tuple(b"one"), tuple(b"two")],
+    [tuple(b"because"), tuple(b"A")],
+    [tuple(b"me")],
+]
+
+
+def test_several_questions_at_once_are_scored_as_one_at_a_time(tiny):
+    video = tiny.tokens(tiny.keep)
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video)
+    suffixes = [tiny.model.prompt(question).suffix for question in QUESTIONS]
+    batch = batches.score_options_batch(tiny.model, prefix, suffixes, OPTIONS)
+    for suffix, options, scores in zip(suffixes, OPTIONS, batch, strict=True):
+        assert difference(engine.score_options(tiny.model, prefix, suffix, options), scores) < 1e-4
+    assert prefix.cache.get_seq_length() == prefix.num_tokens and not prefix.is_lent
+    assert tiny.model.decoder.config._attn_implementation == attention.CAUSAL_NO_MASK
+    assert difference(batch[0][0], batch[3][1]) < 1e-4 and difference(batch[0][0], batch[0][1]) > 1e-2
+
+
+def test_several_questions_at_once_are_answered_as_one_at_a_time(tiny, monkeypatch):
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, tiny.tokens(tiny.keep))
+    suffixes = [tiny.model.prompt(question).suffix for question in QUESTIONS]
+
+    def singles():
+        answers = [generate(tiny.model, prefix, suffix, STEPS) for suffix in suffixes]
+        for answer in answers:
+            list(answer)
+        return [answer.ids for answer in answers]
+
+    expected = singles()
+    assert len({tuple(ids) for ids in expected}) >= 3
+    assert batches.answer_batch(tiny.model, prefix, suffixes, STEPS) == expected
+    # A token that some answers hold and others do not: they end one before the other.
+    in_some = next(token for ids in expected for token in ids if not all(token in other for other in expected))
+    monkeypatch.setattr(tiny.model, "stop_ids", frozenset([in_some]))
+    stopped = singles()
+    assert len({len(ids) for ids in stopped}) > 1
+    assert batches.answer_batch(tiny.model, prefix, suffixes, STEPS) == stopped
+
+
+def test_a_batch_is_refused_as_a_single_is(tiny):
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, tiny.tokens(tiny.keep))
+    with pytest.raises(BackboneError, match="at least one token each"):
+        batches.score_options_batch(tiny.model, prefix, [(1, 2)], [[()]])
+    with pytest.raises(BackboneError, match="more tokens than the model's context"):
+        batches.answer_batch(tiny.model, prefix, [(1, 2)], 5000)
+    assert batches.answer_batch(tiny.model, prefix, [], 5) == []

@@ -1,0 +1,64 @@
+"""Ways in which transformers goes wrong without a word, and that we do not go."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from freres_cli.backbones import engine
+from freres_cli.errors import BackboneError
+from tests.family_contract import Tiny, difference
+from tests.tiny_families import FAMILY_CASES
+from tests.tiny_models import CPU, open_checkpoint
+
+CASES = {case.name: case for case in FAMILY_CASES}
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory):
+    torch.set_num_threads(1)
+    return Tiny(CASES["internvl"], tmp_path_factory.mktemp("internvl"))
+
+
+def test_gaps_between_positions_do_not_cut_the_sequence(internvl):
+    """Without a cache or a mask, transformers takes a gap for the start of another sequence."""
+    rows = internvl.whole_prompt(internvl.tokens(internvl.keep))
+    ours = internvl.last_logits(rows)
+    decoder, embeds, positions = internvl.stock.get_decoder(), rows.embeds[None], rows.positions[0]
+    whole = decoder(inputs_embeds=embeds, position_ids=positions, attention_mask=torch.ones(1, len(rows)))
+    cut = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+    assert difference(internvl.model.logits(whole.last_hidden_state[0, -1:])[0], ours) < 1e-4
+    assert difference(internvl.model.logits(cut.last_hidden_state[0, -1:])[0], ours) > 1e-2
+
+
+def test_a_question_has_at_least_one_token(internvl):
+    prefix, _ = internvl.ask(internvl.tokens(internvl.keep))
+    with pytest.raises(BackboneError, match="at least one token after the video"):
+        engine.score_options(internvl.model, prefix, (), [(1,)])
+
+
+def test_an_answer_does_not_depend_on_the_video_before(internvl):
+    """The stock model keeps the last video's offset of positions."""
+    first = internvl.last_logits(internvl.whole_prompt(internvl.tokens(internvl.keep)))
+    internvl.last_logits(internvl.whole_prompt(internvl.tokens()))
+    assert torch.equal(internvl.last_logits(internvl.whole_prompt(internvl.tokens(internvl.keep))), first)
+
+
+def test_dynamic_rotary_scaling_is_noted(internvl, tmp_path):
+    CASES["internvl"].make(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = CASES["internvl"].language_class.load(open_checkpoint(tmp_path), CPU)
+    assert any("rotary frequencies change past position 4096" in note for note in model.notes)
+    assert not any("rotary" in note for note in internvl.model.notes)
+
+
+def test_pixels_that_become_zero_are_refused(tmp_path):
+    """SmolVLM's stock model drops a frame of zeros, as black frames without a mean are."""
+    CASES["smolvlm"].make(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
+    with pytest.raises(BackboneError, match="no shade that becomes zero"):
+        CASES["smolvlm"].vision_class.load(open_checkpoint(tmp_path), CPU)
