@@ -94,6 +94,9 @@ class LanguageModel(Protocol):
     Contract test: ``tests/test_backbone_contract.py``, part "language". A new family is a row there and passes its laws:
     with every token kept, logits and greedy tokens equal its own pixel path, and a subset of tokens answers as the
     full sequence with the others masked.
+
+    ``choices_as``: what options are scored by, the ``letters`` they are listed under, as released models are asked, or
+    their own ``words``, for models trained to answer in words.
     """
 
     family: str
@@ -105,6 +108,7 @@ class LanguageModel(Protocol):
     fingerprint: dict[str, str | None]
     notes: tuple[str, ...]
     max_context_tokens: int
+    choices_as: str
     kv_bytes_per_token: int
     stop_ids: frozenset[int]
     tokenizer: Any

@@ -33,6 +33,10 @@ class LanguageHalf(nn.Module):
         self.lm_head = lm_head
 
 
+# What ``freres world train`` writes beside the models it trains; no released checkpoint has it.
+MODEL_INFO_FILE = "MODEL_INFO.json"
+
+
 class DecoderLanguageModel(ABC):
     """The decoder, head and tokenizer of one family. See ``base.LanguageModel``.
 
@@ -54,9 +58,11 @@ class DecoderLanguageModel(ABC):
         fingerprint: dict[str, str | None],
         notes: tuple[str, ...] = (),
         attention: str = "sdpa",
+        choices_as: str = "letters",
     ) -> None:
         use_attention(half.decoder, CAUSAL_NO_MASK, attention)
         self.attention = attention
+        self.choices_as = choices_as
         self.config = config
         self.half = half
         self.decoder = half.decoder.eval()
@@ -89,7 +95,8 @@ class DecoderLanguageModel(ABC):
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
         notes = tuple(filter(None, (device.note, dtype_note, attention_note, *_rope_notes(config.text_config))))
-        return cls(config, half, tokenizer, stop_ids, digests, notes, attention)
+        choices_as = checkpoint.read_json(MODEL_INFO_FILE).get("choices_as", "letters")
+        return cls(config, half, tokenizer, stop_ids, digests, notes, attention, choices_as)
 
     @classmethod
     def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:

@@ -75,7 +75,8 @@ class Session:
         """Answer a question; ``on_text`` receives the text as it comes. TTFT runs from this call, bundle and model
         loaded.
 
-        With ``choices`` the answer is the option whose letter is likeliest. Raises ``UsageError`` or ``BackboneError``.
+        With ``choices`` the answer is the option whose letter, or whose words, are likeliest (``choices_as`` of the
+        model). Raises ``UsageError`` or ``BackboneError``.
         """
         submitted = time.perf_counter()
         if not question.strip():
@@ -117,8 +118,14 @@ class Session:
         self, question: str, choices: list[str], submitted: float, on_text: Callable[[str], None] | None
     ) -> Answer:
         letters = check_choices(choices)
-        prefix, suffix = self._prompt(format_choices(question, choices))
-        encoded = [tuple(self.model.tokenizer.encode(letter, add_special_tokens=False)) for letter in letters]
+        encode, end = self.model.tokenizer.encode, self.model.tokenizer.eos_token_id
+        if self.model.choices_as == "words":
+            prefix, suffix = self._prompt(question)
+            # With the end of the turn, no option gains by being the beginning of another.
+            encoded = [(*encode(choice, add_special_tokens=False), end) for choice in choices]
+        else:
+            prefix, suffix = self._prompt(format_choices(question, choices))
+            encoded = [tuple(encode(letter, add_special_tokens=False)) for letter in letters]
         scores = score_options(self.model, prefix, suffix, encoded)
         probabilities = torch.softmax(scores.to(torch.float64), 0).tolist()
         text = choices[int(scores.argmax())]
