@@ -81,7 +81,7 @@ def stock_ids(case, tokenizer, monkeypatch):
         "pixel_values": torch.zeros(1, T),
         "target_sizes_videos": torch.tensor([[rows * 4, columns * 4]] * T),
         "num_frames_per_video": [T],
-        "grids_videos": torch.zeros(T, 2, dtype=torch.int),
+        "grids_videos": torch.zeros(T, 2, dtype=torch.int).numpy(),
     }
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
     text = tokenizer.apply_chat_template(
