@@ -16,11 +16,13 @@ import typer
 from freres_cli import __version__
 from freres_cli.cli.app import app
 from freres_cli.cli.catalog import CHECKPOINT_IDS
+from freres_cli.cli.manpages import leaf_commands
 from freres_cli.presets import preset_names
 
 ROOT = Path(__file__).parents[1]
 GROUP: Any = typer.main.get_command(app)
 VERBS = list(GROUP.commands)
+LEAVES = [verb for verb in leaf_commands(GROUP) if " " in verb]
 HEAVY = {"torch", "transformers", "av", "numpy", "safetensors", "tokenizers", "huggingface_hub"}
 # The command as its script runs it; at the end the names of all loaded modules go to a file.
 SCRIPT = """
@@ -59,13 +61,13 @@ def freres(tmp_path: Path) -> Any:
     return run
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
+@pytest.mark.parametrize("verb", ["", *VERBS, *LEAVES])
 def test_help_is_narrow_and_light(freres: Any, verb: str) -> None:
     result = freres(*verb.split(), "--help")
     assert (result.status, result.stderr, result.heavy) == (0, "", set())
     assert result.stdout.startswith(f"Usage: freres {verb}".rstrip())
     assert max(map(len, result.stdout.splitlines())) <= 80
-    command = GROUP.commands[verb] if verb else GROUP
+    command = {"": GROUP, **GROUP.commands, **leaf_commands(GROUP)}[verb]
     assert all(option in result.stdout for p in command.params for option in p.opts if option.startswith("-"))
 
 
@@ -80,7 +82,7 @@ def test_help_lists_every_verb(freres: Any) -> None:
 
 
 def test_every_verb_and_every_option_has_a_help_text() -> None:
-    for verb, command in GROUP.commands.items():
+    for verb, command in leaf_commands(GROUP).items():
         assert command.help, verb
         assert [p.name for p in command.params if not p.help] == [], verb
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from freres_cli import __version__
-from freres_cli.cli import ask, compress, demo, doctor, eval, inspect, models, presets, profile, repack
+from freres_cli.cli import ask, compress, demo, doctor, eval, inspect, models, presets, profile, repack, world
 from freres_cli.cli.output import print_error, print_result
 from freres_cli.errors import ExitStatus, FreresError, ResourceError
 
@@ -35,6 +35,7 @@ app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
+app.add_typer(world.world, name="world")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,7 +14,7 @@ from freres_cli.cli.compress import make_request, warn_if_untrained
 from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
 from freres_cli.errors import UsageError
 
-DEMO_BUDGETS = (1280, 320)
+DEMO_BUDGETS = (576, 288)
 
 
 def demo(
@@ -28,8 +28,8 @@ def demo(
 ) -> None:
     """Run the whole job on a made clip.
 
-    A 4 s H.264 file is made, compressed at two budgets, asked three questions, and profiled. Answers stand beside the
-    truth. The clip holds a patch that is on screen for three frames only.
+    An H.264 file of the bundled model's world is made, compressed at two budgets, asked three questions, and profiled.
+    Answers stand beside the truth. One question is about an object that is on screen for one to three frames only.
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: expected an existing folder", "make it first")
@@ -53,9 +53,10 @@ def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dic
     from freres_cli.workflows.compress import compress_video
     from freres_cli.workflows.profile import ProfileRequest
     from freres_cli.workflows.profile import profile as run_profile
-    from freres_cli.world.clip import QUESTIONS, make_clip
+    from freres_cli.world.make import make_demo_clip
 
-    clip = make_clip(place / "clip.mp4")
+    clip = place / "clip.mp4"
+    questions = make_demo_clip(clip).questions
     bundles, answers = [], []
     for budget in DEMO_BUDGETS:
         request = make_request(clip, {"budget_tokens": budget}, None, model, device=device)
@@ -63,22 +64,22 @@ def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dic
         bundles.append({"bundle": str(result.bundle), **result.manifest["tokens"], "timings_s": result.timings_s})
         bundles[-1]["peak_memory_bytes"] = result.peak_memory_bytes
         session = open_session(AskRequest(result.bundle, request.device, model))
-        for item in QUESTIONS:
+        for item in questions:
             answer = session.ask(item.question, choices=item.choices)
             assert answer.choices is not None
             answers.append(
                 {
                     "question": item.question,
-                    "is_transient": item.is_transient,
+                    "is_transient": item.category == "Transient",
                     "visual_tokens": answer.num_visual_tokens,
                     "answer": answer.text,
                     "probability": answer.choices[answer.text],
-                    "truth": item.truth,
+                    "truth": item.answer,
                     "ttft_s": answer.ttft_s,
                 }
             )
     print_notes([f"profiling: one process for each row, on {request.device.description}"], quiet)
-    question = QUESTIONS[0].question
+    question = questions[0].question
     rows = run_profile(ProfileRequest(request.device, question, 1, 1, 8, 600.0, compress=request))
     facts = {"clip": str(clip), "bundles": bundles, "answers": answers, "profile": rows}
     return {**facts, "environment": describe_environment(request.device)}

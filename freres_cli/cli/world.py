@@ -55,7 +55,7 @@ def make(
         for question in (question for clip in made for question in clip.questions):
             by_category[question.category] = by_category.get(question.category, 0) + 1
         facts = {"split": split, "seed": seed, "level": level, "num_clips": len(made), "num_questions": num_questions}
-        print_json("freres.world-make/1", {"questions": str(path), **facts, "by_category": by_category})
+        print_json("freres.world_make/1", {"questions": str(path), **facts, "by_category": by_category})
         return
     print_result(str(path))
     print_notes([f"{len(made)} clips, {num_questions} questions"], quiet)
@@ -89,6 +89,6 @@ def train(
     request = TrainRequest(output, place, tower_steps, steps, seed)
     done = train_world(request, lambda line: print_notes([line], quiet or json))
     if json:
-        print_json("freres.world-train/1", done)
+        print_json("freres.world_train/1", done)
     else:
         print_result(done["model"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ CAPACITY = 1600  # clips in memory: each is seen a few times, under different vi
 NOISE = 3.0  # grey levels
 LOG_EVERY, SAVE_EVERY = 20, 50
 QUESTIONS_A_CLIP = 12
-SAME_CATEGORY = 3  # questions of one category a clip, so that rare ones count
+SAME_CATEGORY = 4  # questions of one category a clip, so that rare ones count
+SCORED = 200  # latest answers that a running score is of
+KNOWN = 0.9  # a category that is right this often is asked once a clip
 FIRST_CLIPS = 240
 END_WEIGHT = 0.1  # of the end-of-turn token in the loss: it is nearly always right
 
@@ -120,13 +122,16 @@ class Prompts:
         return self.ids(f"<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")
 
 
-def choose_questions(clip: EncodedClip, view: str, rng: Generator, prompts: Prompts) -> list[Item]:
-    """Questions whose evidence the view holds, at most some of each category."""
+def choose_questions(
+    clip: EncodedClip, view: str, rng: Generator, prompts: Prompts, known: Set[str] = frozenset()
+) -> list[Item]:
+    """Questions whose evidence the view holds, at most some of each category, one of those ``known``."""
     by_category: dict[str, int] = defaultdict(int)
     items = []
     for index in rng.permutation(len(clip.questions)):
         question = clip.questions[index]
-        if by_category[question.category] == SAME_CATEGORY or len(items) == QUESTIONS_A_CLIP:
+        most = 1 if question.category in known else SAME_CATEGORY
+        if by_category[question.category] == most or len(items) == QUESTIONS_A_CLIP:
             continue
         if view == "frames" and any(word in question.question for word in BRIEF):
             continue
@@ -193,12 +198,13 @@ def train_language(
     buffer = ClipBuffer(tower, grid, device, max(FIRST_SEED * (seed + 1), state.get("next_seed", 0) - FIRST_CLIPS))
     while len(buffer.clips) < FIRST_CLIPS:
         buffer.add(20)
-    scores: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=200))
+    scores: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=SCORED))
     while step < num_steps:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * learning_rate(step, num_steps)
-        loss, right = _train_step(decoder, buffer, prompts, step, num_steps, device)
+        known = {name for name, rights in scores.items() if len(rights) == SCORED and np.mean(rights) > KNOWN}
+        loss, right = _train_step(decoder, buffer, prompts, step, num_steps, known)
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -207,14 +213,14 @@ def train_language(
             scores[name].append(is_right)
         step += 1
         if step % LOG_EVERY == 0:
-            told = " ".join(f"{name} {np.mean(known):.2f}" for name, known in sorted(scores.items()))
+            told = " ".join(f"{name} {np.mean(rights):.2f}" for name, rights in sorted(scores.items()))
             log(f"language {step}/{num_steps} loss {loss:.3f} {told}")
         if step % SAVE_EVERY == 0 or step == num_steps:
             save_state(checkpoint, decoder, optimizers, step=step, next_seed=buffer.next_seed)
 
 
 def _train_step(
-    decoder: Any, buffer: ClipBuffer, prompts: Prompts, step: int, num_steps: int, device: torch.device
+    decoder: Any, buffer: ClipBuffer, prompts: Prompts, step: int, num_steps: int, known: Set[str]
 ) -> tuple[float, list[tuple[str, bool]]]:
     """Leave the gradients of one batch; return its loss and which answers began right."""
     rng = np.random.default_rng([step, 3])
@@ -222,8 +228,8 @@ def _train_step(
     view = list(VIEWS)[rng.choice(len(VIEWS), p=view_shares(step / num_steps))]
     clips = buffer.draw(VIEWS[view], rng)
     views = [make_view(clip, view, rng) for clip in clips]
-    items = [choose_questions(clip, view, rng, prompts) for clip in clips]
-    packed = pack(views, items, prompts.prefix, prompts.end, buffer.grid, END_WEIGHT).to(device)
+    items = [choose_questions(clip, view, rng, prompts, known) for clip in clips]
+    packed = pack(views, items, prompts.prefix, prompts.end, buffer.grid, END_WEIGHT).to(buffer.device)
     loss, right = pack_loss(run_pack(decoder, packed), packed)
     loss.backward()
     return loss.item(), right

@@ -1,8 +1,7 @@
-"""A short clip with known content, drawn and encoded on the spot: for the demo and for profiling without a video."""
+"""A short clip drawn and encoded on the spot: for profiling without a video, at the rate of real footage."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -14,26 +13,6 @@ SIDE_PX = 288
 FPS = 30
 CUT_AT = 0.5  # share of the clip after which the scene changes
 FLASH_FRAMES = 3
-
-
-@dataclass(frozen=True)
-class ClipQuestion:
-    """A question about the made clip, its options and the true one. ``is_transient``: on screen for a few frames
-    only."""
-
-    question: str
-    choices: tuple[str, ...]
-    truth: str
-    is_transient: bool
-
-
-QUESTIONS = (
-    ClipQuestion("Which way does the red square move?", ("left", "right", "up", "down"), "right", False),
-    ClipQuestion("What moves after the cut?", ("a square", "a circle", "a triangle", "nothing"), "a circle", False),
-    ClipQuestion(
-        "Which colour flashes for a moment near the end?", ("yellow", "white", "purple", "black"), "yellow", True
-    ),
-)
 
 
 def make_clip(path: Path, seconds: float = 4.0) -> Path:

@@ -15,9 +15,11 @@ from torch import Tensor
 from freres_cli.errors import ResourceError
 from freres_cli.world.draw import draw_scenes
 from freres_cli.world.questions import Question, questions_of
+from freres_cli.world.scene import DIRECTIONS
 from freres_cli.world.script import make_scene
 
 FILE_SIDE_PX = 192
+MARK = "made by freres world"  # in the files' metadata: what the bundled model knows
 QUESTIONS_FILE = "questions.jsonl"
 SEEDS_A_SPLIT = 10**9
 SEEDS_A_SET = 10**6  # clips that one --seed of a split can have
@@ -77,6 +79,32 @@ def make_set(
     return made
 
 
+def make_demo_clip(path: Path) -> MadeClip:
+    """Write the first clip of the test split in which something slides and something appears for a moment (H.264), and
+    ask where it slides, one thing more, and about what appeared. Not chosen by what any model answers."""
+    for index in range(SEEDS_A_SET):
+        number = clip_seed("test", index)
+        scene = make_scene(number)
+        asked = questions_of(number, scene)
+        motion = [question for question in asked if question.answer in DIRECTIONS and question.category == "Action"]
+        short = [question for question in asked if question.category == "Transient"]
+        other = [question for question in asked if question.category == "Attribute"]
+        if scene.facts["kind"] == "motion" and motion and short and other:
+            break
+    _, codec, options = CODECS[0]
+    encode_clip(path, draw_scenes([scene], FILE_SIDE_PX)[0], scene.fps, codec, options)
+    return MadeClip(number, path.name, (motion[0], other[0], short[0]))
+
+
+def is_world_clip(path: Path) -> bool:
+    """Whether a video file says that it was made by this world."""
+    try:
+        with av.open(str(path)) as container:
+            return MARK in {str(value) for value in container.metadata.values()}
+    except (av.FFmpegError, OSError, ValueError):
+        return False
+
+
 def choose_questions(questions: list[Question], count: int, asked: Counter[str]) -> list[Question]:
     """At most ``count``, one a category, those first whose category has been asked least; ``asked`` is kept up."""
     chosen: list[Question] = []
@@ -105,6 +133,7 @@ def encode_clip(path: Path, frames: Tensor, fps: int, codec: str, options: dict[
     """Write frames (T, h, w, 3) uint8 RGB as a video file. Raises ``ResourceError``."""
     try:
         with av.open(str(path), "w") as container:
+            container.metadata["comment"] = MARK
             stream = container.add_stream(codec, rate=fps, options=options)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"

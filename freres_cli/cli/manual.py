@@ -1,0 +1,127 @@
+"""What the man pages say of each verb beyond its own help: examples, output, JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+# What a verb's page says beyond the command itself. ``schemas``: the --json documents and their main keys. ``defaults``: as
+# DEFAULTS, for this verb.
+VERBS: dict[str, dict[str, Any]] = yaml.safe_load("""
+compress:
+  examples:
+    freres compress video.mp4 --budget 1280: Write bundle.pt with at most 1,280 visual tokens.
+    freres compress video.mp4 --model Qwen/Qwen2-VL-7B-Instruct: For a larger model, with its preset.
+    freres compress video.mp4 --start 60 --end 90 --fps 10 -o part.pt: Half a minute, 10 frames a second.
+    freres compress video.mp4 --budget 1280 --dry-run: Show the token allocation; encode nothing.
+    freres compress video.mp4 --set temporal_share=0.4: Change one setting of the preset.
+  output: The bundle's path. Token counts, time and peak memory go to stderr.
+  schemas:
+    freres.compress/1:
+      bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind grid timings_s
+      peak_memory_bytes model source sampling settings notes environment
+    freres.plan/1 with --dry-run:
+      visual_tokens budget_tokens full_tokens compression tokens_by_kind frames baseline_frames grid num_gops num_coefficients
+      pooled_grid max_events is_lossless settings
+  defaults: {variant: the preset's, fps: the preset's sample, frames: the preset's sample, grid: the preset's,
+    start: the beginning of the video, end: the end of the video}
+ask:
+  examples:
+    freres ask bundle.pt "What moves first?": Stream an answer.
+    freres ask bundle.pt "Which way?" --choices "left|right": Choose an option; print probabilities.
+    freres ask bundle.pt: Read questions line by line; the video is prefilled once.
+    freres ask bundle.pt - --json < question.txt: Read the question from stdin; print one document.
+  output: The answer; with `--choices`, then a line for each option with its probability. Costs go to stderr.
+  schemas:
+    freres.ask/1:
+      bundle question answer choices visual_tokens context_tokens new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
+      model text_after notes environment
+  defaults: {choices: none (a free answer), adapter: none (untrained), model: the bundle's, revision: the bundle's,
+    text_after: the bundle's}
+profile:
+  examples:
+    freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle, beside the full-token run.
+    freres profile video.mp4 --budget 1280 --repeat 5: Decode, encode and compress as well.
+    freres profile --json > profile.json: A made clip; every figure with its spread.
+  output: >-
+    A table: a row for Fre-Res and one for the full-token run of the same model. Figures are medians. A row whose status is
+    not ok says why: out_of_memory, context_exceeded or timed_out.
+  schemas: {freres.profile/1: target question repeat warmup model rows environment}
+  defaults: {model: "bundled, or the bundle's", revision: "the hub's main branch, or the bundle's"}
+eval:
+  examples:
+    freres eval questions.jsonl: The bundled model, three methods at four budgets.
+    freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
+    freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to go on after a stop.
+  output: >-
+    Two tables: a row for each method and budget, and accuracy by category. `accuracy` counts every question once,
+    `mean_over_categories` every category once; `retention` is accuracy over that of full. Intervals are 95 % percentile
+    bootstrap over 2,000 resamples (seed 0) of whole videos, since questions on one video stand or fall together; they have no
+    width where all answers are right, or all wrong, and are null for a single video. Tokens are means over videos (`_max`:
+    the most), times medians: `compress_s` from latents to tokens, `ttft_s` of a video's first question with its prefill,
+    `next_ttft_s` of the others. The file of `--output` has a header and a line for each video; a file of another run is
+    refused, and failed videos are tried again.
+  schemas:
+    freres.eval/1:
+      questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
+      rows (method budget budget_tokens budget_tokens_max visual_tokens visual_tokens_max accuracy ci_low ci_high retention
+      chance num_questions mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s) results_file
+      num_videos_resumed model settings notes environment
+  defaults: {output: none (nothing is kept), limit: every question}
+inspect:
+  examples:
+    freres inspect bundle.pt: What is inside, and where each setting came from.
+    freres inspect bundle.pt --tokens: With a row for each visual token.
+  output: >-
+    Source, model, tokens, residual energy kept, GoPs and settings. The spectrum stands beside its null: what independent
+    noise frames give.
+  schemas:
+    freres.inspect/1:
+      bundle bundle_bytes bytes_per_token visual_tokens budget_tokens full_tokens compression retention tokens_by_kind model
+      source sampling geometry settings history channels latents_dtype energy gops tokens
+repack:
+  examples:
+    freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.
+    freres repack bundle.pt --deepstack drop -o small.pt: Leave out the rows of DeepStack; answers change.
+  output: The new bundle's path. Token counts go to stderr.
+  schemas:
+    freres.repack/1:
+      bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind notes
+  defaults: {budget: all tokens stay, deepstack: as the bundle is}
+presets:
+  examples:
+    freres presets: List the presets.
+    freres presets qwen2-vl-7b > mine.yaml: Begin a preset of your own; use it with --preset mine.yaml.
+  output: A table of presets; with NAME, that preset as YAML.
+  schemas: {freres.presets/1: presets, freres.preset/1 with NAME: name settings}
+models:
+  examples: {freres models: List model families and checkpoints.}
+  output: >-
+    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, bytes of all weights, and whether real
+    weights were run.
+  schemas: {freres.models/1: families bundled checkpoints environment}
+doctor:
+  examples: {freres doctor: Check this machine.}
+  output: "A line for each part: ok, limited or missing, and what that means."
+  schemas: {freres.doctor/1: findings environment}
+demo:
+  examples:
+    freres demo: Run the whole job on a made clip.
+    freres demo -o here: Keep the clip and the bundles in the folder here.
+  output: "Three tables: token counts, answers beside the truth, cost beside the full-token run."
+  schemas: {freres.demo/1: clip bundles answers profile environment}
+  defaults: {folder: "a temporary folder, removed at the end"}
+world make:
+  examples:
+    freres world make --split test --count 500 -o test: Write the clips and questions the shipped model is tested on.
+    freres world make --level 2 --count 20 -o long: Longer clips at higher rates, for stronger models.
+  output: The path of questions.jsonl.
+  schemas: {freres.world_make/1: questions split seed level num_clips num_questions by_category}
+world train:
+  examples:
+    freres world train -o my-model: Train a model from nothing; the same command goes on with a stopped run.
+    freres world train -o my-model --device cuda: The same on a GPU.
+  output: The folder, for --model. Progress goes to stderr.
+  schemas: {freres.world_train/1: model tower_steps language_steps train_seeds choices_as train_s environment}
+""")
