@@ -20,7 +20,14 @@ from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEnc
 from freres_cli.backbones.qwen_vision import fit_grid
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, load_language_model, load_vision_encoder
 from freres_cli.errors import BackboneError, ResourceError
-from freres_cli.world.bundled_model import bundled_model_dir, bundled_model_info, make_checkpoint
+from freres_cli.world.bundled_model import (
+    FRAME_PX,
+    GRID,
+    WIDTH,
+    bundled_model_dir,
+    bundled_model_info,
+    make_checkpoint,
+)
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, rewrite_weights, to_new_layout
 
 SUPPORTED = tuple(FAMILIES)
@@ -305,9 +312,10 @@ def test_the_bundled_model_is_written_the_same_each_time(tmp_path):
         make_checkpoint(directory)
     contents = [{p.name: p.read_bytes() for p in directory.iterdir()} for directory in folders]
     assert contents[0] == contents[1]
-    assert sum(map(len, contents[0].values())) < 8_000_000
-    make_checkpoint(folders[1], seed=1)
-    assert (folders[1] / "model.safetensors").read_bytes() != contents[0]["model.safetensors"]
+    shipped = bundled_model_dir()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json"):
+        assert (shipped / name).read_bytes() == contents[0][name], f"{name} is not what the code writes"
+    assert sum(path.stat().st_size for path in shipped.iterdir()) < 24_000_000
 
 
 def test_the_bundled_model_loads():
@@ -315,14 +323,14 @@ def test_the_bundled_model_loads():
     model = load_language_model("bundled", CPU, bundled_directory=bundled_model_dir())
     assert vision.fingerprint == model.fingerprint
     assert vision.fingerprint["model_id"] == "bundled"
-    assert vision.width == model.width == 192
-    size = vision.frame_size(144, 144)
-    assert (size.grid_h, size.grid_w) == (9, 9)
-    assert vision.frame_size(1920, 1080).num_tokens <= 81
+    assert vision.width == model.width == WIDTH
+    size = vision.frame_size(FRAME_PX, FRAME_PX)
+    assert (size.grid_h, size.grid_w) == (GRID, GRID)
+    assert vision.frame_size(1920, 1080).num_tokens <= GRID**2
     text = "ünïcödé € 𝄞\n"
-    assert model.tokenizer(text)["input_ids"] == list(text.encode())
+    assert model.tokenizer.decode(model.tokenizer(text)["input_ids"]) == text
     assert {model.tokenizer.decode([i]) for i in model.stop_ids} == {"<|im_end|>", "<|endoftext|>"}
-    assert bundled_model_info()["freres_trained"] in (True, False)
+    assert bundled_model_info()["freres_trained"] and model.choices_as == "words"
 
 
 def test_known_checkpoints_are_of_supported_families():

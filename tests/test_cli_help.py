@@ -110,6 +110,8 @@ def test_version(freres: Any) -> None:
         (("compress", "video.mp4", "--budget", "0"), "--budget"),
         (("compress", "video.mp4", "--set", "budget_tokens"), "KEY=VALUE"),
         (("compress", "video.mp4", "--method", "other"), "--method"),
+        (("compress", "video.mp4", "--revision", "main"), "--revision"),
+        (("ask", "bundle.pt", "what?", "--model", ".", "--revision", "main"), "--revision"),
         (("compress", "video.mp4", "--preset", "qwen2-vl-7"), "qwen2-vl-7b"),
         (("compress", "video.mp4", "--fps", "1", "--frames", "2"), "--frames"),
         (("repack", "bundle.pt", "--output", "small.pt"), "--budget"),

@@ -63,6 +63,7 @@ def ask(
     text = _read_question(question, json)
     if text_after not in (None, *TEXT_AFTER):
         raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
+    options.check_revision(model, revision)
     from freres_cli.backbones.generation import Sampling
     from freres_cli.devices import choose_device
     from freres_cli.workflows.ask import AskRequest, open_session

@@ -110,6 +110,7 @@ def make_request(
     if method not in METHODS:
         raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method}")
     chosen = model or options.BUNDLED
+    options.check_revision(chosen, revision)
     name = preset or ("bundled" if chosen == options.BUNDLED else "qwen2-vl-7b")
     settings = merge_settings(load_preset(name), flags)
     from freres_cli.devices import choose_device

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from freres_cli.errors import UsageError
 from freres_cli.presets import DEEPSTACK, environment_value, preset_names
 
 BUNDLED = "bundled"
@@ -86,3 +87,9 @@ def device_name(flag: str | None) -> str | None:
 def dtype_name(flag: str | None) -> str | None:
     """Flag, else FRERES_DTYPE."""
     return flag or environment_value("dtype")
+
+
+def check_revision(model: str | None, revision: str | None) -> None:
+    """Only hub models have revisions. Raises ``UsageError``."""
+    if revision is not None and (model == BUNDLED or (model is not None and Path(model).expanduser().is_dir())):
+        raise UsageError(f"--revision: {model} is no hub model: expected none, got {revision}", "leave --revision out")

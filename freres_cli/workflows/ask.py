@@ -21,7 +21,7 @@ from freres_cli.errors import BackboneError, BundleError, UsageError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import build_tokens
 from freres_cli.records import Answer, VideoTokens
-from freres_cli.workflows.compress import describe_drop
+from freres_cli.workflows.compress import describe_drop, describe_limits
 from freres_cli.workflows.questions import check_choices, find_control_token, format_choices
 from freres_cli.world.bundled_model import bundled_model_dir
 
@@ -166,7 +166,8 @@ def open_session(request: AskRequest) -> Session:
         bundled_directory=bundled_model_dir(),
     )
     check_model(bundle, model)
-    modules, notes = None, list(model.notes)
+    is_from_world = bool(bundle.manifest["source"].get("made_by_world"))
+    modules, notes = None, [*describe_limits(str(recorded.get("model_id")), is_from_world), *model.notes]
     if request.adapter is not None:
         weights, header = read_adapter(request.adapter, recorded)
         modules = _build_modules(request.adapter, weights, header)

@@ -27,7 +27,8 @@ from freres_cli.records import Frames, FrameSize, Tracks, VideoInfo
 from freres_cli.video.decode import Decoder, DecodeReport, decode_frames
 from freres_cli.video.probe import hash_file, probe_video
 from freres_cli.video.sampling import Sampling, num_sampled_frames
-from freres_cli.world.bundled_model import bundled_model_dir
+from freres_cli.world.bundled_model import bundled_model_dir, bundled_model_info
+from freres_cli.world.make import is_world_clip
 
 # Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
 ENCODE_BATCH_TOKENS = 4608
@@ -146,7 +147,8 @@ def compress_video(
     with timer.stage("write"):
         num_bytes = write_bundle(output, tracks, manifest, force=force)
     timer.seconds["total"] = time.perf_counter() - start
-    notes = (*encoder.notes, *plan.info.notes, *report.notes, *_plan_notes(plan, request, manifest))
+    limits = describe_limits(request.model, manifest["source"]["made_by_world"])
+    notes = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *_plan_notes(plan, request, manifest))
     return CompressResult(
         output, num_bytes, manifest, timer.seconds, memory.read_bytes(), encoder.dtype, tuple(dict.fromkeys(notes))
     )
@@ -265,6 +267,7 @@ def build_manifest(
             "file": os.fsencode(request.video.name).decode(errors="backslashreplace"),
             "bytes": request.video.stat().st_size,
             "sha256": hash_file(request.video),
+            "made_by_world": is_world_clip(request.video),
             **info,
             "notes": list(plan.info.notes),
         },
@@ -355,6 +358,16 @@ def _plan_notes(plan: CompressPlan, request: CompressRequest, manifest: Mapping[
         yield "track_density has no effect with sample: native"
     if request.value("deepstack") == "drop":
         yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"
+
+
+def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
+    """What the bundled model is asked beyond what it knows, in words; nothing for other models."""
+    if model_id != BUNDLED or is_from_world or not bundled_model_info().get("freres_trained"):
+        return ()
+    return (
+        "the bundled model only knows its own world of drawn shapes ('freres world make'): what it says of other videos "
+        "means nothing; name a real model with --model, such as Qwen/Qwen2-VL-2B-Instruct",
+    )
 
 
 def describe_drop(num_deep_layers: int) -> str | None:

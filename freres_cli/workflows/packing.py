@@ -27,11 +27,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class View:
-    """The visual tokens of one example: ``latents`` (S, D), ``positions`` (S, 3), the clip's number of frames."""
+    """The visual tokens of one example: ``latents`` (S, D), ``positions`` (S, 3). ``traces`` (S, 8): what is taught
+    of each token (``labels.TRACES``), NaN where nothing is."""
 
     latents: Tensor
     positions: Tensor
-    num_frames: int
+    traces: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Item:
 @dataclass(frozen=True)
 class Pack:
     """A batch. ``ids``, ``is_video``, ``targets`` (-100 where nothing is learnt), ``weights``: (B, L); ``positions``:
-    (3, B, L); ``latents``: (all visual tokens, D). ``firsts``: (row, place) that predicts an item's answer, with its
-    name and first token."""
+    (3, B, L); ``latents``, ``traces``: (all visual tokens, D or 8). ``firsts``: (row, place) that predicts an
+    item's answer, with its name and first token."""
 
     layout: Layout
     ids: Tensor
     is_video: Tensor
     latents: Tensor
+    traces: Tensor
     positions: Tensor
     targets: Tensor
     weights: Tensor
@@ -73,7 +75,8 @@ def pack(
     grid: int,
     end_weight: float,
 ) -> Pack:
-    """Lay out a batch. Text after the video counts on from the largest position of the whole clip, as in ``ask``."""
+    """Lay out a batch. Text after the video counts on from the grid's larger side, as transformers 5.23 does it
+    (``text_after: hf``): so near the video that rows and columns differ in its eyes, however long the clip is."""
     batch, p = len(views), len(prefix)
     video = p + max(len(view.latents) for view in views)
     questions = max(map(len, items))
@@ -92,7 +95,7 @@ def pack(
         seen[b, :n] = True
         positions[:, b, :p] = torch.arange(p)
         positions[:, b, p:n] = view.positions.T + p
-        start = p + max(view.num_frames, grid)
+        start = p + grid
         for number, item in enumerate(part):
             at = video + number * block
             whole = torch.tensor([*item.prompt, *item.answer, end])
@@ -103,7 +106,10 @@ def pack(
             weights[b, learnt] = torch.tensor([*[1.0] * len(item.answer), end_weight])
             firsts.append((b, learnt.start, item.name, item.answer[0]))
     latents = torch.cat([view.latents for view in views])
-    return Pack(Layout(video, questions, block, seen), ids, is_video, latents, positions, targets, weights, firsts)
+    traces = torch.cat([view.traces for view in views])
+    return Pack(
+        Layout(video, questions, block, seen), ids, is_video, latents, traces, positions, targets, weights, firsts
+    )
 
 
 def use_packed_attention(decoder: Any) -> None:

@@ -10,22 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor, nn
 
 from freres_cli.workflows.muon import Muon
-from freres_cli.workflows.packing import Item, View, pack, pack_loss, run_pack, use_packed_attention
+from freres_cli.workflows.packing import Item, Pack, View, pack, pack_loss, run_pack, use_packed_attention
 from freres_cli.workflows.train_tower import run_tower
 from freres_cli.workflows.training_state import load_state, save_state
 from freres_cli.world.draw import draw_scenes
-from freres_cli.world.labels import dense_labels
+from freres_cli.world.labels import ALWAYS_KNOWN, TRACES, trace_labels
 from freres_cli.world.questions import Question, questions_of
 from freres_cli.world.script import make_scene
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 FIRST_SEED = 10**7
 LEARNING_RATE = 2e-3
-MUON_FACTOR = 3
+MUON_FACTOR = 1
 WARM_UP_STEPS = 60
 NEW_CLIPS = 4  # a step
 CAPACITY = 1600  # clips in memory: each is seen a few times, under different views
@@ -36,16 +37,19 @@ SAME_CATEGORY = 4  # questions of one category a clip, so that rare ones count
 SCORED = 200  # latest answers that a running score is of
 KNOWN = 0.9  # a category that is right this often is asked once a clip
 FIRST_CLIPS = 240
+TRACED_LAYER, TRACE_WEIGHT = 2, 3.0
 END_WEIGHT = 0.1  # of the end-of-turn token in the loss: it is nearly always right
 
 
 @dataclass
 class EncodedClip:
-    """In main memory. ``latents``: (T, cells, D) float16. ``present``: (T, cells) whether an object is there."""
+    """In main memory. ``latents``: (T, cells, D) float16. ``present``: (T, cells) whether an object is there.
+    ``traces``: (T, cells, 8), ``labels.TRACES``, NaN where unknown."""
 
     seed: int
     latents: Tensor
     present: Tensor
+    traces: Tensor
     grid: int
     questions: list[Question]
 
@@ -60,8 +64,9 @@ def encode_clips(tower: Any, seeds: Sequence[int], grid: int, device: torch.devi
         level = NOISE * torch.rand(1, generator=generator)
         noise = (torch.randn(frames.shape, generator=generator) * level).to(device)
         latents = run_tower(tower, (frames.float() + noise).clamp(0, 255)).flatten(1, 2).half().cpu()
-        present = dense_labels(scene, grid)["present"].flatten(1)
-        clips.append(EncodedClip(seed, latents, present, grid, questions_of(seed, scene)))
+        traces, present = (part.flatten(1, 2) for part in trace_labels(scene, grid))
+        traces[..., ALWAYS_KNOWN:][~present] = torch.nan
+        clips.append(EncodedClip(seed, latents, present, traces, grid, questions_of(seed, scene)))
     return clips
 
 
@@ -76,12 +81,15 @@ def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
     latents = clip.latents.float()
     frame, cell = torch.meshgrid(torch.arange(t), torch.arange(cells), indexing="ij")
     positions = torch.stack([frame, cell // clip.grid, cell % clip.grid], -1).float()
+    traces = clip.traces
     if name == "merged":
         even = t - t % 2
         latents = latents[:even].view(-1, 2, cells, width).mean(1)
         positions = positions[:even].view(-1, 2, cells, 3).mean(1)
+        traces = torch.full((*positions.shape[:2], len(TRACES)), torch.nan)
     elif name == "pooled":
         latents, positions = (_pool(x, clip.grid) for x in (latents, positions))
+        traces = torch.full((*positions.shape[:2], len(TRACES)), torch.nan)
     keep = torch.ones(latents.shape[:2], dtype=torch.bool)
     if name == "random":
         keep = torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.2, 0.7))
@@ -92,7 +100,7 @@ def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
     elif name == "frames":
         keep &= torch.from_numpy(rng.random(t) < rng.uniform(0.3, 0.6))[:, None]
         keep[int(rng.integers(t))] = True
-    return View(latents[keep], positions[keep], t)
+    return View(latents[keep], positions[keep], traces[keep])
 
 
 def _pool(x: Tensor, grid: int) -> Tensor:
@@ -140,6 +148,30 @@ def choose_questions(
     return items
 
 
+class Tracer(nn.Module):
+    """Reads what is where, when and how it moves off a decoder layer's visual tokens; thrown away after training.
+
+    Ours: questions alone say too little of positions, which the tower cannot know, for a small model to learn them soon.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(decoder.config.hidden_size, len(TRACES))
+        self._hidden: Tensor | None = None
+        decoder.layers[TRACED_LAYER].register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
+        self._hidden = output[0] if isinstance(output, tuple) else output
+
+    def loss(self, batch: Pack) -> Tensor:
+        """Mean over what is known, of the batch last run."""
+        assert self._hidden is not None
+        told = self.linear(F.rms_norm(self._hidden[batch.is_video], self._hidden.shape[-1:]))
+        self._hidden = None
+        known = ~batch.traces.isnan()
+        return F.smooth_l1_loss(told[known], batch.traces[known], beta=0.2) if known.any() else told.sum() * 0
+
+
 class ClipBuffer:
     """The newest encoded clips; each is seen a few times under different views."""
 
@@ -185,15 +217,18 @@ def train_language(
     exists; the clips in memory then are made anew."""
     prompts = Prompts(tokenizer)
     use_packed_attention(decoder)
+    tracer = Tracer(decoder).to(device)
+    both = nn.ModuleDict({"decoder": decoder, "tracer": tracer})
     matrices = [p for name, p in decoder.named_parameters() if p.ndim == 2 and "layers" in name]
     chosen = {id(p) for p in matrices}
     rest = [p for p in decoder.parameters() if id(p) not in chosen]
     optimizers = [
         Muon(matrices, MUON_FACTOR * LEARNING_RATE),
         torch.optim.AdamW(rest, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98)),
+        torch.optim.AdamW(tracer.parameters(), lr=LEARNING_RATE, weight_decay=0.0),
     ]
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    state = load_state(checkpoint, decoder, optimizers)
+    state = load_state(checkpoint, both, optimizers)
     step = state.get("step", 0)
     buffer = ClipBuffer(tower, grid, device, max(FIRST_SEED * (seed + 1), state.get("next_seed", 0) - FIRST_CLIPS))
     while len(buffer.clips) < FIRST_CLIPS:
@@ -204,25 +239,25 @@ def train_language(
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * learning_rate(step, num_steps)
         known = {name for name, rights in scores.items() if len(rights) == SCORED and np.mean(rights) > KNOWN}
-        loss, right = _train_step(decoder, buffer, prompts, step, num_steps, known)
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        loss, trace_loss, right = _train_step(decoder, tracer, buffer, prompts, step, num_steps, known)
+        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        decoder.zero_grad()
+        both.zero_grad()
         for name, is_right in right:
             scores[name].append(is_right)
         step += 1
         if step % LOG_EVERY == 0:
             told = " ".join(f"{name} {np.mean(rights):.2f}" for name, rights in sorted(scores.items()))
-            log(f"language {step}/{num_steps} loss {loss:.3f} {told}")
+            log(f"language {step}/{num_steps} loss {loss:.3f} trace {trace_loss:.3f} {told}")
         if step % SAVE_EVERY == 0 or step == num_steps:
-            save_state(checkpoint, decoder, optimizers, step=step, next_seed=buffer.next_seed)
+            save_state(checkpoint, both, optimizers, step=step, next_seed=buffer.next_seed)
 
 
 def _train_step(
-    decoder: Any, buffer: ClipBuffer, prompts: Prompts, step: int, num_steps: int, known: Set[str]
-) -> tuple[float, list[tuple[str, bool]]]:
-    """Leave the gradients of one batch; return its loss and which answers began right."""
+    decoder: Any, tracer: Tracer, buffer: ClipBuffer, prompts: Prompts, step: int, num_steps: int, known: Set[str]
+) -> tuple[float, float, list[tuple[str, bool]]]:
+    """Leave the gradients of one batch; return both its losses and which answers began right."""
     rng = np.random.default_rng([step, 3])
     buffer.add(NEW_CLIPS)
     view = list(VIEWS)[rng.choice(len(VIEWS), p=view_shares(step / num_steps))]
@@ -231,5 +266,6 @@ def _train_step(
     items = [choose_questions(clip, view, rng, prompts, known) for clip in clips]
     packed = pack(views, items, prompts.prefix, prompts.end, buffer.grid, END_WEIGHT).to(buffer.device)
     loss, right = pack_loss(run_pack(decoder, packed), packed)
-    loss.backward()
-    return loss.item(), right
+    trace_loss = tracer.loss(packed)
+    (loss + TRACE_WEIGHT * trace_loss).backward()
+    return loss.item(), trace_loss.item(), right

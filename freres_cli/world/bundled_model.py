@@ -1,7 +1,7 @@
 """The bundled model: Qwen2-VL in miniature, so that every command runs without a download.
 
-The same architecture and files as a released checkpoint, written by transformers' own class, at 3.7 million parameters:
-frames of 144x144 px become 9x9 tokens of width 192, and text is bytes.
+The same architecture and files as a released checkpoint, written by transformers' own class, at 3.5 million parameters:
+frames of 96x96 px become 6x6 tokens of width 192, and text is bytes with merges for the words of its world.
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ def tokenizer_corpus() -> list[str]:
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     """The miniature's shape.
 
-    The rope base is small because the axes share one falling range of frequencies, width the slowest: at base 30 six
-    columns still span half a radian, and the slowest temporal pair turns once in 17 frames.
+    The rope base is small because the axes share one falling range of frequencies, width the slowest: at base 10 six
+    columns still span a radian, and the slowest temporal pair turns once in 12 frames.
     """
     from transformers import Qwen2VLConfig
 
     def token(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(name))
 
-    rope = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [8, 8, 8]}
+    rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [8, 8, 8]}
     return Qwen2VLConfig(
         vision_config={
             "depth": 4,

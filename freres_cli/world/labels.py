@@ -41,16 +41,11 @@ def dense_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     tower with relative positions could know.)
     """
     cell = SIDE / grid
-    middle = (torch.arange(grid) + 0.5) * cell
     shape = (scene.num_frames, grid, grid)
     labels = {name: torch.zeros(shape, dtype=torch.long) for name in CLASSES}
     present, place = torch.zeros(shape, dtype=torch.bool), torch.zeros(*shape, 2)
     for thing in scene.things:
-        centre = torch.from_numpy(thing.centre).float()
-        dx = centre[:, None, None, 0] - middle[None, None, :].expand(shape)
-        dy = centre[:, None, None, 1] - middle[None, :, None].expand(shape)
-        near = torch.maximum(dx.abs(), dy.abs()) < cell / 2 + REACH * thing.radius
-        near &= torch.from_numpy(thing.visible)[:, None, None]
+        dx, dy, near = _reach(thing, shape, cell)
         present |= near
         white = torch.from_numpy(thing.is_white)[:, None, None]
         labels["shape"][near] = SHAPES.index(thing.shape)
@@ -64,3 +59,41 @@ def dense_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     for shot in scene.shots:
         texture[shot.start : shot.end] = TEXTURES.index(shot.background.texture)
     return {"present": present, "place": place, "texture": texture, **labels}
+
+
+# What the language half is taught about every visual token besides its questions: where and when it is; and, where an
+# object is, the object's centre, its motion, and how long it has been there.
+TRACES = ("row", "column", "frame", "x", "y", "x_step", "y_step", "age")
+ALWAYS_KNOWN = 3  # the first of them; the others only where an object is
+STEP_FRAMES, STEP_UNIT, TIME_UNIT = 3, 8.0, 20.0
+
+
+def trace_labels(scene: Scene, grid: int) -> tuple[Tensor, Tensor]:
+    """(T, grid, grid, 8) values of ``TRACES``, each within a few units of 0, and (T, grid, grid) where an object is."""
+    t = scene.num_frames
+    labels = torch.zeros(t, grid, grid, len(TRACES))
+    present = torch.zeros(t, grid, grid, dtype=torch.bool)
+    frame, row, column = torch.meshgrid(torch.arange(t), torch.arange(grid), torch.arange(grid), indexing="ij")
+    labels[..., 0], labels[..., 1] = row * (2 / grid) - 1, column * (2 / grid) - 1
+    labels[..., 2] = frame / TIME_UNIT - 1
+    for thing in scene.things:
+        near = _reach(thing, (t, grid, grid), SIDE / grid)[2]
+        present |= near
+        centre = torch.from_numpy(thing.centre).float()
+        first = int(thing.visible.argmax())
+        before = (torch.arange(t) - STEP_FRAMES).clamp(min=first)
+        age = (torch.arange(t) - first) / TIME_UNIT
+        known = torch.cat([centre / (SIDE / 2) - 1, (centre - centre[before]) / STEP_UNIT, age[:, None]], -1)
+        rows = known[:, None, None].expand(t, grid, grid, -1)
+        labels[..., ALWAYS_KNOWN:] = torch.where(near[..., None], rows, labels[..., ALWAYS_KNOWN:])
+    return labels, present
+
+
+def _reach(thing: Thing, shape: tuple[int, int, int], cell: float) -> tuple[Tensor, Tensor, Tensor]:
+    """An object's centre from each cell's, x and y, and which cells it reaches into while it is visible: (T, grid, grid)."""
+    middle = (torch.arange(shape[1]) + 0.5) * cell
+    centre = torch.from_numpy(thing.centre).float()
+    dx = centre[:, None, None, 0] - middle[None, None, :].expand(shape)
+    dy = centre[:, None, None, 1] - middle[None, :, None].expand(shape)
+    near = torch.maximum(dx.abs(), dy.abs()) < cell / 2 + REACH * thing.radius
+    return dx, dy, near & torch.from_numpy(thing.visible)[:, None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ PIECES = "|".join([*map(re.escape, FRAME_PIECES), r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za
 MAX_VOCABULARY = 1024
 
 
-def make_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges come from ``corpus``; the same corpus gives the same tokenizer."""
+def make_tokenizer(corpus: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges come from ``corpus``, plain bytes without one; the same corpus, the same tokenizer."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,223 @@
+"""The made world: same seeds, same clips; questions with one true answer that cannot be guessed; files others can read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from itertools import pairwise, product
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from freres_cli.world.draw import draw_scenes
+from freres_cli.world.labels import STILLS, dense_labels, make_stills
+from freres_cli.world.make import SPLITS, choose_questions, clip_seed, is_world_clip, make_demo_clip
+from freres_cli.world.questions import CATEGORIES, DOES, questions_of
+from freres_cli.world.scene import COLOUR_RGB, COLOURS, SHAPES, SIDE, STEPS
+from freres_cli.world.script import FPS, KINDS, SPEED_PX, make_scene
+from tests.runner import check_failure, run_freres
+
+SCENES = 3000
+CHANCE, MARGIN = 0.25, 0.03
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Every question of many scenes: (scene, question)."""
+    return [(scene, q) for seed in range(SCENES) for scene in [make_scene(seed)] for q in questions_of(seed, scene)]
+
+
+def test_a_seed_is_a_clip():
+    for level in (1, 2):
+        a, b, c = (make_scene(seed, "motion", level) for seed in (5, 5, 6))
+        assert torch.equal(draw_scenes([a])[0], draw_scenes([b])[0])
+        assert questions_of(5, a) == questions_of(5, b) != questions_of(6, c)
+
+
+def test_splits_share_no_clip():
+    firsts = [clip_seed(split, 0, seed) for split in SPLITS for seed in (0, 1, 998)]
+    assert all(b - a >= 10**6 for a, b in pairwise(sorted(firsts)))
+    # What `world train` draws its clips from lies in the training split.
+    from freres_cli.workflows.train_language import FIRST_SEED
+
+    assert clip_seed("train", 0, 10) == FIRST_SEED < clip_seed("validation", 0)
+
+
+def test_every_category_and_every_kind_comes_up(asked):
+    assert {question.category for _, question in asked} == set(CATEGORIES)
+    assert {scene.facts["kind"] for scene, _ in asked} == set(KINDS)
+
+
+def test_four_different_options_one_of_them_true(asked):
+    for _, question in asked:
+        assert len(set(question.choices)) == 4 and question.answer in question.choices
+
+
+def blind_key(question, option):
+    """What someone sees who sees no video: names of objects tell apart nothing."""
+    names = "|".join([*COLOURS, *SHAPES])
+    wording = re.sub(rf"\b({names})\b", "*", question.question)
+    is_name = re.fullmatch(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", option)
+    return question.category, wording, "a name" if is_name else option
+
+
+def test_no_category_can_be_guessed_from_the_question(asked):
+    """The best guesser there can be: it knows how often each option is true for each wording, from half the scenes."""
+    half = len(asked) // 2
+    offered, true = Counter(), Counter()
+    for _, question in asked[:half]:
+        for option in question.choices:
+            offered[blind_key(question, option)] += 1
+        true[blind_key(question, question.answer)] += 1
+    right, total = Counter(), Counter()
+    for _, question in asked[half:]:
+        # Ties, as between names, are broken by place.
+        rates = [true[blind_key(question, o)] / max(1, offered[blind_key(question, o)]) for o in question.choices]
+        guess = question.choices[int(np.argmax(rates))]
+        right[question.category] += guess == question.answer
+        total[question.category] += 1
+    for category in CATEGORIES:
+        # Three standard errors beside the margin: rare categories have a few hundred questions here.
+        noise = 3 * (CHANCE * (1 - CHANCE) / total[category]) ** 0.5
+        assert right[category] / total[category] < CHANCE + MARGIN + noise, category
+
+
+def test_an_option_stands_in_every_place_equally_often(asked):
+    places = Counter(question.choices.index(question.answer) for _, question in asked)
+    assert max(places.values()) < 1.1 * min(places.values())
+
+
+def test_answers_are_what_the_picture_shows(asked):
+    """Facts against positions: which way, what place, how often, who first."""
+    checked = Counter()
+    for scene, question in asked[:6000]:
+        thing = next((t for t in scene.things if re.search(rf"\b({t.colour}|{t.shape})\b", question.question)), None)
+        if question.category == "Action" and question.answer in STEPS:
+            assert thing is not None
+            moved = thing.centre[-1] - thing.centre[0]
+            assert np.allclose(moved / np.abs(moved).max(), STEPS[question.answer])
+        elif question.category == "Action" and question.answer in SPEED_PX:
+            assert thing is not None
+            assert np.abs(np.diff(thing.centre, axis=0)).max() == pytest.approx(SPEED_PX[question.answer])
+        elif question.category == "Position":
+            assert thing is not None
+            y, x = question.answer.split()
+            assert (thing.centre[0] > SIDE / 2).tolist() == [x == "right", y == "bottom"]
+        elif question.category == "Count" and "white" in question.question:
+            assert thing is not None
+            starts = np.diff(thing.is_white.astype(int), prepend=0) == 1
+            assert starts.sum() == int(question.answer)
+        elif question.category == "Order":
+            first = {t.name: int(t.visible.argmax()) for t in scene.things if "rank" in t.facts}
+            wanted = min(first.values()) if "first" in question.question else max(first.values())
+            assert first[question.answer] == wanted
+        elif question.category == "Transient":
+            flash = next(t for t in scene.things if t.facts.get("role") == "transient")
+            assert 1 <= flash.visible.sum() <= 3 and question.answer in (flash.colour, flash.shape)
+        elif question.category == "Cognition" and question.answer != "nothing":
+            target = next(t for t in scene.things if t.facts.get("role") == "target")
+            pusher, start = scene.thing(question.answer), int(target.facts["starts"])
+            gap = np.linalg.norm(pusher.centre[start] - target.centre[start]) - pusher.radius - target.radius
+            assert abs(gap) < 4
+        else:
+            continue
+        checked[question.category] += 1
+    assert len(checked) == 6 and min(checked.values()) > 50
+
+
+def test_every_question_about_motion_has_an_answer_of_its_kind(asked):
+    kinds = defaultdict(set)
+    for _, question in asked:
+        if question.category == "Action":
+            kinds[question.question.split()[0]].add(question.answer)
+    assert set(DOES) <= kinds["What"]
+
+
+def test_pixels_are_where_the_labels_say():
+    checked = 0
+    for scene in map(make_stills, range(12)):
+        frames, labels = draw_scenes([scene])[0], dense_labels(scene, 6)
+        assert frames.shape == (STILLS, SIDE, SIDE, 3) and frames.dtype == torch.uint8
+        for frame, thing in product(range(STILLS), scene.things):
+            x, y = thing.centre[frame].astype(int)
+            later = [t for t in scene.things[scene.things.index(thing) + 1 :] if t.visible[frame]]
+            is_covered = any(np.abs(t.centre[frame] - thing.centre[frame]).max() < 30 for t in later)
+            if not thing.visible[frame] or is_covered or thing.shape == "ring":
+                continue
+            wanted = (245, 245, 245) if thing.is_white[frame] else COLOUR_RGB[thing.colour]
+            colour = len(COLOURS) if thing.is_white[frame] else COLOURS.index(thing.colour)
+            assert labels["colour"][frame, y // 16, x // 16] == colour
+            seen = frames[frame, y, x].double() / scene.fade[frame]
+            assert (seen - torch.tensor(wanted, dtype=torch.float64)).abs().max() < 8
+            checked += 1
+    assert checked >= 20
+
+
+def test_a_higher_resolution_shows_the_same():
+    scene = make_scene(11)
+    small, large = (draw_scenes([scene], side)[0].float() for side in (SIDE, 2 * SIDE))
+    pooled = torch.nn.functional.avg_pool2d(large.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    assert (pooled - small).abs().mean() < 4
+
+
+def test_the_second_level_has_other_rates_and_one_to_five_frames_of_a_flash():
+    lengths, rates = set(), set()
+    for seed in range(60):
+        scene = make_scene(seed, level=2)
+        rates.add(scene.fps)
+        assert 6 <= scene.num_frames / scene.fps <= 60
+        assert scene.shots[-1].end == scene.num_frames == len(scene.fade)
+        lengths |= {int(t.visible.sum()) for t in scene.things if t.facts.get("role") == "transient"}
+    assert rates == {12, 15, 24, 30} and lengths == {1, 2, 3, 4, 5}
+
+
+def test_questions_of_a_set_are_of_different_categories_and_balanced(asked):
+    counts = Counter()
+    for seed in range(400):
+        chosen = choose_questions(questions_of(seed, make_scene(seed)), 4, counts)
+        assert len({question.category for question in chosen}) == len(chosen) <= 4
+    assert min(counts.values()) > 0.25 * max(counts.values())
+
+
+def test_world_make_writes_clips_and_questions(tmp_path):
+    made = run_freres("world", "make", "--count", "5", "-o", str(tmp_path / "set"), "--json").json
+    rows = [json.loads(line) for line in (tmp_path / "set/questions.jsonl").read_text().splitlines()]
+    assert made["num_questions"] == len(rows) and made["num_clips"] == 5
+    assert len({row["id"] for row in rows}) == len(rows)
+    codecs = set()
+    for name in {row["video"] for row in rows}:
+        with av.open(str(tmp_path / "set" / name)) as container:
+            stream = container.streams.video[0]
+            codecs.add(stream.codec_context.name)
+            scene = make_scene(next(row["seed"] for row in rows if row["video"] == name))
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        assert len(frames) == scene.num_frames and stream.average_rate == FPS
+        drawn = draw_scenes([scene], 2 * SIDE)[0].numpy().astype(float)
+        assert np.abs(np.stack(frames) - drawn).mean() < 8
+        assert is_world_clip(tmp_path / "set" / name)
+    assert codecs >= {"h264"} and len(codecs) == 2
+    again = run_freres("world", "make", "--count", "5", "-o", str(tmp_path / "other"), "--json").json
+    assert again["by_category"] == made["by_category"]
+    texts = [(tmp_path / folder / "questions.jsonl").read_text() for folder in ("set", "other")]
+    assert texts[0] == texts[1]
+
+
+def test_world_make_refuses_what_it_cannot_do(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    for arguments, word in (
+        (("-o", str(tmp_path / "full")), "empty folder"),
+        (("-o", str(tmp_path / "full/file")), "empty folder"),
+        (("-o", str(tmp_path / "new"), "--split", "dev"), "train, validation, test"),
+    ):
+        check_failure(run_freres("world", "make", "--count", "1", *arguments), 2, word)
+    assert (tmp_path / "full/file").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def test_the_demo_clip_asks_about_a_flash(tmp_path):
+    clip = make_demo_clip(tmp_path / "clip.mp4")
+    assert [question.category for question in clip.questions] == ["Action", "Attribute", "Transient"]
+    assert is_world_clip(tmp_path / "clip.mp4") and not is_world_clip(tmp_path / "none.mp4")
