@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import warn_if_untrained
 from freres_cli.cli.output import format_seconds, print_error, print_json, print_notes, print_result
 from freres_cli.errors import FreresError, UsageError
 from freres_cli.presets import TEXT_AFTER
@@ -77,7 +76,6 @@ def ask(
     place = choose_device(options.device_name(device), attn)
     request = AskRequest(bundle, place, model, revision, options.dtype_name(dtype), adapter, text_after)
     session = open_session(request)
-    warn_if_untrained(session.model.fingerprint.get("model_id"))
     print_notes(session.notes, quiet)
     if text is None:
         _loop(session, manner, quiet)

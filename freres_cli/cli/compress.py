@@ -71,7 +71,6 @@ def compress(
     request = make_request(video, flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
     from freres_cli.workflows.compress import compress_video, load_encoder, plan_compression
 
-    warn_if_untrained(request.model)
     if dry_run:
         _print_plan(plan_compression(request, load_encoder(request)), request, json)
         return
@@ -128,20 +127,6 @@ def make_request(
         end_s=end,
         strict=strict,
     )
-
-
-def warn_if_untrained(model: str | None) -> None:
-    """Say so where the bundled model answers and has not been trained."""
-    if model not in (None, options.BUNDLED):
-        return
-    from freres_cli.cli.output import print_warning
-    from freres_cli.world.bundled_model import bundled_model_info
-
-    if not bundled_model_info().get("freres_trained"):
-        print_warning(
-            "the bundled model is untrained: its answers mean nothing; name a real one with --model, such as "
-            "Qwen/Qwen2-VL-2B-Instruct"
-        )
 
 
 def _summary(tokens: dict[str, Any], result: CompressResult) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import make_request, warn_if_untrained
+from freres_cli.cli.compress import make_request
 from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
 from freres_cli.errors import UsageError
 
@@ -38,7 +38,6 @@ def demo(
         taken = [name for name in names if (folder / name).exists()]
         if taken:
             raise UsageError(f"{folder}: {', '.join(taken)} already there", "name an empty folder")
-    warn_if_untrained(model)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
         document = _run(Path(place), model, device, quiet or json)
     if json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_request, warn_if_untrained
+from freres_cli.cli.compress import gather_flags, make_request
 from freres_cli.cli.output import (
     format_seconds,
     print_json,
@@ -86,7 +86,6 @@ def evaluate(
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
 
-    warn_if_untrained(compress.model)
     request = EvalRequest(file, cells, compress, path, force)
     with progress_bar("eval", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress)

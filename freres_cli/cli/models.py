@@ -18,14 +18,14 @@ def models(json: options.Json = False) -> None:
     bfloat16. A dash is a number that is not known here.
     """
     from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS
-    from freres_cli.world.bundled_model import bundled_model_info
+    from freres_cli.world.bundled_model import FRAME_PX, GRID, bundled_model_info
 
     bundled = bundled_model_info()
     if json:
         _print_document(bundled)
         return
-    trained = "trained" if bundled.get("freres_trained") else "untrained"
-    rows = [("bundled", "qwen2_vl", "81 at 144x144", "-", "-", "-", f"ships with freres, {trained}")]
+    size = f"{GRID**2} at {FRAME_PX}x{FRAME_PX}"
+    rows = [("bundled", "qwen2_vl", size, "-", "-", "-", "ships with freres; only knows its own world")]
     rows += [_describe(known) for known in KNOWN_CHECKPOINTS]
     columns = ("model", "family", "tokens a frame", "KV a token", "bundle a token", "weights", "state")
     print_table(columns, rows)

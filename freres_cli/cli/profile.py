@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_request, warn_if_untrained
+from freres_cli.cli.compress import gather_flags, make_request
 from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
 from freres_cli.errors import UsageError, VideoError
 
@@ -72,7 +72,6 @@ def profile(
         else:
             flags = gather_flags(assignments, {"budget_tokens": budget})
             compress = make_request(subject, flags, preset, model, revision, device=device, dtype=dtype, attn=attn)
-            warn_if_untrained(model)
         request = ProfileRequest(
             chosen, question, repeat, warmup, max_new_tokens, timeout, compress=compress, bundle=bundle
         )

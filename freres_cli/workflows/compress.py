@@ -27,7 +27,7 @@ from freres_cli.records import Frames, FrameSize, Tracks, VideoInfo
 from freres_cli.video.decode import Decoder, DecodeReport, decode_frames
 from freres_cli.video.probe import hash_file, probe_video
 from freres_cli.video.sampling import Sampling, num_sampled_frames
-from freres_cli.world.bundled_model import bundled_model_dir, bundled_model_info
+from freres_cli.world.bundled_model import bundled_model_dir
 from freres_cli.world.make import is_world_clip
 
 # Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
@@ -362,7 +362,7 @@ def _plan_notes(plan: CompressPlan, request: CompressRequest, manifest: Mapping[
 
 def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
     """What the bundled model is asked beyond what it knows, in words; nothing for other models."""
-    if model_id != BUNDLED or is_from_world or not bundled_model_info().get("freres_trained"):
+    if model_id != BUNDLED or is_from_world:
         return ()
     return (
         "the bundled model only knows its own world of drawn shapes ('freres world make'): what it says of other videos "

@@ -16,7 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, import_half
 from freres_cli.devices import choose_device
 from freres_cli.errors import BackboneError, ResourceError
-from freres_cli.world.bundled_model import bundled_model_dir, bundled_model_info
+from freres_cli.world.bundled_model import bundled_model_dir
 
 CODECS = {"h264": True, "hevc": False, "vp9": False, "libdav1d": False, "mpeg4": False}
 GIB = 2**30
@@ -132,9 +132,7 @@ def _bundled_model() -> Finding:
     weights = bundled_model_dir() / "model.safetensors"
     if not weights.is_file():
         return Finding("bundled", "missing", f"{weights} is not there: install freres again", True)
-    if not bundled_model_info().get("freres_trained"):
-        return Finding("bundled", "limited", "the bundled model is there, untrained: its answers mean nothing", True)
-    return Finding("bundled", "ok", "the bundled model is there", True)
+    return Finding("bundled", "ok", "the bundled model is there; it only knows its own world of drawn shapes", True)
 
 
 def _hub() -> Finding:

@@ -19,11 +19,12 @@ from freres_cli.video.probe import hash_file
 from freres_cli.workflows.ask import Session, control_tokens
 from freres_cli.workflows.budgets import Cell
 from freres_cli.workflows.clips import EncodedClip
-from freres_cli.workflows.compress import CompressRequest, load_encoder
+from freres_cli.workflows.compress import CompressRequest, describe_limits, load_encoder
 from freres_cli.workflows.questions import Question, QuestionFile, find_control_token, is_right
 from freres_cli.workflows.results import ResultsFile
 from freres_cli.workflows.scores import summarize
 from freres_cli.world.bundled_model import bundled_model_dir
+from freres_cli.world.make import is_world_clip
 
 MAX_ANSWER_TOKENS = 16
 
@@ -82,7 +83,8 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
             "paths of videos are relative to the questions file",
         )
     summary = summarize(request.questions, rows, request.cells)
-    notes = (*encoder.notes, *model.notes)
+    is_world = all(is_world_clip(questions[0].video) for questions in videos.values())
+    notes = (*describe_limits(request.compress.model, is_world), *encoder.notes, *model.notes)
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
 
 

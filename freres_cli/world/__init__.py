@@ -1,1 +1,1 @@
-"""The bundled world: the small model that ships with freres, and the clips it is shown."""
+"""The bundled world: clips with known answers, and the small model that ships with freres and is trained on them."""
