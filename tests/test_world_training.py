@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from freres_cli.backbones import engine
 from freres_cli.backbones.registry import load_language_model
@@ -17,7 +18,7 @@ from freres_cli.workflows.train_language import VIEWS, EncodedClip, Prompts, mak
 from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir
 from freres_cli.world.labels import TRACES, trace_labels
 from freres_cli.world.script import make_scene
-from tests.runner import run_freres
+from tests.runner import check_failure, run_freres
 from tests.tiny_models import CPU, video_tokens
 
 QUESTIONS = (("What comes first?", "red square"), ("Where is the ring?", "top left"), ("How many?", "3"))
@@ -131,3 +132,15 @@ def test_world_train_writes_a_model_and_goes_on(tmp_path, monkeypatch):
     assert info["language_steps"] == 2 and info["choices_as"] == "words" and info["freres_trained"]
     trained = load_language_model(str(folder), CPU)
     assert trained.choices_as == "words" and trained.width == WIDTH
+
+
+def test_training_starts_from_a_model_and_leaves_the_tower_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_language, "FIRST_CLIPS", 20)
+    folder = tmp_path / "model"
+    flags = ("--start", "bundled", "--tower-steps", 0, "--steps", 1)
+    assert run_freres("world", "train", "-o", folder, *flags).status == 0
+    before, after = (load_file(path / "model.safetensors") for path in (bundled_model_dir(), folder))
+    assert before.keys() == after.keys()
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert {key for key in before if "visual" in key} <= same < before.keys()
+    check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", tmp_path), 5, "training can start from")

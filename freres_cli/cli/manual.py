@@ -121,7 +121,8 @@ world make:
 world train:
   examples:
     freres world train -o my-model: Train a model from nothing; the same command goes on with a stopped run.
-    freres world train -o my-model --device cuda: The same on a GPU.
+    freres world train -o better --start bundled --tower-steps 0 --steps 500: Go on from the shipped weights.
   output: The folder, for --model. Progress goes to stderr.
-  schemas: {freres.world_train/1: model tower_steps language_steps train_seeds choices_as train_s environment}
+  schemas: {freres.world_train/1: model tower_steps language_steps train_seeds start choices_as train_s environment}
+  defaults: {start: random weights}
 """)

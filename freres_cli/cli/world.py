@@ -66,7 +66,11 @@ def train(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the model; goes on from there.")
     ],
-    tower_steps: Annotated[int, typer.Option("--tower-steps", min=1, help="Steps of the vision tower.")] = 940,
+    start: Annotated[
+        str | None,
+        typer.Option("--start", metavar="DIR|bundled", help="Begin with this model's weights, not with random ones."),
+    ] = None,
+    tower_steps: Annotated[int, typer.Option("--tower-steps", min=0, help="Steps of the vision tower.")] = 940,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the language half.")] = 1500,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=98, help="Other weights to start from, and other clips.")
@@ -84,9 +88,11 @@ def train(
         raise UsageError(f"{output}: expected a folder", "name another with -o")
     from freres_cli.devices import choose_device
     from freres_cli.workflows.train_world import TrainRequest, train_world
+    from freres_cli.world.bundled_model import bundled_model_dir
 
     place = choose_device(options.device_name(device))
-    request = TrainRequest(output, place, tower_steps, steps, seed)
+    first = bundled_model_dir() if start == options.BUNDLED else None if start is None else Path(start)
+    request = TrainRequest(output, place, tower_steps, steps, seed, first)
     done = train_world(request, lambda line: print_notes([line], quiet or json))
     if json:
         print_json("freres.world_train/1", done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ SAME_CATEGORY = 4  # questions of one category a clip, so that rare ones count
 SCORED = 200  # latest answers that a running score is of
 KNOWN = 0.9  # a category that is right this often is asked once a clip
 FIRST_CLIPS = 240
-TRACED_LAYER, TRACE_WEIGHT = 2, 3.0
+TRACED = {0: 5, 2: len(TRACES)}  # after which layer, and how many of the traces
+TRACE_WEIGHT = 3.0
 END_WEIGHT = 0.1  # of the end-of-turn token in the loss: it is nearly always right
 
 
@@ -149,27 +151,34 @@ def choose_questions(
 
 
 class Tracer(nn.Module):
-    """Reads what is where, when and how it moves off a decoder layer's visual tokens; thrown away after training.
+    """Reads what is where, when and how it moves off the visual tokens in the decoder; thrown away after training.
 
     Ours: questions alone say too little of positions, which the tower cannot know, for a small model to learn them soon.
+    Places are wanted after the first layer, so that every later one can use them; motion takes two more.
     """
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
-        self.linear = nn.Linear(decoder.config.hidden_size, len(TRACES))
-        self._hidden: Tensor | None = None
-        decoder.layers[TRACED_LAYER].register_forward_hook(self._keep)
+        width = decoder.config.hidden_size
+        self.linear = nn.ModuleDict({str(layer): nn.Linear(width, len(TRACES)) for layer in TRACED})
+        self._hidden: dict[int, Tensor] = {}
+        for layer in TRACED:
+            decoder.layers[layer].register_forward_hook(partial(self._keep, layer))
 
-    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
-        self._hidden = output[0] if isinstance(output, tuple) else output
+    def _keep(self, layer: int, module: Any, inputs: Any, output: Any) -> None:
+        self._hidden[layer] = output[0] if isinstance(output, tuple) else output
 
     def loss(self, batch: Pack) -> Tensor:
         """Mean over what is known, of the batch last run."""
-        assert self._hidden is not None
-        told = self.linear(F.rms_norm(self._hidden[batch.is_video], self._hidden.shape[-1:]))
-        self._hidden = None
-        known = ~batch.traces.isnan()
-        return F.smooth_l1_loss(told[known], batch.traces[known], beta=0.2) if known.any() else told.sum() * 0
+        total = torch.zeros((), device=batch.traces.device)
+        for layer, num_traces in TRACED.items():
+            hidden = self._hidden.pop(layer)[batch.is_video]
+            told = self.linear[str(layer)](F.rms_norm(hidden, hidden.shape[-1:]))[:, :num_traces]
+            wanted = batch.traces[:, :num_traces]
+            known = ~wanted.isnan()
+            if known.any():
+                total = total + F.smooth_l1_loss(told[known], wanted[known], beta=0.2)
+        return total
 
 
 class ClipBuffer:

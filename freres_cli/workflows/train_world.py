@@ -12,6 +12,7 @@ import torch
 
 from freres_cli.bench.report import describe_environment
 from freres_cli.devices import Device
+from freres_cli.errors import BackboneError
 from freres_cli.workflows.train_language import FIRST_SEED, train_language
 from freres_cli.workflows.train_tower import train_tower
 from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, make_tokenizer, tokenizer_corpus
@@ -22,13 +23,15 @@ LANGUAGE_STEPS = 1500
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """``output``: the folder of the checkpoint, which also keeps the states that a stopped run goes on from."""
+    """``output``: the folder of the checkpoint, which also keeps the states that a stopped run goes on from. ``start``: the
+    folder of a model of the same shape whose weights are the first, instead of random ones."""
 
     output: Path
     device: Device
     tower_steps: int = TOWER_STEPS
     language_steps: int = LANGUAGE_STEPS
     seed: int = 0
+    start: Path | None = None
 
 
 def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, Any]:
@@ -44,6 +47,8 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
     torch.manual_seed(request.seed)
     tower = Qwen2VisionTransformerPretrainedModel._from_config(config.vision_config).to(device)
     decoder = Qwen2VLTextModel._from_config(config.text_config).to(device)
+    if request.start is not None:
+        _load_weights(request.start, tower, decoder)
     train_tower(tower, WIDTH, GRID, request.tower_steps, states / "tower.pt", device, log)
     tower.eval().requires_grad_(False)
     train_language(
@@ -52,7 +57,8 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
     facts = {
         "tower_steps": request.tower_steps,
         "language_steps": request.language_steps,
-        "train_seeds": f"from {FIRST_SEED} on",
+        "train_seeds": f"from {FIRST_SEED * (request.seed + 1)} on",
+        "start": None if request.start is None else request.start.name,
         "choices_as": "words",
     }
     make_checkpoint(request.output, tower.cpu().state_dict(), decoder.cpu().state_dict(), **facts)
@@ -63,3 +69,16 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
         "train_s": seconds,
         "environment": describe_environment(request.device),
     }
+
+
+def _load_weights(folder: Path, tower: Any, decoder: Any) -> None:
+    """Fill both halves from a checkpoint folder. Raises ``BackboneError``."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    try:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        tower.load_state_dict(model.model.visual.state_dict())
+        decoder.load_state_dict(model.model.language_model.state_dict())
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackboneError(f"{folder}: not a model that training can start from: {reason}") from error
