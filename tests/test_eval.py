@@ -401,7 +401,9 @@ def test_the_table_says_what_is_which(questions):
     header, full, uniform = (re.split(r"\s{2,}", line) for line in run.out.splitlines()[:3])
     assert header[:6] == ["method", "budget", "tokens", "most", "accuracy", "95 % interval"]
     assert full[0].split()[0] == "full" and uniform[:2] == ["uniform", "0.5"]
-    assert "Action" in run.out and "6 questions on 3 videos, 0 failed" in run.out and "untrained" in run.err
+    assert (
+        "Action" in run.out and "6 questions on 3 videos, 0 failed" in run.out and "only knows its own world" in run.err
+    )
 
 
 def test_the_limit_counts_questions(questions, monkeypatch):
@@ -498,7 +500,7 @@ def test_results_of_another_run_are_refused(questions, tmp_path):
     held = path.read_bytes()
     other = run_freres("eval", questions, "--methods", "full", "-o", path)
     check_failure(other, 2, "holds the results of another run: methods differs")
-    check_failure(run_freres("eval", questions, *flags, "--set", "text_after=hf"), 2, "settings differs")
+    check_failure(run_freres("eval", questions, *flags, "--set", "text_after=max"), 2, "settings differs")
     assert path.read_bytes() == held
     assert run_freres("eval", questions, "--methods", "full", "-o", path, "--force").status == 0
     assert path.read_bytes() != held and path.read_bytes().count(b"\n") == 4

@@ -206,8 +206,8 @@ def test_ask_json_and_choices(bundle):
     assert document["answer"] == max(document["choices"], key=document["choices"].get)
     assert document["visual_tokens"] == 300 < document["context_tokens"]
     assert 0 < document["ttft_s"] < document["cold_ttft_s"]
-    plain = run_freres("ask", bundle, "what moves?", "--max-new-tokens", 3, "--json").json
-    assert plain["choices"] is None and plain["new_tokens"] == 3 and plain["finish_reason"] == "length"
+    plain = run_freres("ask", bundle, "what moves?", "--max-new-tokens", 1, "--json").json
+    assert plain["choices"] is None and plain["new_tokens"] == 1 and plain["finish_reason"] == "length"
 
 
 def test_a_question_from_stdin_is_the_same_question(bundle):
@@ -339,7 +339,7 @@ def test_profile_stands_beside_the_full_tokens(clip):
     for row in (ours, full):
         assert row["status"] == "ok"
         assert row["context_tokens"] > row["visual_tokens"] and row["peak_memory_bytes"] > row["base_memory_bytes"] > 0
-        for stage in ("load_s", "decode_s", "encode_s", "compress_s", "prefill_s", "ttft_s", "next_ttft_s", "tpot_s"):
+        for stage in ("load_s", "decode_s", "encode_s", "compress_s", "prefill_s", "ttft_s", "next_ttft_s"):
             assert row[stage] > 0 and row["spread"][stage]["min"] <= row[stage] <= row["spread"][stage]["max"]
         assert row["ttft_s"] >= row["prefill_s"]
 
@@ -475,10 +475,10 @@ def test_presets_models_and_doctor_answer(tmp_path):
 
 def test_demo_runs_the_main_job(tmp_path):
     document = run_freres("demo", "-o", tmp_path, "--json").json
-    assert [b["visual_tokens"] for b in document["bundles"]] == [1280, 320]
+    assert [b["visual_tokens"] for b in document["bundles"]] == [576, 288]
     assert len(document["answers"]) == 6 and any(a["is_transient"] for a in document["answers"])
     assert [row["status"] for row in document["profile"]] == ["ok", "ok"]
-    assert {p.name for p in tmp_path.iterdir()} == {"clip.mp4", "bundle-1280.pt", "bundle-320.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"clip.mp4", "bundle-576.pt", "bundle-288.pt"}
 
 
 def test_the_device_can_come_from_the_environment(clip, tmp_path, monkeypatch):
@@ -615,4 +615,9 @@ def test_sigterm_leaves_no_process_and_no_file(clip, tmp_path):
     child = [pid for pid in children.read_text().split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     process.terminate()
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    # Killed is not yet gone: its own parent is, and someone else has to reap it.
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in child):
+            break
+        time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in child) and not list(tmp_path.iterdir())

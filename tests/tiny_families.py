@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from freres_cli.world.bundled_model import make_tokenizer
 from tests.stock_paths import MiniCPMStock, QwenStock, SquareStock
-from tests.tiny_models import FACTOR, MERGE, PATCH_PX
+from tests.tiny_models import FACTOR, MERGE, PATCH_PX, make_byte_tokenizer
 
 HIDDEN = 48
 
@@ -59,7 +58,7 @@ class FamilyCase:
 
     def make(self, directory: Path) -> Any:
         """Write the checkpoint with a byte tokenizer; weights are large, so that logits are."""
-        tokenizer = make_tokenizer()
+        tokenizer = make_byte_tokenizer()
         tokenizer.chat_template = self.chat_template or tokenizer.chat_template
         tokenizer.add_special_tokens({"additional_special_tokens": list(self.tokens)})
         raw = self.config(lambda name: int(tokenizer.convert_tokens_to_ids(name)), len(tokenizer))

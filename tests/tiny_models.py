@@ -8,17 +8,41 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.devices import Device
 from freres_cli.records import VideoTokens
-from freres_cli.world.bundled_model import make_tokenizer
+from freres_cli.world.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 CPU = Device("cpu", "CPU", "sdpa", "device cpu: for a test")
 PATCH_PX, MERGE = 4, 2
 FACTOR = PATCH_PX * MERGE
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte b as token b, without merges, then the ChatML and vision tokens: tests can read and write its ids."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The character that ByteLevel writes for each byte: itself where it prints, else one from U+0100 on, in order."""
+    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte if byte in prints else next(spare)) for byte in range(256)]
 
 
 def make_qwen2_vl(
@@ -33,7 +57,7 @@ def make_qwen2_vl(
     intermediate: int | None = None,
 ) -> Qwen2VLForConditionalGeneration:
     """Write a tiny Qwen2-VL checkpoint with a byte tokenizer, and return it. Weights are large, so that logits are."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_byte_tokenizer()
 
     def token(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(name))

@@ -47,8 +47,8 @@ PIECES = "|".join([*map(re.escape, FRAME_PIECES), r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za
 MAX_VOCABULARY = 1024
 
 
-def make_tokenizer(corpus: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges come from ``corpus``, plain bytes without one; the same corpus, the same tokenizer."""
+def make_tokenizer(corpus: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges come from ``corpus``; the same corpus gives the same tokenizer."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
