@@ -210,7 +210,8 @@ def test_world_make_refuses_what_it_cannot_do(tmp_path):
     (tmp_path / "full/file").write_text("mine")
     for arguments, word in (
         (("-o", str(tmp_path / "full")), "empty folder"),
-        (("-o", str(tmp_path / "full/file")), "empty folder"),
+        (("-o", str(tmp_path / "full/file")), "cannot be a folder"),
+        (("-o", str(tmp_path / "full/file/below")), "cannot be a folder"),
         (("-o", str(tmp_path / "new"), "--split", "dev"), "train, validation, test"),
     ):
         check_failure(run_freres("world", "make", "--count", "1", *arguments), 2, word)

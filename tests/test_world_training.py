@@ -144,3 +144,4 @@ def test_training_starts_from_a_model_and_leaves_the_tower_alone(tmp_path, monke
     same = {key for key in before if torch.equal(before[key], after[key])}
     assert {key for key in before if "visual" in key} <= same < before.keys()
     check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", tmp_path), 5, "training can start from")
+    check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", "nowhere"), 2, "no such folder")
