@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(not CLIPS, reason="no real clips here")
 def test_a_real_clip_goes_all_the_way(path, tmp_path):
     bundle, small = tmp_path / "bundle.pt", tmp_path / "small.pt"
     made = run_freres("compress", path, "--frames", 40, "--budget", 500, "-o", bundle, "--json").json
-    assert 490 <= made["visual_tokens"] <= 500
+    # A short clip has fewer tokens than the budget, and keeps them all.
+    assert min(490, made["full_tokens"]) <= made["visual_tokens"] <= 500
     shown = run_freres("inspect", bundle, "--json").json
     assert shown["visual_tokens"] == made["visual_tokens"] and shown["source"]["file"] == path.name
     times = [gop["start_s"] for gop in shown["gops"]]
