@@ -11,8 +11,6 @@ from freres_cli.cli import options
 from freres_cli.cli.output import print_json, print_notes, print_result, progress_bar
 from freres_cli.errors import UsageError
 
-SPLITS = ("train", "validation", "test")
-
 world = typer.Typer(
     help="Clips with known answers, and the model that is trained on them.",
     rich_markup_mode=None,
@@ -40,12 +38,13 @@ def make(
     The same arguments give the same clips and questions. Each row holds id, video, category, question, four choices and
     the answer.
     """
+    from freres_cli.world.make import QUESTIONS_FILE, SPLITS, make_set
+
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     _make_folder(output)
     if any(output.iterdir()):
         raise UsageError(f"{output}: expected a new or empty folder", "name another with -o")
-    from freres_cli.world.make import QUESTIONS_FILE, make_set
 
     with progress_bar("clips", quiet or json) as advance:
         made = make_set(output, split, count, seed, level, questions, advance)

@@ -11,6 +11,7 @@ import torch
 
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.backbones.registry import load_language_model
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
@@ -83,8 +84,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
             "paths of videos are relative to the questions file",
         )
     summary = summarize(request.questions, rows, request.cells)
-    is_world = all(is_world_clip(questions[0].video) for questions in videos.values())
-    notes = (*describe_limits(request.compress.model, is_world), *encoder.notes, *model.notes)
+    # Every file is opened again for it: only where the bundled model answers.
+    is_known = request.compress.model != BUNDLED or all(is_world_clip(asked[0].video) for asked in videos.values())
+    notes = (*describe_limits(request.compress.model, is_known), *encoder.notes, *model.notes)
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
 
 

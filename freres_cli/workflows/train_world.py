@@ -17,9 +17,6 @@ from freres_cli.workflows.train_language import FIRST_SEED, train_language
 from freres_cli.workflows.train_tower import train_tower
 from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, make_tokenizer, tokenizer_corpus
 
-TOWER_STEPS = 940
-LANGUAGE_STEPS = 1500
-
 
 @dataclass(frozen=True)
 class TrainRequest:
@@ -28,8 +25,8 @@ class TrainRequest:
 
     output: Path
     device: Device
-    tower_steps: int = TOWER_STEPS
-    language_steps: int = LANGUAGE_STEPS
+    tower_steps: int
+    language_steps: int
     seed: int = 0
     start: Path | None = None
 

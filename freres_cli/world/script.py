@@ -240,7 +240,6 @@ def _make_hit(scene: Scene, cast: Cast, rng: Generator) -> None:
     contact = int(rng.integers(12, 18))
     target.facts |= {"does": "slides", "way": direction, "role": "target", "starts": contact}
     pusher = {"second": pair[0], "third": pair[1]}.get(cause)
-    side = other
     for thing in pair:
         if thing is pusher:
             travel = speed * (contact - 2)
@@ -252,9 +251,8 @@ def _make_hit(scene: Scene, cast: Cast, rng: Generator) -> None:
             way = step if rng.random() < 0.5 else -step
             travel = speed * int(rng.integers(8, 13))
             along = rng.uniform(16, SIDE - 16 - travel)
-            first = at(along if way is step else SIDE - along, side)
-            # A second one on its own takes the same far lane, opposite to the target's; they may pass each other.
-            side = other
+            # Both may be in the far lane, and pass each other.
+            first = at(along if way is step else SIDE - along, other)
         moved = np.clip((frames - 2) * speed, 0, travel)
         thing.centre = np.asarray(first) + moved[:, None] * way
     target.centre = target.centre + np.clip((frames - contact) * speed, 0, rng.uniform(22, 34))[:, None] * step
