@@ -88,25 +88,60 @@ def test_a_view_holds_tokens_of_its_clip_at_their_places(name):
     frame, cell = torch.meshgrid(torch.arange(frames), torch.arange(cells), indexing="ij")
     # Latents that say where they are.
     latents = torch.stack([frame, cell // GRID, cell % GRID], -1).half()
-    traces, present = (part.flatten(1, 2) for part in trace_labels(scene, GRID))
-    clip = EncodedClip(3, latents, present, traces, GRID, [])
+    traces, present, brief = (part.flatten(1, 2) for part in trace_labels(scene, GRID))
+    clip = EncodedClip(3, latents, present, brief, traces, GRID, [])
     view = make_view(clip, name, np.random.default_rng(0))
     assert torch.equal(view.latents, view.positions) and 0 < len(view.latents) <= frames * cells
     if name == "objects":
         kept = (view.positions[:, 0] * cells + view.positions[:, 1] * GRID + view.positions[:, 2]).long()
         assert present.flatten()[kept].float().mean() > 2 * present.float().mean()
+        # What is there for a moment is never thinned away.
+        assert set(brief.flatten().nonzero().flatten().tolist()) <= set(kept.tolist())
 
 
-def test_traces_are_the_truth_of_the_scene():
-    scene = make_scene(next(seed for seed in range(100) if make_scene(seed).facts["kind"] == "order"))
-    traces, present = trace_labels(scene, GRID)
+def first_scene(kind, wanted=lambda scene: True):
+    scenes = (make_scene(seed, kind) for seed in range(1000))
+    return next(scene for scene in scenes if wanted(scene))
+
+
+def traces_of(scene, thing, frame=-1):
+    """The traces at the token that holds the thing's centre, by name."""
+    traces, present, brief = trace_labels(scene, GRID)
+    x, y = (thing.centre[frame] // (96 / GRID)).astype(int)
+    assert present[frame, y, x]
+    return dict(zip(TRACES, traces[frame, y, x].tolist(), strict=True)), bool(brief[frame, y, x])
+
+
+def test_traces_tell_when_and_where_an_object_came():
+    scene = first_scene("order")
     thing = next(thing for thing in scene.things if thing.facts.get("rank") == 1)
-    start = int(thing.visible.argmax())
-    x, y = (thing.centre[-1] // (96 / GRID)).astype(int)
-    at = dict(zip(TRACES, traces[-1, y, x].tolist(), strict=True))
-    assert present[-1, y, x] and not present[0].any()
-    assert at["x"] == pytest.approx(thing.centre[-1, 0] / 48 - 1) and at["x_step"] == 0
-    assert at["age"] == pytest.approx((scene.num_frames - 1 - start) / 20)
+    at, _ = traces_of(scene, thing)
+    assert not trace_labels(scene, GRID)[1][0].any()
+    assert at["x"] == pytest.approx(thing.centre[-1, 0] / 48 - 1) and at["x_moved"] == at["x_span"] == 0
+    assert at["first"] == pytest.approx(int(thing.visible.argmax()) / 20 - 1)
+    assert at["count"] == pytest.approx(3 / 2 - 1)
+    assert traces_of(scene, thing, int(thing.visible.argmax()))[0]["count"] == pytest.approx(2 / 2 - 1)
+
+
+def test_traces_tell_how_far_an_object_came():
+    scene = first_scene("motion", lambda scene: scene.things[-1].facts.get("way") == "left")
+    thing = scene.things[-1]
+    at, _ = traces_of(scene, thing)
+    moved = (thing.centre[-1, 0] - thing.centre[0, 0]) / 24
+    assert at["x_moved"] == pytest.approx(moved) and moved < 0
+    assert at["x_span"] == pytest.approx(-moved) and at["y_span"] == 0
+
+
+def test_traces_count_flashes_and_tell_of_touches():
+    scene = first_scene("repeat", lambda scene: len(scene.things) == 1)
+    thing = scene.things[0]
+    assert traces_of(scene, thing)[0]["blinks"] == pytest.approx(thing.facts["blinks"] / 2)
+    assert traces_of(scene, thing, int(thing.is_white.argmax()))[1] and not traces_of(scene, thing)[1]
+    pushed = first_scene("hit", lambda scene: scene.facts["cause"] != "nothing" and len(scene.things) == 3)
+    target = next(thing for thing in pushed.things if thing.facts.get("role") == "target")
+    pusher = next(thing for thing in pushed.things if thing.name == pushed.facts["cause"])
+    assert all(traces_of(pushed, thing)[0]["touched"] == 1 for thing in (target, pusher))
+    assert traces_of(pushed, target, 0)[0]["touched"] == -1
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 12), (2, 12, 5)])

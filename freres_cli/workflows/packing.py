@@ -157,19 +157,17 @@ def _attend(
     of_video = F.scaled_dot_product_attention(query[:, :, :v], key[:, :, :v], value[:, :, :v], is_causal=True)
 
     def blocks(x: Tensor) -> Tensor:
-        return x[:, :, v:].reshape(batch, heads, n, block, d).transpose(1, 2).flatten(0, 1)
+        return x[:, :, v:].reshape(batch, heads, n, block, d)
 
-    def with_video(x: Tensor) -> Tensor:
-        shared = x[:, None, :, :v].expand(batch, n, heads, v, d).flatten(0, 1)
-        return torch.cat([shared, blocks(x)], dim=2)
-
-    own = torch.ones(block, block, dtype=torch.bool, device=query.device).tril()
-    allowed = torch.cat([layout.seen[:, None].expand(batch, block, v), own.expand(batch, block, block)], -1)
-    mask = torch.zeros(allowed.shape, device=query.device).masked_fill_(~allowed, float("-inf"))
-    mask = mask.repeat_interleave(n, 0)[:, None]
-    of_text = F.scaled_dot_product_attention(blocks(query), with_video(key), with_video(value), attn_mask=mask)
-    of_text = of_text.view(batch, n, heads, block, d).transpose(1, 2).reshape(batch, heads, n * block, d)
-    return torch.cat([of_video, of_text], dim=2).transpose(1, 2).contiguous(), None
+    asked = query[:, :, v:] * d**-0.5
+    hidden = torch.zeros(layout.seen.shape, device=query.device).masked_fill_(~layout.seen, float("-inf"))
+    to_video = asked @ key[:, :, :v].mT + hidden[:, None, None]
+    later = torch.full((block, block), float("-inf"), device=query.device).triu(1)
+    to_own = asked.view(batch, heads, n, block, d) @ blocks(key).mT + later
+    weights = torch.cat([to_video, to_own.flatten(2, 3)], -1).softmax(-1)
+    of_text = weights[..., :v] @ value[:, :, :v]
+    own = weights[..., v:].unflatten(2, (n, block)) @ blocks(value)
+    return torch.cat([of_video, of_text + own.flatten(2, 3)], dim=2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, _attend)

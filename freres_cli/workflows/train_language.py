@@ -29,28 +29,32 @@ FIRST_SEED = 10**7
 LEARNING_RATE = 2e-3
 MUON_FACTOR = 1
 WARM_UP_STEPS = 60
-NEW_CLIPS = 4  # a step
+NEW_CLIPS = 3  # a step
 CAPACITY = 1600  # clips in memory: each is seen a few times, under different views
 NOISE = 3.0  # grey levels
 LOG_EVERY, SAVE_EVERY = 20, 50
-QUESTIONS_A_CLIP = 12
+# Motion is the hardest to learn, then counting flashes.
+KINDS_SHOWN = ("motion", "repeat", "hit", "motion", "order", "repeat", "motion", "cut", "repeat", "motion")
+OBJECT_TOKENS = (130, 240)  # about as many a clip in the view of objects
 SAME_CATEGORY = 4  # questions of one category a clip, so that rare ones count
 SCORED = 200  # latest answers that a running score is of
 KNOWN = 0.9  # a category that is right this often is asked once a clip
-FIRST_CLIPS = 240
-TRACED = {0: 5, 2: len(TRACES)}  # after which layer, and how many of the traces
+FIRST_CLIPS = 320
+TRACED = {0: 5, 3: len(TRACES)}  # after which layer, and how many of the traces
 TRACE_WEIGHT = 3.0
+MOTION_WEIGHT = 4.0  # of the traces of motion among the others: most objects stand still
 END_WEIGHT = 0.1  # of the end-of-turn token in the loss: it is nearly always right
 
 
 @dataclass
 class EncodedClip:
-    """In main memory. ``latents``: (T, cells, D) float16. ``present``: (T, cells) whether an object is there.
-    ``traces``: (T, cells, 8), ``labels.TRACES``, NaN where unknown."""
+    """In main memory. ``latents``: (T, cells, D) float16. ``present``, ``brief``: (T, cells) whether an object is there, and
+    one that is there or white only for a moment. ``traces``: (T, cells, 13), ``labels.TRACES``, NaN where unknown."""
 
     seed: int
     latents: Tensor
     present: Tensor
+    brief: Tensor
     traces: Tensor
     grid: int
     questions: list[Question]
@@ -59,16 +63,16 @@ class EncodedClip:
 @torch.no_grad()
 def encode_clips(tower: Any, seeds: Sequence[int], grid: int, device: torch.device) -> list[EncodedClip]:
     """Draw and encode the scenes of some seeds, with as much noise as an encoder leaves."""
-    scenes = [make_scene(seed) for seed in seeds]
+    scenes = [make_scene(seed, KINDS_SHOWN[seed % len(KINDS_SHOWN)]) for seed in seeds]
     clips = []
     for seed, scene, frames in zip(seeds, scenes, draw_scenes(scenes, device=device), strict=True):
         generator = torch.Generator().manual_seed(seed)
         level = NOISE * torch.rand(1, generator=generator)
         noise = (torch.randn(frames.shape, generator=generator) * level).to(device)
         latents = run_tower(tower, (frames.float() + noise).clamp(0, 255)).flatten(1, 2).half().cpu()
-        traces, present = (part.flatten(1, 2) for part in trace_labels(scene, grid))
+        traces, present, brief = (part.flatten(1, 2) for part in trace_labels(scene, grid))
         traces[..., ALWAYS_KNOWN:][~present] = torch.nan
-        clips.append(EncodedClip(seed, latents, present, traces, grid, questions_of(seed, scene)))
+        clips.append(EncodedClip(seed, latents, present, brief, traces, grid, questions_of(seed, scene)))
     return clips
 
 
@@ -97,8 +101,10 @@ def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
         keep = torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.2, 0.7))
     elif name == "objects":
         # Most compression keeps what stands out.
-        keep = clip.present & torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.6, 1.0))
-        keep |= torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.03, 0.12))
+        share = rng.uniform(*OBJECT_TOKENS) / max(1, int(clip.present.sum()))
+        keep = clip.present & torch.from_numpy(rng.random(keep.shape) < share)
+        keep |= clip.brief
+        keep |= torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.02, 0.06))
     elif name == "frames":
         keep &= torch.from_numpy(rng.random(t) < rng.uniform(0.3, 0.6))[:, None]
         keep[int(rng.integers(t))] = True
@@ -133,15 +139,15 @@ class Prompts:
 
 
 def choose_questions(
-    clip: EncodedClip, view: str, rng: Generator, prompts: Prompts, known: Set[str] = frozenset()
+    clip: EncodedClip, view: str, count: int, rng: Generator, prompts: Prompts, known: Set[str] = frozenset()
 ) -> list[Item]:
-    """Questions whose evidence the view holds, at most some of each category, one of those ``known``."""
+    """``count`` questions whose evidence the view holds, at most some of each category, one of those ``known``."""
     by_category: dict[str, int] = defaultdict(int)
     items = []
     for index in rng.permutation(len(clip.questions)):
         question = clip.questions[index]
         most = 1 if question.category in known else SAME_CATEGORY
-        if by_category[question.category] == most or len(items) == QUESTIONS_A_CLIP:
+        if by_category[question.category] == most or len(items) == count:
             continue
         if view == "frames" and any(word in question.question for word in BRIEF):
             continue
@@ -154,13 +160,15 @@ class Tracer(nn.Module):
     """Reads what is where, when and how it moves off the visual tokens in the decoder; thrown away after training.
 
     Ours: questions alone say too little of positions, which the tower cannot know, for a small model to learn them soon.
-    Places are wanted after the first layer, so that every later one can use them; motion takes two more.
+    Places are wanted after the first layer, so that every later one can use them; what an object has done takes three more.
     """
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
         width = decoder.config.hidden_size
         self.linear = nn.ModuleDict({str(layer): nn.Linear(width, len(TRACES)) for layer in TRACED})
+        motion = [MOTION_WEIGHT if name.endswith(("moved", "span")) else 1.0 for name in TRACES]
+        self.register_buffer("weights", torch.tensor(motion), persistent=False)
         self._hidden: dict[int, Tensor] = {}
         for layer in TRACED:
             decoder.layers[layer].register_forward_hook(partial(self._keep, layer))
@@ -177,7 +185,8 @@ class Tracer(nn.Module):
             wanted = batch.traces[:, :num_traces]
             known = ~wanted.isnan()
             if known.any():
-                total = total + F.smooth_l1_loss(told[known], wanted[known], beta=0.2)
+                losses = F.smooth_l1_loss(told[known], wanted[known], beta=0.2, reduction="none")
+                total = total + (losses * self.weights[:num_traces].expand(known.shape)[known]).mean()
         return total
 
 
@@ -199,11 +208,16 @@ class ClipBuffer:
 
 def view_shares(progress: float) -> tuple[float, ...]:
     """How often each view is drawn: short ones first, whole clips more and more."""
-    if progress < 0.45:
-        return (0.0, 0.0, 0.75, 0.1, 0.0, 0.15)
-    if progress < 0.8:
-        return (0.08, 0.15, 0.45, 0.12, 0.1, 0.1)
-    return (0.35, 0.15, 0.25, 0.1, 0.1, 0.05)
+    if progress < 0.3:
+        return (0.0, 0.0, 0.9, 0.1, 0.0, 0.0)
+    if progress < 0.75:
+        return (0.04, 0.08, 0.64, 0.1, 0.07, 0.07)
+    return (0.3, 0.15, 0.3, 0.1, 0.1, 0.05)
+
+
+def questions_a_clip(progress: float) -> int:
+    """Few while the traces are learnt, which most answers need."""
+    return 3 if progress < 0.1 else 8
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -269,10 +283,11 @@ def _train_step(
     """Leave the gradients of one batch; return both its losses and which answers began right."""
     rng = np.random.default_rng([step, 3])
     buffer.add(NEW_CLIPS)
-    view = list(VIEWS)[rng.choice(len(VIEWS), p=view_shares(step / num_steps))]
+    progress = step / num_steps
+    view = list(VIEWS)[rng.choice(len(VIEWS), p=view_shares(progress))]
     clips = buffer.draw(VIEWS[view], rng)
     views = [make_view(clip, view, rng) for clip in clips]
-    items = [choose_questions(clip, view, rng, prompts, known) for clip in clips]
+    items = [choose_questions(clip, view, questions_a_clip(progress), rng, prompts, known) for clip in clips]
     packed = pack(views, items, prompts.prefix, prompts.end, buffer.grid, END_WEIGHT).to(buffer.device)
     loss, right = pack_loss(run_pack(decoder, packed), packed)
     trace_loss = tracer.loss(packed)

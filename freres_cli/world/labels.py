@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from freres_cli.world.scene import COLOURS, SHAPES, SIDE, TEXTURES, Scene, Shot, Thing
@@ -61,32 +64,62 @@ def dense_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     return {"present": present, "place": place, "texture": texture, **labels}
 
 
-# What the language half is taught about every visual token besides its questions: where and when it is; and, where an
-# object is, the object's centre, its motion, and how long it has been there.
-TRACES = ("row", "column", "frame", "x", "y", "x_step", "y_step", "age")
+# What the language half is taught about every visual token besides its questions. Of every token: where and when it is.
+# Where an object is: its centre; how far it has come since it was first seen, and over what width and height; when
+# that was; how often it has turned white, whether it has touched another, and how many objects are there.
+TRACES = (
+    *("row", "column", "frame"),
+    *("x", "y", "x_moved", "y_moved", "x_span", "y_span", "first", "blinks", "touched", "count"),
+)
 ALWAYS_KNOWN = 3  # the first of them; the others only where an object is
-STEP_FRAMES, STEP_UNIT, TIME_UNIT = 3, 8.0, 20.0
+MOVE_UNIT_PX, TIME_UNIT, COUNT_UNIT = 24.0, 20.0, 2.0
+TOUCH_PX = 5.0  # between edges, in design px
 
 
-def trace_labels(scene: Scene, grid: int) -> tuple[Tensor, Tensor]:
-    """(T, grid, grid, 8) values of ``TRACES``, each within a few units of 0, and (T, grid, grid) where an object is."""
+def trace_labels(scene: Scene, grid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, grid, grid, 13) values of ``TRACES``, each within a few units of 0; (T, grid, grid) where an object is; and
+    where one is that is gone or white only for a moment."""
     t = scene.num_frames
     labels = torch.zeros(t, grid, grid, len(TRACES))
-    present = torch.zeros(t, grid, grid, dtype=torch.bool)
+    present, brief = torch.zeros(2, t, grid, grid, dtype=torch.bool)
     frame, row, column = torch.meshgrid(torch.arange(t), torch.arange(grid), torch.arange(grid), indexing="ij")
     labels[..., 0], labels[..., 1] = row * (2 / grid) - 1, column * (2 / grid) - 1
     labels[..., 2] = frame / TIME_UNIT - 1
+    lasting = [thing for thing in scene.things if thing.facts.get("role") != "transient"]
+    count = np.sum([thing.visible for thing in lasting], axis=0)
     for thing in scene.things:
         near = _reach(thing, (t, grid, grid), SIDE / grid)[2]
         present |= near
-        centre = torch.from_numpy(thing.centre).float()
-        first = int(thing.visible.argmax())
-        before = (torch.arange(t) - STEP_FRAMES).clamp(min=first)
-        age = (torch.arange(t) - first) / TIME_UNIT
-        known = torch.cat([centre / (SIDE / 2) - 1, (centre - centre[before]) / STEP_UNIT, age[:, None]], -1)
-        rows = known[:, None, None].expand(t, grid, grid, -1)
+        short = thing.is_white if thing in lasting else thing.visible
+        brief |= near & torch.from_numpy(short)[:, None, None]
+        known = np.column_stack([_history(thing, [other for other in lasting if other is not thing]), count])
+        known[:, -1] = known[:, -1] / COUNT_UNIT - 1
+        rows = torch.from_numpy(known).float()[:, None, None].expand(t, grid, grid, -1)
         labels[..., ALWAYS_KNOWN:] = torch.where(near[..., None], rows, labels[..., ALWAYS_KNOWN:])
-    return labels, present
+    return labels, present, brief
+
+
+def _history(thing: Thing, others: Sequence[Thing]) -> NDArray[np.float64]:
+    """(T, 9) x, y, x_moved, y_moved, x_span, y_span, first, blinks, touched."""
+    first = int(thing.visible.argmax())
+    since = thing.centre.copy()
+    since[:first] = since[first]
+    span = np.maximum.accumulate(since) - np.minimum.accumulate(since)
+    onset = thing.is_white & ~np.roll(thing.is_white, 1)
+    touched = np.zeros(len(since), bool)
+    for other in others:
+        gap = np.linalg.norm(thing.centre - other.centre, axis=1) - thing.radius - other.radius
+        touched |= (gap < TOUCH_PX) & thing.visible & other.visible
+    return np.column_stack(
+        [
+            thing.centre / (SIDE / 2) - 1,
+            (since - since[first]) / MOVE_UNIT_PX,
+            span / MOVE_UNIT_PX,
+            np.full(len(since), first / TIME_UNIT - 1),
+            np.cumsum(onset) / COUNT_UNIT,
+            2.0 * np.maximum.accumulate(touched) - 1,
+        ]
+    )
 
 
 def _reach(thing: Thing, shape: tuple[int, int, int], cell: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,11 +17,11 @@ KINDS = ("motion", "cut", "hit", "order", "repeat")
 CORNERS = ((24.0, 24.0), (72.0, 24.0), (24.0, 72.0), (72.0, 72.0))
 
 SPEED_PX = {"slowly": 1.0, "steadily": 2.5, "quickly": 6.0}  # a frame
-TRAVEL_FRAMES = {"slowly": (14, 20), "steadily": (10, 17), "quickly": (6, 9)}
+TRAVEL_FRAMES = {"slowly": (14, 18), "steadily": (11, 13), "quickly": (7, 9)}
 TRANSIENT_FRAMES = (1, 1, 1, 2, 2, 3)
 TRANSIENT_SHARE = 0.6
-CIRCLE_RADIUS, CIRCLE_FRAMES = 11.0, 10
-SHAKE_PX = 4.0
+CIRCLE_RADIUS, CIRCLE_FRAMES = 12.0, 10
+SHAKE_PX, SHAKE_FRAMES = 6.0, 4
 BLINK_FRAMES = 2
 
 
@@ -172,9 +172,10 @@ def _circle(thing: Thing, rng: Generator, start: int) -> None:
 
 
 def _shake(thing: Thing, start: int) -> None:
-    moving = np.arange(len(thing.centre)) >= start
+    since = np.arange(len(thing.centre)) - start
+    side = np.where(since % SHAKE_FRAMES < SHAKE_FRAMES // 2, SHAKE_PX, -SHAKE_PX)
     thing.centre = thing.centre.copy()
-    thing.centre[:, 0] += np.where(moving, np.where(np.arange(len(moving)) % 2, SHAKE_PX, -SHAKE_PX), 0.0)
+    thing.centre[:, 0] += np.where(since >= 0, side, 0.0)
     thing.facts["does"] = "shakes"
 
 
@@ -263,7 +264,7 @@ def _make_order(scene: Scene, cast: Cast, rng: Generator) -> None:
     """Three objects come one after the other."""
     _one_shot(scene, rng)
     n = scene.num_frames
-    times = np.sort(rng.choice(np.arange(1, (n - 4) // 4), 3, replace=False)) * 4 + rng.integers(0, 2, 3)
+    times = np.sort(rng.choice(np.arange((n - 2) // 6), 3, replace=False)) * 6 + rng.integers(1, 3, 3)
     places = _corners(rng, 3)
     for rank, index in enumerate(rng.permutation(3)):
         thing = _thing(scene, cast, rng, places[index], start=int(times[rank]))
