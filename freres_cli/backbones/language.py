@@ -61,6 +61,8 @@ class DecoderLanguageModel(ABC):
         choices_as: str = "letters",
     ) -> None:
         use_attention(half.decoder, CAUSAL_NO_MASK, attention)
+        # Frozen, always: gradients, where wanted, go through to the visual tokens (``gradients.py``).
+        half.requires_grad_(False)
         self.attention = attention
         self.choices_as = choices_as
         self.config = config
@@ -128,6 +130,11 @@ class DecoderLanguageModel(ABC):
     def device(self) -> torch.device:
         device: torch.device = self.decoder.device
         return device
+
+    @property
+    def num_parameters(self) -> int:
+        """Of decoder and head; a tied head has none of its own."""
+        return sum(parameter.numel() for parameter in self.half.parameters())
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -201,7 +208,6 @@ class DecoderLanguageModel(ABC):
         axes = axes.to(device=self.device, dtype=torch.float32)
         return PromptRows(embeds, self._positions(axes, index), next_position)
 
-    @torch.no_grad()
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text tokens, all axes counting from ``position``, the plain index from ``index``."""
         embeds = self.decoder.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
@@ -222,7 +228,6 @@ class DecoderLanguageModel(ABC):
         """An empty KV cache for one sequence."""
         return DynamicCache(config=self.decoder.config)
 
-    @torch.no_grad()
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
         """Run rows on top of the cache. Returns last hidden states, (L, D)."""
         out = self.decoder(
@@ -235,7 +240,6 @@ class DecoderLanguageModel(ABC):
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    @torch.no_grad()
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Run text rows of several sequences at once. See ``base.LanguageModel``."""
         with nullcontext() if mask is None else attention_for_padding(self.decoder):
@@ -253,7 +257,6 @@ class DecoderLanguageModel(ABC):
         """Arguments of the decoder for the DeepStack channels of its rows (L, C)."""
         return {}
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, vocabulary) float32."""
         return linear(hidden, self.head_weight).float()
