@@ -61,8 +61,6 @@ class DecoderLanguageModel(ABC):
         choices_as: str = "letters",
     ) -> None:
         use_attention(half.decoder, CAUSAL_NO_MASK, attention)
-        # Frozen, always: gradients, where wanted, go through to the visual tokens (``gradients.py``).
-        half.requires_grad_(False)
         self.attention = attention
         self.choices_as = choices_as
         self.config = config

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,8 +63,7 @@ class EncodedClip:
     """The latents of a video, made as ``freres compress`` makes them, kept for all methods.
 
     No source frame passes the tower twice. The preset's own frames are read at once; where ``track_density`` is above
-    1, Fre-Res reads denser ones below the full budget, and the file is decoded once more for them. ``modules``: what
-    Fre-Res was trained with.
+    1, Fre-Res reads denser ones below the full budget, and the file is decoded once more for them.
     """
 
     def __init__(
@@ -71,9 +71,8 @@ class EncodedClip:
         request: CompressRequest,
         encoder: VisionEncoder,
         timer: StageTimer,
-        modules: FreResModules | None = None,
     ) -> None:
-        self._request, self._encoder, self._timer, self._modules = request, encoder, timer, modules
+        self._request, self._encoder, self._timer = request, encoder, timer
         self._info = probe_video(request.video)
         self._known: dict[int, Tensor] = {}
         self._views: dict[Sampling, View] = {}
@@ -88,13 +87,21 @@ class EncodedClip:
     def num_frames(self) -> int:
         return len(self._baseline.pts_seconds)
 
-    def build_tokens(self, method: str, budget_tokens: int) -> VideoTokens:
-        """Return the tokens of a method; stage ``compress`` of the timer is the time from latents to tokens."""
+    def with_settings(self, settings: Iterable[tuple[str, Any]]) -> EncodedClip:
+        """The same clip under other settings; latents are shared, and the baseline's frames stay."""
+        clip = copy.copy(self)
+        changed = {key: Setting(value, "eval") for key, value in settings}
+        clip._request = replace(self._request, settings={**self._request.settings, **changed})
+        return clip
+
+    def build_tokens(self, method: str, budget_tokens: int, modules: FreResModules | None = None) -> VideoTokens:
+        """Return the tokens of a method; stage ``compress`` of the timer is the time from latents to tokens.
+        ``modules``: what Fre-Res was trained with."""
         if method == FRE_RES:
             plan = self._plan(budget_tokens)
             self._view(plan)
             with self._timer.stage("compress"), torch.no_grad():
-                return build_tokens(self._compress(plan)[1], self._request.value("variant"), self._modules)
+                return build_tokens(self._compress(plan)[1], self._request.value("variant"), modules)
         with self._timer.stage("compress"):
             seconds = torch.tensor(self._baseline.pts_seconds, dtype=torch.float64)
             return BASELINES[method](self._baseline.latents, seconds, budget_tokens, self._encoder.width)

@@ -95,7 +95,7 @@ def train_adapter(
     workers = Workers()
     state_path = request.output.with_name(request.output.name + ".state")
     check_destination(request.output, request.force or state_path.exists())
-    model = _load_model(request.compress)
+    model = load_model(request.compress)
     videos = list(request.data.by_video().values())
     compress, recipe = request.compress, request.recipe
     data = workers.first_then_all(
@@ -270,7 +270,8 @@ def _progress_line(step: int, num_steps: int, loss: float, score: Score, left_s:
     return f"step {step}/{num_steps}: loss {loss:.4f}; {held_out}; {left_s / 60:.0f} min left"
 
 
-def _load_model(request: CompressRequest) -> LanguageModel:
+def load_model(request: CompressRequest) -> LanguageModel:
+    """Load the language half of the request's model."""
     return load_language_model(
         request.model, request.device, request.dtype, request.revision, bundled_directory=bundled_model_dir()
     )
