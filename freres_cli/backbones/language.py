@@ -130,6 +130,11 @@ class DecoderLanguageModel(ABC):
         return device
 
     @property
+    def num_parameters(self) -> int:
+        """Of decoder and head; a tied head has none of its own."""
+        return sum(parameter.numel() for parameter in self.half.parameters())
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in the KV cache, over all layers that keep one."""
         config = self.decoder.config
@@ -201,7 +206,6 @@ class DecoderLanguageModel(ABC):
         axes = axes.to(device=self.device, dtype=torch.float32)
         return PromptRows(embeds, self._positions(axes, index), next_position)
 
-    @torch.no_grad()
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text tokens, all axes counting from ``position``, the plain index from ``index``."""
         embeds = self.decoder.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
@@ -222,7 +226,6 @@ class DecoderLanguageModel(ABC):
         """An empty KV cache for one sequence."""
         return DynamicCache(config=self.decoder.config)
 
-    @torch.no_grad()
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
         """Run rows on top of the cache. Returns last hidden states, (L, D)."""
         out = self.decoder(
@@ -235,7 +238,6 @@ class DecoderLanguageModel(ABC):
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    @torch.no_grad()
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Run text rows of several sequences at once. See ``base.LanguageModel``."""
         with nullcontext() if mask is None else attention_for_padding(self.decoder):
@@ -253,7 +255,6 @@ class DecoderLanguageModel(ABC):
         """Arguments of the decoder for the DeepStack channels of its rows (L, C)."""
         return {}
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, vocabulary) float32."""
         return linear(hidden, self.head_weight).float()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from freres_cli.bundle.store import write_atomically
 from freres_cli.errors import BackboneError
 
 HEADER = "freres.adapter/1"
@@ -18,8 +19,10 @@ MODEL_FACTS = ("config_sha256", "projector_sha256")
 
 
 def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write trained weights; ``header`` holds the backbone's facts under ``model`` and module sizes under ``shape``."""
-    save_file(dict(weights), path, metadata={HEADER: json.dumps(header, sort_keys=True)})
+    """Write trained weights, whole or not at all; ``header`` holds the backbone's facts under ``model``, module sizes under
+    ``shape``, and what is known of the training under ``training``. Raises ``BundleError`` or ``ResourceError``."""
+    content = save(dict(weights), {HEADER: json.dumps(header, sort_keys=True)})
+    write_atomically(path, lambda file: file.write(content), force=True)
 
 
 def read_adapter(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -80,7 +80,7 @@ def write_bundle(path: Path, tracks: Tracks, manifest: Mapping[str, Any], *, for
     return path.stat().st_size
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None], *, force: bool) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force: bool) -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it, and move it into place."""
     temporary = path.parent / f".freres-{secrets.token_hex(6)}.tmp"
     try:

@@ -12,7 +12,21 @@ from typing import Annotated
 import typer
 
 from freres_cli import __version__
-from freres_cli.cli import ask, compress, demo, doctor, eval, inspect, models, presets, profile, repack, world
+from freres_cli.cli import (
+    ablate,
+    ask,
+    compress,
+    demo,
+    doctor,
+    eval,
+    inspect,
+    models,
+    presets,
+    profile,
+    repack,
+    train,
+    world,
+)
 from freres_cli.cli.output import print_error, print_result
 from freres_cli.errors import ExitStatus, FreresError, ResourceError
 
@@ -29,6 +43,8 @@ app.command("compress")(compress.compress)
 app.command("ask")(ask.ask)
 app.command("profile")(profile.profile)
 app.command("eval")(eval.evaluate)
+app.command("ablate")(ablate.ablate)
+app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
 app.command("repack")(repack.repack)
 app.command("presets")(presets.presets)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,9 +37,7 @@ def ask(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     model: options.Model = None,
     revision: options.Revision = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="FILE", help="Trained modules (safetensors).")
-    ] = None,
+    adapter: options.Adapter = None,
     text_after: Annotated[
         str | None,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,7 @@ def evaluate(
         bool, typer.Option("--force", help="Begin anew where the output file holds something else.")
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask the first so many questions only.")] = None,
+    adapter: options.Adapter = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
     model: options.Model = None,
@@ -69,7 +71,8 @@ def evaluate(
     (2 to 26 options; none for a free answer) and answer (the option as it stands there). Other keys are ignored.
 
     Methods: full, every token; uniform, whole frames at even distances, thinned to exactly the budget; lowres, every
-    frame averaged in space; fre-res, as freres compress; blind, the question without any visual token. full and blind
+    frame averaged in space; fre-res, as freres compress, with the
+    adapter; blind, the question without any visual token. full and blind
     have one row, whatever the budgets. A budget is never exceeded.
     """
     from freres_cli.workflows.budgets import parse_cells
@@ -83,21 +86,24 @@ def evaluate(
     file = read_questions(questions, limit)
     path = None if output is None else results_path(output, questions)
     compress = make_request(questions, flags, preset, model, revision, device=device, dtype=dtype)
+    from freres_cli.workflows.adapters import choose_adapter
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
 
+    chosen = choose_adapter(adapter, compress.model, compress.value("variant"))
+    cells = tuple(replace(cell, adapter=chosen) if cell.method == "fre-res" else cell for cell in cells)
     request = EvalRequest(file, cells, compress, path, force)
     with progress_bar("eval", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress)
-    _print_failures(result)
-    print_notes([*result.notes, *_run_notes(result, request)], quiet)
+    print_failures(result)
+    print_notes([*result.notes, *run_notes(result, request)], quiet)
     if json:
-        print_json("freres.eval/1", _document(result, request))
+        print_json("freres.eval/1", describe_result(result, request))
         return
-    _print_rows(result.summary)
+    print_rows(result.summary)
 
 
-def _print_failures(result: EvalResult) -> None:
+def print_failures(result: EvalResult) -> None:
     failed = result.summary["failed"]
     for item in failed[:SHOWN_FAILURES]:
         print_warning(f"failed: {item['message']}")
@@ -108,13 +114,13 @@ def _print_failures(result: EvalResult) -> None:
         print_warning(f"{len(failed)} of {videos} videos failed{more}: questions that count for no method: {lost}")
 
 
-def _run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
+def run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
     if request.output is None:
         return []
     return [f"{request.output}: {result.num_resumed} videos were answered before"] if result.num_resumed else []
 
 
-def _document(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
+def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
     from freres_cli.bench.report import describe_environment
 
     return {
@@ -130,13 +136,13 @@ def _document(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
     }
 
 
-def _print_rows(summary: dict[str, Any]) -> None:
+def print_rows(summary: dict[str, Any]) -> None:
     columns = ("method", "budget", "tokens", "most", "accuracy", "95 % interval", "by category", "retention")
     print_table(
         (*columns, "compress", "prefill", "TTFT", "next TTFT"),
         [
             (
-                row["method"],
+                row["label"] or row["method"],
                 _size(row["budget"]),
                 f"{row['visual_tokens']:.0f}",
                 str(row["visual_tokens_max"]),
@@ -167,7 +173,11 @@ def _print_rows(summary: dict[str, Any]) -> None:
 
 
 def _print_categories(rows: list[dict[str, Any]]) -> None:
-    names = [row["method"] if row["budget"] is None else f"{row['method']} {_size(row['budget'])}" for row in rows]
+    called = [row["label"] or row["method"] for row in rows]
+    names = [
+        name if row["budget"] is None else f"{name} {_size(row['budget'])}"
+        for name, row in zip(called, rows, strict=True)
+    ]
     first = rows[0]["by_category"]
     print_table(
         ("category", "questions", "chance", *names),

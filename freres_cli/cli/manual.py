@@ -37,7 +37,7 @@ ask:
     freres.ask/1:
       bundle question answer choices visual_tokens context_tokens new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
       model text_after notes environment
-  defaults: {choices: none (a free answer), adapter: none (untrained), model: the bundle's, revision: the bundle's,
+  defaults: {choices: none (a free answer), adapter: "the bundled model's own, none for others", model: the bundle's, revision: the bundle's,
     text_after: the bundle's}
 profile:
   examples:
@@ -68,7 +68,30 @@ eval:
       rows (method budget budget_tokens budget_tokens_max visual_tokens visual_tokens_max accuracy ci_low ci_high retention
       chance num_questions mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s) results_file
       num_videos_resumed model settings notes environment
-  defaults: {output: none (nothing is kept), limit: every question}
+  defaults: {output: none (nothing is kept), limit: every question,
+    adapter: "the bundled model's own, none for others"}
+train:
+  examples:
+    freres train data.jsonl --model Qwen/Qwen2-VL-2B-Instruct: Write adapter.safetensors.
+    freres train data.jsonl -o a.safetensors --steps 200 --cache bundles: Keep the compressed videos in the folder bundles.
+    "torchrun --nproc-per-node 4 $(command -v freres) train data.jsonl": Four GPUs; the steps are those of one.
+  output: >-
+    The adapter's path. Training and validation loss, validation accuracy and the time left go to stderr. The loss is the mean
+    negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from those of
+    the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1. The adapter
+    holds the model's fingerprint, the data's SHA-256, the recipe and every validation.
+  schemas:
+    freres.train/1:
+      adapter variant recipe data_sha256 num_questions num_videos num_videos_untaught num_parameters share_of_model steps best_step
+      validation history train_s failed environment
+  defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
+ablate:
+  examples:
+    freres ablate questions.jsonl -o ablation --train data.jsonl: Train three adapters, then fill all tables at a quarter of the tokens.
+    freres ablate questions.jsonl -o ablation --tables anchors --budgets 0.5,0.25: One table without training.
+  output: As freres eval, a row for each setting. DIR keeps the adapters, the compressed videos and every answer.
+  schemas: {freres.ablate/1: the keys of freres.eval/1 and tables}
+  defaults: {train: nothing is trained, limit: every question}
 inspect:
   examples:
     freres inspect bundle.pt: What is inside, and where each setting came from.

@@ -76,6 +76,10 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any preset setting; may be given again. See freres-preset(5)."),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="FILE|none", help="What freres train wrote; none for untrained tokens."),
+]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]
 
 
@@ -93,3 +97,11 @@ def check_revision(model: str | None, revision: str | None) -> None:
     """Only hub models have revisions. Raises ``UsageError``."""
     if revision is not None and (model == BUNDLED or (model is not None and Path(model).expanduser().is_dir())):
         raise UsageError(f"--revision: {model} is no hub model: expected none, got {revision}", "leave --revision out")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises ``UsageError``."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be a folder: {error.strerror}", "name another with -o") from error

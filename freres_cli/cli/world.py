@@ -42,7 +42,7 @@ def make(
 
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
-    _make_folder(output)
+    options.make_folder(output)
     if any(output.iterdir()):
         raise UsageError(f"{output}: expected a new or empty folder", "name another with -o")
 
@@ -86,7 +86,7 @@ def train(
     """
     if start not in (None, options.BUNDLED) and not Path(start).is_dir():
         raise UsageError(f"--start: {start}: no such folder", "name the folder of a model, or bundled")
-    _make_folder(output)
+    options.make_folder(output)
     from freres_cli.devices import choose_device
     from freres_cli.workflows.train_world import TrainRequest, train_world
     from freres_cli.world.bundled_model import bundled_model_dir
@@ -99,10 +99,3 @@ def train(
         print_json("freres.world_train/1", done)
     else:
         print_result(done["model"])
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be a folder: {error.strerror}", "name another with -o") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,12 @@ def build_tokens(tracks: Tracks, variant: str = "absorber", modules: FreResModul
     """Return the visual tokens of a clip for the language model (method sections 5 and 6).
 
     Without ``modules`` nothing is trained: anchors are the backbone's own latents bit for bit, and every other token is
-    a pooled latent of the clip at some instant. Order is time: per GoP anchors, dynamic, static, summary, each in
+    a pooled latent of the clip at some instant. Where every token of the clip is there, nothing was lost and ``modules``
+    leave them as they are (ours). Order is time: per GoP anchors, dynamic, static, summary, each in
     raster order. ``variant`` is one of ``presets.VARIANTS``.
     """
+    if tracks.anchor_gop.shape[0] == math.prod(tracks.grid):
+        modules = None
     kinds = [
         _anchor_rows(tracks),
         *_dynamic_rows(tracks, variant, modules),

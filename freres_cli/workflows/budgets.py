@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 from freres_cli.errors import UsageError
 
@@ -38,14 +40,21 @@ class Budget:
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the result: a method at a budget; ``None`` where the method has none."""
+    """One line of the result: a method at a budget; ``None`` where the method has none.
+
+    Of Fre-Res there may be several: ``label`` tells them apart, ``settings`` (key, value) are other than the run's, and
+    ``adapter`` names trained modules.
+    """
 
     method: str
     budget: Budget | None
+    label: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+    adapter: Path | None = None
 
     @property
     def name(self) -> str:
-        return self.method if self.budget is None else f"{self.method} {self.budget.text}"
+        return " ".join(filter(None, (self.label or self.method, self.budget and self.budget.text)))
 
 
 def parse_budget(text: str) -> Budget:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +16,19 @@ from freres_cli.baselines.full import keep_every_token
 from freres_cli.baselines.lowres import pool_frames
 from freres_cli.baselines.uniform import sample_uniform_frames
 from freres_cli.bench.clock import StageTimer
+from freres_cli.method.compress import StreamingCompressor
+from freres_cli.method.fusion import FreResModules
 from freres_cli.method.tokens import build_tokens
 from freres_cli.presets import Setting
-from freres_cli.records import VideoTokens
+from freres_cli.records import Tracks, VideoTokens
+from freres_cli.video.decode import DecodeReport
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
 from freres_cli.workflows.compress import (
     CompressPlan,
     CompressRequest,
     batch_frames,
+    build_manifest,
     check_any,
     check_finite,
     open_decoder,
@@ -45,10 +51,12 @@ BASELINES: dict[str, Baseline] = {
 
 @dataclass(frozen=True)
 class View:
-    """The frames of one sampling: ``latents`` (T, H, W, C) on the CPU, and the time of each in seconds."""
+    """The frames of one sampling: ``latents`` (T, H, W, C) on the CPU, the time of each in seconds, and how decoding
+    went."""
 
     latents: Tensor
     pts_seconds: tuple[float, ...]
+    report: DecodeReport
 
 
 class EncodedClip:
@@ -58,7 +66,12 @@ class EncodedClip:
     1, Fre-Res reads denser ones below the full budget, and the file is decoded once more for them.
     """
 
-    def __init__(self, request: CompressRequest, encoder: VisionEncoder, timer: StageTimer) -> None:
+    def __init__(
+        self,
+        request: CompressRequest,
+        encoder: VisionEncoder,
+        timer: StageTimer,
+    ) -> None:
         self._request, self._encoder, self._timer = request, encoder, timer
         self._info = probe_video(request.video)
         self._known: dict[int, Tensor] = {}
@@ -74,29 +87,46 @@ class EncodedClip:
     def num_frames(self) -> int:
         return len(self._baseline.pts_seconds)
 
-    def build_tokens(self, method: str, budget_tokens: int) -> VideoTokens:
-        """Return the tokens of a method; stage ``compress`` of the timer is the time from latents to tokens."""
+    def with_settings(self, settings: Iterable[tuple[str, Any]]) -> EncodedClip:
+        """The same clip under other settings; latents are shared, and the baseline's frames stay."""
+        clip = copy.copy(self)
+        changed = {key: Setting(value, "eval") for key, value in settings}
+        clip._request = replace(self._request, settings={**self._request.settings, **changed})
+        return clip
+
+    def build_tokens(self, method: str, budget_tokens: int, modules: FreResModules | None = None) -> VideoTokens:
+        """Return the tokens of a method; stage ``compress`` of the timer is the time from latents to tokens.
+        ``modules``: what Fre-Res was trained with."""
         if method == FRE_RES:
-            return self._compress(budget_tokens)
+            plan = self._plan(budget_tokens)
+            self._view(plan)
+            with self._timer.stage("compress"), torch.no_grad():
+                return build_tokens(self._compress(plan)[1], self._request.value("variant"), modules)
         with self._timer.stage("compress"):
             seconds = torch.tensor(self._baseline.pts_seconds, dtype=torch.float64)
             return BASELINES[method](self._baseline.latents, seconds, budget_tokens, self._encoder.width)
 
-    def _plan(self, budget_tokens: int) -> CompressPlan:
-        budget = {"budget_tokens": Setting(budget_tokens, "eval")}
-        request = replace(self._request, settings={**self._request.settings, **budget})
-        return plan_compression(request, self._encoder, self._info)
+    def make_bundle(self, budget_tokens: int) -> tuple[Tracks, dict[str, Any]]:
+        """Return the tracks and the manifest of the bundle that ``freres compress`` writes at a budget."""
+        request, plan = self._request_for(budget_tokens), self._plan(budget_tokens)
+        compressor, tracks = self._compress(plan)
+        return tracks, build_manifest(request, plan, self._encoder, tracks, compressor, self._view(plan).report)
 
-    def _compress(self, budget_tokens: int) -> VideoTokens:
+    def _request_for(self, budget_tokens: int) -> CompressRequest:
+        budget = {"budget_tokens": Setting(budget_tokens, "flag")}
+        return replace(self._request, settings={**self._request.settings, **budget})
+
+    def _plan(self, budget_tokens: int) -> CompressPlan:
+        return plan_compression(self._request_for(budget_tokens), self._encoder, self._info)
+
+    def _compress(self, plan: CompressPlan) -> tuple[StreamingCompressor, Tracks]:
         """Stream the latents through the method as if they came from the tower."""
-        plan = self._plan(budget_tokens)
         view, size = self._view(plan), batch_frames(plan)
-        with self._timer.stage("compress"), torch.no_grad():
-            compressor = start_compressor(self._request, plan, self._encoder)
-            for start in range(0, len(view.pts_seconds), size):
-                latents = view.latents[start : start + size].to(self._encoder.device)
-                compressor.push(latents, view.pts_seconds[start : start + size])
-            return build_tokens(compressor.finish(), self._request.value("variant"))
+        compressor = start_compressor(self._request, plan, self._encoder)
+        for start in range(0, len(view.pts_seconds), size):
+            latents = view.latents[start : start + size].to(self._encoder.device)
+            compressor.push(latents, view.pts_seconds[start : start + size])
+        return compressor, compressor.finish()
 
     def _view(self, plan: CompressPlan) -> View:
         if plan.sampling not in self._views:
@@ -107,7 +137,8 @@ class EncodedClip:
         """Decode the plan's frames and encode those not seen before."""
         indices: list[int] = []
         seconds: list[float] = []
-        for frames in timed_batches(open_decoder(self._request, plan), self._timer):
+        decoder = open_decoder(self._request, plan)
+        for frames in timed_batches(decoder, self._timer):
             fresh = {n: i for i, n in enumerate(frames.source_index) if n not in self._known}
             if fresh:
                 with self._timer.stage("encode"):
@@ -120,4 +151,4 @@ class EncodedClip:
         latents = torch.stack([self._known[n] for n in indices])
         # The stack replaces the batches, so that the clip is in memory once.
         self._known.update(zip(indices, latents, strict=True))
-        return View(latents, tuple(seconds))
+        return View(latents, tuple(seconds), decoder.report)

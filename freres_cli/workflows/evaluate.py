@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from freres_cli.backbones.registry import load_language_model
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, UsageError, VideoError
+from freres_cli.method.fusion import FreResModules
 from freres_cli.video.probe import hash_file
+from freres_cli.workflows.adapters import check_variant, load_adapter
 from freres_cli.workflows.ask import Session, control_tokens
 from freres_cli.workflows.budgets import Cell
 from freres_cli.workflows.clips import EncodedClip
@@ -30,6 +33,7 @@ from freres_cli.world.make import is_world_clip
 MAX_ANSWER_TOKENS = 16
 
 Progress = Callable[[int, int], None]
+Modules = Mapping[Path | None, FreResModules]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     encoder = load_encoder(request.compress)
     model = _load_language_model(request.compress)
     _check_questions(request.questions, model)
+    modules = load_all_modules(request, model)
     run = describe_run(request, model)
     results = ResultsFile(request.output, run, request.force)
     videos = request.questions.by_video()
@@ -76,7 +81,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         if _is_done(results.rows.get(name), questions):
             num_resumed += 1
             continue
-        results.append(evaluate_video(request, name, questions, encoder, model))
+        results.append(evaluate_video(request, name, questions, encoder, model, modules))
     rows = [results.rows[name] for name in videos]
     if all(row["status"] == "failed" for row in rows):
         raise VideoError(
@@ -90,6 +95,17 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
 
 
+def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
+    """Read the adapter of every cell that has one. Raises ``BackboneError`` for one of another model or variant."""
+    found: dict[Path | None, FreResModules] = {}
+    for cell in request.cells:
+        if cell.adapter is not None:
+            adapter = load_adapter(cell.adapter, model.fingerprint)
+            check_variant(adapter, dict(cell.settings).get("variant", request.compress.value("variant")))
+            found[cell.adapter] = adapter.modules.to(model.device)
+    return found
+
+
 def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
     """Return everything that decides the answers: a results file is continued only where all of it is equal."""
     compress = request.compress
@@ -98,7 +114,7 @@ def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
     return {
         "freres_version": __version__,
         "questions_sha256": request.questions.sha256,
-        "methods": [cell.name for cell in request.cells],
+        "methods": [[cell.name, dict(cell.settings), _digest(cell.adapter)] for cell in request.cells],
         "model": dict(model.fingerprint),
         "device": compress.device.name,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -108,7 +124,12 @@ def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
 
 
 def evaluate_video(
-    request: EvalRequest, name: str, questions: Sequence[Question], encoder: VisionEncoder, model: LanguageModel
+    request: EvalRequest,
+    name: str,
+    questions: Sequence[Question],
+    encoder: VisionEncoder,
+    model: LanguageModel,
+    modules: Modules,
 ) -> dict[str, Any]:
     """Return the row of one video: encoded once, its questions asked from one prefill for each method and budget."""
     compress = replace(request.compress, video=questions[0].video)
@@ -119,7 +140,7 @@ def evaluate_video(
             row["video_sha256"] = hash_file(compress.video)
             clip = EncodedClip(compress, encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
-            row["cells"] = [_ask_cell(cell, clip, compress, questions, model, timer) for cell in request.cells]
+            row["cells"] = [_ask_cell(cell, clip, compress, questions, model, modules, timer) for cell in request.cells]
     except FreresError as error:
         return {"video": name, "status": "failed", "message": error.message}
     return row | {"decode_s": timer.seconds["decode"], "encode_s": timer.seconds["encode"]}
@@ -131,6 +152,7 @@ def _ask_cell(
     compress: CompressRequest,
     questions: Sequence[Question],
     model: LanguageModel,
+    modules: Modules,
     timer: StageTimer,
 ) -> dict[str, Any]:
     """Return tokens, times and answers of one method at one budget: answers by question id, as
@@ -140,7 +162,8 @@ def _ask_cell(
         budget_tokens = cell.budget.tokens(clip.full_tokens)
     assert budget_tokens is not None
     timer.seconds.pop("compress", None)
-    tokens = clip.build_tokens(cell.method, budget_tokens)
+    own = clip.with_settings(cell.settings) if cell.settings else clip
+    tokens = own.build_tokens(cell.method, budget_tokens, modules.get(cell.adapter))
     session = Session(model, tokens, clip.full_tokens, compress.value("text_after"), load_s=0.0)
     answers: dict[str, tuple[str, bool, float]] = {}
     for question in questions:
@@ -155,6 +178,10 @@ def _ask_cell(
         "prefill_s": session.prefill_s,
         "answers": answers,
     }
+
+
+def _digest(adapter: Path | None) -> str | None:
+    return None if adapter is None else hashlib.sha256(adapter.read_bytes()).hexdigest()
 
 
 def _is_done(row: dict[str, Any] | None, questions: Sequence[Question]) -> bool:

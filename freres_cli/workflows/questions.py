@@ -87,8 +87,10 @@ def normalize_answer(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(TRAILING)
 
 
-def read_questions(path: Path, limit: int | None = None) -> QuestionFile:
+def read_questions(path: Path, limit: int | None = None, *, is_named: bool = True) -> QuestionFile:
     """Return the questions of a JSON lines file, the first ``limit`` of them; every row is checked.
+
+    ``is_named=False``: rows need no id and no category, as training data; the line number is the id.
 
     Raises ``UsageError`` that names the first bad row as FILE:LINE, and the lines of the others.
     """
@@ -104,7 +106,7 @@ def read_questions(path: Path, limit: int | None = None) -> QuestionFile:
         if not row.strip():
             continue
         try:
-            question = _read_row(row, line, path.parent)
+            question = _read_row(row, line, path.parent, is_named)
             if question.id in line_of:
                 raise _BadRow(f"id {question.id!r} is that of line {line_of[question.id]}: give each row its own")
         except _BadRow as error:
@@ -122,7 +124,7 @@ def read_questions(path: Path, limit: int | None = None) -> QuestionFile:
     return QuestionFile(path, hashlib.sha256(data).hexdigest(), tuple(found[:limit]))
 
 
-def _read_row(row: bytes, line: int, folder: Path) -> Question:
+def _read_row(row: bytes, line: int, folder: Path, is_named: bool) -> Question:
     try:
         values = json.loads(row.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -132,6 +134,8 @@ def _read_row(row: bytes, line: int, folder: Path) -> Question:
         raise _BadRow(f"not valid JSON ({reason}): write one object a line") from error
     if not isinstance(values, dict):
         raise _BadRow(f"expected a JSON object, got {type(values).__name__}: write one object a line")
+    if not is_named:
+        values = {"id": f"line {line}", "category": "all", **values}
     name, category, question, answer, own_id = (
         _read_text(values, key) for key in ("video", "category", "question", "answer", "id")
     )

@@ -60,6 +60,9 @@ def _summarize_cell(
     budgets, visual = ([part[key] for part in parts] for key in ("budget_tokens", "visual_tokens"))
     return {
         "method": cell.method,
+        "label": cell.label or None,
+        "settings": dict(cell.settings),
+        "adapter": None if cell.adapter is None else cell.adapter.name,
         "budget": None if cell.budget is None else cell.budget.number,
         "budget_tokens": _mean(budgets),
         "budget_tokens_max": max(budgets),

@@ -34,6 +34,11 @@ def bundled_model_dir() -> Path:
     return Path(__file__).parent / "bundled_model"
 
 
+def bundled_adapter() -> Path:
+    """Where the adapter that ships with the bundled model lies."""
+    return Path(__file__).parent / "bundled_adapter.safetensors"
+
+
 def bundled_model_info() -> dict[str, Any]:
     """What is known of the bundled model. ``freres_trained`` says whether its answers mean anything."""
     info: dict[str, Any] = json.loads((bundled_model_dir() / INFO_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,70 @@
+"""Scoring answers so that gradients reach the visual tokens: what training on a frozen model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from freres_cli.backbones.base import LanguageModel, PromptRows
+from freres_cli.backbones.engine import check_context
+from freres_cli.records import VideoTokens
+
+Ids = Sequence[int]
+
+
+def score_answers(
+    model: LanguageModel,
+    prefix_ids: tuple[int, ...],
+    video: VideoTokens,
+    text_after: str,
+    questions: Sequence[tuple[Ids, Sequence[Ids]]],
+) -> list[Tensor]:
+    """Log-likelihoods as ``engine.score_options`` has them, with their graph: for each question (k,) float32.
+
+    ``questions``: the text after the video of each, and its k possible answers, as ids. The video is read once for all
+    of them; only where the cache cannot be shared (recurrent states) is it read for each answer. Memory grows with the
+    activations of the whole prompt. Raises BackboneError beyond the model's context.
+    """
+    rows = model.splice(prefix_ids, video, text_after)
+    texts = [(*suffix, *answer[:-1]) for suffix, answers in questions for answer in answers]
+    check_context(model, len(rows) + max(map(len, texts)), rows.next_position)
+    cache = model.new_cache()
+    if getattr(cache, "is_croppable", True):
+        hidden = _branch_off(model, rows, texts, cache)
+    else:
+        hidden = [_read_whole(model, rows, text) for text in texts]
+    stretches = iter(hidden)
+    return [
+        torch.stack([_likelihood(model, next(stretches), len(suffix), answer) for answer in answers])
+        for suffix, answers in questions
+    ]
+
+
+def _branch_off(model: LanguageModel, rows: PromptRows, texts: Sequence[Ids], cache: object) -> list[Tensor]:
+    """Hidden states of each text after one reading of the video. Texts are padded at their end, which no token before
+    it can see."""
+    model.decode(rows, cache)
+    for layer in cache.layers:  # type: ignore[attr-defined]
+        layer.keys, layer.values = (x.expand(len(texts), -1, -1, -1) for x in (layer.keys, layer.values))
+    longest = max(map(len, texts))
+    stretches = [model.text_rows(text, len(rows), rows.next_position) for text in texts]
+    spare = [longest - len(text) for text in texts]
+    embeds = torch.stack([pad(part.embeds, (0, 0, 0, n)) for part, n in zip(stretches, spare, strict=True)])
+    positions = torch.cat([pad(part.positions, (0, n)) for part, n in zip(stretches, spare, strict=True)], dim=1)
+    hidden = model.decode_batch(embeds, positions, None, cache)
+    return [states[: len(text)] for states, text in zip(hidden, texts, strict=True)]
+
+
+def _read_whole(model: LanguageModel, rows: PromptRows, text: Ids) -> Tensor:
+    whole = rows.then(model.text_rows(text, len(rows), rows.next_position))
+    return model.decode(whole, model.new_cache())[len(rows) :]
+
+
+def _likelihood(model: LanguageModel, hidden: Tensor, num_prompt: int, answer: Ids) -> Tensor:
+    """Of an answer, from the hidden states (n, D) of its prompt and of all of it but the last token."""
+    logits = model.logits(hidden[num_prompt - 1 :])
+    ids = torch.tensor(answer, device=logits.device)
+    return logits.log_softmax(-1).gather(1, ids[:, None]).sum()

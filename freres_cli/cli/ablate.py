@@ -1,0 +1,86 @@
+"""``freres ablate``: the paper's ablations on any questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.compress import gather_flags, make_request
+from freres_cli.cli.eval import describe_result, print_failures, print_rows, run_notes
+from freres_cli.cli.output import print_json, print_notes, progress_bar
+from freres_cli.errors import UsageError
+
+
+def ablate(
+    questions: Annotated[Path, typer.Argument(metavar="QUESTIONS", help="As freres eval takes them.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Adapters and answers; goes on from there.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option("--train", metavar="DATA", help="As freres train takes it; without it nothing is trained."),
+    ] = None,
+    tables: Annotated[
+        str, typer.Option("--tables", metavar="NAME,...", help="Of components, coefficients, frames and anchors.")
+    ] = "components,coefficients,frames,anchors",
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="SIZE,...", help="Shares of the full tokens, or counts.")
+    ] = "0.25",
+    train_budgets: Annotated[
+        str, typer.Option("--train-budgets", metavar="SIZE,...", help="Budgets the adapters are trained for.")
+    ] = "0.5,0.25,0.1",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each adapter.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the training.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask the first so many questions only.")] = None,
+    preset: options.PresetName = None,
+    assignments: options.Assignments = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    device: options.DeviceName = None,
+    dtype: options.Dtype = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure what each part of Fre-Res does, at equal tokens.
+
+    Every row has the same budget, and every trained row the same data, steps and seed. Tables: components (anchors
+    only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6), coefficients kept of a
+    trajectory, frames read (one in 2, one in 4, of 8 a second) and anchors (Table 5).
+
+    A stopped run goes on: adapters that are there are used, and answers that are there are not asked for again.
+    """
+    from freres_cli.workflows.ablate import make_cells, parse_tables, train_variants
+    from freres_cli.workflows.budgets import parse_budget
+    from freres_cli.workflows.questions import read_questions
+
+    names = parse_tables(tables)
+    sizes, trained_sizes = (tuple(parse_budget(text) for text in part.split(",")) for part in (budgets, train_budgets))
+    flags = gather_flags(assignments, {})
+    if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
+        raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
+    file = read_questions(questions, limit)
+    compress = make_request(questions, flags, preset, model, revision, device=device, dtype=dtype)
+    from freres_cli.workflows.evaluate import EvalRequest
+    from freres_cli.workflows.evaluate import evaluate as run_evaluation
+    from freres_cli.workflows.train_adapter import Recipe
+
+    options.make_folder(output)
+    adapters: dict[str, Path] = {}
+    if data is not None:
+        known = read_questions(data, is_named=False)
+        recipe = Recipe(trained_sizes, steps, seed=seed)
+        adapters = train_variants(known, compress, recipe, output, lambda line: print_notes([line], quiet or json))
+    else:
+        print_notes(["nothing is trained without --train"], quiet)
+    request = EvalRequest(file, make_cells(names, sizes, adapters), compress, output / "answers.jsonl")
+    with progress_bar("ablate", quiet or json, "videos") as progress:
+        result = run_evaluation(request, progress)
+    print_failures(result)
+    print_notes([*result.notes, *run_notes(result, request)], quiet)
+    if json:
+        print_json("freres.ablate/1", {**describe_result(result, request), "tables": list(names)})
+        return
+    print_rows(result.summary)

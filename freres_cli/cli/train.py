@@ -1,0 +1,96 @@
+"""``freres train``: questions with answers -> adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freres_cli.cli import options
+from freres_cli.cli.compress import gather_flags, make_request
+from freres_cli.cli.output import print_json, print_notes, print_result, print_warning, progress_bar
+from freres_cli.errors import UsageError
+
+SHOWN_FAILURES = 10
+
+
+def train(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSON lines: video, question, choices, answer.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The adapter to write.")] = Path(
+        "adapter.safetensors"
+    ),
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="SIZE,...", help="Trained for: shares of the full tokens, or counts.")
+    ] = "0.5,0.25,0.1",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps at most.")] = 500,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Videos a step.")] = 8,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Questions of a video a step, at most.")] = 4,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="At its highest.")] = 1e-3,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Width of the bottlenecks.")] = None,
+    validation: Annotated[
+        float, typer.Option("--validation", metavar="SHARE", help="Of the videos, held out to choose the weights.")
+    ] = 0.1,
+    validate_every: Annotated[int, typer.Option("--validate-every", min=1, metavar="STEPS", help="How often.")] = 50,
+    patience: Annotated[int, typer.Option("--patience", min=1, help="Validations without a gain before the end.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights, order and held-out videos.")] = 0,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Bundles of the videos; used again by later runs.")
+    ] = None,
+    preset: options.PresetName = None,
+    assignments: options.Assignments = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    device: options.DeviceName = None,
+    dtype: options.Dtype = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train Fre-Res for a frozen model: an adapter for freres ask --adapter.
+
+    Each video is compressed once at every budget, into the cache; vision tower and language model stay as they are.
+    Trained are the token adapters, the absorber, type embeddings and gates, by the answers and by what the same model
+    thinks of the options when it sees every token. Each video of a step has one of the budgets, so that one adapter
+    serves them all. The weights written are those of the best validation.
+
+    DATA holds one JSON object a line with the keys video (relative to that file), question, choices (2 to 26 options;
+    none for a free answer) and answer. Other keys are ignored.
+
+    A stopped run, started again with the same arguments, goes on from FILE.state. For several GPUs start it with
+    torchrun or accelerate launch.
+    """
+    from freres_cli.workflows.budgets import parse_budget
+    from freres_cli.workflows.questions import read_questions
+
+    if not 0 < validation < 1:
+        raise UsageError(f"--validation: expected a share between 0 and 1, got {validation}")
+    flags = gather_flags(assignments, {})
+    if "budget_tokens" in flags:
+        raise UsageError("--set budget_tokens: the adapter is trained for --budgets", "use --budgets")
+    sizes = tuple(parse_budget(text) for text in budgets.split(","))
+    file = read_questions(data, is_named=False)
+    compress = make_request(data, flags, preset, model, revision, device=device, dtype=dtype)
+    from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
+
+    recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)
+    folder = cache or output.with_name(output.name + ".cache")
+    request = TrainRequest(file, compress, recipe, output, folder, force)
+    with progress_bar("cache", quiet or json, "videos") as progress:
+        done = train_adapter(request, lambda line: print_notes([line], quiet or json), progress)
+    for message in done["failed"][:SHOWN_FAILURES]:
+        print_warning(f"left out: {message}")
+    if len(done["failed"]) > SHOWN_FAILURES:
+        print_warning(f"{len(done['failed']) - SHOWN_FAILURES} more videos were left out")
+    if done["num_videos_untaught"]:
+        print_warning(
+            f"{done['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"
+        )
+    share = f"{100 * done['share_of_model']:.2f} % of the model's"
+    print_notes([f"{done['num_parameters']} trained parameters, {share}"], quiet)
+    if json:
+        from freres_cli.bench.report import describe_environment
+
+        print_json("freres.train/1", {**done, "environment": describe_environment(compress.device)})
+        return
+    print_result(done["adapter"])

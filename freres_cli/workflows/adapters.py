@@ -1,0 +1,72 @@
+"""Trained modules: which adapter is used, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from freres_cli.backbones.checkpoint import BUNDLED
+from freres_cli.bundle.adapter import read_adapter
+from freres_cli.errors import BackboneError
+from freres_cli.method.fusion import FreResModules, ModuleShape
+from freres_cli.records import Tracks
+from freres_cli.world.bundled_model import bundled_adapter
+
+NO_ADAPTER = "none"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Modules, and what their file says of their ``training``; nothing where it does not say."""
+
+    path: Path
+    modules: FreResModules
+    training: Mapping[str, Any]
+
+
+def choose_adapter(named: str | None, model_id: str | None, variant: str) -> Path | None:
+    """Return the file that is used: the one that is named, none for ``none``, and where nothing is said the one that
+    ships with the bundled model, for the variant it was trained for."""
+    if named is not None:
+        return None if named == NO_ADAPTER else Path(named)
+    path = bundled_adapter()
+    return path if model_id == BUNDLED and variant == "absorber" and path.exists() else None
+
+
+def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
+    """Read an adapter for the backbone that ``model`` describes. Raises ``BackboneError``."""
+    weights, header = read_adapter(path, model)
+    try:
+        modules = FreResModules(ModuleShape(**header["shape"]))
+        modules.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
+    return Adapter(path, modules.eval().requires_grad_(False), header.get("training") or {})
+
+
+def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: str) -> FreResModules:
+    """Modules that fit a bundle: its backbone, its ``variant``, its width and its bands. Raises ``BackboneError``."""
+    adapter = load_adapter(path, model)
+    check_variant(adapter, variant)
+    shape = adapter.modules.shape
+    if shape.width != tracks.width:
+        raise BackboneError(f"{path}: adapter width: expected {tracks.width}, got {shape.width}")
+    bands = int(tracks.coefficient_band.max()) + 1 if tracks.coefficient_band.numel() else 0
+    if bands > shape.num_bands:
+        raise BackboneError(
+            f"{path}: adapter bands: expected at least {bands}, got {shape.num_bands}",
+            f"compress with --set max_coefficients={shape.num_bands}",
+        )
+    return adapter.modules
+
+
+def check_variant(adapter: Adapter, variant: str) -> None:
+    """Refuse modules that were trained for another variant. Raises ``BackboneError``."""
+    trained = adapter.training.get("variant", variant)
+    if trained != variant:
+        raise BackboneError(
+            f"{adapter.path}: adapter for another variant: expected {variant}, got {trained}",
+            "compress with --variant, or train an adapter with --set variant=",
+        )

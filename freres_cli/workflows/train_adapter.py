@@ -1,0 +1,315 @@
+"""Training Fre-Res on a frozen backbone: adapters, absorber, type embeddings and gates (method section 10)."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from freres_cli import __version__
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.backbones.gradients import score_answers
+from freres_cli.backbones.registry import load_language_model
+from freres_cli.bundle.adapter import write_adapter
+from freres_cli.bundle.store import check_destination
+from freres_cli.errors import UsageError
+from freres_cli.method.fusion import FreResModules, ModuleShape
+from freres_cli.method.losses import answer_loss, distillation_loss, total_loss
+from freres_cli.method.tokens import build_tokens
+from freres_cli.workflows.budgets import Budget
+from freres_cli.workflows.compress import CompressRequest, load_encoder
+from freres_cli.workflows.questions import QuestionFile
+from freres_cli.workflows.training_data import Example, Progress, TrainingData, prepare_data
+from freres_cli.workflows.training_state import load_state, save_state
+from freres_cli.workflows.workers import Workers
+from freres_cli.world.bundled_model import bundled_model_dir
+
+MAX_RANK, MAX_SHARE = 64, 0.01  # of the language model's parameters, what is trained
+WARM_UP_SHARE = 0.05
+LAST_SHARE = 0.02  # of the learning rate, at the end of the cosine
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. ``batch``: videos a step. ``rank`` None: the largest power of two up to 64 at which at most 1 % of
+    the language model's parameters are trained. ``patience``: validations without a gain before the end."""
+
+    budgets: tuple[Budget, ...]
+    num_steps: int
+    batch: int = 8
+    questions_a_video: int = 4
+    learning_rate: float = 1e-3
+    rank: int | None = None
+    validation_share: float = 0.1
+    validate_every: int = 50
+    patience: int = 5
+    seed: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """As written into states and adapters."""
+        return {**asdict(self), "budgets": [budget.text for budget in self.budgets]}
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """``compress`` holds model, device and settings; its video is none of the data's. ``output``: the adapter;
+    its state lies beside it, as ``.state``."""
+
+    data: QuestionFile
+    compress: CompressRequest
+    recipe: Recipe
+    output: Path
+    cache: Path
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """On the validation videos, over all budgets: ``accuracy`` of the questions with options, None without any, and the
+    mean loss of the true answer's tokens. Higher accuracy is better, then lower loss."""
+
+    accuracy: float | None
+    loss: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        return self.accuracy or 0.0, -self.loss
+
+
+def train_adapter(
+    request: TrainRequest, log: Callable[[str], None], progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train and write the adapter of the best validation. Called again, it goes on where it was stopped, to the same
+    bits on the same machine. Returns what was done.
+
+    Raises ``UsageError`` where there is too little data, or the state beside the output is of another run.
+    """
+    workers = Workers()
+    state_path = request.output.with_name(request.output.name + ".state")
+    check_destination(request.output, request.force or state_path.exists())
+    model = load_model(request.compress)
+    videos = list(request.data.by_video().values())
+    compress, recipe = request.compress, request.recipe
+    data = workers.first_then_all(
+        lambda: prepare_data(
+            videos, recipe.budgets, compress, lambda: load_encoder(compress), model, request.cache, progress
+        )
+    )
+    learned, held_out = _split(data, recipe)
+    torch.manual_seed(recipe.seed)
+    modules = FreResModules(choose_shape(model, compress, recipe.rank)).to(model.device)
+    run = _Run(request, model, modules, learned, held_out, workers)
+    start = time.perf_counter()
+    done = run.train(state_path, log)
+    facts = _facts(request, model, modules, data, done)
+    if workers.is_first:
+        _write(request, model, modules, done["best"], facts)
+        state_path.unlink(missing_ok=True)
+    return {"adapter": str(request.output), **facts, "train_s": time.perf_counter() - start, "failed": data.failed}
+
+
+def choose_shape(model: LanguageModel, request: CompressRequest, rank: int | None) -> ModuleShape:
+    """Return the modules' sizes; see ``Recipe.rank``."""
+    num_bands = int(request.value("max_coefficients"))
+    if rank is not None:
+        return ModuleShape(model.width, rank, num_bands)
+    rank, allowed = MAX_RANK, MAX_SHARE * model.num_parameters
+    while rank > 1 and _size(ModuleShape(model.width, rank, num_bands)) > allowed:
+        rank //= 2
+    return ModuleShape(model.width, rank, num_bands)
+
+
+def _size(shape: ModuleShape) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in FreResModules(shape).parameters())
+
+
+def _split(data: TrainingData, recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Training and validation videos; which is which depends on the seed only."""
+    order = np.random.default_rng([recipe.seed, 1]).permutation(len(data.examples))
+    count = max(1, round(recipe.validation_share * len(order)))
+    if len(order) - count < 1:
+        raise UsageError("training data: expected at least 2 videos that can be used, got 1", "add videos")
+    chosen = [data.examples[i] for i in order]
+    return chosen[count:], chosen[:count]
+
+
+@dataclass
+class _Run:
+    request: TrainRequest
+    model: LanguageModel
+    modules: FreResModules
+    learned: Sequence[Example]
+    held_out: Sequence[Example]
+    workers: Workers
+
+    def train(self, state_path: Path, log: Callable[[str], None]) -> dict[str, Any]:
+        """Steps until the end, or until validation stops gaining. Returns the best weights, its score and step."""
+        recipe = self.request.recipe
+        optimizer = torch.optim.AdamW(self.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+        known = load_state(state_path, self.modules, [optimizer]) if state_path.exists() else {}
+        self._check_same_run(known, state_path)
+        step, since = known.get("step", 0), 0
+        start, loss_sum, first = time.perf_counter(), 0.0, step
+        history, best = known.get("history"), known.get("best")
+        if not history:
+            score, best = self.validate(), self._copy()
+            history = [[0, score.accuracy, score.loss]]
+        while step < recipe.num_steps and not self._is_over(history):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * learning_rate(step, recipe.num_steps)
+            loss_sum += self._step(step)
+            nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step, since = step + 1, since + 1
+            if step % recipe.validate_every and step < recipe.num_steps:
+                continue
+            score = self.validate()
+            if score.rank > max(Score(*row[1:]).rank for row in history):
+                best = self._copy()
+            history.append([step, score.accuracy, score.loss])
+            left = (time.perf_counter() - start) / (step - first) * (recipe.num_steps - step)
+            log(_progress_line(step, recipe.num_steps, loss_sum / since, score, left))
+            loss_sum, since = 0.0, 0
+            if self.workers.is_first:
+                facts = {"step": step, "history": history, "best": best, "run": self._identity()}
+                save_state(state_path, self.modules, [optimizer], **facts)
+        return {"best": best, "history": history, "steps": step}
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.modules.state_dict().items()}
+
+    def _is_over(self, history: Sequence[Sequence[Any]]) -> bool:
+        ranks = [Score(*row[1:]).rank for row in history]
+        return len(ranks) - 1 - ranks.index(max(ranks)) >= self.request.recipe.patience
+
+    def _identity(self) -> str:
+        """What makes this run: a state of another one is not continued."""
+        request, settings = self.request, {k: s.value for k, s in self.request.compress.settings.items()}
+        facts = [__version__, dict(self.model.fingerprint), request.recipe.facts(), settings, request.data.sha256]
+        return json.dumps([*facts, asdict(self.modules.shape)], sort_keys=True, default=str)
+
+    def _check_same_run(self, known: dict[str, Any], path: Path) -> None:
+        if known and known["run"] != self._identity():
+            raise UsageError(f"{path}: the state of another run", "remove it, or name another output with -o")
+
+    def _step(self, step: int) -> float:
+        """Leave the gradients of one batch, of which each worker takes its part; return its loss."""
+        recipe = self.request.recipe
+        rng = np.random.default_rng([recipe.seed, 2, step])
+        chosen = rng.choice(len(self.learned), min(recipe.batch, len(self.learned)), replace=False)
+        budgets = rng.integers(len(recipe.budgets), size=len(chosen))
+        total = 0.0
+        for number, (place, budget) in enumerate(zip(chosen, budgets, strict=True)):
+            if number % self.workers.count != self.workers.rank:
+                continue
+            example = self.learned[place]
+            picked = np.random.default_rng([recipe.seed, 3, step, number]).permutation(len(example.questions))
+            loss = self._loss(example, int(budget), picked[: recipe.questions_a_video].tolist()) / len(chosen)
+            loss.backward()
+            total += loss.item()
+        return self.workers.sum_gradients(self.modules, total)
+
+    def _loss(self, example: Example, budget: int, picked: Sequence[int]) -> torch.Tensor:
+        questions = [example.questions[i] for i in picked]
+        answers, distilled = [], []
+        for question, scores in zip(questions, self._scores(example, budget, picked), strict=True):
+            answers.append(answer_loss(scores, question.truth, len(question.answers[question.truth])))
+            if question.teacher is not None:
+                distilled.append(distillation_loss(scores, question.teacher))
+        return total_loss(answers, distilled, self.modules)
+
+    def _scores(self, example: Example, budget: int, picked: Sequence[int]) -> list[torch.Tensor]:
+        """Log-likelihoods of the possible answers, (k,) for each question picked."""
+        compress = self.request.compress
+        tokens = build_tokens(example.tracks(budget), compress.value("variant"), self.modules)
+        found: dict[int, torch.Tensor] = {}
+        # Questions of one video nearly always share the text before it.
+        for prefix in dict.fromkeys(example.questions[i].prefix for i in picked):
+            mine = [i for i in picked if example.questions[i].prefix == prefix]
+            asked = [(example.questions[i].suffix, example.questions[i].answers) for i in mine]
+            scores = score_answers(self.model, prefix, tokens, compress.value("text_after"), asked)
+            found |= dict(zip(mine, scores, strict=True))
+        return [found[i] for i in picked]
+
+    @torch.no_grad()
+    def validate(self) -> Score:
+        """Ask every question on the validation videos at every budget."""
+        rights, losses = [], []
+        for example in self.held_out:
+            for budget in range(len(self.request.recipe.budgets)):
+                everything = range(len(example.questions))
+                for question, scores in zip(example.questions, self._scores(example, budget, everything), strict=True):
+                    losses.append(-float(scores[question.truth]) / len(question.answers[question.truth]))
+                    if len(question.answers) > 1:
+                        rights.append(int(scores.argmax()) == question.truth)
+        return Score(float(np.mean(rights)) if rights else None, float(np.mean(losses)))
+
+
+def learning_rate(step: int, num_steps: int) -> float:
+    """Linear warm-up, then a cosine; as a share of the highest."""
+    warm_up = max(1, round(WARM_UP_SHARE * num_steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, num_steps - warm_up)
+    return LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _progress_line(step: int, num_steps: int, loss: float, score: Score, left_s: float) -> str:
+    accuracy = "" if score.accuracy is None else f", accuracy {100 * score.accuracy:.1f} %"
+    held_out = f"validation: loss {score.loss:.4f}{accuracy}"
+    return f"step {step}/{num_steps}: loss {loss:.4f}; {held_out}; {left_s / 60:.0f} min left"
+
+
+def load_model(request: CompressRequest) -> LanguageModel:
+    """Load the language half of the request's model."""
+    return load_language_model(
+        request.model, request.device, request.dtype, request.revision, bundled_directory=bundled_model_dir()
+    )
+
+
+def _facts(
+    request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData, done: dict[str, Any]
+) -> dict[str, Any]:
+    """What an adapter's header says of its training."""
+    trained = sum(parameter.numel() for parameter in modules.parameters())
+    best = max(done["history"], key=lambda row: Score(*row[1:]).rank)
+    return {
+        "variant": request.compress.value("variant"),
+        "recipe": request.recipe.facts(),
+        "data_sha256": request.data.sha256,
+        "num_questions": len(request.data.questions),
+        "num_videos": len(data.examples),
+        "num_videos_untaught": data.num_untaught,
+        "num_parameters": trained,
+        "share_of_model": trained / model.num_parameters,
+        "steps": done["steps"],
+        "best_step": best[0],
+        "validation": {"accuracy": best[1], "loss": best[2], "untrained": done["history"][0][1:]},
+        "history": done["history"],
+    }
+
+
+def _write(
+    request: TrainRequest,
+    model: LanguageModel,
+    modules: FreResModules,
+    best: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+) -> None:
+    header = {
+        "freres_version": __version__,
+        "model": dict(model.fingerprint),
+        "shape": modules.shape.to_dict(),
+        "training": facts,
+    }
+    write_adapter(request.output, best, header)
