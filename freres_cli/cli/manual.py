@@ -73,13 +73,17 @@ inspect:
   examples:
     freres inspect bundle.pt: What is inside, and where each setting came from.
     freres inspect bundle.pt --tokens: With a row for each visual token.
+    freres inspect bundle.pt --absorber out.png --adapter modules.safetensors: Draw what the absorber took, and from where.
   output: >-
     Source, model, tokens, residual energy kept, GoPs and settings. The spectrum stands beside its null: what independent
-    noise frames give.
+    noise frames give. With `--absorber`, a line for the picture; it shows at most 20 GoPs, those of most energy, and `--json`
+    has the maps of all.
   schemas:
     freres.inspect/1:
       bundle bundle_bytes bytes_per_token visual_tokens budget_tokens full_tokens compression retention tokens_by_kind model
       source sampling geometry settings history channels latents_dtype energy gops tokens
+      absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops)
+  defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
 repack:
   examples:
     freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.

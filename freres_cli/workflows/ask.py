@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.engine import VideoPrefix, prefill_video, score_options
 from freres_cli.backbones.generation import Sampling, generate
 from freres_cli.backbones.registry import load_language_model
-from freres_cli.bundle.adapter import MODEL_FACTS, read_adapter
+from freres_cli.bundle.adapter import MODEL_FACTS
 from freres_cli.bundle.store import Bundle, read_bundle
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, BundleError, UsageError
-from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import build_tokens
 from freres_cli.records import Answer, VideoTokens
+from freres_cli.workflows.adapters import load_modules
 from freres_cli.workflows.compress import describe_drop, describe_limits
 from freres_cli.workflows.questions import check_choices, find_control_token, format_choices
 from freres_cli.world.bundled_model import bundled_model_dir
@@ -167,11 +167,8 @@ def open_session(request: AskRequest) -> Session:
     )
     check_model(bundle, model)
     is_from_world = bool(bundle.manifest["source"].get("made_by_world"))
-    modules, notes = None, [*describe_limits(str(recorded.get("model_id")), is_from_world), *model.notes]
-    if request.adapter is not None:
-        weights, header = read_adapter(request.adapter, recorded)
-        modules = _build_modules(request.adapter, weights, header)
-        _check_modules(request.adapter, modules, bundle)
+    notes = [*describe_limits(str(recorded.get("model_id")), is_from_world), *model.notes]
+    modules = load_modules(request.adapter, recorded, bundle.tracks)
     variant = _setting(bundle, "variant")
     if modules is None and variant == "concat":
         notes.append("variant concat without an adapter: coefficients enter the model raw")
@@ -217,28 +214,6 @@ def _recorded_model(bundle: Bundle) -> str:
             "name that model's folder with --model",
         )
     return str(folder)
-
-
-def _build_modules(path: Path, weights: Mapping[str, Any], header: Mapping[str, Any]) -> FreResModules:
-    try:
-        modules = FreResModules(ModuleShape(**header["shape"]))
-        modules.load_state_dict(dict(weights))
-    except (TypeError, RuntimeError) as error:
-        raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
-    return modules.eval()
-
-
-def _check_modules(path: Path, modules: FreResModules, bundle: Bundle) -> None:
-    """Refuse an adapter that is too small for the bundle. Raises ``BackboneError``."""
-    tracks, shape = bundle.tracks, modules.shape
-    if shape.width != tracks.width:
-        raise BackboneError(f"{path}: adapter width: expected {tracks.width}, got {shape.width}")
-    bands = int(tracks.coefficient_band.max()) + 1 if tracks.coefficient_band.numel() else 0
-    if bands > shape.num_bands:
-        raise BackboneError(
-            f"{path}: adapter bands: expected at least {bands}, got {shape.num_bands}",
-            f"compress with --set max_coefficients={shape.num_bands}",
-        )
 
 
 def _setting(bundle: Bundle, key: str) -> Any:
