@@ -34,7 +34,8 @@ def inspect(
 
     The picture of `--absorber` has a row for each GoP, named by its start. Left is the energy of the kept coefficients of
     each cell, right how much the tokens took from that cell: attention weights times the norm of what each token
-    received. Each column has one colour scale, from 0 to the number below its bar.
+    received. The absorber brings coefficients to one size before it looks at them, so a faint one may count as much as a
+    strong one. Each column has one colour scale, from 0 to the number below its bar.
     """
     for flag, value in (("--adapter", adapter), ("--force", force)):
         if value and absorber is None:
