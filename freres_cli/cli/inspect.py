@@ -32,7 +32,7 @@ def inspect(
     Tokens, times, energy kept, the seconds that lost most, settings and their sources. Needs neither the video nor any
     model. Energy shares say how much motion was kept, not how well a model answers.
 
-    The picture of `--absorber` has a row for each GoP, named by its start. Left is the energy of the kept coefficients of
+    The picture of --absorber has a row for each GoP, named by its start. Left is the energy of the kept coefficients of
     each cell, right how much the tokens took from that cell: attention weights times the norm of what each token
     received. The absorber brings coefficients to one size before it looks at them, so a faint one may count as much as a
     strong one. Each column has one colour scale, from 0 to the number below its bar.
