@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from freres_cli.world.draw import draw_scenes
+from freres_cli.world.draw import draw_scenes, draw_stretches
+from freres_cli.world.encode import encode_frames
 from freres_cli.world.labels import STILLS, dense_labels, make_stills
-from freres_cli.world.make import SPLITS, choose_questions, clip_seed, is_world_clip, make_demo_clip
+from freres_cli.world.make import (
+    CODECS,
+    FILE_SIDE_PX,
+    MARK,
+    SPLITS,
+    choose_questions,
+    clip_seed,
+    encode_scene,
+    is_world_clip,
+    make_demo_clip,
+)
 from freres_cli.world.questions import CATEGORIES, DOES, questions_of
 from freres_cli.world.scene import COLOUR_RGB, COLOURS, SHAPES, SIDE, STEPS
 from freres_cli.world.script import FPS, KINDS, SPEED_PX, make_scene
@@ -154,6 +165,37 @@ def test_pixels_are_where_the_labels_say():
             assert (seen - torch.tensor(wanted, dtype=torch.float64)).abs().max() < 8
             checked += 1
     assert checked >= 20
+
+
+def test_a_clip_drawn_by_stretches_is_the_clip_drawn_whole():
+    drifted = cut_apart = 0
+    for seed in range(16):
+        scene = make_scene(seed, level=seed % 2 + 1)
+        drifts = any(shot.background.drift != (0.0, 0.0) for shot in scene.shots)
+        if scene.num_frames > 240 or not (drifts or len(scene.shots) > 1):
+            continue
+        whole = draw_scenes([scene])[0]
+        for length in (7, scene.num_frames // 2, scene.num_frames):
+            stretches = list(draw_stretches(scene, num_frames=length))
+            assert {len(stretch) for stretch in stretches[:-1]} <= {length} and len(stretches[-1]) <= length
+            assert torch.equal(torch.cat(stretches), whole)
+        drifted += drifts
+        cut_apart += len(scene.shots) > 1
+    assert drifted and cut_apart
+
+
+def test_a_long_clip_is_encoded_by_stretches_to_the_same_file(tmp_path, monkeypatch):
+    scene = next(s for s in (make_scene(seed, level=2) for seed in range(100)) if 130 < s.num_frames < 170)
+    _, codec, options = CODECS[0]
+    whole = draw_scenes([scene], FILE_SIDE_PX)[0].numpy()
+    encode_frames(tmp_path / "whole.mp4", whole, FILE_SIDE_PX, scene.fps, codec, options, comment=MARK)
+    drawn = []
+    monkeypatch.setattr(
+        "freres_cli.world.draw.draw_scenes", lambda s, side: drawn.append(s[0].num_frames) or draw_scenes(s, side)
+    )
+    encode_scene(tmp_path / "stretches.mp4", scene, codec, options)
+    assert len(drawn) > 1 and sum(drawn) == scene.num_frames and max(drawn) <= 64
+    assert (tmp_path / "stretches.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
 def test_a_higher_resolution_shows_the_same():

@@ -40,20 +40,23 @@ class Bundle:
     num_bytes: int
 
 
-def check_destination(path: Path, force: bool) -> None:
-    """Refuse, before any work is done, a destination that cannot be written. Raises ``BundleError``."""
+def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
+    """Refuse, before any work is done, a destination that cannot be written; ``flag`` named it.
+
+    Raises ``BundleError``.
+    """
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise BundleError(f"{path.name[:40]}...: name too long: expected at most {MAX_NAME_BYTES} bytes")
     if os.path.isdir(path):  # noqa: PTH112 (os.path takes names too long for the system)
-        raise BundleError(f"{path}: is a folder: expected a file name", "name a file with -o")
+        raise BundleError(f"{path}: is a folder: expected a file name", f"name a file with {flag}")
     if path.exists() and not path.is_file():
-        raise BundleError(f"{path}: is no regular file: expected a file name", "name a file with -o")
+        raise BundleError(f"{path}: is no regular file: expected a file name", f"name a file with {flag}")
     if not os.path.isdir(path.parent):  # noqa: PTH112
         raise BundleError(f"{path}: folder {path.parent} does not exist", "make the folder first")
     if path.exists() and not force:
-        raise BundleError(f"{path}: already exists", "name another file with -o, or overwrite it with --force")
+        raise BundleError(f"{path}: already exists", f"name another file with {flag}, or overwrite it with --force")
     if not os.access(path.parent, os.W_OK):
-        raise BundleError(f"{path}: folder {path.parent.resolve()} is not writable", "name another file with -o")
+        raise BundleError(f"{path}: folder {path.parent.resolve()} is not writable", f"name another file with {flag}")
 
 
 def write_bundle(path: Path, tracks: Tracks, manifest: Mapping[str, Any], *, force: bool = False) -> int:
@@ -80,15 +83,18 @@ def write_bundle(path: Path, tracks: Tracks, manifest: Mapping[str, Any], *, for
     return path.stat().st_size
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force: bool) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, sync it, and move it into place."""
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force: bool, flag: str = "-o") -> None:
+    """Let ``write`` fill a temporary file beside ``path``, sync it, and move it into place; ``flag`` named ``path``.
+
+    Raises ``BundleError`` or ``ResourceError``.
+    """
     temporary = path.parent / f".freres-{secrets.token_hex(6)}.tmp"
     try:
         with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        _move(temporary, path, force)
+        _move(temporary, path, force, flag)
     except (OSError, RuntimeError) as error:
         # torch reports a short write as RuntimeError, the cause behind it.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -98,7 +104,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
             error, RuntimeError
         ):
             raise ResourceError(
-                f"{path}: not enough disk space to write it", "free some space, or name -o elsewhere"
+                f"{path}: not enough disk space to write it", f"free some space, or name {flag} elsewhere"
             ) from error
         raise BundleError(f"{path}: cannot be written: {getattr(cause, 'strerror', cause)}") from error
     finally:
@@ -106,14 +112,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
             temporary.unlink()
 
 
-def _move(temporary: Path, path: Path, force: bool) -> None:
+def _move(temporary: Path, path: Path, force: bool, flag: str) -> None:
     if force:
         temporary.replace(path)
     else:
         try:
             os.link(temporary, path)
         except FileExistsError as error:
-            raise BundleError(f"{path}: already exists", "name another file with -o, or use --force") from error
+            raise BundleError(f"{path}: already exists", f"name another file with {flag}, or use --force") from error
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                 raise

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.output import format_bytes, format_share, print_json, print_result, print_table
+from freres_cli.cli.output import format_bytes, format_share, print_json, print_notes, print_result, print_table
+from freres_cli.errors import UsageError
 
 
 def inspect(
     bundle: options.BundlePath,
     tokens: Annotated[bool, typer.Option("--tokens", help="Add one row for each visual token.")] = False,
+    absorber: Annotated[
+        Path | None,
+        typer.Option(
+            "--absorber", metavar="FILE", help="Draw, as a PNG, where each GoP's motion went through the absorber."
+        ),
+    ] = None,
+    adapter: options.Adapter = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Show what a bundle holds.
 
     Tokens, times, energy kept, the seconds that lost most, settings and their sources. Needs neither the video nor any
     model. Energy shares say how much motion was kept, not how well a model answers.
+
+    The picture of --absorber has a row for each GoP, named by its start. Left is the energy of the kept coefficients of
+    each cell, right how much the tokens took from that cell: attention weights times the norm of what each token
+    received. The absorber brings coefficients to one size before it looks at them, so a faint one may count as much as a
+    strong one. Each column has one colour scale, from 0 to the number below its bar.
     """
+    for flag, value in (("--adapter", adapter), ("--force", force)):
+        if value and absorber is None:
+            raise UsageError(f"{flag}: expected --absorber with it, got none", "name the picture with --absorber FILE")
+    from freres_cli.workflows.absorption import PictureRequest
     from freres_cli.workflows.inspect import inspect_bundle
 
-    report = inspect_bundle(bundle, with_tokens=tokens)
+    picture = None if absorber is None else PictureRequest(absorber, adapter, force)
+    report = inspect_bundle(bundle, with_tokens=tokens, picture=picture)
+    if picture is not None:
+        print_notes(report["absorber"]["notes"])
     if json:
         from freres_cli.bench.report import describe_environment
         from freres_cli.devices import choose_device
@@ -39,6 +61,9 @@ def inspect(
     if tokens:
         print_result("")
         _print_tokens(report["tokens"])
+    if picture is not None:
+        print_result("")
+        _print_picture(report["absorber"])
 
 
 def _print_head(report: dict[str, Any]) -> None:
@@ -107,6 +132,13 @@ def _print_gops(gops: list[dict[str, Any]]) -> None:
         for gop in gops
     ]
     print_table(("GoP at", "start", "residuals", "kept", *gops[0]["tokens_by_kind"]), rows)
+
+
+def _print_picture(drawn: dict[str, Any]) -> None:
+    print_result(
+        f"absorber {drawn['picture']}, {drawn['width_px']}x{drawn['height_px']} px: {len(drawn['gops_shown'])} of "
+        f"{len(drawn['gops'])} GoPs, gamma {drawn['gamma']:.4g}"
+    )
 
 
 def _print_tokens(tokens: list[dict[str, Any]]) -> None:

@@ -76,19 +76,19 @@ train:
     freres train data.jsonl -o a.safetensors --steps 200 --cache bundles: Keep the compressed videos in the folder bundles.
     "torchrun --nproc-per-node 4 $(command -v freres) train data.jsonl": Four GPUs; the steps are those of one.
   output: >-
-    The adapter's path. Training and validation loss, validation accuracy and the time left go to stderr. The loss is the mean
-    negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from those of
-    the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1. The adapter
-    holds the model's fingerprint, the data's SHA-256, the recipe and every validation.
+    The adapter's path. Training and validation loss, validation accuracy and the time left go to stderr. The loss is the
+    mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
+    those of the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1.
+    The adapter holds the model's fingerprint, the data's SHA-256, the recipe and every validation.
   schemas:
     freres.train/1:
-      adapter variant recipe data_sha256 num_questions num_videos num_videos_untaught num_parameters share_of_model steps best_step
-      validation history train_s failed environment
+      adapter variant recipe data_sha256 num_questions num_videos num_videos_untaught num_parameters share_of_model steps
+      best_step validation history train_s failed environment
   defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
 ablate:
   examples:
-    freres ablate questions.jsonl -o ablation --train data.jsonl: Train three adapters, then fill all tables at a quarter of the tokens.
-    freres ablate questions.jsonl -o ablation --tables anchors --budgets 0.5,0.25: One table without training.
+    freres ablate questions.jsonl -o out --train data.jsonl: Train three adapters, fill all tables at a quarter of the tokens.
+    freres ablate questions.jsonl -o out --tables anchors --budgets 0.5,0.25: One table without training.
   output: As freres eval, a row for each setting. DIR keeps the adapters, the compressed videos and every answer.
   schemas: {freres.ablate/1: the keys of freres.eval/1 and tables}
   defaults: {train: nothing is trained, limit: every question}
@@ -96,13 +96,17 @@ inspect:
   examples:
     freres inspect bundle.pt: What is inside, and where each setting came from.
     freres inspect bundle.pt --tokens: With a row for each visual token.
+    freres inspect bundle.pt --absorber out.png --adapter modules.safetensors: Draw what the absorber took, and from where.
   output: >-
     Source, model, tokens, residual energy kept, GoPs and settings. The spectrum stands beside its null: what independent
-    noise frames give.
+    noise frames give. With `--absorber`, a line for the picture; it shows at most 20 GoPs, those of most energy, and `--json`
+    has the maps of all.
   schemas:
     freres.inspect/1:
       bundle bundle_bytes bytes_per_token visual_tokens budget_tokens full_tokens compression retention tokens_by_kind model
       source sampling geometry settings history channels latents_dtype energy gops tokens
+      absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops)
+  defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
 repack:
   examples:
     freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.

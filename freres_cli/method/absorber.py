@@ -53,6 +53,13 @@ class SpatialGuidedAbsorber(nn.Module):
 
         Returns (n, D). A token without any neighbour passes unchanged.
         """
+        return tokens + self.attend(tokens, coefficients, slots)[0]
+
+    def attend(self, tokens: Tensor, coefficients: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is added to each token, (n, D), and the attention it came by, (n, 9, K); as ``forward``.
+
+        The weights of a token sum to 1 over its kept neighbours and are 0 where masked; all are 0 without a neighbour.
+        """
         keyed = self.key_norm(coefficients)
         keys, values = self.key(keyed), self.value(keyed)
         queries = self.query(self.query_norm(tokens))
@@ -60,10 +67,10 @@ class SpatialGuidedAbsorber(nn.Module):
             self._attend(q, keys, values, s)
             for q, s in zip(queries.split(QUERIES_AT_ONCE), slots.split(QUERIES_AT_ONCE), strict=True)
         ]
-        absorbed: Tensor = tokens + self.gamma * self.output(torch.cat(chunks))
-        return absorbed
+        added: Tensor = self.gamma * self.output(torch.cat([heard for heard, _ in chunks]))
+        return added, torch.cat([weights for _, weights in chunks]).view(slots.shape)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         num_bands = slots.shape[2]
         place = self.offset[:, None, :] + self.band[None, :num_bands, :]
         rows = slots.clamp(min=0).flatten(1)
@@ -71,4 +78,4 @@ class SpatialGuidedAbsorber(nn.Module):
         scores = torch.einsum("nd,nsd->ns", queries, near) / queries.shape[-1] ** 0.5
         masked = slots.flatten(1) < 0
         weights = scores.masked_fill(masked, -torch.inf).softmax(-1).nan_to_num(0.0)
-        return torch.einsum("ns,nsd->nd", weights, values[rows])
+        return torch.einsum("ns,nsd->nd", weights, values[rows]), weights

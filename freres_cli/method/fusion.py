@@ -76,6 +76,15 @@ class FreResModules(nn.Module):
 
     def absorb(self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor) -> Tensor:
         """Return dynamic tokens (n, C) of cells ``cell`` in GoPs ``gop`` after the absorber."""
+        return _with_main(latents, self.absorber(*self.absorber_inputs(latents, tracks, gop, cell)))
+
+    def absorber_inputs(
+        self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the absorber takes for such tokens: main channels (n, D), coefficients (m, D), slots (n, 9, K).
+
+        Raises ``ValueError`` where a band is beyond those the absorber knows.
+        """
         num_bands = int(tracks.coefficient_band.max()) + 1
         if num_bands > self.shape.num_bands:
             raise ValueError(f"coefficient band: expected at most {self.shape.num_bands - 1}, got {num_bands - 1}")
@@ -90,8 +99,7 @@ class FreResModules(nn.Module):
         around = neighbours_of(cell, tracks.pooled_grid)
         slots = torch.where((around < 0)[..., None], -1, table[gop[:, None], around.clamp(min=0)])
         coefficients = tracks.coefficient_values[:, : tracks.width].to(torch.float32)
-        main = self.absorber(latents[:, : tracks.width].to(torch.float32), coefficients, slots)
-        return _with_main(latents, main)
+        return latents[:, : tracks.width].to(torch.float32), coefficients, slots
 
 
 def _with_main(latents: Tensor, main: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from freres_cli.method.residuals import cell_centres
 from freres_cli.records import TOKEN_KINDS, Tracks, VideoTokens
 
 ANCHOR, DYNAMIC, STATIC, SUMMARY = range(len(TOKEN_KINDS))
+VARIANTS_WITHOUT_ABSORBER = ("concat", "idct")
 CELLS_AT_ONCE = 512  # bounds the memory of the inverse transform
 
 
@@ -124,13 +125,26 @@ def _summary_rows(tracks: Tracks) -> _Rows:
     return _Rows(SUMMARY, latents, _positions(_middle(tracks, gop), middle), gop, energy)
 
 
-def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -> list[_Rows]:
-    if not tracks.coefficient_gop.numel():
-        return []
-    if variant == "idct":
-        return [_dense_rows(tracks)]
+@dataclass(frozen=True)
+class DynamicRuns:
+    """The kept coefficients (n,) in runs of one cell of one GoP, lowest band first; each stands for a token.
+
+    ``order``: rows of the coefficient table. ``group``: run of each; ``index``: place in it; ``sizes``: (runs,).
+    ``gop``, ``cell``: of each. ``instants``: float64, in residual frames of the GoP, spread evenly over it.
+    """
+
+    order: Tensor
+    group: Tensor
+    index: Tensor
+    sizes: Tensor
+    gop: Tensor
+    cell: Tensor
+    instants: Tensor
+
+
+def order_dynamic(tracks: Tracks) -> DynamicRuns:
+    """Return the runs of the kept coefficients; at least one must be kept."""
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
-    # Coefficients of one cell lie side by side, lowest band first.
     key = tracks.coefficient_gop * cells + tracks.coefficient_cell
     order = torch.argsort(tracks.coefficient_band, stable=True)
     order = order[torch.argsort(key[order], stable=True)]
@@ -139,16 +153,25 @@ def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -
     gop, cell = tracks.coefficient_gop[order], tracks.coefficient_cell[order]
     length = tracks.gop_num_residuals[gop].to(torch.float64)
     instants = (index + 0.5) * length / sizes[group] - 0.5
-    positions = _positions(tracks.gop_anchor_frame[gop] + 1 + instants, _centres(tracks)[cell])
+    return DynamicRuns(order, group, index, sizes, gop, cell, instants)
+
+
+def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -> list[_Rows]:
+    if not tracks.coefficient_gop.numel():
+        return []
+    if variant == "idct":
+        return [_dense_rows(tracks)]
+    runs = order_dynamic(tracks)
+    positions = _positions(tracks.gop_anchor_frame[runs.gop] + 1 + runs.instants, _centres(tracks)[runs.cell])
     if variant == "concat":
-        latents = tracks.coefficient_values[order]
+        latents = tracks.coefficient_values[runs.order]
         if modules is not None:
             latents = modules.adapt_concat(latents, tracks.width)
     else:
-        latents = _evaluate(tracks, order, group, index, sizes, instants)
+        latents = evaluate_dynamic(tracks, runs)
         if modules is not None:
-            latents = modules.absorb(latents, tracks, gop, cell)
-    return [_Rows(DYNAMIC, latents, positions, gop, tracks.coefficient_energy[order])]
+            latents = modules.absorb(latents, tracks, runs.gop, runs.cell)
+    return [_Rows(DYNAMIC, latents, positions, runs.gop, tracks.coefficient_energy[runs.order])]
 
 
 def _bin_coordinate(tracks: Tracks, gop: Tensor, instants: Tensor) -> Tensor:
@@ -166,24 +189,24 @@ def _basis(tracks: Tracks, gop: Tensor, instants: Tensor, band: Tensor) -> Tenso
     return (value / (num_bins * tracks.gop_bin_frames[gop]).sqrt()).to(torch.float32)
 
 
-def _evaluate(tracks: Tracks, order: Tensor, group: Tensor, index: Tensor, sizes: Tensor, instants: Tensor) -> Tensor:
-    """Return base + kept coefficients at each token's instant: (n, C), in the order of ``order``."""
+def evaluate_dynamic(tracks: Tracks, runs: DynamicRuns) -> Tensor:
+    """Return the dynamic tokens before any module, (n, C): base + kept coefficients at each token's instant."""
+    order, index, sizes, gop = runs.order, runs.index, runs.sizes, runs.gop
     num_groups, widest = sizes.shape[0], int(sizes.max())
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
-    gop, cell = tracks.coefficient_gop[order], tracks.coefficient_cell[order]
     starts = sizes.cumsum(0) - sizes
-    base_row = torch.searchsorted(tracks.base_gop * cells + tracks.base_cell, (gop * cells + cell)[starts])
+    base_row = torch.searchsorted(tracks.base_gop * cells + tracks.base_cell, (gop * cells + runs.cell)[starts])
     values = tracks.coefficient_values
     out = torch.empty(order.shape[0], values.shape[1], dtype=values.dtype)
     for low in range(0, num_groups, CELLS_AT_ONCE):
         high = min(num_groups, low + CELLS_AT_ONCE)
         rows = slice(int(starts[low]), int(starts[high - 1] + sizes[high - 1]))
-        g, i = group[rows] - low, index[rows]
+        g, i = runs.group[rows] - low, index[rows]
         padded = torch.zeros(high - low, widest, values.shape[1])
         padded[g, i] = values[order[rows]].to(torch.float32)
         bands = torch.zeros(high - low, widest, dtype=torch.int64)
         bands[g, i] = tracks.coefficient_band[order[rows]]
-        waves = _basis(tracks, gop[rows][:, None], instants[rows][:, None], bands[g])
+        waves = _basis(tracks, gop[rows][:, None], runs.instants[rows][:, None], bands[g])
         filled = torch.arange(widest) < sizes[low:high, None]
         weights = torch.zeros(high - low, widest, widest)
         weights[g, i] = waves * filled[g]

@@ -11,13 +11,17 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.method.energy import EnergyReport, report_energy
 from freres_cli.method.tokens import build_tokens
 from freres_cli.records import GOP_STARTS, TOKEN_KINDS, Tracks, VideoTokens
+from freres_cli.workflows.absorption import PictureRequest, check_picture, draw_absorption
 
 
-def inspect_bundle(path: Path, *, with_tokens: bool = False) -> dict[str, Any]:
+def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureRequest | None = None) -> dict[str, Any]:
     """Return everything a bundle says of itself; ``with_tokens`` adds one row for each visual token.
 
-    Raises ``BundleError``.
+    ``picture`` has the absorber drawn into a file, and adds its maps. Raises ``BundleError``, and what
+    ``draw_absorption`` raises.
     """
+    if picture is not None:
+        check_picture(path, picture)
     bundle = read_bundle(path)
     tracks, manifest = bundle.tracks, bundle.manifest
     variant = manifest["settings"]["variant"]["value"]
@@ -53,6 +57,8 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False) -> dict[str, Any]:
                 strict=True,
             )
         ]
+    if picture is not None:
+        report["absorber"] = draw_absorption(bundle, picture)
     return report
 
 

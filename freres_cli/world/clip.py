@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
 import numpy as np
 
-from freres_cli.errors import ResourceError
+from freres_cli.world.encode import encode_frames
 
 SIDE_PX = 288
 FPS = 30
@@ -16,20 +15,13 @@ FLASH_FRAMES = 3
 
 
 def make_clip(path: Path, seconds: float = 4.0) -> Path:
-    """Write an H.264 file at 30 fps and return its path: a red square moves right; cut; a green circle moves down and a
-    yellow patch is there for 3 frames. Raises ``ResourceError`` where PyAV was built without an H.264 encoder."""
+    """Write an H.264 file at 30 fps and return its path, which ends in .mp4: a red square moves right; cut; a green circle
+    moves down and a yellow patch is there for 3 frames. Raises ``ResourceError`` where PyAV was built without an H.264
+    encoder."""
     num_frames = max(2, round(seconds * FPS))
-    try:
-        with av.open(str(path), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "threads": "1"})
-            stream.width = stream.height = SIDE_PX
-            stream.pix_fmt = "yuv420p"
-            for index in range(num_frames):
-                frame = av.VideoFrame.from_ndarray(draw_frame(index, num_frames), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-    except (av.FFmpegError, ValueError) as error:
-        raise ResourceError(f"{path}: the clip cannot be encoded: {error}", "name a video instead") from error
+    frames = (draw_frame(index, num_frames) for index in range(num_frames))
+    options = {"crf": "18", "threads": "1"}
+    encode_frames(path, frames, SIDE_PX, FPS, "libx264", options, hint="name a video instead")
     return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from freres_cli.world.scene import COLOUR_RGB, COLOURS, SHAPES, SIDE, Background
 WINDOW = 34  # side of the square an object is drawn in, design px
 MARGIN = WINDOW // 2 + 1
 RIM = 2.0  # of outlined objects, design px
+STRETCH_FRAMES = 64  # drawn at once: some 2 MB each at 192 px
 
 
 @torch.no_grad()
@@ -36,13 +37,20 @@ def draw_scenes(scenes: Sequence[Scene], side_px: int = SIDE, device: str | torc
     return list(frames.split([scene.num_frames for scene in scenes]))
 
 
+def draw_stretches(scene: Scene, side_px: int = SIDE, num_frames: int = STRETCH_FRAMES) -> Iterator[Tensor]:
+    """The frames of ``draw_scenes`` for one scene, at most ``num_frames`` at a time: the same to the bit, in bounded
+    memory."""
+    for start in range(0, scene.num_frames, num_frames):
+        yield draw_scenes([scene.stretch(start, start + num_frames)], side_px)[0]
+
+
 def _backgrounds(scene: Scene, scale: int, device: str | torch.device) -> Tensor:
     """(T, H, W, 3) float32."""
     parts = []
     for shot in scene.shots:
         length = shot.end - shot.start
         moves = shot.background.drift != (0.0, 0.0)
-        times = torch.arange(length if moves else 1, dtype=torch.float32, device=device)
+        times = shot.elapsed + torch.arange(length if moves else 1, dtype=torch.float32, device=device)
         parts.append(draw_background(shot.background, times, scale).expand(length, -1, -1, -1))
     return torch.cat(parts)
 

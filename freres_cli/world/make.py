@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
-import numpy as np
-from torch import Tensor
 
-from freres_cli.errors import ResourceError
-from freres_cli.world.draw import draw_scenes
+from freres_cli.world.draw import draw_stretches
+from freres_cli.world.encode import encode_frames
 from freres_cli.world.questions import Question, questions_of
-from freres_cli.world.scene import DIRECTIONS
+from freres_cli.world.scene import DIRECTIONS, Scene
 from freres_cli.world.script import make_scene
 
 FILE_SIDE_PX = 192
@@ -68,7 +66,7 @@ def make_set(
         chosen = choose_questions(questions_of(number, scene), questions_per_clip, asked)
         suffix, codec, options = CODECS[index % VP9_EVERY == VP9_EVERY - 1]
         name = f"{split}-{seed}-{index:05d}.{suffix}"
-        encode_clip(directory / name, draw_scenes([scene], FILE_SIDE_PX)[0], scene.fps, codec, options)
+        encode_scene(directory / name, scene, codec, options)
         made.append(MadeClip(number, name, tuple(chosen)))
         if on_clip is not None:
             on_clip(index + 1, count)
@@ -92,7 +90,7 @@ def make_demo_clip(path: Path) -> MadeClip:
         if scene.facts["kind"] == "motion" and motion and short and other:
             break
     _, codec, options = CODECS[0]
-    encode_clip(path, draw_scenes([scene], FILE_SIDE_PX)[0], scene.fps, codec, options)
+    encode_scene(path, scene, codec, options)
     return MadeClip(number, path.name, (motion[0], other[0], short[0]))
 
 
@@ -129,17 +127,7 @@ def question_rows(clip: MadeClip) -> Iterator[dict[str, object]]:
         }
 
 
-def encode_clip(path: Path, frames: Tensor, fps: int, codec: str, options: dict[str, str]) -> None:
-    """Write frames (T, h, w, 3) uint8 RGB as a video file. Raises ``ResourceError``."""
-    try:
-        with av.open(str(path), "w") as container:
-            container.metadata["comment"] = MARK
-            stream = container.add_stream(codec, rate=fps, options=options)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            for frame in frames.cpu().numpy():
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-    except (av.FFmpegError, ValueError, OSError) as error:
-        raise ResourceError(f"{path}: the clip cannot be encoded: {error}", "look at 'freres doctor'") from error
+def encode_scene(path: Path, scene: Scene, codec: str, options: dict[str, str]) -> None:
+    """Draw a scene a stretch at a time and write it as a video file that bears the mark. Raises ``ResourceError``."""
+    frames = (frame for stretch in draw_stretches(scene, FILE_SIDE_PX) for frame in stretch.numpy())
+    encode_frames(path, frames, FILE_SIDE_PX, scene.fps, codec, options, comment=MARK)

@@ -5,7 +5,7 @@ Lengths are in design pixels: the frame is ``SIDE`` wide and high whatever it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,11 +67,20 @@ class Background:
 
 @dataclass
 class Shot:
-    """Frames ``start`` to ``end`` (excluded) before one background."""
+    """Frames ``start`` to ``end`` (excluded) before one background; ``elapsed``: frames of it that were cut off before.
+
+    A drifting background has moved on by as many frames.
+    """
 
     start: int
     end: int
     background: Background
+    elapsed: int = 0
+
+    def stretch(self, start: int, end: int) -> Shot:
+        """What lies of it in frames ``start`` to ``end`` of the clip, counted from ``start``."""
+        low, high = max(self.start, start), min(self.end, end)
+        return replace(self, start=low - start, end=high - start, elapsed=self.elapsed + low - self.start)
 
 
 @dataclass
@@ -84,6 +93,17 @@ class Scene:
     things: list[Thing]
     fade: NDArray[np.float64]
     facts: dict[str, str | int] = field(default_factory=dict)
+
+    def stretch(self, start: int, end: int) -> Scene:
+        """Frames ``start`` to ``end`` (excluded, at most the clip's) as a clip of their own, with the facts of the whole."""
+        rows = slice(start, end)
+        shots = [shot.stretch(start, end) for shot in self.shots if shot.start < end and start < shot.end]
+        things = [
+            replace(thing, centre=thing.centre[rows], visible=thing.visible[rows], is_white=thing.is_white[rows])
+            for thing in self.things
+        ]
+        fade = self.fade[rows]
+        return replace(self, num_frames=len(fade), shots=shots, things=things, fade=fade)
 
     def thing(self, name: str) -> Thing:
         return next(thing for thing in self.things if thing.name == name)

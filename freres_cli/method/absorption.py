@@ -1,0 +1,55 @@
+"""Where the motion of each GoP went through the absorber: what the paper's Figure 4 shows for one anchor frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freres_cli.method.absorber import neighbours_of
+from freres_cli.method.fusion import FreResModules
+from freres_cli.method.tokens import evaluate_dynamic, order_dynamic
+from freres_cli.records import Tracks
+
+
+@dataclass(frozen=True)
+class AbsorptionMaps:
+    """Two maps of each GoP over the pooled grid, (G, rows, columns) float64, zero where no coefficient was kept.
+
+    ``energy``: squared L2 norm of the kept coefficients of each cell. ``absorbed``: how much dynamic tokens took from
+    each cell, as L2 norm of what the absorber added to them.
+    """
+
+    energy: Tensor
+    absorbed: Tensor
+
+
+@torch.no_grad()
+def map_absorption(tracks: Tracks, modules: FreResModules) -> AbsorptionMaps:
+    """Return where the absorber's additions came from; the tracks must hold a coefficient.
+
+    A token's attention over cells and bands sums to 1. It is weighted by the L2 norm of what the token received,
+    ``|gamma * output|``, and summed over tokens and bands: a GoP's map sums to all that was added in it, and an absorber
+    that adds nothing draws nothing. The paper shows bare weights; the weighting is ours, because a token's weights sum to
+    1 even where it hears next to nothing. Adapters and gates after the absorber are left out. Raises ``ValueError`` where
+    a band is beyond those the absorber knows.
+    """
+    runs = order_dynamic(tracks)
+    inputs = modules.absorber_inputs(evaluate_dynamic(tracks, runs), tracks, runs.gop, runs.cell)
+    added, weights = modules.absorber.attend(*inputs)
+    from_cell = (weights.sum(2) * added.norm(dim=1, keepdim=True)).to(torch.float64)
+    # Cells outside the grid have weight 0 and may count for any.
+    around = neighbours_of(runs.cell, tracks.pooled_grid).clamp(min=0)
+    absorbed = _sum_by_cell(tracks, runs.gop[:, None].expand_as(around), around, from_cell)
+    energy = tracks.coefficient_energy.to(torch.float64)
+    return AbsorptionMaps(_sum_by_cell(tracks, tracks.coefficient_gop, tracks.coefficient_cell, energy), absorbed)
+
+
+def _sum_by_cell(tracks: Tracks, gop: Tensor, cell: Tensor, values: Tensor) -> Tensor:
+    """Sum values of any one shape by GoP and cell: (G, rows, columns)."""
+    rows, columns = tracks.pooled_grid
+    num_gops = tracks.gop_anchor_frame.shape[0]
+    summed = torch.zeros(num_gops * rows * columns, dtype=values.dtype)
+    summed.index_add_(0, (gop * (rows * columns) + cell).flatten(), values.flatten())
+    return summed.view(num_gops, rows, columns)

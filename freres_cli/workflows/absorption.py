@@ -1,0 +1,107 @@
+"""bundle + trained modules -> a picture of where each GoP's motion went through the absorber."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.bundle.store import Bundle, check_destination, write_atomically
+from freres_cli.errors import BackboneError, BundleError, UsageError
+from freres_cli.method.absorption import map_absorption
+from freres_cli.method.tokens import VARIANTS_WITHOUT_ABSORBER
+from freres_cli.video.picture import draw_maps, encode_png
+from freres_cli.workflows.adapters import choose_adapter, load_modules
+
+FLAG = "--absorber"
+MAX_GOPS_SHOWN = 20
+TITLES = ("energy", "absorbed")
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """Where the picture goes and which trained modules it is of, as ``adapters.choose_adapter`` takes them. ``force``:
+    replace an existing file."""
+
+    output: Path
+    adapter: str | None = None
+    force: bool = False
+
+
+def check_picture(bundle: Path, request: PictureRequest) -> None:
+    """Refuse, before any work is done, a picture that cannot be written. Raises ``UsageError`` or ``BundleError``."""
+    output = request.output
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"{FLAG}: expected a file name ending in .png, got {output}")
+    check_destination(output, request.force, FLAG)
+    named = Path(request.adapter) if request.adapter else None
+    for name, path in (("bundle", bundle), ("adapter", named)):
+        if path is not None and path.exists() and output.exists() and output.samefile(path):
+            raise UsageError(f"{output}: is the {name} itself", f"name another file with {FLAG}")
+
+
+def draw_absorption(bundle: Bundle, request: PictureRequest) -> dict[str, Any]:
+    """Write the picture, a row for each GoP: energy of its kept coefficients, and what was absorbed, by cell.
+
+    Returns what it shows, with the maps of every GoP as numbers. A long clip shows the GoPs of most energy, in order of
+    time. Raises ``UsageError`` without an adapter, ``BundleError`` for a bundle in which nothing can be absorbed or a
+    place that cannot be written, ``BackboneError`` for an adapter that is damaged or does not fit.
+    """
+    tracks = bundle.tracks
+    variant = bundle.manifest["settings"]["variant"]["value"]
+    if variant in VARIANTS_WITHOUT_ABSORBER:
+        raise BundleError(
+            f"{bundle.path}: variant {variant} has no absorber", "compress the video with --variant absorber"
+        )
+    if not tracks.coefficient_gop.numel():
+        raise BundleError(
+            f"{bundle.path}: variant {variant}, no coefficient kept: nothing to absorb",
+            "compress a video that moves with --variant absorber, or with a larger --budget",
+        )
+    model = bundle.manifest["model"]
+    adapter = choose_adapter(request.adapter, model.get("model_id"), variant)
+    if adapter is None:
+        raise UsageError(f"{FLAG}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
+    modules = load_modules(adapter, model, tracks, variant)
+    maps = map_absorption(tracks, modules)
+    if not maps.absorbed.isfinite().all():
+        raise BackboneError(f"{adapter}: damaged adapter: what its absorber adds is not finite")
+    energy_of_gop = maps.energy.sum((1, 2))
+    shown = energy_of_gop.argsort(descending=True, stable=True)[:MAX_GOPS_SHOWN].sort().values
+    starts = tracks.frame_seconds[tracks.gop_anchor_frame].tolist()
+    picture = _draw(torch.stack([maps.energy, maps.absorbed], 1), shown, starts)
+    png = encode_png(picture)
+    write_atomically(request.output, lambda file: file.write(png), force=request.force, flag=FLAG)
+    gamma = float(modules.absorber.gamma.detach())
+    return {
+        "picture": str(request.output),
+        "adapter": str(adapter),
+        "height_px": picture.shape[0],
+        "width_px": picture.shape[1],
+        "gamma": gamma,
+        "pooled_grid": list(tracks.pooled_grid),
+        "gops_shown": shown.tolist(),
+        "notes": _describe_limits(len(shown), len(starts), gamma),
+        "gops": [
+            {"start_s": start, "energy": energy, "absorbed": absorbed}
+            for start, energy, absorbed in zip(starts, maps.energy.tolist(), maps.absorbed.tolist(), strict=True)
+        ],
+    }
+
+
+def _draw(maps: Tensor, shown: Tensor, starts: list[float]) -> Tensor:
+    labels = [f"{starts[gop]:.2f} s" for gop in shown.tolist()]
+    note = f"{len(shown)} of {len(starts)} GoPs" if len(shown) < len(starts) else ""
+    return draw_maps(maps[shown], labels, TITLES, note)
+
+
+def _describe_limits(num_shown: int, num_gops: int, gamma: float) -> list[str]:
+    notes = []
+    if num_shown < num_gops:
+        notes.append(f"the picture shows the {num_shown} GoPs of most energy, of {num_gops}")
+    if gamma == 0:
+        notes.append("the adapter's gamma is 0: its absorber adds nothing")
+    return notes
