@@ -240,7 +240,6 @@ def test_an_existing_picture_stays_without_force(bundle, adapter, tmp_path):
 def test_what_cannot_be_drawn_is_one_line_and_nothing_is_written(bundle, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, status, text in (
-        (("--absorber", "out.png"), 2, "expected trained modules"),
         (("--absorber", "out.jpg", "--adapter", adapter), 2, ".png"),
         (("--adapter", adapter), 2, "--adapter: expected --absorber"),
         (("--force",), 2, "--force: expected --absorber"),

@@ -260,7 +260,9 @@ def test_adapters_are_used_and_foreign_ones_refused(bundle, tmp_path):
         tmp_path / "other.safetensors", modules.state_dict(), {**header, "model": {**model, "projector_sha256": "0"}}
     )
     flags = ("what moves?", "--choices", "a|b", "--json")
-    plain = run_freres("ask", bundle, *flags).json["choices"]
+    plain = run_freres("ask", bundle, *flags, "--adapter", "none").json["choices"]
+    # The bundled model has an adapter of its own.
+    assert run_freres("ask", bundle, *flags).json["choices"] != plain
     assert run_freres("ask", bundle, *flags, "--adapter", tmp_path / "zero.safetensors").json["choices"] == plain
     assert run_freres("ask", bundle, *flags, "--adapter", tmp_path / "loud.safetensors").json["choices"] != plain
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "other.safetensors"), 5, "another model")

@@ -37,8 +37,8 @@ ask:
     freres.ask/1:
       bundle question answer choices visual_tokens context_tokens new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
       model text_after notes environment
-  defaults: {choices: none (a free answer), adapter: "the bundled model's own, none for others", model: the bundle's, revision: the bundle's,
-    text_after: the bundle's}
+  defaults: {choices: none (a free answer), adapter: "the bundled model's own, none for others", model: the bundle's,
+    revision: the bundle's, text_after: the bundle's}
 profile:
   examples:
     freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle, beside the full-token run.

@@ -135,9 +135,9 @@ def prepare_data(
 
 
 def _key(request: CompressRequest, model: LanguageModel) -> str:
-    """What the cached bundles depend on, besides video and budget."""
+    """What the cached bundles depend on, besides video and budget; a variant may keep other rows."""
     settings = {key: setting.value for key, setting in request.settings.items()}
-    rest = {key: value for key, value in settings.items() if key not in ("description", "budget_tokens", "variant")}
+    rest = {key: value for key, value in settings.items() if key not in ("description", "budget_tokens")}
     facts = [__version__, dict(model.fingerprint), str(model.dtype), request.method, rest]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
