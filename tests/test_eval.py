@@ -16,7 +16,7 @@ import torch
 
 from freres_cli.baselines.blind import keep_nothing
 from freres_cli.baselines.full import keep_every_token
-from freres_cli.baselines.lowres import choose_cells, pool_frames
+from freres_cli.baselines.lowres import choose_rows, pool_frames
 from freres_cli.baselines.uniform import sample_uniform_frames
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.intervals import estimate_shares
@@ -118,7 +118,7 @@ def compressed_tokens(request, path, budget):
 
 
 @pytest.mark.parametrize("grid", GRID_CASES)
-def test_no_baseline_exceeds_a_budget_and_uniform_is_exact(grid):
+def test_baselines_keep_exactly_the_budget(grid):
     latents, seconds = some_latents(grid)
     full = latents.shape[:3].numel()
     for budget in {1, 2, 3, 5, full // 4, full // 2, full - 1, full, full + 5} - {0}:
@@ -126,7 +126,10 @@ def test_no_baseline_exceeds_a_budget_and_uniform_is_exact(grid):
         assert len(uniform) == min(budget, full)
         per_frame = grid[1] * grid[2]
         assert len(uniform.positions[:, 0].unique()) == min(grid[0], -(-budget // per_frame))
-        assert 1 <= len(pool_frames(latents, seconds, budget, 8)) <= budget
+        lowres = pool_frames(latents, seconds, budget, 8)
+        assert len(lowres) == min(budget, full) and len(lowres.positions.unique(dim=0)) == len(lowres)
+        _, per_frame = lowres.positions[:, 0].unique(return_counts=True)
+        assert len(per_frame) == min(budget, grid[0]) and int(per_frame.max() - per_frame.min()) <= 1
     assert len(keep_nothing(latents, seconds, 0, 8)) == 0
 
 
@@ -154,9 +157,10 @@ def test_uniform_frames_stand_at_the_centres_of_equal_parts():
 def test_low_resolution_frames_are_means_at_the_middle_of_their_cells():
     """The latent of a token is its own place, so a mean of latents is a mean of places."""
     places = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float32) for n in (4, 7, 9)]).reshape(4, 7, 9, 3)
-    tokens = pool_frames(places, torch.arange(4, dtype=torch.float64), 4 * 13, 3)
-    assert len(tokens) == 4 * 12 and tokens.grid == (4, 7, 9)
-    assert torch.allclose(tokens.latents, tokens.positions, atol=1e-5)
+    for budget in (4 * 12, 4 * 13, 4 * 13 + 3, 250):
+        tokens = pool_frames(places, torch.arange(4, dtype=torch.float64), budget, 3)
+        assert len(tokens) == budget and tokens.grid == (4, 7, 9)
+        assert torch.allclose(tokens.latents, tokens.positions, atol=1e-5)
     whole = pool_frames(places, torch.arange(4, dtype=torch.float64), 4 * 63, 3)
     same_tokens(whole, keep_every_token(places, torch.arange(4, dtype=torch.float64), 4 * 63, 3))
     thin = pool_frames(places, torch.arange(4, dtype=torch.float64), 2, 3)
@@ -164,11 +168,12 @@ def test_low_resolution_frames_are_means_at_the_middle_of_their_cells():
 
 
 def test_low_resolution_cells_are_no_strips():
-    assert choose_cells(9, 9, 7) == (2, 3) and choose_cells(9, 9, 11) == (3, 3)
-    assert choose_cells(1, 9, 4) == (1, 4) and choose_cells(9, 9, 81) == (9, 9) and choose_cells(9, 9, 1) == (1, 1)
-    for most in range(1, 60):
-        rows, columns = choose_cells(8, 6, most)
-        assert rows * columns <= most
+    assert choose_rows(9, 9, 7) == [2, 3, 2] and choose_rows(9, 9, 9) == [3, 3, 3] and choose_rows(9, 9, 1) == [1]
+    assert choose_rows(1, 9, 4) == [4] and choose_rows(9, 1, 4) == [1] * 4 and choose_rows(9, 9, 81) == [9] * 9
+    for num_cells in range(1, 49):
+        rows = choose_rows(8, 6, num_cells)
+        widths = [6 / columns for columns in rows]
+        assert sum(rows) == num_cells and max(max(8 / len(rows) / w, w * len(rows) / 8) for w in widths) <= 3
 
 
 # --- one encode for all -----------------------------------------------------------------------------------------------
@@ -379,7 +384,7 @@ def test_json_has_every_promised_field(questions, per_frame):
     shares = [int(Fraction(3, 10) * (FRAMES + i) * per_frame) for i in range(3)]
     for (method, budget), row in rows.items():
         assert row["visual_tokens"] <= row["budget_tokens"] and row["visual_tokens_max"] <= row["budget_tokens_max"]
-        if method == "uniform":
+        if method in ("uniform", "lowres"):
             assert row["visual_tokens"] == row["budget_tokens"] == (60 if budget == 60 else sum(shares) / 3)
         assert row["num_questions"] == 6 and row["ci_low"] <= row["accuracy"] <= row["ci_high"]
         assert row["chance"] == 0.25 and row["by_category"]["Action"]["chance"] == 0.5

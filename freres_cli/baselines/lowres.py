@@ -10,44 +10,73 @@ from freres_cli.baselines.full import place_tokens
 from freres_cli.baselines.uniform import spread
 from freres_cli.records import VideoTokens
 
-# A pooled cell may be this many times longer one way than the other: a strip of a frame is no low-resolution frame.
-MAX_CELL_ASPECT = 2.0
-
 
 def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
-    """Return means of ``latents`` (T, H, W, C) over the cells of the largest grid that fits B, at the cells' centres.
+    """Return means of ``latents`` (T, H, W, C) over cells of every frame, at the cells' centres: min(B, T*H*W) tokens.
 
-    A budget below one token a frame keeps that many evenly spread frames, one token each. Never more than B tokens;
-    often fewer, since every frame has the same grid. ``frame_seconds``: (T,) float64; ``width``: D. Raises
-    ``ValueError`` for a budget below one.
+    All frames have the same number of cells, but for one more in evenly spread ones. A budget below one token a frame
+    keeps B evenly spread frames, one token each. ``frame_seconds``: (T,) float64; ``width``: D. Raises ``ValueError``
+    for a budget below one.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
     num_frames, grid_h, grid_w, channels = latents.shape
-    rows, columns = choose_cells(grid_h, grid_w, max(1, budget_tokens // num_frames))
-    frames = spread(min(num_frames, budget_tokens), num_frames)
-    pooled = adaptive_avg_pool2d(latents[frames].to(torch.float32).movedim(-1, 1), (rows, columns)).movedim(1, -1)
-    axes = frames.to(torch.float32), centres(grid_h, rows), centres(grid_w, columns)
-    cells = pooled.reshape(-1, channels).to(latents.dtype)
-    frame = frames.repeat_interleave(rows * columns)
-    return place_tokens(cells, torch.cartesian_prod(*axes), frame, (num_frames, grid_h, grid_w), frame_seconds, width)
+    num_tokens = min(budget_tokens, num_frames * grid_h * grid_w)
+    frames = spread(min(num_frames, num_tokens), num_frames)
+    fewest, num_finer = divmod(num_tokens, frames.shape[0])
+    num_cells = torch.full_like(frames, fewest)
+    if num_finer:
+        num_cells[spread(num_finer, frames.shape[0])] += 1
+    cells, positions = [], []
+    for count in num_cells.unique().tolist():
+        these = frames[num_cells == count]
+        means, centres = pool_cells(latents[these], count)
+        cells.append(means.flatten(0, 1))
+        times = these.to(torch.float32).repeat_interleave(count)
+        positions.append(torch.cat([times[:, None], centres.repeat(these.shape[0], 1)], dim=1))
+    places = torch.cat(positions)
+    # Stable: within a frame cells stay in raster order.
+    order = places[:, 0].argsort(stable=True)
+    frame = places[order, 0].long()
+    rows = torch.cat(cells)[order].to(latents.dtype)
+    return place_tokens(rows, places[order], frame, (num_frames, grid_h, grid_w), frame_seconds, width)
 
 
-def choose_cells(grid_h: int, grid_w: int, most: int) -> tuple[int, int]:
-    """Return (rows, columns) of the grid with most cells, at most ``most``, whose cells are not too long; of equal
-    ones that with the squarest cells."""
-    fitting = [(r, c) for r in range(1, grid_h + 1) for c in range(1, grid_w + 1) if r * c <= most]
-    shapely = [grid for grid in fitting if _aspect(grid_h, grid_w, *grid) <= MAX_CELL_ASPECT]
-    # A lone row or column of tokens has no squarer choice.
-    return max(shapely or fitting, key=lambda grid: (grid[0] * grid[1], -_aspect(grid_h, grid_w, *grid)))
+def pool_cells(latents: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    """Return the means of ``latents`` (T, H, W, C) over ``num_cells`` cells of each frame, and the cells' centres.
+
+    Rows of cells are equally high; some have a cell more than others. (T, num_cells, C) float32, (num_cells, 2) float32.
+    """
+    _, grid_h, grid_w, _ = latents.shape
+    cells_of_row = choose_rows(grid_h, grid_w, num_cells)
+    image = latents.to(torch.float32).movedim(-1, 1)
+    heights = _centres(grid_h, len(cells_of_row))
+    means, places = [], []
+    for row, columns in enumerate(cells_of_row):
+        means.append(adaptive_avg_pool2d(image, (len(cells_of_row), columns))[:, :, row])
+        widths = _centres(grid_w, columns)
+        places.append(torch.stack([heights[row].expand(columns), widths], dim=1))
+    return torch.cat(means, dim=-1).movedim(1, -1), torch.cat(places)
 
 
-def _aspect(grid_h: int, grid_w: int, rows: int, columns: int) -> float:
-    height, width = grid_h / rows, grid_w / columns
-    return max(height / width, width / height)
+def choose_rows(grid_h: int, grid_w: int, num_cells: int) -> list[int]:
+    """Return how many cells each row of a frame has, so that they are ``num_cells`` <= H*W, and as square as can be."""
+    fitting = [rows for rows in range(1, grid_h + 1) if rows <= num_cells <= rows * grid_w]
+    rows = min(fitting, key=lambda rows: _aspect(grid_h, grid_w, rows, num_cells))
+    columns = torch.full((rows,), num_cells // rows)
+    if num_cells % rows:
+        columns[spread(num_cells % rows, rows)] += 1
+    return columns.tolist()
 
 
-def centres(size: int, num_cells: int) -> Tensor:
+def _aspect(grid_h: int, grid_w: int, rows: int, num_cells: int) -> float:
+    """How many times longer one way than the other the worst cell is."""
+    height = grid_h / rows
+    widths = grid_w / (num_cells // rows), grid_w / -(-num_cells // rows)
+    return max(max(height / width, width / height) for width in widths)
+
+
+def _centres(size: int, num_cells: int) -> Tensor:
     """Return the middle of each cell of ``adaptive_avg_pool2d`` on an axis of ``size`` tokens: (num_cells,) float32."""
     index = torch.arange(num_cells)
     first, stop = index * size // num_cells, -((index + 1) * -size // num_cells)

@@ -71,9 +71,9 @@ def evaluate(
     (2 to 26 options; none for a free answer) and answer (the option as it stands there). Other keys are ignored.
 
     Methods: full, every token; uniform, whole frames at even distances, thinned to exactly the budget; lowres, every
-    frame averaged in space; fre-res, as freres compress, with the
-    adapter; blind, the question without any visual token. full and blind
-    have one row, whatever the budgets. A budget is never exceeded.
+    frame averaged in space over as many cells as the budget holds; fre-res, as freres compress, with the adapter;
+    blind, the question without any visual token. full and blind have one row, whatever the budgets. uniform and lowres
+    have exactly the budget, fre-res never more.
     """
     from freres_cli.workflows.budgets import parse_cells
     from freres_cli.workflows.questions import read_questions
