@@ -20,7 +20,7 @@ def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
-    num_frames, grid_h, grid_w, channels = latents.shape
+    num_frames, grid_h, grid_w, _ = latents.shape
     num_tokens = min(budget_tokens, num_frames * grid_h * grid_w)
     frames = spread(min(num_frames, num_tokens), num_frames)
     fewest, num_finer = divmod(num_tokens, frames.shape[0])
