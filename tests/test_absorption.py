@@ -16,6 +16,8 @@ from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import evaluate_dynamic, order_dynamic
 from freres_cli.video.picture import SCALE_RGB, draw_maps, encode_png
 from freres_cli.workflows.absorption import MAX_GOPS_SHOWN, PictureRequest, draw_absorption
+from freres_cli.workflows.adapters import load_modules
+from freres_cli.world.bundled_model import bundled_adapter
 from freres_cli.world.make import CODECS, encode_scene
 from freres_cli.world.scene import SIDE, Background, Scene, Shot, Thing
 from tests.runner import check_failure, run_freres
@@ -93,6 +95,16 @@ def test_the_mass_lies_where_the_object_passed(bundle, seed):
     for found in (maps.absorbed, maps.energy):
         whole = found.sum(0).numpy()
         assert whole[passed].sum() > 0.8 * whole.sum() > 0
+
+
+@pytest.mark.parametrize("budget", [40, 80])
+def test_the_shipped_adapter_looks_where_the_object_moved(clip, tmp_path, budget):
+    assert run_freres("compress", clip, "--budget", budget, "-o", tmp_path / "b.pt").status == 0
+    made = read_bundle(tmp_path / "b.pt")
+    modules = load_modules(bundled_adapter(), made.manifest["model"], made.tracks, "absorber")
+    passed = cells_passed(one_thing_moves(), made.tracks.pooled_grid)
+    whole = map_absorption(made.tracks, modules).absorbed.sum(0).numpy()
+    assert whole[passed].sum() > 1.8 * passed.mean() * whole.sum() > 0
 
 
 def clip_tracks():

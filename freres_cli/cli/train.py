@@ -52,7 +52,7 @@ def train(
     Each video is compressed once at every budget, into the cache; vision tower and language model stay as they are.
     Trained are the token adapters, the absorber, type embeddings and gates, by the answers and by what the same model
     thinks of the options when it sees every token. Each video of a step has one of the budgets, so that one adapter
-    serves them all. The weights written are those of the best validation.
+    serves them all. The weights written are those of the lowest loss on the videos held out.
 
     DATA holds one JSON object a line with the keys video (relative to that file), question, choices (2 to 26 options;
     none for a free answer) and answer. Other keys are ignored.
