@@ -25,10 +25,11 @@ def encode_frames(
     """Write frames, each (side_px, side_px, 3) uint8 RGB, as a video file; they are never all in memory.
 
     ``comment`` goes into the file's metadata. Raises ``ResourceError`` with ``hint`` where this PyAV lacks the encoder,
-    or the file cannot be written.
+    or the file cannot be written; then there is no file.
     """
     try:
-        with av.open(str(path), "w") as container:
+        # Bit-exact: else a webm holds random numbers of its own.
+        with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
             if comment:
                 container.metadata["comment"] = comment
             stream = container.add_stream(codec, rate=fps, options=options)
@@ -39,4 +40,5 @@ def encode_frames(
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
     except (av.FFmpegError, ValueError, OSError) as error:
+        path.unlink(missing_ok=True)
         raise ResourceError(f"{path}: the clip cannot be encoded: {error}", hint) from error
