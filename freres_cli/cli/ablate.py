@@ -21,7 +21,7 @@ def ablate(
     ],
     data: Annotated[
         Path | None,
-        typer.Option("--train", metavar="DATA", help="As freres train takes it; without it nothing is trained."),
+        typer.Option("--train", metavar="DATA", help="As freres train takes it."),
     ] = None,
     tables: Annotated[
         str, typer.Option("--tables", metavar="NAME,...", help="Of components, coefficients, frames and anchors.")

@@ -91,7 +91,7 @@ ablate:
     freres ablate questions.jsonl -o out --tables anchors --budgets 0.5,0.25: One table without training.
   output: As freres eval, a row for each setting. DIR keeps the adapters, the compressed videos and every answer.
   schemas: {freres.ablate/1: the keys of freres.eval/1 and tables}
-  defaults: {train: nothing is trained, limit: every question}
+  defaults: {data: nothing is trained, limit: every question}
 inspect:
   examples:
     freres inspect bundle.pt: What is inside, and where each setting came from.
