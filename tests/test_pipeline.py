@@ -22,6 +22,7 @@ from freres_cli.devices import choose_device
 from freres_cli.errors import ResourceError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import build_tokens
+from freres_cli.workflows.adapters import NO_ADAPTER
 from freres_cli.workflows.ask import AskRequest, open_session
 from freres_cli.world.clip import make_clip
 from tests.clips import numbered, write_clip
@@ -189,7 +190,7 @@ def _stock_inputs(stock, ids, patches):
 
 def test_the_bundle_holds_what_the_answer_uses(bundle):
     """Tokens built from the file are those of the session; positions, kinds and seconds come along."""
-    session = open_session(AskRequest(bundle, choose_device("cpu")))
+    session = open_session(AskRequest(bundle, choose_device("cpu"), adapter=NO_ADAPTER))
     tokens = build_tokens(read_bundle(bundle).tracks)
     assert torch.equal(session.tokens.latents, tokens.latents)
     assert tokens.seconds.min() >= 0 and tokens.seconds.max() <= 2.0
