@@ -5,6 +5,7 @@ torch is imported inside the functions.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ def _choose_place(requested: str | None) -> Device:
         return _cpu_device("asked for")
     if name == "auto" and num_cuda == 0:
         return _cpu_device("auto: torch sees no CUDA device")
-    ordinal = int(index or 0)
+    # torchrun and accelerate start one process for each device of a machine.
+    ordinal = int(index or os.environ.get("LOCAL_RANK", "0"))
     if ordinal >= num_cuda:
         raise ResourceError(
             f"device: {name} is not there: expected one of {num_cuda} CUDA devices",

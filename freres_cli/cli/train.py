@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +35,9 @@ def train(
     ] = 0.1,
     validate_every: Annotated[int, typer.Option("--validate-every", min=1, metavar="STEPS", help="How often.")] = 50,
     patience: Annotated[int, typer.Option("--patience", min=1, help="Validations without a gain before the end.")] = 5,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights, order and held-out videos.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of weights, order and held-out videos.")
+    ] = 0,
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Bundles of the videos; used again by later runs.")
     ] = None,
@@ -60,11 +64,16 @@ def train(
     A stopped run, started again with the same arguments, goes on from FILE.state. For several GPUs start it with
     torchrun or accelerate launch.
     """
+    from freres_cli.bundle.store import check_destination
     from freres_cli.workflows.budgets import parse_budget
     from freres_cli.workflows.questions import read_questions
 
     if not 0 < validation < 1:
         raise UsageError(f"--validation: expected a share between 0 and 1, got {validation}")
+    if not math.isfinite(learning_rate):
+        raise UsageError(f"--learning-rate: expected a number, got {learning_rate}")
+    # What lies beside it is named after it.
+    check_destination(output, True)
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
         raise UsageError("--set budget_tokens: the adapter is trained for --budgets", "use --budgets")
@@ -72,20 +81,19 @@ def train(
     file = read_questions(data, is_named=False)
     compress = make_request(data, flags, preset, model, revision, device=device, dtype=dtype)
     from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
+    from freres_cli.workflows.workers import count_processes, is_first_process
 
+    if count_processes() > 1 and device and ":" in device:
+        raise UsageError(f"--device {device}: every process would have this one", "use --device cuda")
     recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)
     folder = cache or output.with_name(output.name + ".cache")
     request = TrainRequest(file, compress, recipe, output, folder, force)
-    with progress_bar("cache", quiet or json, "videos") as progress:
-        done = train_adapter(request, lambda line: print_notes([line], quiet or json), progress)
-    for message in done["failed"][:SHOWN_FAILURES]:
-        print_warning(f"left out: {message}")
-    if len(done["failed"]) > SHOWN_FAILURES:
-        print_warning(f"{len(done['failed']) - SHOWN_FAILURES} more videos were left out")
-    if done["num_videos_untaught"]:
-        print_warning(
-            f"{done['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"
-        )
+    silent = quiet or not is_first_process()
+    with progress_bar("cache", silent or json, "videos") as progress:
+        done = train_adapter(request, lambda line: print_notes([line], silent or json), progress)
+    if not is_first_process():
+        return
+    print_training_warnings(done)
     share = f"{100 * done['share_of_model']:.2f} % of the model's"
     print_notes([f"{done['num_parameters']} trained parameters, {share}"], quiet)
     if json:
@@ -94,3 +102,17 @@ def train(
         print_json("freres.train/1", {**done, "environment": describe_environment(compress.device)})
         return
     print_result(done["adapter"])
+
+
+def print_training_warnings(done: Mapping[str, Any]) -> None:
+    """Say what a training left out, and where it gained nothing."""
+    for message in done["failed"][:SHOWN_FAILURES]:
+        print_warning(f"left out: {message}")
+    if len(done["failed"]) > SHOWN_FAILURES:
+        print_warning(f"{len(done['failed']) - SHOWN_FAILURES} more were left out")
+    if done["num_videos_untaught"]:
+        print_warning(
+            f"{done['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"
+        )
+    if not done["best_step"]:
+        print_warning("no step had a lower loss on the videos held out than the start: the adapter changes nothing")

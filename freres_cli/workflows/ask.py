@@ -22,7 +22,7 @@ from freres_cli.method.tokens import build_tokens
 from freres_cli.records import Answer, VideoTokens
 from freres_cli.workflows.adapters import choose_adapter, load_modules
 from freres_cli.workflows.compress import describe_drop, describe_limits
-from freres_cli.workflows.questions import check_choices, find_control_token, format_choices
+from freres_cli.workflows.questions import QuestionFile, check_choices, find_control_token, format_choices
 from freres_cli.world.bundled_model import bundled_model_dir
 
 
@@ -149,6 +149,17 @@ class Session:
 def control_tokens(model: LanguageModel) -> list[str]:
     """Return what the model reads as commands."""
     return [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
+
+
+def refuse_control_tokens(questions: QuestionFile, model: LanguageModel) -> None:
+    """Raises ``UsageError`` for a row that holds what the model reads as a command."""
+    tokens = control_tokens(model)
+    for question in questions.questions:
+        token = find_control_token((question.question, *question.choices, question.answer), tokens)
+        if token is not None:
+            raise UsageError(
+                f"{questions.path}:{question.line}: holds {token}, which the model reads as a command", "leave it out"
+            )
 
 
 def open_session(request: AskRequest) -> Session:

@@ -90,7 +90,7 @@ def normalize_answer(text: str) -> str:
 def read_questions(path: Path, limit: int | None = None, *, is_named: bool = True) -> QuestionFile:
     """Return the questions of a JSON lines file, the first ``limit`` of them; every row is checked.
 
-    ``is_named=False``: rows need no id and no category, as training data; the line number is the id.
+    ``is_named=False``: id and category of a row are not read, as in training data; the line number is the id.
 
     Raises ``UsageError`` that names the first bad row as FILE:LINE, and the lines of the others.
     """
@@ -117,7 +117,8 @@ def read_questions(path: Path, limit: int | None = None, *, is_named: bool = Tru
     if bad:
         others = [str(line) for line, _ in bad[1:]]
         more = f"; {len(others)} more bad rows: lines {', '.join(others[:10])}" if others else ""
-        hint = "keys of a row: id, video, category, question, choices (options, or none), answer"
+        named = ("id, ", "category, ") if is_named else ("", "")
+        hint = f"keys of a row: {named[0]}video, {named[1]}question, choices (options, or none), answer"
         raise UsageError(f"{path}:{bad[0][0]}: {bad[0][1]}", hint + more + (", ..." if len(others) > 10 else ""))
     if not found:
         raise UsageError(f"{path}: holds no questions", "write one JSON object a line")
@@ -135,7 +136,7 @@ def _read_row(row: bytes, line: int, folder: Path, is_named: bool) -> Question:
     if not isinstance(values, dict):
         raise _BadRow(f"expected a JSON object, got {type(values).__name__}: write one object a line")
     if not is_named:
-        values = {"id": f"line {line}", "category": "all", **values}
+        values = {**values, "id": f"line {line}", "category": "all"}
     name, category, question, answer, own_id = (
         _read_text(values, key) for key in ("video", "category", "question", "answer", "id")
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,17 @@ from freres_cli.backbones.gradients import score_answers
 from freres_cli.backbones.registry import load_language_model
 from freres_cli.bundle.adapter import write_adapter
 from freres_cli.bundle.store import check_destination
+from freres_cli.devices import memory_errors_as
 from freres_cli.errors import UsageError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import answer_loss, distillation_loss, total_loss
 from freres_cli.method.tokens import build_tokens
+from freres_cli.workflows.ask import refuse_control_tokens, with_deep_rows
 from freres_cli.workflows.budgets import Budget
 from freres_cli.workflows.compress import CompressRequest, load_encoder
 from freres_cli.workflows.questions import QuestionFile
-from freres_cli.workflows.training_data import Example, Progress, TrainingData, prepare_data
-from freres_cli.workflows.training_state import load_state, save_state
+from freres_cli.workflows.training_data import Example, Progress, TrainingData, prepare_data, used_settings
+from freres_cli.workflows.training_state import put_back, read_state, save_state
 from freres_cli.workflows.workers import Workers
 from freres_cli.world.bundled_model import bundled_model_dir
 
@@ -88,12 +92,15 @@ def train_adapter(
 
     Raises ``UsageError`` where there is too little data, or the state beside the output is of another run.
     """
-    workers = Workers()
-    state_path = request.output.with_name(request.output.name + ".state")
-    check_destination(request.output, request.force or state_path.exists())
-    model = load_model(request.compress)
-    videos = list(request.data.by_video().values())
     compress, recipe = request.compress, request.recipe
+    workers = Workers(compress.device)
+    state_path = request.output.with_name(request.output.name + ".state")
+    check_destination(state_path, True)
+    check_destination(request.output, request.force or state_path.exists())
+    state = read_state(state_path)
+    model = load_model(compress)
+    refuse_control_tokens(request.data, model)
+    videos = list(request.data.by_video().values())
     data = workers.first_then_all(
         lambda: prepare_data(
             videos, recipe.budgets, compress, lambda: load_encoder(compress), model, request.cache, progress
@@ -102,13 +109,16 @@ def train_adapter(
     learned, held_out = _split(data, recipe)
     torch.manual_seed(recipe.seed)
     modules = FreResModules(choose_shape(model, compress, recipe.rank)).to(model.device)
-    run = _Run(request, model, modules, learned, held_out, workers)
+    run = _Run(request, model, modules, learned, held_out, workers, _identify(request, model, modules, data))
+    if state and state.get("run") != run.identity:
+        raise UsageError(f"{state_path}: the state of another run", "remove it, or name another output with -o")
     start = time.perf_counter()
-    done = run.train(state_path, log)
+    done = run.train(state, state_path, log)
     facts = _facts(request, model, modules, data, done)
     if workers.is_first:
         _write(request, model, modules, done["best"], facts)
         state_path.unlink(missing_ok=True)
+    workers.wait()
     return {"adapter": str(request.output), **facts, "train_s": time.perf_counter() - start, "failed": data.failed}
 
 
@@ -146,13 +156,13 @@ class _Run:
     learned: Sequence[Example]
     held_out: Sequence[Example]
     workers: Workers
+    identity: str
 
-    def train(self, state_path: Path, log: Callable[[str], None]) -> dict[str, Any]:
+    def train(self, state: dict[str, Any], state_path: Path, log: Callable[[str], None]) -> dict[str, Any]:
         """Steps until the end, or until validation stops gaining. Returns the best weights, its score and step."""
         recipe = self.request.recipe
         optimizer = torch.optim.AdamW(self.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-        known = load_state(state_path, self.modules, [optimizer]) if state_path.exists() else {}
-        self._check_same_run(known, state_path)
+        known = put_back(state, self.modules, [optimizer])
         step, since = known.get("step", 0), 0
         start, loss_sum, first = time.perf_counter(), 0.0, step
         history, best = known.get("history"), known.get("best")
@@ -162,7 +172,10 @@ class _Run:
         while step < recipe.num_steps and not self._is_over(history):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * learning_rate(step, recipe.num_steps)
-            loss_sum += self._step(step)
+            loss = self._step(step)
+            if not math.isfinite(loss):
+                raise UsageError(f"step {step + 1}: the loss is {loss}", "use a lower --learning-rate")
+            loss_sum += loss
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -177,7 +190,7 @@ class _Run:
             log(_progress_line(step, recipe.num_steps, loss_sum / since, score, left))
             loss_sum, since = 0.0, 0
             if self.workers.is_first:
-                facts = {"step": step, "history": history, "best": best, "run": self._identity()}
+                facts = {"step": step, "history": history, "best": best, "run": self.identity}
                 save_state(state_path, self.modules, [optimizer], **facts)
         return {"best": best, "history": history, "steps": step}
 
@@ -186,16 +199,6 @@ class _Run:
 
     def _is_over(self, history: Sequence[Sequence[Any]]) -> bool:
         return len(history) - 1 - history.index(_best(history)) >= self.request.recipe.patience
-
-    def _identity(self) -> str:
-        """What makes this run: a state of another one is not continued."""
-        request, settings = self.request, {k: s.value for k, s in self.request.compress.settings.items()}
-        facts = [__version__, dict(self.model.fingerprint), request.recipe.facts(), settings, request.data.sha256]
-        return json.dumps([*facts, asdict(self.modules.shape)], sort_keys=True, default=str)
-
-    def _check_same_run(self, known: dict[str, Any], path: Path) -> None:
-        if known and known["run"] != self._identity():
-            raise UsageError(f"{path}: the state of another run", "remove it, or name another output with -o")
 
     def _step(self, step: int) -> float:
         """Leave the gradients of one batch, of which each worker takes its part; return its loss."""
@@ -209,8 +212,9 @@ class _Run:
                 continue
             example = self.learned[place]
             picked = np.random.default_rng([recipe.seed, 3, step, number]).permutation(len(example.questions))
-            loss = self._loss(example, int(budget), picked[: recipe.questions_a_video].tolist()) / len(chosen)
-            loss.backward()
+            with _memory_errors():
+                loss = self._loss(example, int(budget), picked[: recipe.questions_a_video].tolist()) / len(chosen)
+                loss.backward()
             total += loss.item()
         return self.workers.sum_gradients(self.modules, total)
 
@@ -226,7 +230,9 @@ class _Run:
     def _scores(self, example: Example, budget: int, picked: Sequence[int]) -> list[torch.Tensor]:
         """Log-likelihoods of the possible answers, (k,) for each question picked."""
         compress = self.request.compress
-        tokens = build_tokens(example.tracks(budget), compress.value("variant"), self.modules)
+        tokens = with_deep_rows(
+            build_tokens(example.tracks(budget), compress.value("variant"), self.modules), self.model
+        )
         found: dict[int, torch.Tensor] = {}
         # Questions of one video nearly always share the text before it.
         for prefix in dict.fromkeys(example.questions[i].prefix for i in picked):
@@ -239,6 +245,12 @@ class _Run:
     @torch.no_grad()
     def validate(self) -> Score:
         """Ask every question on the validation videos at every budget."""
+        with _memory_errors():
+            score = self._validate()
+        # One verdict: the last bit of a sum may differ between processes.
+        return Score(*self.workers.of_first((score.accuracy, score.loss)))
+
+    def _validate(self) -> Score:
         rights, losses = [], []
         for example in self.held_out:
             for budget in range(len(self.request.recipe.budgets)):
@@ -248,6 +260,10 @@ class _Run:
                     if len(question.answers) > 1:
                         rights.append(int(scores.argmax()) == question.truth)
         return Score(float(np.mean(rights)) if rights else None, float(np.mean(losses)))
+
+
+def _memory_errors() -> AbstractContextManager[None]:
+    return memory_errors_as("training", "use fewer --questions, smaller --budgets, or a device with more memory")
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -277,6 +293,17 @@ def _best(history: Sequence[Sequence[Any]]) -> Sequence[Any]:
     return min(history, key=lambda row: row[2])
 
 
+def _identify(request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData) -> str:
+    """What makes this run: a state of another one is not continued. Which videos are held out depends on all that can
+    be used."""
+    compress = request.compress
+    machine = [str(model.dtype), compress.device.name.partition(":")[0]]
+    examples = [[example.sha256, len(example.questions)] for example in data.examples]
+    made = [__version__, dict(model.fingerprint), asdict(modules.shape), machine]
+    facts = [*made, request.recipe.facts(), used_settings(compress), request.data.sha256, examples]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _facts(
     request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData, done: dict[str, Any]
 ) -> dict[str, Any]:
@@ -285,6 +312,7 @@ def _facts(
     best = _best(done["history"])
     return {
         "variant": request.compress.value("variant"),
+        "settings": json.loads(json.dumps(used_settings(request.compress), default=str)),
         "recipe": request.recipe.facts(),
         "data_sha256": request.data.sha256,
         "num_questions": len(request.data.questions),

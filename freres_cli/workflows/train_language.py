@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from freres_cli.workflows.muon import Muon
 from freres_cli.workflows.packing import Item, Pack, View, pack, pack_loss, run_pack, use_packed_attention
 from freres_cli.workflows.train_tower import run_tower
-from freres_cli.workflows.training_state import load_state, save_state
+from freres_cli.workflows.training_state import put_back, read_state, save_state
 from freres_cli.world.draw import draw_scenes
 from freres_cli.world.labels import ALWAYS_KNOWN, TRACES, trace_labels
 from freres_cli.world.questions import Question, questions_of
@@ -251,7 +251,7 @@ def train_language(
         torch.optim.AdamW(tracer.parameters(), lr=LEARNING_RATE, weight_decay=0.0),
     ]
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    state = load_state(checkpoint, both, optimizers)
+    state = put_back(read_state(checkpoint), both, optimizers)
     step = state.get("step", 0)
     buffer = ClipBuffer(tower, grid, device, max(FIRST_SEED * (seed + 1), state.get("next_seed", 0) - FIRST_CLIPS))
     while len(buffer.clips) < FIRST_CLIPS:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
 from freres_cli.workflows.muon import Muon
-from freres_cli.workflows.training_state import load_state, save_state
+from freres_cli.workflows.training_state import put_back, read_state, save_state
 from freres_cli.world.draw import draw_scenes
 from freres_cli.world.labels import CLASSES, dense_labels, make_stills
 from freres_cli.world.scene import TEXTURES
@@ -95,7 +95,7 @@ def train_tower(
         torch.optim.AdamW(rest, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    step = load_state(checkpoint, both, optimizers).get("step", 0)
+    step = put_back(read_state(checkpoint), both, optimizers).get("step", 0)
     while step < num_steps:
         factor = min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / num_steps)))
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
-from freres_cli.backbones.engine import prefill_video, score_options
+from freres_cli.backbones.engine import check_context, prefill_video, score_options
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bundle.store import read_bundle, write_atomically, write_bundle
 from freres_cli.devices import memory_errors_as
-from freres_cli.errors import BackboneError, FreresError, ResourceError, VideoError
-from freres_cli.records import Tracks
+from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, VideoError
+from freres_cli.method.tokens import build_tokens
+from freres_cli.records import Tracks, VideoTokens
 from freres_cli.video.probe import hash_file
+from freres_cli.workflows.ask import with_deep_rows
 from freres_cli.workflows.budgets import Budget
 from freres_cli.workflows.clips import EncodedClip
 from freres_cli.workflows.compress import CompressRequest
@@ -28,6 +30,9 @@ from freres_cli.workflows.questions import Question, format_choices
 
 Progress = Callable[[int, int], None]
 Ids = tuple[int, ...]
+
+# Tokens of a prompt for each visual one, at most: itself, and the time that some families write before each frame.
+TOKENS_AROUND = 24
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Example:
-    """A video: its bundles, one a budget, and its questions."""
+    """A video by its content: its bundles, one a budget, and its questions."""
 
-    video: str
+    sha256: str
     bundles: tuple[Path, ...]
     questions: tuple[Asked, ...]
 
@@ -57,7 +62,8 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """``failed``: videos that could not be used, with the reason. ``num_untaught``: those without a teacher."""
+    """``failed``: videos and questions that could not be used, with the reason. ``num_untaught``: videos without a
+    teacher."""
 
     examples: tuple[Example, ...]
     failed: tuple[str, ...]
@@ -96,50 +102,117 @@ def prepare_data(
 ) -> TrainingData:
     """Fill ``cache`` with what is not there yet, and return everything. ``videos``: the questions of each.
 
-    The tower is loaded only where a video is new. A video that cannot be used is left out, and named. Raises
-    ``VideoError`` when none is left.
+    The tower is loaded only where a video is new. What cannot be used is left out, and named: videos, and questions
+    that are too long for the model. Raises ``VideoError`` when nothing is left.
     """
     folder = cache / _key(request, model)
     _make_folder(folder)
-    examples, failed, tower = [], [], None
-    num_untaught = 0
+    store = _Store(folder, budgets, request, encoder, model)
+    found: dict[str, Example] = {}
+    failed: list[str] = []
     for done, questions in enumerate(videos):
         if progress is not None:
             progress(done, len(videos))
         try:
-            stem = folder / hash_file(questions[0].video)[:16]
-            bundles = tuple(stem.with_name(f"{stem.name}-{budget.text}.pt") for budget in budgets)
-            path = stem.with_name(f"{stem.name}-teacher.json")
-            taught = _read_teacher(path)
-            missing = [question for question in questions if _text_key(question) not in taught]
-            if missing or not all(bundle.exists() for bundle in bundles):
-                tower = tower or encoder()
-                clip_request = replace(request, video=questions[0].video)
-                clip = EncodedClip(clip_request, tower, StageTimer(torch.device(request.device.name)))
-                _write_bundles(clip, budgets, bundles)
-                taught |= _teach(clip, missing, model, request.value("text_after"))
-                write_atomically(path, lambda file, taught=taught: file.write(json.dumps(taught).encode()), force=True)
+            example = store.prepare(questions, failed)
         except ResourceError:
             raise
         except FreresError as error:
-            failed.append(error.message)
+            failed.append(_named(questions[0], error))
             continue
-        asked = tuple(_asked(model, question, taught[_text_key(question)]) for question in questions)
-        num_untaught += all(one.teacher is None for one in asked)
-        examples.append(Example(questions[0].video_name, bundles, asked))
-    if not examples:
+        if not example.questions:
+            continue
+        # A file may have two names; it is never learned and held out at once.
+        known = found.get(example.sha256)
+        both = example if known is None else replace(known, questions=known.questions + example.questions)
+        found[example.sha256] = both
+    if not found:
         raise VideoError(
             f"none of {len(videos)} videos could be used: {failed[0]}", "paths are relative to the data file"
         )
-    return TrainingData(tuple(examples), tuple(failed), num_untaught)
+    examples = tuple(found.values())
+    num_untaught = sum(all(one.teacher is None for one in example.questions) for example in examples)
+    return TrainingData(examples, tuple(failed), num_untaught)
+
+
+def _named(question: Question, error: FreresError) -> str:
+    return error.message if isinstance(error, VideoError) else f"{question.video_name}: {error.message}"
+
+
+@dataclass
+class _Store:
+    """The cache of one model and one set of settings."""
+
+    folder: Path
+    budgets: Sequence[Budget]
+    request: CompressRequest
+    encoder: Callable[[], VisionEncoder]
+    model: LanguageModel
+    tower: VisionEncoder | None = None
+
+    def prepare(self, questions: Sequence[Question], failed: list[str]) -> Example:
+        """Make of a video what is not there yet. Questions that are too long are added to ``failed``."""
+        sha256 = hash_file(questions[0].video)
+        stem = self.folder / sha256[:16]
+        bundles = tuple(stem.with_name(f"{stem.name}-{budget.text}.pt") for budget in self.budgets)
+        path = stem.with_name(f"{stem.name}-teacher.json")
+        taught = _read_teacher(path)
+        missing = [question for question in questions if _text_key(question) not in taught]
+        if missing or not all(map(_is_whole, bundles)):
+            self.tower = self.tower or self.encoder()
+            device = torch.device(self.request.device.name)
+            clip = EncodedClip(replace(self.request, video=questions[0].video), self.tower, StageTimer(device))
+            _write_bundles(clip, self.budgets, bundles)
+            taught |= _teach(clip, missing, self.model, self.request.value("text_after"))
+            write_atomically(path, lambda file: file.write(json.dumps(taught).encode()), force=True)
+        asked = []
+        tokens = self._largest(bundles)
+        for question in questions:
+            one = _asked(self.model, question, taught[_text_key(question)])
+            try:
+                self._check_length(one, tokens)
+            except BackboneError as error:
+                failed.append(f"line {question.line}: {_named(question, error)}")
+                continue
+            asked.append(one)
+        return Example(sha256, bundles, tuple(asked))
+
+    def _largest(self, bundles: Sequence[Path]) -> VideoTokens:
+        tracks = max((read_bundle(path).tracks for path in bundles), key=_num_tokens)
+        return with_deep_rows(build_tokens(tracks, self.request.value("variant")), self.model)
+
+    def _check_length(self, asked: Asked, tokens: VideoTokens) -> None:
+        """Raises ``BackboneError`` for a question that is beyond the model's context at the largest budget."""
+        longest = len(asked.suffix) + max(map(len, asked.answers)) - 1
+        # Times in the prompt need a few tokens for each frame: where there is that much room, no need to count.
+        roomy = len(asked.prefix) + TOKENS_AROUND * len(tokens) + longest
+        if roomy > self.model.max_context_tokens:
+            rows = self.model.splice(asked.prefix, tokens, self.request.value("text_after"))
+            check_context(self.model, len(rows) + longest, rows.next_position)
+
+
+def _num_tokens(tracks: Tracks) -> int:
+    return sum(tracks.num_tokens_by_kind().values())
+
+
+def _is_whole(bundle: Path) -> bool:
+    try:
+        read_bundle(bundle)
+    except BundleError:
+        return False
+    return True
 
 
 def _key(request: CompressRequest, model: LanguageModel) -> str:
     """What the cached bundles depend on, besides video and budget; a variant may keep other rows."""
-    settings = {key: setting.value for key, setting in request.settings.items()}
-    rest = {key: value for key, value in settings.items() if key not in ("description", "budget_tokens")}
-    facts = [__version__, dict(model.fingerprint), str(model.dtype), request.method, rest]
+    facts = [__version__, dict(model.fingerprint), str(model.dtype), request.method, used_settings(request)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def used_settings(request: CompressRequest) -> dict[str, Any]:
+    """Every setting that the bundles depend on."""
+    settings = {key: setting.value for key, setting in request.settings.items()}
+    return {key: value for key, value in settings.items() if key not in ("description", "budget_tokens")}
 
 
 def _make_folder(folder: Path) -> None:
@@ -155,15 +228,15 @@ def _text_key(question: Question) -> str:
 
 def _read_teacher(path: Path) -> dict[str, list[float] | None]:
     try:
-        taught: dict[str, list[float] | None] = json.loads(path.read_bytes())
+        taught = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return taught
+    return taught if isinstance(taught, dict) else {}
 
 
 def _write_bundles(clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequence[Path]) -> None:
     for budget, path in zip(budgets, bundles, strict=True):
-        if not path.exists():
+        if not _is_whole(path):
             write_bundle(path, *clip.make_bundle(budget.tokens(clip.full_tokens)), force=True)
 
 
@@ -171,7 +244,7 @@ def _teach(
     clip: EncodedClip, questions: Sequence[Question], model: LanguageModel, text_after: str
 ) -> dict[str, list[float] | None]:
     """Log-likelihoods of the options with every token of the clip; None for free answers, and where all tokens are
-    more than the model's context."""
+    more than the model's context or the device's memory."""
     taught: dict[str, list[float] | None] = {}
     tokens = clip.build_tokens("full", clip.full_tokens)
     prefixes: dict[Ids, Any] = {}
@@ -182,7 +255,7 @@ def _teach(
                 if question.choices and prefix not in prefixes:
                     prefixes = {prefix: prefill_video(model, prefix, tokens, text_after)}
             scores = score_options(model, prefixes[prefix], suffix, list(answers)) if question.choices else None
-        except BackboneError:
+        except (BackboneError, ResourceError):
             scores = None
         taught[_text_key(question)] = None if scores is None else scores.tolist()
     return taught

@@ -2,48 +2,88 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from freres_cli.devices import Device
+
 T = TypeVar("T")
+
+# The others wait while the first fills the cache.
+LONGEST_WAIT = timedelta(days=7)
+
+
+def count_processes() -> int:
+    """How many processes were started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this is the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Workers:
     """``rank`` of ``count``; what they share. Gradients are summed, so that n processes take the step of one."""
 
-    def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+    def __init__(self, device: Device) -> None:
+        self.count = count_processes()
         self.rank = int(os.environ.get("RANK", "0"))
         if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if device.is_cuda:
+                torch.cuda.set_device(device.name)
+            dist.init_process_group("nccl" if device.is_cuda else "gloo", timeout=LONGEST_WAIT)
+            atexit.register(dist.destroy_process_group)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.count > 1:
+            dist.barrier()
+
     def first_then_all(self, work: Callable[[], T]) -> T:
         """Let the first process work, then the others: they find on disk what it left there."""
+        if self.is_first:
+            done = work()
+            self.wait()
+        else:
+            self.wait()
+            done = work()
+        self.wait()
+        return done
+
+    def of_first(self, value: Any) -> Any:
+        """Return what the first process has, so that all decide alike."""
         if self.count == 1:
-            return work()
-        done = work() if self.is_first else None
-        dist.barrier()
-        result = work() if done is None else done
-        dist.barrier()
-        return result
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
 
     def sum_gradients(self, modules: nn.Module, loss: float) -> float:
-        """Give every process the sum of all gradients; return the sum of the losses."""
+        """Give every process the sum of all gradients; return the sum of the losses. A parameter that no process used
+        keeps no gradient, as in one process."""
         if self.count == 1:
             return loss
-        for parameter in modules.parameters():
+        parameters = list(modules.parameters())
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        dist.all_reduce(used)
+        for parameter, uses in zip(parameters, used.tolist(), strict=True):
+            if not uses:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
-        total = torch.tensor(loss, dtype=torch.float64, device=next(modules.parameters()).device)
+        total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
         dist.all_reduce(total)
         return float(total)

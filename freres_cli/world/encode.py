@@ -39,6 +39,8 @@ def encode_frames(
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
-    except (av.FFmpegError, ValueError, OSError) as error:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        if not isinstance(error, av.FFmpegError | ValueError | OSError):
+            raise
         raise ResourceError(f"{path}: the clip cannot be encoded: {error}", hint) from error
