@@ -39,6 +39,17 @@ def test_auto_takes_cuda_where_there_is_one(num_cuda):
     assert device.note == "device cuda:0 (a GPU, 24 GiB): auto: CUDA is available"
 
 
+def test_each_process_of_a_machine_takes_its_own(num_cuda, monkeypatch):
+    num_cuda(4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [choose_device(name).name for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda:2",
+        "cuda:2",
+        "cuda:1",
+        "cpu",
+    ]
+
+
 def test_what_is_asked_for_is_taken(num_cuda):
     num_cuda(2)
     assert choose_device("cpu").note.endswith("asked for")

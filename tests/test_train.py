@@ -249,11 +249,14 @@ def test_two_workers_take_the_steps_of_one(folder, adapter, tmp_path):
     path = tmp_path / "two.safetensors"
     arguments = ["train", folder / "data.jsonl", "-o", path, "--steps", STEPS, "--cache", folder / "cache", *FLAGS]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
-    command = [*launch, sys.executable, "-c", "from freres_cli.cli.app import main; main()"]
+    command = [*launch, sys.executable, "-c", "from freres_cli.cli.app import main; main()", *arguments, "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *map(str, arguments)], check=True, env=environment, capture_output=True, timeout=300)
+    made = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=300)
+    assert made.returncode == 0, made.stderr.decode()
+    # One document: the second process is silent.
+    assert json.loads(made.stdout)["steps"] == STEPS
     one, two = load_file(adapter[0]), load_file(path)
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_training_data_that_cannot_be_split_is_refused(folder, tmp_path):

@@ -261,12 +261,13 @@ def test_world_make_refuses_what_it_cannot_do(tmp_path):
     assert (tmp_path / "full/file").read_text() == "mine" and not (tmp_path / "new").exists()
 
 
-def test_a_clip_that_cannot_be_finished_leaves_no_file(tmp_path):
+@pytest.mark.parametrize(("stop", "seen"), [(ValueError, ResourceError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_a_clip_that_cannot_be_finished_leaves_no_file(tmp_path, stop, seen):
     def frames():
         yield np.zeros((SIDE, SIDE, 3), np.uint8)
-        raise ValueError("no more")
+        raise stop("no more")
 
-    with pytest.raises(ResourceError, match="no more"):
+    with pytest.raises(seen, match="no more"):
         encode_frames(tmp_path / "clip.mp4", frames(), SIDE, FPS, *CODECS[0][1:])
     assert not list(tmp_path.iterdir())
 

@@ -67,11 +67,14 @@ def train(
     from freres_cli.bundle.store import check_destination
     from freres_cli.workflows.budgets import parse_budget
     from freres_cli.workflows.questions import read_questions
+    from freres_cli.workflows.workers import count_processes, is_first_process
 
     if not 0 < validation < 1:
         raise UsageError(f"--validation: expected a share between 0 and 1, got {validation}")
     if not math.isfinite(learning_rate):
         raise UsageError(f"--learning-rate: expected a number, got {learning_rate}")
+    if count_processes() > 1 and device and ":" in device:
+        raise UsageError(f"--device {device}: every process would have this one", "use --device cuda")
     # What lies beside it is named after it.
     check_destination(output, True)
     flags = gather_flags(assignments, {})
@@ -81,10 +84,7 @@ def train(
     file = read_questions(data, is_named=False)
     compress = make_request(data, flags, preset, model, revision, device=device, dtype=dtype)
     from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
-    from freres_cli.workflows.workers import count_processes, is_first_process
 
-    if count_processes() > 1 and device and ":" in device:
-        raise UsageError(f"--device {device}: every process would have this one", "use --device cuda")
     recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)
     folder = cache or output.with_name(output.name + ".cache")
     request = TrainRequest(file, compress, recipe, output, folder, force)
