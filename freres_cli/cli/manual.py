@@ -79,10 +79,11 @@ train:
     The adapter's path. Training and validation loss, validation accuracy and the time left go to stderr. The loss is the
     mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
     those of the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1.
-    The adapter holds the model's fingerprint, the data's SHA-256, the recipe and every validation.
+    The adapter holds the model's fingerprint, the settings, the data's SHA-256, the recipe and every validation. The cache
+    keeps bundles and what the full-token model thought; where it did not fit, remove the cache to ask it again.
   schemas:
     freres.train/1:
-      adapter variant recipe data_sha256 num_questions num_videos num_videos_untaught num_parameters share_of_model steps
+      adapter variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_parameters share_of_model steps
       best_step validation history train_s failed environment
   defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
 ablate:
