@@ -50,7 +50,8 @@ def ablate(
     only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6), coefficients kept of a
     trajectory, frames read (one in 2, one in 4, of 8 a second) and anchors (Table 5).
 
-    A stopped run goes on: adapters that are there are used, and answers that are there are not asked for again.
+    A stopped run goes on: adapters that are there are used, and answers that are there are not asked for again. Adapters
+    of other data, settings or another recipe are refused.
     """
     from freres_cli.workflows.ablate import make_cells, parse_tables, train_variants
     from freres_cli.workflows.budgets import parse_budgets
