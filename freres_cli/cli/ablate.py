@@ -10,7 +10,7 @@ import typer
 from freres_cli.cli import options
 from freres_cli.cli.compress import gather_flags, make_request
 from freres_cli.cli.eval import describe_result, print_failures, print_rows, run_notes
-from freres_cli.cli.output import print_json, print_notes, progress_bar
+from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
 
 
@@ -50,14 +50,15 @@ def ablate(
     only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6), coefficients kept of a
     trajectory, frames read (one in 2, one in 4, of 8 a second) and anchors (Table 5).
 
-    A stopped run goes on: adapters that are there are used, and answers that are there are not asked for again.
+    A stopped run goes on: adapters that are there are used, and answers that are there are not asked for again. Adapters
+    of other data, settings or another recipe are refused.
     """
     from freres_cli.workflows.ablate import make_cells, parse_tables, train_variants
-    from freres_cli.workflows.budgets import parse_budget
+    from freres_cli.workflows.budgets import parse_budgets
     from freres_cli.workflows.questions import read_questions
 
     names = parse_tables(tables)
-    sizes, trained_sizes = (tuple(parse_budget(text) for text in part.split(",")) for part in (budgets, train_budgets))
+    sizes, trained_sizes = parse_budgets(budgets), parse_budgets(train_budgets, "--train-budgets")
     flags = gather_flags(assignments, {})
     if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
         raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
@@ -72,10 +73,13 @@ def ablate(
     if data is not None:
         known = read_questions(data, is_named=False)
         recipe = Recipe(trained_sizes, steps, seed=seed)
-        adapters = train_variants(known, compress, recipe, output, lambda line: print_notes([line], quiet or json))
+        adapters = train_variants(
+            known, compress, recipe, names, output, lambda line: print_notes([line], quiet or json), print_warning
+        )
     else:
         print_notes(["nothing is trained without --train"], quiet)
-    request = EvalRequest(file, make_cells(names, sizes, adapters), compress, output / "answers.jsonl")
+    answers, remedy = output / "answers.jsonl", "remove it, or name another folder with -o"
+    request = EvalRequest(file, make_cells(names, sizes, adapters), compress, answers, remedy=remedy)
     with progress_bar("ablate", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress)
     print_failures(result)

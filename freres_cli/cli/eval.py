@@ -73,7 +73,7 @@ def evaluate(
     Methods: full, every token; uniform, whole frames at even distances, thinned to exactly the budget; lowres, every
     frame averaged in space over as many cells as the budget holds; fre-res, as freres compress, with the adapter;
     blind, the question without any visual token. full and blind have one row, whatever the budgets. uniform and lowres
-    have exactly the budget, fre-res never more.
+    have exactly the budget, fre-res never more. With deepstack: drop only full keeps the DeepStack rows.
     """
     from freres_cli.workflows.budgets import parse_cells
     from freres_cli.workflows.questions import read_questions

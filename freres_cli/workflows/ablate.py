@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from freres_cli.workflows.train_adapter import Recipe, TrainRequest, load_model,
 
 # What each trained row is trained for: the same data, steps and seed.
 TRAINED_VARIANTS = ("absorber", "concat", "idct")
-TRAINED = "trained"
+SHOWN_FAILURES = 10
+UNTRAINED = {"description", "budget_tokens"}  # settings that training does not depend on
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class Row:
     adapter: str | None = None
 
 
+ABSORBER = ("variant", "absorber")  # of the sweeps, whatever the preset's
+
+
 def _sweep(label: str, key: str, values: Sequence[Any]) -> tuple[Row, ...]:
-    return tuple(Row(f"{label} {value}", ((key, value),), "absorber") for value in values)
+    return tuple(Row(f"{label} {value}", ((key, value), ABSORBER), "absorber") for value in values)
 
 
 # Paper: components Tables 4 and 6; coefficients, frames and anchors Table 5. Ours: its grouping scale N is reading one
@@ -48,8 +52,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
     "coefficients": _sweep("coefficients", "max_coefficients", (1, 2, 3, 5)),
     "frames": (
-        Row("one frame in 2", (("sample", "fps"), ("sample_fps", 4.0)), "absorber"),
-        Row("one frame in 4", (("sample", "fps"), ("sample_fps", 2.0)), "absorber"),
+        Row("one frame in 2", (("sample", "fps"), ("sample_fps", 4.0), ABSORBER), "absorber"),
+        Row("one frame in 4", (("sample", "fps"), ("sample_fps", 2.0), ABSORBER), "absorber"),
     ),
     "anchors": _sweep("anchors", "anchors", (6, 8, 10)),
 }
@@ -78,25 +82,70 @@ def make_cells(tables: Sequence[str], budgets: Sequence[Budget], adapters: Mappi
 
 
 def train_variants(
-    data: QuestionFile, compress: CompressRequest, recipe: Recipe, folder: Path, log: Callable[[str], None]
+    data: QuestionFile,
+    compress: CompressRequest,
+    recipe: Recipe,
+    tables: Sequence[str],
+    folder: Path,
+    log: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> dict[str, Path]:
-    """Train an adapter for each variant, or find it in ``folder`` from an earlier run. Raises ``UsageError`` for one
-    that other data or another recipe made."""
+    """Train an adapter for each variant, or find it in ``folder`` from an earlier run. ``warn`` is told, once, what the
+    trainings left out. Raises ``UsageError`` for an adapter that other data, settings or another recipe made."""
     adapters = {}
+    told: set[str] = set()
     for variant in TRAINED_VARIANTS:
         path = folder / f"{variant}.safetensors"
-        settings = {**compress.settings, "variant": Setting(variant, "ablate")}
+        settings = training_settings(compress.settings, variant, tables)
         request = TrainRequest(data, replace(compress, settings=settings), recipe, path, folder / "cache")
         if path.exists():
-            _check_same_training(request)
+            facts = _read_same_training(request)
         else:
-            train_adapter(request, lambda line, variant=variant: log(f"{variant}: {line}"))  # type: ignore[misc]
+            facts = train_adapter(request, lambda line, variant=variant: log(f"{variant}: {line}"))  # type: ignore[misc]
+        # The variants have the same data, and mostly lack the same of it.
+        for line in _describe_left_out(data, facts):
+            if line not in told:
+                warn(line)
+            told.add(line)
         adapters[variant] = path
     return adapters
 
 
-def _check_same_training(request: TrainRequest) -> None:
+def training_settings(settings: Mapping[str, Setting], variant: str, tables: Sequence[str]) -> dict[str, Setting]:
+    """The settings an adapter is trained with: the run's, with as many coefficients as the tables sweep over."""
+    changed = {"variant": Setting(variant, "ablate")}
+    if "coefficients" in tables:
+        swept = max(dict(row.settings)["max_coefficients"] for row in TABLES["coefficients"])
+        if swept > settings["max_coefficients"].value:
+            changed["max_coefficients"] = Setting(swept, "ablate")
+    return {**settings, **changed}
+
+
+def _read_same_training(request: TrainRequest) -> Mapping[str, Any]:
+    """What the adapter that is there says of its training. Raises ``UsageError`` where that is not the one asked for,
+    or where it does not say."""
     made = load_adapter(request.output, load_model(request.compress).fingerprint).training
     wanted = {"recipe": request.recipe.facts(), "data_sha256": request.data.sha256}
-    if any(made.get(key) != value for key, value in wanted.items()):
-        raise UsageError(f"{request.output}: trained by other data or another recipe", "remove it, or use another -o")
+    differing = [key for key, value in wanted.items() if made.get(key) != value]
+    known = made.get("settings")
+    if not isinstance(known, dict):
+        differing.append("settings (not recorded)")
+    else:
+        settings = {key: setting.value for key, setting in request.compress.settings.items()}
+        differing += [key for key in sorted({*known, *settings} - UNTRAINED) if known.get(key) != settings.get(key)]
+    if differing:
+        raise UsageError(
+            f"{request.output}: trained otherwise: {', '.join(differing)} differs", "remove it, or use another -o"
+        )
+    return made
+
+
+def _describe_left_out(data: QuestionFile, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What an adapter was trained without, in words. The reasons are known only where it was trained just now."""
+    num_left_out = len(data.by_video()) - facts["num_videos"]
+    shown = facts.get("failed", ())[:SHOWN_FAILURES]
+    yield from (f"left out: {message}" for message in shown)
+    if num_left_out > len(shown):
+        yield f"{num_left_out - len(shown)} {'more ' if shown else ''}videos were left out of the training"
+    if facts["num_videos_untaught"]:
+        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"

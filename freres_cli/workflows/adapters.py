@@ -50,16 +50,21 @@ def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: 
     """Modules that fit a bundle: its backbone, its ``variant``, its width and its bands. Raises ``BackboneError``."""
     adapter = load_adapter(path, model)
     check_variant(adapter, variant)
-    shape = adapter.modules.shape
-    if shape.width != tracks.width:
-        raise BackboneError(f"{path}: adapter width: expected {tracks.width}, got {shape.width}")
     bands = int(tracks.coefficient_band.max()) + 1 if tracks.coefficient_band.numel() else 0
-    if bands > shape.num_bands:
+    check_shape(adapter, tracks.width, bands)
+    return adapter.modules
+
+
+def check_shape(adapter: Adapter, width: int, num_bands: int) -> None:
+    """Refuse modules of another width than D, or for fewer bands. Raises ``BackboneError``."""
+    shape = adapter.modules.shape
+    if shape.width != width:
+        raise BackboneError(f"{adapter.path}: adapter width: expected {width}, got {shape.width}")
+    if shape.num_bands < num_bands:
         raise BackboneError(
-            f"{path}: adapter bands: expected at least {bands}, got {shape.num_bands}",
+            f"{adapter.path}: adapter bands: expected at least {num_bands}, got {shape.num_bands}",
             f"compress with --set max_coefficients={shape.num_bands}",
         )
-    return adapter.modules
 
 
 def check_variant(adapter: Adapter, variant: str) -> None:

@@ -57,10 +57,10 @@ class Cell:
         return " ".join(filter(None, (self.label or self.method, self.budget and self.budget.text)))
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(text: str, flag: str = "--budgets") -> Budget:
     """Return a budget: with a decimal point a share in (0, 1], without one a count of at least 2.
 
-    ``1`` could be either, so it is refused. Raises ``UsageError``.
+    ``1`` could be either, so it is refused. ``flag``: what it was given by. Raises ``UsageError``.
     """
     text = text.strip()
     if re.fullmatch(r"[0-9]{1,10}", text) and 2 <= int(text) <= MAX_COUNT:
@@ -68,9 +68,16 @@ def parse_budget(text: str) -> Budget:
     if re.fullmatch(r"[0-9]{0,9}\.[0-9]{1,18}|[0-9]{1,9}\.", text) and 0 < (share := Fraction(text)) <= 1:
         return Budget(text, share=share)
     raise UsageError(
-        f"--budgets: expected a share such as 0.25 (above 0, at most 1.0) or a count such as 640, got {text!r}",
+        f"{flag}: expected a share such as 0.25 (above 0, at most 1.0) or a count such as 640, got {text!r}",
         "a decimal point makes a share: 1.0 is every token" if text == "1" else "separate budgets with commas",
     )
+
+
+def parse_budgets(text: str, flag: str = "--budgets") -> tuple[Budget, ...]:
+    """Return budgets separated by commas, each once. Raises ``UsageError``."""
+    sizes = tuple(parse_budget(part, flag) for part in text.split(","))
+    _refuse_twice(flag, [size.number for size in sizes])
+    return sizes
 
 
 def parse_cells(methods: str, budgets: str) -> tuple[Cell, ...]:
@@ -82,9 +89,8 @@ def parse_cells(methods: str, budgets: str) -> tuple[Cell, ...]:
     for name in names:
         if name not in METHODS:
             raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {name!r}", "separate with commas")
-    sizes = [parse_budget(text) for text in budgets.split(",")]
+    sizes = parse_budgets(budgets)
     _refuse_twice("--methods", names)
-    _refuse_twice("--budgets", [size.number for size in sizes])
     cells: list[Cell] = []
     for name in names:
         cells += [Cell(name, None)] if name in METHODS_WITHOUT_BUDGET else [Cell(name, size) for size in sizes]

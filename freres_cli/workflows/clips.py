@@ -96,21 +96,32 @@ class EncodedClip:
 
     def build_tokens(self, method: str, budget_tokens: int, modules: FreResModules | None = None) -> VideoTokens:
         """Return the tokens of a method; stage ``compress`` of the timer is the time from latents to tokens.
-        ``modules``: what Fre-Res was trained with."""
+        ``modules``: what Fre-Res was trained with.
+
+        With ``deepstack: drop`` tokens have D channels, as a bundle would store them: the other methods are compared
+        with Fre-Res at equal cost. Only ``full``, the model as it is, keeps the rows.
+        """
         if method == FRE_RES:
             plan = self._plan(budget_tokens)
             self._view(plan)
             with self._timer.stage("compress"), torch.no_grad():
                 return build_tokens(self._compress(plan)[1], self._request.value("variant"), modules)
         with self._timer.stage("compress"):
+            latents, width = self._baseline.latents, self._encoder.width
+            if self._drops_deep_rows and method != "full":
+                latents = latents[..., :width]
             seconds = torch.tensor(self._baseline.pts_seconds, dtype=torch.float64)
-            return BASELINES[method](self._baseline.latents, seconds, budget_tokens, self._encoder.width)
+            return BASELINES[method](latents, seconds, budget_tokens, width)
 
     def make_bundle(self, budget_tokens: int) -> tuple[Tracks, dict[str, Any]]:
         """Return the tracks and the manifest of the bundle that ``freres compress`` writes at a budget."""
         request, plan = self._request_for(budget_tokens), self._plan(budget_tokens)
         compressor, tracks = self._compress(plan)
         return tracks, build_manifest(request, plan, self._encoder, tracks, compressor, self._view(plan).report)
+
+    @property
+    def _drops_deep_rows(self) -> bool:
+        return bool(self._request.value("deepstack") == "drop")
 
     def _request_for(self, budget_tokens: int) -> CompressRequest:
         budget = {"budget_tokens": Setting(budget_tokens, "flag")}
@@ -126,7 +137,8 @@ class EncodedClip:
         for start in range(0, len(view.pts_seconds), size):
             latents = view.latents[start : start + size].to(self._encoder.device)
             compressor.push(latents, view.pts_seconds[start : start + size])
-        return compressor, compressor.finish()
+        tracks = compressor.finish()
+        return compressor, tracks.without_deep_rows() if self._drops_deep_rows else tracks
 
     def _view(self, plan: CompressPlan) -> View:
         if plan.sampling not in self._views:

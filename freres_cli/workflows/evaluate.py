@@ -19,13 +19,13 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, UsageError, VideoError
 from freres_cli.method.fusion import FreResModules
 from freres_cli.video.probe import hash_file
-from freres_cli.workflows.adapters import check_variant, load_adapter
-from freres_cli.workflows.ask import Session, control_tokens
+from freres_cli.workflows.adapters import check_shape, check_variant, load_adapter
+from freres_cli.workflows.ask import Session, control_tokens, with_deep_rows
 from freres_cli.workflows.budgets import Cell
 from freres_cli.workflows.clips import EncodedClip
 from freres_cli.workflows.compress import CompressRequest, describe_limits, load_encoder
 from freres_cli.workflows.questions import Question, QuestionFile, find_control_token, is_right
-from freres_cli.workflows.results import ResultsFile
+from freres_cli.workflows.results import REMEDY, ResultsFile
 from freres_cli.workflows.scores import summarize
 from freres_cli.world.bundled_model import bundled_model_dir
 from freres_cli.world.make import is_world_clip
@@ -40,7 +40,8 @@ Modules = Mapping[Path | None, FreResModules]
 class EvalRequest:
     """What to ask and how. ``compress`` holds model, device and settings; its video is none of the questions'.
 
-    ``output``: the results file, continued where it holds the same run; ``None`` keeps them in memory.
+    ``output``: the results file, continued where it holds the same run; ``None`` keeps them in memory. ``remedy``: what
+    to do where it holds something else.
     """
 
     questions: QuestionFile
@@ -48,6 +49,7 @@ class EvalRequest:
     compress: CompressRequest
     output: Path | None = None
     force: bool = False
+    remedy: str = REMEDY
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     _check_questions(request.questions, model)
     modules = load_all_modules(request, model)
     run = describe_run(request, model)
-    results = ResultsFile(request.output, run, request.force)
+    results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
     num_resumed = 0
     for done, (name, questions) in enumerate(videos.items()):
@@ -91,17 +93,21 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     summary = summarize(request.questions, rows, request.cells)
     # Every file is opened again for it: only where the bundled model answers.
     is_known = request.compress.model != BUNDLED or all(is_world_clip(asked[0].video) for asked in videos.values())
-    notes = (*describe_limits(request.compress.model, is_known), *encoder.notes, *model.notes)
+    limits = describe_limits(request.compress.model, is_known)
+    notes = (*limits, *_describe_drop(request, model), *encoder.notes, *model.notes)
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
 
 
 def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
-    """Read the adapter of every cell that has one. Raises ``BackboneError`` for one of another model or variant."""
+    """Read the adapter of every cell that has one. Raises ``BackboneError`` for one of another model or variant, or for
+    fewer coefficients than the cell's settings allow: whether a clip has them is only known once it is compressed."""
     found: dict[Path | None, FreResModules] = {}
     for cell in request.cells:
         if cell.adapter is not None:
             adapter = load_adapter(cell.adapter, model.fingerprint)
-            check_variant(adapter, dict(cell.settings).get("variant", request.compress.value("variant")))
+            settings = {key: setting.value for key, setting in request.compress.settings.items()} | dict(cell.settings)
+            check_variant(adapter, settings["variant"])
+            check_shape(adapter, model.width, settings["max_coefficients"])
             found[cell.adapter] = adapter.modules.to(model.device)
     return found
 
@@ -164,6 +170,7 @@ def _ask_cell(
     timer.seconds.pop("compress", None)
     own = clip.with_settings(cell.settings) if cell.settings else clip
     tokens = own.build_tokens(cell.method, budget_tokens, modules.get(cell.adapter))
+    tokens = with_deep_rows(tokens, model)
     session = Session(model, tokens, clip.full_tokens, compress.value("text_after"), load_s=0.0)
     answers: dict[str, tuple[str, bool, float]] = {}
     for question in questions:
@@ -178,6 +185,15 @@ def _ask_cell(
         "prefill_s": session.prefill_s,
         "answers": answers,
     }
+
+
+def _describe_drop(request: EvalRequest, model: LanguageModel) -> tuple[str, ...]:
+    """What dropped DeepStack rows mean for the comparison, in words; nothing where none are dropped."""
+    if request.compress.value("deepstack") != "drop":
+        return ()
+    if not model.num_deep_layers:
+        return ("deepstack has no effect: the model has no such rows",)
+    return ("deepstack: drop: method full keeps the DeepStack rows, all others have zeros in their place",)
 
 
 def _digest(adapter: Path | None) -> str | None:

@@ -14,6 +14,7 @@ from freres_cli.errors import ResourceError, UsageError
 
 SCHEMA = "freres.eval.log/1"
 DEFAULT_NAME = "eval.jsonl"
+REMEDY = "name another file with -o, or begin anew with --force"
 
 
 def results_path(output: Path, questions: Path) -> Path:
@@ -32,11 +33,13 @@ class ResultsFile:
     """Rows of a run by video, also on disk where a path is given; a later row of a video replaces the earlier one.
 
     ``run`` is everything that decides the answers. A file of the same run is continued; another one is refused, or
-    begun anew with ``force``. A last line that a crash cut short is dropped. Raises ``UsageError``.
+    begun anew with ``force``; ``remedy`` is the hint with the refusal. A last line that a crash cut short is dropped.
+    Raises ``UsageError``.
     """
 
-    def __init__(self, path: Path | None, run: Mapping[str, Any], force: bool = False) -> None:
+    def __init__(self, path: Path | None, run: Mapping[str, Any], force: bool = False, remedy: str = REMEDY) -> None:
         self.path = path
+        self._remedy = remedy
         self.rows: dict[str, dict[str, Any]] = {}
         self.num_resumed = 0
         self._header = {"schema": SCHEMA, "run_sha256": digest_run(run), "run": run}
@@ -71,7 +74,7 @@ class ResultsFile:
             row = _parse(line) if line.endswith(b"\n") else None
             if row is None or "video" not in row:
                 if number < len(lines):
-                    raise UsageError(f"{path}:{number}: damaged results", "begin anew with --force")
+                    raise UsageError(f"{path}:{number}: damaged results", self._remedy)
                 break
             self.rows[row["video"]] = row
             kept += len(line)
@@ -80,16 +83,14 @@ class ResultsFile:
     def _check_header(self, path: Path, line: bytes) -> None:
         header = _parse(line)
         if header is None or header.get("schema") != SCHEMA:
-            raise UsageError(
-                f"{path}: already exists and holds no results of freres eval", "name another file, or use --force"
-            )
+            raise UsageError(f"{path}: already exists and holds no results of freres eval", self._remedy)
         if header.get("run_sha256") != self._header["run_sha256"]:
             old, new = header.get("run"), json.loads(json.dumps(self._header["run"]))
             old = old if isinstance(old, dict) else {}
             differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
             raise UsageError(
                 f"{path}: holds the results of another run: {', '.join(differing) or 'header'} differs",
-                "name another file with -o, or begin anew with --force",
+                self._remedy,
             )
 
     def _cut(self, path: Path, num_bytes: int) -> None:
