@@ -75,7 +75,7 @@ def test_a_second_run_uses_adapters_and_answers(folder, first, monkeypatch):
     again = run_ablate(folder, folder / "out")
     assert again.status == 0 and again.json["num_videos_resumed"] == 1, again.err
     assert again.json["rows"] == first.json["rows"]
-    assert "1 videos were left out of the training" in again.err
+    assert "1 were left out of the training" in again.err
 
 
 @pytest.mark.parametrize(

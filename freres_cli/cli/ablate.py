@@ -56,7 +56,12 @@ def ablate(
     from freres_cli.workflows.ablate import make_cells, parse_tables, train_variants
     from freres_cli.workflows.budgets import parse_budgets
     from freres_cli.workflows.questions import read_questions
+    from freres_cli.workflows.workers import count_processes
 
+    if count_processes() > 1:
+        raise UsageError(
+            "ablate runs in one process", "train with torchrun freres train, and evaluate with freres eval"
+        )
     names = parse_tables(tables)
     sizes, trained_sizes = parse_budgets(budgets), parse_budgets(train_budgets, "--train-budgets")
     flags = gather_flags(assignments, {})

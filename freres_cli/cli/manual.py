@@ -83,8 +83,8 @@ train:
     keeps bundles and what the full-token model thought; where it did not fit, remove the cache to ask it again.
   schemas:
     freres.train/1:
-      adapter variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_parameters share_of_model steps
-      best_step validation history train_s failed environment
+      adapter variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_left_out num_parameters
+      share_of_model steps best_step validation history train_s failed environment
   defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
 ablate:
   examples:

@@ -65,7 +65,7 @@ def train(
     torchrun or accelerate launch.
     """
     from freres_cli.bundle.store import check_destination
-    from freres_cli.workflows.budgets import parse_budget
+    from freres_cli.workflows.budgets import parse_budgets
     from freres_cli.workflows.questions import read_questions
     from freres_cli.workflows.workers import count_processes, is_first_process
 
@@ -80,7 +80,7 @@ def train(
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
         raise UsageError("--set budget_tokens: the adapter is trained for --budgets", "use --budgets")
-    sizes = tuple(parse_budget(text) for text in budgets.split(","))
+    sizes = parse_budgets(budgets)
     file = read_questions(data, is_named=False)
     compress = make_request(data, flags, preset, model, revision, device=device, dtype=dtype)
     from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter

@@ -14,11 +14,11 @@ from freres_cli.workflows.budgets import Budget, Cell
 from freres_cli.workflows.compress import CompressRequest
 from freres_cli.workflows.questions import QuestionFile
 from freres_cli.workflows.train_adapter import Recipe, TrainRequest, load_model, train_adapter
+from freres_cli.workflows.training_data import used_settings
 
 # What each trained row is trained for: the same data, steps and seed.
 TRAINED_VARIANTS = ("absorber", "concat", "idct")
 SHOWN_FAILURES = 10
-UNTRAINED = {"description", "budget_tokens"}  # settings that training does not depend on
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def train_variants(
         else:
             facts = train_adapter(request, lambda line, variant=variant: log(f"{variant}: {line}"))  # type: ignore[misc]
         # The variants have the same data, and mostly lack the same of it.
-        for line in _describe_left_out(data, facts):
+        for line in _describe_left_out(facts):
             if line not in told:
                 warn(line)
             told.add(line)
@@ -131,8 +131,8 @@ def _read_same_training(request: TrainRequest) -> Mapping[str, Any]:
     if not isinstance(known, dict):
         differing.append("settings (not recorded)")
     else:
-        settings = {key: setting.value for key, setting in request.compress.settings.items()}
-        differing += [key for key in sorted({*known, *settings} - UNTRAINED) if known.get(key) != settings.get(key)]
+        settings = used_settings(request.compress)
+        differing += [key for key in sorted({*known, *settings}) if known.get(key) != settings.get(key)]
     if differing:
         raise UsageError(
             f"{request.output}: trained otherwise: {', '.join(differing)} differs", "remove it, or use another -o"
@@ -140,12 +140,11 @@ def _read_same_training(request: TrainRequest) -> Mapping[str, Any]:
     return made
 
 
-def _describe_left_out(data: QuestionFile, facts: Mapping[str, Any]) -> Iterator[str]:
+def _describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
     """What an adapter was trained without, in words. The reasons are known only where it was trained just now."""
-    num_left_out = len(data.by_video()) - facts["num_videos"]
     shown = facts.get("failed", ())[:SHOWN_FAILURES]
     yield from (f"left out: {message}" for message in shown)
-    if num_left_out > len(shown):
-        yield f"{num_left_out - len(shown)} {'more ' if shown else ''}videos were left out of the training"
+    if facts["num_left_out"] > len(shown):
+        yield f"{facts['num_left_out'] - len(shown)} {'more ' if shown else ''}were left out of the training"
     if facts["num_videos_untaught"]:
         yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"

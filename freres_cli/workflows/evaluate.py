@@ -16,15 +16,15 @@ from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.backbones.registry import load_language_model
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
-from freres_cli.errors import FreresError, UsageError, VideoError
+from freres_cli.errors import FreresError, VideoError
 from freres_cli.method.fusion import FreResModules
 from freres_cli.video.probe import hash_file
 from freres_cli.workflows.adapters import check_shape, check_variant, load_adapter
-from freres_cli.workflows.ask import Session, control_tokens, with_deep_rows
+from freres_cli.workflows.ask import Session, refuse_control_tokens, with_deep_rows
 from freres_cli.workflows.budgets import Cell
 from freres_cli.workflows.clips import EncodedClip
 from freres_cli.workflows.compress import CompressRequest, describe_limits, load_encoder
-from freres_cli.workflows.questions import Question, QuestionFile, find_control_token, is_right
+from freres_cli.workflows.questions import Question, QuestionFile, is_right
 from freres_cli.workflows.results import REMEDY, ResultsFile
 from freres_cli.workflows.scores import summarize
 from freres_cli.world.bundled_model import bundled_model_dir
@@ -71,7 +71,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     """
     encoder = load_encoder(request.compress)
     model = _load_language_model(request.compress)
-    _check_questions(request.questions, model)
+    refuse_control_tokens(request.questions, model)
     modules = load_all_modules(request, model)
     run = describe_run(request, model)
     results = ResultsFile(request.output, run, request.force, request.remedy)
@@ -216,13 +216,3 @@ def _load_language_model(request: CompressRequest) -> LanguageModel:
     return load_language_model(
         request.model, request.device, request.dtype, request.revision, bundled_directory=bundled_model_dir()
     )
-
-
-def _check_questions(questions: QuestionFile, model: LanguageModel) -> None:
-    tokens = control_tokens(model)
-    for question in questions.questions:
-        token = find_control_token((question.question, *question.choices), tokens)
-        if token is not None:
-            raise UsageError(
-                f"{questions.path}:{question.line}: holds {token}, which the model reads as a command", "leave it out"
-            )

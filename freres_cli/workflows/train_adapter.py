@@ -312,12 +312,13 @@ def _facts(
     best = _best(done["history"])
     return {
         "variant": request.compress.value("variant"),
-        "settings": json.loads(json.dumps(used_settings(request.compress), default=str)),
+        "settings": used_settings(request.compress),
         "recipe": request.recipe.facts(),
         "data_sha256": request.data.sha256,
         "num_questions": len(request.data.questions),
         "num_videos": len(data.examples),
         "num_videos_untaught": data.num_untaught,
+        "num_left_out": len(data.failed),
         "num_parameters": trained,
         "share_of_model": trained / model.num_parameters,
         "steps": done["steps"],

@@ -210,9 +210,10 @@ def _key(request: CompressRequest, model: LanguageModel) -> str:
 
 
 def used_settings(request: CompressRequest) -> dict[str, Any]:
-    """Every setting that the bundles depend on."""
+    """Every setting that the bundles depend on, as JSON holds it."""
     settings = {key: setting.value for key, setting in request.settings.items()}
-    return {key: value for key, value in settings.items() if key not in ("description", "budget_tokens")}
+    used = {key: value for key, value in settings.items() if key not in ("description", "budget_tokens")}
+    return dict(json.loads(json.dumps(used, default=str)))
 
 
 def _make_folder(folder: Path) -> None:
