@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -394,6 +395,22 @@ def test_json_has_every_promised_field(questions, per_frame):
         assert row["compress_s"] > 0 and row["ttft_s"] > row["prefill_s"] > 0 and row["next_ttft_s"] > 0
         full = rows["full", None]["accuracy"]
         assert row["retention"] == (row["accuracy"] / full if full else None)
+    pairs = [(row["method"], row["minus"], row["budget"]) for row in document["differences"]]
+    budgeted = [(method, budget) for method in ("uniform", "lowres", "fre-res") for budget in (0.3, 60)]
+    from_full = [(method, "full", budget) for method, budget in (*budgeted, ("blind", None))]
+    at_equal = [
+        (method, minus, budget)
+        for budget in (0.3, 60)
+        for minus, method in combinations(("uniform", "lowres", "fre-res"), 2)
+    ]
+    assert sorted(pairs, key=str) == sorted([*from_full, *at_equal], key=str)
+    for row in document["differences"]:
+        one = rows[row["method"], row["budget"]]
+        other = rows["full", None] if row["minus"] == "full" else rows[row["minus"], row["budget"]]
+        assert row["difference"] == pytest.approx(one["accuracy"] - other["accuracy"])
+        means = [part["mean_over_categories"]["accuracy"] for part in (one, other)]
+        assert row["mean_over_categories"]["difference"] == pytest.approx(means[0] - means[1])
+        assert row["ci_low"] <= row["difference"] <= row["ci_high"]
     assert rows["full", None]["visual_tokens"] == document["full_tokens"] and rows["blind", None]["visual_tokens"] == 0
     assert document["model"]["model_id"] == "bundled" and len(document["questions_sha256"]) == 64
     assert document["environment"]["torch"] == torch.__version__ and document["encode_s"] > 0
@@ -401,8 +418,8 @@ def test_json_has_every_promised_field(questions, per_frame):
 
 
 def test_the_table_says_what_is_which(questions):
-    run = run_freres("eval", questions, "--methods", "full,uniform", "--budgets", "0.5")
-    assert run.status == 0
+    run = run_freres("eval", questions, "--methods", "full,uniform,fre-res", "--budgets", "0.5")
+    assert run.status == 0 and "fre-res - uniform" in run.out
     header, full, uniform = (re.split(r"\s{2,}", line) for line in run.out.splitlines()[:3])
     assert header[:6] == ["method", "budget", "tokens", "most", "accuracy", "95 % interval"]
     assert full[0].split()[0] == "full" and uniform[:2] == ["uniform", "0.5"]
@@ -574,6 +591,27 @@ def test_groups_have_intervals_of_their_own_and_the_mean_counts_each_once():
     assert found.groups[0].high - found.groups[0].low < found.groups[1].high - found.groups[1].low
     for part in (*found.groups, found.overall, found.mean_over_groups):
         assert part.low < part.value < part.high
+
+
+def test_a_difference_is_paired_as_scipys():
+    """Two methods that fail at the same hard videos differ by little, and surely."""
+    rng = np.random.default_rng(6)
+    first = rng.random(400) < 0.6
+    second = first & (rng.random(400) < 0.95)
+    ones = np.ones((400, 1), dtype=int)
+    found = estimate_shares(second[:, None].astype(int) - first[:, None], ones).overall
+    theirs = scipy.stats.bootstrap(
+        (second.astype(float), first.astype(float)),
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
+        paired=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(7),
+    ).confidence_interval
+    assert found.value == pytest.approx(second.mean() - first.mean())
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.004)
+    alone = [estimate_shares(part[:, None].astype(int), ones).overall for part in (first, second)]
+    assert found.high < 0 and alone[0].low < alone[1].high
 
 
 def test_one_video_has_no_interval_and_the_seed_decides():

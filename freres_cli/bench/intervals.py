@@ -38,8 +38,9 @@ def estimate_shares(
     ``correct`` and ``total``: (V, K) right answers and questions of cluster (video) v in group (category) k; every
     group has a question. Questions on one video stand or fall together, so whole videos are resampled, with
     replacement; a resample without any question of a group leaves it out. The same seed draws the same videos, so
-    methods asked the same questions are compared on the same resamples. Where every answer is right (or wrong) the
-    interval has no width, whatever the number of questions.
+    methods asked the same questions are compared on the same resamples; ``correct`` of one minus that of the other gives
+    their difference, paired by video. Where every answer is right (or wrong) the interval has no width, whatever the
+    number of questions.
     """
     totals = total.sum(0)
     shares = correct.sum(0) / totals

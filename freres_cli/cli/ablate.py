@@ -9,7 +9,7 @@ import typer
 
 from freres_cli.cli import options
 from freres_cli.cli.compress import gather_flags, make_request
-from freres_cli.cli.eval import describe_result, print_failures, print_rows, run_notes
+from freres_cli.cli.eval import describe_result, print_failures, print_rows, print_totals, run_notes
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
 
@@ -93,3 +93,4 @@ def ablate(
         print_json("freres.ablate/1", {**describe_result(result, request), "tables": list(names)})
         return
     print_rows(result.summary)
+    print_totals(result.summary)

@@ -101,6 +101,8 @@ def evaluate(
         print_json("freres.eval/1", describe_result(result, request))
         return
     print_rows(result.summary)
+    print_differences(result.summary)
+    print_totals(result.summary)
 
 
 def print_failures(result: EvalResult) -> None:
@@ -157,6 +159,10 @@ def print_rows(summary: dict[str, Any]) -> None:
     )
     print_result("")
     _print_categories(summary["rows"])
+
+
+def print_totals(summary: dict[str, Any]) -> None:
+    """Say what the tables are of."""
     print_result("")
     print_result(
         f"{summary['num_questions']} questions on {summary['num_videos']} videos, {len(summary['failed'])} failed; "
@@ -169,6 +175,29 @@ def print_rows(summary: dict[str, Any]) -> None:
     print_result(
         f"a video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, once for "
         "all methods; tokens are means, times medians"
+    )
+
+
+def print_differences(summary: dict[str, Any]) -> None:
+    """Say which method is ahead at equal budgets, and how sure that is."""
+    rows = [row for row in summary["differences"] if row["budget"] is not None and row["minus"] != "full"]
+    if not rows:
+        return
+    print_result("")
+    print_table(
+        ("at equal tokens", "budget", "points", "95 % interval", "by category", "95 % interval"),
+        [
+            (
+                f"{row['method']} - {row['minus']}",
+                _size(row["budget"]),
+                *[
+                    text
+                    for part in (row, row["mean_over_categories"])
+                    for text in (_percent(part["difference"]), _interval(part))
+                ],
+            )
+            for row in rows
+        ],
     )
 
 

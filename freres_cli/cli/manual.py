@@ -55,18 +55,20 @@ eval:
     freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
     freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to go on after a stop.
   output: >-
-    Two tables: a row for each method and budget, and accuracy by category. `accuracy` counts every question once,
-    `mean_over_categories` every category once; `retention` is accuracy over that of full. Intervals are 95 % percentile
-    bootstrap over 2,000 resamples (seed 0) of whole videos, since questions on one video stand or fall together; they have no
-    width where all answers are right, or all wrong, and are null for a single video. Tokens are means over videos (`_max`:
-    the most), times medians: `compress_s` from latents to tokens, `ttft_s` of a video's first question with its prefill,
-    `next_ttft_s` of the others. The file of `--output` has a header and a line for each video; a file of another run is
-    refused, and failed videos are tried again.
+    Tables: a row for each method and budget, accuracy by category, and the difference of methods at equal budgets, paired
+    by video: it tells methods apart whose own intervals overlap (`differences` has those from full as well). `accuracy`
+    counts every question once, `mean_over_categories` every category once; `retention` is accuracy over that of full.
+    Intervals are 95 % percentile bootstrap over 2,000 resamples (seed 0) of whole videos, since questions on one video
+    stand or fall together; they have no width where all answers are right, or all wrong, and are null for a single video.
+    Tokens are means over videos (`_max`: the most), times medians: `compress_s` from latents to tokens, `ttft_s` of a
+    video's first question with its prefill, `next_ttft_s` of the others. The file of `--output` has a header and a line
+    for each video; a file of another run is refused, and failed videos are tried again.
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
       rows (method budget budget_tokens budget_tokens_max visual_tokens visual_tokens_max accuracy ci_low ci_high retention
-      chance num_questions mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s) results_file
+      chance num_questions mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s)
+      differences (method minus budget difference ci_low ci_high mean_over_categories) results_file
       num_videos_resumed model settings notes environment
   defaults: {output: none (nothing is kept), limit: every question,
     adapter: "the bundled model's own, none for others"}
@@ -90,7 +92,9 @@ ablate:
   examples:
     freres ablate questions.jsonl -o out --train data.jsonl: Train three adapters, fill all tables at a quarter of the tokens.
     freres ablate questions.jsonl -o out --tables anchors --budgets 0.5,0.25: One table without training.
-  output: As freres eval, a row for each setting. DIR keeps the adapters, the compressed videos and every answer.
+  output: >-
+    As freres eval, a row for each setting; `--json` has the paired difference of any two rows at equal budgets. DIR keeps the
+    adapters, the compressed videos and every answer.
   schemas: {freres.ablate/1: the keys of freres.eval/1 and tables}
   defaults: {data: nothing is trained, limit: every question}
 inspect:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,40 @@ def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) ->
             "method": "percentile bootstrap, videos resampled with replacement",
         },
         "rows": _add_retention([_summarize_cell(i, cell, used, asked) for i, cell in enumerate(cells)]),
+        "differences": _compare_cells(cells, used, asked),
     }
+
+
+def _compare_cells(
+    cells: Sequence[Cell], used: Sequence[Row], asked: Mapping[str, Sequence[Question]]
+) -> list[dict[str, Any]]:
+    """Return by how much each row is ahead of each earlier one of the same budget, and of ``full``.
+
+    Both answered the same questions, so a video's difficulty falls out of their difference: its interval tells rows
+    apart whose own intervals overlap (ours; the paper compares single numbers).
+    """
+    listed = list(asked.values())
+    categories = _categories(listed)
+    counts = [count_answers([row["cells"][i] for row in used], listed, categories) for i in range(len(cells))]
+    differences = []
+    for (i, base), (j, cell) in combinations(enumerate(cells), 2):
+        if base.budget == cell.budget or base.method == "full":
+            estimates = estimate_shares(counts[j][0] - counts[i][0], counts[j][1])
+            differences.append(
+                {
+                    "method": cell.label or cell.method,
+                    "minus": base.label or base.method,
+                    "budget": None if cell.budget is None else cell.budget.number,
+                    **_describe_difference(estimates.overall),
+                    "mean_over_categories": _describe_difference(estimates.mean_over_groups),
+                }
+            )
+    return differences
+
+
+def _categories(asked: Sequence[Sequence[Question]]) -> list[str]:
+    """In the order of the file."""
+    return list(dict.fromkeys(question.category for questions in asked for question in questions))
 
 
 def _summarize_cell(
@@ -53,7 +87,7 @@ def _summarize_cell(
 ) -> dict[str, Any]:
     parts = [row["cells"][index] for row in used]
     questions = [question for listed in asked.values() for question in listed]
-    categories = list(dict.fromkeys(question.category for question in questions))
+    categories = _categories(list(asked.values()))
     correct, total = count_answers(parts, list(asked.values()), categories)
     estimates = estimate_shares(correct, total)
     first, later = _ttft_seconds(parts, list(asked.values()))
@@ -126,6 +160,10 @@ def _ratio(part: Row, full: Row | None) -> float | None:
 
 def _describe(estimate: Estimate) -> dict[str, float | None]:
     return {"accuracy": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
+
+
+def _describe_difference(estimate: Estimate) -> dict[str, float | None]:
+    return {"difference": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
 
 
 def _chance(questions: Sequence[Question]) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from freres_cli import __version__
-from freres_cli.backbones.base import LanguageModel
+from freres_cli.backbones.base import LanguageModel, VisionEncoder
 from freres_cli.backbones.gradients import score_answers
 from freres_cli.backbones.registry import load_language_model
 from freres_cli.bundle.adapter import write_adapter
@@ -99,12 +99,20 @@ def train_adapter(
     check_destination(request.output, request.force or state_path.exists())
     state = read_state(state_path)
     model = load_model(compress)
+    for note in model.notes:
+        log(note)
     refuse_control_tokens(request.data, model)
     videos = list(request.data.by_video().values())
+
+    def load_tower() -> VisionEncoder:
+        encoder = load_encoder(compress)
+        for note in encoder.notes:
+            if note not in model.notes:
+                log(note)
+        return encoder
+
     data = workers.first_then_all(
-        lambda: prepare_data(
-            videos, recipe.budgets, compress, lambda: load_encoder(compress), model, request.cache, progress
-        )
+        lambda: prepare_data(videos, recipe.budgets, compress, load_tower, model, request.cache, progress)
     )
     learned, held_out = _split(data, recipe)
     torch.manual_seed(recipe.seed)
