@@ -103,8 +103,11 @@ def test_the_shipped_adapter_looks_where_the_object_moved(clip, tmp_path, budget
     made = read_bundle(tmp_path / "b.pt")
     modules = load_modules(bundled_adapter(), made.manifest["model"], made.tracks, "absorber")
     passed = cells_passed(one_thing_moves(), made.tracks.pooled_grid)
-    whole = map_absorption(made.tracks, modules).absorbed.sum(0).numpy()
-    assert whole[passed].sum() > 1.8 * passed.mean() * whole.sum() > 0
+    maps = map_absorption(made.tracks, modules)
+    # Trained for answers, not for place: it spreads more than what there was to absorb, which lies on the object.
+    for found, times_its_share in ((maps.absorbed, 1.4), (maps.energy, 2.7)):
+        whole = found.sum(0).numpy()
+        assert whole[passed].sum() > times_its_share * passed.mean() * whole.sum() > 0
 
 
 def clip_tracks():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -426,6 +427,51 @@ def test_the_table_says_what_is_which(questions):
     assert (
         "Action" in run.out and "6 questions on 3 videos, 0 failed" in run.out and "only knows its own world" in run.err
     )
+
+
+def test_differences_are_from_full_wherever_it_stands(questions):
+    run = run_freres("eval", questions, "--methods", "blind,full", "--json")
+    assert [(row["method"], row["minus"]) for row in run.json["differences"]] == [("blind", "full")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"status": "ok"', '"status": "fine"'), ("true", "5"), ("false", "null"), ('"cells"', '"celle"')],
+)
+def test_damaged_answers_do_not_count(questions, tmp_path, old, new):
+    log = tmp_path / "a.jsonl"
+    flags = ("eval", questions, "--methods", "blind", "-o", log)
+    assert run_freres(*flags).status == 0
+    lines = log.read_text().splitlines(keepends=True)
+    damaged = next(i for i, line in enumerate(lines[1:-1], 1) if old in line)
+    lines[damaged] = lines[damaged].replace(old, new, 1)
+    log.write_text("".join(lines))
+    check_failure(run_freres(*flags), 2, f"{log}:{damaged + 1}: damaged results")
+
+
+def test_a_pipe_among_the_videos_is_a_failed_row(questions, tmp_path):
+    """It is never opened: that would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    for row in rows:
+        row["video"] = str((questions.parent / row["video"]).resolve())
+    rows[0] = {**rows[0], "video": str(tmp_path / "pipe.mp4")}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_freres("eval", tmp_path / "q.jsonl", "--methods", "blind", "--json")
+    assert run.status == 0 and [part["video"] for part in run.json["failed"]] == [str(tmp_path / "pipe.mp4")]
+
+
+def test_names_do_not_write_to_the_terminal(questions, tmp_path):
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    for row in rows:
+        row |= {"video": str((questions.parent / row["video"]).resolve()), "category": "a\n\x1b[31mb"}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_freres("eval", tmp_path / "q.jsonl", "--methods", "blind")
+    assert run.status == 0 and "a  [31mb" in run.out and "\x1b" not in run.out + run.err
+
+
+def test_a_name_beyond_the_file_systems_is_one_line(questions):
+    check_failure(run_freres("eval", questions, "-o", "x" * 300), 2, "file name too long")
 
 
 def test_the_limit_counts_questions(questions, monkeypatch):

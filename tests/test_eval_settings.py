@@ -1,12 +1,14 @@
-"""Settings that eval must carry as freres compress and freres ask do: dropped DeepStack rows, adapters that fit."""
+"""Settings that eval must carry as freres compress and freres ask do, and models that it must refuse."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bundle.adapter import write_adapter
@@ -18,6 +20,7 @@ from freres_cli.presets import Setting
 from freres_cli.workflows.ask import AskRequest, open_session
 from freres_cli.workflows.clips import BASELINES, EncodedClip
 from freres_cli.workflows.compress import compress_video, load_encoder
+from freres_cli.world.bundled_model import bundled_model_dir
 from tests.clips import write_clip
 from tests.runner import check_failure, run_freres
 from tests.tiny_families import FAMILY_CASES, HIDDEN
@@ -108,3 +111,13 @@ def test_an_adapter_of_another_width_is_refused(folder, tmp_path):
     header = {"model": dict(load_encoder(request).fingerprint), "shape": modules.shape.to_dict()}
     write_adapter(path, modules.state_dict(), header)
     check_failure(run_freres("eval", folder / "q.jsonl", "--adapter", path), 5, "adapter width: expected")
+
+
+def test_scores_that_are_no_numbers_are_no_answers(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(bundled_model_dir(), model)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.5.mlp.down_proj.weight") and "visual" not in name)
+    weights[name].fill_(float("inf"))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    check_failure(run_freres("eval", folder / "q.jsonl", "--methods", "blind", "--model", model), 3, "not finite")

@@ -164,6 +164,13 @@ def test_world_train_writes_a_model_and_goes_on(tmp_path, monkeypatch):
     assert more.out == f"{folder}\n" and "tower" not in more.err and "language 1/2" not in more.err
     assert "language 2/2" in more.err
     info = json.loads((folder / "MODEL_INFO.json").read_text())
+    for other in (("--seed", 7), ("--start", "bundled"), ("--steps", 1)):
+        refused = run_freres("world", "train", "-o", folder, "--tower-steps", 2, "--steps", 2, *other)
+        check_failure(refused, 2, "the training of another run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    check_failure(run_freres("world", "train", "-o", tmp_path / "mine"), 2, "holds something else than a training")
+    assert (tmp_path / "mine" / "config.json").read_text() == "{}"
     assert info["language_steps"] == 2 and info["choices_as"] == "words" and info["freres_trained"]
     trained = load_language_model(str(folder), CPU)
     assert trained.choices_as == "words" and trained.width == WIDTH

@@ -156,7 +156,13 @@ def score_options(
                 log_probs = torch.cat([first, later])
             ids = torch.tensor(option, device=log_probs.device)
             scores.append(log_probs.gather(1, ids[:, None]).sum())
-    return torch.stack(scores).cpu()
+    found = torch.stack(scores).cpu()
+    if not found.isfinite().all():
+        raise BackboneError(
+            "scores: the language model gave numbers that are not finite",
+            "use --dtype bfloat16 or float32; if it stays, the checkpoint is damaged",
+        )
+    return found
 
 
 def memory_of(model: LanguageModel, num_tokens: int) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -28,7 +29,7 @@ from freres_cli.cli import (
     world,
 )
 from freres_cli.cli.output import print_error, print_result
-from freres_cli.errors import ExitStatus, FreresError, ResourceError
+from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError
 
 app = typer.Typer(
     name="freres",
@@ -75,6 +76,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     try:
@@ -85,13 +88,21 @@ def main() -> None:
         _fail(ResourceError("not enough memory", "lower --budget, or use a smaller --dtype"), error)
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            _fail_unexpected(error)
+        _fail(UsageError(f"{str(error.filename)[:60]}...: file name too long", "name a shorter one"), error)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        hint = "this is a bug in freres; FRERES_DEBUG=1 shows where"
-        _fail(FreresError(f"unexpected: {text}", hint), error)
+        _fail_unexpected(error)
 
 
-def _fail(failure: FreresError, cause: BaseException | None = None) -> None:
+def _fail_unexpected(error: Exception) -> NoReturn:
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    hint = "this is a bug in freres; FRERES_DEBUG=1 shows where"
+    _fail(FreresError(f"unexpected: {text}", hint), error)
+
+
+def _fail(failure: FreresError, cause: BaseException | None = None) -> NoReturn:
     if os.environ.get("FRERES_DEBUG") == "1":
         raise cause or failure
     print_error(failure)

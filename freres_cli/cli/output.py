@@ -44,24 +44,29 @@ def print_notes(notes: Iterable[str], quiet: bool = False) -> None:
     """Write notes to stderr, one a line."""
     if not quiet:
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {_plain(note)}", file=sys.stderr)
 
 
 def print_warning(text: str) -> None:
     """Write a warning to stderr; ``--quiet`` does not hide it."""
-    print(f"warning: {text}", file=sys.stderr)
+    print(f"warning: {_plain(text)}", file=sys.stderr)
 
 
 def print_error(error: FreresError) -> None:
     """Write what went wrong and what to do about it, one line each."""
-    print(f"error: {' '.join(error.message.split())}", file=sys.stderr)
+    print(f"error: {_plain(' '.join(error.message.split()))}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
 
 
+def _plain(text: str) -> str:
+    """One line without control characters: names and categories come from files that anyone may have written."""
+    return "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in text)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write an aligned table to stdout; the first column to the left, numbers to the right, plain text in a pipe."""
-    cells = [list(columns), *[list(row) for row in rows]]
+    cells = [list(columns), *[[_plain(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     is_number = [
         all(not row[i] or row[i] in ("-", "yes", "no") or row[i][0].isdigit() for row in cells[1:])

@@ -71,7 +71,7 @@ def train(
         typer.Option("--start", metavar="DIR|bundled", help="Begin with this model's weights, not with random ones."),
     ] = None,
     tower_steps: Annotated[int, typer.Option("--tower-steps", min=0, help="Steps of the vision tower.")] = 940,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the language half.")] = 1500,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the language half.")] = 2150,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=98, help="Other weights to start from, and other clips.")
     ] = 0,

@@ -80,7 +80,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
     for done, (name, questions) in enumerate(videos.items()):
         if progress is not None:
             progress(done, len(videos))
-        if _is_done(results.rows.get(name), questions):
+        if _is_done(results.rows.get(name), questions, len(request.cells)):
             num_resumed += 1
             continue
         results.append(evaluate_video(request, name, questions, encoder, model, modules))
@@ -92,7 +92,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         )
     summary = summarize(request.questions, rows, request.cells)
     # Every file is opened again for it: only where the bundled model answers.
-    is_known = request.compress.model != BUNDLED or all(is_world_clip(asked[0].video) for asked in videos.values())
+    is_known = request.compress.model != BUNDLED or all(
+        is_world_clip(videos[row["video"]][0].video) for row in rows if row["status"] == "ok"
+    )
     limits = describe_limits(request.compress.model, is_known)
     notes = (*limits, *_describe_drop(request, model), *encoder.notes, *model.notes)
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
@@ -200,9 +202,9 @@ def _digest(adapter: Path | None) -> str | None:
     return None if adapter is None else hashlib.sha256(adapter.read_bytes()).hexdigest()
 
 
-def _is_done(row: dict[str, Any] | None, questions: Sequence[Question]) -> bool:
+def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:
     """Whether an earlier run asked all of these about this very file; a failed video is tried again."""
-    if row is None or row["status"] != "ok":
+    if row is None or row["status"] != "ok" or len(row["cells"]) != num_cells:
         return False
     if any(question.id not in cell["answers"] for cell in row["cells"] for question in questions):
         return False

@@ -72,7 +72,7 @@ class ResultsFile:
         kept = len(lines[0])
         for number, line in enumerate(lines[1:], start=2):
             row = _parse(line) if line.endswith(b"\n") else None
-            if row is None or "video" not in row:
+            if row is None or not _is_whole(row):
                 if number < len(lines):
                     raise UsageError(f"{path}:{number}: damaged results", self._remedy)
                 break
@@ -105,6 +105,43 @@ class ResultsFile:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    """Whether a row has what ``freres eval`` wrote into it. A damaged answer must not count as one."""
+    if not isinstance(row.get("video"), str):
+        return False
+    if row.get("status") == "failed":
+        return isinstance(row.get("message"), str)
+    numbers = ("full_tokens", "decode_s", "encode_s")
+    cells = row.get("cells")
+    return (
+        row.get("status") == "ok"
+        and isinstance(row.get("video_sha256"), str)
+        and all(map(_is_number, map(row.get, numbers)))
+        and isinstance(cells, list)
+        and all(isinstance(cell, dict) and _is_whole_cell(cell) for cell in cells)
+    )
+
+
+def _is_whole_cell(cell: Mapping[str, Any]) -> bool:
+    answers = cell.get("answers")
+    return (
+        all(map(_is_number, map(cell.get, ("budget_tokens", "visual_tokens", "compress_s", "prefill_s"))))
+        and isinstance(answers, dict)
+        and all(
+            isinstance(answer, list)
+            and len(answer) == 3
+            and isinstance(answer[0], str)
+            and isinstance(answer[1], bool)
+            and _is_number(answer[2])
+            for answer in answers.values()
+        )
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def digest_run(run: Mapping[str, Any]) -> str:

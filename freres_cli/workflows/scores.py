@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from freres_cli.bench.intervals import LEVEL, NUM_RESAMPLES, SEED, Estimate, estimate_shares
+from freres_cli.video.probe import hash_file
 from freres_cli.workflows.budgets import Cell
 from freres_cli.workflows.questions import Question, QuestionFile
 
@@ -62,7 +63,10 @@ def _compare_cells(
     categories = _categories(listed)
     counts = [count_answers([row["cells"][i] for row in used], listed, categories) for i in range(len(cells))]
     differences = []
-    for (i, base), (j, cell) in combinations(enumerate(cells), 2):
+    # From full and from earlier rows, wherever full stands.
+    order = sorted(range(len(cells)), key=lambda i: cells[i].method != "full")
+    for i, j in combinations(order, 2):
+        base, cell = cells[i], cells[j]
         if base.budget == cell.budget or base.method == "full":
             estimates = estimate_shares(counts[j][0] - counts[i][0], counts[j][1])
             differences.append(
@@ -97,6 +101,7 @@ def _summarize_cell(
         "label": cell.label or None,
         "settings": dict(cell.settings),
         "adapter": None if cell.adapter is None else cell.adapter.name,
+        "adapter_sha256": None if cell.adapter is None else hash_file(cell.adapter),
         "budget": None if cell.budget is None else cell.budget.number,
         "budget_tokens": _mean(budgets),
         "budget_tokens_max": max(budgets),

@@ -262,7 +262,7 @@ def train_language(
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * learning_rate(step, num_steps)
         known = {name for name, rights in scores.items() if len(rights) == SCORED and np.mean(rights) > KNOWN}
-        loss, trace_loss, right = _train_step(decoder, tracer, buffer, prompts, step, num_steps, known)
+        loss, trace_loss, right = _train_step(decoder, tracer, buffer, prompts, step, num_steps, known, seed)
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -278,10 +278,17 @@ def train_language(
 
 
 def _train_step(
-    decoder: Any, tracer: Tracer, buffer: ClipBuffer, prompts: Prompts, step: int, num_steps: int, known: Set[str]
+    decoder: Any,
+    tracer: Tracer,
+    buffer: ClipBuffer,
+    prompts: Prompts,
+    step: int,
+    num_steps: int,
+    known: Set[str],
+    seed: int,
 ) -> tuple[float, float, list[tuple[str, bool]]]:
     """Leave the gradients of one batch; return both its losses and which answers began right."""
-    rng = np.random.default_rng([step, 3])
+    rng = np.random.default_rng([step, 3, seed])
     buffer.add(NEW_CLIPS)
     progress = step / num_steps
     view = list(VIEWS)[rng.choice(len(VIEWS), p=view_shares(progress))]

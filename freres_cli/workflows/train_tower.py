@@ -19,6 +19,7 @@ from freres_cli.world.labels import CLASSES, dense_labels, make_stills
 from freres_cli.world.scene import TEXTURES
 
 SCENES_A_STEP = 32  # of two frames each
+STEPS_A_SEED = 10**6
 LEARNING_RATE = 2e-3
 MUON_FACTOR = 4
 WARM_UP_STEPS = 100
@@ -81,10 +82,11 @@ def train_tower(
     checkpoint: Path,
     device: torch.device,
     log: Callable[[str], None],
+    seed: int = 0,
 ) -> None:
     """Train ``tower`` in place. ``checkpoint`` is written as it goes, and continued from where it exists."""
     use_attention(tower, PACKED_FRAMES)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     head = DenseHead(width).to(device)
     both = nn.ModuleDict({"tower": tower, "head": head})
     matrices = [p for name, p in tower.named_parameters() if p.ndim == 2 and "blocks" in name]
@@ -101,7 +103,7 @@ def train_tower(
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * factor
-        frames, labels = _make_batch(step, grid, device)
+        frames, labels = _make_batch(seed * STEPS_A_SEED + step, grid, device)
         loss, scores = head.loss(run_tower(tower, frames), labels)
         both.zero_grad()
         loss.backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +12,11 @@ from typing import Any
 
 import torch
 
+from freres_cli import __version__
 from freres_cli.bench.report import describe_environment
+from freres_cli.bundle.store import write_atomically
 from freres_cli.devices import Device
-from freres_cli.errors import BackboneError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.workflows.train_language import FIRST_SEED, train_language
 from freres_cli.workflows.train_tower import train_tower
 from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, make_tokenizer, tokenizer_corpus
@@ -46,7 +50,8 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
     decoder = Qwen2VLTextModel._from_config(config.text_config).to(device)
     if request.start is not None:
         _load_weights(request.start, tower, decoder)
-    train_tower(tower, WIDTH, GRID, request.tower_steps, states / "tower.pt", device, log)
+    _claim(request, states)
+    train_tower(tower, WIDTH, GRID, request.tower_steps, states / "tower.pt", device, log, request.seed)
     tower.eval().requires_grad_(False)
     train_language(
         decoder, tower, tokenizer, GRID, request.language_steps, states / "language.pt", device, log, request.seed
@@ -66,6 +71,40 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
         "train_s": seconds,
         "environment": describe_environment(request.device),
     }
+
+
+def _claim(request: TrainRequest, states: Path) -> None:
+    """Begin a run, or make sure that the states are of this one; it may go on to more steps. Raises ``UsageError``: nothing
+    of another run or of another model is replaced."""
+    same = {
+        "freres_version": __version__,
+        "seed": request.seed,
+        "start_sha256": None if request.start is None else _hash_weights(request.start),
+    }
+    steps = {"tower_steps": request.tower_steps, "language_steps": request.language_steps}
+    path = states / "run.json"
+    remedy = "name another folder with -o"
+    if not path.is_file():
+        if any(request.output.iterdir()):
+            raise UsageError(f"{request.output}: holds something else than a training", remedy)
+    else:
+        try:
+            known = dict(json.loads(path.read_bytes()))
+            differing = [key for key, value in same.items() if known[key] != value]
+            differing += [key for key, value in steps.items() if value < known[key]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: damaged", remedy) from error
+        if differing:
+            raise UsageError(f"{request.output}: the training of another run: {', '.join(differing)} differs", remedy)
+    states.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: file.write(json.dumps({**same, **steps}).encode()), force=True)
+
+
+def _hash_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _load_weights(folder: Path, tower: Any, decoder: Any) -> None:

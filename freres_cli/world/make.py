@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 
+from freres_cli.errors import ResourceError
 from freres_cli.world.draw import draw_stretches
 from freres_cli.world.encode import encode_frames
 from freres_cli.world.questions import Question, questions_of
@@ -72,7 +73,11 @@ def make_set(
             on_clip(index + 1, count)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for clip in made for row in question_rows(clip)]
     partial = directory / f"{QUESTIONS_FILE}.part"
-    partial.write_text("".join(lines), encoding="utf-8")
+    try:
+        partial.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ResourceError(f"{partial}: cannot be written: {error.strerror}", "free some space") from error
     partial.replace(directory / QUESTIONS_FILE)
     return made
 
@@ -97,6 +102,9 @@ def make_demo_clip(path: Path) -> MadeClip:
 def is_world_clip(path: Path) -> bool:
     """Whether a video file says that it was made by this world."""
     try:
+        # Opening a pipe would wait for ever.
+        if not path.is_file():
+            return False
         with av.open(str(path)) as container:
             return MARK in {str(value) for value in container.metadata.values()}
     except (av.FFmpegError, OSError, ValueError):
