@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
@@ -459,6 +460,14 @@ def test_a_pipe_among_the_videos_is_a_failed_row(questions, tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_freres("eval", tmp_path / "q.jsonl", "--methods", "blind", "--json")
     assert run.status == 0 and [part["video"] for part in run.json["failed"]] == [str(tmp_path / "pipe.mp4")]
+
+
+def test_a_video_under_two_names_is_one(questions, tmp_path):
+    rows = [json.loads(line) for line in questions.read_text().splitlines()][:2]
+    shutil.copy(questions.parent / rows[0]["video"], tmp_path / "a.mp4")
+    rows[0]["video"], rows[1]["video"] = "a.mp4", "./a.mp4"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_freres("eval", tmp_path / "q.jsonl", "--methods", "blind", "--json").json["num_videos"] == 1
 
 
 def test_names_do_not_write_to_the_terminal(questions, tmp_path):

@@ -6,13 +6,17 @@ import json
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise, product
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from freres_cli import bench
 from freres_cli.errors import ResourceError
+from freres_cli.video.probe import hash_file
+from freres_cli.world.bundled_model import bundled_adapter
 from freres_cli.world.draw import draw_scenes, draw_stretches
 from freres_cli.world.encode import encode_frames
 from freres_cli.world.labels import STILLS, dense_labels, make_stills
@@ -276,3 +280,11 @@ def test_the_demo_clip_asks_about_a_flash(tmp_path):
     clip = make_demo_clip(tmp_path / "clip.mp4")
     assert [question.category for question in clip.questions] == ["Action", "Attribute", "Transient"]
     assert is_world_clip(tmp_path / "clip.mp4") and not is_world_clip(tmp_path / "none.mp4")
+
+
+def test_the_measured_adapter_is_the_one_that_ships():
+    results = Path(bench.__file__).parent / "results"
+    methods = json.loads((results / "world.json").read_text())["methods"]["rows"]
+    more = json.loads((results / "ablation.json").read_text())["more_data"]["rows"]
+    used = {row["adapter_sha256"] for row in (*methods, *more) if row["method"] == "fre-res"}
+    assert used == {hash_file(bundled_adapter())}

@@ -66,8 +66,9 @@ eval:
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
-      rows (method budget budget_tokens budget_tokens_max visual_tokens visual_tokens_max accuracy ci_low ci_high retention
-      chance num_questions mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s)
+      rows (method label settings adapter adapter_sha256 budget budget_tokens budget_tokens_max visual_tokens
+      visual_tokens_max accuracy ci_low ci_high retention chance num_questions mean_over_categories by_category
+      compress_s prefill_s ttft_s next_ttft_s)
       differences (method minus budget difference ci_low ci_high mean_over_categories) results_file
       num_videos_resumed model settings notes environment
   defaults: {output: none (nothing is kept), limit: every question,

@@ -44,7 +44,9 @@ def make(
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     options.make_folder(output)
     if any(output.iterdir()):
-        raise UsageError(f"{output}: expected a new or empty folder", "name another with -o")
+        raise UsageError(
+            f"{output}: expected a new or empty folder", "name another with -o, or remove what a stopped run left"
+        )
 
     with progress_bar("clips", quiet or json) as advance:
         made = make_set(output, split, count, seed, level, questions, advance)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from freres_cli.errors import UsageError
@@ -17,8 +17,8 @@ TRAILING = " .,;:!?\u3002"
 
 @dataclass(frozen=True)
 class Question:
-    """A row of a questions file. ``video_name`` is as written there, ``video`` where that is. No ``choices``: the
-    answer is free text. ``line`` counts from 1."""
+    """A row of a questions file. ``video_name`` is as written there but for ``./``, ``video`` where that is. No
+    ``choices``: the answer is free text. ``line`` counts from 1."""
 
     id: str
     video_name: str
@@ -147,7 +147,7 @@ def _read_row(row: bytes, line: int, folder: Path, is_named: bool) -> Question:
         raise _BadRow(f"answer {answer[:40]!r} is not one of the choices: write an option as it stands there")
     if not choices and not normalize_answer(answer):
         raise _BadRow("answer: only punctuation: write the answer in words")
-    return Question(own_id, name, folder / name, category, question, choices, answer, line)
+    return Question(own_id, str(PurePath(name)), folder / name, category, question, choices, answer, line)
 
 
 def _read_text(values: dict[str, Any], key: str) -> str:
