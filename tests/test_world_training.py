@@ -180,7 +180,8 @@ def test_training_starts_from_a_model_and_leaves_the_tower_alone(tmp_path, monke
     monkeypatch.setattr(train_language, "FIRST_CLIPS", 20)
     folder = tmp_path / "model"
     flags = ("--start", "bundled", "--tower-steps", 0, "--steps", 1)
-    assert run_freres("world", "train", "-o", folder, *flags).status == 0
+    run = run_freres("world", "train", "-o", folder, "-q", *flags)
+    assert run.status == 0 and run.err == ""
     before, after = (load_file(path / "model.safetensors") for path in (bundled_model_dir(), folder))
     assert before.keys() == after.keys()
     same = {key for key in before if torch.equal(before[key], after[key])}

@@ -39,7 +39,10 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
     """Train both halves and write the checkpoint. Called again, it goes on where it was stopped. Returns what was
     done."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
+    from transformers.utils import logging as transformers_logging
 
+    # Its bars for a file of 7 MB would be there with --quiet too.
+    transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     device = torch.device(request.device.name)
     tokenizer = make_tokenizer(tokenizer_corpus())
