@@ -14,8 +14,6 @@ from freres_cli.cli.compress import gather_flags, make_request
 from freres_cli.cli.output import print_json, print_notes, print_result, print_warning, progress_bar
 from freres_cli.errors import UsageError
 
-SHOWN_FAILURES = 10
-
 
 def train(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="JSON lines: video, question, choices, answer.")],
@@ -106,13 +104,9 @@ def train(
 
 def print_training_warnings(done: Mapping[str, Any]) -> None:
     """Say what a training left out, and where it gained nothing."""
-    for message in done["failed"][:SHOWN_FAILURES]:
-        print_warning(f"left out: {message}")
-    if len(done["failed"]) > SHOWN_FAILURES:
-        print_warning(f"{len(done['failed']) - SHOWN_FAILURES} more were left out")
-    if done["num_videos_untaught"]:
-        print_warning(
-            f"{done['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"
-        )
+    from freres_cli.workflows.train_adapter import describe_left_out
+
+    for line in describe_left_out(done):
+        print_warning(line)
     if not done["best_step"]:
         print_warning("no step had a lower loss on the videos held out than the start: the adapter changes nothing")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from freres_cli.workflows.adapters import load_adapter
 from freres_cli.workflows.budgets import Budget, Cell
 from freres_cli.workflows.compress import CompressRequest
 from freres_cli.workflows.questions import QuestionFile
-from freres_cli.workflows.train_adapter import Recipe, TrainRequest, load_model, train_adapter
+from freres_cli.workflows.train_adapter import Recipe, TrainRequest, describe_left_out, load_model, train_adapter
 from freres_cli.workflows.training_data import used_settings
 
 # What each trained row is trained for: the same data, steps and seed.
 TRAINED_VARIANTS = ("absorber", "concat", "idct")
-SHOWN_FAILURES = 10
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def train_variants(
         else:
             facts = train_adapter(request, lambda line, variant=variant: log(f"{variant}: {line}"))  # type: ignore[misc]
         # The variants have the same data, and mostly lack the same of it.
-        for line in _describe_left_out(facts):
+        for line in describe_left_out(facts):
             if line not in told:
                 warn(line)
             told.add(line)
@@ -138,13 +137,3 @@ def _read_same_training(request: TrainRequest) -> Mapping[str, Any]:
             f"{request.output}: trained otherwise: {', '.join(differing)} differs", "remove it, or use another -o"
         )
     return made
-
-
-def _describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What an adapter was trained without, in words. The reasons are known only where it was trained just now."""
-    shown = facts.get("failed", ())[:SHOWN_FAILURES]
-    yield from (f"left out: {message}" for message in shown)
-    if facts["num_left_out"] > len(shown):
-        yield f"{facts['num_left_out'] - len(shown)} {'more ' if shown else ''}were left out of the training"
-    if facts["num_videos_untaught"]:
-        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"

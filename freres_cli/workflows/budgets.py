@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Cell:
     @property
     def name(self) -> str:
         return " ".join(filter(None, (self.label or self.method, self.budget and self.budget.text)))
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        """Which adapter it is, whatever the file is called."""
+        return None if self.adapter is None else hashlib.sha256(self.adapter.read_bytes()).hexdigest()
 
 
 def parse_budget(text: str, flag: str = "--budgets") -> Budget:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,7 +121,7 @@ def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
     return {
         "freres_version": __version__,
         "questions_sha256": request.questions.sha256,
-        "methods": [[cell.name, dict(cell.settings), _digest(cell.adapter)] for cell in request.cells],
+        "methods": [[cell.name, dict(cell.settings), cell.adapter_sha256] for cell in request.cells],
         "model": dict(model.fingerprint),
         "device": compress.device.name,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -196,10 +195,6 @@ def _describe_drop(request: EvalRequest, model: LanguageModel) -> tuple[str, ...
     if not model.num_deep_layers:
         return ("deepstack has no effect: the model has no such rows",)
     return ("deepstack: drop: method full keeps the DeepStack rows, all others have zeros in their place",)
-
-
-def _digest(adapter: Path | None) -> str | None:
-    return None if adapter is None else hashlib.sha256(adapter.read_bytes()).hexdigest()
 
 
 def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:

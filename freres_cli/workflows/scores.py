@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from freres_cli.bench.intervals import LEVEL, NUM_RESAMPLES, SEED, Estimate, estimate_shares
-from freres_cli.video.probe import hash_file
 from freres_cli.workflows.budgets import Cell
 from freres_cli.workflows.questions import Question, QuestionFile
 
@@ -101,7 +100,7 @@ def _summarize_cell(
         "label": cell.label or None,
         "settings": dict(cell.settings),
         "adapter": None if cell.adapter is None else cell.adapter.name,
-        "adapter_sha256": None if cell.adapter is None else hash_file(cell.adapter),
+        "adapter_sha256": cell.adapter_sha256,
         "budget": None if cell.budget is None else cell.budget.number,
         "budget_tokens": _mean(budgets),
         "budget_tokens_max": max(budgets),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from freres_cli.workflows.workers import Workers
 from freres_cli.world.bundled_model import bundled_model_dir
 
 MAX_RANK, MAX_SHARE = 64, 0.01  # of the language model's parameters, what is trained
+SHOWN_FAILURES = 10
 WARM_UP_SHARE = 0.05
 LAST_SHARE = 0.02  # of the learning rate, at the end of the cosine
 
@@ -128,6 +129,16 @@ def train_adapter(
         state_path.unlink(missing_ok=True)
     workers.wait()
     return {"adapter": str(request.output), **facts, "train_s": time.perf_counter() - start, "failed": data.failed}
+
+
+def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What an adapter was trained without, in words. The reasons are known only where it was trained just now."""
+    shown = facts.get("failed", ())[:SHOWN_FAILURES]
+    yield from (f"left out: {message}" for message in shown)
+    if facts["num_left_out"] > len(shown):
+        yield f"{facts['num_left_out'] - len(shown)} {'more ' if shown else ''}were left out of the training"
+    if facts["num_videos_untaught"]:
+        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"
 
 
 def choose_shape(model: LanguageModel, request: CompressRequest, rank: int | None) -> ModuleShape:
