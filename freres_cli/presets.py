@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import yaml
 from freres_cli.errors import PresetError
 
 VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct")
-METHODS = ("fre-res",)
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")
 DEEPSTACK = ("keep", "drop")
@@ -56,12 +55,52 @@ KEYS: dict[str, Key] = {
 }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A value and where it came from: ``flag``, ``preset NAME`` or ``default``."""
+# No preset sets this one: the budget that ``anchors`` was chosen for, which is the preset's own.
+REFERENCE = "reference_budget_tokens"
 
-    value: Any
-    source: str
+
+@dataclass(frozen=True)
+class Settings:
+    """The value of every key of ``KEYS`` but its description, and where each came from.
+
+    ``reference_budget_tokens``: the preset's own budget, at which ``anchors`` holds. ``sources``: by key, ``flag``,
+    ``preset NAME``, ``default``, or the verb that set it.
+    """
+
+    budget_tokens: int
+    sample: str
+    sample_fps: float | None
+    sample_count: int | None
+    track_density: int
+    grid: str
+    tokens_per_frame: int
+    variant: str
+    anchors: int
+    keep_per_block: int
+    temporal_share: float
+    static_per_gop: int
+    pooled_side: int
+    max_coefficients: int
+    events: bool
+    tau: float | None
+    text_after: str
+    deepstack: str
+    reference_budget_tokens: int
+    sources: Mapping[str, str]
+
+    def values(self) -> dict[str, Any]:
+        """Return the value of each key."""
+        found = asdict(self)
+        del found["sources"]
+        return found
+
+    def with_values(self, source: str, **values: Any) -> Settings:
+        """Return these settings with other values, which come from ``source``."""
+        return replace(self, **values, sources={**self.sources, **dict.fromkeys(values, source)})
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Return value and source of each key, as bundles and ``--json`` documents hold them."""
+        return {key: {"value": value, "source": self.sources[key]} for key, value in self.values().items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +164,14 @@ def check_value(key: str, value: Any, where: str) -> Any:
     got."""
     if key not in KEYS:
         raise PresetError(f"{where}: unknown setting {key!r}", _near(key, list(KEYS)) or f"settings: {', '.join(KEYS)}")
-    rule = KEYS[key]
+    return check_rule(key, KEYS[key], value, where)
+
+
+def check_rule(key: str, rule: Key, value: Any, where: str) -> Any:
+    """Return ``value`` in the type that ``rule`` gives ``key``.
+
+    ``where``: what the value was read from. Raises ``PresetError``.
+    """
     if rule.optional and (value is None or value == "auto"):
         return None
     fits = isinstance(value, (int, float)) if rule.kind is float else isinstance(value, rule.kind)
@@ -165,15 +211,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     return key.strip(), check_value(key.strip(), parsed, "--set")
 
 
-def merge_settings(preset: Preset, flags: Mapping[str, Any]) -> dict[str, Setting]:
-    """Return every setting with its source: flags win over the preset, the preset over defaults.
+def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag") -> Settings:
+    """Return every setting: what was given wins over the preset, the preset over defaults.
 
-    ``flags`` holds what was given only; ``None`` is ``auto`` where a key allows it.
-
-    Naming a rate or a count by flag also chooses the matching ``sample``. Raises ``PresetError`` where values
-    contradict.
+    ``given``: only what was named; ``None`` is ``auto`` where a key allows it. ``source``: where those came from.
+    Naming a rate or a count also chooses the matching ``sample``. Raises ``PresetError`` where values contradict.
     """
-    given = dict(flags)
+    given = {key: check_value(key, value, source) for key, value in given.items()}
     if "sample" not in given and ("sample_fps" in given or "sample_count" in given):
         if "sample_fps" in given and "sample_count" in given:
             raise PresetError("--fps and --frames: expected one of them, got both")
@@ -183,22 +227,27 @@ def merge_settings(preset: Preset, flags: Mapping[str, Any]) -> dict[str, Settin
             given.setdefault("track_density", 1)
     if "tokens_per_frame" in given and "grid" not in given:
         given["grid"] = "auto"
-    settings = {}
+    values, sources = {}, {}
     for key, rule in KEYS.items():
         if key in given:
-            settings[key] = Setting(check_value(key, given[key], "flag"), "flag")
+            values[key], sources[key] = given[key], source
         elif key in preset.values:
-            settings[key] = Setting(preset.values[key], f"preset {preset.name}")
+            values[key], sources[key] = preset.values[key], f"preset {preset.name}"
         else:
-            settings[key] = Setting(rule.default, "default")
-    # Anchors are named for the preset's own budget and scale from it.
-    reference = preset.values.get("budget_tokens", KEYS["budget_tokens"].default)
-    settings["reference_budget_tokens"] = Setting(reference, f"preset {preset.name}")
-    sample = settings["sample"].value
-    needed = {"fps": "sample_fps", "count": "sample_count"}.get(sample)
-    if needed and settings[needed].value is None:
-        raise PresetError(f"{preset.path}: sample: {sample} needs {needed}")
-    return settings
+            values[key], sources[key] = rule.default, "default"
+    for found in (values, sources):
+        found.pop("description")
+    values[REFERENCE] = preset.values.get("budget_tokens", KEYS["budget_tokens"].default)
+    sources[REFERENCE] = f"preset {preset.name}"
+    needed = {"fps": "sample_fps", "count": "sample_count"}.get(values["sample"])
+    if needed and values[needed] is None:
+        raise PresetError(f"{preset.path}: sample: {values['sample']} needs {needed}")
+    return Settings(**values, sources=sources)
+
+
+def load_settings(name: str, given: Mapping[str, Any], source: str = "flag") -> Settings:
+    """Return the settings of a preset, by name or from a file, under what was given. Raises ``PresetError``."""
+    return merge_settings(load_preset(name), given, source)
 
 
 def environment_value(name: str) -> str | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from freres_cli.cli.compress import make_request
+from freres_cli.evaluation.cells import parse_budgets
 from freres_cli.presets import presets_dir
 from freres_cli.workflows import ablate
-from freres_cli.workflows.budgets import parse_budgets
 from freres_cli.world.make import make_set
 from tests.runner import check_failure, run_freres
 

@@ -14,9 +14,9 @@ from freres_cli.bundle.store import Bundle, read_bundle
 from freres_cli.method.absorption import map_absorption
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import evaluate_dynamic, order_dynamic
+from freres_cli.pipeline.adapters import load_modules
 from freres_cli.video.picture import SCALE_RGB, draw_maps, encode_png
 from freres_cli.workflows.absorption import MAX_GOPS_SHOWN, PictureRequest, draw_absorption
-from freres_cli.workflows.adapters import load_modules
 from freres_cli.world.bundled_model import bundled_adapter
 from freres_cli.world.make import CODECS, encode_scene
 from freres_cli.world.scene import SIDE, Background, Scene, Shot, Thing

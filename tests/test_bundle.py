@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freres_cli.bundle.format import encode_manifest
+from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle, write_atomically, write_bundle
 from freres_cli.errors import BundleError, ResourceError
 from freres_cli.presets import load_preset, merge_settings

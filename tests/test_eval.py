@@ -22,18 +22,18 @@ from freres_cli.baselines.full import keep_every_token
 from freres_cli.baselines.lowres import choose_rows, pool_frames
 from freres_cli.baselines.uniform import sample_uniform_frames
 from freres_cli.bench.clock import StageTimer
-from freres_cli.bench.intervals import estimate_shares
 from freres_cli.bundle.store import read_bundle
 from freres_cli.cli.compress import make_request
 from freres_cli.devices import choose_device
 from freres_cli.errors import UsageError
+from freres_cli.evaluation.cells import METHODS, parse_budget, parse_cells
+from freres_cli.evaluation.intervals import estimate_shares
+from freres_cli.evaluation.questions import Question, is_right, read_questions
 from freres_cli.method.tokens import build_tokens
 from freres_cli.presets import Setting, parse_grid
 from freres_cli.workflows import clips, compress, evaluate
 from freres_cli.workflows.ask import AskRequest, open_session
-from freres_cli.workflows.budgets import METHODS, parse_budget, parse_cells
 from freres_cli.workflows.clips import BASELINES, EncodedClip
-from freres_cli.workflows.questions import Question, is_right, read_questions
 from tests.clips import write_clip
 from tests.runner import check_failure, run_freres
 

@@ -134,7 +134,7 @@ def test_every_unit_has_a_floor() -> None:
         ("from freres_cli.bundle.store import read_bundle", "freres_cli.video.decode"),
         ("from freres_cli import presets", "freres_cli.records"),
         ("def f():\n    from freres_cli.workflows import ask", "freres_cli.method.dct"),
-        ("if TYPE_CHECKING:\n    from freres_cli.records import Tracks", "freres_cli.errors"),
+        ("if TYPE_CHECKING:\n    from freres_cli.records import Tracks", "freres_cli.errors"), 
         ("from ..bundle import store", "freres_cli.video.decode"),
         ("from .. import bundle", "freres_cli.video.decode"),
         ("LAZY = 'freres_cli.backbones.qwen2_vl:Encoder'", "freres_cli.method.dct"),
@@ -150,7 +150,7 @@ def test_the_check_sees(source: str, module: str) -> None:
     [
         ("from freres_cli.workflows.compress import x\nfrom freres_cli import __version__", "freres_cli.workflows.ask"),
         ("from freres_cli.errors import FreresError", "freres_cli.cli.app"),
-        ("from . import store", "freres_cli.bundle.format"),
+        ("from . import store", "freres_cli.bundle.schema"),
         ("import torch\nimport freres_cli_other", "freres_cli.method.dct"),
         ("'see freres_cli.cli for more'", "freres_cli.method.dct"),
     ],

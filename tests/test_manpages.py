@@ -251,7 +251,7 @@ def test_bundle_page_holds_every_tensor_with_its_dtype_and_shape() -> None:
 
     from freres_cli.method.budget import MethodSettings, plan_budget
     from freres_cli.method.compress import compress_latents
-    from freres_cli.records import Tracks
+    from freres_cli.tracks import Tracks
 
     settings = MethodSettings("absorber", 40, 2, 8, 0.4, 1, 2, 3, None, True)
     latents = torch.randn(12, 3, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -269,7 +269,7 @@ def test_bundle_page_holds_every_tensor_with_its_dtype_and_shape() -> None:
 
 
 def test_bundle_page_holds_the_manifest_and_the_outer_keys() -> None:
-    from freres_cli.bundle.format import ALLOWED_DTYPES, FORMAT, MANIFEST_KEYS, SCHEMA_VERSION
+    from freres_cli.bundle.schema import ALLOWED_DTYPES, FORMAT, MANIFEST_KEYS, SCHEMA_VERSION
 
     name = "man5/freres-bundle.5"
     assert tags(name, "MANIFEST") == [*MANIFEST_KEYS, "tensors"]

@@ -22,7 +22,7 @@ from freres_cli.devices import choose_device
 from freres_cli.errors import ResourceError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import build_tokens
-from freres_cli.workflows.adapters import NO_ADAPTER
+from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.workflows.ask import AskRequest, open_session
 from freres_cli.world.clip import make_clip
 from tests.clips import numbered, write_clip

@@ -273,7 +273,7 @@ def test_what_is_asked_is_what_asking_asks(folder):
     """The prompt and the answers of training are those that ``freres ask --choices`` scores."""
     from freres_cli.backbones.registry import load_language_model
     from freres_cli.devices import choose_device
-    from freres_cli.workflows.questions import read_questions
+    from freres_cli.evaluation.questions import read_questions
     from freres_cli.world.bundled_model import bundled_model_dir
 
     model = load_language_model("bundled", choose_device("cpu"), None, None, bundled_directory=bundled_model_dir())

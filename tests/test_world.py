@@ -57,7 +57,7 @@ def test_splits_share_no_clip():
     firsts = [clip_seed(split, 0, seed) for split in SPLITS for seed in (0, 1, 998)]
     assert all(b - a >= 10**6 for a, b in pairwise(sorted(firsts)))
     # What `world train` draws its clips from lies in the training split.
-    from freres_cli.workflows.train_language import FIRST_SEED
+    from freres_cli.world.train_language import FIRST_SEED
 
     assert clip_seed("train", 0, 10) == FIRST_SEED < clip_seed("validation", 0)
 

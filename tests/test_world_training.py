@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from freres_cli.backbones import engine
 from freres_cli.backbones.registry import load_language_model
+from freres_cli.training.muon import orthogonalize
 from freres_cli.workflows import train_language, train_tower
-from freres_cli.workflows.muon import orthogonalize
-from freres_cli.workflows.packing import Item, View, pack, pack_loss, run_pack, use_packed_attention
-from freres_cli.workflows.train_language import VIEWS, EncodedClip, Prompts, make_view
 from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir
 from freres_cli.world.labels import TRACES, trace_labels
+from freres_cli.world.packing import Item, View, pack, pack_loss, run_pack, use_packed_attention
 from freres_cli.world.script import make_scene
+from freres_cli.world.train_language import VIEWS, EncodedClip, Prompts, make_view
 from tests.runner import check_failure, run_freres
 from tests.tiny_models import CPU, video_tokens
 

@@ -51,6 +51,16 @@ class PromptIds:
     suffix: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """What decides the latents besides the frames: the model's fingerprint, the tower's precision and its attention
+    kernel."""
+
+    fingerprint: dict[str, str | None]
+    dtype: torch.dtype
+    attention: str
+
+
 class VisionEncoder(Protocol):
     """The frozen vision tower and projector of one family.
 

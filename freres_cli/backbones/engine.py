@@ -156,13 +156,17 @@ def score_options(
                 log_probs = torch.cat([first, later])
             ids = torch.tensor(option, device=log_probs.device)
             scores.append(log_probs.gather(1, ids[:, None]).sum())
-    found = torch.stack(scores).cpu()
-    if not found.isfinite().all():
+    return check_scores(torch.stack(scores).cpu())
+
+
+def check_scores(scores: Tensor) -> Tensor:
+    """Return log-likelihoods that are finite. Raises BackboneError for others."""
+    if not scores.isfinite().all():
         raise BackboneError(
             "scores: the language model gave numbers that are not finite",
             "use --dtype bfloat16 or float32; if it stays, the checkpoint is damaged",
         )
-    return found
+    return scores
 
 
 def memory_of(model: LanguageModel, num_tokens: int) -> Any:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.checkpoint import Checkpoint, resolve_checkpoint
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError
@@ -112,6 +112,19 @@ def load_vision_encoder(
     """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
     return _class_of(checkpoint, "vision").load(checkpoint, device, dtype)
+
+
+def identify_vision_encoder(
+    model: str,
+    device: Device,
+    dtype: str | None = None,
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> EncoderIdentity:
+    """What ``load_vision_encoder`` would load, without reading the tower: its config and projector only."""
+    checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
+    identity: EncoderIdentity = _class_of(checkpoint, "vision").identify(checkpoint, device, dtype)
+    return identity
 
 
 def load_language_model(

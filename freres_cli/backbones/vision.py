@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.initialization import no_init_weights
 
+from freres_cli.backbones.base import EncoderIdentity
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config
 from freres_cli.devices import Device, choose_dtype, fit_attention, memory_errors_as
@@ -80,16 +81,29 @@ class FrameEncoder(ABC):
     def load(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> Self:
         """Read the vision half of a checkpoint, and nothing else of its weights."""
         config = read_config(checkpoint, cls.files)
-        stored = checkpoint.stored_dtype(cls.files.first_vision_prefixes)
-        chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
-        attention, attention_note = fit_attention(device, chosen)
+        chosen, attention, notes = cls._choose_precision(checkpoint, device, dtype)
         with loading(checkpoint, "vision tower"):
             with no_init_weights():
                 tower = cls.build_tower(config, chosen)
             load_submodule(checkpoint, tower, cls.files.vision, chosen, torch.device(device.name))
         digests = fingerprint(checkpoint, cls.files.projector)
-        notes = tuple(filter(None, (device.note, dtype_note, attention_note)))
         return cls(tower, cls.default_rule.read(checkpoint), digests, notes, attention)
+
+    @classmethod
+    def identify(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> EncoderIdentity:
+        """What ``load`` would give, without reading the tower."""
+        chosen, attention, _ = cls._choose_precision(checkpoint, device, dtype)
+        return EncoderIdentity(fingerprint(checkpoint, cls.files.projector), chosen, attention)
+
+    @classmethod
+    def _choose_precision(
+        cls, checkpoint: Checkpoint, device: Device, dtype: str | None
+    ) -> tuple[torch.dtype, str, tuple[str, ...]]:
+        """Precision and attention kernel of the tower, and notes that say why."""
+        stored = checkpoint.stored_dtype(cls.files.first_vision_prefixes)
+        chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
+        attention, attention_note = fit_attention(device, chosen)
+        return chosen, attention, tuple(filter(None, (device.note, dtype_note, attention_note)))
 
     @property
     def family(self) -> str:

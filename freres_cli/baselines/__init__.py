@@ -1,1 +1,1 @@
-"""Peers of the method: one small tensor function a file, (latents, frame_seconds, budget_tokens, width) -> tokens."""
+"""Methods that Fre-Res is compared with: one small file each, all listed in ``registry.py``."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.records import VideoTokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
 
 
 def keep_nothing(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
@@ -25,3 +31,14 @@ def keep_nothing(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, wid
         width=width,
         frame_seconds=frame_seconds.new_zeros(1),
     )
+
+
+METHOD = Method(
+    name="blind",
+    summary="no visual token: the question alone",
+    source="common practice, to see what guessing is worth",
+    has_budget=False,
+    makes_bundles=False,
+    streams=True,
+    compress=keep_nothing,
+)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.records import VideoTokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
 
 
 def keep_every_token(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
@@ -42,3 +48,12 @@ def place_tokens(
         width=width,
         frame_seconds=frame_seconds,
     )
+
+
+METHOD = Method(
+    name="full",
+    summary="every token of every frame",
+    source="the model as it is",
+    has_budget=False,
+    compress=keep_every_token,
+)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from typing import TYPE_CHECKING
 
+from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.full import place_tokens
 from freres_cli.baselines.uniform import spread
 from freres_cli.records import VideoTokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
 
 
 def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
@@ -53,7 +58,7 @@ def pool_cells(latents: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     heights = _centres(grid_h, len(cells_of_row))
     means, places = [], []
     for row, columns in enumerate(cells_of_row):
-        means.append(adaptive_avg_pool2d(image, (len(cells_of_row), columns))[:, :, row])
+        means.append(torch.nn.functional.adaptive_avg_pool2d(image, (len(cells_of_row), columns))[:, :, row])
         widths = _centres(grid_w, columns)
         places.append(torch.stack([heights[row].expand(columns), widths], dim=1))
     return torch.cat(means, dim=-1).movedim(1, -1), torch.cat(places)
@@ -81,3 +86,12 @@ def _centres(size: int, num_cells: int) -> Tensor:
     index = torch.arange(num_cells)
     first, stop = index * size // num_cells, -((index + 1) * -size // num_cells)
     return (first + stop - 1).to(torch.float32) / 2
+
+
+METHOD = Method(
+    name="lowres",
+    summary="every frame, averaged in space until the clip fits the budget",
+    source="common practice",
+    deviations="latents are averaged, where common practice shrinks the frames before the tower",
+    compress=pool_frames,
+)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.full import gather_tokens
 from freres_cli.records import VideoTokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
 
 
 def sample_uniform_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
@@ -29,3 +35,12 @@ def spread(count: int, size: int) -> Tensor:
     """Return ``count`` <= ``size`` different places in 0..size-1, at the centres of ``count`` equal parts: (count,)."""
     # Whole numbers: (i + 1/2) * size / count, rounded down.
     return (2 * torch.arange(count) + 1) * size // (2 * count)
+
+
+METHOD = Method(
+    name="uniform",
+    summary="whole frames at even distances, thinned to exactly the budget",
+    source="common practice",
+    deviations="the frames that hold a few tokens more than the budget are thinned evenly",
+    compress=sample_uniform_frames,
+)

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from freres_cli.bundle.store import write_atomically
 from freres_cli.errors import BackboneError
+from freres_cli.files import write_atomically
 
 HEADER = "freres.adapter/1"
 MODEL_FACTS = ("config_sha256", "projector_sha256")
@@ -20,7 +20,7 @@ MODEL_FACTS = ("config_sha256", "projector_sha256")
 
 def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write trained weights, whole or not at all; ``header`` holds the backbone's facts under ``model``, module sizes under
-    ``shape``, and what is known of the training under ``training``. Raises ``BundleError`` or ``ResourceError``."""
+    ``shape``, and what is known of the training under ``training``. Raises ``UsageError`` or ``ResourceError``."""
     content = save(dict(weights), {HEADER: json.dumps(header, sort_keys=True)})
     write_atomically(path, lambda file: file.write(content), force=True)
 

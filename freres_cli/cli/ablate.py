@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_request
+from freres_cli.cli.compress import gather_flags, make_options
 from freres_cli.cli.eval import describe_result, print_failures, print_rows, print_totals, run_notes
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
+from freres_cli.files import make_folder
 
 
 def ablate(
@@ -53,10 +54,10 @@ def ablate(
     A stopped run goes on: adapters that are there are used, and answers that are there are not asked for again. Adapters
     of other data, settings or another recipe are refused.
     """
+    from freres_cli.evaluation.cells import parse_budgets
+    from freres_cli.evaluation.questions import read_questions
+    from freres_cli.training.workers import count_processes
     from freres_cli.workflows.ablate import make_cells, parse_tables, train_variants
-    from freres_cli.workflows.budgets import parse_budgets
-    from freres_cli.workflows.questions import read_questions
-    from freres_cli.workflows.workers import count_processes
 
     if count_processes() > 1:
         raise UsageError(
@@ -68,25 +69,27 @@ def ablate(
     if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
         raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
     file = read_questions(questions, limit)
-    compress = make_request(questions, flags, preset, model, revision, device=device, dtype=dtype)
+    chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype)
+    from freres_cli.pipeline.models import Models
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
     from freres_cli.workflows.train_adapter import Recipe
 
-    options.make_folder(output)
+    make_folder(output)
+    models = Models(chosen.model)
     adapters: dict[str, Path] = {}
     if data is not None:
         known = read_questions(data, is_named=False)
         recipe = Recipe(trained_sizes, steps, seed=seed)
         adapters = train_variants(
-            known, compress, recipe, names, output, lambda line: print_notes([line], quiet or json), print_warning
+            known, chosen, recipe, names, output, lambda line: print_notes([line], quiet or json), print_warning, models
         )
     else:
         print_notes(["nothing is trained without --train"], quiet)
     answers, remedy = output / "answers.jsonl", "remove it, or name another folder with -o"
-    request = EvalRequest(file, make_cells(names, sizes, adapters), compress, answers, remedy=remedy)
+    request = EvalRequest(file, make_cells(names, sizes, adapters), chosen, answers, remedy=remedy)
     with progress_bar("ablate", quiet or json, "videos") as progress:
-        result = run_evaluation(request, progress)
+        result = run_evaluation(request, progress, models)
     print_failures(result)
     print_notes([*result.notes, *run_notes(result, request)], quiet)
     if json:

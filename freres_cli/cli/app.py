@@ -21,6 +21,7 @@ from freres_cli.cli import (
     doctor,
     eval,
     inspect,
+    methods,
     models,
     presets,
     profile,
@@ -50,6 +51,7 @@ app.command("inspect")(inspect.inspect)
 app.command("repack")(repack.repack)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)
+app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(world.world, name="world")
@@ -74,6 +76,14 @@ def main() -> None:
     """Run the command. FRERES_DEBUG=1 shows tracebacks."""
     # Ends by way of the `finally` blocks: no temporary file and no child process stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        _run()
+    finally:
+        # Past this point there is nothing to clean up, and an exception would only be printed.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run() -> None:
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     if sys.stderr is None:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.output import format_seconds, print_error, print_json, print_notes, print_result
+from freres_cli.cli.output import (
+    format_seconds,
+    print_error,
+    print_json,
+    print_json_line,
+    print_line,
+    print_notes,
+    print_result,
+    print_text,
+    progress_bar,
+)
 from freres_cli.errors import FreresError, UsageError
 from freres_cli.presets import TEXT_AFTER
 
 if TYPE_CHECKING:
+    from freres_cli.pipeline.session import AskRequest, Session
     from freres_cli.records import Answer
-    from freres_cli.workflows.ask import AskRequest, Session
+    from freres_cli.workflows.ask import AskedRow
 
 
 def ask(
@@ -26,6 +38,10 @@ def ask(
     choices: Annotated[
         str | None,
         typer.Option("--choices", metavar="A|B|...", help="Answer with one of these; print the probability of each."),
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option("--questions", metavar="FILE", help="Answer these, JSON lines: question, choices, id."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")] = 128,
     temperature: Annotated[
@@ -54,32 +70,44 @@ def ask(
 
     The answer streams to stdout. Without a question, questions are read line by line and the video is prefilled only
     once.
+
+    With --questions, all questions of a file are answered from one prefill, several at a time, and printed in the order
+    of the file, one line each. A row is a JSON object with the key question, and if you like choices (2 to 26 options)
+    and id.
     """
     started = time.perf_counter()
-    text = _read_question(question, json)
+    text = None if questions is not None else _read_question(question, json)
+    if questions is not None and (question is not None or choices is not None):
+        raise UsageError("--questions: expected no QUESTION and no --choices with it", "put them into the file")
     if text_after not in (None, *TEXT_AFTER):
         raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
-    options.check_revision(model, revision)
-    from freres_cli.backbones.generation import Sampling
-    from freres_cli.devices import choose_device
-    from freres_cli.workflows.ask import AskRequest, open_session
-    from freres_cli.workflows.questions import check_choices
-
     listed = [check_text(choice.strip(), "--choices") for choice in choices.split("|")] if choices is not None else []
+    from freres_cli.evaluation.questions import check_choices, check_length
+
     if choices is not None:
         check_choices(listed)
+    check_length((text or "", *listed))
+    from freres_cli.backbones.generation import Sampling
+    from freres_cli.pipeline.models import check_revision, find_device, find_dtype
+    from freres_cli.pipeline.session import AskRequest, open_session
+    from freres_cli.workflows.ask import read_queries
+
+    check_revision(model, revision)
     sampling = Sampling(temperature, top_p, seed)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
-    place = choose_device(options.device_name(device), attn)
-    request = AskRequest(bundle, place, model, revision, options.dtype_name(dtype), adapter, text_after)
+    rows = None if questions is None else read_queries(questions)
+    request = AskRequest(bundle, find_device(device, attn), model, revision, find_dtype(dtype), adapter, text_after)
     session = open_session(request)
     print_notes(session.notes, quiet)
+    if rows is not None:
+        _answer_rows(session, rows, max_new_tokens, sampling, json, quiet)
+        return
     if text is None:
         _loop(session, manner, quiet)
     elif json:
         asked = time.perf_counter()
         answer = session.ask(text, **manner)
-        print_json("freres.ask/1", _document(answer, session, request, text, asked - started + answer.ttft_s))
+        print_json("freres.ask/1", _document(answer, session, request, text, asked - started + (answer.ttft_s or 0.0)))
     else:
         _answer(session, text, manner, quiet)
 
@@ -116,11 +144,54 @@ def _read_stdin(line: bool = False) -> str:
 
 def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool) -> None:
     """Stream one answer to stdout."""
-    answer = session.ask(question, **manner, on_text=lambda piece: print_result(piece, end=""))
+    answer = session.ask(question, **manner, on_text=lambda piece: print_text(piece, end=""))
     print_result("")
     for choice, probability in (answer.choices or {}).items():
-        print_result(f"{probability:6.1%}  {choice}")
+        print_line(f"{probability:6.1%}  {choice}")
     print_notes([*answer.notes, _cost(answer)], quiet)
+
+
+def _answer_rows(
+    session: Session, rows: list[AskedRow], max_new_tokens: int, sampling: Any, json: bool, quiet: bool
+) -> None:
+    """Print an answer a line, in the order of the file."""
+    from freres_cli.workflows.ask import answer_rows
+
+    started, done = time.perf_counter(), 0
+
+    with progress_bar("ask", quiet or json, "questions") as progress:
+
+        def on_answer(row: AskedRow, answer: Answer) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, len(rows))
+            if json:
+                print_json_line("freres.answer/1", _row_document(row, answer))
+            else:
+                print_line(" ".join(answer.text.split()))
+
+        answers = answer_rows(session, rows, max_new_tokens, sampling, on_answer)
+    seconds = time.perf_counter() - started
+    notes = dict.fromkeys(note for answer in answers for note in answer.notes)
+    cost = (
+        f"{len(rows)} questions, one prefill of {format_seconds(session.prefill_s)}, {format_seconds(seconds)} in all"
+    )
+    print_notes([*notes, cost], quiet)
+
+
+def _row_document(row: AskedRow, answer: Answer) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "question": row.query.question,
+        "answer": answer.text,
+        "choices": answer.choices,
+        "visual_tokens": answer.num_visual_tokens,
+        "context_tokens": answer.num_context_tokens,
+        "new_tokens": answer.num_new_tokens,
+        "finish_reason": answer.finish_reason,
+        "notes": list(answer.notes),
+    }
 
 
 def _loop(session: Session, manner: dict[str, Any], quiet: bool) -> None:

@@ -25,12 +25,12 @@ from freres_cli.devices import choose_device
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.method.tokens import build_tokens
-from freres_cli.presets import load_preset, merge_settings
+from freres_cli.pipeline.planning import method_settings
+from freres_cli.presets import load_settings
 from freres_cli.records import FrameSize
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
-from freres_cli.workflows.compress import method_settings
 from freres_cli.world.clip import draw_frame
 
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
@@ -63,9 +63,9 @@ def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
     frame = torch.randint(0, 256, (1, size.height_px, size.width_px, 3), dtype=torch.uint8)
     encoder.encode(frame)
     encode = time_runs(lambda: encoder.encode(frame), repeat)
-    values = {key: setting.value for key, setting in merge_settings(load_preset("qwen2-vl-7b"), {}).items()}
-    settings = method_settings(values)
-    plan = plan_budget(num_frames, GRID, settings, values["budget_tokens"])
+    chosen = load_settings("qwen2-vl-7b", {})
+    settings = method_settings(chosen)
+    plan = plan_budget(num_frames, GRID, settings, chosen.budget_tokens)
     phase = torch.linspace(0, 6, num_frames)[:, None, None, None]
     latents = torch.randn(*GRID, encoder.width) + torch.sin(phase) * torch.randn(*GRID, encoder.width)
 

@@ -1,41 +1,64 @@
-"""``freres compress``: video -> bundle."""
+"""``freres compress``: video -> bundle, one or many."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
     format_seconds,
     print_json,
+    print_json_line,
     print_notes,
+    print_path,
     print_result,
+    print_warning,
     progress_bar,
 )
 from freres_cli.errors import UsageError
-from freres_cli.presets import METHODS, load_preset, merge_settings, parse_assignment
+from freres_cli.presets import parse_assignment
 
 if TYPE_CHECKING:
-    from freres_cli.workflows.compress import CompressPlan, CompressRequest, CompressResult
+    from freres_cli.pipeline.compressor import Compressor
+    from freres_cli.pipeline.planning import CompressOptions, CompressPlan
+    from freres_cli.workflows.compress import CompressResult, Row
+
+BUNDLE, BUNDLES = Path("bundle.pt"), Path("bundles")
 
 
 def compress(
-    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="A video file.")],
+    videos: Annotated[
+        list[Path], typer.Argument(metavar="VIDEO...", help="Video files, folders of them, or .txt lists of paths.")
+    ],
     budget: options.Budget = None,
     preset: options.PresetName = None,
     model: options.Model = None,
     revision: options.Revision = None,
-    method: Annotated[str, typer.Option("--method", help="Compression method.")] = "fre-res",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
+            autocompletion=options.complete_bundle_method,
+        ),
+    ] = FRE_RES,
     variant: Annotated[
         str | None, typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat or idct.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The bundle to write.")] = Path(
-        "bundle.pt"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE|DIR", help="The bundle to write; of several videos, their folder."
+        ),
+    ] = None,
     force: options.Force = False,
     fps: Annotated[float | None, typer.Option("--fps", help="Read this many frames a second.")] = None,
     frames: Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in all.")] = None,
@@ -59,30 +82,89 @@ def compress(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compress a video into a bundle.
+    """Compress a video into a bundle, or many into a folder of bundles.
 
     Decodes the video, encodes its frames with the model's frozen vision tower, keeps sparse full-detail anchor frames
     and a few temporal DCT coefficients of the rest, and writes at most --budget visual tokens. The video is not needed
-    again. Prints the bundle's path.
+    again. Prints the bundle's path. Other methods of --method are baselines: see freres methods.
+
+    Several videos, a folder (with the folders in it) or a .txt list (a path a line, relative to the list) are compressed
+    with one load of the model. Bundles are named after their videos. A bundle that is there already, whole, and made from
+    the same video with the same model and settings is left as it is, so a run that was stopped resumes when it is started
+    again. A video that cannot be used is reported, and the others are compressed; the exit status is then that of the
+    first failure.
     """
+    from freres_cli.video.listing import is_many, list_videos
+
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     named |= {"deepstack": deepstack}
-    flags = gather_flags(assignments, named)
-    request = make_request(video, flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
-    from freres_cli.workflows.compress import compress_video, load_encoder, plan_compression
+    chosen = make_options(
+        gather_flags(assignments, named), preset, model, revision, method, start, end, strict, device, dtype, attn
+    )
+    from freres_cli.pipeline.compressor import Compressor
 
+    compressor = Compressor.from_options(chosen)
+    many = is_many(videos) or _is_folder(output)
     if dry_run:
-        _print_plan(plan_compression(request, load_encoder(request)), request, json)
-        return
+        if many:
+            raise UsageError("--dry-run: expected one video file", "name one of them")
+        _print_plan(compressor.plan(videos[0]), chosen, json)
+    elif many:
+        listing = list_videos(videos)
+        print_notes(listing.notes, quiet)
+        _compress_many(compressor, listing.videos, output or BUNDLES, force, json, quiet)
+    else:
+        _compress_one(compressor, videos[0], output or BUNDLE, force, json, quiet)
+
+
+def _is_folder(output: Path | None) -> bool:
+    return output is not None and os.path.isdir(output)  # noqa: PTH112 (os.path takes names too long for the system)
+
+
+def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, json: bool, quiet: bool) -> None:
+    from freres_cli.workflows.compress import compress_file
+
     with progress_bar("compress", quiet or json) as progress:
-        result = compress_video(request, output, force=force, progress=progress)
+        result = compress_file(compressor, video, output, force=force, progress=progress)
     print_notes(result.notes, quiet)
     if json:
-        print_json("freres.compress/1", _document(result, request))
+        print_json("freres.compress/1", _document(result, compressor.options))
         return
-    tokens = result.manifest["tokens"]
-    print_notes([_summary(tokens, result)], quiet)
-    print_result(str(result.bundle))
+    print_notes([_summary(result)], quiet)
+    print_path(result.bundle)
+
+
+def _compress_many(
+    compressor: Compressor, videos: Sequence[tuple[Path, Path]], folder: Path, force: bool, json: bool, quiet: bool
+) -> None:
+    """Print a line for each video. Raises the first failure, after the last video."""
+    from freres_cli.workflows.compress import compress_many
+
+    told: set[str] = set()
+
+    def on_row(row: Row) -> None:
+        if row.error is not None:
+            print_warning(f"failed: {row.error.message}")
+        if json:
+            print_json_line("freres.compress_many/1", _row_document(row, compressor.options))
+            return
+        if row.result is not None:
+            fresh = [note for note in row.result.notes if note not in told]
+            told.update(fresh)
+            print_notes([*fresh, f"{row.video}: {_summary(row.result)}"], quiet)
+        elif row.status == "skipped":
+            print_notes([f"{row.video}: {row.bundle} is there already"], quiet)
+        if row.error is None:
+            print_path(row.bundle)
+
+    with progress_bar("compress", quiet or json, "videos") as progress:
+        rows = compress_many(compressor, videos, folder, force=force, on_row=on_row, progress=progress)
+    counts = {status: sum(row.status == status for row in rows) for status in ("done", "skipped", "failed")}
+    failed = next((row.error for row in rows if row.error is not None), None)
+    if failed is not None:
+        raise type(failed)(f"{counts['failed']} of {len(rows)} videos failed: {failed.message}", failed.hint)
+    if not json:
+        print_notes([f"{counts['done']} compressed, {counts['skipped']} there already"], quiet)
 
 
 def gather_flags(assignments: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
@@ -91,54 +173,47 @@ def gather_flags(assignments: list[str] | None, named: dict[str, Any]) -> dict[s
     return dict(parse_assignment(text) for text in assignments or []) | given
 
 
-def make_request(
-    video: Path,
+def make_options(
     flags: dict[str, Any],
     preset: str | None,
     model: str | None,
     revision: str | None = None,
-    method: str = "fre-res",
+    method: str = FRE_RES,
     start: float | None = None,
     end: float | None = None,
     strict: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     attn: str | None = None,
-) -> CompressRequest:
-    """Turn flags into a request. Raises ``UsageError`` or ``PresetError``."""
-    if method not in METHODS:
-        raise UsageError(f"--method: expected one of {', '.join(METHODS)}, got {method}")
+) -> CompressOptions:
+    """Turn flags into options.
+
+    ``flags``: settings that were given. ``preset``, ``model``, ``revision``, ``method``, ``start``, ``end``, ``strict``,
+    ``device``, ``dtype``, ``attn``: the flags of these names. Raises ``UsageError`` or ``PresetError``.
+    """
+    from freres_cli.pipeline.models import make_source
+    from freres_cli.pipeline.planning import CompressOptions, choose_preset, find_bundle_method
+    from freres_cli.presets import load_settings
+
+    find_bundle_method(method)
     chosen = model or options.BUNDLED
-    options.check_revision(chosen, revision)
-    name = preset or ("bundled" if chosen == options.BUNDLED else "qwen2-vl-7b")
-    settings = merge_settings(load_preset(name), flags)
-    from freres_cli.devices import choose_device
-    from freres_cli.workflows.compress import CompressRequest
-
-    return CompressRequest(
-        video=video,
-        model=chosen,
-        settings=settings,
-        device=choose_device(options.device_name(device), attn),
-        revision=revision,
-        dtype=options.dtype_name(dtype),
-        method=method,
-        start_s=start,
-        end_s=end,
-        strict=strict,
-    )
+    settings = load_settings(preset or choose_preset(chosen), flags)
+    source = make_source(chosen, device, dtype, revision, attn)
+    return CompressOptions(source, settings, method, start, end, strict)
 
 
-def _summary(tokens: dict[str, Any], result: CompressResult) -> str:
+def _summary(result: CompressResult) -> str:
+    tokens = result.manifest["tokens"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
+    groups = "" if tokens["num_gops"] is None else f"{tokens['num_gops']} GoPs; "
     return (
         f"{tokens['visual_tokens']} visual tokens ({kinds}) of {tokens['full_tokens']}, "
-        f"{tokens['compression']:.2f}x; {tokens['num_gops']} GoPs; {format_bytes(result.bundle_bytes)}; "
+        f"{tokens['compression']:.2f}x; {groups}{format_bytes(result.bundle_bytes)}; "
         f"{format_seconds(result.timings_s['total'])}, peak {format_bytes(result.peak_memory_bytes)}"
     )
 
 
-def _document(result: CompressResult, request: CompressRequest) -> dict[str, Any]:
+def _document(result: CompressResult, chosen: CompressOptions) -> dict[str, Any]:
     from freres_cli.bench.report import describe_environment
 
     return {
@@ -153,38 +228,56 @@ def _document(result: CompressResult, request: CompressRequest) -> dict[str, Any
         "sampling": result.manifest["sampling"],
         "settings": result.manifest["settings"],
         "notes": list(result.notes),
-        "environment": describe_environment(request.device, result.dtype),
+        "environment": describe_environment(chosen.model.device, result.dtype),
     }
 
 
-def _print_plan(plan: CompressPlan, request: CompressRequest, json: bool) -> None:
-    budget = plan.budget
-    by_kind = vars(budget.expected)
-    document = {
-        "visual_tokens": budget.expected.total,
-        "budget_tokens": budget.budget_tokens,
-        "full_tokens": plan.full_tokens,
-        "compression": plan.full_tokens / budget.expected.total,
-        "tokens_by_kind": by_kind,
-        "frames": budget.num_frames,
-        "baseline_frames": plan.baseline_frames,
-        "grid": [budget.num_frames, *budget.grid],
-        "num_gops": budget.num_anchors,
-        "num_coefficients": budget.num_coefficients,
-        "pooled_grid": list(budget.pooled_grid),
-        "max_events": budget.max_events,
-        "is_lossless": budget.is_lossless,
-        "settings": {key: vars(setting) for key, setting in request.settings.items()},
-    }
+def _row_document(row: Row, chosen: CompressOptions) -> dict[str, Any]:
+    facts = {"video": str(row.video), "status": row.status, "bundle": str(row.bundle)}
+    if row.error is not None:
+        return {**facts, "message": row.error.message, "exit_status": int(row.error.exit_status)}
+    if row.result is None:
+        return {**facts, **row.manifest["tokens"]}
+    return {**facts, **_document(row.result, chosen)}
+
+
+def _print_plan(plan: CompressPlan, chosen: CompressOptions, json: bool) -> None:
     if json:
         from freres_cli.bench.report import describe_environment
 
-        print_json("freres.plan/1", {**document, "environment": describe_environment(request.device)})
+        document = _plan_document(plan, chosen)
+        print_json("freres.plan/1", {**document, "environment": describe_environment(chosen.model.device)})
         return
-    print_result(f"frames read      {budget.num_frames} of {budget.grid[0]}x{budget.grid[1]} tokens")
+    facts = _plan_document(plan, chosen)
+    print_result(f"frames read      {plan.num_frames} of {plan.size.grid_h}x{plan.size.grid_w} tokens")
     print_result(f"full tokens      {plan.full_tokens} ({plan.baseline_frames} frames)")
-    print_result(f"visual tokens    {budget.expected.total} of at most {budget.budget_tokens}")
-    for kind, count in by_kind.items():
+    print_result(f"visual tokens    {facts['visual_tokens']} of at most {facts['budget_tokens']}")
+    if plan.budget is None:
+        return
+    for kind, count in facts["tokens_by_kind"].items():
         print_result(f"  {kind:<14} {count}")
+    budget = plan.budget
     print_result(f"GoPs             {budget.num_anchors}, up to {budget.max_events} more for events")
     print_result(f"coefficients     {budget.num_coefficients} of {budget.pooled_grid[0]}x{budget.pooled_grid[1]} cells")
+
+
+def _plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]:
+    budget = plan.budget
+    visual = min(plan.budget_tokens, plan.full_tokens) if budget is None else budget.expected.total
+    return {
+        "method": chosen.method,
+        "visual_tokens": visual,
+        "budget_tokens": min(plan.budget_tokens, plan.full_tokens) if budget is None else plan.budget_tokens,
+        "full_tokens": plan.full_tokens,
+        "compression": plan.full_tokens / visual,
+        "tokens_by_kind": None if budget is None else vars(budget.expected),
+        "frames": plan.num_frames,
+        "baseline_frames": plan.baseline_frames,
+        "grid": [plan.num_frames, plan.size.grid_h, plan.size.grid_w],
+        "num_gops": None if budget is None else budget.num_anchors,
+        "num_coefficients": None if budget is None else budget.num_coefficients,
+        "pooled_grid": None if budget is None else list(budget.pooled_grid),
+        "max_events": None if budget is None else budget.max_events,
+        "is_lossless": plan.is_lossless,
+        "settings": chosen.settings.record(),
+    }

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import make_request
+from freres_cli.cli.compress import make_options
 from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
 from freres_cli.errors import UsageError
 
@@ -48,8 +48,10 @@ def demo(
 
 def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dict[str, Any]:
     from freres_cli.bench.report import describe_environment
-    from freres_cli.workflows.ask import AskRequest, open_session
-    from freres_cli.workflows.compress import compress_video
+    from freres_cli.pipeline.compressor import Compressor
+    from freres_cli.pipeline.models import Models
+    from freres_cli.pipeline.session import AskRequest, open_session
+    from freres_cli.workflows.compress import compress_file
     from freres_cli.workflows.profile import ProfileRequest
     from freres_cli.workflows.profile import profile as run_profile
     from freres_cli.world.make import make_demo_clip
@@ -57,12 +59,14 @@ def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dic
     clip = place / "clip.mp4"
     questions = make_demo_clip(clip).questions
     bundles, answers = [], []
+    models: Models | None = None
     for budget in DEMO_BUDGETS:
-        request = make_request(clip, {"budget_tokens": budget}, None, model, device=device)
-        result = compress_video(request, place / f"bundle-{budget}.pt")
+        chosen = make_options({"budget_tokens": budget}, None, model, device=device)
+        models = models or Models(chosen.model)
+        result = compress_file(Compressor.from_options(chosen, models), clip, place / f"bundle-{budget}.pt")
         bundles.append({"bundle": str(result.bundle), **result.manifest["tokens"], "timings_s": result.timings_s})
         bundles[-1]["peak_memory_bytes"] = result.peak_memory_bytes
-        session = open_session(AskRequest(result.bundle, request.device, model))
+        session = open_session(AskRequest(result.bundle, chosen.model.device, model), models)
         for item in questions:
             answer = session.ask(item.question, choices=item.choices)
             assert answer.choices is not None
@@ -77,11 +81,11 @@ def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dic
                     "ttft_s": answer.ttft_s,
                 }
             )
-    print_notes([f"profiling: one process for each row, on {request.device.description}"], quiet)
+    print_notes([f"profiling: one process for each row, on {chosen.model.device.description}"], quiet)
     question = questions[0].question
-    rows = run_profile(ProfileRequest(request.device, question, 1, 1, 8, 600.0, compress=request))
+    rows = run_profile(ProfileRequest(chosen.model.device, question, 1, 1, 8, 600.0, clip, chosen))
     facts = {"clip": str(clip), "bundles": bundles, "answers": answers, "profile": rows}
-    return {**facts, "environment": describe_environment(request.device)}
+    return {**facts, "environment": describe_environment(chosen.model.device)}
 
 
 def _print(document: dict[str, Any]) -> None:

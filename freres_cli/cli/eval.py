@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_request
+from freres_cli.cli.compress import gather_flags, make_options
 from freres_cli.cli.output import (
     format_seconds,
     print_json,
@@ -32,7 +33,13 @@ def evaluate(
         Path, typer.Argument(metavar="QUESTIONS", help="JSON lines: id, video, category, question, choices, answer.")
     ],
     methods: Annotated[
-        str, typer.Option("--methods", metavar="NAME,...", help="Of full, uniform, lowres, fre-res and blind.")
+        str,
+        typer.Option(
+            "--methods",
+            metavar="NAME,...",
+            help=f"Of {', '.join(METHODS)}.",
+            autocompletion=options.complete_method,
+        ),
     ] = "full,uniform,fre-res",
     budgets: Annotated[
         str,
@@ -75,24 +82,24 @@ def evaluate(
     blind, the question without any visual token. full and blind have one row, whatever the budgets. uniform and lowres
     have exactly the budget, fre-res never more. With deepstack: drop only full keeps the DeepStack rows.
     """
-    from freres_cli.workflows.budgets import parse_cells
-    from freres_cli.workflows.questions import read_questions
-    from freres_cli.workflows.results import results_path
+    from freres_cli.evaluation.cells import parse_cells
+    from freres_cli.evaluation.questions import read_questions
+    from freres_cli.evaluation.results import results_path
 
-    cells = parse_cells(methods, budgets)
+    cells = parse_cells(methods, budgets, {name: method.has_budget for name, method in METHODS.items()})
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
         raise UsageError("--set budget_tokens: each method has its budget from --budgets", "use --budgets")
     file = read_questions(questions, limit)
     path = None if output is None else results_path(output, questions)
-    compress = make_request(questions, flags, preset, model, revision, device=device, dtype=dtype)
-    from freres_cli.workflows.adapters import choose_adapter
+    chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype)
+    from freres_cli.pipeline.adapters import choose_adapter
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
 
-    chosen = choose_adapter(adapter, compress.model, compress.value("variant"))
-    cells = tuple(replace(cell, adapter=chosen) if cell.method == "fre-res" else cell for cell in cells)
-    request = EvalRequest(file, cells, compress, path, force)
+    own = choose_adapter(adapter, chosen.model.name, chosen.settings.variant)
+    cells = tuple(replace(cell, adapter=own) if cell.method == FRE_RES else cell for cell in cells)
+    request = EvalRequest(file, cells, chosen, path, force)
     with progress_bar("eval", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress)
     print_failures(result)
@@ -130,11 +137,9 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
         "results_file": None if request.output is None else str(request.output),
         "num_videos_resumed": result.num_resumed,
         "model": result.run["model"],
-        "settings": {
-            key: vars(setting) for key, setting in request.compress.settings.items() if key != "budget_tokens"
-        },
+        "settings": {key: s for key, s in request.options.settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),
-        "environment": describe_environment(request.compress.device, result.dtype),
+        "environment": describe_environment(request.options.model.device, result.dtype),
     }
 
 

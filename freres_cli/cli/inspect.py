@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.output import format_bytes, format_share, print_json, print_notes, print_result, print_table
+from freres_cli.cli.output import (
+    format_bytes,
+    format_share,
+    print_json,
+    print_line,
+    print_notes,
+    print_result,
+    print_table,
+)
 from freres_cli.errors import UsageError
 
 
@@ -52,9 +60,10 @@ def inspect(
         print_json("freres.inspect/1", {**report, "environment": describe_environment(choose_device("cpu"))})
         return
     _print_head(report)
-    _print_energy(report["energy"])
-    print_result("")
-    _print_gops(report["gops"])
+    if report["energy"] is not None:
+        _print_energy(report["energy"])
+        print_result("")
+        _print_gops(report["gops"])
     print_result("")
     rows = [(key, str(setting["value"]), setting["source"]) for key, setting in report["settings"].items()]
     print_table(("setting", "value", "from"), rows)
@@ -70,7 +79,8 @@ def _print_head(report: dict[str, Any]) -> None:
     source, model, sampling = report["source"], report["model"], report["sampling"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["tokens_by_kind"].items())
     lines = {
-        "source": f"{source['file']}, {source['codec']} {source['width_px']}x{source['height_px']}, "
+        "source": f"{source['file'] or 'frames'}, {source['codec'] or 'decoded'} "
+        f"{source['width_px']}x{source['height_px']}, "
         f"{source['duration_s']:.2f} s, sha256 {source['sha256'][:12]}",
         "model": f"{model['model_id']} ({model['family']}, {model['dtype']}), revision {model.get('revision') or 'none'}",
         "channels": _describe_channels(report),
@@ -79,12 +89,15 @@ def _print_head(report: dict[str, Any]) -> None:
         "tokens": f"{report['visual_tokens']} of at most {report['budget_tokens']} ({kinds})",
         "full": f"{report['full_tokens']} tokens in {sampling['baseline_frames']} frames: {report['compression']:.2f}x",
         "size": f"{format_bytes(report['bundle_bytes'])}, {format_bytes(report['bytes_per_token'])} a token",
-        "cuts": f"{report['cuts_found']} found, {report['cuts_not_honoured']} without an anchor for lack of budget",
     }
+    if report["cuts_found"] is not None:
+        lines["cuts"] = (
+            f"{report['cuts_found']} found, {report['cuts_not_honoured']} without an anchor for lack of budget"
+        )
     for name, text in lines.items():
-        print_result(f"{name:<8} {text}")
+        print_line(f"{name:<8} {text}")
     for note in [*source["notes"], *sampling["notes"]]:
-        print_result(f"{'note':<8} {note}")
+        print_line(f"{'note':<8} {note}")
 
 
 def _describe_channels(report: dict[str, Any]) -> str:
@@ -135,7 +148,7 @@ def _print_gops(gops: list[dict[str, Any]]) -> None:
 
 
 def _print_picture(drawn: dict[str, Any]) -> None:
-    print_result(
+    print_line(
         f"absorber {drawn['picture']}, {drawn['width_px']}x{drawn['height_px']} px: {len(drawn['gops_shown'])} of "
         f"{len(drawn['gops'])} GoPs, gamma {drawn['gamma']:.4g}"
     )

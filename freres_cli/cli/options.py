@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from freres_cli.errors import UsageError
-from freres_cli.presets import DEEPSTACK, environment_value, preset_names
+from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
+from freres_cli.presets import DEEPSTACK, preset_names
 
 BUNDLED = "bundled"
 
@@ -23,6 +23,17 @@ def complete_model(incomplete: str) -> list[str]:
     from freres_cli.cli.catalog import CHECKPOINT_IDS
 
     return [name for name in (BUNDLED, *CHECKPOINT_IDS) if name.startswith(incomplete)]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Methods, separated by commas, of which the last begins with what is typed."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
+
+
+def complete_bundle_method(incomplete: str) -> list[str]:
+    """Methods that make bundles and begin with what is typed."""
+    return [name for name in BUNDLE_METHODS if name.startswith(incomplete)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -81,27 +92,3 @@ Adapter = Annotated[
     typer.Option("--adapter", metavar="FILE|none", help="What freres train wrote; none for untrained tokens."),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]
-
-
-def device_name(flag: str | None) -> str | None:
-    """Flag, else FRERES_DEVICE."""
-    return flag or environment_value("device")
-
-
-def dtype_name(flag: str | None) -> str | None:
-    """Flag, else FRERES_DTYPE."""
-    return flag or environment_value("dtype")
-
-
-def check_revision(model: str | None, revision: str | None) -> None:
-    """Only hub models have revisions. Raises ``UsageError``."""
-    if revision is not None and (model == BUNDLED or (model is not None and Path(model).expanduser().is_dir())):
-        raise UsageError(f"--revision: {model} is no hub model: expected none, got {revision}", "leave --revision out")
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it. Raises ``UsageError``."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be a folder: {error.strerror}", "name another with -o") from error

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from freres_cli.errors import ExitStatus, FreresError, ResourceError
@@ -27,9 +30,35 @@ def print_result(text: str, end: str = "\n") -> None:
         raise ResourceError(f"standard output: cannot be written: {error.strerror}") from error
 
 
+def print_path(path: Path) -> None:
+    """Write the path of a result to stdout: as it is for other programs, without control characters on a terminal."""
+    print_result(_plain(str(path)) if sys.stdout.isatty() else str(path))
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Write text that a model or a file holds to stdout: line breaks and tabs stay, other control characters do not."""
+    print_result("".join(" " if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text), end)
+
+
+def print_line(text: str) -> None:
+    """Write a result line to stdout that holds names from files: one line without control characters."""
+    print_result(_plain(text))
+
+
 def print_json(schema: str, document: Mapping[str, Any]) -> None:
     """Write one JSON document to stdout; numbers that are not finite become null."""
-    print_result(json.dumps({"schema": schema, **_finite(document)}, indent=2, ensure_ascii=False, allow_nan=False))
+    print_result(_encode_json(schema, document, indent=2))
+
+
+def print_json_line(schema: str, document: Mapping[str, Any]) -> None:
+    """Write one JSON document to stdout, in a line of its own."""
+    print_result(_encode_json(schema, document, indent=None))
+
+
+def _encode_json(schema: str, document: Mapping[str, Any], indent: int | None) -> str:
+    text = json.dumps({"schema": schema, **_finite(document)}, indent=indent, ensure_ascii=False, allow_nan=False)
+    # JSON lets these stand; a terminal would obey them.
+    return re.sub(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", lambda c: f"\\u{ord(c[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:
@@ -56,7 +85,7 @@ def print_error(error: FreresError) -> None:
     """Write what went wrong and what to do about it, one line each."""
     print(f"error: {_plain(' '.join(error.message.split()))}", file=sys.stderr)
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        print(f"hint: {_plain(error.hint)}", file=sys.stderr)
 
 
 def _plain(text: str) -> str:

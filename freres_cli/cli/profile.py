@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_request
-from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
+from freres_cli.cli.compress import gather_flags, make_options
+from freres_cli.cli.output import (
+    format_bytes,
+    format_seconds,
+    print_json,
+    print_line,
+    print_notes,
+    print_result,
+    print_table,
+)
 from freres_cli.errors import UsageError, VideoError
 
 if TYPE_CHECKING:
@@ -50,30 +58,31 @@ def profile(
     full-token row stands in random latents.
     """
     from freres_cli.bench.report import describe_environment
-    from freres_cli.devices import choose_device
-    from freres_cli.workflows.ask import AskRequest
+    from freres_cli.pipeline.models import find_device, find_dtype
+    from freres_cli.pipeline.session import AskRequest
     from freres_cli.workflows.profile import ProfileRequest
     from freres_cli.workflows.profile import profile as run_profile
     from freres_cli.world.clip import make_clip
 
-    chosen = choose_device(options.device_name(device), attn)
+    chosen = find_device(device, attn)
     if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
         raise VideoError(f"{target}: no such file", "name a video or a bundle")
     with tempfile.TemporaryDirectory() if target is None else nullcontext() as folder:
         subject = make_clip(Path(folder) / "clip.mp4") if folder else target
         assert subject is not None
-        compress = bundle = None
+        compress = video = bundle = None
         if zipfile.is_zipfile(subject):
             if budget is not None or preset is not None or assignments:
                 raise UsageError(
                     "--budget, --preset, --set: a bundle has been compressed", "repack it, or name a video"
                 )
-            bundle = AskRequest(subject, chosen, model, revision, options.dtype_name(dtype))
+            bundle = AskRequest(subject, chosen, model, revision, find_dtype(dtype))
         else:
             flags = gather_flags(assignments, {"budget_tokens": budget})
-            compress = make_request(subject, flags, preset, model, revision, device=device, dtype=dtype, attn=attn)
+            compress = make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn)
+            video = subject
         request = ProfileRequest(
-            chosen, question, repeat, warmup, max_new_tokens, timeout, compress=compress, bundle=bundle
+            chosen, question, repeat, warmup, max_new_tokens, timeout, video=video, options=compress, bundle=bundle
         )
         print_notes(
             [chosen.note, chosen.attention_note, f"{repeat} runs a row after {warmup} warm-up; wait"], quiet or json
@@ -107,5 +116,5 @@ def _print_rows(rows: list[dict[str, Any]], request: ProfileRequest) -> None:
     )
     for row in rows:
         if row["message"]:
-            print_result(f"{row['method']}: {row['message']}")
+            print_line(f"{row['method']}: {row['message']}")
     print_result(f"medians of {request.repeat} runs; spread with --json")

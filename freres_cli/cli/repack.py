@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.output import format_bytes, print_json, print_notes, print_result
+from freres_cli.cli.output import format_bytes, print_json, print_notes, print_path
 from freres_cli.errors import UsageError
 from freres_cli.presets import DEEPSTACK
 
@@ -52,4 +52,4 @@ def repack(
     tokens = result.manifest["tokens"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
     print_notes([f"{tokens['visual_tokens']} visual tokens ({kinds}), {format_bytes(result.bundle_bytes)}"], quiet)
-    print_result(str(result.bundle))
+    print_path(result.bundle)

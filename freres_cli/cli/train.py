@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_request
+from freres_cli.cli.compress import gather_flags, make_options
 from freres_cli.cli.output import print_json, print_notes, print_result, print_warning, progress_bar
 from freres_cli.errors import UsageError
+from freres_cli.files import check_destination
 
 
 def train(
@@ -62,10 +63,9 @@ def train(
     A stopped run, started again with the same arguments, goes on from FILE.state. For several GPUs start it with
     torchrun or accelerate launch.
     """
-    from freres_cli.bundle.store import check_destination
-    from freres_cli.workflows.budgets import parse_budgets
-    from freres_cli.workflows.questions import read_questions
-    from freres_cli.workflows.workers import count_processes, is_first_process
+    from freres_cli.evaluation.cells import parse_budgets
+    from freres_cli.evaluation.questions import read_questions
+    from freres_cli.training.workers import count_processes, is_first_process
 
     if not 0 < validation < 1:
         raise UsageError(f"--validation: expected a share between 0 and 1, got {validation}")
@@ -80,12 +80,12 @@ def train(
         raise UsageError("--set budget_tokens: the adapter is trained for --budgets", "use --budgets")
     sizes = parse_budgets(budgets)
     file = read_questions(data, is_named=False)
-    compress = make_request(data, flags, preset, model, revision, device=device, dtype=dtype)
+    chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
 
     recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)
     folder = cache or output.with_name(output.name + ".cache")
-    request = TrainRequest(file, compress, recipe, output, folder, force)
+    request = TrainRequest(file, chosen, recipe, output, folder, force)
     silent = quiet or not is_first_process()
     with progress_bar("cache", silent or json, "videos") as progress:
         done = train_adapter(request, lambda line: print_notes([line], silent or json), progress)
@@ -97,7 +97,7 @@ def train(
     if json:
         from freres_cli.bench.report import describe_environment
 
-        print_json("freres.train/1", {**done, "environment": describe_environment(compress.device)})
+        print_json("freres.train/1", {**done, "environment": describe_environment(chosen.model.device)})
         return
     print_result(done["adapter"])
 

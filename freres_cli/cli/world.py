@@ -10,6 +10,7 @@ import typer
 from freres_cli.cli import options
 from freres_cli.cli.output import print_json, print_notes, print_result, progress_bar
 from freres_cli.errors import UsageError
+from freres_cli.files import make_folder
 
 world = typer.Typer(
     help="Clips with known answers, and the model that is trained on them.",
@@ -42,7 +43,7 @@ def make(
 
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
-    options.make_folder(output)
+    make_folder(output)
     if any(output.iterdir()):
         raise UsageError(
             f"{output}: expected a new or empty folder", "name another with -o, or remove what a stopped run left"
@@ -88,12 +89,12 @@ def train(
     """
     if start not in (None, options.BUNDLED) and not Path(start).is_dir():
         raise UsageError(f"--start: {start}: no such folder", "name the folder of a model, or bundled")
-    options.make_folder(output)
-    from freres_cli.devices import choose_device
+    make_folder(output)
+    from freres_cli.pipeline.models import find_device
     from freres_cli.workflows.train_world import TrainRequest, train_world
     from freres_cli.world.bundled_model import bundled_model_dir
 
-    place = choose_device(options.device_name(device))
+    place = find_device(device)
     first = bundled_model_dir() if start == options.BUNDLED else None if start is None else Path(start)
     request = TrainRequest(output, place, tower_steps, steps, seed, first)
     done = train_world(request, lambda line: print_notes([line], quiet or json))

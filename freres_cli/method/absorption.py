@@ -10,7 +10,7 @@ from torch import Tensor
 from freres_cli.method.absorber import neighbours_of
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.tokens import evaluate_dynamic, order_dynamic
-from freres_cli.records import Tracks
+from freres_cli.tracks import Tracks
 
 
 @dataclass(frozen=True)

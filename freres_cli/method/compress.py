@@ -11,7 +11,7 @@ from freres_cli.method.budget import BudgetPlan, MethodSettings
 from freres_cli.method.gop import ClosedGop, OpenGop
 from freres_cli.method.residuals import pool_to_cells
 from freres_cli.method.select import select_tracks
-from freres_cli.records import GOP_STARTS, Tracks
+from freres_cli.tracks import GOP_STARTS, Tracks
 
 UNIFORM, EVENT, DEMOTED = range(len(GOP_STARTS))
 

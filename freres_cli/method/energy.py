@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.dct import dct_basis, null_energy_share
-from freres_cli.method.gop import NUM_SEGMENTS, segment_of_bin, sum_by_segment
+from freres_cli.method.gop import segment_of_bin, sum_by_segment
 from freres_cli.method.tokens import seconds_at
-from freres_cli.records import Tracks
+from freres_cli.tracks import NUM_SEGMENTS, Tracks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from freres_cli.method.absorber import SpatialGuidedAbsorber, neighbour_table, neighbours_of
-from freres_cli.records import TOKEN_KINDS, Tracks
+from freres_cli.records import TOKEN_KINDS
+from freres_cli.tracks import Tracks
 
 RAW_BRANCH, TEMPORAL_BRANCH = 0, 1
 ANCHOR = TOKEN_KINDS.index("anchor")

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from freres_cli.method.dct import dct_basis
 from freres_cli.method.residuals import ResidualTrajectory, cell_areas, pool_to_cells
-
-NUM_SEGMENTS = 8  # eighths of a GoP, in which lost energy is told
-NUM_REPORTED_BANDS = 8
+from freres_cli.tracks import NUM_REPORTED_BANDS, NUM_SEGMENTS
 
 
 @dataclass(eq=False)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from freres_cli.method.anchors import prune_order, spread_order
 from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings, allocate_budget, num_static_cells
-from freres_cli.method.gop import NUM_SEGMENTS, ClosedGop
+from freres_cli.method.gop import ClosedGop
 from freres_cli.method.residuals import cell_centres
-from freres_cli.records import GOP_STARTS, Tracks
+from freres_cli.tracks import COLUMNS, GOP_STARTS, NUM_SEGMENTS, TABLE_OF_KIND, Tracks
 
 # A coefficient below this share of a mean anchor token's energy is rounding, not motion (paper: near-zero cells are
 # dropped; the value is ours).
@@ -70,18 +70,17 @@ def cut_tracks(tracks: Tracks, settings: MethodSettings, budget_tokens: int) -> 
         static_available=counts["static"],
         dynamic_available=counts["dynamic"],
     )
-    sizes = {"anchor": allocation.anchor, "coefficient": allocation.dynamic}
-    sizes |= {"static": allocation.static, "summary": allocation.summary}
+    sizes = {TABLE_OF_KIND[kind]: count for kind, count in vars(allocation).items()}
     cut: dict[str, Any] = {
-        name: tensor[: sizes[name.partition("_")[0]]].clone()
-        for name, tensor in tracks.tensors().items()
-        if name.partition("_")[0] in sizes
+        name: getattr(tracks, name)[: sizes[column.table]].clone()
+        for name, column in COLUMNS.items()
+        if column.table in sizes
     }
     if settings.variant != "idct":
-        cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
+        cells = tracks.num_cells
         used = cut["coefficient_gop"] * cells + cut["coefficient_cell"]
         keep = torch.isin(tracks.base_gop * cells + tracks.base_cell, used)
-        cut |= {name: getattr(tracks, name)[keep] for name in ("base_latents", "base_gop", "base_cell")}
+        cut |= {name: getattr(tracks, name)[keep] for name, column in COLUMNS.items() if column.table == "base"}
     return replace(tracks, **cut)
 
 

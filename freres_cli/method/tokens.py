@@ -12,7 +12,8 @@ from freres_cli.method.anchors import spread_order
 from freres_cli.method.dct import dct_basis_at
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.residuals import cell_centres
-from freres_cli.records import TOKEN_KINDS, Tracks, VideoTokens
+from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.tracks import Tracks
 
 ANCHOR, DYNAMIC, STATIC, SUMMARY = range(len(TOKEN_KINDS))
 VARIANTS_WITHOUT_ABSORBER = ("concat", "idct")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.errors import UsageError
-from freres_cli.presets import Setting
-from freres_cli.workflows.adapters import load_adapter
-from freres_cli.workflows.budgets import Budget, Cell
-from freres_cli.workflows.compress import CompressRequest
-from freres_cli.workflows.questions import QuestionFile
-from freres_cli.workflows.train_adapter import Recipe, TrainRequest, describe_left_out, load_model, train_adapter
+from freres_cli.evaluation.cells import Budget, Cell
+from freres_cli.evaluation.questions import QuestionFile
+from freres_cli.pipeline.adapters import load_adapter
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.presets import Settings
+from freres_cli.workflows.train_adapter import Recipe, TrainRequest, describe_left_out, train_adapter
 from freres_cli.workflows.training_data import used_settings
 
 # What each trained row is trained for: the same data, steps and seed.
@@ -76,31 +79,37 @@ def make_cells(tables: Sequence[str], budgets: Sequence[Budget], adapters: Mappi
             if row.adapter and not adapters and name == "components":
                 continue
             path = adapters.get(row.adapter or "")
-            cells += [Cell("fre-res", budget, row.label, row.settings, path) for budget in budgets]
+            cells += [Cell(FRE_RES, budget, row.label, row.settings, path) for budget in budgets]
     return tuple(cells)
 
 
 def train_variants(
     data: QuestionFile,
-    compress: CompressRequest,
+    options: CompressOptions,
     recipe: Recipe,
     tables: Sequence[str],
     folder: Path,
     log: Callable[[str], None],
     warn: Callable[[str], None],
+    models: Models | None = None,
 ) -> dict[str, Path]:
-    """Train an adapter for each variant, or find it in ``folder`` from an earlier run. ``warn`` is told, once, what the
-    trainings left out. Raises ``UsageError`` for an adapter that other data, settings or another recipe made."""
+    """Train an adapter for each variant, or find it in ``folder`` from an earlier run.
+
+    ``data``, ``options``, ``recipe``: what to train on and how. ``tables``: those the adapters are for. ``log``: told how
+    training goes. ``warn``: told, once, what the trainings left out. ``models``: the model, where it is open already.
+    Raises ``UsageError`` for an adapter that other data, settings or another recipe made.
+    """
+    models = models or Models(options.model)
     adapters = {}
     told: set[str] = set()
     for variant in TRAINED_VARIANTS:
         path = folder / f"{variant}.safetensors"
-        settings = training_settings(compress.settings, variant, tables)
-        request = TrainRequest(data, replace(compress, settings=settings), recipe, path, folder / "cache")
+        settings = training_settings(options.settings, variant, tables)
+        request = TrainRequest(data, replace(options, settings=settings), recipe, path, folder / "cache")
         if path.exists():
-            facts = _read_same_training(request)
+            facts = _read_same_training(request, models)
         else:
-            facts = train_adapter(request, lambda line, variant=variant: log(f"{variant}: {line}"))  # type: ignore[misc]
+            facts = train_adapter(request, partial(_log_variant, log, variant), models=models)
         # The variants have the same data, and mostly lack the same of it.
         for line in describe_left_out(facts):
             if line not in told:
@@ -110,27 +119,31 @@ def train_variants(
     return adapters
 
 
-def training_settings(settings: Mapping[str, Setting], variant: str, tables: Sequence[str]) -> dict[str, Setting]:
+def _log_variant(log: Callable[[str], None], variant: str, line: str) -> None:
+    log(f"{variant}: {line}")
+
+
+def training_settings(settings: Settings, variant: str, tables: Sequence[str]) -> Settings:
     """The settings an adapter is trained with: the run's, with as many coefficients as the tables sweep over."""
-    changed = {"variant": Setting(variant, "ablate")}
+    changed: dict[str, Any] = {"variant": variant}
     if "coefficients" in tables:
         swept = max(dict(row.settings)["max_coefficients"] for row in TABLES["coefficients"])
-        if swept > settings["max_coefficients"].value:
-            changed["max_coefficients"] = Setting(swept, "ablate")
-    return {**settings, **changed}
+        if swept > settings.max_coefficients:
+            changed["max_coefficients"] = swept
+    return settings.with_values("ablate", **changed)
 
 
-def _read_same_training(request: TrainRequest) -> Mapping[str, Any]:
+def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, Any]:
     """What the adapter that is there says of its training. Raises ``UsageError`` where that is not the one asked for,
     or where it does not say."""
-    made = load_adapter(request.output, load_model(request.compress).fingerprint).training
+    made = load_adapter(request.output, models.language_model.fingerprint).training
     wanted = {"recipe": request.recipe.facts(), "data_sha256": request.data.sha256}
     differing = [key for key, value in wanted.items() if made.get(key) != value]
     known = made.get("settings")
     if not isinstance(known, dict):
         differing.append("settings (not recorded)")
     else:
-        settings = used_settings(request.compress)
+        settings = used_settings(request.options)
         differing += [key for key in sorted({*known, *settings}) if known.get(key) != settings.get(key)]
     if differing:
         raise UsageError(

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freres_cli.bundle.store import Bundle, check_destination, write_atomically
+from freres_cli.bundle.store import StoredBundle
 from freres_cli.errors import BackboneError, BundleError, UsageError
+from freres_cli.files import check_destination, write_atomically
 from freres_cli.method.absorption import map_absorption
 from freres_cli.method.tokens import VARIANTS_WITHOUT_ABSORBER
+from freres_cli.pipeline.adapters import choose_adapter, load_modules
 from freres_cli.video.picture import draw_maps, encode_png
-from freres_cli.workflows.adapters import choose_adapter, load_modules
 
 FLAG = "--absorber"
 MAX_GOPS_SHOWN = 20
@@ -32,7 +33,7 @@ class PictureRequest:
 
 
 def check_picture(bundle: Path, request: PictureRequest) -> None:
-    """Refuse, before any work is done, a picture that cannot be written. Raises ``UsageError`` or ``BundleError``."""
+    """Refuse, before any work is done, a picture that cannot be written. Raises ``UsageError``."""
     output = request.output
     if output.suffix.lower() != ".png":
         raise UsageError(f"{FLAG}: expected a file name ending in .png, got {output}")
@@ -43,12 +44,12 @@ def check_picture(bundle: Path, request: PictureRequest) -> None:
             raise UsageError(f"{output}: is the {name} itself", f"name another file with {FLAG}")
 
 
-def draw_absorption(bundle: Bundle, request: PictureRequest) -> dict[str, Any]:
+def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, Any]:
     """Write the picture, a row for each GoP: energy of its kept coefficients, and what was absorbed, by cell.
 
     Returns what it shows, with the maps of every GoP as numbers. A long clip shows the GoPs of most energy, in order of
-    time. Raises ``UsageError`` without an adapter, ``BundleError`` for a bundle in which nothing can be absorbed or a
-    place that cannot be written, ``BackboneError`` for an adapter that is damaged or does not fit.
+    time. Raises ``UsageError`` without an adapter or for a place that cannot be written, ``BundleError`` for a bundle in
+    which nothing can be absorbed, ``BackboneError`` for an adapter that is damaged or does not fit.
     """
     tracks = bundle.tracks
     variant = bundle.manifest["settings"]["variant"]["value"]

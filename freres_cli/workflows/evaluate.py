@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from freres_cli import __version__
-from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.checkpoint import BUNDLED
-from freres_cli.backbones.registry import load_language_model
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError
+from freres_cli.evaluation.cells import Cell
+from freres_cli.evaluation.questions import Question, QuestionFile, is_right
+from freres_cli.evaluation.results import REMEDY, ResultsFile
+from freres_cli.evaluation.scores import summarize
 from freres_cli.method.fusion import FreResModules
+from freres_cli.pipeline.adapters import check_shape, check_variant, load_adapter
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.notes import describe_limits
+from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.session import Session, refuse_control_tokens
+from freres_cli.pipeline.tokens import with_deep_rows
 from freres_cli.video.probe import hash_file
-from freres_cli.workflows.adapters import check_shape, check_variant, load_adapter
-from freres_cli.workflows.ask import Session, refuse_control_tokens, with_deep_rows
-from freres_cli.workflows.budgets import Cell
-from freres_cli.workflows.clips import EncodedClip
-from freres_cli.workflows.compress import CompressRequest, describe_limits, load_encoder
-from freres_cli.workflows.questions import Question, QuestionFile, is_right
-from freres_cli.workflows.results import REMEDY, ResultsFile
-from freres_cli.workflows.scores import summarize
-from freres_cli.world.bundled_model import bundled_model_dir
 from freres_cli.world.make import is_world_clip
 
 MAX_ANSWER_TOKENS = 16
@@ -37,18 +39,20 @@ Modules = Mapping[Path | None, FreResModules]
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to ask and how. ``compress`` holds model, device and settings; its video is none of the questions'.
+    """What to ask and how.
 
-    ``output``: the results file, continued where it holds the same run; ``None`` keeps them in memory. ``remedy``: what
-    to do where it holds something else.
+    ``questions``: the file. ``cells``: the methods and budgets compared. ``options``: model, device and settings.
+    ``output``: the results file, continued where it holds the same run; ``None`` keeps them in memory. ``force``: begin
+    anew where it holds something else. ``remedy``: what to do otherwise. ``max_answer_tokens``: of a free answer.
     """
 
     questions: QuestionFile
     cells: tuple[Cell, ...]
-    compress: CompressRequest
+    options: CompressOptions
     output: Path | None = None
     force: bool = False
     remedy: str = REMEDY
+    max_answer_tokens: int = MAX_ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,15 @@ class EvalResult:
     notes: tuple[str, ...]
 
 
-def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResult:
+def evaluate(request: EvalRequest, progress: Progress | None = None, models: Models | None = None) -> EvalResult:
     """Ask every question by every method and sum up.
 
-    A video that cannot be used is a failed row, and its questions count for no method. Raises
-    ``VideoError`` when no video could be used, ``UsageError`` for a question the model reads as a command.
+    A video that cannot be used is a failed row, and its questions count for no method. ``progress``: told how many
+    videos of how many are done. ``models``: the model, where it is open already. Raises ``VideoError`` when no video
+    could be used, ``UsageError`` for a question the model reads as a command.
     """
-    encoder = load_encoder(request.compress)
-    model = _load_language_model(request.compress)
+    models = models or Models(request.options.model)
+    encoder, model = models.encoder, models.language_model
     refuse_control_tokens(request.questions, model)
     modules = load_all_modules(request, model)
     run = describe_run(request, model)
@@ -82,7 +87,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         if _is_done(results.rows.get(name), questions, len(request.cells)):
             num_resumed += 1
             continue
-        results.append(evaluate_video(request, name, questions, encoder, model, modules))
+        results.append(evaluate_video(request, name, questions, models, modules))
     rows = [results.rows[name] for name in videos]
     if all(row["status"] == "failed" for row in rows):
         raise VideoError(
@@ -91,10 +96,10 @@ def evaluate(request: EvalRequest, progress: Progress | None = None) -> EvalResu
         )
     summary = summarize(request.questions, rows, request.cells)
     # Every file is opened again for it: only where the bundled model answers.
-    is_known = request.compress.model != BUNDLED or all(
+    is_known = request.options.model.name != BUNDLED or all(
         is_world_clip(videos[row["video"]][0].video) for row in rows if row["status"] == "ok"
     )
-    limits = describe_limits(request.compress.model, is_known)
+    limits = describe_limits(request.options.model.name, is_known)
     notes = (*limits, *_describe_drop(request, model), *encoder.notes, *model.notes)
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
 
@@ -106,7 +111,7 @@ def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
     for cell in request.cells:
         if cell.adapter is not None:
             adapter = load_adapter(cell.adapter, model.fingerprint)
-            settings = {key: setting.value for key, setting in request.compress.settings.items()} | dict(cell.settings)
+            settings = request.options.settings.values() | dict(cell.settings)
             check_variant(adapter, settings["variant"])
             check_shape(adapter, model.width, settings["max_coefficients"])
             found[cell.adapter] = adapter.modules.to(model.device)
@@ -115,18 +120,17 @@ def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
 
 def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
     """Return everything that decides the answers: a results file is continued only where all of it is equal."""
-    compress = request.compress
-    settings = {key: setting.value for key, setting in compress.settings.items() if key != "description"}
+    settings = request.options.settings.values()
     del settings["budget_tokens"]  # each cell has its own
     return {
         "freres_version": __version__,
         "questions_sha256": request.questions.sha256,
         "methods": [[cell.name, dict(cell.settings), cell.adapter_sha256] for cell in request.cells],
         "model": dict(model.fingerprint),
-        "device": compress.device.name,
+        "device": request.options.model.device.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "settings": settings,
-        "max_answer_tokens": MAX_ANSWER_TOKENS,
+        "max_answer_tokens": request.max_answer_tokens,
     }
 
 
@@ -134,20 +138,26 @@ def evaluate_video(
     request: EvalRequest,
     name: str,
     questions: Sequence[Question],
-    encoder: VisionEncoder,
-    model: LanguageModel,
+    models: Models,
     modules: Modules,
 ) -> dict[str, Any]:
-    """Return the row of one video: encoded once, its questions asked from one prefill for each method and budget."""
-    compress = replace(request.compress, video=questions[0].video)
-    timer = StageTimer(torch.device(request.compress.device.name))
+    """Return the row of one video: encoded once, its questions asked from one prefill for each method and budget.
+
+    ``request``: of the run. ``name``: the video's, in the questions file. ``questions``: those on it. ``models``: the
+    model. ``modules``: the adapters by path.
+    """
+    video = questions[0].video
+    timer = StageTimer(torch.device(request.options.model.device.name))
     row: dict[str, Any] = {"video": name, "status": "ok", "message": None}
     try:
         with memory_errors_as(f"video {name}", "evaluate it on a machine with more memory, or with a smaller --dtype"):
-            row["video_sha256"] = hash_file(compress.video)
-            clip = EncodedClip(compress, encoder, timer)
+            row["video_sha256"] = hash_file(video)
+            clip = EncodedClip(VideoSource(video), request.options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
-            row["cells"] = [_ask_cell(cell, clip, compress, questions, model, modules, timer) for cell in request.cells]
+            row["cells"] = [
+                _ask_cell(cell, clip, request, questions, models.language_model, modules, timer)
+                for cell in request.cells
+            ]
     except FreresError as error:
         return {"video": name, "status": "failed", "message": error.message}
     return row | {"decode_s": timer.seconds["decode"], "encode_s": timer.seconds["encode"]}
@@ -156,7 +166,7 @@ def evaluate_video(
 def _ask_cell(
     cell: Cell,
     clip: EncodedClip,
-    compress: CompressRequest,
+    request: EvalRequest,
     questions: Sequence[Question],
     model: LanguageModel,
     modules: Modules,
@@ -169,13 +179,14 @@ def _ask_cell(
         budget_tokens = cell.budget.tokens(clip.full_tokens)
     assert budget_tokens is not None
     timer.seconds.pop("compress", None)
-    own = clip.with_settings(cell.settings) if cell.settings else clip
+    own = clip.with_settings(dict(cell.settings)) if cell.settings else clip
     tokens = own.build_tokens(cell.method, budget_tokens, modules.get(cell.adapter))
-    tokens = with_deep_rows(tokens, model)
-    session = Session(model, tokens, clip.full_tokens, compress.value("text_after"), load_s=0.0)
+    tokens = with_deep_rows(tokens, model.num_deep_layers)
+    session = Session(model, tokens, clip.full_tokens, request.options.settings.text_after, load_s=0.0)
     answers: dict[str, tuple[str, bool, float]] = {}
     for question in questions:
-        said = session.ask(question.question, choices=question.choices, max_new_tokens=MAX_ANSWER_TOKENS)
+        said = session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
+        assert said.ttft_s is not None
         answers[question.id] = (said.text, is_right(said.text, question), said.ttft_s)
     return {
         "method": cell.method,
@@ -190,7 +201,7 @@ def _ask_cell(
 
 def _describe_drop(request: EvalRequest, model: LanguageModel) -> tuple[str, ...]:
     """What dropped DeepStack rows mean for the comparison, in words; nothing where none are dropped."""
-    if request.compress.value("deepstack") != "drop":
+    if request.options.settings.deepstack != "drop":
         return ()
     if not model.num_deep_layers:
         return ("deepstack has no effect: the model has no such rows",)
@@ -207,9 +218,3 @@ def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cell
         return bool(row["video_sha256"] == hash_file(questions[0].video))
     except VideoError:
         return False
-
-
-def _load_language_model(request: CompressRequest) -> LanguageModel:
-    return load_language_model(
-        request.model, request.device, request.dtype, request.revision, bundled_directory=bundled_model_dir()
-    )

@@ -9,24 +9,26 @@ import torch
 
 from freres_cli.bundle.store import read_bundle
 from freres_cli.method.energy import EnergyReport, report_energy
-from freres_cli.method.tokens import build_tokens
-from freres_cli.records import GOP_STARTS, TOKEN_KINDS, Tracks, VideoTokens
+from freres_cli.pipeline.adapters import NO_ADAPTER
+from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.tracks import GOP_STARTS, Tracks
 from freres_cli.workflows.absorption import PictureRequest, check_picture, draw_absorption
 
 
 def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureRequest | None = None) -> dict[str, Any]:
-    """Return everything a bundle says of itself; ``with_tokens`` adds one row for each visual token.
+    """Return everything a bundle says of itself. Residual energy and GoPs are ``None`` for methods that have none.
 
-    ``picture`` has the absorber drawn into a file, and adds its maps. Raises ``BundleError``, and what
-    ``draw_absorption`` raises.
+    ``with_tokens``: add one row for each visual token. ``picture``: draw the absorber into a file, and add its maps.
+    Raises ``BundleError``, and what ``draw_absorption`` raises.
     """
     if picture is not None:
         check_picture(path, picture)
     bundle = read_bundle(path)
-    tracks, manifest = bundle.tracks, bundle.manifest
-    variant = manifest["settings"]["variant"]["value"]
-    energy = report_energy(tracks)
-    tokens = build_tokens(tracks, variant)
+    content, manifest = bundle.content, bundle.manifest
+    # Without any adapter: what the bundle itself holds.
+    tokens = load_tokens(content, manifest, NO_ADAPTER, str(path)).tokens
+    latents = content.anchor_latents if isinstance(content, Tracks) else content.latents
     report: dict[str, Any] = {
         "bundle": str(path),
         "bundle_bytes": bundle.num_bytes,
@@ -34,17 +36,16 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
         **{key: manifest[key] for key in ("freres_version", "model", "source", "sampling", "geometry", "settings")},
         **manifest["tokens"],
         "history": manifest["history"],
-        "channels": tracks.anchor_latents.shape[1],
-        "latents_dtype": str(tracks.anchor_latents.dtype).removeprefix("torch."),
-        "energy": {
-            "clip_kept": energy.clip_kept,
-            "pooling_kept": energy.pooling_kept,
-            "spectrum": list(energy.spectrum),
-            "null_spectrum": list(energy.null_spectrum),
-            "worst_seconds": [vars(loss) for loss in energy.losses],
-        },
+        "channels": latents.shape[1],
+        "latents_dtype": str(latents.dtype).removeprefix("torch."),
+        "schema_version": bundle.schema_version,
+        "energy": None,
+        "gops": None,
     }
-    report["gops"] = _describe_gops(tracks, tokens, energy)
+    if isinstance(content, Tracks):
+        energy = report_energy(content)
+        report["energy"] = _describe_energy(energy)
+        report["gops"] = _describe_gops(content, tokens, energy)
     if with_tokens:
         report["tokens"] = [
             {"kind": TOKEN_KINDS[kind], "gop": gop, "t": t, "h": h, "w": w, "seconds": second, "energy": e}
@@ -60,6 +61,16 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
     if picture is not None:
         report["absorber"] = draw_absorption(bundle, picture)
     return report
+
+
+def _describe_energy(energy: EnergyReport) -> dict[str, Any]:
+    return {
+        "clip_kept": energy.clip_kept,
+        "pooling_kept": energy.pooling_kept,
+        "spectrum": list(energy.spectrum),
+        "null_spectrum": list(energy.null_spectrum),
+        "worst_seconds": [vars(loss) for loss in energy.losses],
+    }
 
 
 def _describe_gops(tracks: Tracks, tokens: VideoTokens, energy: EnergyReport) -> list[dict[str, Any]]:

@@ -14,27 +14,31 @@ from typing import Any
 
 import torch
 
-from freres_cli.backbones.registry import load_language_model
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bench.report import summarize_runs
+from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, FreresError, ResourceError
-from freres_cli.method.tokens import build_tokens
-from freres_cli.presets import Setting
+from freres_cli.pipeline.adapters import NO_ADAPTER
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.manifest import build_manifest
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, plan_compression
+from freres_cli.pipeline.session import AskRequest, Session, open_session
+from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import VideoTokens
-from freres_cli.workflows.ask import AskRequest, Session, open_session, with_deep_rows
-from freres_cli.workflows.compress import CompressRequest, load_encoder, plan_compression, run_stages
-from freres_cli.world.bundled_model import bundled_model_dir
 
-FULL_BUDGET = 2**31 - 1  # every token of the clip
 STAGES = ("load_s", "decode_s", "encode_s", "compress_s", "prefill_s", "ttft_s", "next_ttft_s", "tpot_s")
 
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What to measure. One of ``compress`` (a video) and ``bundle`` is given.
+    """What to measure: a video, compressed with ``options``, or a ``bundle``.
 
-    ``warmup`` runs are not counted; ``timeout_s`` ends a row that takes longer.
+    ``device``: where the models run. ``question``, ``max_new_tokens``: what is asked, and most tokens of the answer.
+    ``repeat`` runs are counted, after ``warmup`` that are not; ``timeout_s`` ends a row that takes longer.
     """
 
     device: Device
@@ -43,23 +47,33 @@ class ProfileRequest:
     warmup: int
     max_new_tokens: int
     timeout_s: float
-    compress: CompressRequest | None = None
+    video: Path | None = None
+    options: CompressOptions | None = None
     bundle: AskRequest | None = None
 
 
 def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
-    """Return a row for Fre-Res and one for the full-token run of the same model.
+    """Return a row for the method of the clip or the bundle, and one for the full-token run of the same model.
+
+    ``on_row``: told each row as it is known.
 
     A row has ``status`` ok, out_of_memory, context_exceeded or timed_out; figures it does not reach are ``None``.
     Raises the ``FreresError`` of a video, bundle or model that cannot be used at all.
     """
     rows = []
-    for method in ("fre-res", "full"):
+    for method in dict.fromkeys((_method_of(request), "full")):
         row = run_apart(request, method)
         rows.append(row)
         if on_row is not None:
             on_row(row)
     return rows
+
+
+def _method_of(request: ProfileRequest) -> str:
+    if request.options is not None:
+        return request.options.method
+    assert request.bundle is not None
+    return str(read_bundle(request.bundle.bundle).manifest["settings"]["method"]["value"])
 
 
 RowTarget = Callable[[Connection, ProfileRequest, str], None]
@@ -144,11 +158,11 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
     memory = PeakMemory(device)
     row = _empty_row(method, "ok", None) | {"base_memory_bytes": memory.read_bytes()}
     runs: dict[str, list[float]] = {stage: [] for stage in STAGES}
-    if request.compress is not None:
+    if request.options is not None:
         tokens, full_tokens = _encode_runs(request, method, runs)
         row["encode_peak_memory_bytes"] = memory.read_bytes()
         memory.reset()
-        session = _session_for(request, tokens, full_tokens, runs)
+        session = _session_for(request.options, tokens, full_tokens, runs)
     else:
         assert request.bundle is not None
         session = open_session(request.bundle)
@@ -169,47 +183,38 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
 
 def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[float]]) -> tuple[VideoTokens, int]:
     """Decode, encode and compress as often as asked; return the tokens and the full-token count."""
-    compress = request.compress
-    assert compress is not None
+    options, video = request.options, request.video
+    assert options is not None and video is not None
     if method == "full":
-        settings = {
-            **compress.settings,
-            "budget_tokens": Setting(FULL_BUDGET, "full"),
-            "track_density": Setting(1, "full"),
-            "variant": Setting("absorber", "full"),
-            "deepstack": Setting("keep", "full"),
-        }
-        compress = replace(compress, settings=settings)
+        full = {"budget_tokens": FULL_BUDGET, "track_density": 1, "variant": "absorber", "deepstack": "keep"}
+        options = replace(options, method=FRE_RES, settings=options.settings.with_values("full", **full))
+    compressor = Compressor.from_options(options)
     timer = StageTimer(torch.device(request.device.name))
     with timer.stage("load"):
-        encoder = load_encoder(compress)
+        encoder = compressor.models.encoder
     runs["load_s"].append(timer.seconds["load"])
-    plan = plan_compression(compress, encoder)
+    source = VideoSource(video)
+    plan = plan_compression(options, encoder, source.info)
     for run in range(-request.warmup, request.repeat):
         timer.seconds.clear()
-        tracks, _, _ = run_stages(compress, plan, encoder, timer)
+        reduction, report = compressor.run_stages(source, options, plan, timer)
         if run >= 0:
             for stage in ("decode", "encode", "compress"):
                 runs[f"{stage}_s"].append(timer.seconds[stage])
-    with torch.no_grad():
-        tokens = build_tokens(tracks, compress.settings["variant"].value)
-    return tokens, min(plan.baseline_frames, tracks.grid[0]) * plan.size.num_tokens
+    manifest = build_manifest(source, options, plan, encoder, reduction, report)
+    tokens = load_tokens(reduction.content, manifest, NO_ADAPTER, str(video)).tokens
+    return tokens, int(manifest["tokens"]["full_tokens"])
 
 
 def _session_for(
-    request: ProfileRequest, tokens: VideoTokens, full_tokens: int, runs: dict[str, list[float]]
+    options: CompressOptions, tokens: VideoTokens, full_tokens: int, runs: dict[str, list[float]]
 ) -> Session:
     """Return a session over tokens that were never written to a bundle."""
-    compress = request.compress
-    assert compress is not None
-    timer = StageTimer(torch.device(request.device.name))
+    timer = StageTimer(torch.device(options.model.device.name))
     with timer.stage("load"):
-        model = load_language_model(
-            compress.model, compress.device, compress.dtype, compress.revision, bundled_directory=bundled_model_dir()
-        )
+        model = Models(options.model).language_model
     runs["load_s"][0] += timer.seconds["load"]
-    tokens = with_deep_rows(tokens, model)
-    return Session(model, tokens, full_tokens, compress.settings["text_after"].value, timer.seconds["load"])
+    return Session(model, tokens, full_tokens, options.settings.text_after, timer.seconds["load"])
 
 
 def _stand_in(tokens: VideoTokens, full_tokens: int) -> VideoTokens:
@@ -242,6 +247,7 @@ def _ask_once(session: Session, request: ProfileRequest, runs: dict[str, list[fl
     second = session.ask(request.question, max_new_tokens=1)
     if runs is not None:
         runs["prefill_s"].append(session.prefill_s)
+        assert first.ttft_s is not None and second.ttft_s is not None
         runs["ttft_s"].append(first.ttft_s)
         runs["next_ttft_s"].append(second.ttft_s)
         runs["tpot_s"] += [] if first.tpot_s is None else [first.tpot_s]

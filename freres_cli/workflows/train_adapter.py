@@ -17,24 +17,24 @@ import torch
 from torch import nn
 
 from freres_cli import __version__
-from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.gradients import score_answers
-from freres_cli.backbones.registry import load_language_model
 from freres_cli.bundle.adapter import write_adapter
-from freres_cli.bundle.store import check_destination
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import UsageError
+from freres_cli.evaluation.cells import Budget
+from freres_cli.evaluation.questions import QuestionFile
+from freres_cli.files import check_destination
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import answer_loss, distillation_loss, total_loss
 from freres_cli.method.tokens import build_tokens
-from freres_cli.workflows.ask import refuse_control_tokens, with_deep_rows
-from freres_cli.workflows.budgets import Budget
-from freres_cli.workflows.compress import CompressRequest, load_encoder
-from freres_cli.workflows.questions import QuestionFile
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.session import refuse_control_tokens
+from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.training.state import put_back, read_state, save_state
+from freres_cli.training.workers import Workers
 from freres_cli.workflows.training_data import Example, Progress, TrainingData, prepare_data, used_settings
-from freres_cli.workflows.training_state import put_back, read_state, save_state
-from freres_cli.workflows.workers import Workers
-from freres_cli.world.bundled_model import bundled_model_dir
 
 MAX_RANK, MAX_SHARE = 64, 0.01  # of the language model's parameters, what is trained
 SHOWN_FAILURES = 10
@@ -65,11 +65,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """``compress`` holds model, device and settings; its video is none of the data's. ``output``: the adapter;
-    its state lies beside it, as ``.state``."""
+    """What to train on, and how.
+
+    ``data``: the questions with their answers. ``options``: model, device and settings. ``recipe``: how to train.
+    ``output``: the adapter; its state lies beside it, as ``.state``. ``cache``: folder of the compressed videos.
+    ``force``: replace an existing adapter.
+    """
 
     data: QuestionFile
-    compress: CompressRequest
+    options: CompressOptions
     recipe: Recipe
     output: Path
     cache: Path
@@ -86,38 +90,39 @@ class Score:
 
 
 def train_adapter(
-    request: TrainRequest, log: Callable[[str], None], progress: Progress | None = None
+    request: TrainRequest,
+    log: Callable[[str], None],
+    progress: Progress | None = None,
+    models: Models | None = None,
 ) -> dict[str, Any]:
-    """Train and write the adapter of the best validation. Called again, it goes on where it was stopped, to the same
-    bits on the same machine. Returns what was done.
+    """Train, write the adapter with the best validation, and return what was done.
 
+    A run that was stopped resumes when it is started again, with the same bits on the same machine. ``log``: told how it
+    goes. ``progress``: told how many videos of how many are prepared. ``models``: the model, where it is open already.
     Raises ``UsageError`` where there is too little data, or the state beside the output is of another run.
     """
-    compress, recipe = request.compress, request.recipe
-    workers = Workers(compress.device)
+    options, recipe = request.options, request.recipe
+    models = models or Models(options.model)
+    workers = Workers(options.model.device)
     state_path = request.output.with_name(request.output.name + ".state")
     check_destination(state_path, True)
     check_destination(request.output, request.force or state_path.exists())
     state = read_state(state_path)
-    model = load_model(compress)
+    model = models.language_model
     for note in model.notes:
         log(note)
     refuse_control_tokens(request.data, model)
     videos = list(request.data.by_video().values())
-
-    def load_tower() -> VisionEncoder:
-        encoder = load_encoder(compress)
-        for note in encoder.notes:
-            if note not in model.notes:
-                log(note)
-        return encoder
-
     data = workers.first_then_all(
-        lambda: prepare_data(videos, recipe.budgets, compress, load_tower, model, request.cache, progress)
+        lambda: prepare_data(videos, recipe.budgets, options, models, request.cache, progress)
     )
+    # The tower is loaded only where a video is new.
+    for note in models.encoder.notes if models.has_encoder else ():
+        if note not in model.notes:
+            log(note)
     learned, held_out = _split(data, recipe)
     torch.manual_seed(recipe.seed)
-    modules = FreResModules(choose_shape(model, compress, recipe.rank)).to(model.device)
+    modules = FreResModules(choose_shape(model, options.settings.max_coefficients, recipe.rank)).to(model.device)
     run = _Run(request, model, modules, learned, held_out, workers, _identify(request, model, modules, data))
     if state and state.get("run") != run.identity:
         raise UsageError(f"{state_path}: the state of another run", "remove it, or name another output with -o")
@@ -141,9 +146,8 @@ def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"
 
 
-def choose_shape(model: LanguageModel, request: CompressRequest, rank: int | None) -> ModuleShape:
-    """Return the modules' sizes; see ``Recipe.rank``."""
-    num_bands = int(request.value("max_coefficients"))
+def choose_shape(model: LanguageModel, num_bands: int, rank: int | None) -> ModuleShape:
+    """Return the modules' sizes; see ``Recipe.rank``. ``num_bands``: coefficients that a trajectory may have."""
     if rank is not None:
         return ModuleShape(model.width, rank, num_bands)
     rank, allowed = MAX_RANK, MAX_SHARE * model.num_parameters
@@ -248,16 +252,15 @@ class _Run:
 
     def _scores(self, example: Example, budget: int, picked: Sequence[int]) -> list[torch.Tensor]:
         """Log-likelihoods of the possible answers, (k,) for each question picked."""
-        compress = self.request.compress
-        tokens = with_deep_rows(
-            build_tokens(example.tracks(budget), compress.value("variant"), self.modules), self.model
-        )
+        settings = self.request.options.settings
+        tokens = build_tokens(example.tracks(budget), settings.variant, self.modules)
+        tokens = with_deep_rows(tokens, self.model.num_deep_layers)
         found: dict[int, torch.Tensor] = {}
         # Questions of one video nearly always share the text before it.
         for prefix in dict.fromkeys(example.questions[i].prefix for i in picked):
             mine = [i for i in picked if example.questions[i].prefix == prefix]
             asked = [(example.questions[i].suffix, example.questions[i].answers) for i in mine]
-            scores = score_answers(self.model, prefix, tokens, compress.value("text_after"), asked)
+            scores = score_answers(self.model, prefix, tokens, settings.text_after, asked)
             found |= dict(zip(mine, scores, strict=True))
         return [found[i] for i in picked]
 
@@ -300,13 +303,6 @@ def _progress_line(step: int, num_steps: int, loss: float, score: Score, left_s:
     return f"step {step}/{num_steps}: loss {loss:.4f}; {held_out}; {left_s / 60:.0f} min left"
 
 
-def load_model(request: CompressRequest) -> LanguageModel:
-    """Load the language half of the request's model."""
-    return load_language_model(
-        request.model, request.device, request.dtype, request.revision, bundled_directory=bundled_model_dir()
-    )
-
-
 def _best(history: Sequence[Sequence[Any]]) -> Sequence[Any]:
     """The validation of the lowest loss: (step, accuracy, loss)."""
     return min(history, key=lambda row: row[2])
@@ -315,11 +311,10 @@ def _best(history: Sequence[Sequence[Any]]) -> Sequence[Any]:
 def _identify(request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData) -> str:
     """What makes this run: a state of another one is not continued. Which videos are held out depends on all that can
     be used."""
-    compress = request.compress
-    machine = [str(model.dtype), compress.device.name.partition(":")[0]]
+    machine = [str(model.dtype), request.options.model.device.name.partition(":")[0]]
     examples = [[example.sha256, len(example.questions)] for example in data.examples]
     made = [__version__, dict(model.fingerprint), asdict(modules.shape), machine]
-    facts = [*made, request.recipe.facts(), used_settings(compress), request.data.sha256, examples]
+    facts = [*made, request.recipe.facts(), used_settings(request.options), request.data.sha256, examples]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -330,8 +325,8 @@ def _facts(
     trained = sum(parameter.numel() for parameter in modules.parameters())
     best = _best(done["history"])
     return {
-        "variant": request.compress.value("variant"),
-        "settings": used_settings(request.compress),
+        "variant": request.options.settings.variant,
+        "settings": used_settings(request.options),
         "recipe": request.recipe.facts(),
         "data_sha256": request.data.sha256,
         "num_questions": len(request.data.questions),

@@ -14,12 +14,12 @@ import torch
 
 from freres_cli import __version__
 from freres_cli.bench.report import describe_environment
-from freres_cli.bundle.store import write_atomically
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError, UsageError
-from freres_cli.workflows.train_language import FIRST_SEED, train_language
-from freres_cli.workflows.train_tower import train_tower
+from freres_cli.files import write_atomically
 from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, make_tokenizer, tokenizer_corpus
+from freres_cli.world.train_language import FIRST_SEED, train_language
+from freres_cli.world.train_tower import train_tower
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,24 @@ import torch
 from torch import Tensor
 
 from freres_cli import __version__
-from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.engine import check_context, prefill_video, score_options
 from freres_cli.bench.clock import StageTimer
-from freres_cli.bundle.store import read_bundle, write_atomically, write_bundle
+from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, VideoError
+from freres_cli.evaluation.cells import Budget
+from freres_cli.evaluation.questions import Question, format_choices
+from freres_cli.files import make_folder, write_atomically
 from freres_cli.method.tokens import build_tokens
-from freres_cli.records import Tracks, VideoTokens
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import Tracks
 from freres_cli.video.probe import hash_file
-from freres_cli.workflows.ask import with_deep_rows
-from freres_cli.workflows.budgets import Budget
-from freres_cli.workflows.clips import EncodedClip
-from freres_cli.workflows.compress import CompressRequest
-from freres_cli.workflows.questions import Question, format_choices
 
 Progress = Callable[[int, int], None]
 Ids = tuple[int, ...]
@@ -71,7 +75,7 @@ class TrainingData:
 
 
 def answer_ids(model: LanguageModel, question: Question) -> tuple[Ids, Ids, tuple[Ids, ...], int]:
-    """Prefix, suffix, possible answers and the number of the true one, as ``workflows.ask`` prompts for them.
+    """Prefix, suffix, possible answers and the number of the true one, as ``pipeline.session`` prompts for them.
 
     A free answer is the only one of its kind, and ends its turn.
     """
@@ -94,20 +98,22 @@ def answer_ids(model: LanguageModel, question: Question) -> tuple[Ids, Ids, tupl
 def prepare_data(
     videos: Sequence[Sequence[Question]],
     budgets: Sequence[Budget],
-    request: CompressRequest,
-    encoder: Callable[[], VisionEncoder],
-    model: LanguageModel,
+    options: CompressOptions,
+    models: Models,
     cache: Path,
     progress: Progress | None = None,
 ) -> TrainingData:
-    """Fill ``cache`` with what is not there yet, and return everything. ``videos``: the questions of each.
+    """Fill ``cache`` with what is not there yet, and return everything.
+
+    ``videos``: the questions of each. ``budgets``: a bundle for each. ``options``, ``models``: how they are made.
+    ``progress``: told how many videos of how many are done.
 
     The tower is loaded only where a video is new. What cannot be used is left out, and named: videos, and questions
     that are too long for the model. Raises ``VideoError`` when nothing is left.
     """
-    folder = cache / _key(request, model)
-    _make_folder(folder)
-    store = _Store(folder, budgets, request, encoder, model)
+    folder = cache / _key(options, models.language_model)
+    make_folder(folder, "--cache")
+    store = _Store(folder, budgets, options, models)
     found: dict[str, Example] = {}
     failed: list[str] = []
     for done, questions in enumerate(videos):
@@ -145,10 +151,12 @@ class _Store:
 
     folder: Path
     budgets: Sequence[Budget]
-    request: CompressRequest
-    encoder: Callable[[], VisionEncoder]
-    model: LanguageModel
-    tower: VisionEncoder | None = None
+    options: CompressOptions
+    models: Models
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.models.language_model
 
     def prepare(self, questions: Sequence[Question], failed: list[str]) -> Example:
         """Make of a video what is not there yet. Questions that are too long are added to ``failed``."""
@@ -159,11 +167,10 @@ class _Store:
         taught = _read_teacher(path)
         missing = [question for question in questions if _text_key(question) not in taught]
         if missing or not all(map(_is_whole, bundles)):
-            self.tower = self.tower or self.encoder()
-            device = torch.device(self.request.device.name)
-            clip = EncodedClip(replace(self.request, video=questions[0].video), self.tower, StageTimer(device))
+            timer = StageTimer(torch.device(self.options.model.device.name))
+            clip = EncodedClip(VideoSource(questions[0].video), self.options, self.models.encoder, timer)
             _write_bundles(clip, self.budgets, bundles)
-            taught |= _teach(clip, missing, self.model, self.request.value("text_after"))
+            taught |= _teach(clip, missing, self.model, self.options.settings.text_after)
             write_atomically(path, lambda file: file.write(json.dumps(taught).encode()), force=True)
         asked = []
         tokens = self._largest(bundles)
@@ -179,7 +186,7 @@ class _Store:
 
     def _largest(self, bundles: Sequence[Path]) -> VideoTokens:
         tracks = max((read_bundle(path).tracks for path in bundles), key=_num_tokens)
-        return with_deep_rows(build_tokens(tracks, self.request.value("variant")), self.model)
+        return with_deep_rows(build_tokens(tracks, self.options.settings.variant), self.model.num_deep_layers)
 
     def _check_length(self, asked: Asked, tokens: VideoTokens) -> None:
         """Raises ``BackboneError`` for a question that is beyond the model's context at the largest budget."""
@@ -187,7 +194,7 @@ class _Store:
         # Times in the prompt need a few tokens for each frame: where there is that much room, no need to count.
         roomy = len(asked.prefix) + TOKENS_AROUND * len(tokens) + longest
         if roomy > self.model.max_context_tokens:
-            rows = self.model.splice(asked.prefix, tokens, self.request.value("text_after"))
+            rows = self.model.splice(asked.prefix, tokens, self.options.settings.text_after)
             check_context(self.model, len(rows) + longest, rows.next_position)
 
 
@@ -203,24 +210,16 @@ def _is_whole(bundle: Path) -> bool:
     return True
 
 
-def _key(request: CompressRequest, model: LanguageModel) -> str:
+def _key(options: CompressOptions, model: LanguageModel) -> str:
     """What the cached bundles depend on, besides video and budget; a variant may keep other rows."""
-    facts = [__version__, dict(model.fingerprint), str(model.dtype), request.method, used_settings(request)]
+    facts = [__version__, dict(model.fingerprint), str(model.dtype), options.method, used_settings(options)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def used_settings(request: CompressRequest) -> dict[str, Any]:
+def used_settings(options: CompressOptions) -> dict[str, Any]:
     """Every setting that the bundles depend on, as JSON holds it."""
-    settings = {key: setting.value for key, setting in request.settings.items()}
-    used = {key: value for key, value in settings.items() if key not in ("description", "budget_tokens")}
+    used = {key: value for key, value in options.settings.values().items() if key != "budget_tokens"}
     return dict(json.loads(json.dumps(used, default=str)))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(f"{folder}: cannot be a folder: {error.strerror}", "name another with --cache") from error
 
 
 def _text_key(question: Question) -> str:

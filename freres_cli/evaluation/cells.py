@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +12,6 @@ from typing import Any
 
 from freres_cli.errors import UsageError
 
-METHODS = ("full", "uniform", "lowres", "fre-res", "blind")
-# They have no budget to vary: every token, and none.
-METHODS_WITHOUT_BUDGET = ("full", "blind")
 MAX_COUNT = 2**31 - 1
 
 
@@ -86,20 +83,21 @@ def parse_budgets(text: str, flag: str = "--budgets") -> tuple[Budget, ...]:
     return sizes
 
 
-def parse_cells(methods: str, budgets: str) -> tuple[Cell, ...]:
-    """Return what is compared, in the order given; ``methods`` and ``budgets`` are separated by commas.
+def parse_cells(methods: str, budgets: str, known: Mapping[str, bool]) -> tuple[Cell, ...]:
+    """Return what is compared, in the order given.
 
-    Raises ``UsageError``.
+    ``methods``, ``budgets``: separated by commas. ``known``: the methods there are, and whether each has a budget: every
+    token, and none, are no choice. Raises ``UsageError``.
     """
     names = [name.strip() for name in methods.split(",")]
     for name in names:
-        if name not in METHODS:
-            raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {name!r}", "separate with commas")
+        if name not in known:
+            raise UsageError(f"--methods: expected some of {', '.join(known)}, got {name!r}", "separate with commas")
     sizes = parse_budgets(budgets)
     _refuse_twice("--methods", names)
     cells: list[Cell] = []
     for name in names:
-        cells += [Cell(name, None)] if name in METHODS_WITHOUT_BUDGET else [Cell(name, size) for size in sizes]
+        cells += [Cell(name, size) for size in sizes] if known[name] else [Cell(name, None)]
     return tuple(cells)
 
 

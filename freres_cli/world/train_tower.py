@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
-from freres_cli.workflows.muon import Muon
-from freres_cli.workflows.training_state import put_back, read_state, save_state
+from freres_cli.training.muon import Muon
+from freres_cli.training.state import put_back, read_state, save_state
 from freres_cli.world.draw import draw_scenes
 from freres_cli.world.labels import CLASSES, dense_labels, make_stills
 from freres_cli.world.scene import TEXTURES

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from freres_cli.bundle.store import write_atomically
 from freres_cli.errors import UsageError
+from freres_cli.files import write_atomically
 
 
 def save_state(path: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], **facts: Any) -> None:

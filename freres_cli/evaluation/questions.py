@@ -13,6 +13,8 @@ from freres_cli.errors import UsageError
 
 MAX_CHOICES = 26
 TRAILING = " .,;:!?\u3002"
+# A tokenizer may take minutes for a text of one endless word, so the length is bounded before it. About 3,000 words.
+MAX_TEXT_BYTES = 16384
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,16 @@ def check_choices(choices: Sequence[str], where: str = "--choices", separator: s
     if len({choice.strip() for choice in choices}) < len(choices):
         raise UsageError(f"{where}: two options are the same")
     return [chr(ord("A") + i) for i in range(len(choices))]
+
+
+def check_length(texts: Iterable[str], where: str = "question") -> None:
+    """Refuse a question that is too long, with its options. ``where``: what held them. Raises ``UsageError``."""
+    num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    if num_bytes > MAX_TEXT_BYTES:
+        raise UsageError(
+            f"{where}: too long: expected at most {MAX_TEXT_BYTES} bytes of UTF-8 with its options, got {num_bytes}",
+            "ask something shorter",
+        )
 
 
 def format_choices(question: str, choices: Sequence[str]) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from freres_cli.bench.intervals import LEVEL, NUM_RESAMPLES, SEED, Estimate, estimate_shares
-from freres_cli.workflows.budgets import Cell
-from freres_cli.workflows.questions import Question, QuestionFile
+from freres_cli.evaluation.cells import Cell
+from freres_cli.evaluation.intervals import LEVEL, NUM_RESAMPLES, SEED, Estimate, estimate_shares
+from freres_cli.evaluation.questions import Question, QuestionFile
 
 Row = Mapping[str, Any]
 

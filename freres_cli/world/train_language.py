@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor, nn
 
-from freres_cli.workflows.muon import Muon
-from freres_cli.workflows.packing import Item, Pack, View, pack, pack_loss, run_pack, use_packed_attention
-from freres_cli.workflows.train_tower import run_tower
-from freres_cli.workflows.training_state import put_back, read_state, save_state
+from freres_cli.training.muon import Muon
+from freres_cli.training.state import put_back, read_state, save_state
 from freres_cli.world.draw import draw_scenes
 from freres_cli.world.labels import ALWAYS_KNOWN, TRACES, trace_labels
+from freres_cli.world.packing import Item, Pack, View, pack, pack_loss, run_pack, use_packed_attention
 from freres_cli.world.questions import Question, questions_of
 from freres_cli.world.script import make_scene
+from freres_cli.world.train_tower import run_tower
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 FIRST_SEED = 10**7

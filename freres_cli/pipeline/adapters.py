@@ -11,7 +11,7 @@ from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.bundle.adapter import read_adapter
 from freres_cli.errors import BackboneError
 from freres_cli.method.fusion import FreResModules, ModuleShape
-from freres_cli.records import Tracks
+from freres_cli.tracks import Tracks
 from freres_cli.world.bundled_model import bundled_adapter
 
 NO_ADAPTER = "none"

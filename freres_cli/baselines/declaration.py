@@ -1,0 +1,60 @@
+"""What a compression method says of itself. A new method is a file beside this one and its name in ``registry.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from freres_cli.records import VideoTokens
+
+# What a method may need besides the latents.
+NEEDS = ("question", "tower attention", "decoder layers")
+TRAININGS = ("none", "optional", "required")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to turn the latents of a clip into visual tokens.
+
+    ``name``: as ``--method`` takes it. ``summary``: one line for lists. ``source``: the paper, or why it is ours.
+    ``training``: one of ``TRAININGS``. ``needs``: some of ``NEEDS``; a method that needs the question cannot make a
+    bundle. ``streams``: memory grows with the tokens kept, not with the frames. ``has_budget``: the budget decides how
+    many tokens it keeps. ``makes_bundles``: ``freres compress`` takes it. ``deviations``: where it departs from its
+    source.
+
+    ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens``; ``None``
+    for Fre-Res, which takes its frames one by one (``method/compress.py``).
+    """
+
+    name: str
+    summary: str
+    source: str
+    training: str = "none"
+    needs: tuple[str, ...] = ()
+    streams: bool = False
+    has_budget: bool = True
+    makes_bundles: bool = True
+    deviations: str = "none"
+    compress: Callable[[Tensor, Tensor, int, int], VideoTokens] | None = None
+
+    @property
+    def is_question_blind(self) -> bool:
+        """Whether its tokens serve any question."""
+        return "question" not in self.needs
+
+
+class _LazyModule(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self.__name__), name)
+
+
+def lazy_module(name: str) -> Any:
+    """Return a stand-in for a module that is imported when something of it is used: help, completion and lists read
+    every declaration, and torch takes a second to import."""
+    return _LazyModule(name)

@@ -1,0 +1,14 @@
+"""Fre-Res in the list of methods; its code is ``freres_cli/method``."""
+
+from __future__ import annotations
+
+from freres_cli.baselines.declaration import Method
+
+METHOD = Method(
+    name="fre-res",
+    summary="sparse full-detail anchor frames, and a few temporal DCT coefficients of the residuals between them",
+    source="Fre-Res, arXiv 2605.16366",
+    training="optional",
+    streams=True,
+    deviations="event-aware anchors, coefficients ranked over the whole clip, tokens evaluated at instants: see method/",
+)

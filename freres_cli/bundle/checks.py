@@ -1,0 +1,138 @@
+"""Checks that the reader of every schema version uses: the types of the manifest's fields, tensors, settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from freres_cli.errors import BundleError, PresetError
+from freres_cli.presets import KEYS, Key, check_rule
+
+REQUIRED = object()
+MAX_WHOLE = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field of the manifest holds.
+
+    ``kind``: text, flag, whole, number, texts, wholes, counts (whole numbers by name); all numbers are finite.
+    ``may_be_null``: null means not known. ``default``: what a bundle without the field means; without one it must be
+    there. ``length``: of a list.
+    """
+
+    kind: str
+    may_be_null: bool = False
+    default: Any = REQUIRED
+    length: int | None = None
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is of this kind."""
+        if value is None:
+            return self.may_be_null
+        if self.kind in ("texts", "wholes"):
+            is_list = isinstance(value, list) and (self.length is None or len(value) == self.length)
+            return is_list and all(_fits(self.kind[:-1], item) for item in value)
+        if self.kind == "counts":
+            return isinstance(value, dict) and all(_fits("whole", item) for item in value.values())
+        return _fits(self.kind, value)
+
+
+def _fits(kind: str, value: Any) -> bool:
+    if kind == "text":
+        return isinstance(value, str)
+    if kind == "flag":
+        return isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if kind == "whole":
+        return isinstance(value, int) and -MAX_WHOLE <= value <= MAX_WHOLE
+    return -MAX_WHOLE <= value <= MAX_WHOLE if isinstance(value, int) else math.isfinite(value)
+
+
+Fields = Mapping[str, Mapping[str, Field]]
+
+
+def read_fields(manifest: Mapping[str, Any], fields: Fields, where: str) -> dict[str, Any]:
+    """Return the manifest with the default of each field that it lacks.
+
+    ``fields``: by section, then by name; others are left as they are. ``where``: the file. Raises ``BundleError`` for a
+    field that is missing or of another kind.
+    """
+    read = dict(manifest)
+    for section, expected in fields.items():
+        if not isinstance(manifest.get(section), dict):
+            raise damaged(where, f"the manifest lacks {section!r}")
+        values = dict(manifest[section])
+        for name, field in expected.items():
+            if name not in values:
+                if field.default is REQUIRED:
+                    raise damaged(where, f"the manifest lacks {section}.{name}")
+                values[name] = field.default
+            elif not field.fits(values[name]):
+                got = repr(values[name])[:40]
+                null = " or null" if field.may_be_null else ""
+                raise damaged(where, f"{section}.{name}: expected {_describe(field)}{null}, got {got}")
+        read[section] = values
+    return read
+
+
+def _describe(field: Field) -> str:
+    names = {"whole": "a whole number", "number": "a number", "text": "text", "flag": "true or false"}
+    names |= {"texts": "a list of texts", "wholes": "whole numbers", "counts": "whole numbers by name"}
+    return names[field.kind] + ("" if field.length is None else f", {field.length} of them")
+
+
+def read_settings(
+    stored: Mapping[str, Any], rules: Mapping[str, Key], defaults: Mapping[str, Any], where: str
+) -> dict[str, dict[str, Any]]:
+    """Return value and source of each setting; settings that were added after this schema version have their default.
+
+    ``rules``: the settings that the schema version has, with their legal values. ``defaults``: the value of those that a
+    bundle of this version may lack. ``where``: the file. Raises ``BundleError`` for one that is missing or illegal.
+    """
+    read: dict[str, dict[str, Any]] = {}
+    for key, rule in rules.items():
+        setting = stored.get(key, {"value": defaults.get(key, REQUIRED), "source": "default"})
+        if not isinstance(setting, dict) or "value" not in setting or not isinstance(setting.get("source"), str):
+            raise damaged(where, f"settings.{key}: expected a value and its source")
+        if setting["value"] is REQUIRED:
+            raise damaged(where, f"the manifest lacks settings.{key}")
+        try:
+            check_rule(key, rule, setting["value"], "settings")
+        except PresetError as error:
+            raise damaged(where, error.message) from error
+        read[key] = dict(setting)
+    return read
+
+
+def later_settings(rules: Mapping[str, Key]) -> dict[str, Key]:
+    """Return today's settings that a schema version with these ``rules`` does not have."""
+    return {key: rule for key, rule in KEYS.items() if key not in rules and key != "description"}
+
+
+def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: str) -> None:
+    """Refuse tensors other than those expected. ``where``: the file. Raises ``BundleError``."""
+    odd = sorted(set(tensors) ^ set(expected))
+    if odd:
+        what = "is missing" if odd[0] not in tensors else "is unknown"
+        raise damaged(where, f"tensor {odd[0]} {what}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse real columns that hold NaN or infinity. ``where``: the file. Raises ``BundleError``."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise damaged(where, f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def damaged(where: str, what: str) -> BundleError:
+    """Return the error for a bundle whose content is not what its schema says.
+
+    ``where``: the file. ``what``: what is wrong with it.
+    """
+    return BundleError(f"{where}: damaged bundle: {what}", "compress the video again, or copy the bundle again")

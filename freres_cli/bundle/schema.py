@@ -1,0 +1,135 @@
+"""The bundle format: what must be in the file, whatever its version, and which reader each version has.
+
+The specification is freres-bundle(5). A new version is a file ``version_N.py`` and a line in ``READERS``; earlier readers
+stay as they are, for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from freres_cli.bundle import version_1, version_2
+from freres_cli.bundle.checks import damaged
+from freres_cli.errors import BundleError
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import Tracks
+
+FORMAT = "freres.bundle"
+READERS = {1: version_1, 2: version_2}
+SCHEMA_VERSION = 2  # of the bundles that are written
+SECTIONS = {
+    "freres_version": str,
+    **dict.fromkeys(("model", "source", "sampling", "geometry", "settings", "tokens", "tensors"), dict),
+    "history": list,
+}
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes in row order."""
+    if not tensor.numel():
+        return hashlib.sha256().hexdigest()
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Return shape, dtype and digest of each tensor, as the manifest holds them."""
+    return {
+        name: {"shape": list(tensor.shape), "dtype": _dtype_name(tensor), "sha256": tensor_digest(tensor)}
+        for name, tensor in tensors.items()
+    }
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> str:
+    """Return the manifest as canonical JSON: the same content is always the same bytes."""
+    return json.dumps(manifest, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def make_content(content: Tracks | VideoTokens, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``torch.save`` writes: everything on the CPU, each tensor stored alone."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in version_2.tensors_of(content).items()}
+    # A view would drag its whole storage into the file.
+    tensors = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
+    kind = "tracks" if isinstance(content, Tracks) else "tokens"
+    text = encode_manifest({**manifest, "content": kind, "tensors": describe_tensors(tensors)})
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "manifest": text,
+        "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tensors": tensors,
+    }
+
+
+def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks | VideoTokens]:
+    """Return schema version, manifest and content of what ``torch.load`` gave, every byte of it checked.
+
+    ``where``: the file. Raises ``BundleError``.
+    """
+    if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
+        raise BundleError(f"{where}: not a freres bundle", "make one with: freres compress VIDEO")
+    version = loaded.get("schema_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version not in READERS:
+        raise BundleError(
+            f"{where}: bundle schema: expected version {' or '.join(map(str, READERS))}, got {version!r}",
+            "use the freres release that wrote it, or compress the video again",
+        )
+    text, tensors = loaded.get("manifest"), loaded.get("tensors")
+    if not isinstance(text, str) or not isinstance(tensors, dict):
+        raise damaged(where, "manifest or tensors are missing")
+    # Text that is not UTF-8 has no checksum that could match.
+    if loaded.get("manifest_sha256") != hashlib.sha256(text.encode(errors="replace")).hexdigest():
+        raise damaged(where, "the manifest's checksum does not match")
+    reader = READERS[version]
+    stored = _decode_manifest(text, where)
+    _check_tensors(tensors, stored["tensors"], reader.DTYPES, where)
+    manifest = reader.read_manifest(stored, where)
+    return version, manifest, reader.read_content(manifest, tensors, where)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _decode_manifest(text: str, where: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, "the manifest is not JSON") from error
+    if not isinstance(manifest, dict):
+        raise damaged(where, "the manifest is not an object")
+    for key, kind in SECTIONS.items():
+        if not isinstance(manifest.get(key), kind):
+            raise damaged(where, f"the manifest lacks {key!r}")
+    if not all(isinstance(step, dict) for step in manifest["history"]):
+        raise damaged(where, "history: expected a list of objects")
+    return manifest
+
+
+def _check_tensors(tensors: dict[Any, Any], described: dict[str, Any], dtypes: tuple[str, ...], where: str) -> None:
+    if set(tensors) != set(described):
+        odd = sorted(map(str, set(tensors) ^ set(described)))
+        raise damaged(where, f"tensors and manifest differ: {', '.join(odd[:3])}")
+    for name, tensor in tensors.items():
+        facts = described[name]
+        if not isinstance(tensor, Tensor) or not isinstance(facts, dict) or tensor.layout != torch.strided:
+            raise damaged(where, f"{name}: expected a plain tensor")
+        got = [list(tensor.shape), _dtype_name(tensor)]
+        expected = [facts.get("shape"), facts.get("dtype")]
+        if got != expected or got[1] not in dtypes:
+            raise damaged(where, f"{name}: expected {expected[1]} {expected[0]}, got {got[1]} {got[0]}")
+        # Strides are the writer's word: an expanded view could claim far more rows than the file holds.
+        if not tensor.is_contiguous():
+            raise damaged(where, f"{name}: expected a contiguous tensor")
+        if facts.get("sha256") != tensor_digest(tensor):
+            raise damaged(where, f"{name}: the checksum does not match")
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

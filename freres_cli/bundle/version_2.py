@@ -1,0 +1,132 @@
+"""Schema version 2: the tracks of Fre-Res, or the tokens of any other method. What freres writes today.
+
+Fields and settings listed here are what every bundle of this version has. One that a later release adds is not listed:
+bundles without it have its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from freres_cli.bundle.checks import (
+    Field,
+    Fields,
+    check_finite,
+    check_names,
+    damaged,
+    later_settings,
+    read_fields,
+    read_settings,
+)
+from freres_cli.bundle.version_1 import FIELDS as FIELDS_1
+from freres_cli.bundle.version_1 import SETTINGS as SETTINGS_1
+from freres_cli.bundle.version_1 import TENSORS as TENSORS_1
+from freres_cli.bundle.version_1 import build_tracks
+from freres_cli.presets import Key
+from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.tracks import LATENT, LATENT_DTYPES, Column, Tracks
+
+CONTENTS = ("tracks", "tokens")
+_REQUIRED = {  # optional in version 1
+    "model": {"attention": Field("text", may_be_null=True)},
+    "source": {
+        "made_by_world": Field("flag"),
+        # Frames that were given already decoded have no file.
+        "file": Field("text", may_be_null=True),
+        "container": Field("text", may_be_null=True),
+        "codec": Field("text", may_be_null=True),
+    },
+    "geometry": {
+        "fit": Field("text"),
+        "frame_aspect": Field("number"),
+        "source_aspect": Field("number"),
+        # Only tracks have cells, groups, coefficients and cuts.
+        "pooled_grid": Field("wholes", may_be_null=True, length=2),
+    },
+    "tokens": {
+        name: Field("whole", may_be_null=True)
+        for name in ("num_gops", "num_coefficients", "cuts_found", "cuts_not_honoured")
+    },
+}
+FIELDS: Fields = {section: {**fields, **_REQUIRED.get(section, {})} for section, fields in FIELDS_1.items()}
+# ``budget_tokens`` and the like keep the ranges of version 1; the method may be any word.
+SETTINGS: dict[str, Key] = {**SETTINGS_1, "method": Key(str, "fre-res", "")}
+
+TENSORS = {
+    "tracks": TENSORS_1,
+    "tokens": ("frame_seconds", "latents", "positions", "seconds", "kind", "gop", "energy"),
+}
+TOKEN_COLUMNS: dict[str, Column] = {
+    "frame_seconds": Column("frame", "float64", "time of each frame read"),
+    "latents": Column("token", LATENT, "in sequence order", ("C",)),
+    "positions": Column("token", "float32", "t, h, w on the grid; may be fractional", ("3",)),
+    "seconds": Column("token", "float64", "time of each token"),
+    "kind": Column("token", "uint8", "0 anchor, 1 dynamic, 2 static, 3 summary", limit=str(len(TOKEN_KINDS))),
+    "gop": Column("token", "int64", "group, from 0", limit=str(2**63 - 1)),
+    "energy": Column("token", "float32", "squared norm over D"),
+}
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "uint8")
+
+
+def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the manifest with every field and today's settings. ``where``: the file. Raises ``BundleError``."""
+    if manifest.get("content") not in CONTENTS:
+        raise damaged(where, f"content: expected {' or '.join(CONTENTS)}, got {manifest.get('content')!r}")
+    read = read_fields(manifest, FIELDS, where)
+    if manifest["content"] == "tracks" and read["geometry"]["pooled_grid"] is None:
+        raise damaged(where, "geometry.pooled_grid: expected 2 whole numbers, got null")
+    if read["tokens"]["full_tokens"] < 1 or read["tokens"]["visual_tokens"] < 1:
+        raise damaged(where, "tokens: expected at least 1 visual token of at least 1")
+    later = later_settings(SETTINGS)
+    defaults = {key: rule.default for key, rule in later.items()}
+    return read | {"settings": read_settings(read["settings"], {**SETTINGS, **later}, defaults, where)}
+
+
+def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tracks | VideoTokens:
+    """Return the tracks or the tokens that the tensors hold.
+
+    ``manifest``: as ``read_manifest`` returns it. ``where``: the file. Raises ``BundleError`` where names, shapes or
+    indices do not fit together, or a number is not finite.
+    """
+    check_names(tensors, TENSORS[manifest["content"]], where)
+    check_finite(tensors, where)
+    if manifest["content"] == "tracks":
+        return build_tracks(manifest, tensors, where)
+    return _build_tokens(manifest, tensors, where)
+
+
+def _build_tokens(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> VideoTokens:
+    for name, column in TOKEN_COLUMNS.items():
+        _check_column(name, column, tensors[name], where)
+    geometry = manifest["geometry"]
+    num_frames, grid_h, grid_w = geometry["grid"]
+    try:
+        if min(num_frames, grid_h, grid_w, geometry["width"]) < 1:
+            raise ValueError("grid and width: expected at least 1")
+        tokens = VideoTokens(grid=(num_frames, grid_h, grid_w), width=geometry["width"], **tensors)
+        last = tokens.positions.new_tensor([num_frames - 1, grid_h - 1, grid_w - 1])
+        if bool(((tokens.positions < 0) | (tokens.positions > last)).any()):
+            raise ValueError("positions: expected places on the grid")
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
+    return tokens
+
+
+def _check_column(name: str, column: Column, tensor: Tensor, where: str) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    allowed = LATENT_DTYPES if column.is_latent else (column.dtype,)
+    if dtype not in allowed:
+        raise damaged(where, f"{name}: expected {' or '.join(allowed)}, got {dtype}")
+    limit = int(column.limit or 0)
+    if limit and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
+        raise damaged(where, f"{name}: expected 0..{limit - 1}")
+
+
+def tensors_of(content: Tracks | VideoTokens) -> dict[str, Tensor]:
+    """Return the tensors that a bundle of this content holds, by name, in order."""
+    if isinstance(content, Tracks):
+        return content.tensors()
+    return {name: getattr(content, name) for name in TENSORS["tokens"]}

@@ -1,0 +1,48 @@
+"""``freres methods``: what can be named with --method and --methods."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from freres_cli.baselines.declaration import Method
+from freres_cli.baselines.registry import METHODS
+from freres_cli.cli import options
+from freres_cli.cli.output import print_json, print_result, print_table
+
+
+def methods(json: options.Json = False) -> None:
+    """List the compression methods.
+
+    What each keeps, where it comes from and where it departs from that; whether it is trained, needs the question, and
+    takes frames as they come (then memory does not grow with the clip). freres compress takes those that make bundles,
+    freres eval all of them.
+    """
+    if json:
+        print_json("freres.methods/1", {"methods": [_describe(method) for method in METHODS.values()]})
+        return
+    rows = [
+        (
+            method.name,
+            method.training,
+            _yes(method.is_question_blind),
+            ", ".join(method.needs) or "-",
+            _yes(method.streams),
+            _yes(method.makes_bundles),
+            method.source,
+        )
+        for method in METHODS.values()
+    ]
+    print_table(("method", "training", "question-blind", "needs", "streams", "bundles", "source"), rows)
+    print_result("")
+    for method in METHODS.values():
+        print_result(f"{method.name}: {method.summary}; deviations: {method.deviations}")
+
+
+def _describe(method: Method) -> dict[str, Any]:
+    facts = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "compress"}
+    return {**facts, "needs": list(method.needs), "is_question_blind": method.is_question_blind}
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"

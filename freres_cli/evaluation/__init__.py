@@ -1,0 +1,1 @@
+"""Questions with known answers, what is compared, results and accuracy with intervals; knows no model."""

@@ -1,0 +1,124 @@
+"""Writing files, whatever their format: a destination is checked before the work, and a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from freres_cli.errors import ResourceError, UsageError
+
+MAX_NAME_BYTES = 255
+TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".freres-", ".tmp"
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
+    """Refuse, before any work is done, a destination that cannot be written.
+
+    ``force``: an existing file may be replaced. ``flag``: the flag that named ``path``. Raises ``UsageError``.
+    """
+    another = f"name a file with {flag}"
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise UsageError(f"{path.name[:40]}...: name too long: expected at most {MAX_NAME_BYTES} bytes")
+    if os.path.isdir(path):  # noqa: PTH112 (os.path takes names too long for the system)
+        raise UsageError(f"{path}: is a folder: expected a file name", another)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: not a regular file: expected a file name", another)
+    if not os.path.isdir(path.parent):  # noqa: PTH112
+        raise UsageError(f"{path}: folder {path.parent} does not exist", "make the folder first")
+    if path.exists() and not force:
+        raise UsageError(f"{path}: already exists", f"name another file with {flag}, or overwrite it with --force")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path}: folder {path.parent.resolve()} is not writable", f"name another file with {flag}")
+
+
+def make_folder(path: Path, flag: str = "-o") -> None:
+    """Make a folder and its parents, unless they exist. ``flag``: the flag that named it. Raises ``UsageError``."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be a folder: {error.strerror}", f"name another with {flag}") from error
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force: bool, flag: str = "-o") -> None:
+    """Let ``write`` fill a temporary file beside ``path``, sync it, and move it into place.
+
+    A link keeps pointing where it points. Without ``force`` an existing file is never replaced, not even one that
+    appeared in the meantime (on file systems with hard links). Temporary files that killed runs left in the folder are
+    removed. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be written,
+    ``ResourceError`` for a full disk.
+    """
+    path = Path(os.path.realpath(path))
+    try:
+        remove_abandoned_files(path.parent)
+        with _temporary_file(path.parent) as (temporary, file):
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            _move(temporary, path, force, flag)
+    except (OSError, RuntimeError) as error:
+        # torch reports a short write as RuntimeError, the cause behind it.
+        cause = error if isinstance(error, OSError) else error.__context__
+        is_short_write = isinstance(error, RuntimeError) and (isinstance(cause, OSError) or "write" in str(error))
+        if isinstance(error, RuntimeError) and not is_short_write:
+            raise
+        if is_short_write or getattr(cause, "errno", None) in _DISK_FULL:
+            raise ResourceError(
+                f"{path}: not enough disk space to write it", f"free some space, or name {flag} elsewhere"
+            ) from error
+        reason = getattr(cause, "strerror", None) or cause
+        raise UsageError(f"{path}: cannot be written: {reason}", f"name another file with {flag}") from error
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove the temporary files of ours in ``folder`` that no living process is writing."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
+        # Their writers hold a lock, which ends with the process, however it ended.
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A new, locked file in ``folder``, which is gone afterwards unless it was moved."""
+    while True:
+        path = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}{TEMPORARY_SUFFIX}"
+        with path.open("xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists():
+                continue  # another run took it for abandoned before it was locked
+            try:
+                yield path, file
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _move(temporary: Path, path: Path, force: bool, flag: str) -> None:
+    if force:
+        temporary.replace(path)
+    else:
+        try:
+            os.link(temporary, path)
+        except FileExistsError as error:
+            raise UsageError(f"{path}: already exists", f"name another file with {flag}, or use --force") from error
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,105 @@
+"""A bundle in hand: what a compressor returns and ``load_bundle`` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from freres_cli.bundle.store import read_bundle, write_bundle
+from freres_cli.devices import Device
+from freres_cli.pipeline.cutting import cut_content
+from freres_cli.pipeline.models import Models, check_revision, find_device, find_dtype
+from freres_cli.pipeline.session import AskRequest, Session, open_content
+from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import Tracks
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is kept of one video.
+
+    ``manifest``: where it comes from and how it was made, see freres-bundle(5). ``content``: the tracks of Fre-Res, or
+    the tokens of another method. ``path``: its file, ``None`` before it is saved. ``notes``: what the user should know.
+    ``timings_s``: seconds by stage, ``peak_memory_bytes``: both of the compression, empty and ``None`` for a bundle that
+    was read.
+    """
+
+    manifest: Mapping[str, Any]
+    content: Tracks | VideoTokens
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+
+    @property
+    def method(self) -> str:
+        """The method that made it."""
+        return str(self.manifest["settings"]["method"]["value"])
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """How many tokens the language model is given."""
+        return int(self.manifest["tokens"]["visual_tokens"])
+
+    @property
+    def name(self) -> str:
+        """For messages: its path, once it has one."""
+        return "bundle" if self.path is None else str(self.path)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Bundle:
+        """Write the bundle, whole or not at all, and return it with its path.
+
+        ``force``: replace an existing file. Raises ``UsageError`` or ``ResourceError``.
+        """
+        path = Path(path)
+        write_bundle(path, self.content, self.manifest, force=force)
+        return replace(self, path=path)
+
+    def tokens(self, adapter: str | None = None) -> VideoTokens:
+        """Return the visual tokens, ready for a language model; none is loaded.
+
+        ``adapter``: a file that freres train wrote, or ``none``; by default the bundled model's own. Raises
+        ``BackboneError`` for an adapter that does not fit.
+        """
+        return load_tokens(self.content, self.manifest, adapter, self.name).tokens
+
+    def open(
+        self,
+        *,
+        model: str | None = None,
+        device: str | Device | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        attention: str | None = None,
+        adapter: str | None = None,
+        text_after: str | None = None,
+        models: Models | None = None,
+    ) -> Session:
+        """Load the language model and return a session to ask.
+
+        ``model``, ``revision``: override where the bundle's model is looked for. ``device``, ``dtype``, ``attention``: as
+        ``models.find_device`` and
+        ``find_dtype`` take them. ``adapter``: as ``tokens`` takes it. ``text_after``: overrides the bundle's.
+        ``models``: the model, where it is open already. Raises ``BackboneError`` or ``ResourceError``.
+        """
+        check_revision(model, revision)
+        place, precision = find_device(device, attention), find_dtype(dtype)
+        request = AskRequest(self.path or Path(self.name), place, model, revision, precision, adapter, text_after)
+        return open_content(self.content, self.manifest, request, models)
+
+    def repack(self, budget_tokens: int) -> Bundle:
+        """Return the same clip in at most ``budget_tokens``, which needs neither the video nor the tower.
+
+        Raises ``UsageError`` for an illegal budget, or a method whose tokens cannot be cut.
+        """
+        content, manifest, notes = cut_content(self.content, self.manifest, budget_tokens, None, self.name)
+        return Bundle(manifest, content, notes=notes)
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle, every byte of it checked and none of it executed. Raises ``BundleError``."""
+    stored = read_bundle(Path(path))
+    return Bundle(stored.manifest, stored.content, stored.path)

@@ -1,0 +1,142 @@
+"""A clip encoded once, from which every method makes its tokens at every budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.base import VisionEncoder
+from freres_cli.baselines.registry import FRE_RES
+from freres_cli.bench.clock import StageTimer
+from freres_cli.errors import VideoError
+from freres_cli.method.fusion import FreResModules
+from freres_cli.method.tokens import build_tokens
+from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_frames
+from freres_cli.pipeline.manifest import build_manifest
+from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
+from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import Tracks
+from freres_cli.video.decode import DecodeReport
+from freres_cli.video.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class View:
+    """The frames of one sampling: ``latents`` (T, H, W, C) on the CPU, the time of each in seconds, and how decoding
+    went."""
+
+    latents: Tensor
+    pts_seconds: tuple[float, ...]
+    report: DecodeReport
+
+    def batches(self, num_frames: int, device: torch.device) -> Iterator[tuple[Sequence[float], Tensor]]:
+        """Yield times and latents, ``num_frames`` at a time, on ``device``."""
+        for start in range(0, len(self.pts_seconds), num_frames):
+            part = slice(start, start + num_frames)
+            yield self.pts_seconds[part], self.latents[part].to(device)
+
+
+class EncodedClip:
+    """The latents of a video, made as ``freres compress`` makes them, kept for all methods.
+
+    ``source``: the video. ``options``: how it is read; their method is not used. ``encoder``: the tower. ``timer``: has
+    the stages ``decode``, ``encode`` and ``compress``.
+
+    No source frame passes the tower twice. The frames that the settings name are read at once; where ``track_density``
+    is above 1, Fre-Res reads denser ones below the full budget, and the file is decoded once more for them.
+    """
+
+    def __init__(
+        self, source: VideoSource, options: CompressOptions, encoder: VisionEncoder, timer: StageTimer
+    ) -> None:
+        self._source, self._encoder, self._timer = source, encoder, timer
+        self._options = replace(options, method=FRE_RES)
+        self._latents = LatentStream(encoder, timer, options.model.name, keeps_all=True)
+        self._views: dict[Sampling, View] = {}
+        self._baseline = self._view(self._plan(FULL_BUDGET))
+
+    @property
+    def full_tokens(self) -> int:
+        """Every token of the frames that the settings name."""
+        return self._baseline.latents.shape[:3].numel()
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames the settings name."""
+        return len(self._baseline.pts_seconds)
+
+    def with_settings(self, changed: Mapping[str, Any]) -> EncodedClip:
+        """The same clip under other settings; latents are shared, and the baseline's frames stay."""
+        clip = copy.copy(self)
+        clip._options = replace(self._options, settings=self._options.settings.with_values("eval", **changed))
+        return clip
+
+    def build_tokens(self, method: str, budget_tokens: int, modules: FreResModules | None = None) -> VideoTokens:
+        """Return the tokens of a method; stage ``compress`` of the timer is the time from latents to tokens.
+        ``modules``: what Fre-Res was trained with.
+
+        With ``deepstack: drop`` tokens have D channels, as a bundle would store them: the other methods are compared
+        with Fre-Res at equal cost. Only ``full``, the model as it is, keeps the rows.
+        """
+        if method == FRE_RES:
+            plan = self._plan(budget_tokens)
+            tracks = self._reduce_tracks(plan)[0]
+            with self._timer.stage("compress"), torch.no_grad():
+                return build_tokens(tracks, self._options.settings.variant, modules)
+        settings = self._options.settings
+        if method == "full":
+            settings = settings.with_values("eval", deepstack="keep")
+        plan = replace(self._plan(FULL_BUDGET), budget=None, budget_tokens=budget_tokens)
+        options = replace(self._options, method=method, settings=settings)
+        whole = self._baseline.batches(self.num_frames, torch.device("cpu"))
+        tokens = reduce_latents(whole, plan, options, self._encoder.width, self._timer).content
+        assert isinstance(tokens, VideoTokens)
+        return tokens
+
+    def make_bundle(self, budget_tokens: int) -> tuple[Tracks, dict[str, Any]]:
+        """Return the tracks and the manifest of the bundle that ``freres compress`` writes at a budget."""
+        plan = self._plan(budget_tokens)
+        tracks, reduction = self._reduce_tracks(plan)
+        options = self._options_for(budget_tokens)
+        report = self._view(plan).report
+        return tracks, build_manifest(self._source, options, plan, self._encoder, reduction, report)
+
+    def _options_for(self, budget_tokens: int) -> CompressOptions:
+        settings = self._options.settings.with_values("flag", budget_tokens=budget_tokens)
+        return replace(self._options, settings=settings)
+
+    def _plan(self, budget_tokens: int) -> CompressPlan:
+        return plan_compression(self._options_for(budget_tokens), self._encoder, self._source.info)
+
+    def _reduce_tracks(self, plan: CompressPlan) -> tuple[Tracks, Reduction]:
+        batches = self._view(plan).batches(count_batch_frames(plan), self._encoder.device)
+        reduction = reduce_latents(batches, plan, self._options, self._encoder.width, self._timer)
+        assert isinstance(reduction.content, Tracks)
+        return reduction.content, reduction
+
+    def _view(self, plan: CompressPlan) -> View:
+        if plan.sampling not in self._views:
+            self._views[plan.sampling] = self._read_view(plan)
+        return self._views[plan.sampling]
+
+    def _read_view(self, plan: CompressPlan) -> View:
+        """Decode the plan's frames and encode those not seen before."""
+        indices: list[int] = []
+        seconds: list[float] = []
+        parts: list[Tensor] = []
+        stream = self._source.open(plan, self._options)
+        for frames, latents in self._latents.encode(stream):
+            indices += frames.source_index
+            seconds += frames.pts_seconds
+            parts.append(latents)
+        if not parts:
+            raise VideoError(f"{self._source.name}: no frame could be decoded in the part asked for")
+        latents = torch.cat(parts)
+        self._latents.share_storage(indices, latents)
+        return View(latents, tuple(seconds), stream.report)

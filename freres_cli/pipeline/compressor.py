@@ -1,0 +1,175 @@
+"""The compressor: a model and settings opened once, any number of videos compressed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.checkpoint import BUNDLED
+from freres_cli.baselines.registry import FRE_RES
+from freres_cli.bench.clock import PeakMemory, StageTimer
+from freres_cli.devices import Device, memory_errors_as
+from freres_cli.errors import UsageError
+from freres_cli.pipeline.bundle import Bundle
+from freres_cli.pipeline.encoding import LatentStream, VideoSource
+from freres_cli.pipeline.manifest import build_manifest
+from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.notes import describe_limits, describe_plan
+from freres_cli.pipeline.planning import (
+    CompressOptions,
+    CompressPlan,
+    choose_preset,
+    find_bundle_method,
+    plan_compression,
+)
+from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.presets import load_settings
+from freres_cli.video.decode import DecodeReport
+from freres_cli.video.frames import FrameArray
+
+Progress = Callable[[int, int], None]
+Video = str | Path | Tensor | np.ndarray
+
+
+class Compressor:
+    """Compresses videos with one model and one set of settings; the vision tower is loaded once, when first needed.
+
+    ``model``: ``bundled``, a folder, or a hub id. ``preset``: settings to start from, a name or a .yaml file; by default
+    the one that the command takes. ``budget_tokens``: most visual tokens of a bundle. ``method``: a name that
+    ``freres methods`` lists. ``device``, ``dtype``, ``revision``, ``attention``: as ``models.make_source`` takes them.
+    ``strict``: refuse a video that is damaged anywhere. ``models``: the model, where it is open already. Further keyword
+    arguments are settings by name, see freres-preset(5).
+
+    Raises ``PresetError`` for a setting that is unknown or illegal, ``UsageError`` or ``ResourceError`` for a method or a
+    device.
+    """
+
+    def __init__(
+        self,
+        model: str = BUNDLED,
+        *,
+        preset: str | None = None,
+        budget_tokens: int | None = None,
+        method: str = FRE_RES,
+        device: str | Device | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        attention: str | None = None,
+        strict: bool = False,
+        models: Models | None = None,
+        **settings: Any,
+    ) -> None:
+        given = settings if budget_tokens is None else {**settings, "budget_tokens": budget_tokens}
+        find_bundle_method(method)
+        chosen = load_settings(preset or choose_preset(model), given, "argument")
+        source = models.source if models is not None else make_source(model, device, dtype, revision, attention)
+        self.options = CompressOptions(source, chosen, method, strict=strict)
+        self.models = models or Models(source)
+
+    @classmethod
+    def from_options(cls, options: CompressOptions, models: Models | None = None) -> Compressor:
+        """Return a compressor with options already made. ``models``: the model, where it is open already."""
+        compressor = cls.__new__(cls)
+        compressor.options = options
+        compressor.models = models or Models(options.model)
+        return compressor
+
+    def plan(self, video: Video | FrameArray, seconds: Sequence[float] | None = None) -> CompressPlan:
+        """Return what ``compress`` would do; nothing is encoded. Arguments and errors as there."""
+        source = VideoSource(_as_video(video, seconds))
+        return plan_compression(self._options_for(source), self.models.encoder, source.info)
+
+    def compress(
+        self,
+        video: Video | FrameArray,
+        *,
+        seconds: Sequence[float] | Tensor | np.ndarray | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        progress: Progress | None = None,
+    ) -> Bundle:
+        """Compress one video, and return a bundle that is not saved yet.
+
+        ``video``: a file, or frames already decoded, (n, h, w, 3) uint8 RGB, all of which are used; then ``seconds``
+        holds the time of each. ``start_s``, ``end_s``: the part of a file to read, in seconds after its first frame.
+        ``progress``: told how many frames of how many are done. Raises ``VideoError``, ``UsageError``, ``BackboneError``
+        or ``ResourceError``.
+        """
+        start = time.perf_counter()
+        options = self.options
+        if start_s is not None or end_s is not None:
+            options = replace(options, start_s=start_s, end_s=end_s)
+        device = torch.device(options.model.device.name)
+        timer, memory = StageTimer(device), PeakMemory(device)
+        with timer.stage("probe"):
+            source = VideoSource(_as_video(video, seconds))  # what is no video is refused before a model is loaded
+        options = self._options_for(source, options)
+        with timer.stage("load"):
+            encoder = self.models.encoder
+        plan = plan_compression(options, encoder, source.info)
+        with memory_errors_as(f"compressing {source.name}", "lower --budget or --grid, or use a smaller --dtype"):
+            reduction, report = self.run_stages(source, options, plan, timer, progress)
+        manifest = build_manifest(source, options, plan, encoder, reduction, report)
+        limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
+        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *describe_plan(plan, options, manifest))
+        timer.seconds["total"] = time.perf_counter() - start
+        return Bundle(
+            manifest,
+            reduction.content,
+            notes=tuple(dict.fromkeys(found)),
+            timings_s=timer.seconds,
+            peak_memory_bytes=memory.read_bytes(),
+        )
+
+    def run_stages(
+        self,
+        source: VideoSource,
+        options: CompressOptions,
+        plan: CompressPlan,
+        timer: StageTimer,
+        progress: Progress | None = None,
+    ) -> tuple[Reduction, DecodeReport]:
+        """Stream decode -> encode -> compress, timing each; for a method that streams, frames are never all in memory.
+
+        ``source``, ``options``, ``plan``: what to do. ``timer``: has the stages. ``progress``: as ``compress`` takes it.
+        """
+        encoder = self.models.encoder
+        frames = source.open(plan, options)
+        latents = LatentStream(encoder, timer, options.model.name).encode(frames)
+        batches = ((batch.pts_seconds, rows) for batch, rows in latents)
+        total = plan.num_frames
+
+        def on_batch(done: int) -> None:
+            if progress is not None:
+                progress(done, max(done, total))
+
+        return reduce_latents(batches, plan, options, encoder.width, timer, on_batch), frames.report
+
+    def _options_for(self, source: VideoSource, options: CompressOptions | None = None) -> CompressOptions:
+        """The options for one video: of frames already decoded every one is used."""
+        options = options or self.options
+        if not isinstance(source.video, FrameArray):
+            return options
+        if options.start_s is not None or options.end_s is not None:
+            raise UsageError("frames: expected no start_s and no end_s with frames already decoded", "cut the frames")
+        values = {"sample": "native", "sample_fps": None, "sample_count": None, "track_density": 1}
+        return replace(options, settings=options.settings.with_values("frames as given", **values))
+
+
+def _as_video(video: Video | FrameArray, seconds: Any) -> Path | FrameArray:
+    if isinstance(video, FrameArray):
+        return video
+    if isinstance(video, str | Path):
+        if seconds is not None:
+            raise UsageError("seconds: expected none with a video file: it has its own times", "leave seconds out")
+        return Path(video)
+    if seconds is None:
+        raise UsageError("frames: expected seconds, the time of each frame, got none", "pass seconds=[...]")
+    return FrameArray(video, seconds)

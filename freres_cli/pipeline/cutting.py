@@ -1,0 +1,84 @@
+"""Cutting what a bundle holds to a smaller budget, and leaving out its DeepStack rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from freres_cli import __version__
+from freres_cli.errors import UsageError
+from freres_cli.method.budget import MethodSettings
+from freres_cli.method.select import cut_tracks
+from freres_cli.pipeline.manifest import count_by_kind, token_counts
+from freres_cli.pipeline.notes import describe_drop
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import Tracks
+
+
+def cut_content(
+    content: Tracks | VideoTokens,
+    manifest: Mapping[str, Any],
+    budget_tokens: int | None,
+    deepstack: str | None,
+    name: str,
+) -> tuple[Tracks | VideoTokens, dict[str, Any], tuple[str, ...]]:
+    """Return content and manifest of a smaller bundle, and notes: every kind keeps its most important tokens.
+
+    ``content``, ``manifest``: of the bundle. ``budget_tokens``: most visual tokens, ``None`` keeps all. ``deepstack``:
+    ``drop`` leaves out the DeepStack rows of all tokens, ``None`` leaves them as they are. ``name``: of the bundle, for
+    messages. Raises ``UsageError`` for an illegal budget, for tokens that cannot be cut, or for rows that are gone.
+    """
+    if budget_tokens is not None and budget_tokens < 1:
+        raise UsageError(f"--budget: expected at least 1, got {budget_tokens}")
+    if deepstack == "keep" and manifest["settings"]["deepstack"]["value"] == "drop":
+        raise UsageError("--deepstack: the rows were dropped and cannot come back", "compress the video again")
+    notes = []
+    if budget_tokens is not None:
+        before = sum(count_by_kind(content).values())
+        if budget_tokens >= before:
+            notes.append(
+                f"the bundle already fits: {before} tokens, budget {budget_tokens}; more needs the video again"
+            )
+        else:
+            content = _cut(content, manifest, budget_tokens, name)
+    if deepstack == "drop":
+        content = _without_deep_rows(content)
+        num_deep = manifest["model"]["num_deep_layers"]
+        notes.append(describe_drop(num_deep) or "deepstack has no effect: the bundle's model has no such rows")
+    return content, _cut_manifest(manifest, content, budget_tokens, deepstack), tuple(notes)
+
+
+def _cut(
+    content: Tracks | VideoTokens, manifest: Mapping[str, Any], budget_tokens: int, name: str
+) -> Tracks | VideoTokens:
+    if not isinstance(content, Tracks):
+        method = manifest["settings"]["method"]["value"]
+        raise UsageError(
+            f"{name}: made by method {method}: its tokens are in no order of importance, and cannot be cut",
+            f"compress the video again with --method {method} --budget {budget_tokens}",
+        )
+    values = {knob.name: manifest["settings"][knob.name]["value"] for knob in fields(MethodSettings)}
+    return cut_tracks(content, MethodSettings(**values), budget_tokens)
+
+
+def _without_deep_rows(content: Tracks | VideoTokens) -> Tracks | VideoTokens:
+    if isinstance(content, Tracks):
+        return content.without_deep_rows()
+    return replace(content, latents=content.latents[:, : content.width].contiguous())
+
+
+def _cut_manifest(
+    before: Mapping[str, Any], content: Tracks | VideoTokens, budget_tokens: int | None, deepstack: str | None
+) -> dict[str, Any]:
+    """The manifest of the cut bundle, with a step more in its history."""
+    recorded = before["tokens"]
+    budget = recorded["budget_tokens"] if budget_tokens is None else budget_tokens
+    tokens = {**recorded, **token_counts(count_by_kind(content), budget, recorded["full_tokens"])}
+    step = {"verb": "repack", "freres_version": __version__, "budget_tokens": budget}
+    settings = before["settings"]
+    if deepstack is not None:
+        step |= {"deepstack": deepstack}
+        settings = {**settings, "deepstack": {"value": deepstack, "source": "flag"}}
+    rest = {key: value for key, value in before.items() if key != "tensors"}
+    return {**rest, "settings": settings, "tokens": tokens, "history": [*before["history"], step]}

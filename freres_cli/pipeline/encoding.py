@@ -1,0 +1,125 @@
+"""Frames -> latents: the one way in which every verb encodes a video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.base import VisionEncoder
+from freres_cli.bench.clock import StageTimer
+from freres_cli.errors import BackboneError
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan
+from freres_cli.records import Frames, VideoInfo
+from freres_cli.video.decode import DecodeReport, decode_frames
+from freres_cli.video.frames import FrameArray
+from freres_cli.video.probe import hash_file, probe_video
+from freres_cli.world.make import is_world_clip
+
+# Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
+ENCODE_BATCH_TOKENS = 4608
+MAX_BATCH_FRAMES = 64
+
+
+class FrameStream(Protocol):
+    """Sampled frames in batches; ``report`` is there after the last one."""
+
+    @property
+    def report(self) -> DecodeReport: ...
+
+    def __iter__(self) -> Iterator[Frames]: ...
+
+
+class VideoSource:
+    """A video to compress: a file, or frames already decoded.
+
+    ``video``: its path or its frames. Raises ``VideoError`` for one that cannot be read.
+    """
+
+    def __init__(self, video: Path | FrameArray, info: VideoInfo | None = None) -> None:
+        self.video = video
+        self.info = info or (video.info if isinstance(video, FrameArray) else probe_video(video))
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "frames" if isinstance(self.video, FrameArray) else str(self.video)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the file, or of the frames."""
+        return self.video.sha256 if isinstance(self.video, FrameArray) else hash_file(self.video)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file, or of the pixels."""
+        return self.video.num_bytes if isinstance(self.video, FrameArray) else self.video.stat().st_size
+
+    @property
+    def is_from_world(self) -> bool:
+        """Whether ``freres world make`` made it."""
+        return not isinstance(self.video, FrameArray) and is_world_clip(self.video)
+
+    def open(self, plan: CompressPlan, options: CompressOptions) -> FrameStream:
+        """Return the plan's frames, in batches that the tower takes at once."""
+        size = count_batch_frames(plan)
+        if isinstance(self.video, FrameArray):
+            return self.video.open(plan.size, size)
+        return decode_frames(self.video, plan.info, plan.sampling, plan.size, size, options.strict)
+
+
+def count_batch_frames(plan: CompressPlan) -> int:
+    """Return how many frames are decoded and encoded at a time."""
+    return max(1, min(MAX_BATCH_FRAMES, ENCODE_BATCH_TOKENS // plan.size.num_tokens))
+
+
+class LatentStream:
+    """Encodes frames batch by batch; a source frame that is shown again does not pass the tower again.
+
+    ``encoder``: the tower. ``timer``: has the stages ``decode`` and ``encode``. ``model``: its name, for messages.
+    ``keeps_all``: latents of every frame are kept, on the CPU, for streams of the same clip to come; else those of the
+    last frame only.
+    """
+
+    def __init__(self, encoder: VisionEncoder, timer: StageTimer, model: str, keeps_all: bool = False) -> None:
+        self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
+        self._known: dict[int, Tensor] = {}
+
+    def encode(self, batches: Iterable[Frames]) -> Iterator[tuple[Frames, Tensor]]:
+        """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite."""
+        for frames in self._timed(batches):
+            fresh = {n: i for i, n in enumerate(frames.source_index) if n not in self._known}
+            with self._timer.stage("encode"):
+                if fresh:
+                    latents = self._encoder.encode(frames.pixels[list(fresh.values())])
+                    self._check_finite(latents)
+                    self._known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
+                rows = torch.stack([self._known[n] for n in frames.source_index])
+            if self._keeps_all:
+                self.share_storage(frames.source_index, rows)
+            else:
+                # A row of the batch would keep the whole batch alive.
+                self._known = {frames.source_index[-1]: rows[-1].clone()}
+            yield frames, rows
+
+    def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
+        """Let the kept latents of these source frames be rows of ``latents``, so that a clip is in memory once."""
+        self._known.update(zip(indices, latents, strict=True))
+
+    def _timed(self, batches: Iterable[Frames]) -> Iterator[Frames]:
+        iterator = iter(batches)
+        while True:
+            with self._timer.stage("decode"):
+                frames = next(iterator, None)
+            if frames is None:
+                return
+            yield frames
+
+    def _check_finite(self, latents: Tensor) -> None:
+        if not bool(torch.isfinite(latents).all()):
+            raise BackboneError(
+                f"{self._model}: latents are not finite in {latents.dtype}", "use --dtype float32 or bfloat16"
+            )

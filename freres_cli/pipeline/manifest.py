@@ -1,0 +1,142 @@
+"""The manifest of a bundle: everything that made it, and nothing that differs between two equal runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from freres_cli import __version__
+from freres_cli.backbones.base import VisionEncoder
+from freres_cli.baselines.registry import FRE_RES, METHODS
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan
+from freres_cli.pipeline.reduction import Reduction
+from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.tracks import Tracks
+from freres_cli.video.decode import DecodeReport
+from freres_cli.video.frames import FrameArray
+
+
+def build_manifest(
+    source: VideoSource,
+    options: CompressOptions,
+    plan: CompressPlan,
+    encoder: VisionEncoder,
+    reduction: Reduction,
+    report: DecodeReport,
+) -> dict[str, Any]:
+    """Return the manifest of a finished compression.
+
+    ``source``: the video. ``options``, ``plan``: what was asked for, and what that came to. ``encoder``: the tower.
+    ``reduction``: what was kept. ``report``: how decoding went.
+    """
+    num_frames = reduction.num_frames
+    tracks = reduction.content if isinstance(reduction.content, Tracks) else None
+    tokens = describe_tokens(plan, options, reduction)
+    settings = options.settings
+    if not METHODS[options.method].has_budget:
+        settings = settings.with_values(f"method {options.method}", budget_tokens=tokens["budget_tokens"])
+    return {
+        "freres_version": __version__,
+        "model": {
+            **encoder.fingerprint,
+            # A folder's name alone would not find it again.
+            "folder": options.model.folder,
+            "family": encoder.family,
+            "width": encoder.width,
+            "num_deep_layers": encoder.num_deep_layers,
+            "dtype": str(encoder.dtype).removeprefix("torch."),
+            "attention": encoder.attention,
+        },
+        "source": describe_source(source),
+        "sampling": {
+            "mode": plan.sampling.mode,
+            "fps": plan.sampling.fps,
+            "count": plan.sampling.count,
+            "start_s": plan.sampling.start_s,
+            "end_s": plan.sampling.end_s,
+            "num_frames": num_frames,
+            "baseline_frames": min(plan.baseline_frames, num_frames),
+            "lost_s": report.lost_s,
+            "notes": list(report.notes),
+        },
+        "geometry": {
+            "width": reduction.content.width,
+            "grid": [num_frames, plan.size.grid_h, plan.size.grid_w],
+            "pooled_grid": None if tracks is None else list(tracks.pooled_grid),
+            **describe_frames(plan),
+        },
+        "settings": {
+            "method": {"value": options.method, "source": "default" if options.method == FRE_RES else "flag"},
+            **settings.record(),
+        },
+        "tokens": tokens,
+        "history": [{"verb": "compress", "freres_version": __version__}],
+    }
+
+
+def describe_source(source: VideoSource) -> dict[str, Any]:
+    """Return the manifest's facts of a video. No path: only the file's name."""
+    info, video = source.info, source.video
+    facts = {key: value for key, value in asdict(info).items() if key not in ("path", "notes")}
+    name = None if isinstance(video, FrameArray) else os.fsencode(video.name).decode(errors="backslashreplace")
+    return {
+        "file": name,
+        "bytes": source.num_bytes,
+        "sha256": source.sha256,
+        "made_by_world": source.is_from_world,
+        **facts,
+        "notes": list(info.notes),
+    }
+
+
+def describe_frames(plan: CompressPlan) -> dict[str, Any]:
+    """Return the frames' size for the manifest, and what became of their aspect ratio (width over height)."""
+    size, info = plan.size, plan.info
+    return {
+        "frame_height_px": size.height_px,
+        "frame_width_px": size.width_px,
+        "fit": size.fit(info.width_px, info.height_px),
+        "frame_aspect": size.width_px / size.height_px,
+        "source_aspect": info.width_px / info.height_px,
+    }
+
+
+def count_by_kind(content: Tracks | VideoTokens) -> dict[str, int]:
+    """Return how many visual tokens of each kind there are."""
+    if isinstance(content, Tracks):
+        return content.num_tokens_by_kind()
+    counts = content.kind.to("cpu").bincount(minlength=len(TOKEN_KINDS)).tolist()
+    return dict(zip(TOKEN_KINDS, counts, strict=True))
+
+
+def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Reduction) -> dict[str, Any]:
+    """Return the token counts of the manifest; what only Fre-Res has is null for other methods."""
+    by_kind = count_by_kind(reduction.content)
+    per_frame = plan.size.num_tokens
+    full = min(plan.baseline_frames, reduction.num_frames) * per_frame
+    tracks = reduction.content if isinstance(reduction.content, Tracks) else None
+    has_budget = METHODS[options.method].has_budget
+    return {
+        **token_counts(by_kind, plan.budget_tokens if has_budget else sum(by_kind.values()), full),
+        "encoded_tokens": reduction.num_frames * per_frame,
+        "num_gops": None if tracks is None else int(tracks.gop_anchor_frame.shape[0]),
+        "num_coefficients": None if plan.budget is None else plan.budget.num_coefficients,
+        "cuts_found": reduction.num_cuts_found,
+        "cuts_not_honoured": reduction.num_cuts_not_honoured,
+    }
+
+
+def token_counts(by_kind: Mapping[str, int], budget_tokens: int, full_tokens: int) -> dict[str, Any]:
+    """Return the counts every verb reports in the same words; compression is in/out, retention out/in."""
+    visual = sum(by_kind.values())
+    return {
+        "visual_tokens": visual,
+        "budget_tokens": budget_tokens,
+        "full_tokens": full_tokens,
+        "compression": full_tokens / visual,
+        "retention": visual / full_tokens,
+        "tokens_by_kind": dict(by_kind),
+    }

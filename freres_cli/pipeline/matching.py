@@ -1,0 +1,46 @@
+"""Whether a bundle is what compressing a video again would give: by the video's hash, the model and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from freres_cli.backbones.base import EncoderIdentity
+from freres_cli.baselines.registry import METHODS
+from freres_cli.pipeline.planning import CompressOptions
+
+MODEL_FACTS = ("revision", "config_sha256", "projector_sha256")
+
+
+def find_differences(
+    manifest: Mapping[str, Any], video_sha256: str, model: EncoderIdentity, options: CompressOptions
+) -> list[str]:
+    """Return the names of what differs, the empty list where nothing does.
+
+    ``manifest``: of the bundle. ``video_sha256``: of the video's bytes. ``model``, ``options``: what it would be
+    compressed with.
+    """
+    recorded, sampling = manifest["model"], manifest["sampling"]
+    dtype = str(model.dtype).removeprefix("torch.")
+    pairs = {
+        "video": (manifest["source"]["sha256"], video_sha256),
+        "model": (
+            [recorded[fact] for fact in MODEL_FACTS],
+            [model.fingerprint.get(fact) for fact in MODEL_FACTS],
+        ),
+        "dtype": (recorded["dtype"], dtype),
+        "attention": (recorded["attention"], model.attention),
+        "start": (sampling["start_s"], options.start_s),
+        "end": (sampling["end_s"], options.end_s),
+        "method": (manifest["settings"]["method"]["value"], options.method),
+    }
+    values = options.settings.values()
+    if not METHODS[options.method].has_budget:
+        del values["budget_tokens"]
+    pairs |= {key: (manifest["settings"][key]["value"], value) for key, value in values.items()}
+    found = [name for name, (stored, wanted) in pairs.items() if stored != wanted]
+    if any(step.get("verb") != "compress" for step in manifest["history"]):
+        found.append("history")
+    if options.strict and sampling["lost_s"] > 0:
+        found.append("strict")
+    return found

@@ -1,0 +1,129 @@
+"""The one place that loads models: which one, where it runs, and its two halves, each loaded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
+from freres_cli.backbones.checkpoint import BUNDLED
+from freres_cli.backbones.registry import identify_vision_encoder, load_language_model, load_vision_encoder
+from freres_cli.devices import Device, choose_device
+from freres_cli.errors import UsageError
+from freres_cli.presets import environment_value
+from freres_cli.world.bundled_model import bundled_model_dir
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, and where and how it runs.
+
+    ``name``: ``bundled``, a folder, or a hub id. ``revision``: branch, tag or commit of a hub model. ``dtype``: one of
+    ``devices.DTYPE_NAMES``, ``None`` for automatic.
+    """
+
+    name: str
+    device: Device
+    revision: str | None = None
+    dtype: str | None = None
+
+    @property
+    def folder(self) -> str | None:
+        """The absolute path of a local folder; ``None`` for the bundled model and for hub models."""
+        folder = Path(self.name).expanduser()
+        return str(folder.resolve()) if self.name != BUNDLED and folder.is_dir() else None
+
+
+def make_source(
+    name: str,
+    device: str | Device | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    attention: str | None = None,
+) -> ModelSource:
+    """Return a model source; what is not given comes from FRERES_DEVICE and FRERES_DTYPE, else is chosen.
+
+    ``name``: ``bundled``, a folder, or a hub id. ``device``: a name, or a device already chosen. ``dtype``,
+    ``revision``: as ``ModelSource`` has them. ``attention``: one of ``devices.ATTENTION_NAMES``. Raises ``UsageError``
+    or ``ResourceError``.
+    """
+    check_revision(name, revision)
+    return ModelSource(name, find_device(device, attention), revision, find_dtype(dtype))
+
+
+def find_device(device: str | Device | None = None, attention: str | None = None) -> Device:
+    """Return a device by name, else by FRERES_DEVICE, else the best there is; one already chosen as it is.
+
+    Raises ``UsageError`` or ``ResourceError``.
+    """
+    if isinstance(device, Device):
+        return device
+    return choose_device(device or environment_value("device"), attention)
+
+
+def find_dtype(dtype: str | None = None) -> str | None:
+    """Return the precision that is named, else that of FRERES_DTYPE, else ``None`` for automatic."""
+    return dtype or environment_value("dtype")
+
+
+def check_revision(model: str | None, revision: str | None) -> None:
+    """Refuse a revision of a model that has none. Raises ``UsageError``."""
+    if revision is not None and (model == BUNDLED or (model is not None and Path(model).expanduser().is_dir())):
+        raise UsageError(
+            f"--revision: {model} is not a hub model: expected no revision, got {revision}", "leave --revision out"
+        )
+
+
+class Models:
+    """The two halves of one model, each loaded when it is first used, and then kept.
+
+    ``source``: which model. ``encoder``, ``language_model``: halves already loaded, as tests and services have them.
+    Raises ``BackboneError`` or ``ResourceError`` when a half is first used.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        encoder: VisionEncoder | None = None,
+        language_model: LanguageModel | None = None,
+    ) -> None:
+        self.source = source
+        self._encoder = encoder
+        self._language_model = language_model
+        self._identity: EncoderIdentity | None = None
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The vision tower and projector."""
+        if self._encoder is None:
+            source = self.source
+            self._encoder = load_vision_encoder(
+                source.name, source.device, source.dtype, source.revision, bundled_directory=bundled_model_dir()
+            )
+        return self._encoder
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The language half, with its tokenizer."""
+        if self._language_model is None:
+            source = self.source
+            self._language_model = load_language_model(
+                source.name, source.device, source.dtype, source.revision, bundled_directory=bundled_model_dir()
+            )
+        return self._language_model
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the tower is loaded."""
+        return self._encoder is not None
+
+    def identify_encoder(self) -> EncoderIdentity:
+        """What decides the latents; does not load the tower where it is not loaded."""
+        if self._encoder is not None:
+            return EncoderIdentity(self._encoder.fingerprint, self._encoder.dtype, self._encoder.attention)
+        if self._identity is None:
+            source = self.source
+            self._identity = identify_vision_encoder(
+                source.name, source.device, source.dtype, source.revision, bundled_directory=bundled_model_dir()
+            )
+        return self._identity

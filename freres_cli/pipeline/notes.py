@@ -1,0 +1,52 @@
+"""What the user should know about a compression, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from freres_cli.backbones.checkpoint import BUNDLED
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan
+
+# Below this share of the budget used, a note says why.
+FULL_SHARE = 0.98
+
+
+def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
+    """Return what the bundled model is asked beyond what it knows; nothing for other models."""
+    if model_id != BUNDLED or is_from_world:
+        return ()
+    return (
+        "the bundled model only knows its own world of drawn shapes ('freres world make'): its answers about any other "
+        "video mean nothing; name a real model with --model, such as Qwen/Qwen2-VL-2B-Instruct",
+    )
+
+
+def describe_drop(num_deep_layers: int) -> str | None:
+    """Return what leaving out the DeepStack rows costs; ``None`` for a model without them."""
+    if not num_deep_layers:
+        return None
+    return (
+        f"the bundle holds no DeepStack rows: it is {1 + num_deep_layers} times smaller, the language model adds zeros "
+        "in their place, and its answers change"
+    )
+
+
+def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the budget and the settings came to. ``manifest``: of the finished bundle."""
+    tokens, model, settings = manifest["tokens"], manifest["model"], options.settings
+    if plan.is_lossless:
+        yield (
+            f"the budget of {plan.budget_tokens} tokens holds all {plan.full_tokens} tokens of the clip: all are kept as "
+            "they are"
+        )
+    elif tokens["visual_tokens"] < FULL_SHARE * plan.budget_tokens:
+        yield f"{tokens['visual_tokens']} of {plan.budget_tokens} tokens used: the clip has no more that differ"
+    if tokens["cuts_not_honoured"]:
+        yield (
+            f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts got no anchor of their own: the budget is full"
+        )
+    if settings.sample == "native" and settings.track_density > 1:
+        yield "track_density has no effect with sample: native"
+    if settings.deepstack == "drop":
+        yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"

@@ -1,0 +1,127 @@
+"""What will be done to a video, known before any frame is encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from freres_cli.backbones.base import VisionEncoder
+from freres_cli.backbones.checkpoint import BUNDLED
+from freres_cli.baselines.declaration import Method
+from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES, METHODS
+from freres_cli.errors import UsageError
+from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
+from freres_cli.pipeline.models import ModelSource
+from freres_cli.presets import Settings, parse_grid
+from freres_cli.records import FrameSize, VideoInfo
+from freres_cli.video.sampling import Sampling, num_sampled_frames
+
+FULL_BUDGET = 2**31 - 1  # every token of the clip
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """How videos are compressed, whichever they are.
+
+    ``model``: whose tower encodes the frames. ``method``: a name in ``baselines.registry``. ``start_s``, ``end_s``: the
+    part of each video to read, in seconds after its first frame. ``strict``: refuse a video that is damaged anywhere.
+    """
+
+    model: ModelSource
+    settings: Settings
+    method: str = FRE_RES
+    start_s: float | None = None
+    end_s: float | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class CompressPlan:
+    """What will be done to one video.
+
+    ``num_frames``: frames that will be read. ``baseline_frames``: frames that the full-token model would read.
+    ``budget``: how Fre-Res deals out the budget; ``None`` for other methods.
+    """
+
+    info: VideoInfo
+    sampling: Sampling
+    size: FrameSize
+    num_frames: int
+    baseline_frames: int
+    budget_tokens: int
+    budget: BudgetPlan | None
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens of the uncompressed clip."""
+        return self.baseline_frames * self.size.num_tokens
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the budget holds every token, so that all are kept as they are."""
+        return self.budget_tokens >= self.full_tokens if self.budget is None else self.budget.is_lossless
+
+
+def choose_preset(model: str) -> str:
+    """Return the preset that a model is used with where none is named."""
+    return "bundled" if model == BUNDLED else "qwen2-vl-7b"
+
+
+def find_bundle_method(name: str) -> Method:
+    """Return a method that can make bundles. Raises ``UsageError``."""
+    if name not in BUNDLE_METHODS:
+        hint = "blind is for freres eval" if name in METHODS else "see: freres methods"
+        raise UsageError(f"--method: expected one of {', '.join(BUNDLE_METHODS)}, got {name}", hint)
+    return METHODS[name]
+
+
+def method_settings(settings: Settings) -> MethodSettings:
+    """Return the knobs of Fre-Res from all settings."""
+    return MethodSettings(**{knob.name: getattr(settings, knob.name) for knob in fields(MethodSettings)})
+
+
+def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: VideoInfo) -> CompressPlan:
+    """Choose frames and frame size, and deal out the budget. Raises ``UsageError``."""
+    settings = options.settings
+    size = encoder.frame_size(info.width_px, info.height_px, parse_grid(settings.grid), settings.tokens_per_frame)
+    budget_tokens = settings.budget_tokens
+    sampling = choose_sampling(options, 1)
+    num_frames = baseline = _count_frames(sampling, info)
+    if options.method != FRE_RES:
+        budget_tokens = _budget_of(METHODS[options.method], options, baseline * size.num_tokens)
+        return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None)
+    # A budget for every token of the named frames leaves nothing for a denser track to add.
+    if budget_tokens < baseline * size.num_tokens and settings.track_density > 1:
+        sampling = choose_sampling(options, settings.track_density)
+        num_frames = _count_frames(sampling, info)
+    budget = plan_budget(num_frames, (size.grid_h, size.grid_w), method_settings(settings), budget_tokens)
+    return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, budget)
+
+
+def _count_frames(sampling: Sampling, info: VideoInfo) -> int:
+    return num_sampled_frames(sampling, info.start_s, info.duration_s, info.num_packets)
+
+
+def _budget_of(method: Method, options: CompressOptions, full_tokens: int) -> int:
+    """The budget of a method other than Fre-Res; one that has none keeps every token."""
+    budget_tokens, source = options.settings.budget_tokens, options.settings.sources["budget_tokens"]
+    if method.has_budget:
+        return budget_tokens
+    if budget_tokens < full_tokens and not source.startswith(("preset", "default")):
+        raise UsageError(
+            f"--budget: method {method.name} keeps all {full_tokens} tokens: expected at least that many, got "
+            f"{budget_tokens}",
+            "leave --budget out, or choose another method",
+        )
+    return max(budget_tokens, FULL_BUDGET)
+
+
+def choose_sampling(options: CompressOptions, density: int) -> Sampling:
+    """Return which frames to read: those of the settings, ``density`` times as many for the residual track."""
+    settings = options.settings
+    return Sampling(
+        settings.sample,
+        fps=settings.sample_fps * density if settings.sample == "fps" and settings.sample_fps else None,
+        count=settings.sample_count * density if settings.sample == "count" and settings.sample_count else None,
+        start_s=options.start_s,
+        end_s=options.end_s,
+    )

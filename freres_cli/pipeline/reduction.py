@@ -1,0 +1,98 @@
+"""Latents -> what is kept of a clip, by any method: Fre-Res takes them as they come, the others when all are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freres_cli.baselines.registry import METHODS
+from freres_cli.bench.clock import StageTimer
+from freres_cli.errors import VideoError
+from freres_cli.method.compress import StreamingCompressor
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan, method_settings
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import Tracks
+
+LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is kept of a clip: ``content``. ``num_frames``: frames that were read. Cuts are counted by Fre-Res only."""
+
+    content: Tracks | VideoTokens
+    num_frames: int
+    num_cuts_found: int | None = None
+    num_cuts_not_honoured: int | None = None
+
+
+def reduce_latents(
+    batches: LatentBatches,
+    plan: CompressPlan,
+    options: CompressOptions,
+    width: int,
+    timer: StageTimer,
+    on_batch: Callable[[int], None] | None = None,
+) -> Reduction:
+    """Reduce a clip by the method of ``options``.
+
+    ``batches``: times in seconds and latents (n, H, W, C) of consecutive frames. ``plan``: what will be done. ``width``:
+    D. ``timer``: has the stage ``compress``. ``on_batch``: told how many frames are done. Raises ``VideoError`` where no
+    frame came.
+    """
+    reduce = _reduce_by_fre_res if plan.budget is not None else _reduce_by_peer
+    return reduce(_counted(batches, on_batch), plan, options, width, timer)
+
+
+def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None) -> LatentBatches:
+    done = 0
+    for seconds, latents in batches:
+        yield seconds, latents
+        done += len(seconds)
+        if on_batch is not None:
+            on_batch(done)
+
+
+def _reduce_by_fre_res(
+    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
+) -> Reduction:
+    assert plan.budget is not None
+    compressor = StreamingCompressor(plan.budget, method_settings(options.settings), width)
+    num_frames = 0
+    for seconds, latents in batches:
+        with timer.stage("compress"):
+            compressor.push(latents, seconds)
+        num_frames += len(seconds)
+    _check_any(num_frames, plan)
+    with timer.stage("compress"):
+        tracks = compressor.finish()
+        # At the end, so that what stays is the same to the bit as in a bundle that keeps all.
+        if options.settings.deepstack == "drop":
+            tracks = tracks.without_deep_rows()
+    return Reduction(tracks, num_frames, compressor.num_cuts_found, compressor.num_cuts_not_honoured)
+
+
+def _reduce_by_peer(
+    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
+) -> Reduction:
+    compress = METHODS[options.method].compress
+    assert compress is not None
+    channels = slice(width if options.settings.deepstack == "drop" else None)
+    times: list[float] = []
+    parts: list[Tensor] = []
+    for seconds, latents in batches:
+        times += seconds
+        parts.append(latents[..., channels].cpu())
+    _check_any(len(times), plan)
+    with timer.stage("compress"), torch.no_grad():
+        latents = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tokens = compress(latents, torch.tensor(times, dtype=torch.float64), plan.budget_tokens, width)
+    return Reduction(tokens, len(times))
+
+
+def _check_any(num_frames: int, plan: CompressPlan) -> None:
+    if not num_frames:
+        raise VideoError(f"{plan.info.path}: no frame could be decoded in the part asked for")

@@ -1,0 +1,332 @@
+"""Visual tokens and a language model, opened once: the video is prefilled once, and asked as often as you like."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.backbones.batches import answer_batch, score_options_batch
+from freres_cli.backbones.engine import VideoPrefix, check_scores, prefill_video, score_options
+from freres_cli.backbones.generation import Sampling, TextStream, generate
+from freres_cli.bundle.adapter import MODEL_FACTS
+from freres_cli.bundle.store import read_bundle
+from freres_cli.devices import Device
+from freres_cli.errors import BackboneError, UsageError
+from freres_cli.evaluation.questions import (
+    QuestionFile,
+    check_choices,
+    check_length,
+    find_control_token,
+    format_choices,
+)
+from freres_cli.pipeline.models import Models, ModelSource
+from freres_cli.pipeline.notes import describe_limits
+from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.records import Answer, VideoTokens
+from freres_cli.tracks import Tracks
+
+# Questions answered together: each has a copy of the video's cache.
+MAX_BATCH = 16
+MAX_BATCH_BYTES = 2**30
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question, and its options where it has any."""
+
+    question: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AskRequest:
+    """Which bundle to open, and how.
+
+    ``model``, ``revision``: override where the bundle's model is looked for. ``dtype``: of the language model.
+    ``adapter``: as ``adapters.choose_adapter`` takes it. ``text_after``: overrides the bundle's.
+    """
+
+    bundle: Path
+    device: Device
+    model: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    adapter: str | None = None
+    text_after: str | None = None
+
+
+@dataclass
+class Session:
+    """Visual tokens, their language model and the prefilled video: many questions, one prefill.
+
+    ``model``: the language half. ``tokens``: the video. ``full_tokens``: what the uncompressed clip would take.
+    ``text_after``: where the text after the video stands. ``load_s``: seconds that reading bundle and model took.
+    ``notes``: what the user should know.
+    """
+
+    model: LanguageModel
+    tokens: VideoTokens
+    full_tokens: int
+    text_after: str
+    load_s: float
+    notes: tuple[str, ...] = ()
+    _prefixes: dict[Ids, VideoPrefix] = field(default_factory=dict)
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds that the prefill of [system + video] took; after the first question."""
+        return next(iter(self._prefixes.values())).prefill_s
+
+    def forget_prefix(self) -> None:
+        """Drop the prefilled video, so that the next question pays for it again."""
+        self._prefixes.clear()
+
+    def ask(
+        self,
+        question: str,
+        *,
+        choices: Sequence[str] = (),
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a question. TTFT runs from this call, bundle and model loaded.
+
+        ``choices``: the answer is the option whose letter, or whose words, are likeliest (``choices_as`` of the model).
+        ``max_new_tokens``: of a free answer. ``sampling``: how its tokens are picked, greedily by default. ``on_text``:
+        receives the text as it comes. Raises ``UsageError`` or ``BackboneError``.
+        """
+        submitted = time.perf_counter()
+        query = Query(question, tuple(choices))
+        self._check(query)
+        if choices:
+            prefix, suffix, options = self._encode_choices(query)
+            scores = score_options(self.model, prefix, suffix, options)
+            answer = self._chosen(query, prefix, suffix, scores, time.perf_counter() - submitted)
+            if on_text is not None:
+                on_text(answer.text)
+            return answer
+        prefix, suffix = self._prompt(question)
+        generation = generate(self.model, prefix, suffix, max_new_tokens, sampling, submitted)
+        for piece in generation:
+            if on_text is not None:
+                on_text(piece)
+        assert generation.ttft_s is not None
+        return Answer(
+            text=generation.text,
+            num_visual_tokens=len(self.tokens),
+            num_context_tokens=generation.num_context_tokens,
+            num_new_tokens=generation.num_new_tokens,
+            ttft_s=generation.ttft_s,
+            tpot_s=generation.tpot_s,
+            finish_reason=generation.finish_reason or "length",
+            notes=prefix.notes,
+        )
+
+    def ask_many(
+        self,
+        queries: Sequence[Query],
+        *,
+        max_new_tokens: int = 64,
+        on_answer: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
+        """Answer questions several at a time, greedily; each answer is that of ``ask``, but for rounding.
+
+        In float32 logits move by about 1e-5 against one question at a time. ``queries``: what to ask. ``max_new_tokens``:
+        of each free answer. ``on_answer``: told the place of each answer, and the answer, as batches are done. Raises
+        ``UsageError`` or ``BackboneError``.
+        """
+        for query in queries:
+            self._check(query)
+        answers: dict[int, Answer] = {}
+        for with_choices in (True, False):
+            mine = [place for place, query in enumerate(queries) if bool(query.choices) == with_choices]
+            while mine:
+                part = mine[: self._batch_size(queries[mine[0]])]
+                batch = [queries[place] for place in part]
+                made = self._choose_batch(batch) if with_choices else self._answer_batch(batch, max_new_tokens)
+                for place, answer in zip(part, made, strict=True):
+                    answers[place] = answer
+                    if on_answer is not None:
+                        on_answer(place, answer)
+                mine = mine[len(part) :]
+        return [answers[place] for place in range(len(queries))]
+
+    def _batch_size(self, query: Query) -> int:
+        prefix, _ = self._prompt(query.question)
+        each = max(1, prefix.num_tokens * self.model.kv_bytes_per_token)
+        return max(1, min(MAX_BATCH, MAX_BATCH_BYTES // each))
+
+    def _choose_batch(self, queries: Sequence[Query]) -> list[Answer]:
+        encoded = [self._encode_choices(query) for query in queries]
+        found: dict[int, Answer] = {}
+        # Questions about one video nearly always share the text before it.
+        for prefix in {id(prefix): prefix for prefix, _, _ in encoded}.values():
+            mine = [place for place, (own, _, _) in enumerate(encoded) if own is prefix]
+            suffixes, options = [encoded[place][1] for place in mine], [encoded[place][2] for place in mine]
+            scores = score_options_batch(self.model, prefix, suffixes, options)
+            for place, suffix, own in zip(mine, suffixes, scores, strict=True):
+                found[place] = self._chosen(queries[place], prefix, suffix, check_scores(own), None)
+        return [found[place] for place in range(len(queries))]
+
+    def _answer_batch(self, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        prompts = [self._prompt(query.question) for query in queries]
+        found: dict[int, Answer] = {}
+        for prefix in {id(prefix): prefix for prefix, _ in prompts}.values():
+            mine = [place for place, (own, _) in enumerate(prompts) if own is prefix]
+            suffixes = [prompts[place][1] for place in mine]
+            for place, suffix, ids in zip(
+                mine, suffixes, answer_batch(self.model, prefix, suffixes, max_new_tokens), strict=True
+            ):
+                found[place] = self._answer_of(ids, prefix, suffix)
+        return [found[place] for place in range(len(queries))]
+
+    def _answer_of(self, ids: Sequence[int], prefix: VideoPrefix, suffix: Ids) -> Answer:
+        is_stopped = ids[-1] in self.model.stop_ids
+        stream = TextStream(self.model.tokenizer)
+        text = "".join([*map(stream.add, ids[:-1] if is_stopped else ids), stream.flush()])
+        return Answer(
+            text=text,
+            num_visual_tokens=len(self.tokens),
+            num_context_tokens=prefix.num_tokens + len(suffix),
+            num_new_tokens=len(ids),
+            ttft_s=None,
+            tpot_s=None,
+            finish_reason="stop" if is_stopped else "length",
+            notes=prefix.notes,
+        )
+
+    def _check(self, query: Query) -> None:
+        if not query.question.strip():
+            raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
+        check_length((query.question, *query.choices))
+        if query.choices:
+            check_choices(query.choices)
+        # A question that ends its own turn, or names another video, would change the prompt unseen.
+        token = find_control_token((query.question, *query.choices), control_tokens(self.model))
+        if token is not None:
+            raise UsageError(f"question: holds {token}, which the model reads as a command", "leave it out")
+
+    def _prompt(self, question: str) -> tuple[VideoPrefix, Ids]:
+        """Return the prefilled [system + video], computed once, and the question's ids after it."""
+        ids = self.model.prompt(question)
+        if ids.prefix not in self._prefixes:
+            self._prefixes[ids.prefix] = prefill_video(self.model, ids.prefix, self.tokens, self.text_after)
+        return self._prefixes[ids.prefix], ids.suffix
+
+    def _encode_choices(self, query: Query) -> tuple[VideoPrefix, Ids, list[Ids]]:
+        """Return the prefilled video, the question's ids after it, and those of each option."""
+        encode, end = self.model.tokenizer.encode, self.model.tokenizer.eos_token_id
+        if self.model.choices_as == "words":
+            prefix, suffix = self._prompt(query.question)
+            # With the end of the turn, no option gains by being the beginning of another.
+            return prefix, suffix, [(*encode(choice, add_special_tokens=False), end) for choice in query.choices]
+        prefix, suffix = self._prompt(format_choices(query.question, query.choices))
+        letters = check_choices(query.choices)
+        return prefix, suffix, [tuple(encode(letter, add_special_tokens=False)) for letter in letters]
+
+    def _chosen(self, query: Query, prefix: VideoPrefix, suffix: Ids, scores: Tensor, ttft_s: float | None) -> Answer:
+        probabilities = torch.softmax(scores.to(torch.float64), 0).tolist()
+        return Answer(
+            text=query.choices[int(scores.argmax())],
+            num_visual_tokens=len(self.tokens),
+            num_context_tokens=prefix.num_tokens + len(suffix),
+            num_new_tokens=0,
+            ttft_s=ttft_s,
+            tpot_s=None,
+            finish_reason="choice",
+            choices=dict(zip(query.choices, probabilities, strict=True)),
+            notes=prefix.notes,
+        )
+
+
+def control_tokens(model: LanguageModel) -> list[str]:
+    """Return what the model reads as commands."""
+    return [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
+
+
+def refuse_control_tokens(questions: QuestionFile, model: LanguageModel) -> None:
+    """Raises ``UsageError`` for a row that holds what the model reads as a command."""
+    tokens = control_tokens(model)
+    for question in questions.questions:
+        token = find_control_token((question.question, *question.choices, question.answer), tokens)
+        if token is not None:
+            raise UsageError(
+                f"{questions.path}:{question.line}: holds {token}, which the model reads as a command", "leave it out"
+            )
+
+
+def open_session(request: AskRequest, models: Models | None = None) -> Session:
+    """Read a bundle and load the language half of its model.
+
+    ``models``: the model, where it is open already. Raises ``BundleError`` for a bad bundle, ``BackboneError`` for a
+    model that is not the one that encoded it.
+    """
+    start = time.perf_counter()
+    bundle = read_bundle(request.bundle)
+    return open_content(bundle.content, bundle.manifest, request, models, start)
+
+
+def open_content(
+    content: Tracks | VideoTokens,
+    manifest: Mapping[str, Any],
+    request: AskRequest,
+    models: Models | None = None,
+    start: float | None = None,
+) -> Session:
+    """Return a session over what a bundle holds.
+
+    ``content``, ``manifest``: of the bundle. ``request``: how to open it; its path is for messages. ``models``: the
+    model, where it is open already. ``start``: ``time.perf_counter()`` when loading began. Raises ``BackboneError`` or
+    ``ResourceError``.
+    """
+    start = time.perf_counter() if start is None else start
+    recorded = manifest["model"]
+    models = models or Models(_model_source(request, recorded))
+    model = models.language_model
+    check_model(recorded, content.width, model, str(request.bundle))
+    loaded = load_tokens(content, manifest, request.adapter, str(request.bundle))
+    limits = describe_limits(recorded["model_id"], manifest["source"]["made_by_world"])
+    text_after = request.text_after or manifest["settings"]["text_after"]["value"]
+    load_s = time.perf_counter() - start
+    full_tokens = manifest["tokens"]["full_tokens"]
+    return Session(model, loaded.tokens, full_tokens, text_after, load_s, (*limits, *model.notes, *loaded.notes))
+
+
+def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, name: str) -> None:
+    """Refuse a model other than the one whose tower and projector made the latents.
+
+    ``recorded``: the manifest's facts of that one. ``width``: D of the latents. ``name``: of the bundle. Raises
+    ``BackboneError``.
+    """
+    differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
+    if differing or width != model.width:
+        raise BackboneError(
+            f"{name}: made for another model: expected {recorded.get('model_id')}, "
+            f"got {model.fingerprint.get('model_id')} ({', '.join(differing) or 'width'} differs)",
+            "name the model that made the bundle with --model, or compress the video again",
+        )
+
+
+def _model_source(request: AskRequest, recorded: Mapping[str, Any]) -> ModelSource:
+    """Where the bundle's own model is to be found, unless another one is named."""
+    name, folder = request.model or recorded["model_id"], recorded["folder"]
+    if request.model is None and folder is not None:
+        if not Path(folder).is_dir():
+            raise BackboneError(
+                f"{request.bundle}: made with a model in {folder}: no such folder here",
+                "name that model's folder with --model",
+            )
+        name = folder
+    return ModelSource(name, request.device, request.revision or recorded["revision"], request.dtype)

@@ -1,0 +1,60 @@
+"""Bundle -> visual tokens, ready for a language model; needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from freres_cli.devices import memory_errors_as
+from freres_cli.method.tokens import build_tokens
+from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter, load_modules
+from freres_cli.pipeline.notes import describe_drop
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import Tracks
+
+
+@dataclass(frozen=True)
+class LoadedTokens:
+    """The visual tokens of a bundle. ``notes``: what the user should know about them."""
+
+    tokens: VideoTokens
+    notes: tuple[str, ...] = ()
+
+
+def load_tokens(
+    content: Tracks | VideoTokens, manifest: Mapping[str, Any], adapter: str | None = None, name: str = "bundle"
+) -> LoadedTokens:
+    """Return the tokens that a bundle stands for, with rows for every channel that its model takes.
+
+    ``content``, ``manifest``: of the bundle. ``adapter``: trained modules, as ``adapters.choose_adapter`` takes them.
+    ``name``: of the bundle, for messages. Raises ``BackboneError`` for an adapter that does not fit, ``ResourceError``.
+    """
+    model, settings = manifest["model"], manifest["settings"]
+    notes = []
+    if isinstance(content, Tracks):
+        variant = settings["variant"]["value"]
+        path = choose_adapter(adapter, model["model_id"], variant)
+        modules = None if path is None else load_modules(path, model, content, variant)
+        if modules is None and variant == "concat":
+            notes.append("variant concat without an adapter: coefficients enter the model raw")
+        with torch.no_grad(), memory_errors_as(f"opening {name}", "repack it to a smaller budget"):
+            tokens = build_tokens(content, variant, modules)
+    else:
+        tokens = content
+        if adapter not in (None, NO_ADAPTER):
+            notes.append(f"the adapter has no effect: method {settings['method']['value']} has no trained modules")
+    if settings["deepstack"]["value"] == "drop" and (cost := describe_drop(model["num_deep_layers"])) is not None:
+        tokens = with_deep_rows(tokens, model["num_deep_layers"])
+        notes.append(cost)
+    return LoadedTokens(tokens, tuple(notes))
+
+
+def with_deep_rows(tokens: VideoTokens, num_deep_layers: int) -> VideoTokens:
+    """Return tokens whose DeepStack rows were dropped with zeros in their place; all others as they are."""
+    if tokens.latents.shape[1] != tokens.width:
+        return tokens
+    zeros = tokens.latents.new_zeros(len(tokens), tokens.width * num_deep_layers)
+    return replace(tokens, latents=torch.cat([tokens.latents, zeros], dim=1))

@@ -1,0 +1,212 @@
+"""Fre-Res tracks: what compression keeps of a clip, and the one table of its columns.
+
+``COLUMNS`` drives the checks here, cutting a bundle, leaving out DeepStack rows, and the tables of freres-bundle(5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from freres_cli.records import TOKEN_KINDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GOP_STARTS = ("uniform", "event", "demoted")
+NUM_SEGMENTS = 8  # eighths of a GoP, in which lost energy is reported
+NUM_REPORTED_BANDS = 8
+MAX_BANDS = 1 << 16
+LATENT = "E"  # the dtype that the frames were encoded in
+LATENT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tensor of the tracks.
+
+    ``table``: the table whose rows it has. ``dtype``: a torch dtype's name, or ``LATENT``. ``shape``: the axes after the
+    rows, ``C`` channels, ``K`` bands, or a number. ``limit``: for an index, what it stays below: ``G`` GoPs, ``N`` tokens
+    of a frame, ``P`` cells, or a number. ``text``: what it holds, for freres-bundle(5).
+    """
+
+    table: str
+    dtype: str
+    text: str = ""
+    shape: tuple[str, ...] = ()
+    limit: str | None = None
+
+    @property
+    def is_latent(self) -> bool:
+        return self.dtype == LATENT
+
+
+# The fields of ``Tracks`` in order. Tables ``frame`` and ``gop`` are in order of time, ``base`` in order of GoP and cell;
+# the rows of the others are ordered by importance, and a prefix of them is a smaller clip.
+COLUMNS: dict[str, Column] = {
+    "frame_seconds": Column("frame", "float64", "time of each frame read"),
+    "gop_anchor_frame": Column("gop", "int64", "index of the anchor frame"),
+    "gop_num_residuals": Column("gop", "int64", "residual frames, L"),
+    "gop_num_bins": Column("gop", "int64", "time bins of the transform"),
+    "gop_bin_frames": Column("gop", "int64", "frames in a bin"),
+    "gop_start": Column("gop", "int64", "0 uniform, 1 event, 2 demoted", limit=str(len(GOP_STARTS))),
+    "gop_event_distance": Column("gop", "float32", "distance to the frame before"),
+    "gop_residual_energy": Column("gop", "float32", "residual energy over all tokens"),
+    "gop_pooled_energy": Column("gop", "float32", "the same over cells"),
+    "gop_band_energy": Column("gop", "float32", "of the first bands", (str(NUM_REPORTED_BANDS),)),
+    "gop_segment_energy": Column("gop", "float32", "of segments", (str(NUM_SEGMENTS),)),
+    "anchor_latents": Column("anchor", LATENT, "anchor tokens", ("C",)),
+    "anchor_gop": Column("anchor", "int64", limit="G"),
+    "anchor_cell": Column("anchor", "int64", "raster index in H x W", limit="N"),
+    "coefficient_values": Column("coefficient", LATENT, "orthonormal DCT-II", ("C",)),
+    "coefficient_gop": Column("coefficient", "int64", limit="G"),
+    "coefficient_cell": Column("coefficient", "int64", "raster index in P", limit="P"),
+    "coefficient_band": Column("coefficient", "int64", "0 is DC", limit=str(MAX_BANDS)),
+    "coefficient_energy": Column("coefficient", "float32", "squared norm over D"),
+    "coefficient_segments": Column("coefficient", "float32", "inner product with residual", (str(NUM_SEGMENTS),)),
+    "base_latents": Column("base", LATENT, "pooled anchor of the cell", ("C",)),
+    "base_gop": Column("base", "int64", limit="G"),
+    "base_cell": Column("base", "int64", "raster index in P", limit="P"),
+    "static_latents": Column("static", LATENT, "time means of calm cells", ("C",)),
+    "static_gop": Column("static", "int64", limit="G"),
+    "static_cell": Column("static", "int64", "raster index in P", limit="P"),
+    "summary_base": Column("summary", LATENT, "mean of the pooled anchor", ("C",)),
+    "summary_spectrum": Column("summary", LATENT, "mean of first coefficients", ("K", "C")),
+    "summary_gop": Column("summary", "int64", limit="G"),
+}
+# The tables whose rows are tokens, by token kind.
+TABLE_OF_KIND = dict(zip(TOKEN_KINDS, ("anchor", "coefficient", "static", "summary"), strict=True))
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """What Fre-Res keeps, before any adapter.
+
+    ``width``: D; ``grid``: (T, H, W); ``pooled_grid``: cells (rows, columns). Every other field is a column of
+    ``COLUMNS``: n rows of its table, G rows for the GoP table. ``gop_num_residuals`` is L; the energies of a GoP are over
+    all tokens (``residual``), over cells (``pooled``), of its first bands (G, 8) and of eighths of it (G, 8).
+
+    Anchor tokens have their raster index in the grid as ``anchor_cell``. Coefficients have GoP, cell, band, energy and
+    ``coefficient_segments``, the inner product with the residual in each eighth. ``base_latents`` is the pooled anchor of
+    every cell that kept a coefficient, ``static_latents`` are means over time, ``summary_base`` (n, C) and
+    ``summary_spectrum`` (n, K, C) means over the cells.
+
+    Raises ``ValueError`` where columns contradict the table or each other.
+    """
+
+    width: int
+    grid: tuple[int, int, int]
+    pooled_grid: tuple[int, int]
+    frame_seconds: Tensor
+    gop_anchor_frame: Tensor
+    gop_num_residuals: Tensor
+    gop_num_bins: Tensor
+    gop_bin_frames: Tensor
+    gop_start: Tensor
+    gop_event_distance: Tensor
+    gop_residual_energy: Tensor
+    gop_pooled_energy: Tensor
+    gop_band_energy: Tensor
+    gop_segment_energy: Tensor
+    anchor_latents: Tensor
+    anchor_gop: Tensor
+    anchor_cell: Tensor
+    coefficient_values: Tensor
+    coefficient_gop: Tensor
+    coefficient_cell: Tensor
+    coefficient_band: Tensor
+    coefficient_energy: Tensor
+    coefficient_segments: Tensor
+    base_latents: Tensor
+    base_gop: Tensor
+    base_cell: Tensor
+    static_latents: Tensor
+    static_gop: Tensor
+    static_cell: Tensor
+    summary_base: Tensor
+    summary_spectrum: Tensor
+    summary_gop: Tensor
+
+    def __post_init__(self) -> None:
+        t, h, w = self.grid
+        rows, columns = self.pooled_grid
+        _require(min(t, h, w, rows, columns, self.width) >= 1, "grid, pooled grid and width: expected at least 1")
+        _require(rows <= h and columns <= w, "pooled_grid: expected no more cells than the grid has tokens")
+        for name, column in COLUMNS.items():
+            self._check_column(name, column)
+        self._check_gops()
+        self._check_bases()
+
+    @property
+    def num_cells(self) -> int:
+        """P, the cells of the pooled grid."""
+        return self.pooled_grid[0] * self.pooled_grid[1]
+
+    def _check_column(self, name: str, column: Column) -> None:
+        """A column has the dtype, the shape and the range that the table gives it."""
+        tensor: Tensor = getattr(self, name)
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        allowed = LATENT_DTYPES if column.is_latent else (column.dtype,)
+        _require(dtype in allowed, f"{name}: expected {' or '.join(allowed)}, got {dtype}")
+        num_rows = self.grid[0] if column.table == "frame" else self._num_rows(column.table)
+        channels = self.anchor_latents.shape[-1]
+        sizes = {"C": channels, "K": shape[1] if len(shape) > 1 else 0}
+        expected = (num_rows, *(sizes[axis] if axis in sizes else int(axis) for axis in column.shape))
+        _require(shape == expected, f"{name}: expected shape {expected}, got {shape}")
+        if column.is_latent:
+            is_multiple = channels > 0 and channels % self.width == 0
+            _require(is_multiple, f"{name}: expected a multiple of {self.width} channels, got {channels}")
+        if column.limit is not None and tensor.numel():
+            limits = {"G": self._num_rows("gop"), "N": self.grid[1] * self.grid[2], "P": self.num_cells}
+            limit = limits[column.limit] if column.limit in limits else int(column.limit)
+            inside = int(tensor.min()) >= 0 and int(tensor.max()) < limit
+            _require(inside, f"{name}: expected 0..{limit - 1}")
+
+    def _num_rows(self, table: str) -> int:
+        first = self.gop_anchor_frame if table == "gop" else getattr(self, f"{table}_gop")
+        return int(first.shape[0])
+
+    def _check_gops(self) -> None:
+        """GoPs follow one another inside the clip, and their bins cover their residual frames."""
+        frame, length = self.gop_anchor_frame, self.gop_num_residuals
+        bins, bin_frames = self.gop_num_bins, self.gop_bin_frames
+        _require(frame.shape[0] >= 1 and int(frame.min()) >= 0, "gop_anchor_frame: expected 0 or more")
+        _require(bool((frame.diff() > 0).all()), "gop_anchor_frame: expected rising frames")
+        _require(int(length.min()) >= 0, "gop_num_residuals: expected 0 or more")
+        _require(
+            int((frame + length).max()) < self.grid[0], f"gop_num_residuals: expected to end before {self.grid[0]}"
+        )
+        is_legal = (bins >= 0) & (bins <= length) & (bin_frames >= 1) & (bin_frames <= self.grid[0])
+        covers = bins * bin_frames >= length
+        _require(bool((is_legal & covers).all()), "gop_num_bins: expected bins that cover the residual frames")
+        within = self.coefficient_band < bins[self.coefficient_gop]
+        _require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
+
+    def _check_bases(self) -> None:
+        """Every coefficient is there once, and its cell has a base."""
+        base = self.base_gop * self.num_cells + self.base_cell
+        _require(bool((base.diff() > 0).all()), "base_cell: expected rows by GoP, then cell")
+        needed = self.coefficient_gop * self.num_cells + self.coefficient_cell
+        places = needed * MAX_BANDS + self.coefficient_band
+        _require(places.unique().shape == places.shape, "coefficient_band: expected each coefficient once")
+        _require(
+            set(needed.tolist()) <= set(base.tolist()), "base_latents: expected one for each cell with coefficients"
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name, in the order of ``COLUMNS``."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+    def without_deep_rows(self) -> Tracks:
+        """Return the same tracks with the first D channels of every latent only, the rows of DeepStack left out."""
+        latents = [name for name, column in COLUMNS.items() if column.is_latent]
+        return replace(self, **{name: getattr(self, name)[..., : self.width].contiguous() for name in latents})
+
+    def num_tokens_by_kind(self) -> dict[str, int]:
+        """Return how many tokens of each kind these tracks give, whatever the variant."""
+        return {kind: self._num_rows(table) for kind, table in TABLE_OF_KIND.items()}
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)

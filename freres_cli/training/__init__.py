@@ -1,0 +1,1 @@
+"""What any training here needs: an optimizer, states that resume, worker processes."""

@@ -1,0 +1,103 @@
+"""Frames that were decoded elsewhere, as if they came from a file: resized as a file's frames are, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+from freres_cli.errors import VideoError
+from freres_cli.records import Frames, FrameSize, VideoInfo
+from freres_cli.video.decode import RESIZE, DecodeReport
+
+
+class FrameArray:
+    """Decoded frames: ``pixels`` (n, h, w, 3) uint8 RGB, with the time of each in seconds.
+
+    Raises ``VideoError`` for another shape or type, no frames, or times that are not finite, fall, or are not one a frame.
+    """
+
+    def __init__(self, pixels: Tensor | np.ndarray, seconds: Sequence[float] | Tensor | np.ndarray) -> None:
+        array = pixels.numpy(force=True) if isinstance(pixels, Tensor) else np.asarray(pixels)
+        if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
+            raise VideoError(f"frames: expected (n, h, w, 3) uint8 RGB, got {array.shape} {array.dtype}")
+        if min(array.shape) < 1:
+            raise VideoError(f"frames: expected at least one frame of one pixel, got {array.shape}")
+        times = np.asarray(seconds, dtype=np.float64)
+        if times.shape != array.shape[:1]:
+            raise VideoError(f"frames: expected a time for each of {len(array)} frames, got {times.shape}")
+        if not np.isfinite(times).all() or (np.diff(times) < 0).any():
+            raise VideoError("frames: expected times in seconds that are finite and do not fall")
+        self.pixels = np.ascontiguousarray(array)
+        self.seconds = tuple(times.tolist())
+
+    @property
+    def info(self) -> VideoInfo:
+        """What a file with these frames would say of itself. The last frame is shown as long as the one before it."""
+        num_frames, height, width, _ = self.pixels.shape
+        span = self.seconds[-1] - self.seconds[0]
+        gap = self.seconds[-1] - self.seconds[-2] if num_frames > 1 else 0.0
+        return VideoInfo(
+            path="frames",
+            container=None,
+            codec=None,
+            width_px=width,
+            height_px=height,
+            coded_width_px=width,
+            coded_height_px=height,
+            rotation_deg=0,
+            sample_aspect_ratio=1.0,
+            source_fps=(num_frames - 1) / span if span > 0 else None,
+            num_packets=num_frames,
+            start_s=self.seconds[0],
+            duration_s=span + gap,
+            stream_index=0,
+            num_video_streams=1,
+            has_timestamps=True,
+        )
+
+    @property
+    def sha256(self) -> str:
+        """The digest of shape, pixels and times."""
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        digest.update(self.pixels.data)
+        digest.update(np.asarray(self.seconds).data)
+        return digest.hexdigest()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the pixels."""
+        return int(self.pixels.nbytes)
+
+    def open(self, size: FrameSize, batch_frames: int) -> FrameBatches:
+        """Return the frames resized to ``size``, at most ``batch_frames`` at a time."""
+        return FrameBatches(self, size, batch_frames)
+
+
+class FrameBatches:
+    """All frames of an array, resized; ``report`` as ``decode.Decoder`` has it."""
+
+    def __init__(self, frames: FrameArray, size: FrameSize, batch_frames: int) -> None:
+        self._frames, self._size, self._batch_frames = frames, size, batch_frames
+        num_frames = len(frames.seconds)
+        self.report = DecodeReport(num_frames, num_frames, 0.0)
+
+    def __iter__(self) -> Iterator[Frames]:
+        pixels, seconds = self._frames.pixels, self._frames.seconds
+        reformatter = VideoReformatter()
+        for start in range(0, len(seconds), self._batch_frames):
+            stop = min(start + self._batch_frames, len(seconds))
+            resized = [self._resize(picture, reformatter) for picture in pixels[start:stop]]
+            yield Frames(torch.from_numpy(np.stack(resized)), seconds[start:stop], tuple(range(start, stop)))
+
+    def _resize(self, picture: np.ndarray, reformatter: VideoReformatter) -> np.ndarray:
+        height, width = self._size.height_px, self._size.width_px
+        if picture.shape[:2] == (height, width):
+            return picture
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        return reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1).to_ndarray()

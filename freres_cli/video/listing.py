@@ -1,0 +1,105 @@
+"""Which videos a command line names: files, folders, and lists of files."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from freres_cli.errors import UsageError
+
+LIST_SUFFIX = ".txt"
+# In a folder, files are told by their names; a file named by itself is tried whatever its name.
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".mpeg"),
+        *(".mpg", ".mts", ".mxf", ".nut", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """``videos``: each with the name of its output, without a suffix and relative to the output folder, all different.
+    ``notes``: what the user should know."""
+
+    videos: tuple[tuple[Path, Path], ...]
+    notes: tuple[str, ...] = ()
+
+
+def is_many(arguments: Sequence[Path]) -> bool:
+    """Whether arguments name a set of videos, and not one file."""
+    return len(arguments) != 1 or os.path.isdir(arguments[0]) or _is_list(arguments[0])  # noqa: PTH112
+
+
+def list_videos(arguments: Sequence[Path]) -> Listing:
+    """Return the videos that files, folders (with the folders in them) and ``.txt`` lists name, in order, each once.
+
+    A list has a path a line, relative to itself; empty lines and lines that begin with ``#`` are skipped. Of a folder,
+    hidden files and those without a video's suffix are left out. An output is named after its video; videos that would
+    share a name keep their suffix in it. Raises ``UsageError`` for a list that cannot be read, for no video at all, and
+    for names that stay the same.
+    """
+    found: dict[Path, Path] = {}  # the video, and its output's name with the video's suffix
+    notes: list[str] = []
+    for argument in arguments:
+        for video, name in _expand(argument, notes):
+            found.setdefault(video, name)
+    if not found:
+        named = ", ".join(map(str, arguments[:3]))
+        raise UsageError(f"{named}: no video found", "name video files, a folder of them, or a .txt list of paths")
+    shared = Counter(name.with_suffix("") for name in found.values())
+    outputs = [(v, name if shared[name.with_suffix("")] > 1 else name.with_suffix("")) for v, name in found.items()]
+    _refuse_same_outputs(outputs)
+    return Listing(tuple(outputs), tuple(notes))
+
+
+def _is_list(path: Path) -> bool:
+    return path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path)  # noqa: PTH113
+
+
+def _expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
+    if os.path.isdir(argument):  # noqa: PTH112 (os.path takes names too long for the system)
+        files = [path for path in sorted(argument.rglob("*")) if path.is_file() and not _is_hidden(path, argument)]
+        videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+        if len(videos) < len(files):
+            notes.append(f"{argument}: files left out, not videos by their names: {len(files) - len(videos)}")
+        for path in videos:
+            yield path, path.relative_to(argument)
+    elif _is_list(argument):
+        for line in _read_lines(argument):
+            path = argument.parent / line
+            yield path, Path(path.name)
+    else:
+        yield argument, Path(argument.name)
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", "name a list of paths, one a line") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: expected UTF-8 text, got other bytes", "save the list as UTF-8") from error
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise UsageError(f"{path}:{number}: holds a zero byte: expected a path", "name one file a line")
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _refuse_same_outputs(outputs: Sequence[tuple[Path, Path]]) -> None:
+    first: dict[Path, Path] = {}
+    for video, name in outputs:
+        if name in first:
+            raise UsageError(
+                f"{first[name]} and {video}: their bundles would have the same name, {name}.pt",
+                "compress them into folders of their own, or name a folder that holds both",
+            )
+        first[name] = video
