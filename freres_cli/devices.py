@@ -1,6 +1,6 @@
-"""Where a model runs, in what precision and with which attention kernel, and the reason for each choice.
+"""Choose where a model runs, its precision and its attention kernel, and say why.
 
-torch is imported inside the functions.
+torch is imported inside the functions, so that ``freres --help`` starts fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_NAMES = ("auto", "sdpa", "eager", "flash")
 
-# Below this size float32 costs little memory, and CPUs without bfloat16 units are slow in bfloat16.
+# Below this size float32 costs little memory, and CPUs without bfloat16 instructions are slow in bfloat16.
 SMALL_MODEL_BYTES = 2**30
 
 _GIB = 2**30
@@ -30,11 +30,11 @@ _OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of me
 
 @dataclass(frozen=True)
 class Device:
-    """A place to run a model.
+    """The device a model runs on.
 
-    ``name`` is what torch calls it (``cpu``, ``cuda:0``); ``description`` names the hardware; ``attention`` the kernel
-    family the models are run with, where their precision allows it (see ``fit_attention``); the notes say what was
-    chosen and why, for the user to read. ``is_attention_named``: the user named the kernel, nothing may stand in for it.
+    ``name`` is torch's name for it (``cpu``, ``cuda:0``); ``description`` names the hardware. ``attention`` is the
+    attention kernel for models whose precision allows it (see ``fit_attention``). ``note`` and ``attention_note`` tell
+    the user what was chosen and why. ``is_attention_named``: the user named the kernel, so no other may replace it.
     """
 
     name: str
@@ -50,10 +50,10 @@ class Device:
 
 
 def choose_device(requested: str | None = None, attention: str | None = None) -> Device:
-    """The device to run on and the attention kernel: ``auto`` (or None) takes CUDA where there is one, else the CPU.
+    """Choose the device and the attention kernel. ``auto`` (or None) means CUDA if available, else the CPU.
 
-    Raises ResourceError for a CUDA device that is not there or a kernel it cannot run, UsageError for any other device
-    than these and cpu, cuda, cuda:N, and any other kernel than ``ATTENTION_NAMES``.
+    Raises ResourceError if the CUDA device does not exist or cannot run the kernel, and UsageError unless the device is
+    auto, cpu, cuda or cuda:N and the kernel is one of ``ATTENTION_NAMES``.
     """
     if attention not in (None, *ATTENTION_NAMES):
         raise UsageError(f"--attn: expected one of {', '.join(ATTENTION_NAMES)}, got {attention}")
@@ -72,11 +72,11 @@ def _choose_place(requested: str | None) -> Device:
         return _cpu_device("asked for")
     if name == "auto" and num_cuda == 0:
         return _cpu_device("auto: torch sees no CUDA device")
-    # torchrun and accelerate start one process for each device of a machine.
+    # torchrun and accelerate start one process per device and number them in LOCAL_RANK.
     ordinal = int(index or os.environ.get("LOCAL_RANK", "0"))
     if ordinal >= num_cuda:
         raise ResourceError(
-            f"device: {name} is not there: expected one of {num_cuda} CUDA devices",
+            f"device: {name} is not available: expected one of {num_cuda} CUDA devices",
             "use --device cpu, or install a CUDA build of torch and check nvidia-smi",
         )
     properties = torch.cuda.get_device_properties(ordinal)
@@ -93,7 +93,7 @@ def _cpu_device(why: str) -> Device:
 
 
 def _choose_attention(device: Device, name: str) -> Device:
-    """``auto`` takes the flash_attn package on CUDA; PyTorch's own kernels, which on the CPU are exact, elsewhere."""
+    """``auto`` uses the flash_attn package on CUDA, and PyTorch's own kernels everywhere else."""
     if name in ("sdpa", "eager"):
         return replace(device, attention=name, attention_note=f"attention {name}: asked for", is_attention_named=True)
     provider, problem = _find_flash(device)
@@ -111,7 +111,7 @@ def _choose_attention(device: Device, name: str) -> Device:
 
 
 def _find_flash(device: Device) -> tuple[str, str | None]:
-    """Who has flash kernels for a device, and why none can run there, if so."""
+    """What provides flash kernels for a device, and why none can run there (None if one can)."""
     import torch
 
     if not device.is_cuda:
@@ -128,21 +128,21 @@ def _find_flash(device: Device) -> tuple[str, str | None]:
 
 @cache
 def _import_flash() -> tuple[Any, str]:
-    """The flash_attn package, or None and why it cannot be used."""
+    """The flash_attn package, or None, and in that case why it cannot be used."""
     try:
         import flash_attn
     except ModuleNotFoundError:
         return None, "flash_attn is not installed"
-    except (ImportError, OSError) as error:  # built for another torch, as a rule
+    except (ImportError, OSError) as error:  # usually because it was built for another torch
         return None, f"flash_attn cannot be imported: {str(error).strip().partition(chr(10))[0]}"
     found = str(getattr(flash_attn, "__version__", "0"))
-    # Before 2.1 a causal mask began at the first key, which is wrong for every chunk but the first.
+    # Before 2.1 the causal mask was aligned to the first key, which is wrong for every chunk but the first.
     numbers = [int(part) if part.isdecimal() else 0 for part in found.split(".")[:2]]
     return (None, f"flash_attn: expected 2.1 or newer, got {found}") if numbers < [2, 1] else (flash_attn, "")
 
 
 def flash_package() -> Any:
-    """The flash_attn package where it can be used, else None."""
+    """The flash_attn package if it can be used, else None."""
     return _import_flash()[0]
 
 
@@ -153,8 +153,8 @@ def _package_problem() -> str:
 def fit_attention(device: Device, dtype: torch.dtype) -> tuple[str, str]:
     """The attention kernel for a model of this precision, and a note saying why.
 
-    Flash kernels take 16-bit numbers only: where ``auto`` chose them, sdpa stands in; where the user named them this is a
-    ResourceError.
+    Flash kernels only take 16-bit numbers. For other models sdpa replaces them if ``auto`` chose them; if the user named
+    them, this raises ResourceError.
     """
     if device.attention == "flash" and dtype.itemsize != 2:
         got = str(dtype).removeprefix("torch.")
@@ -170,8 +170,9 @@ def choose_dtype(
 ) -> tuple[torch.dtype, str]:
     """The precision to run a model in, and a note saying why.
 
-    ``auto`` (or None): float32 on the CPU for models below 1 GiB of weights, in every other case the checkpoint's own.
-    ``weight_bytes``: bytes of the weights as stored. Raises UsageError for an unknown name.
+    ``requested`` is one of ``DTYPE_NAMES``; ``auto`` (or None) means float32 for models below 1 GiB on the CPU, and the
+    precision of the checkpoint, ``checkpoint_dtype``, otherwise. ``device`` is where the model will run;
+    ``weight_bytes`` is the size of the stored weights. Raises UsageError for an unknown name.
     """
     import torch
 
@@ -187,7 +188,7 @@ def choose_dtype(
 
 
 def set_seed(seed: int) -> None:
-    """Seed the random generators of Python and of torch on every device."""
+    """Seed Python's random generator, and torch's on every device."""
     import torch
 
     random.seed(seed)
@@ -195,7 +196,7 @@ def set_seed(seed: int) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the work queued on a device is done, so that a clock read after it is true. No-op on the CPU."""
+    """Wait for the work queued on a device, so that timings taken afterwards are correct. Does nothing on the CPU."""
     import torch
 
     if device.type == "cuda":
@@ -204,7 +205,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def memory_errors_as(what: str, hint: str) -> Iterator[None]:
-    """Turn torch's and Python's out-of-memory failures inside the block into one ResourceError naming ``what``."""
+    """Turn out-of-memory errors from torch or Python inside the block into a ResourceError that names ``what``."""
     import torch
 
     try:

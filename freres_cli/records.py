@@ -1,8 +1,9 @@
-"""The nouns handed from stage to stage: video -> Frames -> Latents -> Tracks -> VideoTokens -> Answer.
+"""The records passed from stage to stage: video -> Frames -> Latents -> Tracks -> VideoTokens -> Answer.
 
 Each is frozen and checks its own shapes. Axis letters are those of the method: ``T`` sampled frames, ``H W`` token
 grid of a frame, ``C`` stored channels of a visual token, ``D <= C`` its width in the language model (the other channels
-are DeepStack rows where a family has them), ``G`` GoPs, ``P = g*g`` pooled cells, ``S`` visual tokens given to the LM.
+are DeepStack rows, in families that have them), ``G`` GoPs, ``P = g*g`` pooled cells, ``S`` visual tokens given to the
+LM.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ def _require(condition: bool, what: str) -> None:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file says of itself, after rotation and sample aspect ratio.
+    """What a video file says about itself, after rotation and sample aspect ratio.
 
     ``None`` means that the file does not say. ``num_packets`` and ``duration_s`` come from reading all packets, not
-    from the header, which may be wrong. ``width_px height_px`` are what a viewer shows: rotated, with square pixels.
+    from the header, which may be wrong. ``width_px`` and ``height_px`` are what a player shows: rotated, with square
+    pixels.
     """
 
     path: str
@@ -50,9 +52,9 @@ class VideoInfo:
 class Frames:
     """A batch of consecutive sampled frames.
 
-    ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: presentation time of each, in seconds of the file's
-    own clock. ``source_index``: ordinal of the frame in the file, in display order, from 0. A source frame that is on
-    screen at several sampled instants is given once for each of them, with the same ``source_index``.
+    ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: presentation time of each, in seconds on the file's
+    own clock. ``source_index``: index of the frame in the file, in display order, from 0. A source frame that is on
+    screen at several sampled instants appears once for each of them, with the same ``source_index``.
     """
 
     pixels: Tensor
@@ -65,12 +67,15 @@ class Frames:
             self.pixels.ndim == 4 and self.pixels.shape[-1] == 3,
             f"pixels: expected (n, h, w, 3), got {tuple(self.pixels.shape)}",
         )
-        _require(len(self.pts_seconds) == n and len(self.source_index) == n, "one time and one index for each frame")
+        _require(
+            len(self.pts_seconds) == n and len(self.source_index) == n,
+            "pts_seconds, source_index: expected one for each frame",
+        )
 
 
 @dataclass(frozen=True)
 class FrameSize:
-    """Pixels a frame is resized to, and the token grid they become."""
+    """The size a frame is resized to, and the token grid it becomes."""
 
     height_px: int
     width_px: int
@@ -82,7 +87,7 @@ class FrameSize:
         return self.grid_h * self.grid_w
 
     def fit(self, width_px: int, height_px: int) -> str:
-        """How a frame of this shape goes in: ``exact``, its aspect ratio kept to within one token, or ``squeezed``."""
+        """Return ``exact`` if a frame of this size keeps its aspect ratio to within one token, otherwise ``squeezed``."""
         aspect = width_px / height_px
         return "exact" if abs(self.grid_w - aspect * self.grid_h) < max(1.0, aspect) else "squeezed"
 
@@ -96,9 +101,9 @@ class VideoTokens:
 
     ``latents``: (S, C). ``positions``: (S, 3) float32, (t, h, w) on the sampled-frame axis and the token grid; may be
     fractional. ``seconds``: (S,) float64. ``kind``: (S,) uint8 index into ``TOKEN_KINDS``. ``gop``: (S,) int64.
-    ``energy``: (S,) float32, squared L2 norm of what the token carries (0 where it means nothing).
-    ``grid``: (T, H, W) of the full-token sequence these tokens stand for. ``width``: D. ``frame_seconds``: (T,)
-    float64, time of every sampled frame, also of those without a token: some families write it in the prompt.
+    ``energy``: (S,) float32, squared L2 norm of what the token carries (0 where that is meaningless). ``grid``: (T, H, W)
+    of the full sequence that these tokens stand for. ``width``: D. ``frame_seconds``: (T,) float64, time of every
+    sampled frame, including those without a token: some families write it in the prompt.
     """
 
     latents: Tensor
@@ -130,10 +135,10 @@ class VideoTokens:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the language model said. ``choices`` maps each option to its probability where options were given.
+    """What the language model answered. ``choices``: the probability of each option, if options were given.
 
-    ``ttft_s``: seconds from submission to the first token, ``tpot_s``: mean seconds of each further one; ``None`` where
-    several questions were answered together, or there was no further one.
+    ``ttft_s``: seconds from submission to the first token. ``tpot_s``: mean seconds per further token. Both are ``None``
+    if several questions were answered together, and ``tpot_s`` also if there was no further token.
     """
 
     text: str

@@ -1,6 +1,7 @@
 """Fre-Res tracks: what compression keeps of a clip, and the one table of its columns.
 
-``COLUMNS`` drives the checks here, cutting a bundle, leaving out DeepStack rows, and the tables of freres-bundle(5).
+The checks here, the cutting of bundles, the removal of DeepStack rows and the tables in freres-bundle(5) all read
+``COLUMNS``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GOP_STARTS = ("uniform", "event", "demoted")
-NUM_SEGMENTS = 8  # eighths of a GoP, in which lost energy is reported
+NUM_SEGMENTS = 8  # lost energy is reported for each eighth of a GoP
 NUM_REPORTED_BANDS = 8
 MAX_BANDS = 1 << 16
-LATENT = "E"  # the dtype that the frames were encoded in
+LATENT = "E"  # the dtype the frames were encoded in
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,9 +26,9 @@ LATENT_DTYPES = ("float32", "bfloat16", "float16")
 class Column:
     """One tensor of the tracks.
 
-    ``table``: the table whose rows it has. ``dtype``: a torch dtype's name, or ``LATENT``. ``shape``: the axes after the
-    rows, ``C`` channels, ``K`` bands, or a number. ``limit``: for an index, what it stays below: ``G`` GoPs, ``N`` tokens
-    of a frame, ``P`` cells, or a number. ``text``: what it holds, for freres-bundle(5).
+    ``table``: the table that it is a column of. ``dtype``: name of a torch dtype, or ``LATENT``. ``text``: what it holds,
+    for freres-bundle(5). ``shape``: the axes after the rows: ``C`` channels, ``K`` bands, or a number. ``limit``: upper
+    bound of an index, excluded: ``G`` GoPs, ``N`` tokens of a frame, ``P`` cells, or a number.
     """
 
     table: str
@@ -41,8 +42,8 @@ class Column:
         return self.dtype == LATENT
 
 
-# The fields of ``Tracks`` in order. Tables ``frame`` and ``gop`` are in order of time, ``base`` in order of GoP and cell;
-# the rows of the others are ordered by importance, and a prefix of them is a smaller clip.
+# The fields of ``Tracks``, in order. Rows of ``frame`` and ``gop`` are in time order, rows of ``base`` by GoP and cell. The
+# rows of every other table are ordered by importance, so a prefix of them is a smaller clip.
 COLUMNS: dict[str, Column] = {
     "frame_seconds": Column("frame", "float64", "time of each frame read"),
     "gop_anchor_frame": Column("gop", "int64", "index of the anchor frame"),
@@ -74,24 +75,34 @@ COLUMNS: dict[str, Column] = {
     "summary_spectrum": Column("summary", LATENT, "mean of first coefficients", ("K", "C")),
     "summary_gop": Column("summary", "int64", limit="G"),
 }
+# The columns of a bundle that holds tokens; ``frame_seconds`` is as above.
+TOKEN_COLUMNS: dict[str, Column] = {
+    "frame_seconds": COLUMNS["frame_seconds"],
+    "latents": Column("token", LATENT, "the visual tokens", ("C",)),
+    "positions": Column("token", "float32", "t, h, w; may be fractional", ("3",)),
+    "seconds": Column("token", "float64", "time of each token"),
+    "kind": Column("token", "uint8", "0 anchor, 1 dynamic, 2 static, 3 summary", limit=str(len(TOKEN_KINDS))),
+    "gop": Column("token", "int64", "group or frame, from 0", limit=str(2**63 - 1)),
+    "energy": Column("token", "float32", "squared norm over D"),
+}
 # The tables whose rows are tokens, by token kind.
 TABLE_OF_KIND = dict(zip(TOKEN_KINDS, ("anchor", "coefficient", "static", "summary"), strict=True))
 
 
 @dataclass(frozen=True)
 class Tracks:
-    """What Fre-Res keeps, before any adapter.
+    """What Fre-Res keeps of a clip, before any adapter.
 
-    ``width``: D; ``grid``: (T, H, W); ``pooled_grid``: cells (rows, columns). Every other field is a column of
-    ``COLUMNS``: n rows of its table, G rows for the GoP table. ``gop_num_residuals`` is L; the energies of a GoP are over
-    all tokens (``residual``), over cells (``pooled``), of its first bands (G, 8) and of eighths of it (G, 8).
+    ``width``: D. ``grid``: (T, H, W). ``pooled_grid``: cells (rows, columns). Every other field is a column of
+    ``COLUMNS``, with one row for each row of its table; the GoP table has G. ``gop_num_residuals`` is L. A GoP's energies
+    are over all tokens (``residual``), over cells (``pooled``), of its first bands (G, 8) and of its eighths (G, 8).
 
-    Anchor tokens have their raster index in the grid as ``anchor_cell``. Coefficients have GoP, cell, band, energy and
-    ``coefficient_segments``, the inner product with the residual in each eighth. ``base_latents`` is the pooled anchor of
-    every cell that kept a coefficient, ``static_latents`` are means over time, ``summary_base`` (n, C) and
-    ``summary_spectrum`` (n, K, C) means over the cells.
+    ``anchor_cell`` is the raster index of an anchor token in the grid. Each coefficient has its GoP, cell, band, energy
+    and ``coefficient_segments``, its inner product with the residual in each eighth. ``base_latents`` are the pooled
+    anchors of all cells that kept a coefficient. ``static_latents`` are means over time; ``summary_base`` (n, C) and
+    ``summary_spectrum`` (n, K, C) are means over the cells.
 
-    Raises ``ValueError`` where columns contradict the table or each other.
+    Raises ``ValueError`` if columns contradict the table or each other.
     """
 
     width: int
@@ -143,7 +154,7 @@ class Tracks:
         return self.pooled_grid[0] * self.pooled_grid[1]
 
     def _check_column(self, name: str, column: Column) -> None:
-        """A column has the dtype, the shape and the range that the table gives it."""
+        """A column has the dtype, shape and range that ``COLUMNS`` gives it."""
         tensor: Tensor = getattr(self, name)
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         allowed = LATENT_DTYPES if column.is_latent else (column.dtype,)
@@ -167,11 +178,11 @@ class Tracks:
         return int(first.shape[0])
 
     def _check_gops(self) -> None:
-        """GoPs follow one another inside the clip, and their bins cover their residual frames."""
+        """GoPs follow one another within the clip, and their bins cover their residual frames."""
         frame, length = self.gop_anchor_frame, self.gop_num_residuals
         bins, bin_frames = self.gop_num_bins, self.gop_bin_frames
         _require(frame.shape[0] >= 1 and int(frame.min()) >= 0, "gop_anchor_frame: expected 0 or more")
-        _require(bool((frame.diff() > 0).all()), "gop_anchor_frame: expected rising frames")
+        _require(bool((frame.diff() > 0).all()), "gop_anchor_frame: expected increasing frames")
         _require(int(length.min()) >= 0, "gop_num_residuals: expected 0 or more")
         _require(
             int((frame + length).max()) < self.grid[0], f"gop_num_residuals: expected to end before {self.grid[0]}"
@@ -183,7 +194,7 @@ class Tracks:
         _require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
 
     def _check_bases(self) -> None:
-        """Every coefficient is there once, and its cell has a base."""
+        """Every coefficient occurs once, and its cell has a base."""
         base = self.base_gop * self.num_cells + self.base_cell
         _require(bool((base.diff() > 0).all()), "base_cell: expected rows by GoP, then cell")
         needed = self.coefficient_gop * self.num_cells + self.coefficient_cell
@@ -198,7 +209,7 @@ class Tracks:
         return {name: getattr(self, name) for name in COLUMNS}
 
     def without_deep_rows(self) -> Tracks:
-        """Return the same tracks with the first D channels of every latent only, the rows of DeepStack left out."""
+        """Return the same tracks without DeepStack rows: only the first D channels of every latent."""
         latents = [name for name, column in COLUMNS.items() if column.is_latent]
         return replace(self, **{name: getattr(self, name)[..., : self.width].contiguous() for name in latents})
 

@@ -1,4 +1,4 @@
-"""Running the command in this process, as a user's shell would see it."""
+"""Running the command in this process, as a user's shell would see it, and checking how it fails."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
+
+from freres_cli.errors import FreresError
 
 
 @dataclass(frozen=True)
@@ -50,3 +55,11 @@ def check_failure(run: Run, status: int, text: str = "") -> None:
     assert run.status == status, (run.status, run.err)
     assert len(run.errors) == 1 and text in run.errors[0], run.err
     assert run.out == "" and "Traceback" not in run.err
+
+
+@contextlib.contextmanager
+def fails(status: int, text: str = "") -> Iterator[pytest.ExceptionInfo[FreresError]]:
+    """Expect what runs inside to raise the error that the command would end with: its status, and its message."""
+    with pytest.raises(FreresError) as caught:
+        yield caught
+    assert caught.value.exit_status == status and text in caught.value.message, repr(caught.value)

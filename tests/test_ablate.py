@@ -1,21 +1,27 @@
-"""freres ablate: rows of the tables, adapters used again only where they are those asked for, nothing left unsaid."""
+"""freres ablate: the rows of each table, adapters reused only when they are the ones asked for, failures reported."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 
-from freres_cli.cli.compress import make_request
+from freres_cli.bundle.adapter import read_adapter, write_adapter
+from freres_cli.cli.compress import make_options
 from freres_cli.evaluation.cells import parse_budgets
+from freres_cli.evaluation.questions import read_questions
 from freres_cli.presets import presets_dir
 from freres_cli.workflows import ablate
+from freres_cli.workflows.evaluate import EvalRequest, EvalResult, evaluate
+from freres_cli.workflows.train_adapter import Recipe
 from freres_cli.world.make import make_set
-from tests.runner import check_failure, run_freres
+from tests.loaded_models import loaded_models
+from tests.runner import check_failure, fails, run_freres
 
-FLAGS = ("--budgets", "0.25", "--train-budgets", "0.25", "--steps", 1, "--limit", 1, "--json")
+BUDGETS = "0.25"
+FLAGS = ("--budgets", BUDGETS, "--train-budgets", BUDGETS, "--steps", 1, "--limit", 1, "--device", "cpu", "--json")
 COMPONENTS = [row.label for row in ablate.TABLES["components"]]
 
 
@@ -31,35 +37,57 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_ablate(folder, output, *flags, tables="components"):
-    known = ("ablate", folder / "questions.jsonl", "--train", folder / "data.jsonl", "-o", output, "--tables", tables)
-    return run_freres(*known, *FLAGS, *flags)
+def run_command(folder, output, *flags):
+    known = ("ablate", folder / "questions.jsonl", "--train", folder / "data.jsonl", "-o", output)
+    return run_freres(*known, "--tables", "components", *FLAGS, *flags)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """``log``: how training went, empty where nothing was trained. ``warned``: what was left out of it."""
+
+    result: EvalResult
+    log: list[str]
+    warned: list[str]
+
+
+def run_ablate(folder, output, settings=None, tables="components", steps=1, preset=None):
+    """What ``run_command`` does, with a model that is loaded already."""
+    models, names, log, warned = loaded_models(), ablate.parse_tables(tables), [], []
+    options = make_options(settings or {}, preset, None, device="cpu")
+    data, sizes = read_questions(folder / "data.jsonl", is_named=False), parse_budgets(BUDGETS)
+    adapters = ablate.train_variants(
+        data, options, Recipe(sizes, steps), names, output, log.append, warned.append, models
+    )
+    cells = ablate.make_cells(names, sizes, adapters)
+    questions = read_questions(folder / "questions.jsonl", 1)
+    result = evaluate(EvalRequest(questions, cells, options, output / "answers.jsonl"), models=models)
+    return Ablation(result, log, warned)
 
 
 @pytest.fixture(scope="module")
 def first(folder):
-    run = run_ablate(folder, folder / "out")
+    run = run_command(folder, folder / "out")
     assert run.status == 0, run.err
     return run
 
 
 @pytest.fixture
-def trained(folder, first, tmp_path, monkeypatch):
-    """A folder of the trained adapters alone; to train again is an error."""
+def trained(folder, first, tmp_path):
+    """A folder of the trained adapters alone."""
     for path in (folder / "out").glob("*.safetensors"):
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(ablate, "train_adapter", lambda *_: pytest.fail("trained again"))
     return tmp_path
 
 
-def labels(run):
-    return [row["label"] or row["method"] for row in run.json["rows"]]
+def labels(document):
+    return [row["label"] or row["method"] for row in document["rows"]]
 
 
 def test_every_row_of_the_table_is_there_at_equal_tokens(folder, first):
     document = first.json
     assert document["schema"] == "freres.ablate/1" and document["tables"] == ["components"]
-    assert labels(first) == ["full", *COMPONENTS]
+    assert labels(document) == ["full", *COMPONENTS]
     assert {row["budget"] for row in document["rows"][1:]} == {0.25}
     assert len({row["budget_tokens"] for row in document["rows"][1:]}) == 1
     assert sorted(path.stem for path in (folder / "out").glob("*.safetensors")) == sorted(ablate.TRAINED_VARIANTS)
@@ -70,76 +98,74 @@ def test_a_video_that_training_left_out_is_named_once(first):
     assert len(warned) == 1 and "broken.mp4" in warned[0], first.err
 
 
-def test_a_second_run_uses_adapters_and_answers(folder, first, monkeypatch):
-    monkeypatch.setattr(ablate, "train_adapter", lambda *_: pytest.fail("trained again"))
+def test_a_second_run_uses_adapters_and_answers(folder, first):
     again = run_ablate(folder, folder / "out")
-    assert again.status == 0 and again.json["num_videos_resumed"] == 1, again.err
-    assert again.json["rows"] == first.json["rows"]
-    assert "1 were left out of the training" in again.err
+    assert again.log == [] and again.result.num_resumed == 1
+    assert json.loads(json.dumps(again.result.summary["rows"])) == first.json["rows"]
+    assert any("1 were left out of the training" in line for line in again.warned)
 
 
 @pytest.mark.parametrize(
-    ("flags", "text"),
+    ("changed", "text"),
     [
-        (("--set", "grid=4x4"), "grid differs"),
-        (("--set", "anchors=4", "--set", "events=false"), "anchors, events differs"),
-        (("--steps", 2), "recipe differs"),
+        ({"settings": {"grid": "4x4"}}, "grid differs"),
+        ({"settings": {"anchors": 4, "events": False}}, "anchors, events differs"),
+        ({"steps": 2}, "recipe differs"),
     ],
 )
-def test_adapters_of_another_training_are_refused(folder, trained, flags, text):
-    run = run_ablate(folder, trained, *flags)
-    check_failure(run, 2, text)
-    assert "absorber.safetensors" in run.errors[0] and "use another -o" in run.err
+def test_adapters_of_another_training_are_refused(folder, trained, changed, text):
+    with fails(2, text) as failure:
+        run_ablate(folder, trained, **changed)
+    assert "absorber.safetensors" in failure.value.message and "use another -o" in failure.value.hint
 
 
-def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained, monkeypatch):
-    load = ablate.load_adapter
-
-    def forget(path, model):
-        adapter = load(path, model)
-        adapter.training.pop("settings")
-        return adapter
-
-    monkeypatch.setattr(ablate, "load_adapter", forget)
-    check_failure(run_ablate(folder, trained), 2, "settings (not recorded)")
+def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained):
+    path = trained / "absorber.safetensors"
+    weights, header = read_adapter(path, loaded_models().language_model.fingerprint)
+    del header["training"]["settings"]
+    write_adapter(path, weights, header)
+    check_failure(run_command(folder, trained), 2, "settings (not recorded)")
 
 
 def test_the_sweep_of_coefficients_is_trained_for_whatever_the_preset(folder, trained):
     """The default preset has the most of the sweep, so adapters for fewer are the same."""
-    run = run_ablate(folder, trained, "--set", "max_coefficients=2", tables="coefficients")
-    assert run.status == 0 and labels(run)[1:] == [f"coefficients {count}" for count in (1, 2, 3, 5)], run.err
-    alone = run_ablate(folder, trained, "--set", "max_coefficients=2")
-    check_failure(alone, 2, "max_coefficients differs")
+    fewer = {"max_coefficients": 2}
+    run = run_ablate(folder, trained, fewer, tables="coefficients")
+    assert labels(run.result.summary)[1:] == [f"coefficients {count}" for count in (1, 2, 3, 5)] and run.log == []
+    with fails(2, "max_coefficients differs"):
+        run_ablate(folder, trained, fewer)
 
 
 def test_training_settings_change_only_where_the_sweep_needs_more():
-    settings = make_request(Path("x.mp4"), {}, None, None, device="cpu").settings
+    settings = make_options({}, None, None, device="cpu").settings
     for tables in (("components",), tuple(ablate.TABLES)):
         found = ablate.training_settings(settings, "absorber", tables)
-        assert {key: value for key, value in found.items() if key != "variant"} == {
-            key: value for key, value in settings.items() if key != "variant"
-        }
+        assert without_variant(found.record()) == without_variant(settings.record())
+
+
+def without_variant(settings):
+    return {key: value for key, value in settings.items() if key != "variant"}
 
 
 def test_sweeps_are_of_the_absorber_whatever_the_preset(folder, trained):
     preset = trained / "concat.yaml"
     text = (presets_dir() / "bundled.yaml").read_text()
     preset.write_text(text.replace("variant: absorber", "variant: concat"))
-    run = run_ablate(folder, trained, "--preset", preset, tables="anchors,frames")
-    assert run.status == 0 and len(labels(run)) == 6, run.err
+    run = run_ablate(folder, trained, tables="anchors,frames", preset=str(preset))
+    assert len(labels(run.result.summary)) == 6 and run.log == []
 
 
 def test_answers_of_another_run_are_refused_with_what_can_be_done(folder, trained):
     (trained / "answers.jsonl").write_text("notes\n")
-    run = run_ablate(folder, trained)
+    run = run_command(folder, trained)
     check_failure(run, 2, "holds no results")
     assert "--force" not in run.err and "name another folder" in run.err
 
 
 @pytest.mark.parametrize("flag", ["--budgets", "--train-budgets"])
 def test_a_budget_given_twice_is_refused(folder, tmp_path, flag):
-    check_failure(run_ablate(folder, tmp_path, flag, "0.1,.10"), 2, f"{flag}: 0.1 is given twice")
-    check_failure(run_ablate(folder, tmp_path, flag, "1"), 2, f"{flag}: expected a share")
+    check_failure(run_command(folder, tmp_path, flag, "0.1,.10"), 2, f"{flag}: 0.1 is given twice")
+    check_failure(run_command(folder, tmp_path, flag, "1"), 2, f"{flag}: expected a share")
     assert not any(tmp_path.iterdir())
 
 

@@ -60,5 +60,5 @@ def test_pixels_that_become_zero_are_refused(tmp_path):
     """SmolVLM's stock model drops a frame of zeros, as black frames without a mean are."""
     CASES["smolvlm"].make(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
-    with pytest.raises(BackboneError, match="no shade that becomes zero"):
+    with pytest.raises(BackboneError, match="no shade of grey that normalizes to zero"):
         CASES["smolvlm"].vision_class.load(open_checkpoint(tmp_path), CPU)

@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 
 from freres_cli.backbones import attention, base, engine
-from freres_cli.backbones.generation import Sampling, TextStream, generate, pick_token
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
 from freres_cli.backbones.qwen_vision import fit_grid
-from freres_cli.errors import BackboneError, ResourceError, UsageError
+from freres_cli.errors import BackboneError
 from freres_cli.presets import TEXT_AFTER
-from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, random_frames, stock_inputs, video_tokens
+from tests import tiny_qwen2_vl
+from tests.tiny_models import CPU, random_frames, video_tokens
+from tests.tiny_qwen2_vl import KEEP, QUESTION, SYSTEM, H, T, W, largest_difference
 
-T, H, W = 4, 4, 5
-QUESTION = "What is it? Ünïcödé"
-SYSTEM = "Be brief."
-
-
-class Tiny:
-    """A stock model, both of our halves of it, and one encoded video."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.stock = make_qwen2_vl(directory)
-        self.checkpoint = open_checkpoint(directory)
-        self.vision = Qwen2VLVisionEncoder.load(self.checkpoint, CPU)
-        self.model = Qwen2VLLanguageModel.load(self.checkpoint, CPU)
-        self.frames = random_frames(T, (H, W))
-        self.latents = self.vision.encode(self.frames)
-        self.prompt = self.model.prompt(QUESTION, SYSTEM)
-
-    def inputs(self, num_frames=T):
-        patches = self.vision.patches(self.frames[:num_frames])
-        return stock_inputs(self.stock, self.prompt, (num_frames, H, W), patches)
-
-    def whole_prompt(self, video, text_after="max"):
-        rows = self.model.splice(self.prompt.prefix, video, text_after)
-        return rows.then(self.model.text_rows(self.prompt.suffix, len(rows), rows.next_position))
-
-    def last_logits(self, rows, chunk_tokens=10**6):
-        return self.model.logits(engine.prefill(self.model, rows, self.model.new_cache(), chunk_tokens))[0]
-
-    def greedy(self, video, num_tokens, text_after="max"):
-        prefix = engine.prefill_video(self.model, self.prompt.prefix, video, text_after)
-        answer = generate(self.model, prefix, self.prompt.suffix, num_tokens)
-        list(answer)
-        return answer.ids
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return Tiny(tmp_path_factory.mktemp("qwen2_vl"))
-
-
-def largest_difference(a, b):
-    return (a - b).abs().max().item()
+tiny = tiny_qwen2_vl.tiny
 
 
 # Vision
@@ -223,9 +180,6 @@ def our_steps(tiny, rows, tokens):
     return steps
 
 
-KEEP = torch.tensor([0, 3, 7, 8, 22, 23, 24, 41, 45, 59, 60, 78])
-
-
 def test_a_subset_answers_as_the_full_sequence_with_the_others_hidden(tiny):
     expected = oracle(tiny, KEEP, 12)
     rows = tiny.whole_prompt(video_tokens(tiny.latents, KEEP))
@@ -246,61 +200,12 @@ def test_the_comparison_sees_positions(tiny):
     assert largest_difference(*rules) > 1e-2
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 33])
-def test_prefill_in_chunks(tiny, chunk_tokens):
-    rows = tiny.whole_prompt(video_tokens(tiny.latents))
-    assert largest_difference(tiny.last_logits(rows, chunk_tokens), tiny.last_logits(rows)) < 1e-4
-
-
-def test_a_prefix_is_reused_and_left_untouched(tiny):
-    video = video_tokens(tiny.latents, KEEP)
-    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video)
-    before = copy.deepcopy(prefix.cache)
-    rows = tiny.model.text_rows(tiny.prompt.suffix, prefix.num_tokens, prefix.next_position)
-    with engine.lend_cache(prefix) as cache:
-        reused = tiny.model.logits(engine.prefill(tiny.model, rows, cache))[0]
-    assert largest_difference(reused, tiny.last_logits(tiny.whole_prompt(video))) < 1e-4
-    answers = [list(generate(tiny.model, prefix, tiny.prompt.suffix, 5)) for _ in range(2)]
-    assert answers[0] == answers[1]
-    abandoned = iter(generate(tiny.model, prefix, tiny.prompt.suffix, 50))
-    next(abandoned)
-    with pytest.raises(RuntimeError, match="another question"):
-        list(generate(tiny.model, prefix, tiny.prompt.suffix, 5))
-    abandoned.close()
-    for layer, old in zip(prefix.cache.layers, before.layers, strict=True):
-        assert torch.equal(layer.keys, old.keys) and torch.equal(layer.values, old.values)
-
-
-def test_a_cache_that_cannot_be_cut_is_copied(tiny):
-    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP))
-    expected = engine.score_options(tiny.model, prefix, tiny.prompt.suffix, [(1, 2), (3, 4, 5)])
-    prefix.cache.__class__ = type("Uncut", (type(prefix.cache),), {"is_croppable": False, "crop": None})
-    assert torch.equal(engine.score_options(tiny.model, prefix, tiny.prompt.suffix, [(1, 2), (3, 4, 5)]), expected)
-    assert prefix.cache.get_seq_length() == prefix.num_tokens
-
-
 def test_fractional_positions_run(tiny):
     video = video_tokens(tiny.latents, KEEP)
     whole = tiny.last_logits(tiny.whole_prompt(video))
     video.positions.add_(torch.tensor([0.25, 0.25, 0.0]))
     moved = tiny.last_logits(tiny.whole_prompt(video))
     assert moved.isfinite().all() and largest_difference(moved, whole) > 0
-
-
-def test_options_are_scored_as_by_a_stock_forward(tiny):
-    inputs = tiny.inputs()
-    options = [tuple(b"yes"), tuple(b"n"), tuple("vielleicht ü".encode())]
-    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents))
-    ours = engine.score_options(tiny.model, prefix, tiny.prompt.suffix, options)
-    for option, score in zip(options, ours, strict=True):
-        ids = torch.cat([inputs["input_ids"], torch.tensor([option])], dim=1)
-        kinds = (ids == tiny.stock.config.video_token_id).int() * 2
-        logits = tiny.stock(**inputs | {"input_ids": ids, "mm_token_type_ids": kinds}).logits[0]
-        log_probs = logits[-len(option) - 1 : -1].log_softmax(-1)
-        assert abs(log_probs[range(len(option)), option].sum() - score) < 1e-4
-    assert prefix.cache.get_seq_length() == prefix.num_tokens
-    with pytest.raises(BackboneError, match="at least one token"):
-        engine.score_options(tiny.model, prefix, tiny.prompt.suffix, [()])
 
 
 def test_bfloat16_keeps_rope_frequencies(tiny):
@@ -322,12 +227,6 @@ def test_bfloat16_keeps_rope_frequencies(tiny):
     assert engine.score_options(model, prefix, tiny.prompt.suffix, [(1, 2)]).isfinite().all()
 
 
-def test_kv_bytes_per_token_is_what_the_cache_holds(tiny):
-    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP))
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
-    assert held == prefix.num_tokens * tiny.model.kv_bytes_per_token
-
-
 def test_the_prompt_is_the_templates(tiny):
     decode = tiny.model.tokenizer.decode
     assert decode(tiny.prompt.prefix) == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -344,79 +243,3 @@ def test_the_prompt_is_the_templates(tiny):
 def test_tokens_of_another_width_are_refused(tiny):
     with pytest.raises(BackboneError, match="expected 48 channels, got 96"):
         tiny.model.splice(tiny.prompt.prefix, video_tokens(torch.zeros(1, 2, 2, 96)))
-
-
-# Generation
-
-
-def test_a_run_is_timed_and_stops(tiny):
-    video = video_tokens(tiny.latents)
-    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video)
-    ids = tiny.greedy(video, 8)
-    answer = generate(tiny.model, prefix, tiny.prompt.suffix, 8)
-    assert "".join(answer) == answer.text == tiny.model.tokenizer.decode(ids, skip_special_tokens=True)
-    assert (answer.ids, answer.finish_reason) == (ids, "length")
-    assert answer.ttft_s > 0 and answer.tpot_s > 0
-    model = copy.copy(tiny.model)
-    model.stop_ids = frozenset(ids[2:3])
-    stopped = generate(model, prefix, tiny.prompt.suffix, 8)
-    list(stopped)
-    assert (stopped.ids, stopped.finish_reason) == (ids[: ids.index(ids[2]) + 1], "stop")
-
-
-def test_sampling_follows_its_seed(tiny):
-    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents))
-    runs = []
-    for seed in (1, 1, 2):
-        answer = generate(tiny.model, prefix, tiny.prompt.suffix, 8, Sampling(temperature=2.0, seed=seed))
-        list(answer)
-        runs.append(answer.ids)
-    assert runs[0] == runs[1] != runs[2]
-
-
-def test_top_p_draws_from_the_smallest_set():
-    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    generator = torch.Generator().manual_seed(0)
-    drawn = {pick_token(logits, Sampling(1.0, 0.74), generator) for _ in range(200)}
-    assert drawn == {1, 3}
-    assert {pick_token(logits, Sampling(1.0, 0.5), generator) for _ in range(50)} == {1}
-
-
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_illegal_sampling_is_refused(bad):
-    with pytest.raises(UsageError, match="expected a number"):
-        Sampling(**bad)
-
-
-@pytest.mark.parametrize("data", ["héllo € 𝄞 ab", b"\xe2\x82A\xff\xff\xe2", b"\xf0\x9f\x98", "a\nb  c"])
-def test_text_comes_in_whole_characters(tiny, data):
-    content = data.encode() if isinstance(data, str) else data
-    stream = TextStream(tiny.model.tokenizer)
-    pieces = [stream.add(byte) for byte in content]
-    assert "".join(pieces) + stream.flush() == content.decode(errors="replace")
-    if isinstance(data, str):
-        assert "\ufffd" not in "".join(pieces)
-
-
-def test_the_context_is_a_limit(tmp_path):
-    make_qwen2_vl(tmp_path, layers=1, depth=1, context=100)
-    model = Qwen2VLLanguageModel.load(open_checkpoint(tmp_path), CPU)
-    with pytest.raises(BackboneError, match="expected at most 100, got 1"):
-        engine.prefill_video(model, tuple(range(30)), video_tokens(torch.zeros(4, 4, 5, 48)))
-    few = video_tokens(torch.zeros(90, 1, 1, 48), torch.tensor([0, 89]))
-    prefix = engine.prefill_video(model, tuple(range(30)), few)
-    assert prefix.notes == ("positions reach 120, beyond the 100 the model was made for",)
-    with pytest.raises(BackboneError, match="more tokens than the model's context"):
-        generate(model, prefix, (1, 2), 90)
-
-
-def test_running_out_of_memory_is_one_line(tiny, monkeypatch):
-    def fail(*_args, **_kwargs):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(tiny.model.decoder, "forward", fail)
-    with pytest.raises(ResourceError, match=rf"\d+ tokens, {(len(tiny.prompt.prefix) + 80) * 576} bytes of KV cache"):
-        engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents))
-    monkeypatch.setattr(tiny.vision.tower, "forward", fail)
-    with pytest.raises(ResourceError, match="encoding 4 frames"):
-        tiny.vision.encode(tiny.frames)

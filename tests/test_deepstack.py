@@ -1,4 +1,4 @@
-"""The rows that DeepStack families store besides each token: kept to the bit, or dropped with what that costs said."""
+"""The extra rows that DeepStack families store with each token: kept to the bit, or dropped with a note on the cost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 
 from freres_cli.backbones.engine import prefill_video
 from freres_cli.bundle.store import read_bundle
+from freres_cli.cli.compress import make_options
 from freres_cli.devices import choose_device
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.session import AskRequest, open_session
 from freres_cli.presets import KEYS
-from freres_cli.workflows.ask import AskRequest, open_session
 from freres_cli.world.clip import make_clip
 from tests.runner import check_failure, run_freres
 from tests.tiny_families import FAMILY_CASES
@@ -31,21 +34,26 @@ def clip(tmp_path_factory):
     return make_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", seconds=1.0)
 
 
-def compress(clip, model, output, *flags):
-    run = run_freres(
-        "compress", clip, "--model", model, "--frames", 8, "--grid", "4x5", "--budget", 60, "-o", output, *flags
-    )
-    assert run.status == 0, run.err
-    return run
+@pytest.fixture(scope="module")
+def models(folder):
+    return Models(make_source(str(folder), "cpu"))
+
+
+def compress(clip, models, output, **settings):
+    """Write a bundle, and return it with its notes."""
+    source = models.source
+    settings = {"sample_count": 8, "grid": "4x5", "budget_tokens": 60, **settings}
+    options = make_options(settings, None, source.name, device="cpu", dtype=source.dtype)
+    return Compressor.from_options(options, models).compress(clip).save(output)
 
 
 @pytest.fixture(scope="module")
-def bundles(folder, clip, tmp_path_factory):
+def bundles(models, clip, tmp_path_factory):
     """The same clip with the rows, without them, and with them dropped later."""
     place = tmp_path_factory.mktemp("bundles")
     paths = {name: place / f"{name}.pt" for name in ("keep", "drop", "later")}
-    compress(clip, folder, paths["keep"])
-    compress(clip, folder, paths["drop"], "--deepstack", "drop")
+    compress(clip, models, paths["keep"])
+    compress(clip, models, paths["drop"], deepstack="drop")
     run = run_freres("repack", paths["keep"], "--deepstack", "drop", "-o", paths["later"])
     assert run.status == 0 and f"{1 + NUM_DEEP} times smaller" in run.err, run.err
     return paths
@@ -80,19 +88,19 @@ def test_a_bundle_without_the_rows_is_smaller_by_them(bundles):
 CASE_WIDTH = 48
 
 
-def first_logits(bundle):
+def first_logits(bundle, models):
     """Of the answer's first token, after the whole prompt."""
-    session = open_session(AskRequest(bundle, choose_device("cpu")))
+    session = open_session(AskRequest(bundle, choose_device("cpu")), models)
     ids = session.model.prompt("What moves?")
     prefix = prefill_video(session.model, (*ids.prefix,), session.tokens, session.text_after)
     rows = session.model.text_rows(ids.suffix, prefix.num_tokens, prefix.next_position)
     return session, session.model.logits(session.model.decode(rows, prefix.cache))[-1]
 
 
-def test_dropping_moves_the_logits_and_says_so(bundles):
-    whole_session, whole = first_logits(bundles["keep"])
-    session, dropped = first_logits(bundles["drop"])
-    _, later = first_logits(bundles["later"])
+def test_dropping_moves_the_logits_and_says_so(bundles, models):
+    whole_session, whole = first_logits(bundles["keep"], models)
+    session, dropped = first_logits(bundles["drop"], models)
+    _, later = first_logits(bundles["later"], models)
     moved = float((whole - dropped).abs().max())
     assert moved > 0.1, moved  # the weights are random: no figure for a real model
     assert torch.equal(dropped, later)
@@ -134,9 +142,11 @@ def test_dropped_rows_do_not_come_back(bundles, tmp_path):
 
 def test_a_family_without_the_rows_has_nothing_to_drop(clip, tmp_path):
     make_qwen2_vl(tmp_path / "model")
-    whole = compress(clip, tmp_path / "model", tmp_path / "a.pt")
-    cut = compress(clip, tmp_path / "model", tmp_path / "b.pt", "--deepstack", "drop")
-    assert "deepstack" not in whole.err and "deepstack has no effect" in cut.err
+    models = Models(make_source(str(tmp_path / "model"), "cpu"))
+    whole = compress(clip, models, tmp_path / "a.pt")
+    cut = compress(clip, models, tmp_path / "b.pt", deepstack="drop")
+    assert "deepstack" not in " ".join(whole.notes)
+    assert any("deepstack has no effect" in note for note in cut.notes)
     tensors = [read_bundle(tmp_path / name).tracks.tensors() for name in ("a.pt", "b.pt")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     asked = run_freres("ask", tmp_path / "b.pt", "what moves?", "--max-new-tokens", 2)
@@ -145,7 +155,7 @@ def test_a_family_without_the_rows_has_nothing_to_drop(clip, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_latents_are_stored_as_the_tower_ran(folder, clip, tmp_path, dtype):
-    compress(clip, folder, tmp_path / "b.pt", "--dtype", dtype)
+    compress(clip, Models(make_source(str(folder), "cpu", dtype)), tmp_path / "b.pt")
     bundle = read_bundle(tmp_path / "b.pt")
     assert bundle.manifest["model"]["dtype"] == dtype
     for name, tensor in bundle.tracks.tensors().items():

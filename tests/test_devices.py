@@ -60,7 +60,7 @@ def test_what_is_asked_for_is_taken(num_cuda):
 @pytest.mark.parametrize(("requested", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
 def test_a_cuda_device_that_is_not_there(num_cuda, requested, count):
     num_cuda(count)
-    with pytest.raises(ResourceError, match=f"{requested} is not there: expected one of {count} CUDA devices"):
+    with pytest.raises(ResourceError, match=f"{requested} is not available: expected one of {count} CUDA devices"):
         choose_device(requested)
 
 

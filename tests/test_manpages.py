@@ -22,7 +22,7 @@ from freres_cli.presets import KEYS, check_value, load_preset, preset_names
 
 ROOT = Path(__file__).parents[1]
 MAN = ROOT / "man"
-PAGES = sorted(MAN.glob("man*/*.[157]"))
+PAGES = sorted(MAN.glob("man*/*.[1357]"))
 GROUP: Any = typer.main.get_command(app)
 CONTEXT = GROUP.make_context("freres", [], resilient_parsing=True)
 COMMANDS: Any = manpages.leaf_commands(GROUP)
@@ -101,7 +101,7 @@ def test_unknown_argument_of_the_generator_is_usage() -> None:
 
 
 def test_every_verb_has_a_page_and_every_page_a_verb() -> None:
-    expected = {"man1/freres.1", "man5/freres-bundle.5", "man5/freres-preset.5", "man7/freres.7"}
+    expected = {"man1/freres.1", "man3/freres.3", "man5/freres-bundle.5", "man5/freres-preset.5", "man7/freres.7"}
     expected |= {f"man1/{manpages.page_name(verb)}.1" for verb in VERBS}
     assert {str(page.relative_to(MAN)) for page in PAGES} == expected
     assert set(manpages.VERBS) == set(VERBS)
@@ -212,7 +212,9 @@ def _is_of(schema: str, verb: str) -> bool:
 
 def test_every_json_schema_is_on_the_page_of_its_verb() -> None:
     printed = {
-        verb: {schema for schema in re.findall(r'print_json\("(freres\.\w+/\d+)"', text) if _is_of(schema, verb)}
+        verb: {
+            schema for schema in re.findall(r'print_json(?:_line)?\("(freres\.\w+/\d+)"', text) if _is_of(schema, verb)
+        }
         for path, text in SOURCES.items()
         for verb in VERBS
         if path.parent.name == "cli" and path.stem == verb.split()[0]
@@ -251,12 +253,15 @@ def test_bundle_page_holds_every_tensor_with_its_dtype_and_shape() -> None:
 
     from freres_cli.method.budget import MethodSettings, plan_budget
     from freres_cli.method.compress import compress_latents
-    from freres_cli.tracks import Tracks
+    from freres_cli.tracks import COLUMNS, Tracks
 
     settings = MethodSettings("absorber", 40, 2, 8, 0.4, 1, 2, 3, None, True)
     latents = torch.randn(12, 3, 3, 4, generator=torch.Generator().manual_seed(0))
     tracks = compress_latents(latents, range(12), plan_budget(12, (3, 3), settings, 40), settings, 4)
-    rows = re.findall(r"(?m)^(\w+)\t(E|float64|float32|int64) \((.*?)\)", section("man5/freres-bundle.5", "TENSORS"))
+    rows = re.findall(
+        r"(?m)^(\w+)\t(E|float64|float32|int64|uint8) \((.*?)\)", section("man5/freres-bundle.5", "TENSORS")
+    )
+    rows = rows[: len(COLUMNS)]
     assert {row[0] for row in rows} == {f.name for f in fields(Tracks)} - {"width", "grid", "pooled_grid"}
     assert len(rows) == len({row[0] for row in rows})
     sizes = {"T": {12}, "C": {4}, "8": {8}, "G": {tracks.gop_anchor_frame.shape[0]}}
@@ -268,12 +273,59 @@ def test_bundle_page_holds_every_tensor_with_its_dtype_and_shape() -> None:
         assert all(size in sizes.get(letter, {size}) for letter, size in zip(letters, tensor.shape, strict=True)), name
 
 
+def test_bundle_page_holds_the_tensors_of_tokens() -> None:
+    from freres_cli.records import VideoTokens
+    from freres_cli.tracks import TOKEN_COLUMNS
+
+    text = section("man5/freres-bundle.5", "TENSORS").partition(".SS Content tokens")[2]
+    rows = re.findall(r"(?m)^(\w+)\t(E|float64|float32|int64|uint8) \((.*?)\)", text)
+    named = [name for name, _, _ in rows]
+    assert named == [name for name in TOKEN_COLUMNS if name != "frame_seconds"] and "frame_seconds" in text
+    assert set(TOKEN_COLUMNS) == {f.name for f in fields(VideoTokens)} - {"width", "grid"}
+
+
 def test_bundle_page_holds_the_manifest_and_the_outer_keys() -> None:
-    from freres_cli.bundle.schema import ALLOWED_DTYPES, FORMAT, MANIFEST_KEYS, SCHEMA_VERSION
+    from freres_cli.bundle.schema import FORMAT, READERS, SCHEMA_VERSION, SECTIONS
 
     name = "man5/freres-bundle.5"
-    assert tags(name, "MANIFEST") == [*MANIFEST_KEYS, "tensors"]
+    assert set(tags(name, "MANIFEST")) == {*SECTIONS, "content"}
     assert tags(name, "FILE") == ["format", "schema_version", "manifest", "manifest_sha256", "tensors"]
     outer = section(name, "FILE")
     assert FORMAT in outer and f"integer {SCHEMA_VERSION}." in outer
-    assert all(dtype in section(name, "READER") for dtype in ALLOWED_DTYPES)
+    assert all(dtype in section(name, "READER") for dtype in READERS[SCHEMA_VERSION].DTYPES)
+
+
+def test_the_page_of_the_api_names_what_there_is() -> None:
+    import inspect
+
+    import freres_cli
+    from freres_cli.pipeline.bundle import Bundle, load_bundle
+    from freres_cli.pipeline.compressor import Compressor
+    from freres_cli.pipeline.session import Query, Session
+    from freres_cli.records import Answer
+
+    text = read("man3/freres.3")
+    assert all(name in text for name in freres_cli.__all__)
+    calls = {
+        "Compressor": (Compressor, Compressor.__init__),
+        **{name: (Compressor, getattr(Compressor, name)) for name in ("compress", "plan")},
+        **{name: (Bundle, getattr(Bundle, name)) for name in ("save", "tokens", "open", "repack")},
+        **{name: (Session, getattr(Session, name)) for name in ("ask", "ask_many", "forget_prefix")},
+        "load_bundle": (None, load_bundle),
+    }
+    for name, (_, function) in calls.items():
+        signature = re.search(rf"(?m)^\.B {name}\((.*)\)$", text)
+        assert signature is not None, name
+        told = [part.strip().lstrip("*") for part in signature[1].split(",")]
+        real = [p for p in inspect.signature(function).parameters if p != "self"]
+        assert [part for part in told if part] == real, name
+    for kind in (Answer, Query):
+        assert all(field.name in text for field in fields(kind))
+    public = {name for name in vars(Session) if not name.startswith("_")} | {f.name for f in fields(Bundle)}
+    assert all(name in text for name in public if name not in ("name", "_prefixes"))
+
+
+def test_the_version_of_the_api_page_is_that_of_the_package() -> None:
+    from freres_cli import __version__
+
+    assert f'"freres {__version__}"' in (MAN / "man3/freres.3").read_text(encoding="utf-8")

@@ -19,6 +19,19 @@ def finding(part):
     return next(found for found in doctor.examine_machine() if found.part == part)
 
 
+def test_presets_models_and_doctor_answer(tmp_path):
+    listed = run_freres("presets").out
+    assert "compact-16f" in listed and "4413" in listed
+    printed = run_freres("presets", "compact-16f").out
+    (tmp_path / "mine.yaml").write_text(printed.replace("4413", "4000"))
+    assert run_freres("presets", tmp_path / "mine.yaml", "--json").json["settings"]["budget_tokens"] == 4000
+    assert "Qwen/Qwen2-VL-7B-Instruct" in run_freres("models").out
+    assert run_freres("models", "--json").json["bundled"]["freres_trained"]
+    findings = run_freres("doctor", "--json").json["findings"]
+    assert {f["state"] for f in findings} <= {"ok", "limited", "missing"}
+    assert run_freres("doctor").status == 0
+
+
 def test_models_in_json_and_in_words():
     document = run_freres("models", "--json").json
     assert document["families"] == list(FAMILIES)

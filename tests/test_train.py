@@ -1,4 +1,4 @@
-"""freres train: frozen stays frozen, a stopped run goes on to the same bits, the cache holds what compress writes."""
+"""freres train: frozen stays frozen, a stopped run resumes to the same bits, the cache holds what compress writes."""
 
 from __future__ import annotations
 
@@ -6,45 +6,54 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from freres_cli.bundle.adapter import read_adapter
+from freres_cli.bundle.store import read_bundle
+from freres_cli.cli.compress import make_options
 from freres_cli.errors import BackboneError
+from freres_cli.evaluation.questions import read_questions
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import DISTILLATION_WEIGHT, distillation_loss, total_loss
+from freres_cli.pipeline.models import Models
 from freres_cli.workflows import train_adapter, training_data
 from freres_cli.world.make import make_set
-from tests.runner import check_failure, run_freres
+from tests.evaluations import read_rows, run_eval, write_rows
+from tests.loaded_models import loaded_models
+from tests.runner import check_failure, fails, run_freres
+from tests.trainings import Training, stop_at
 
 STEPS = 6
-FLAGS = ("--batch", 2, "--questions", 2, "--validate-every", 3, "--budgets", "0.25,0.1", "--validation", 0.3)
+TRAINING = Training("0.25,0.1", num_steps=STEPS, batch=2, questions_a_video=2, validate_every=3, validation_share=0.3)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     make_set(folder, "train", 4)
-    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "questions.jsonl")
     kept = [{key: row[key] for key in ("video", "question", "choices", "answer")} for row in rows]
     kept.append({"video": kept[0]["video"], "question": "What colour?", "answer": "red"})
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    write_rows(folder / "data.jsonl", kept)
     return folder
 
 
-def train(folder, output, *flags, steps=STEPS):
-    return run_freres(
-        *("train", folder / "data.jsonl", "-o", output, "--steps", steps, "--cache", folder / "cache", *FLAGS, *flags)
-    )
+def train(folder, output, **changed):
+    return TRAINING.run(folder / "data.jsonl", output, changed.pop("cache", folder / "cache"), **changed)
+
+
+def run_command(folder, output, *flags):
+    known = ("train", folder / "data.jsonl", "-o", output, "--cache", folder / "cache")
+    return run_freres(*known, *TRAINING.flags, *flags)
 
 
 @pytest.fixture(scope="module")
 def adapter(folder):
     path = folder / "whole.safetensors"
-    run = train(folder, path, "--json")
+    run = run_command(folder, path, "--json")
     assert run.status == 0, run.err
     return path, run.json
 
@@ -75,19 +84,12 @@ def test_the_adapter_is_for_its_model_only(adapter):
         read_adapter(adapter[0], {**facts, "config_sha256": "0"})
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(folder, adapter, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_bits(folder, adapter):
     path = folder / "stopped.safetensors"
-    save = train_adapter.save_state
-
-    def stop(*args, **facts):
-        save(*args, **facts)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_adapter, "save_state", stop)
-    assert train(folder, path).status == 130
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, path, log=stop_at(STEPS))
     assert not path.exists() and path.with_name(path.name + ".state").exists()
-    monkeypatch.undo()
-    assert train(folder, path).status == 0
+    train(folder, path)
     whole, resumed = load_file(adapter[0]), load_file(path)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert path.read_bytes() == adapter[0].read_bytes()
@@ -95,66 +97,54 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder, adapter, monkeypatch):
 
 
 def test_a_state_of_another_run_is_refused(folder, tmp_path, monkeypatch):
+    """By the command, which is killed after a save."""
     path = tmp_path / "a.safetensors"
     save = train_adapter.save_state
     monkeypatch.setattr(
         train_adapter, "save_state", lambda *a, **f: (save(*a, **f), (_ for _ in ()).throw(KeyboardInterrupt))
     )
-    assert train(folder, path).status == 130
-    check_failure(train(folder, path, "--seed", 5), 2, "state of another run")
+    assert run_command(folder, path).status == 130
+    check_failure(run_command(folder, path, "--seed", 5), 2, "state of another run")
 
 
-def test_tower_and_language_model_do_not_change_by_a_bit(folder, tmp_path, monkeypatch):
-    seen = []
-    for name in ("load_encoder", "load_model"):
-        load = getattr(train_adapter, name)
-
-        def keep(request, load=load):
-            half = load(request)
-            module = getattr(half, "tower", None) or half.half
-            seen.append((module, {n: t.clone() for n, t in module.state_dict().items()}))
-            return half
-
-        monkeypatch.setattr(train_adapter, name, keep)
-    run = train(folder, tmp_path / "a.safetensors", "--cache", tmp_path / "fresh", "--learning-rate", 0.1, steps=3)
-    assert run.status == 0, run.err
-    assert len(seen) == 2
+def test_tower_and_language_model_do_not_change_by_a_bit(folder, tmp_path):
+    models = Models(loaded_models().source)
+    halves = (models.encoder.tower, models.language_model.half)
+    seen = [(module, {name: tensor.clone() for name, tensor in module.state_dict().items()}) for module in halves]
+    flags = {"models": models, "cache": tmp_path / "fresh", "learning_rate": 0.1, "num_steps": 3}
+    train(folder, tmp_path / "a.safetensors", **flags)
     for module, before in seen:
         assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
         assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_the_cache_holds_the_bundles_that_compress_writes(folder, adapter, tmp_path):
-    video = folder / json.loads((folder / "data.jsonl").read_text().splitlines()[0])["video"]
+    video = folder / read_rows(folder / "data.jsonl")[0]["video"]
     for cached in sorted((folder / "cache").rglob("*-0.1.pt")):
-        shown = run_freres("inspect", cached, "--json").json
-        if shown["source"]["file"] == video.name:
+        manifest = read_bundle(cached).manifest
+        if manifest["source"]["file"] == video.name:
             break
-    path = tmp_path / "b.pt"
-    assert run_freres("compress", video, "--budget", shown["budget_tokens"], "-o", path).status == 0
+    path, budget = tmp_path / "b.pt", manifest["tokens"]["budget_tokens"]
+    assert run_freres("compress", video, "--budget", budget, "-o", path, "--device", "cpu").status == 0
     assert path.read_bytes() == cached.read_bytes()
 
 
-def test_videos_are_encoded_once(folder, adapter, tmp_path, monkeypatch):
-    def fail(*_):
-        raise AssertionError("the tower was loaded again")
-
-    monkeypatch.setattr(train_adapter, "load_encoder", fail)
-    run = train(folder, tmp_path / "a.safetensors", steps=1)
-    assert run.status == 0 and "device cpu" in run.err
+def test_videos_are_encoded_once(folder, adapter, tmp_path):
+    models, lines = Models(loaded_models().source, language_model=loaded_models().language_model), []
+    train(folder, tmp_path / "a.safetensors", models=models, log=lines.append, num_steps=1)
+    assert not models.has_encoder, "the tower was loaded again"
+    assert any("device cpu" in line for line in lines)
 
 
 def test_the_teacher_is_the_model_with_every_token(folder, adapter, tmp_path):
-    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     taught = {}
     for path in (folder / "cache").rglob("*-teacher.json"):
         taught |= json.loads(path.read_text())
-    full = run_freres("eval", folder / "questions.jsonl", "--methods", "full", "-o", tmp_path / "a.jsonl", "--json")
-    assert full.status == 0, full.err
+    run_eval(folder / "questions.jsonl", "full", output=tmp_path / "a.jsonl")
     answers = {}
-    for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:]:
-        answers |= json.loads(line)["cells"][0]["answers"]
-    for row in rows:
+    for row in read_rows(tmp_path / "a.jsonl")[1:]:
+        answers |= row["cells"][0]["answers"]
+    for row in read_rows(folder / "questions.jsonl"):
         scores = taught[json.dumps([row["question"], *row["choices"]])]
         assert row["choices"][max(range(4), key=scores.__getitem__)] == answers[row["id"]][0]
 
@@ -198,17 +188,13 @@ def test_the_learning_rate_warms_up_and_falls():
 
 def test_a_broken_video_is_left_out_and_named(folder, tmp_path):
     (folder / "broken.mp4").write_bytes(b"no video")
-    lines = (folder / "data.jsonl").read_text()
     broken = {"video": "broken.mp4", "question": "Which way?", "choices": ["up", "down"], "answer": "up"}
-    (folder / "some.jsonl").write_text(json.dumps(broken) + "\n" + lines)
-    run = run_freres(
-        *("train", folder / "some.jsonl", "-o", tmp_path / "a.safetensors", "--steps", 1),
-        *("--cache", folder / "cache", *FLAGS),
-    )
+    some = write_rows(folder / "some.jsonl", [broken, *read_rows(folder / "data.jsonl")])
+    flags = ("--cache", folder / "cache", *TRAINING.flags, "--steps", 1)
+    run = run_freres("train", some, "-o", tmp_path / "a.safetensors", *flags)
     assert run.status == 0 and "left out: " in run.err and "broken.mp4" in run.err
-    (folder / "broken.jsonl").write_text(json.dumps(broken) + "\n")
-    failed = run_freres("train", folder / "broken.jsonl", "-o", tmp_path / "b.safetensors", "--cache", folder / "cache")
-    check_failure(failed, 3, "none of 1 videos")
+    with fails(3, "none of 1 videos"):
+        TRAINING.run(write_rows(folder / "broken.jsonl", [broken]), tmp_path / "b.safetensors", folder / "cache")
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -221,34 +207,32 @@ def test_a_broken_video_is_left_out_and_named(folder, tmp_path):
     ],
 )
 def test_bad_flags_are_one_line(folder, tmp_path, flags, text):
-    run = train(folder, tmp_path / "a.safetensors", *flags)
+    run = run_command(folder, tmp_path / "a.safetensors", *flags)
     assert run.status == 2 and text in run.err and not (tmp_path / "a.safetensors").exists()
 
 
 def test_an_existing_adapter_is_kept(folder, adapter):
     before = adapter[0].read_bytes()
-    check_failure(train(folder, adapter[0]), 4, "already exists")
+    check_failure(run_command(folder, adapter[0]), 2, "already exists")
     assert adapter[0].read_bytes() == before
 
 
 def test_the_share_that_is_trained_is_at_most_one_percent(folder):
-    from freres_cli.cli.compress import make_request
-
     class Model:
         width, num_parameters = 1536, 1_500_000_000
 
-    request = make_request(Path("x.mp4"), {}, None, None, None)
-    assert train_adapter.choose_shape(Model(), request, None).rank == 64
+    bands = make_options({}, None, None, device="cpu").settings.max_coefficients
+    assert train_adapter.choose_shape(Model(), bands, None).rank == 64
     Model.width, Model.num_parameters = 192, 2_500_000
-    small = train_adapter.choose_shape(Model(), request, None)
+    small = train_adapter.choose_shape(Model(), bands, None)
     assert train_adapter._size(small) <= 25_000 < train_adapter._size(ModuleShape(192, small.rank * 2, small.num_bands))
-    assert train_adapter.choose_shape(Model(), request, 5).rank == 5
+    assert train_adapter.choose_shape(Model(), bands, 5).rank == 5
 
 
 @pytest.mark.slow
 def test_two_workers_take_the_steps_of_one(folder, adapter, tmp_path):
     path = tmp_path / "two.safetensors"
-    arguments = ["train", folder / "data.jsonl", "-o", path, "--steps", STEPS, "--cache", folder / "cache", *FLAGS]
+    arguments = ["train", folder / "data.jsonl", "-o", path, "--cache", folder / "cache", *TRAINING.flags]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
     command = [*launch, sys.executable, "-c", "from freres_cli.cli.app import main; main()", *arguments, "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -261,22 +245,14 @@ def test_two_workers_take_the_steps_of_one(folder, adapter, tmp_path):
 
 
 def test_training_data_that_cannot_be_split_is_refused(folder, tmp_path):
-    first = (folder / "data.jsonl").read_text().splitlines()[0]
-    (folder / "one.jsonl").write_text(first + "\n")
-    run = run_freres(
-        "train", folder / "one.jsonl", "-o", tmp_path / "a.safetensors", "--cache", folder / "cache", *FLAGS
-    )
-    check_failure(run, 2, "at least 2 videos")
+    one = write_rows(folder / "one.jsonl", read_rows(folder / "data.jsonl")[:1])
+    with fails(2, "at least 2 videos"):
+        TRAINING.run(one, tmp_path / "a.safetensors", folder / "cache")
 
 
 def test_what_is_asked_is_what_asking_asks(folder):
     """The prompt and the answers of training are those that ``freres ask --choices`` scores."""
-    from freres_cli.backbones.registry import load_language_model
-    from freres_cli.devices import choose_device
-    from freres_cli.evaluation.questions import read_questions
-    from freres_cli.world.bundled_model import bundled_model_dir
-
-    model = load_language_model("bundled", choose_device("cpu"), None, None, bundled_directory=bundled_model_dir())
+    model = loaded_models().language_model
     question = read_questions(folder / "data.jsonl", 1, is_named=False).questions[0]
     prefix, suffix, answers, truth = training_data.answer_ids(model, question)
     ids = model.prompt(question.question)

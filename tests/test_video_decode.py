@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from fractions import Fraction
@@ -20,21 +19,10 @@ from freres_cli.video import decode as decode_module
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.probe import hash_file, probe_video
 from freres_cli.video.sampling import Sampling, num_sampled_frames
-from tests import clips
+from tests import clips, decoding
+from tests.decoding import NATIVE, SMALL, decode
 
-SMALL = FrameSize(32, 32, 1, 1)
-NATIVE = Sampling("native")
-
-
-def decode(path, sampling=NATIVE, size=SMALL, stream=None, **options):
-    """All frames of a file: numbers shown, times, source indices, pixels, report."""
-    decoder = decode_frames(path, probe_video(path, stream), sampling, size, **options)
-    batches = list(decoder)
-    pixels = torch.cat([batch.pixels for batch in batches])
-    times = [t for batch in batches for t in batch.pts_seconds]
-    indices = [i for batch in batches for i in batch.source_index]
-    return clips.read_indices(pixels), times, indices, pixels, decoder.report
-
+plain_clip = decoding.plain_clip
 
 FORMATS = {
     "h264_b_frames.mp4": {},
@@ -56,12 +44,6 @@ FORMATS = {
     "h264_b_frames.avi": {},
     "raw.h264": {},
 }
-
-
-@pytest.fixture(scope="module")
-def plain_clip(tmp_path_factory):
-    """48 frames at 24 fps, H.264 with B-frames."""
-    return clips.write_clip(tmp_path_factory.mktemp("clips") / "plain.mp4")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -108,7 +90,7 @@ def test_count_gives_the_middles_of_equal_parts(plain_clip, count):
     shown, _, _, _, report = decode(plain_clip, Sampling("count", count=count))
     expected = min(count, 48)
     assert shown == [int((i + 0.5) * 48 / expected) for i in range(expected)]
-    assert any("frames asked" in note for note in report.notes) == (count > 48)
+    assert any("frames requested" in note for note in report.notes) == (count > 48)
 
 
 def test_windows_count_from_the_first_frame(tmp_path):
@@ -183,27 +165,6 @@ def test_a_timestamp_years_away_does_not_stretch_the_clip(tmp_path):
     assert decode(path)[0] == list(range(24))
 
 
-@pytest.mark.parametrize("name", ["sound.mp4", "sound.mkv", "plain.ts", "old.avi", "fragmented.mp4"])
-def test_any_damage_ends_in_frames_or_in_one_of_our_errors(tmp_path, name):
-    made = {
-        "sound.mp4": {"audio": "last", "more_streams": [clips.numbered(24)]},
-        "sound.mkv": {"audio": "first"},
-        "old.avi": {"codec": "mpeg4"},
-        "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
-    }
-    path = clips.write_clip(tmp_path / name, 24, **made.get(name, {}))
-    whole = path.read_bytes()
-    for seed in range(25):
-        path.write_bytes(whole)
-        clips.rot(path, first_fraction=0.0, flips=4 + seed % 9, seed=seed)
-        if seed % 3 == 0:
-            clips.cut(path, 0.3 + seed / 50)
-        for sampling in (NATIVE, Sampling("fps", fps=3), Sampling("count", count=5)):
-            with contextlib.suppress(VideoError):
-                for batch in decode_frames(path, probe_video(path), sampling, SMALL):
-                    assert list(batch.pts_seconds) == sorted(batch.pts_seconds)
-
-
 def test_no_timestamps_are_guessed_and_told(tmp_path):
     info = probe_video(clips.write_clip(tmp_path / "raw.h264"))
     assert not info.has_timestamps
@@ -276,177 +237,7 @@ def test_picture_size_that_changes_is_levelled_out(tmp_path):
     assert decode(clips.write_size_change(tmp_path / "change.h264"))[0] == list(range(24))
 
 
-# ---- damaged files
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("index_first.mp4", {"container_options": {"movflags": "faststart"}}),
-        ("no_cues.mkv", {}),
-        ("old.avi", {"codec": "mpeg4", "options": {"qmax": "3"}}),
-        ("with_sound.mkv", {"audio": "last"}),
-    ],
-)
-def test_cut_files_give_the_good_part_and_say_what_is_lost(tmp_path, name, options):
-    path = clips.write_clip(tmp_path / name, 240, **options)
-    clips.cut(path, 0.6)
-    shown, times, _, _, report = decode(path)
-    assert 40 < len(shown) < 200
-    # B-frames next to the cut may be gone; whatever is given has its own time.
-    assert shown[:-8] == list(range(len(shown) - 8))
-    assert shown == [round((t - times[0]) * 24) for t in times]
-    assert report.lost_s == pytest.approx(10.0 - len(shown) / 24, abs=0.2)
-    assert any("are lost" in note for note in report.notes)
-    sampled = decode(path, Sampling("fps", fps=4))
-    assert sampled[0] == [max(n for n in shown if n <= 6 * k) for k in range(len(sampled[0]))]
-    # Instants after the last decoded frame has left the screen would be fiction.
-    assert len(sampled[0]) == (shown[-1] + 6) // 6
-    with pytest.raises(VideoError, match="damaged"):
-        list(decode_frames(path, probe_video(path), NATIVE, SMALL, strict=True))
-
-
-def test_rotten_files_give_what_decodes_and_the_same_each_time(tmp_path):
-    path = clips.write_clip(tmp_path / "rotten.webm", 240, codec="libvpx-vp9", options={"cpu-used": "8", "crf": "10"})
-    clips.rot(path, first_fraction=0.5)
-    info = probe_video(path)
-    decoder = decode_frames(path, info, NATIVE, SMALL)
-    first, second = ([batch.pixels for batch in decoder], decoder.report), ([b.pixels for b in decoder], decoder.report)
-    assert first[1] == second[1] and torch.equal(torch.cat(first[0]), torch.cat(second[0]))
-    report = decoder.report
-    assert 60 <= report.num_frames_decoded < 240
-    assert report.lost_s == pytest.approx((240 - report.num_frames_decoded) / 24, abs=0.2)
-    assert any("packets skipped" in note for note in report.notes)
-    with pytest.raises(VideoError, match="damaged"):
-        list(decode_frames(path, info, NATIVE, SMALL, strict=True))
-
-
-def test_a_hole_inside_the_clip_is_counted(tmp_path):
-    path = clips.write_clip(tmp_path / "hole.mov", 240, codec="mjpeg", pix_fmt="yuvj420p", color_range=2)
-    clips.blank_payloads(path, slice(100, 110))
-    shown, times, *_, report = decode(path)
-    assert shown == [*range(100), *range(110, 240)]
-    assert shown == [round(t * 24) for t in times]
-    assert report.lost_s == pytest.approx((240 - len(shown)) / 24, abs=0.05)
-    # A player holds the last good frame until the next one.
-    assert decode(path, Sampling("fps", fps=24))[0] == [max(n for n in shown if n <= k) for k in range(240)]
-
-
-def _decode_on_one_thread(path: Path) -> list[Fraction | None]:
-    """Times of what PyAV decodes of a damaged file without threads."""
-    times = []
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "NONE"
-        for packet in container.demux(stream):
-            with contextlib.suppress(av.error.FFmpegError):
-                times += [None if f.pts is None else f.pts * f.time_base for f in packet.decode()]
-    return times
-
-
-HEVC = {"codec": "libx265", "options": {"x265-params": "log-level=none:bframes=3:keyint=24"}}
-
-
-@pytest.mark.skipif(not clips.has_encoder("libx265"), reason="no HEVC encoder in this build")
-@pytest.mark.parametrize("blanked", [slice(239, 240), slice(238, 240), slice(100, 110)])
-def test_damage_costs_no_frame_that_one_thread_can_decode(tmp_path, blanked):
-    path = clips.blank_payloads(clips.write_clip(tmp_path / "blanked.mp4", 240, **HEVC), blanked)
-    times = [t for batch in decode_frames(path, probe_video(path), NATIVE, SMALL) for t in batch.pts_seconds]
-    expected = _decode_on_one_thread(path)
-    assert len(times) == len(expected) < 240
-    assert times == pytest.approx([float(stamp) for stamp in expected])
-
-
-def test_frames_that_damage_left_without_a_time_get_the_next_one(plain_clip, monkeypatch):
-    real = decode_module.iterate_frames
-
-    def without_some_times(container, stream):
-        for number, frame in enumerate(real(container, stream)):
-            frame.pts = None if number in (10, 11, 47) else frame.pts
-            yield frame
-
-    expected = decode(plain_clip)[1]
-    monkeypatch.setattr(decode_module, "iterate_frames", without_some_times)
-    assert decode(plain_clip)[1] == expected
-
-
-def test_a_cut_between_packets_is_seen_in_the_index(tmp_path):
-    path = clips.write_clip(tmp_path / "clean_cut.mp4", 240, container_options={"movflags": "faststart"})
-    with av.open(str(path)) as container:
-        end = next(p.pos + p.size for number, p in enumerate(container.demux(video=0)) if number == 119)
-    path.write_bytes(path.read_bytes()[:end])
-    assert decode(path)[4].lost_s == pytest.approx(5.0, abs=0.2)
-
-
-def test_damage_after_the_window_does_not_matter(tmp_path):
-    path = clips.write_clip(tmp_path / "cut.mp4", 240, container_options={"movflags": "faststart"})
-    clips.cut(path, 0.6)
-    report = decode(path, Sampling("fps", fps=4, end_s=1.0), strict=True)[4]
-    assert (report.num_frames_sampled, report.lost_s) == (4, 0)
-
-
-def _written(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def _made(path: Path, make) -> Path:
-    make(path)
-    return path
-
-
-REFUSALS = {
-    "missing": (lambda d: d / "missing.mp4", "no such file"),
-    "directory": (lambda d: d, "is a directory"),
-    "pipe": (lambda d: _made(d / "pipe.mp4", os.mkfifo), "pipe or device"),
-    "empty": (lambda d: _written(d / "empty.mp4", b""), "the file is empty"),
-    "text": (lambda d: _written(d / "text.mp4", b"not a video\n" * 20), "not a video"),
-    "terminal text": (lambda d: _written(d / "notes.txt", b"not a video\n" * 20), "not a video"),
-    "index missing": (lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5), "not a video that can be read"),
-    "header only": (
-        lambda d: clips.cut(clips.write_clip(d / "head.mkv", 48), 0.1),
-        "not one|no video packets|not a video",
-    ),
-    "audio only": (lambda d: clips.write_audio_only(d / "audio.m4a"), "has no video stream, only audio"),
-    "cover art": (lambda d: clips.write_audio_with_cover(d / "song.m4a"), "has no video stream"),
-    "no decodable frame": (
-        lambda d: clips.blank_payloads(clips.write_clip(d / "blank.avi", 24, codec="mjpeg", pix_fmt="yuvj420p")),
-        "not one frame can be decoded",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSALS)
-def test_files_that_cannot_be_used_give_one_plain_error(tmp_path, kind, capfd):
-    make, message = REFUSALS[kind]
-    path = make(tmp_path)
-    capfd.readouterr()
-    with pytest.raises(VideoError, match=message) as caught:
-        probe_video(path)
-    assert caught.value.message.startswith(f"{path}: ")
-    assert "\n" not in caught.value.message and caught.value.hint
-    assert capfd.readouterr() == ("", "")
-
-
-def test_permission_is_named(plain_clip, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", refuse)  # root, who runs tests in containers, may read everything
-    with pytest.raises(VideoError, match="permission denied"):
-        probe_video(plain_clip)
-
-
-def test_nothing_is_written_to_stderr(tmp_path, capfd):
-    path = clips.rot(clips.write_clip(tmp_path / "rotten.mp4", 120, container_options={"movflags": "faststart"}))
-    capfd.readouterr()
-    with contextlib.suppress(VideoError):
-        decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
-        list(decoder)
-    assert capfd.readouterr() == ("", "")
-
-
-# ---- resources
+# Resources
 
 
 def test_abandoned_iteration_closes_the_file(plain_clip, monkeypatch):

@@ -1,1 +1,1 @@
-"""frames -> latents, and tokens -> answer: the only place that calls transformers."""
+"""frames -> latents, and tokens -> answer: the only package that calls transformers."""

@@ -1,7 +1,7 @@
-"""The attention calls that towers and decoders are run with, under the names transformers looks them up by.
+"""The attention functions used by towers and decoders, registered under the names that transformers looks up.
 
-Three kernels (``devices.ATTENTION_NAMES``) behind three calls. None builds a mask or looks at positions, so fractional
-positions and later chunks of a prefill mean the same to each of them.
+There are three functions, each with three kernels (``devices.ATTENTION_NAMES``). None of them builds a mask or looks at
+positions, so fractional positions and later chunks of a prefill work the same with every kernel.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers import AttentionInterface, PretrainedConfig
 from freres_cli.devices import flash_package
 from freres_cli.errors import ResourceError
 
-# A tower hands over packed frames with their boundaries, instead of looping over frames in Python, when the name of the
-# attention contains "flash".
+# If the name of the attention contains "flash", a tower passes all frames packed together with their boundaries instead
+# of looping over frames in Python.
 PACKED_FRAMES = "freres_flash_packed_frames"
 
-# Towers that take whole frames as a batch, and loop over none.
+# For towers that take whole frames as a batch and do not loop over them.
 WHOLE_FRAMES = "freres_whole_frames"
 
-# transformers builds no mask for a name it has no mask function for.
+# transformers builds no mask for a name that has no mask function.
 CAUSAL_NO_MASK = "freres_causal_no_mask"
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
@@ -46,11 +46,13 @@ def packed_frames_attention(
     kernel: str = "sdpa",
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention inside each of n stretches (frames, or windows of a frame), in one call for each length there is.
+    """Attention within each of n segments (frames, or windows of a frame), in one call per distinct length.
 
-    ``query key value``: (1, heads, total, d), stretches packed one after the other. ``cu_seq_lens_q``: (n + 1,) their
-    boundaries. ``max_length_q``: the longest. Returns (1, total, heads, d).
-    Ours: the stock tower calls the kernel once per stretch and layer; the result is the same to the bit with sdpa.
+    ``query``, ``key`` and ``value``: (1, heads, total, d), segments packed one after the other. ``cu_seq_lens_q``:
+    (n + 1,), their boundaries. ``max_length_q``: the longest length. ``scaling``: factor of the scores, by default
+    1/sqrt(d). ``kernel``: sdpa, flash or eager. ``module`` and ``attention_mask`` are part of transformers' interface
+    and not used. Returns (1, total, heads, d) and None.
+    Ours, because the stock tower calls the kernel once per segment and layer; with sdpa the results are bit-identical.
     """
     assert cu_seq_lens_q is not None
     total, longest = query.shape[2], int(max_length_q)
@@ -61,18 +63,18 @@ def packed_frames_attention(
         return out[None], None
     attend = _KERNELS[kernel]
     if (cu_seq_lens_q.shape[0] - 1) * longest == total:
-        return _attend_stretches(attend, packed, longest, scaling)[None], None
+        return _attend_segments(attend, packed, longest, scaling)[None], None
     out = torch.empty_like(packed[2])
     lengths = cu_seq_lens_q.diff()
     for length in lengths.unique().tolist():
         starts = cu_seq_lens_q[:-1][lengths == length]
         rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        out[rows] = _attend_stretches(attend, [tensor[rows] for tensor in packed], length, scaling)
+        out[rows] = _attend_segments(attend, [tensor[rows] for tensor in packed], length, scaling)
     return out[None], None
 
 
-def _attend_stretches(attend: Attend, packed: list[Tensor], length: int, scaling: float | None) -> Tensor:
-    """Attention inside stretches of one length: q, k, v (n*length, heads, d) -> (n*length, heads, d)."""
+def _attend_segments(attend: Attend, packed: list[Tensor], length: int, scaling: float | None) -> Tensor:
+    """Attention within segments of one length: q, k, v (n*length, heads, d) -> (n*length, heads, d)."""
     query, key, value = (tensor.unflatten(0, (-1, length)).transpose(1, 2) for tensor in packed)
     return attend(query, key, value, scaling, False).transpose(1, 2).flatten(0, 1)
 
@@ -88,16 +90,19 @@ def batch_attention(
     is_last_of_keys: bool = True,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention of the last ``q`` of ``kv`` positions, to those before them if ``is_last_of_keys``, else to all.
+    """Attention of a batch without padding: causal if ``is_last_of_keys``, else from every query to every key.
 
-    ``query``: (n, heads, q, d). ``key value``: (n, kv_heads, kv, d). Returns (n, q, heads, d). No padding.
+    ``query``: (n, heads, q, d). ``key`` and ``value``: (n, kv_heads, kv, d). With ``is_last_of_keys`` the queries are
+    the last q of the kv positions. ``scaling``: factor of the scores, by default 1/sqrt(d). ``kernel``: sdpa, flash or
+    eager. ``module`` and ``attention_mask`` are part of transformers' interface and not used. Returns (n, q, heads, d)
+    and None.
     """
     out = _KERNELS[kernel](query, key, value, scaling, is_last_of_keys)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
-    """PyTorch's own kernels; a mask is built only where none of them can do without."""
+    """PyTorch's own kernels, with a mask only where they need one."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if not is_causal or num_queries in (1, num_keys):
@@ -107,7 +112,7 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | Non
 
 
 def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
-    """The flash_attn package, whose causal mask ends at the last key; else PyTorch's flash kernel and no other."""
+    """The flash_attn package, whose causal mask is aligned to the last key, or else only PyTorch's flash kernel."""
     if (package := flash_package()) is not None:
         swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
         out: Tensor = package.flash_attn_func(*swapped, softmax_scale=scaling, causal=is_causal)
@@ -128,7 +133,7 @@ def _no_kernel_refused(query: Tensor) -> Any:
 
 
 def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
-    """Attention written out, with its whole matrix in memory: slow, and the same on every machine."""
+    """Attention written out, with the whole score matrix in memory: slow, but the same on every machine."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -144,7 +149,7 @@ _KERNELS: dict[str, Attend] = {"sdpa": _attend_sdpa, "flash": _attend_flash, "ea
 
 
 def register() -> None:
-    """Make all known to transformers. Registering twice is harmless."""
+    """Register all of them with transformers. Doing so twice is harmless."""
     for kernel in _KERNELS:
         calls: dict[str, Callable[..., Any]] = {
             PACKED_FRAMES: partial(packed_frames_attention, kernel=kernel),
@@ -156,15 +161,16 @@ def register() -> None:
 
 
 def _name(call: str, kernel: str) -> str:
-    """No "flash" in a decoder's name: transformers would take it for its own, and gaps between positions for several
-    packed sequences."""
+    """The registered name. It never adds "flash": transformers would take a decoder's attention for its own, and gaps
+    between positions for several packed sequences."""
     return call if kernel == "sdpa" else f"{call}_{'fused' if kernel == 'flash' else kernel}"
 
 
 def use_attention(model: nn.Module, call: str, kernel: str = "sdpa") -> None:
-    """Run every layer of ``model`` with one of the calls above, or any that transformers knows, and a kernel.
+    """Make every layer of ``model`` use one of the functions above, or any that transformers knows, with a kernel.
 
-    Sets the field the layers read. ``set_attn_implementation`` would first look for a flash-attention package.
+    Sets the field that the layers read, because ``set_attn_implementation`` would first look for a flash-attention
+    package.
     """
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -173,16 +179,18 @@ def use_attention(model: nn.Module, call: str, kernel: str = "sdpa") -> None:
 
 
 def _causal_lower_right(num_queries: int, num_keys: int) -> Tensor:
-    """``torch.nn.attention.bias.causal_lower_right`` without the (2, q, kv) float32 tensor that one allocates."""
-    bias: Tensor = CausalBias.__new__(CausalBias)
+    """``torch.nn.attention.bias.causal_lower_right`` without the (2, q, kv) float32 tensor that it allocates."""
+    bias = CausalBias.__new__(CausalBias)
     CausalBias.__init__(bias, CausalVariant.LOWER_RIGHT, num_queries, num_keys)
     return bias
 
 
 @contextmanager
 def attention_for_padding(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` with the attention that takes a mask, for as long."""
-    before = model.config._attn_implementation
+    """Make ``model`` use an attention that accepts a mask inside the block."""
+    config = model.config
+    assert isinstance(config, PretrainedConfig)
+    before = config._attn_implementation
     use_attention(model, "sdpa")
     try:
         yield

@@ -1,10 +1,10 @@
-"""What a model family must offer: a vision encoder for ``compress``, a language model for ``ask``.
+"""What a model family must provide: a vision encoder for ``compress`` and a language model for ``ask``.
 
-The two halves are separate objects because each command loads only one of them. A new family is one file with both
-classes and one line in ``registry.py``.
+The two halves are separate objects because each command loads only one of them. To add a family, write one file with
+both classes and add one line to ``registry.py``.
 
-Convention for all of them: a stored visual token has ``C = D*(1 + n_deep)`` channels. The first D are what takes the
-token's place in the prompt, the others are rows that the family adds after its first language layers (DeepStack).
+All families store a visual token as ``C = D*(1 + n_deep)`` channels. The first D are the token's embedding in the
+prompt; the others are the rows that the family adds to it after its first language layers (DeepStack).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from freres_cli.records import FrameSize, VideoTokens
 
 @dataclass(frozen=True)
 class PromptRows:
-    """A stretch of the prompt as the decoder takes it.
+    """A part of the prompt as input rows for the decoder.
 
-    ``embeds``: (L, C), text rows hold zeros in their DeepStack channels. ``positions``: (R, 1, L) float32; for M-RoPE
-    families R = 4: plain index, t, h, w. ``next_position``: what the text after it counts from.
+    ``embeds``: (L, C); the DeepStack channels of text rows are zero. ``positions``: (R, 1, L) float32, where R = 4 for
+    M-RoPE families (plain index, t, h, w) and 1 for the others. ``next_position``: the position of the next text token.
     """
 
     embeds: Tensor
@@ -35,7 +35,7 @@ class PromptRows:
         return int(self.embeds.shape[0])
 
     def then(self, other: PromptRows) -> PromptRows:
-        """This stretch followed by ``other``."""
+        """These rows followed by those of ``other``."""
         return PromptRows(
             torch.cat([self.embeds, other.embeds]),
             torch.cat([self.positions, other.positions], dim=-1),
@@ -45,7 +45,7 @@ class PromptRows:
 
 @dataclass(frozen=True)
 class PromptIds:
-    """A chat prompt cut at the place of the video: token ids before it and after it."""
+    """A chat prompt split where the video goes: the token ids before it and after it."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -53,8 +53,8 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What decides the latents besides the frames: the model's fingerprint, the tower's precision and its attention
-    kernel."""
+    """Everything but the frames that determines the latents: the model's fingerprint, and the precision and attention
+    kernel of the tower."""
 
     fingerprint: dict[str, str | None]
     dtype: torch.dtype
@@ -64,9 +64,9 @@ class EncoderIdentity:
 class VisionEncoder(Protocol):
     """The frozen vision tower and projector of one family.
 
-    Contract test: ``tests/test_backbone_contract.py``, part "vision". A new family is a row there and passes its laws:
-    patches equal the family's own image processor to the bit, latents equal its own features to the bit, and the
-    latents of a frame depend neither on the other frames nor on how many are encoded at a time.
+    Contract test: ``tests/test_backbone_contract.py``, part "vision". A new family gets a row there and must pass it:
+    patches are bit-identical to those of the family's own image processor, latents are bit-identical to its own
+    features, and the latents of a frame depend neither on the other frames nor on the batch size.
     """
 
     family: str
@@ -85,27 +85,27 @@ class VisionEncoder(Protocol):
         grid: tuple[int, int] | None = None,
         max_tokens: int | None = None,
     ) -> FrameSize:
-        """Pixels to resize a frame of this shape to, and its token grid.
+        """The size in pixels to resize a frame to, and its token grid.
 
-        ``grid`` (rows, columns) is taken exactly, and the frame is squeezed into it. Without it the aspect ratio is
-        kept and a frame has at most ``max_tokens`` tokens. A family whose frames have one size gives that size, and
-        says so in ``notes``.
+        ``width_px`` and ``height_px`` are the size of the frame as stored. A ``grid`` (rows, columns) is used exactly,
+        and the frame is squeezed into it. Without one, the aspect ratio is kept and a frame gets at most ``max_tokens``
+        tokens. A family with a single frame size returns that size, and says so in ``notes``.
         """
         ...
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents of frames, each on its own: (n, h, w, 3) uint8 RGB -> (n, H, W, C) in ``dtype`` on ``device``."""
+        """Latents of frames, each encoded by itself: (n, h, w, 3) uint8 RGB -> (n, H, W, C), ``dtype`` on ``device``."""
         ...
 
 
 class LanguageModel(Protocol):
     """The language half of one family: tokenizer, prompt format, positions and decoder. ``engine.py`` runs it.
 
-    Contract test: ``tests/test_backbone_contract.py``, part "language". A new family is a row there and passes its laws:
-    with every token kept, logits and greedy tokens equal its own pixel path, and a subset of tokens answers as the
-    full sequence with the others masked.
+    Contract test: ``tests/test_backbone_contract.py``, part "language". A new family gets a row there and must pass it:
+    with every token kept, logits and greedy tokens equal those of the family's own pixel path, and a subset of tokens
+    gives the answer of the full sequence with the other tokens masked.
 
-    ``choices_as``: what options are scored by, the ``letters`` they are listed under, as released models are asked, or
+    ``choices_as``: how options are scored, by the ``letters`` they are listed under, as released models expect, or by
     their own ``words``, for models trained to answer in words.
     """
 
@@ -131,13 +131,14 @@ class LanguageModel(Protocol):
     def splice(self, prefix_ids: tuple[int, ...], video: VideoTokens, text_after: str = "max") -> PromptRows:
         """The text before the video and the visual tokens at their positions, as rows for the decoder.
 
-        ``text_after``: ``max`` puts later text one after the largest position of the full grid, as the released models
-        were trained; ``hf`` puts it where transformers does. They differ for Qwen2-VL and Qwen2.5-VL only.
+        ``text_after`` decides where the text after the video starts: ``max`` is one past the largest position of the
+        full grid, as the released models were trained; ``hf`` is where transformers puts it. They differ only for
+        Qwen2-VL and Qwen2.5-VL.
         """
         ...
 
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
-        """Text as rows for the decoder. ``index``: how many rows come before it. ``position``: where it counts from."""
+        """Text as rows for the decoder. ``index``: number of rows before it. ``position``: position of its first token."""
         ...
 
     def new_cache(self) -> Any:
@@ -145,13 +146,14 @@ class LanguageModel(Protocol):
         ...
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
-        """Run rows through the decoder on top of the cache, which grows. Returns last hidden states (L, D)."""
+        """Run rows through the decoder on top of the cache, extending it. Returns the last hidden states (L, D)."""
         ...
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        """Run text rows of several sequences at once, (B, L, C) at (R, B, L), on top of a cache of B sequences.
+        """Run the text rows of B sequences at once, on top of ``cache``, which holds as many sequences and grows.
 
-        ``mask``: (B, cached + L) bool, False where there is padding; None where there is none. Returns (B, L, D).
+        ``embeds``: (B, L, C). ``positions``: (R, B, L). ``mask``: (B, cached + L) bool, False for padding, or None if
+        there is no padding. Returns the last hidden states (B, L, D).
         """
         ...
 

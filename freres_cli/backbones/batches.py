@@ -1,11 +1,11 @@
-"""Several questions about one prefilled video at once: each continues a copy of the prefix.
+"""Run several questions about one prefilled video at once. Each continues a copy of the prefix.
 
 Questions of different lengths are padded on the left, between the video and the question; the padding is hidden from
-attention and takes no position. A recurrent state has no masked tokens, so families that keep one (their cache cannot be
-cut) take questions of one length at a time instead. Either way the answers are those of one question at a time; in
-float32 logits move by about 1e-5.
+attention and takes up no positions. A recurrent state cannot skip masked tokens, so families that keep one (their cache
+cannot be cropped) run questions of one length at a time instead. Either way, the answers are those of one question at a
+time; in float32, logits change by about 1e-5.
 
-The cache of n questions takes n times the memory of the prefix: callers choose n.
+The cache of n questions takes n times the memory of the prefix. The caller chooses n.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Ids = Sequence[int]
 
 @dataclass
 class Branches:
-    """Sequences that continue one prefix. ``cache``: with one row for each. ``is_token``: (B, n) bool, which of the
-    cached places are no padding."""
+    """Sequences that continue one prefix. ``cache``: has one row for each. ``is_token``: (B, n) bool, False where the
+    cache holds padding."""
 
     cache: Any
     is_token: Tensor
 
     def pick(self, rows: Sequence[int]) -> Branches:
-        """A copy with these rows, which may repeat."""
+        """A copy of these rows, which may repeat."""
         index = torch.tensor(rows, device=self.is_token.device)
         cache = copy.deepcopy(self.cache)
         cache.reorder_cache(index)
@@ -47,10 +47,11 @@ class Branches:
 def score_options_batch(
     model: LanguageModel, prefix: VideoPrefix, suffixes: Sequence[Ids], options: Sequence[Sequence[Ids]]
 ) -> list[Tensor]:
-    """``engine.score_options`` for several questions: for each, the log-likelihoods of its own options, (n,) float32.
+    """``engine.score_options`` for several questions: the log-likelihoods of each one's own options, (n,) float32.
 
-    ``suffixes``: the text after the video of each question. Raises BackboneError for an option without tokens or a
-    prompt beyond the model's context.
+    ``model`` and ``prefix`` are the language model and the video it has prefilled. ``suffixes``: the token ids after the
+    video, for each question. ``options``: the token ids of the options of each question. Raises BackboneError if an
+    option has no tokens or a prompt exceeds the model's context.
     """
     if len(suffixes) != len(options) or not all(own and all(own) for own in options):
         raise BackboneError("options: expected at least one option for each question, with at least one token each")
@@ -84,9 +85,10 @@ def score_options_batch(
 def answer_batch(
     model: LanguageModel, prefix: VideoPrefix, suffixes: Sequence[Ids], max_new_tokens: int
 ) -> list[list[int]]:
-    """The greedy answer to each question, as token ids; it ends with a stop token unless it ran to ``max_new_tokens``.
+    """The greedy answer to each question, as token ids, ending with a stop token unless it reached ``max_new_tokens``.
 
-    Raises BackboneError beyond the model's context.
+    ``model`` and ``prefix`` are the language model and the video it has prefilled. ``suffixes``: the token ids after the
+    video, for each question. Raises BackboneError if a prompt exceeds the model's context.
     """
     answers: list[list[int]] = [[] for _ in suffixes]
     with _lend(model, prefix, [len(suffix) + max_new_tokens for suffix in suffixes]) as trunk:
@@ -109,9 +111,9 @@ def answer_batch(
 
 
 def extend(model: LanguageModel, branches: Branches, rows: Sequence[PromptRows]) -> list[Tensor]:
-    """Run a stretch of text on top of each sequence, which grow. Returns the hidden states of each, (its length, D)."""
+    """Extend each sequence by some text. Returns the hidden states of each text, (its length, D)."""
     longest = max(map(len, rows))
-    num_pads = [longest - len(stretch) for stretch in rows]
+    num_pads = [longest - len(part) for part in rows]
     embeds = torch.stack([pad(r.embeds, (0, 0, n, 0)) for r, n in zip(rows, num_pads, strict=True)])
     positions = torch.cat([pad(r.positions, (n, 0)) for r, n in zip(rows, num_pads, strict=True)], dim=1)
     is_token = torch.arange(longest, device=embeds.device) >= torch.tensor(num_pads, device=embeds.device)[:, None]
@@ -124,14 +126,14 @@ def extend(model: LanguageModel, branches: Branches, rows: Sequence[PromptRows])
 
 @contextmanager
 def _lend(model: LanguageModel, prefix: VideoPrefix, num_tokens: Sequence[int]) -> Iterator[Branches]:
-    """The prefix as the one branch that the others start from. ``num_tokens``: what each question adds at most."""
+    """The prefix as a single branch to start from. ``num_tokens``: the most tokens that each question adds."""
     check_context(model, prefix.num_tokens + max(num_tokens, default=0), prefix.next_position)
     with lend_cache(prefix) as cache:
         yield Branches(cache, torch.ones(1, prefix.num_tokens, dtype=torch.bool, device=model.device))
 
 
 def _groups(trunk: Branches, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Which sequences may run together: all of them, or those of one length where padding would enter a state."""
+    """Which sequences may run together: all of them, or those of one length if padding would change a state."""
     if getattr(trunk.cache, "is_croppable", True):
         if lengths:
             yield list(range(len(lengths)))

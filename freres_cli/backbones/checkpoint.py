@@ -1,4 +1,4 @@
-"""A model on disk: where it is, what its config says, and reading only the weights that one half of it needs."""
+"""Find a model, check its config, and read only the weights that one half of it needs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_UNTOLD_CONFIG_KEYS = {"transformers_version", "_name_or_path", "name_or_path"}
+_IGNORED_CONFIG_KEYS = {"transformers_version", "_name_or_path", "name_or_path"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder. ``model_id``: ``bundled``, the folder's name or the hub id. ``revision``: hub commit, if any.
+    """A model folder. ``model_id``: ``bundled``, the folder's name or the hub id. ``revision``: the hub commit, if any.
 
-    ``is_remote``: from the hub, each file downloaded only when it is needed: ``directory`` may hold part of them.
+    ``is_remote``: the model comes from the hub. Each file is downloaded when it is first needed, so ``directory`` may
+    contain only some of them.
     """
 
     model_id: str
@@ -46,7 +47,7 @@ class Checkpoint:
 
     @cached_property
     def files_by_key(self) -> dict[str, Path]:
-        """Which safetensors file holds each tensor. Raises BackboneError for pickles, missing or damaged files."""
+        """The safetensors file that holds each tensor. Raises BackboneError for pickles, missing or damaged files."""
         index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         if index.is_file():
             return self._read_index(index)
@@ -73,15 +74,16 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of all weight files in bytes; of a hub model's, as its index says."""
+        """Size of all weight files in bytes; for a hub model, according to its index."""
         if self.is_remote and isinstance(size := self.read_json(INDEX_FILE).get("metadata", {}).get("total_size"), int):
             return size
         return sum(path.stat().st_size for path in set(self.files_by_key.values()) if path.is_file())
 
     def fetch_files(self, names: Iterable[str], *, are_needed: bool = True) -> None:
-        """Download those of these files that are not there; a local folder has what it has.
+        """Download those of these files that are missing. Does nothing for a local folder.
 
-        Raises BackboneError, or ResourceError for a full disk. ``are_needed``: one that is not to be had is an error.
+        ``are_needed``: it is an error if one of them cannot be had. Raises BackboneError, or ResourceError if the disk
+        is full.
         """
         missing = [name for name in names if not (self.directory / name).is_file()]
         if not self.is_remote or not missing:
@@ -93,9 +95,9 @@ class Checkpoint:
             raise BackboneError(f"{self.model_id}: {listed} not in the local cache or on the hub", OFFLINE_HINT)
 
     def keys_under(self, candidates: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-        """The first of the prefixes that the checkpoint uses, and its keys as {rest of the key: key}.
+        """The first of these prefixes that the checkpoint uses, and its keys as {key without the prefix: key}.
 
-        Checkpoints of one family come in several layouts that differ in the prefix. List the longer prefix first.
+        Checkpoints of one family come in several layouts with different prefixes. List the longer prefix first.
         Returns ``("", {})`` if none is used.
         """
         for prefix in candidates:
@@ -105,7 +107,7 @@ class Checkpoint:
         return "", {}
 
     def stored_dtype(self, candidates: tuple[str, ...]) -> torch.dtype:
-        """The dtype that the tensors under a prefix are stored in, going by the first of them."""
+        """The stored dtype of the tensors under one of these prefixes, judged by the first tensor."""
         _, keys = self.keys_under(candidates)
         if not keys:
             raise BackboneError(f"{self.model_id}: no tensors named {' or '.join(p + '*' for p in candidates)}")
@@ -121,11 +123,11 @@ class Checkpoint:
         return _STORED_DTYPES[name]
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors one at a time, grouped by file; no other file is downloaded, nothing else read."""
+        """The named tensors one at a time, grouped by file. No other file is downloaded and no other tensor read."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.files_by_key[key], []).append(key)
-        # All at once: downloads run beside each other, and a failure comes before anything is read.
+        # All files at once: they download in parallel, and a failure happens before anything is read.
         self.fetch_files(sorted(path.name for path in by_file))
         for path, names in by_file.items():
             with open_safetensors(path) as file:
@@ -133,14 +135,14 @@ class Checkpoint:
                     yield name, file.get_tensor(name)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder, or {} where it has none."""
+        """The content of a JSON file in the folder, or {} if it does not exist."""
         path = self.directory / name
         return _read_json(path) if path.is_file() else {}
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file for lazy reading. Raises BackboneError if it is missing, truncated or not one."""
+    """Open a safetensors file for lazy reading. Raises BackboneError if it is missing, truncated or invalid."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -166,11 +168,11 @@ def resolve_checkpoint(
     revision: str | None = None,
     bundled_directory: Path | None = None,
 ) -> Checkpoint:
-    """Find a model: ``bundled`` (in ``bundled_directory``), a local folder, or a hub id ``ORGANISATION/NAME``.
+    """Find a ``model``: ``bundled`` (in ``bundled_directory``), a local folder, or a hub id ``ORGANISATION/NAME``.
 
-    A hub model's config is fetched and checked; its weights are left to ``Checkpoint``. ``revision`` is for hub models
-    only.
-    Raises BackboneError for one that is missing, unreachable, or of a ``model_type`` outside ``supported``.
+    A hub model's config is downloaded and checked; ``Checkpoint`` downloads its weights later. ``revision`` (branch, tag
+    or commit) only applies to hub models. Raises BackboneError if the model is missing or unreachable, or if its
+    ``model_type`` is not in ``supported``.
     """
     if model == BUNDLED and bundled_directory is not None:
         return _open_folder(BUNDLED, bundled_directory, None, supported)
@@ -192,8 +194,8 @@ def _open_folder(model_id: str, folder: Path, revision: str | None, supported: t
     config = _read_json(folder / "config.json")
     model_type = config.get("model_type")
     if (newlines := config.get("mm_newline_position", "one_token")) != "one_token":
-        # LLaVA-Video. Its tensors fit the classes of LLaVA-OneVision, which would answer from another prompt.
-        hint = "transformers has no class with such a prompt; LLaVA-OneVision checkpoints work"
+        # LLaVA-Video. Its tensors fit the classes of LLaVA-OneVision, which would give it the wrong prompt.
+        hint = "transformers has no class with that prompt; use a LLaVA-OneVision checkpoint"
         raise BackboneError(
             f"{model_id}: unsupported newline tokens in the video: expected one_token, got {newlines}", hint
         )
@@ -216,12 +218,13 @@ def load_submodule(
     device: torch.device,
     transposed: tuple[str, ...] = (),
 ) -> None:
-    """Fill ``module`` with its weights, reading no other tensor, and move it to ``device``.
+    """Load the weights of ``module`` from ``checkpoint``, reading no other tensor, and move it to ``device``.
 
-    ``prefixes``: prefix of the module's own names -> prefixes they may have in the checkpoint. Parameters become
-    ``dtype``; buffers that are not stored, such as RoPE frequencies, keep the values and the dtype that the constructor
-    gave them. Names that end in one of ``transposed`` may be stored with their last two axes swapped, and are swapped back
-    where only that fits. Raises BackboneError naming the keys that are missing, unexpected or of another shape.
+    ``prefixes``: prefix of the module's own names -> the prefixes they may have in the checkpoint. Parameters are
+    converted to ``dtype``; buffers that are not stored, such as RoPE frequencies, keep the values and dtype that the
+    constructor gave them. Tensors whose names end in one of ``transposed`` may be stored with their last two axes
+    swapped, and are swapped back if only that fits. Raises BackboneError, naming the keys that are missing, unexpected
+    or of the wrong shape.
     """
     keys: dict[str, str] = {}
     for own_prefix, candidates in prefixes.items():
@@ -240,7 +243,7 @@ def load_submodule(
             raise BackboneError(f"{checkpoint.model_id}: {key}: wrong shape: {shapes}")
         owner_name, _, leaf = names[key].rpartition(".")
         owner = module.get_submodule(owner_name)
-        # A copy, so that no weight stays tied to the mapped file.
+        # A copy, so that no weight keeps the memory-mapped file open.
         setattr(
             owner,
             leaf,
@@ -256,10 +259,10 @@ def _refuse_keys(checkpoint: Checkpoint, what: str, keys: list[str]) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint, projector_prefixes: tuple[str, ...]) -> dict[str, str | None]:
-    """What tells this model from another: id, revision, sha256 of its config and of its projector weights.
+    """What distinguishes this model from others: its id, its revision, and SHA-256 digests of config and projector.
 
-    The config is hashed as canonical JSON without paths and library version; the projector by the names below its
-    prefix, dtypes, shapes and bytes, so the same weights give the same digest in every key layout.
+    The config is hashed as canonical JSON without paths and library versions. The projector is hashed by names without
+    the prefix, dtypes, shapes and bytes, so the same weights have the same digest in every key layout.
     """
     _, keys = checkpoint.keys_under(projector_prefixes)
     rest_by_key = {key: rest for rest, key in keys.items()}
@@ -267,20 +270,20 @@ def fingerprint(checkpoint: Checkpoint, projector_prefixes: tuple[str, ...]) -> 
     for key, tensor in checkpoint.tensors(sorted(rest_by_key)):
         header = f"{rest_by_key[key]} {tensor.dtype} {tuple(tensor.shape)} ".encode()
         digest = hashlib.sha256(header)
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         digests[rest_by_key[key]] = digest.hexdigest()
     return {
         "model_id": checkpoint.model_id,
         "revision": checkpoint.revision,
-        "config_sha256": _sha256_of(_without_untold(checkpoint.config)),
+        "config_sha256": _sha256_of(_without_ignored(checkpoint.config)),
         "projector_sha256": _sha256_of(digests),
     }
 
 
-def _without_untold(config: Any) -> Any:
+def _without_ignored(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
-    return {key: _without_untold(value) for key, value in config.items() if key not in _UNTOLD_CONFIG_KEYS}
+    return {key: _without_ignored(value) for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
 
 
 def _sha256_of(content: Any) -> str:

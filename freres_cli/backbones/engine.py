@@ -1,6 +1,6 @@
-"""Running a language model over a video: one prefill of system text and video, reused by every question about it.
+"""Run a language model over a video: one prefill of the system text and the video, reused by every question.
 
-Knows no family and no video format: it drives a ``base.LanguageModel``. One sequence at a time.
+Works with any ``base.LanguageModel``, on one sequence at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from freres_cli.devices import memory_errors_as, synchronize
 from freres_cli.errors import BackboneError
 from freres_cli.records import VideoTokens
 
-# Rows per forward pass of a prefill: bounds the memory of activations, large enough to keep the device busy.
+# Rows per forward pass of a prefill: few enough to limit activation memory, enough to keep the device busy.
 PREFILL_CHUNK_TOKENS = 4096
 
 
@@ -28,8 +28,8 @@ PREFILL_CHUNK_TOKENS = 4096
 class VideoPrefix:
     """System text and video, prefilled once.
 
-    ``num_tokens``: rows in the cache. ``next_position``: what the question counts from. ``prefill_s``: seconds the
-    prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time.
+    ``num_tokens``: rows in the cache. ``next_position``: position of the question's first token. ``prefill_s``: how
+    long the prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time.
     """
 
     cache: Any
@@ -48,9 +48,11 @@ def prefill_video(
     text_after: str = "max",
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
 ) -> VideoPrefix:
-    """Prefill the text before the video and the video itself.
+    """Run the text before the video, ``prefix_ids``, and the visual tokens, ``video``, through ``model``.
 
-    Raises BackboneError if that alone exceeds the model's context, ResourceError if it does not fit in memory.
+    ``text_after`` is the rule for the positions of later text, as in ``base.LanguageModel.splice``; ``chunk_tokens`` is
+    the number of rows per forward pass. Raises BackboneError if the prefix alone exceeds the model's context,
+    ResourceError if it does not fit in memory.
     """
     synchronize(model.device)
     start_s = time.perf_counter()
@@ -63,10 +65,10 @@ def prefill_video(
 
 
 def check_context(model: LanguageModel, num_tokens: int, next_position: float) -> tuple[str, ...]:
-    """Notes on a prompt of this many tokens, whose text continues at ``next_position``.
+    """Check a prompt of this many tokens, followed by text at ``next_position``, and return notes about it.
 
-    More tokens than the model's context is a BackboneError. Positions beyond it, with fewer tokens, give a note: the
-    tokens kept from a long video stay at the places they had among all of them.
+    Raises BackboneError for more tokens than the model's context. Positions beyond it are allowed, because the tokens
+    kept from a long video keep the positions they had in the full grid; they result in a note.
     """
     limit = model.max_context_tokens
     if num_tokens > limit:
@@ -75,16 +77,16 @@ def check_context(model: LanguageModel, num_tokens: int, next_position: float) -
             "lower the token budget, the number of frames or the number of new tokens",
         )
     if next_position > limit:
-        return (f"positions reach {next_position:.0f}, beyond the {limit} the model was made for",)
+        return (f"positions reach {next_position:.0f}, beyond the model's context of {limit}",)
     return ()
 
 
 @torch.no_grad()
 def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> Tensor:
-    """Run rows on top of the cache, ``chunk_tokens`` at a time. Returns the last hidden state, (1, D).
+    """Run ``rows`` through ``model`` on top of ``cache``, ``chunk_tokens`` at a time. Returns the last hidden state, (1, D).
 
-    In exact arithmetic the chunk size does not matter; in float32 logits move by about 1e-5. Raises ResourceError, and
-    BackboneError for no rows: a cache alone does not say what comes next.
+    In exact arithmetic the chunk size does not matter; in float32, logits change by about 1e-5. Raises ResourceError if
+    memory runs out, and BackboneError if there are no rows, because a cache alone gives no prediction.
     """
     if not len(rows):
         raise BackboneError("prompt: expected at least one token after the video, got none")
@@ -99,7 +101,7 @@ def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: in
 
 @contextmanager
 def lend_cache(prefix: VideoPrefix) -> Iterator[Any]:
-    """The prefix's cache for one question. Rows added to it are gone afterwards, the prefix itself is not touched."""
+    """The prefix's cache for one question. Rows added to it are removed afterwards, so the prefix does not change."""
     if prefix.is_lent:
         raise RuntimeError("this video prefix is answering another question: finish or close that one first")
     prefix.is_lent = True
@@ -112,7 +114,7 @@ def lend_cache(prefix: VideoPrefix) -> Iterator[Any]:
 
 @contextmanager
 def branch(cache: Any) -> Iterator[Any]:
-    """A cache to continue from this one, which is as before afterwards. Recurrent caches cannot be cut, but copied."""
+    """A cache that continues this one, which is restored afterwards. Recurrent caches cannot be cropped: they are copied."""
     if not getattr(cache, "is_croppable", True):
         yield copy.deepcopy(cache)
         return
@@ -120,7 +122,7 @@ def branch(cache: Any) -> Iterator[Any]:
     try:
         yield cache
     finally:
-        # Each layer by its own excess: a pass that failed half way grew only some. crop takes a negative number.
+        # Crop each layer by its own excess: a pass that failed half-way extended only some. A negative crop removes rows.
         for layer in cache.layers:
             if (num_added := layer.get_seq_length() - num_tokens) > 0:
                 layer.crop(-num_added)
@@ -135,8 +137,9 @@ def score_options(
 ) -> Tensor:
     """Log-likelihood of each option as the whole continuation of the prompt, (n,) float32 on the CPU.
 
-    ``suffix_ids``: the text after the video. Every option is scored against the same cache. Raises BackboneError for an
-    option without tokens or a prompt beyond the model's context.
+    ``model`` and ``prefix`` are the language model and the video it has prefilled. ``suffix_ids``: the token ids after
+    the video. ``options``: the token ids of each option; all are scored on the same cache. Raises BackboneError if an
+    option has no tokens or the prompt exceeds the model's context.
     """
     if not options or not all(options):
         raise BackboneError("options: expected at least one token in each option, got none")
@@ -160,17 +163,17 @@ def score_options(
 
 
 def check_scores(scores: Tensor) -> Tensor:
-    """Return log-likelihoods that are finite. Raises BackboneError for others."""
+    """Return the log-likelihoods unchanged if all are finite. Raises BackboneError otherwise."""
     if not scores.isfinite().all():
         raise BackboneError(
-            "scores: the language model gave numbers that are not finite",
-            "use --dtype bfloat16 or float32; if it stays, the checkpoint is damaged",
+            "scores: the language model returned values that are not finite",
+            "use --dtype bfloat16 or float32; if that does not help, the checkpoint is damaged",
         )
     return scores
 
 
 def memory_of(model: LanguageModel, num_tokens: int) -> Any:
-    """A context in which running out of memory is a ResourceError that names this many cached tokens."""
+    """A context that turns running out of memory into a ResourceError naming this many cached tokens."""
     num_bytes = num_tokens * model.kv_bytes_per_token
     what = f"{num_tokens} tokens, {num_bytes} bytes of KV cache ({num_bytes / 2**30:.2f} GiB)"
     return memory_errors_as(what, "lower the token budget, or use a smaller dtype or a device with more memory")

@@ -1,4 +1,4 @@
-"""Prompts in which every frame is a run of its own, with the family's text around it: time is told in words."""
+"""Prompts in which the tokens of each frame form a separate run, with the family's text, such as a time, around it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class FrameTexts:
-    """The family's text inside a video, as token ids: ``before`` and ``after`` each of the T sampled frames, and
+    """The family's own text inside a video, as token ids: ``before`` and ``after`` each of the T sampled frames, and
     ``intro`` and ``outro`` around all of them."""
 
     before: Sequence[Ids]
@@ -29,28 +29,30 @@ class FrameTexts:
 
 
 def nearest_frames(video: VideoTokens) -> Tensor:
-    """The sampled frame that each token is given to, (S,) int64: the nearest one, the later at half way."""
+    """The sampled frame that each token is assigned to, (S,) int64: the nearest one, or the later one of a tie."""
     return (video.positions[:, 0] + 0.5).floor().long().clamp(0, video.grid[0] - 1)
 
 
 class FrameRunLanguageModel(DecoderLanguageModel):
     """A family that writes text around every frame.
 
-    A token stands in the run of its nearest sampled frame, at its place in that frame. Everything keeps the position it
-    has in the prompt of all T frames. A frame without any token is left out with its text: for the model that is the
-    full prompt with this text hidden along with its tokens, and no frame is announced that does not come.
-    ``counts_raster``: tokens of a frame count on, row after row, on every axis there is.
+    A token belongs to the run of its nearest sampled frame, at its place in that frame. Everything keeps its position
+    from the prompt of all T frames. A frame that has no tokens is left out together with its text: to the model that is
+    the full prompt with that text masked as well as the tokens, and the prompt never announces a frame without tokens.
+    ``counts_raster``: positions within a frame are raster indices, the same on every axis.
     """
 
     counts_raster: ClassVar[bool] = False
 
     @abstractmethod
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
-        """The text around the sampled frames of the full prompt."""
+        """The text around the sampled frames in the full prompt."""
 
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
-        """Runs in order of time. ``text_after`` has no effect: here text follows the largest position in either
-        rule."""
+        """See ``DecoderLanguageModel.video_rows``. Runs are in order of time.
+
+        ``text_after`` has no effect, because in these families text follows the largest position under either rule.
+        """
         texts = self.frame_texts(video)
         parts: list[PromptRows] = []
 
@@ -75,19 +77,19 @@ class FrameRunLanguageModel(DecoderLanguageModel):
         return join_rows(parts, position + len(texts.outro))
 
     def tokens_of_frames(self, video: VideoTokens) -> tuple[Tensor, ...]:
-        """Which tokens stand in the run of each of the T sampled frames."""
+        """The indices of the tokens in the run of each of the T sampled frames."""
         frames = nearest_frames(video)
         order = torch.argsort(frames, stable=True)
         return order.split(frames.bincount(minlength=video.grid[0]).tolist())
 
     def axes_in_frame(self, positions: Tensor, grid_w: int) -> Tensor:
-        """(num_axes, n) positions counted from the frame's first token: no time, or the raster index."""
+        """(num_axes, n) positions relative to the frame's first token: (0, row, column), or the raster index."""
         _, row, column = positions.to(torch.float32).unbind(1)
         if self.counts_raster:
             return (row * grid_w + column).expand(self.num_axes, -1)
         return torch.stack([torch.zeros_like(row), row, column])
 
     def ids_of(self, text: str) -> Ids:
-        """Token ids of the family's own text, without what a tokenizer puts around a whole text."""
+        """Token ids of some text, without the tokens that a tokenizer adds around a whole prompt."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

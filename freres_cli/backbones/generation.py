@@ -1,4 +1,4 @@
-"""Generating an answer token by token, as text pieces, with the latencies measured."""
+"""Generate an answer token by token, as pieces of text, and measure its latencies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REPLACEMENT = "\ufffd"
 class Sampling:
     """How the next token is picked.
 
-    Temperature 0 is greedy. ``top_p``: draw from the smallest set of tokens with this much probability together.
+    Temperature 0 is greedy. ``top_p``: draw from the smallest set of tokens whose probabilities add up to this.
     """
 
     temperature: float = 0.0
@@ -38,11 +38,10 @@ class Sampling:
 
 @dataclass
 class Generation:
-    """An answer under way: iterate over it for text pieces; the fields are final once it is exhausted.
+    """An answer in progress: iterate over it to get pieces of text; its fields are final once it is exhausted.
 
-    ``ttft_s``: from submission to the first token being known. ``tpot_s``: mean seconds of each further token, None
-    below two tokens. ``num_new_tokens`` counts the stop token. ``finish_reason``: stop, length, or None
-    while not finished.
+    ``ttft_s``: seconds from submission to the first token. ``tpot_s``: mean seconds per further token, None below two
+    tokens. ``num_new_tokens`` counts the stop token. ``finish_reason``: stop, length, or None while unfinished.
     """
 
     num_context_tokens: int
@@ -71,8 +70,10 @@ def generate(
 ) -> Generation:
     """Answer a question about a prefilled video. Work starts when the result is iterated.
 
-    ``suffix_ids``: the text after the video, from ``model.prompt``. ``submitted_s``: ``time.perf_counter()`` when the
-    question was submitted; the default is the start of the iteration. Raises BackboneError beyond the model's context.
+    ``model`` and ``prefix`` are the language model and the video it has prefilled. ``suffix_ids``: the token ids after
+    the video, from ``model.prompt``. The answer has at most ``max_new_tokens`` tokens, picked by ``sampling`` (greedy by
+    default). ``submitted_s``: ``time.perf_counter()`` when the question was submitted, by default the start of the
+    iteration. Raises BackboneError if the prompt and answer can exceed the model's context.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
@@ -116,7 +117,7 @@ def _pieces(
             result.text += piece
             if piece:
                 yield piece
-            # The reader's own time between two pieces is not the model's.
+            # The time the caller spends between two pieces does not count as the model's.
             step_s = time.perf_counter()
             rows = model.text_rows([token], cache.get_seq_length(), rows.next_position)
     if len(result.ids) > 1:
@@ -135,7 +136,7 @@ def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
 
 
 class TextStream:
-    """Turns token ids into text as they come. A character split over tokens appears once it is whole."""
+    """Turns token ids into text as they arrive. A character split across tokens appears once it is complete."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -143,14 +144,14 @@ class TextStream:
         self._num_sent = 0
 
     def add(self, token: int) -> str:
-        """The text that is certain once this token is there; may be empty."""
+        """The new text that is certain after this token; may be empty."""
         self._ids.append(token)
         text = self._decode()
-        # A decoder writes an unfinished character at the end as exactly one replacement character.
+        # A tokenizer decodes an unfinished character at the end as exactly one replacement character.
         certain = text.removesuffix(_REPLACEMENT)
         piece = certain[self._num_sent :]
         if certain == text and text:
-            # Keep one whole token as context: some decoders treat the start of a text in a special way.
+            # Keep one whole token as context: some tokenizers treat the start of a text specially.
             self._ids = self._ids[-1:]
             self._num_sent = len(self._decode())
         else:
@@ -158,7 +159,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end, with replacement characters for what never became whole."""
+        """The rest of the text, with replacement characters for characters that were never completed."""
         piece = self._decode()[self._num_sent :]
         self._ids, self._num_sent = [], 0
         return piece

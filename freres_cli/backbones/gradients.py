@@ -1,4 +1,4 @@
-"""Scoring answers so that gradients reach the visual tokens: what training on a frozen model needs."""
+"""Score answers so that gradients reach the visual tokens, as training on a frozen model needs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def score_answers(
     text_after: str,
     questions: Sequence[tuple[Ids, Sequence[Ids]]],
 ) -> list[Tensor]:
-    """Log-likelihoods as ``engine.score_options`` has them, with their graph: for each question (k,) float32.
+    """Log-likelihoods like those of ``engine.score_options``, with their graph: (k,) float32 for each question.
 
-    ``questions``: the text after the video of each, and its k possible answers, as ids. The video is read once for all
-    of them; only where the cache cannot be shared (recurrent states) is it read for each answer. Memory grows with the
-    activations of the whole prompt. Raises BackboneError beyond the model's context.
+    ``model`` reads the text before the video, ``prefix_ids``, and the visual tokens, ``video``; ``text_after`` is the
+    rule for the positions of later text, as in ``base.LanguageModel.splice``. ``questions``: for each, the token ids
+    after the video, and those of its k possible answers. The video is read once for all of them, or once per answer if
+    the cache cannot be shared (recurrent states). Memory grows with the activations of the whole prompt. Raises
+    BackboneError if a prompt exceeds the model's context.
     """
     rows = model.splice(prefix_ids, video, text_after)
     texts = [(*suffix, *answer[:-1]) for suffix, answers in questions for answer in answers]
@@ -36,24 +38,24 @@ def score_answers(
         hidden = _branch_off(model, rows, texts, cache)
     else:
         hidden = [_read_whole(model, rows, text) for text in texts]
-    stretches = iter(hidden)
+    unscored = iter(hidden)
     return [
-        torch.stack([_likelihood(model, next(stretches), len(suffix), answer) for answer in answers])
+        torch.stack([_likelihood(model, next(unscored), len(suffix), answer) for answer in answers])
         for suffix, answers in questions
     ]
 
 
 def _branch_off(model: LanguageModel, rows: PromptRows, texts: Sequence[Ids], cache: object) -> list[Tensor]:
-    """Hidden states of each text after one reading of the video. Texts are padded at their end, which no token before
-    it can see."""
+    """Hidden states of each text, reading the video once. Texts are padded at the end, where no earlier token can see
+    it."""
     model.decode(rows, cache)
     for layer in cache.layers:  # type: ignore[attr-defined]
         layer.keys, layer.values = (x.expand(len(texts), -1, -1, -1) for x in (layer.keys, layer.values))
     longest = max(map(len, texts))
-    stretches = [model.text_rows(text, len(rows), rows.next_position) for text in texts]
+    parts = [model.text_rows(text, len(rows), rows.next_position) for text in texts]
     spare = [longest - len(text) for text in texts]
-    embeds = torch.stack([pad(part.embeds, (0, 0, 0, n)) for part, n in zip(stretches, spare, strict=True)])
-    positions = torch.cat([pad(part.positions, (0, n)) for part, n in zip(stretches, spare, strict=True)], dim=1)
+    embeds = torch.stack([pad(part.embeds, (0, 0, 0, n)) for part, n in zip(parts, spare, strict=True)])
+    positions = torch.cat([pad(part.positions, (0, n)) for part, n in zip(parts, spare, strict=True)], dim=1)
     hidden = model.decode_batch(embeds, positions, None, cache)
     return [states[: len(text)] for states, text in zip(hidden, texts, strict=True)]
 
@@ -64,7 +66,7 @@ def _read_whole(model: LanguageModel, rows: PromptRows, text: Ids) -> Tensor:
 
 
 def _likelihood(model: LanguageModel, hidden: Tensor, num_prompt: int, answer: Ids) -> Tensor:
-    """Of an answer, from the hidden states (n, D) of its prompt and of all of it but the last token."""
+    """Log-likelihood of an answer. ``hidden``: states (n, D) of its prompt and of all its tokens but the last."""
     logits = model.logits(hidden[num_prompt - 1 :])
     ids = torch.tensor(answer, device=logits.device)
     return logits.log_softmax(-1).gather(1, ids[:, None]).sum()

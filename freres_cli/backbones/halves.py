@@ -1,4 +1,4 @@
-"""What the two halves of every family share: where a family keeps its weights, its config, its tokenizer."""
+"""What the two halves of every family share: where a family keeps its weights, and reading config and tokenizer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from freres_cli.errors import BackboneError
 class FamilyFiles:
     """How a family's checkpoints are laid out.
 
-    ``vision``: prefix of the vision half's own names -> prefixes they may have in a checkpoint, the longer first; the
-    others are such prefixes of one part. Released checkpoints, ``save_pretrained`` and the modules in memory may all
-    differ. ``transposed``: ends of names that may be stored with their last two axes swapped.
+    ``vision``: prefix of the vision half's own names -> the prefixes they may have in a checkpoint, longer ones first.
+    ``projector``, ``decoder`` and ``head``: the possible prefixes of that part. Released checkpoints,
+    ``save_pretrained`` and the modules in memory may all differ. ``transposed``: endings of the names that may be
+    stored with their last two axes swapped. ``family`` is the ``model_type``; ``title`` is the name for users.
     """
 
     family: str
@@ -40,8 +41,10 @@ class FamilyFiles:
 def qwen_files(
     family: str, title: str, config_class: type[PretrainedConfig], transposed: tuple[str, ...] = ()
 ) -> FamilyFiles:
-    """The layouts of the Qwen families: ``visual.*`` and ``model.*``, or ``model.visual.*`` and
-    ``model.language_model.*``."""
+    """The layouts of a Qwen family: ``visual.*`` and ``model.*``, or ``model.visual.*`` and ``model.language_model.*``.
+
+    ``family``, ``title``, ``config_class`` and ``transposed`` are the fields of ``FamilyFiles``.
+    """
     return FamilyFiles(
         family,
         title,
@@ -54,7 +57,7 @@ def qwen_files(
 
 
 def read_config(checkpoint: Checkpoint, files: FamilyFiles) -> Any:
-    """The checkpoint's config as transformers' class. Raises BackboneError in one line."""
+    """The checkpoint's config as the class from transformers. Raises BackboneError with a one-line message."""
     try:
         return files.config_class.from_dict(checkpoint.config)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
@@ -63,9 +66,9 @@ def read_config(checkpoint: Checkpoint, files: FamilyFiles) -> Any:
 
 
 def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
-    """The checkpoint's tokenizer, which must know the given token. Raises BackboneError.
+    """The checkpoint's tokenizer, with the chat template of the processor if that has its own file.
 
-    Checkpoints that keep the chat template in a file of the processor's have it from there.
+    Raises BackboneError if the tokenizer cannot be read or does not know ``known_token``.
     """
     hint = "the model needs tokenizer.json and tokenizer_config.json"
     checkpoint.fetch_files(TOKENIZER_FILES, are_needed=False)
@@ -74,7 +77,7 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: {reason}", hint) from error
-    # Without tokenizer files transformers quietly makes an empty one.
+    # Without tokenizer files, transformers silently makes an empty tokenizer.
     if isinstance(known_token, int):
         is_known = tokenizer.convert_ids_to_tokens(known_token) is not None
     else:
@@ -87,7 +90,7 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
 
 
 def loading(checkpoint: Checkpoint, what: str) -> Any:
-    """A context in which running out of memory is a ResourceError that names the model and its size."""
+    """A context that turns running out of memory into a ResourceError naming the model and its size."""
     gib = checkpoint.weight_bytes / 2**30
     message = f"{checkpoint.model_id}: loading the {what} (whole model: {gib:.1f} GiB as stored)"
     return memory_errors_as(message, "use a smaller model or dtype, or a device with more memory")

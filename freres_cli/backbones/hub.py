@@ -1,4 +1,4 @@
-"""Fetching a checkpoint from the model hub: only the files a model is read from, and each failure as one line."""
+"""Download a checkpoint from the model hub: only the files that are read, with every failure as a one-line error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from freres_cli.errors import BackboneError, ResourceError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
-# Small, and read by both halves. Never *.bin, *.pt or *.py: pickles and code are not read.
+# Small files that both halves read. Never *.bin, *.pt or *.py: pickles and code are never loaded.
 CONFIG_FILES = (
     "config.json",
     "preprocessor_config.json",
@@ -31,20 +31,23 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
-OFFLINE_HINT = "pass a local folder, or download it where there is a network; HF_HUB_OFFLINE and HF_HOME are honoured"
+OFFLINE_HINT = (
+    "pass a local folder, or download it on a machine with a network; HF_HUB_OFFLINE and HF_HOME are honoured"
+)
 
 
 def fetch(model_id: str, revision: str | None, names: Iterable[str]) -> Path:
-    """The local snapshot folder of a hub model, whose name is the resolved revision. Downloads what is not cached.
+    """Download the files in ``names`` that are not cached, and return the local snapshot folder of the hub model.
 
-    Of ``names``, those that the hub does not have are not there afterwards; nor, without a network, those that are not
-    cached. Raises BackboneError if the model does not exist, is gated or cannot be reached, ResourceError if the disk is
-    full.
+    The folder is named after the commit that ``revision`` resolves to. Files that the hub does not have are missing from
+    it, and without a network so are files that are not cached. Raises BackboneError if the model does not exist, is
+    gated or cannot be reached, ResourceError if the disk is full.
     """
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    logging.set_verbosity_error()  # a failure is one line, ours; its retries are none of the user's business
+    logging.set_verbosity_error()  # we report a failure in one line; warnings about retries would only add noise
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -62,8 +65,9 @@ def fetch(model_id: str, revision: str | None, names: Iterable[str]) -> Path:
         ) from error
     except errors.HFValidationError as error:
         raise BackboneError(f"{model_id}: not a model id: expected ORGANISATION/NAME") from error
-    # Faults of the connection, of the disk, and of the downloader in native code, which knows only RuntimeError.
-    except (errors.HTTPError, errors.XetDownloadError, OSError, RuntimeError) as error:
+    # Faults of the connection, of the disk, and of the native downloader, which only raises RuntimeError. HTTPError comes
+    # from whichever HTTP library huggingface_hub uses; its errors module imports it without declaring the export.
+    except (errors.HTTPError, errors.XetDownloadError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]
         raise _download_failure(model_id, error) from error
 
 

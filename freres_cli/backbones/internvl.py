@@ -1,4 +1,4 @@
-"""InternVL (2.5, 3, 3.5 in transformers' layout): ``Frame1: <img>tokens</img>`` for each frame, one-axis positions."""
+"""InternVL (2.5, 3 and 3.5 in transformers' layout): ``Frame1: <img>tokens</img>`` per frame, one-axis positions."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class InternVLVisionEncoder(SquareVisionEncoder):
         return int(patches_per_side * config.downsample_ratio)
 
     def features(self, pixels: Tensor) -> Tensor:
+        """See ``FrameEncoder.features``."""
         features: Tensor = self.tower.get_image_features(self.prepare(pixels), return_dict=True).pooler_output
         return features
 
@@ -51,11 +52,12 @@ class InternVLLanguageModel(FrameRunLanguageModel):
     video_token = "<video>"
 
     def plain_prompt(self, question: str, system: str | None, video: str) -> str:
+        """ChatML, without a default system text."""
         opening = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
         return f"{opening}<|im_start|>user\n{video}\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
-        """Frames are numbered from 1, each on a line of its own."""
+        """Frames are numbered from 1, each on its own line."""
         start = getattr(self.tokenizer, "start_image_token", None) or "<img>"
         end = getattr(self.tokenizer, "end_image_token", None) or "</img>"
         lines = ("\n" * (frame > 0) + f"Frame{frame + 1}: {start}" for frame in range(video.grid[0]))

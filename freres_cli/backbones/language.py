@@ -1,4 +1,4 @@
-"""The language half of every family: loading it, the prompt, rows for the decoder, running it."""
+"""The language half of every family: loading it, building the prompt and its decoder rows, and running it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from freres_cli.records import VideoTokens
 
 
 class LanguageHalf(nn.Module):
-    """A decoder and its head; a tied head has no weights of its own."""
+    """A decoder and its head. ``lm_head`` is None if the head is tied to the embeddings."""
 
     def __init__(self, decoder: Any, lm_head: nn.Linear | None) -> None:
         super().__init__()
@@ -33,16 +33,20 @@ class LanguageHalf(nn.Module):
         self.lm_head = lm_head
 
 
-# What ``freres world train`` writes beside the models it trains; no released checkpoint has it.
+# Written by ``freres world train`` next to the models it trains; released checkpoints do not have it.
 MODEL_INFO_FILE = "MODEL_INFO.json"
 
 
 class DecoderLanguageModel(ABC):
     """The decoder, head and tokenizer of one family. See ``base.LanguageModel``.
 
-    A family says where the video stands in the prompt and at which positions its tokens go. ``num_axes``: 3 for
-    families with three-axis positions (time, row, column), else 1. ``video_token``: what holds the video's place in
-    the prompt, where the config does not name it.
+    A subclass defines where the video goes in the prompt and at which positions its tokens are. ``num_axes``: 3 for
+    families with three-axis positions (time, row, column), else 1. ``video_token``: the placeholder for the video in
+    the prompt, if the config does not name it.
+
+    ``config`` is the model's config from transformers, ``half`` its decoder and head, ``tokenizer`` its tokenizer.
+    ``stop_ids``: the tokens that end an answer. ``fingerprint``: what identifies the checkpoint. ``notes``: what the
+    user should know. ``attention``: the kernel, one of sdpa, flash and eager. ``choices_as``: letters or words.
     """
 
     files: ClassVar[FamilyFiles]
@@ -80,7 +84,7 @@ class DecoderLanguageModel(ABC):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> Self:
-        """Read the language half of a checkpoint and its tokenizer, and nothing else of its weights."""
+        """Read the language half of a checkpoint and its tokenizer, without reading other weights."""
         config = read_config(checkpoint, cls.files)
         if getattr(config.text_config, "use_sliding_window", False):
             raise BackboneError(f"{checkpoint.model_id}: sliding-window attention is not supported")
@@ -100,7 +104,7 @@ class DecoderLanguageModel(ABC):
 
     @classmethod
     def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
-        """An unfilled decoder with its head, and where each is stored."""
+        """A decoder and head without weights, and the prefixes under which each is stored."""
         text = config.text_config
         prefixes: dict[str, tuple[str, ...]] = {"decoder.": cls.files.decoder}
         with no_init_weights():
@@ -112,7 +116,7 @@ class DecoderLanguageModel(ABC):
 
     @classmethod
     def count_deep_layers(cls, config: Any) -> int:
-        """How many of the first decoder layers are followed by rows of their own for visual tokens."""
+        """Number of first decoder layers after which visual tokens get a further row (DeepStack)."""
         return 0
 
     @property
@@ -131,12 +135,12 @@ class DecoderLanguageModel(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Of decoder and head; a tied head has none of its own."""
+        """Number of parameters of decoder and head, not counting a tied head twice."""
         return sum(parameter.numel() for parameter in self.half.parameters())
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one token takes in the KV cache, over all layers that keep one."""
+        """Bytes that one token takes in the KV cache, over all layers that have one."""
         config = self.decoder.config
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -144,9 +148,10 @@ class DecoderLanguageModel(ABC):
         return int(2 * num_layers * config.num_key_value_heads * head_width * self.dtype.itemsize)
 
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
-        """The chat prompt around one video and one question, by the tokenizer's template or else the family's own.
+        """The chat prompt around one video and one question, from the tokenizer's template or else the family's own.
 
-        Raises BackboneError if it does not hold the video's place exactly once, as when the question contains it.
+        Raises BackboneError unless the prompt contains the video's placeholder exactly once; a question that contains
+        it adds another.
         """
         content = [{"type": "video"}, {"type": "text", "text": question}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
@@ -158,25 +163,25 @@ class DecoderLanguageModel(ABC):
             try:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except (TypeError, TemplateError):
-                # A template for text only cannot take parts, and one that can belongs to the processor.
+                # A text-only template cannot handle a message in parts: fall back to the family's own prompt.
                 text = None
         if text is None or place not in text:
             text = self.plain_prompt(question, system, place)
         return self.split_prompt(text)
 
     def split_prompt(self, text: str) -> PromptIds:
-        """The prompt's ids before and after the video's place. Raises BackboneError unless there is one such place."""
+        """The prompt's ids before and after the video's placeholder. Raises BackboneError unless there is exactly one."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (num_places := ids.count(self.video_token_id)) != 1:
             raise BackboneError(
                 f"prompt: expected one place for the video, got {num_places}",
-                "leave control tokens out of the question",
+                "remove control tokens from the question",
             )
         place = ids.index(self.video_token_id)
         return PromptIds(tuple(ids[:place]), tuple(ids[place + 1 :]))
 
     def plain_prompt(self, question: str, system: str | None, video: str) -> str:
-        """The chat prompt for a tokenizer without a template: ChatML, as the Qwen families."""
+        """The chat prompt for a tokenizer without a template: ChatML, as in the Qwen families."""
         start, end = "<|im_start|>", "<|im_end|>\n"
         user = f"<|vision_start|>{video}<|vision_end|>{question}"
         return (
@@ -184,30 +189,37 @@ class DecoderLanguageModel(ABC):
         )
 
     def splice(self, prefix_ids: tuple[int, ...], video: VideoTokens, text_after: str = "max") -> PromptRows:
-        """The text before the video and the visual tokens at their positions. See ``base.LanguageModel``."""
+        """See ``base.LanguageModel``. Raises BackboneError for an unknown ``text_after`` or tokens of another width."""
         if text_after not in TEXT_AFTER:
             raise BackboneError(f"text_after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
         channels = self.width * (1 + self.num_deep_layers)
         if video.latents.shape[1] != channels or video.width != self.width:
             got = f"{video.latents.shape[1]} (D = {video.width})"
-            hint = "ask with the model that the video was compressed with"
+            hint = "use the model that the video was compressed with"
             raise BackboneError(f"visual tokens: expected {channels} channels, got {got}", hint)
         text = self.text_rows(prefix_ids, 0, 0.0)
         return text.then(self.video_rows(video, len(prefix_ids), float(len(prefix_ids)), text_after))
 
     @abstractmethod
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
-        """The video as rows for the decoder, with the family's own text in it. ``index``: how many rows come before
-        it. ``position``: where it counts from."""
+        """The tokens of ``video`` as rows for the decoder, together with the family's own text in it.
+
+        ``index``: number of rows before the video. ``position``: position of its first row. ``text_after``: the rule
+        for the position of the text after it, as in ``splice``.
+        """
 
     def visual_rows(self, latents: Tensor, index: int, axes: Tensor, next_position: float) -> PromptRows:
-        """Visual tokens (n, C) at positions ``axes`` (num_axes, n)."""
+        """Visual tokens as rows for the decoder.
+
+        ``latents``: (n, C). ``axes``: their positions, (num_axes, n). ``index``: number of rows before them.
+        ``next_position``: position of the text after them.
+        """
         embeds = latents.to(device=self.device, dtype=self.dtype)
         axes = axes.to(device=self.device, dtype=torch.float32)
         return PromptRows(embeds, self._positions(axes, index), next_position)
 
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
-        """Text tokens, all axes counting from ``position``, the plain index from ``index``."""
+        """Text tokens as rows, all axes counting up from ``position``, and the plain index from ``index``."""
         embeds = self.decoder.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
         if self.num_deep_layers:
             embeds = nn.functional.pad(embeds, (0, self.width * self.num_deep_layers))
@@ -216,7 +228,7 @@ class DecoderLanguageModel(ABC):
         return PromptRows(embeds, self._positions(axes, index), position + len(ids))
 
     def _positions(self, axes: Tensor, index: int) -> Tensor:
-        """(R, 1, n): three-axis families put the plain index before the axes, which only masks are made of."""
+        """(R, 1, n): three-axis families put the plain index, which is only used for masks, before the axes."""
         if self.num_axes == 1:
             return axes[:, None]
         plain = torch.arange(index, index + axes.shape[1], dtype=torch.float32, device=self.device)
@@ -227,7 +239,7 @@ class DecoderLanguageModel(ABC):
         return DynamicCache(config=self.decoder.config)
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
-        """Run rows on top of the cache. Returns last hidden states, (L, D)."""
+        """Run rows on top of the cache. Returns the last hidden states, (L, D)."""
         out = self.decoder(
             inputs_embeds=rows.embeds[None, :, : self.width],
             position_ids=rows.positions if self.num_axes > 1 else rows.positions[0],
@@ -239,7 +251,7 @@ class DecoderLanguageModel(ABC):
         return hidden
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        """Run text rows of several sequences at once. See ``base.LanguageModel``."""
+        """Run the text rows of several sequences at once. See ``base.LanguageModel``."""
         with nullcontext() if mask is None else attention_for_padding(self.decoder):
             out = self.decoder(
                 inputs_embeds=embeds[..., : self.width],
@@ -252,11 +264,11 @@ class DecoderLanguageModel(ABC):
         return hidden
 
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
-        """Arguments of the decoder for the DeepStack channels of its rows (L, C)."""
+        """Extra arguments of the decoder for the DeepStack channels of its rows (L, C)."""
         return {}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, vocabulary) float32."""
+        """(n, D) hidden states -> (n, vocabulary) float32 logits."""
         return linear(hidden, self.head_weight).float()
 
 
@@ -265,11 +277,13 @@ def _rope_notes(text_config: Any) -> tuple[str, ...]:
     if rope.get("rope_type") != "dynamic":
         return ()
     limit = text_config.max_position_embeddings
-    return (f"rotary frequencies change past position {limit} (dynamic scaling): there, answers depend on chunking",)
+    return (
+        f"rotary frequencies change past position {limit} (dynamic scaling): beyond it, answers depend on chunking",
+    )
 
 
 def join_rows(parts: Sequence[PromptRows], next_position: float) -> PromptRows:
-    """Stretches of the prompt one after the other, in one copy."""
+    """Parts of the prompt one after the other, with a single copy."""
     return PromptRows(
         torch.cat([part.embeds for part in parts]),
         torch.cat([part.positions for part in parts], dim=-1),

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: one run of visual tokens for all frames and a newline row after them, one-axis positions."""
+"""LLaVA-OneVision: the visual tokens of all frames in one run, then a newline row; one-axis positions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LlavaOnevisionVisionEncoder(SquareVisionEncoder):
         return -(-patches_per_side // 2)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """The last row of a call is the newline, which belongs to the prompt."""
+        """Without the last row of transformers' result, the newline, which belongs to the prompt."""
         out = self.tower.get_video_features(self.prepare(pixels).to(self.dtype)[None], return_dict=True)
         latents: Tensor = out.pooler_output[0, :-1]
         return latents.view(len(pixels), self.side**2, -1)
@@ -72,16 +72,20 @@ class LlavaOnevisionLanguageModel(DecoderLanguageModel):
 
     @property
     def newline(self) -> Tensor:
-        """(D,): the row that ends every video."""
+        """The row that ends every video, (D,)."""
         return self.half.get_parameter("image_newline")
 
     def plain_prompt(self, question: str, system: str | None, video: str) -> str:
+        """ChatML as in LLaVA-OneVision: a space before the video, and no line feeds between turns."""
         opening = f"<|im_start|>system\n{system}<|im_end|>" if system else ""
         return f"{opening}<|im_start|>user {video}\n{question}<|im_end|><|im_start|>assistant\n"
 
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
-        """Tokens at base + raster index in the whole clip, which may be fractional; the newline row after the full
-        grid, always. ``text_after`` has no effect."""
+        """See ``DecoderLanguageModel.video_rows``. ``text_after`` has no effect.
+
+        A token is at ``position`` plus its raster index in the whole clip, which may be fractional. The newline row is
+        always after the full grid.
+        """
         num_frames, grid_h, grid_w = video.grid
         t, row, column = video.positions.to(torch.float32).unbind(1)
         raster = (t * grid_h + row) * grid_w + column

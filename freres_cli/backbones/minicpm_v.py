@@ -1,8 +1,7 @@
-"""MiniCPM-V 4.6 and 4.7: ``<image>tokens</image>`` for each frame, and the decoder of Qwen3.5, which keeps a state.
+"""MiniCPM-V 4.6 and 4.7: ``<image>tokens</image>`` for each frame, and the recurrent decoder of Qwen3.5.
 
-A frame is encoded whole: the slices that these models cut out of large pictures are for pictures, and their makers turn
-them off for videos, along with the numbering of pictures. 4.6 counts positions on one axis; 4.7 lays each frame out on a
-canvas, with its two markers at the canvas' corners.
+A frame is encoded whole. These models cut large pictures into slices and number them, but their authors turn both off
+for videos. 4.6 counts positions on one axis; 4.7 lays each frame out on a canvas with its two markers at the corners.
 """
 
 from __future__ import annotations
@@ -47,16 +46,17 @@ FILES_4_7 = _files("minicpmv4_7", "MiniCPM-V 4.7", MiniCPMV4_7Config)
 
 
 class ScalePixelRule(PixelRule):
-    """A rule whose ``max_pixels`` is the one area that frames are scaled to."""
+    """A rule whose ``max_pixels`` is the area that every frame is scaled to."""
 
     def read(self, checkpoint: Checkpoint) -> PixelRule:
+        """The checkpoint's rule, with the area that its ``scale_resolution`` gives."""
         side = checkpoint.read_json("preprocessor_config.json").get("scale_resolution")
         rule = super().read(checkpoint)
         return replace(rule, max_pixels=side**2) if side else rule
 
 
 class MiniCPMV46VisionEncoder(FrameEncoder):
-    """The vision tower and merger of a MiniCPM-V 4.6 checkpoint, with as many tokens as its ``downsample_mode`` says."""
+    """The vision tower and merger of a MiniCPM-V 4.6 checkpoint. ``downsample_mode`` in its config sets the tokens."""
 
     files = FILES_4_6
     model_class: ClassVar[Any] = MiniCPMV4_6Model
@@ -81,10 +81,10 @@ class MiniCPMV46VisionEncoder(FrameEncoder):
         grid: tuple[int, int] | None = None,
         max_tokens: int | None = None,
     ) -> FrameSize:
-        """Pixels to resize a frame to, and its token grid; every side a multiple of patch*merge px.
+        """See ``base.VisionEncoder``. Both sides are multiples of patch*merge px.
 
-        Without ``grid``, the aspect ratio is kept and every frame scaled, up or down, to the area that the checkpoint
-        names, as its image processor does. Raises BackboneError for a grid or limit below one token.
+        Without ``grid``, the aspect ratio is kept and every frame is scaled, up or down, to the area that the checkpoint
+        specifies, as its image processor does. Raises BackboneError for a grid or limit below one token.
         """
         factor = self.patch_px * self.merge
         if max_tokens is not None and max_tokens < 1:
@@ -100,6 +100,7 @@ class MiniCPMV46VisionEncoder(FrameEncoder):
         return FrameSize(grid[0] * factor, grid[1] * factor, grid[0], grid[1])
 
     def check_frames(self, pixels: Tensor) -> tuple[int, int]:
+        """See ``FrameEncoder.check_frames``."""
         _, height, width, channels = pixels.shape
         factor = self.patch_px * self.merge
         if height % factor or width % factor or channels != 3 or pixels.dtype != torch.uint8:
@@ -107,7 +108,7 @@ class MiniCPMV46VisionEncoder(FrameEncoder):
         return height // factor, width // factor
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Frames as the tower's input: (n, h, w, 3) uint8 -> (1, 3, p, n*gh*gw*p) float32, patches side by side."""
+        """Frames as input for the tower: (n, h, w, 3) uint8 -> (1, 3, p, n*gh*gw*p) float32, patches side by side."""
         n, height, width, _ = pixels.shape
         p = self.patch_px
         values = self.pixel_rule.normalize(pixels.to(self.device).permute(0, 3, 1, 2).contiguous())
@@ -115,8 +116,9 @@ class MiniCPMV46VisionEncoder(FrameEncoder):
         return cells.permute(1, 3, 0, 2, 4, 5).reshape(1, 3, p, -1)
 
     def features(self, pixels: Tensor) -> Tensor:
+        """See ``FrameEncoder.features``."""
         rows, columns = self.check_frames(pixels)
-        # On the CPU: the tower reads the sizes in Python.
+        # On the CPU, because the tower reads the sizes in Python.
         sizes = torch.tensor([[rows * self.merge, columns * self.merge]]).repeat(len(pixels), 1)
         out = self.tower.get_image_features(self.patches(pixels), sizes, return_dict=True)
         return torch.stack(list(out.pooler_output))
@@ -130,22 +132,24 @@ class MiniCPMV47VisionEncoder(MiniCPMV46VisionEncoder):
 
 
 class MiniCPMV46LanguageModel(FrameRunLanguageModel):
-    """The decoder, head and tokenizer of a MiniCPM-V 4.6 checkpoint. One axis, which its decoder takes three times."""
+    """The decoder, head and tokenizer of a MiniCPM-V 4.6 checkpoint. Its decoder takes the one axis three times."""
 
     files: ClassVar[FamilyFiles] = FILES_4_6
     counts_raster = True
 
     def plain_prompt(self, question: str, system: str | None, video: str) -> str:
+        """ChatML, without a default system text."""
         opening = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
         return f"{opening}<|im_start|>user\n{video}\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
     def markers(self) -> tuple[list[int], list[int]]:
-        """Token ids before and after a frame."""
+        """Token ids before and after every frame."""
         start = getattr(self.tokenizer, "image_start_token", None) or "<image>"
         end = getattr(self.tokenizer, "image_end_token", None) or "</image>"
         return list(self.ids_of(start)), list(self.ids_of(end))
 
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
+        """The same two markers around every frame."""
         before, after = self.markers()
         return FrameTexts([before] * video.grid[0], [after] * video.grid[0])
 
@@ -153,28 +157,31 @@ class MiniCPMV46LanguageModel(FrameRunLanguageModel):
 class MiniCPMV47LanguageModel(MiniCPMV46LanguageModel):
     """The decoder, head and tokenizer of a MiniCPM-V 4.7 checkpoint.
 
-    Line feeds right after a video share the position of its last frame. They are the template's, so they belong to the
-    video here and not to the question, and a question's own leading line feeds are left out.
+    Line feeds right after a video share the position of its last frame. They come from the template, so here they are
+    part of the video rather than of the question, and leading line feeds of a question are removed.
     """
 
     files = FILES_4_7
     counts_raster = False
 
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
-        """The chat prompt, without the line feeds right after the video."""
+        """See ``base.LanguageModel``. The line feeds right after the video are left out."""
         ids = super().prompt(question.lstrip("\n"), system)
         return PromptIds(ids.prefix, ids.suffix[len(self.line_feeds) :])
 
     @cached_property
     def line_feeds(self) -> tuple[int, ...]:
-        """The tokens for line feeds that the template puts right after the video."""
+        """The tokens of the line feeds that the template puts right after the video."""
         suffix, newline = super().prompt("?").suffix, self.config.newline_id
         end = next((place for place, token in enumerate(suffix) if token != newline), len(suffix))
         return suffix[:end]
 
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
-        """Each frame on a canvas of its own, H by W from its base: tokens at (base, base + h, base + w), the marker
-        before them just outside one corner, the one after them outside the other. ``text_after`` has no effect."""
+        """See ``DecoderLanguageModel.video_rows``. ``text_after`` has no effect.
+
+        Each frame has its own canvas of H by W positions from its base: tokens are at (base, base + h, base + w), with
+        the marker before them just outside the first corner and the one after them just outside the last.
+        """
         num_frames, height, width = video.grid
         frames = self.tokens_of_frames(video)
         before, after = self.markers()
@@ -195,6 +202,6 @@ class MiniCPMV47LanguageModel(MiniCPMV46LanguageModel):
         return join_rows(parts, base + max(height, width) + 1)
 
     def pinned_rows(self, ids: Any, index: int, place: tuple[float, float, float]) -> PromptRows:
-        """Text tokens that all stand at one place."""
+        """Text tokens that all have the same position, ``place``: (t, h, w)."""
         axes = torch.tensor(place, dtype=torch.float32, device=self.device)[:, None].expand(-1, len(ids))
         return PromptRows(self.text_rows(ids, index, 0.0).embeds, self._positions(axes, index), place[0])

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with attention in windows of a frame and temporal positions that follow the clock."""
+"""Qwen2.5-VL: like Qwen2-VL, with attention in windows of a frame and temporal positions that follow real time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from freres_cli.records import VideoTokens
 
 FILES = qwen_files("qwen2_5_vl", "Qwen2.5-VL", Qwen2_5_VLConfig)
 
-# How far the measured frame rate may be from a whole one and still be taken for it: 29.97 for 30.
+# Relative distance within which a measured frame rate is rounded to a whole number, such as 29.97 to 30.
 _NOMINAL_TOLERANCE = 0.01
 
 
@@ -33,13 +33,13 @@ class Qwen25VLLanguageModel(Qwen2VLLanguageModel):
     files = FILES
 
     def time_positions(self, frames: Tensor, video: VideoTokens) -> Tensor:
-        """Temporal positions of (fractional) sampled frames, (n,) float32.
+        """Temporal positions of sampled frames, which may be fractional, (n,) float32.
 
-        The stock rule for evenly sampled frames: frame t is at floor(t * tokens_per_second * seconds per frame). A
-        fractional frame lies between its neighbours in proportion.
+        transformers' rule for evenly sampled frames: frame t is at floor(t * tokens_per_second * seconds per frame). A
+        fractional frame is interpolated between its neighbours.
         """
         interval = self.config.vision_config.tokens_per_second * seconds_per_frame(video.frame_seconds)
-        # The same operations as get_rope_index, so that it rounds alike.
+        # The same operations as in get_rope_index, so that rounding is the same.
         whole = (torch.arange(video.grid[0]) * interval).long().float()
         clamped = frames.clamp(0, video.grid[0] - 1)
         low, high = clamped.floor().long(), clamped.ceil().long()
@@ -47,10 +47,10 @@ class Qwen25VLLanguageModel(Qwen2VLLanguageModel):
 
 
 def seconds_per_frame(frame_seconds: Tensor) -> float:
-    """Mean period of the sampled frames (1 for a single one), or the whole rate or period within a percent of it.
+    """Mean period of the sampled frames, rounded to a whole rate or period within one percent. 1 for a single frame.
 
-    Stock takes the rate that was asked for; the times of real frames scatter around it, and a period just below a whole
-    one would put two frames on one position.
+    transformers uses the requested rate. The times of real frames scatter around it, and a period just below a whole
+    number would put two frames at the same position.
     """
     if len(frame_seconds) < 2 or float(frame_seconds[-1]) <= float(frame_seconds[0]):
         return 1.0

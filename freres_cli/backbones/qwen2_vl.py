@@ -1,4 +1,4 @@
-"""Qwen2-VL: one run of visual tokens for all frames, three-axis positions, no DeepStack (C = D)."""
+"""Qwen2-VL: the visual tokens of all frames in one run, three-axis positions, no DeepStack (C = D)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Qwen2VLLanguageModel(DecoderLanguageModel):
     files = FILES
 
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
-        """Tokens at (base + t, base + h, base + w), base = text before them.
+        """See ``DecoderLanguageModel.video_rows``. Tokens are at (base + t, base + h, base + w), base = ``position``.
 
-        Positions equal ``get_rope_index`` of transformers for a full grid, and may be fractional. Later text starts
-        one after the largest position of the full grid under ``max`` (how the released models were trained, and
-        transformers 4), at base + max(H, W) under ``hf`` (transformers 5.23).
+        For a full grid, positions equal those of ``get_rope_index`` in transformers; otherwise they may be fractional.
+        Later text starts one past the largest position of the full grid under ``max`` (how the released models were
+        trained, and transformers 4), and at base + max(H, W) under ``hf`` (transformers 5.23).
         """
         num_frames, grid_h, grid_w = video.grid
         axes = video.positions.T.to(torch.float32).clone()
@@ -44,5 +44,5 @@ class Qwen2VLLanguageModel(DecoderLanguageModel):
         return self.visual_rows(video.latents, index, axes + position, position + span)
 
     def time_positions(self, frames: Tensor, video: VideoTokens) -> Tensor:
-        """Temporal positions of (fractional) sampled frames: their own numbers, (n,) float32."""
+        """Temporal positions of sampled frames, which may be fractional: their own numbers, (n,) float32."""
         return frames

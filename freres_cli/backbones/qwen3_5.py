@@ -1,7 +1,7 @@
 """Qwen3.5: the prompt of Qwen3-VL without DeepStack, and a decoder whose linear-attention layers keep a state.
 
-That state cannot be cut back, so each question copies the prefilled video. Leaving tokens out changes the state itself:
-the answer is not that of the full sequence with these tokens masked.
+The state cannot be cropped, so each question copies the prefilled video. Leaving tokens out changes the state itself, so
+the answer is not that of the full sequence with those tokens masked.
 """
 
 from __future__ import annotations

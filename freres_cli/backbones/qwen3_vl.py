@@ -17,12 +17,12 @@ from freres_cli.records import VideoTokens
 
 FILES = qwen_files("qwen3_vl", "Qwen3-VL", Qwen3VLConfig)
 
-# What the released models use where preprocessor_config.json is silent.
+# The values of the released models, used if preprocessor_config.json does not give them.
 _PIXELS = PixelRule(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), min_pixels=256 * 256, max_pixels=4096 * 4096)
 
 
 class Qwen3VLVisionEncoder(QwenVisionEncoder):
-    """The vision tower and mergers of a Qwen3-VL checkpoint. Channels: D, then D for each DeepStack layer in order."""
+    """The vision tower and mergers of a Qwen3-VL checkpoint. Channels: D, then D per DeepStack layer, in order."""
 
     files = FILES
     tower_class: ClassVar[Any] = Qwen3VLVisionModel
@@ -30,14 +30,14 @@ class Qwen3VLVisionEncoder(QwenVisionEncoder):
 
 
 class TimestampLanguageModel(FrameRunLanguageModel):
-    """The prompt of Qwen3-VL and its successors: ``<1.5 seconds><|vision_start|>tokens<|vision_end|>`` for a frame.
+    """The prompt of Qwen3-VL and its successors: ``<1.5 seconds><|vision_start|>tokens<|vision_end|>`` per frame.
 
-    The template's own vision_start and vision_end stay around all of them, as transformers' processor has it since 5.10.
-    The processor that Qwen3-VL came out with (transformers 4.57) put the frames in the place of that pair.
+    The template's own vision_start and vision_end stay around all frames, as in transformers' processor since 5.10. The
+    first processor for Qwen3-VL (transformers 4.57) replaced that pair with the frames.
     """
 
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
-        """A frame's time is in seconds of the file, with one decimal."""
+        """A frame's time is in seconds on the file's clock, with one decimal."""
         start, end = (self.config.vision_start_token_id, self.config.vision_end_token_id)
         times = (f"<{seconds:.1f} seconds>" for seconds in video.frame_seconds.tolist())
         before = [[*self.ids_of(time), start] for time in times]
@@ -45,14 +45,14 @@ class TimestampLanguageModel(FrameRunLanguageModel):
 
 
 class DeepStackLanguageModel(TimestampLanguageModel):
-    """A decoder that adds a row of its own to every visual token after each of its first layers."""
+    """A decoder that adds a further row to every visual token after each of its first layers."""
 
     @classmethod
     def count_deep_layers(cls, config: Any) -> int:
         return len(config.vision_config.deepstack_visual_indexes)
 
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
-        """Text rows hold zeros, and adding zero is what the stock path does not do: the same to the bit."""
+        """See ``DecoderLanguageModel``. All rows are treated as visual: text rows add zeros, which changes no bits."""
         deep = embeds[:, self.width :]
         if not deep.any():
             return {}

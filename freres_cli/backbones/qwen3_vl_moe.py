@@ -1,4 +1,4 @@
-"""Qwen3-VL with a mixture of experts in its decoder; everything else is Qwen3-VL."""
+"""Qwen3-VL with a mixture of experts in its decoder; everything else is the same as Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVis
 from freres_cli.backbones.halves import qwen_files
 from freres_cli.backbones.qwen3_vl import DeepStackLanguageModel, Qwen3VLVisionEncoder
 
-# Released checkpoints store the experts' matrices with their axes the other way round than transformers 5 holds them.
+# Released checkpoints store the experts' matrices transposed, compared with transformers 5.
 _EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 FILES = qwen_files("qwen3_vl_moe", "Qwen3-VL-MoE", Qwen3VLMoeConfig, transposed=_EXPERTS)
 

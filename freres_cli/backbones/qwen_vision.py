@@ -1,4 +1,4 @@
-"""The vision towers of the Qwen families: frames of any shape in patches, merged in blocks, any aspect ratio."""
+"""The vision towers of the Qwen families: frames of any aspect ratio, cut into patches that are merged in blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from freres_cli.backbones.vision import FrameEncoder, PixelRule, refuse_frames
 from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
 
-# What the released models use where preprocessor_config.json is silent.
+# The values of the released models, used if preprocessor_config.json does not give them.
 CLIP_PIXELS = PixelRule(
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
@@ -23,10 +23,11 @@ CLIP_PIXELS = PixelRule(
 
 
 def fit_grid(width_px: int, height_px: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(rows, columns) of cells of ``factor`` px that keep the aspect ratio and stay within the pixel limits.
+    """The (rows, columns) of a grid of square cells that keeps the aspect ratio and stays within the pixel limits.
 
-    The rule of ``smart_resize`` of transformers, except that the upper limit also holds for very long frames, where
-    one row of cells is the least there can be.
+    ``width_px`` and ``height_px`` are the size of the frame, ``factor`` is the side of a cell in pixels, and
+    ``min_pixels`` and ``max_pixels`` limit the area. This is ``smart_resize`` of transformers, except that the upper
+    limit also holds for very long frames, which have at least one row of cells.
     """
     rows, columns = (max(1, round(side / factor)) for side in (height_px, width_px))
     area, cells = height_px * width_px, max_pixels // factor**2
@@ -42,9 +43,9 @@ def fit_grid(width_px: int, height_px: int, factor: int, min_pixels: int, max_pi
 
 
 class QwenVisionEncoder(FrameEncoder):
-    """A Qwen tower. Each sampled frame is a temporal step of its own, given twice where the patch spans two.
+    """A Qwen tower. Each sampled frame is a separate temporal step, repeated if a patch spans two steps.
 
-    ``width_key``: the config field with D.
+    ``width_key``: the config field that holds D.
     """
 
     tower_class: ClassVar[Any]
@@ -71,10 +72,10 @@ class QwenVisionEncoder(FrameEncoder):
         grid: tuple[int, int] | None = None,
         max_tokens: int | None = None,
     ) -> FrameSize:
-        """Pixels to resize a frame to, and its token grid; every side a multiple of patch*merge px.
+        """See ``base.VisionEncoder``. Both sides are multiples of patch*merge px.
 
-        ``grid`` (rows, columns) is taken exactly. Otherwise the aspect ratio is kept, within the checkpoint's pixel
-        limits and at most ``max_tokens`` tokens. Raises BackboneError for a grid or limit below one token.
+        Without ``grid``, the aspect ratio is kept, within the checkpoint's pixel limits and ``max_tokens`` tokens.
+        Raises BackboneError for a grid or limit below one token.
         """
         factor = self.patch_px * self.merge
         if max_tokens is not None and max_tokens < 1:
@@ -88,6 +89,7 @@ class QwenVisionEncoder(FrameEncoder):
         return FrameSize(grid[0] * factor, grid[1] * factor, grid[0], grid[1])
 
     def check_frames(self, pixels: Tensor) -> tuple[int, int]:
+        """See ``FrameEncoder.check_frames``."""
         _, height, width, channels = pixels.shape
         factor = self.patch_px * self.merge
         if height % factor or width % factor or channels != 3 or pixels.dtype != torch.uint8:
@@ -95,21 +97,22 @@ class QwenVisionEncoder(FrameEncoder):
         return height // factor, width // factor
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Frames as the tower's input: (n, h, w, 3) uint8 -> (n*gh*gw, 3*2*p*p) float32, gh = h/p, gw = w/p.
+        """Frames as input for the tower: (n, h, w, 3) uint8 -> (n*gh*gw, 3*2*p*p) float32, gh = h/p, gw = w/p.
 
-        Patches come in blocks of merge x merge, and a frame fills both steps of the temporal patch. Equals
-        ``Qwen2VLImageProcessorPil`` without resizing to the bit. Raises BackboneError if h or w does not divide.
+        Patches come in blocks of merge x merge, and a frame fills both steps of the temporal patch. Bit-identical to
+        ``Qwen2VLImageProcessorPil`` without resizing. Raises BackboneError unless h and w are multiples of patch*merge.
         """
         rows, columns = self.check_frames(pixels)
         n, p, m = len(pixels), self.patch_px, self.merge
         cells = pixels.to(self.device).view(n, rows, m, p, columns, m, p, 3)
-        # (n, rows, columns, m, m, 3, p, p), moved as bytes
+        # (n, rows, columns, m, m, 3, p, p), rearranged while still uint8
         values = self.pixel_rule.normalize(cells.permute(0, 1, 4, 2, 5, 7, 3, 6).contiguous())
         steps = int(self.tower.config.temporal_patch_size)
         doubled = values.unsqueeze(6).expand(*values.shape[:6], steps, p, p)
         return doubled.reshape(n * rows * columns * m * m, 3 * steps * p * p)
 
     def features(self, pixels: Tensor) -> Tensor:
+        """See ``FrameEncoder.features``. DeepStack rows follow the merged features, in order."""
         rows, columns = self.check_frames(pixels)
         grid = torch.tensor([[len(pixels), rows * self.merge, columns * self.merge]], device=self.device)
         out = self.tower(self.patches(pixels).to(self.dtype), grid_thw=grid, return_dict=True)

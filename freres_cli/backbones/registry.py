@@ -1,6 +1,7 @@
-"""Model families by ``model_type`` of their config, and the checkpoints known to fit them.
+"""The model families, by the ``model_type`` of their config, and published checkpoints of each.
 
-A new family is one file and one line in ``FAMILIES``. Classes are named by string, so that listing models imports none.
+To add a family, write one file and add one line to ``FAMILIES``. Classes are named by strings, so that listing models
+imports none of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from freres_cli.errors import BackboneError
 
 @dataclass(frozen=True)
 class Family:
-    """Where the two halves of a family live, as ``module:class``."""
+    """Where to import the two halves of a family from, as ``module:class``."""
 
     vision: str
     language: str
@@ -47,11 +48,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class KnownCheckpoint:
-    """A published checkpoint of a supported family. The numbers come from its config or that of the language model it
-    was built on, None is not known; ``is_tested`` says whether this project has ever run its real weights.
-    ``tokens_per_frame``: (frame width px, height px) -> visual tokens; one entry where frames have one size.
-    ``kv_bytes_per_token``, ``weight_bytes``: in bfloat16. ``num_deep_layers``: rows of ``width`` stored besides the
-    first."""
+    """A published checkpoint of a supported family.
+
+    The numbers come from its config or from that of the language model it was built on; None means unknown.
+    ``kv_bytes_per_token`` and ``weight_bytes`` are for bfloat16. ``tokens_per_frame``: (frame width px, height px) ->
+    visual tokens, with one entry if frames have only one size. ``is_tested``: whether this project has ever run the real
+    weights. ``num_deep_layers``: rows of ``width`` stored in addition to the first.
+    """
 
     model_id: str
     family: str
@@ -64,7 +67,7 @@ class KnownCheckpoint:
 
     @property
     def bundle_bytes_per_token(self) -> int | None:
-        """Bytes of a stored token's latents in bfloat16."""
+        """Bytes of the latents of one stored token in bfloat16."""
         if self.width is None or self.num_deep_layers is None:
             return None
         return 2 * self.width * (1 + self.num_deep_layers)
@@ -106,9 +109,11 @@ def load_vision_encoder(
     revision: str | None = None,
     bundled_directory: Path | None = None,
 ) -> VisionEncoder:
-    """The vision half of a model, in evaluation mode. No weight of the language half is read.
+    """Load the vision half of a model, in evaluation mode, without reading weights of the language half.
 
-    ``model``: ``bundled``, a local folder or a hub id. Raises BackboneError, and ResourceError if it does not fit.
+    ``model``: ``bundled``, a local folder or a hub id. ``device``: where to run it. ``dtype``: a name from
+    ``devices.DTYPE_NAMES``, by default auto. ``revision``: branch, tag or commit of a hub model. ``bundled_directory``:
+    where the bundled model is. Raises BackboneError if it cannot be loaded, ResourceError if memory runs out.
     """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
     return _class_of(checkpoint, "vision").load(checkpoint, device, dtype)
@@ -121,7 +126,10 @@ def identify_vision_encoder(
     revision: str | None = None,
     bundled_directory: Path | None = None,
 ) -> EncoderIdentity:
-    """What ``load_vision_encoder`` would load, without reading the tower: its config and projector only."""
+    """What identifies the encoder that ``load_vision_encoder`` would load, from its config and projector alone.
+
+    See ``load_vision_encoder`` for the arguments.
+    """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
     identity: EncoderIdentity = _class_of(checkpoint, "vision").identify(checkpoint, device, dtype)
     return identity
@@ -134,7 +142,10 @@ def load_language_model(
     revision: str | None = None,
     bundled_directory: Path | None = None,
 ) -> LanguageModel:
-    """The language half of a model, with its tokenizer. No weight of the vision half is read. Arguments as above."""
+    """Load the language half of a model and its tokenizer. Of the vision half, only the projector is read, to hash it.
+
+    See ``load_vision_encoder`` for the arguments.
+    """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
     return _class_of(checkpoint, "language").load(checkpoint, device, dtype)
 
@@ -144,7 +155,7 @@ def _class_of(checkpoint: Checkpoint, half: str) -> Any:
 
 
 def import_half(model_type: str, half: str) -> Any:
-    """The class of a family's ``vision`` or ``language`` half. Raises BackboneError if transformers lacks it."""
+    """The class of a family's ``vision`` or ``language`` half. Raises BackboneError if transformers lacks the family."""
     module_name, _, class_name = getattr(FAMILIES[model_type], half).partition(":")
     try:
         loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)

@@ -50,12 +50,15 @@ class SmolVLMVisionEncoder(SquareVisionEncoder):
 
     def set_up(self) -> None:
         super().set_up()
-        # The stock model takes a frame of zeros for padding and drops it without a word.
+        # The stock model takes a frame of zeros for padding and silently drops it.
         shades = self.pixel_rule.normalize(torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 1, 1))
         if bool((shades == 0).all(dim=1).any()):
-            raise BackboneError(f"pixels: expected no shade that becomes zero, got image_mean {self.pixel_rule.mean}")
+            raise BackboneError(
+                f"pixels: expected no shade of grey that normalizes to zero, got image_mean {self.pixel_rule.mean}"
+            )
 
     def features(self, pixels: Tensor) -> Tensor:
+        """See ``FrameEncoder.features``."""
         out = self.tower.get_image_features(self.prepare(pixels)[None], return_dict=True)
         latents: Tensor = out.pooler_output[0]
         return latents.view(len(pixels), self.side**2, -1)
@@ -70,9 +73,9 @@ class SmolVLMLanguageModel(FrameRunLanguageModel):
     video_token = "<image>"
 
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
-        """The chat prompt that the processor uses for videos, whatever the tokenizer's template.
+        """The chat prompt that the processor uses for videos, whatever template the tokenizer has.
 
-        The blank before the video and the line feeds after it are tokenized with the text they stand next to.
+        The space before the video and the line feeds after it are tokenized together with the text next to them.
         """
         place = self.tokenizer.convert_ids_to_tokens(self.video_token_id)
         opening = f"System: {system}{_END}\n" if system else ""
@@ -80,7 +83,7 @@ class SmolVLMLanguageModel(FrameRunLanguageModel):
         return self.split_prompt(text)
 
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
-        """A frame's time is in minutes and seconds of the file; the clip's length is the time of its last frame."""
+        """A frame's time is in minutes and seconds on the file's clock; the clip's length is the time of its last frame."""
         seconds = video.frame_seconds.tolist()
         length = timedelta(seconds=int(seconds[-1]))
         count = in_words(len(seconds))
@@ -91,7 +94,7 @@ class SmolVLMLanguageModel(FrameRunLanguageModel):
 
 
 def in_words(number: int) -> str:
-    """A whole number below a million in English, as ``num2words`` writes it."""
+    """A whole number below a million in English words, spelled like ``num2words``."""
     if number < 20:
         return _ONES[number]
     if number < 100:

@@ -1,4 +1,4 @@
-"""The vision half of every family: loading it, and encoding frames so that the batch never shows in the result."""
+"""The vision half of every family: loading it, and encoding frames with results that do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from freres_cli.devices import Device, choose_dtype, fit_attention, memory_error
 from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
 
-# Matrix products of few rows take other kernels on the CPU, which round differently (3e-7 to 6e-6 measured below 64).
+# On the CPU, matrix products of few rows use other kernels, which round differently (3e-7 to 6e-6 measured below 64).
 _LEAST_TOKENS_PER_PASS = 64
 
 
 @dataclass(frozen=True)
 class PixelRule:
-    """How uint8 pixels become numbers, and how many pixels a frame may have, from ``preprocessor_config.json``."""
+    """How uint8 pixels are normalized, and how many pixels a frame may have, from ``preprocessor_config.json``."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -34,7 +34,7 @@ class PixelRule:
     rescale_factor: float = 1 / 255
 
     def read(self, checkpoint: Checkpoint) -> PixelRule:
-        """The checkpoint's rule. Where its file is silent, these values hold."""
+        """The checkpoint's rule, with the values of this one for whatever its file does not give."""
         stored = checkpoint.read_json("preprocessor_config.json")
         size = stored.get("size") or {}
         return PixelRule(
@@ -46,7 +46,7 @@ class PixelRule:
         )
 
     def normalize(self, channels_first: Tensor) -> Tensor:
-        """uint8 (..., 3, h, w) -> float32, as the Pil processors: scaled in float64, normalised in float32."""
+        """uint8 (..., 3, h, w) -> float32, like the Pil processors: scaled in float64, normalized in float32."""
         mean, std = (torch.tensor(v, device=channels_first.device).view(3, 1, 1) for v in (self.mean, self.std))
         return channels_first.to(torch.float64).mul_(self.rescale_factor).to(torch.float32).sub_(mean).div_(std)
 
@@ -54,7 +54,11 @@ class PixelRule:
 class FrameEncoder(ABC):
     """The vision tower and projector of one family. See ``base.VisionEncoder``.
 
-    A family says how its tower is built, what sizes it takes, and how frames become features.
+    A subclass defines how its tower is built, which sizes it takes, and how frames become features.
+
+    ``tower`` is the vision half with its weights and ``pixel_rule`` the normalization of its pixels. ``fingerprint``:
+    what identifies the checkpoint. ``notes``: what the user should know. ``attention``: the kernel, one of sdpa, flash
+    and eager.
     """
 
     files: ClassVar[FamilyFiles]
@@ -79,7 +83,7 @@ class FrameEncoder(ABC):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> Self:
-        """Read the vision half of a checkpoint, and nothing else of its weights."""
+        """Read the vision half of a checkpoint, without reading other weights."""
         config = read_config(checkpoint, cls.files)
         chosen, attention, notes = cls._choose_precision(checkpoint, device, dtype)
         with loading(checkpoint, "vision tower"):
@@ -91,7 +95,7 @@ class FrameEncoder(ABC):
 
     @classmethod
     def identify(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> EncoderIdentity:
-        """What ``load`` would give, without reading the tower."""
+        """What identifies the encoder that ``load`` would return, without reading the tower."""
         chosen, attention, _ = cls._choose_precision(checkpoint, device, dtype)
         return EncoderIdentity(fingerprint(checkpoint, cls.files.projector), chosen, attention)
 
@@ -99,7 +103,7 @@ class FrameEncoder(ABC):
     def _choose_precision(
         cls, checkpoint: Checkpoint, device: Device, dtype: str | None
     ) -> tuple[torch.dtype, str, tuple[str, ...]]:
-        """Precision and attention kernel of the tower, and notes that say why."""
+        """Precision and attention kernel of the tower, and notes that say why they were chosen."""
         stored = checkpoint.stored_dtype(cls.files.first_vision_prefixes)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
         attention, attention_note = fit_attention(device, chosen)
@@ -120,19 +124,19 @@ class FrameEncoder(ABC):
     @classmethod
     @abstractmethod
     def build_tower(cls, config: Any, dtype: torch.dtype) -> nn.Module:
-        """The unfilled vision half, without anything of the language half."""
+        """The vision half without its weights, and without any part of the language half."""
 
     @abstractmethod
     def set_up(self) -> None:
-        """Set ``width`` and what else follows from the tower's config."""
+        """Set ``width`` and everything else that follows from the tower's config."""
 
     @abstractmethod
     def check_frames(self, pixels: Tensor) -> tuple[int, int]:
-        """The token grid (H, W) of frames of this shape. Raises BackboneError for a shape the tower cannot take."""
+        """The token grid (H, W) of frames of this shape. Raises BackboneError if the tower does not take it."""
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        """Latents (n, H*W, C) of legal frames (n, h, w, 3) uint8."""
+        """Latents (n, H*W, C) of frames (n, h, w, 3) uint8 that passed ``check_frames``."""
 
     @abstractmethod
     def frame_size(
@@ -142,18 +146,18 @@ class FrameEncoder(ABC):
         grid: tuple[int, int] | None = None,
         max_tokens: int | None = None,
     ) -> FrameSize:
-        """Pixels to resize a frame to, and its token grid. See ``base.VisionEncoder``."""
+        """The size in pixels to resize a frame to, and its token grid. See ``base.VisionEncoder``."""
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Latents of frames, each on its own: (n, h, w, 3) uint8 -> (n, H, W, C), in the tower's dtype and place.
+        """Latents of frames, each encoded by itself: (n, h, w, 3) uint8 -> (n, H, W, C), with the tower's dtype and device.
 
-        A pass of very few tokens is filled up with black frames, so that latents do not depend on how many frames are
-        encoded at a time. Raises BackboneError for frames the tower cannot take, ResourceError if memory runs out.
+        A batch with very few tokens is filled up with black frames, so that latents do not depend on the batch size.
+        Raises BackboneError for frames that the tower does not take, ResourceError if memory runs out.
         """
         rows, columns = self.check_frames(pixels)
         n, height, width, _ = pixels.shape
-        what, hint = f"encoding {n} frames of {width}x{height} px", "encode fewer frames at a time, or smaller ones"
+        what, hint = f"encoding {n} frames of {width}x{height} px", "encode fewer or smaller frames at a time"
         with memory_errors_as(what, hint):
             pixels = pixels.to(self.device)
             if num_black := max(0, math.ceil(_LEAST_TOKENS_PER_PASS / (rows * columns)) - n):
@@ -163,9 +167,13 @@ class FrameEncoder(ABC):
 
 
 def build_without_decoder(model_class: Any, decoder_name: str, config: Any, dtype: torch.dtype) -> nn.Module:
-    """transformers' own model of both halves, unfilled, without the decoder that it calls ``decoder_name``."""
+    """transformers' own model of both halves, without weights and without its decoder.
+
+    ``model_class`` is the model, ``decoder_name`` the attribute that holds its decoder, ``config`` its config and
+    ``dtype`` the precision of its parameters.
+    """
     text = config.text_config
-    # A decoder of no layers and one word, dropped at once.
+    # A decoder with no layers and a vocabulary of one, which is deleted below.
     config.text_config = LlamaConfig(
         hidden_size=text.hidden_size,
         intermediate_size=1,

@@ -1,1 +1,1 @@
-"""Methods that Fre-Res is compared with: one small file each, all listed in ``registry.py``."""
+"""The methods that Fre-Res is compared with, one small file each, all listed in ``registry.py``."""

@@ -1,4 +1,4 @@
-"""The blind baseline: no visual token at all."""
+"""The blind baseline: no visual tokens at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ else:
 
 
 def keep_nothing(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
-    """Return an empty clip: the prompt is the usual one with nothing between the marks of the video.
+    """Return an empty clip: the usual prompt, with nothing between the tokens that mark the video.
 
-    Its grid is one cell at time 0, so that neither the place of the question nor a timestamp tells the clip's length.
-    ``latents``: (T, H, W, C), for type and channels; ``width``: D.
+    Its grid is one cell at time 0, so neither the position of the question nor a timestamp reveals the clip's length.
+    ``latents``: (T, H, W, C), only for dtype and channels. ``frame_seconds``: (T,), only for its dtype.
+    ``budget_tokens`` is ignored. ``width``: D.
     """
     return VideoTokens(
         latents=latents.new_empty(0, latents.shape[-1]),
@@ -35,8 +36,8 @@ def keep_nothing(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, wid
 
 METHOD = Method(
     name="blind",
-    summary="no visual token: the question alone",
-    source="common practice, to see what guessing is worth",
+    summary="no visual tokens: the question alone",
+    source="common practice, to measure how well guessing does",
     has_budget=False,
     makes_bundles=False,
     streams=True,

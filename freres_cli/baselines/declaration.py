@@ -1,4 +1,4 @@
-"""What a compression method says of itself. A new method is a file beside this one and its name in ``registry.py``."""
+"""What a compression method declares. To add one, write a file beside this one and list it in ``registry.py``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TRAININGS = ("none", "optional", "required")
 class Method:
     """A way to turn the latents of a clip into visual tokens.
 
-    ``name``: as ``--method`` takes it. ``summary``: one line for lists. ``source``: the paper, or why it is ours.
-    ``training``: one of ``TRAININGS``. ``needs``: some of ``NEEDS``; a method that needs the question cannot make a
-    bundle. ``streams``: memory grows with the tokens kept, not with the frames. ``has_budget``: the budget decides how
-    many tokens it keeps. ``makes_bundles``: ``freres compress`` takes it. ``deviations``: where it departs from its
+    ``name``: as given to ``--method``. ``summary``: one line for lists. ``source``: the paper, or why it is ours.
+    ``training``: one of ``TRAININGS``. ``needs``: any of ``NEEDS``; a method that needs the question cannot make
+    bundles. ``streams``: memory grows with the tokens kept, not with the frames. ``has_budget``: the budget decides how
+    many tokens are kept. ``makes_bundles``: ``freres compress`` accepts it. ``deviations``: how it differs from its
     source.
 
     ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens``; ``None``
-    for Fre-Res, which takes its frames one by one (``method/compress.py``).
+    for Fre-Res, which takes frames one at a time (``method/compress.py``).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Method:
 
     @property
     def is_question_blind(self) -> bool:
-        """Whether its tokens serve any question."""
+        """Whether its tokens are the same for every question."""
         return "question" not in self.needs
 
 
@@ -55,6 +55,6 @@ class _LazyModule(ModuleType):
 
 
 def lazy_module(name: str) -> Any:
-    """Return a stand-in for a module that is imported when something of it is used: help, completion and lists read
-    every declaration, and torch takes a second to import."""
+    """Return a stand-in that imports the module on first use: help, completion and lists read every declaration, and
+    torch takes a second to import."""
     return _LazyModule(name)

@@ -1,4 +1,4 @@
-"""Fre-Res in the list of methods; its code is ``freres_cli/method``."""
+"""Fre-Res as an entry in the list of methods. Its code is in ``freres_cli/method``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full-token run: every latent of every frame, each at its own place."""
+"""The full-token run: every latent of every frame, each at its own position."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ else:
 
 
 def keep_every_token(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
-    """Return all T*H*W tokens of ``latents`` (T, H, W, C); ``frame_seconds`` is (T,) float64.
+    """Return all T*H*W tokens of ``latents`` (T, H, W, C).
 
-    ``width`` is D, the channels that stand in the prompt. Raises ``ValueError`` where the budget does not hold them all.
+    ``frame_seconds``: (T,) float64. ``width``: D, the channels that go into the prompt. Raises ``ValueError`` if there
+    are more tokens than ``budget_tokens``.
     """
     num_tokens = latents.shape[:3].numel()
     if budget_tokens < num_tokens:
@@ -26,7 +27,10 @@ def keep_every_token(latents: Tensor, frame_seconds: Tensor, budget_tokens: int,
 
 
 def gather_tokens(latents: Tensor, frame_seconds: Tensor, keep: Tensor, width: int) -> VideoTokens:
-    """Return the tokens of a rising raster index ``keep`` (S,) into the T*H*W latents, bit for bit, as anchor tokens."""
+    """Return some tokens of ``latents`` (T, H, W, C), bit for bit, as anchor tokens.
+
+    ``keep``: (S,) their raster indices among the T*H*W, increasing. ``frame_seconds``: (T,) float64. ``width``: D.
+    """
     num_frames, grid_h, grid_w = latents.shape[:3]
     t, h, w = keep // (grid_h * grid_w), keep // grid_w % grid_h, keep % grid_w
     positions = torch.stack([t, h, w], dim=1).to(torch.float32)
@@ -36,7 +40,11 @@ def gather_tokens(latents: Tensor, frame_seconds: Tensor, keep: Tensor, width: i
 def place_tokens(
     rows: Tensor, positions: Tensor, frame: Tensor, grid: tuple[int, int, int], frame_seconds: Tensor, width: int
 ) -> VideoTokens:
-    """Return tokens ``rows`` (S, C) at ``positions`` (S, 3), each of the sampled frame ``frame`` (S,) of the full grid."""
+    """Return the tokens ``rows`` (S, C) at ``positions`` (S, 3), as anchor tokens.
+
+    ``frame``: (S,) sampled frame of each. ``grid``: (T, H, W) of the whole clip. ``frame_seconds``: (T,) float64.
+    ``width``: D.
+    """
     return VideoTokens(
         latents=rows,
         positions=positions,
@@ -53,7 +61,7 @@ def place_tokens(
 METHOD = Method(
     name="full",
     summary="every token of every frame",
-    source="the model as it is",
+    source="the unmodified model",
     has_budget=False,
     compress=keep_every_token,
 )

@@ -19,9 +19,9 @@ else:
 def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
     """Return means of ``latents`` (T, H, W, C) over cells of every frame, at the cells' centres: min(B, T*H*W) tokens.
 
-    All frames have the same number of cells, but for one more in evenly spread ones. A budget below one token a frame
-    keeps B evenly spread frames, one token each. ``frame_seconds``: (T,) float64; ``width``: D. Raises ``ValueError``
-    for a budget below one.
+    B is ``budget_tokens``. All frames have the same number of cells, except that some, evenly spread, have one more. If B
+    is below one token per frame, B evenly spread frames are kept with one token each. ``frame_seconds``: (T,) float64.
+    ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
@@ -50,7 +50,8 @@ def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
 def pool_cells(latents: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     """Return the means of ``latents`` (T, H, W, C) over ``num_cells`` cells of each frame, and the cells' centres.
 
-    Rows of cells are equally high; some have a cell more than others. (T, num_cells, C) float32, (num_cells, 2) float32.
+    The shapes are (T, num_cells, C) and (num_cells, 2), both float32. Rows of cells have equal heights; some have one
+    cell more than others.
     """
     _, grid_h, grid_w, _ = latents.shape
     cells_of_row = choose_rows(grid_h, grid_w, num_cells)
@@ -65,7 +66,7 @@ def pool_cells(latents: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
 
 
 def choose_rows(grid_h: int, grid_w: int, num_cells: int) -> list[int]:
-    """Return how many cells each row of a frame has, so that they are ``num_cells`` <= H*W, and as square as can be."""
+    """Return how many cells each row of a frame has: ``num_cells`` <= H*W in all, as square as possible."""
     fitting = [rows for rows in range(1, grid_h + 1) if rows <= num_cells <= rows * grid_w]
     rows = min(fitting, key=lambda rows: _aspect(grid_h, grid_w, rows, num_cells))
     columns = torch.full((rows,), num_cells // rows)
@@ -75,7 +76,7 @@ def choose_rows(grid_h: int, grid_w: int, num_cells: int) -> list[int]:
 
 
 def _aspect(grid_h: int, grid_w: int, rows: int, num_cells: int) -> float:
-    """How many times longer one way than the other the worst cell is."""
+    """Longer side over shorter side of the least square cell."""
     height = grid_h / rows
     widths = grid_w / (num_cells // rows), grid_w / -(-num_cells // rows)
     return max(max(height / width, width / height) for width in widths)
@@ -92,6 +93,6 @@ METHOD = Method(
     name="lowres",
     summary="every frame, averaged in space until the clip fits the budget",
     source="common practice",
-    deviations="latents are averaged, where common practice shrinks the frames before the tower",
+    deviations="averages latents; common practice shrinks the frames before the tower",
     compress=pool_frames,
 )

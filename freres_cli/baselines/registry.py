@@ -1,4 +1,4 @@
-"""Every compression method by name: what ``--method``, ``--methods``, help, completion and ``freres methods`` read."""
+"""Every compression method by name: read by ``--method``, ``--methods``, help, completion and ``freres methods``."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ else:
 
 
 def sample_uniform_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
-    """Return the tokens of F = ceil(B / (H*W)) evenly spread frames of ``latents`` (T, H, W, C), at their own places.
+    """Return the tokens of F = ceil(B / (H*W)) evenly spaced frames of ``latents`` (T, H, W, C), at their own positions.
 
-    Frames stand at the centres of F equal parts of the clip, as is common practice. Where F frames hold more than B
-    tokens they are thinned evenly along the sequence, so that exactly min(B, T*H*W) remain. ``frame_seconds``: (T,)
-    float64; ``width``: D. Raises ``ValueError`` for a budget below one.
+    B is ``budget_tokens``. The frames are the centres of F equal parts of the clip, as is common practice. If they hold
+    more than B tokens, tokens are dropped evenly along the sequence, so that exactly min(B, T*H*W) remain.
+    ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
@@ -32,15 +32,15 @@ def sample_uniform_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens:
 
 
 def spread(count: int, size: int) -> Tensor:
-    """Return ``count`` <= ``size`` different places in 0..size-1, at the centres of ``count`` equal parts: (count,)."""
-    # Whole numbers: (i + 1/2) * size / count, rounded down.
+    """Return ``count`` <= ``size`` different indices in 0..size-1, the centres of ``count`` equal parts: (count,) int64."""
+    # (i + 1/2) * size / count rounded down, in whole numbers.
     return (2 * torch.arange(count) + 1) * size // (2 * count)
 
 
 METHOD = Method(
     name="uniform",
-    summary="whole frames at even distances, thinned to exactly the budget",
+    summary="evenly spaced whole frames, thinned to exactly the budget",
     source="common practice",
-    deviations="the frames that hold a few tokens more than the budget are thinned evenly",
+    deviations="frames that hold a few tokens more than the budget are thinned evenly",
     compress=sample_uniform_frames,
 )

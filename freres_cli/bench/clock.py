@@ -16,7 +16,7 @@ from freres_cli.devices import synchronize
 
 
 class StageTimer:
-    """Adds up the seconds of named stages; the device is idle at both ends of each."""
+    """Adds up the seconds of named stages. The device is idle at both ends of each stage."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -24,7 +24,7 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block and add it to ``name``."""
+        """Time the block and add its seconds to ``name``."""
         synchronize(self._device)
         start = time.perf_counter()
         try:
@@ -35,7 +35,7 @@ class StageTimer:
 
 
 class PeakMemory:
-    """Most memory held since ``reset``: allocated on the device for CUDA, resident of this process for the CPU."""
+    """Peak memory since ``reset``: allocated on the device for CUDA, resident memory of this process for the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,14 +44,14 @@ class PeakMemory:
     def reset(self) -> None:
         """Start a new span."""
         if self._device.type == "cuda":
-            torch.cuda.init()  # a fresh process has no device to reset yet
+            torch.cuda.init()  # a new process has no device to reset yet
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     def read_bytes(self) -> int:
-        """Return the peak of the span in bytes; where the system cannot reset it, the peak of the process."""
+        """Return the peak of the span in bytes, or the peak of the whole process if the system cannot reset it."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and the spread of repeated runs."""
+"""The environment of a measurement, and the spread of repeated runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from freres_cli.devices import Device, fit_attention
 
 
 def describe_environment(device: Device, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Return machine, device and versions, as every ``--json`` document carries them."""
+    """Return machine, device and versions, as in every ``--json`` document."""
     return {
         "freres": __version__,
         "python": platform.python_version(),
@@ -34,5 +34,5 @@ def describe_environment(device: Device, dtype: torch.dtype | None = None) -> di
 
 
 def summarize_runs(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest of repeated measurements."""
+    """Return the median, minimum and maximum of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -92,7 +92,7 @@ def read_settings(
 ) -> dict[str, dict[str, Any]]:
     """Return value and source of each setting; settings that were added after this schema version have their default.
 
-    ``rules``: the settings that the schema version has, with their legal values. ``defaults``: the value of those that a
+    ``stored``: the settings of the manifest. ``rules``: the settings that the schema version has, with their legal values. ``defaults``: the value of those that a
     bundle of this version may lack. ``where``: the file. Raises ``BundleError`` for one that is missing or illegal.
     """
     read: dict[str, dict[str, Any]] = {}

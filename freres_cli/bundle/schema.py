@@ -34,8 +34,15 @@ def tensor_digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes in row order."""
     if not tensor.numel():
         return hashlib.sha256().hexdigest()
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    flat = _pack(tensor).view(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def _pack(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, in row order. Of a single row torch calls any stride contiguous."""
+    tensor = tensor.detach().cpu().contiguous()
+    is_packed = tensor.numel() != 1 or tensor.stride() == (1,) * tensor.ndim
+    return tensor if is_packed else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -53,7 +60,7 @@ def encode_manifest(manifest: Mapping[str, Any]) -> str:
 
 def make_content(content: Tracks | VideoTokens, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``torch.save`` writes: everything on the CPU, each tensor stored alone."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in version_2.tensors_of(content).items()}
+    tensors = {name: _pack(tensor) for name, tensor in version_2.tensors_of(content).items()}
     # A view would drag its whole storage into the file.
     tensors = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
     kind = "tracks" if isinstance(content, Tracks) else "tokens"

@@ -43,8 +43,8 @@ class StoredBundle:
 def write_bundle(path: Path, content: Tracks | VideoTokens, manifest: Mapping[str, Any], *, force: bool = False) -> int:
     """Write a bundle and return its size in bytes; the same content and manifest give the same bytes.
 
-    The file appears whole or not at all, see ``files.write_atomically``. ``force``: replace an existing file. Raises
-    ``UsageError`` or ``ResourceError``.
+    ``path``: the file, which appears whole or not at all, see ``files.write_atomically``. ``content``, ``manifest``: what
+    it holds. ``force``: replace an existing file. Raises ``UsageError`` or ``ResourceError``.
     """
     check_destination(path, force)
     made = make_content(content, manifest)

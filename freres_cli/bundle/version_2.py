@@ -26,8 +26,8 @@ from freres_cli.bundle.version_1 import SETTINGS as SETTINGS_1
 from freres_cli.bundle.version_1 import TENSORS as TENSORS_1
 from freres_cli.bundle.version_1 import build_tracks
 from freres_cli.presets import Key
-from freres_cli.records import TOKEN_KINDS, VideoTokens
-from freres_cli.tracks import LATENT, LATENT_DTYPES, Column, Tracks
+from freres_cli.records import VideoTokens
+from freres_cli.tracks import LATENT_DTYPES, TOKEN_COLUMNS, Column, Tracks
 
 CONTENTS = ("tracks", "tokens")
 _REQUIRED = {  # optional in version 1
@@ -40,9 +40,9 @@ _REQUIRED = {  # optional in version 1
         "codec": Field("text", may_be_null=True),
     },
     "geometry": {
-        "fit": Field("text"),
-        "frame_aspect": Field("number"),
-        "source_aspect": Field("number"),
+        "fit": Field("text", may_be_null=True),
+        "frame_aspect": Field("number", may_be_null=True),
+        "source_aspect": Field("number", may_be_null=True),
         # Only tracks have cells, groups, coefficients and cuts.
         "pooled_grid": Field("wholes", may_be_null=True, length=2),
     },
@@ -58,15 +58,6 @@ SETTINGS: dict[str, Key] = {**SETTINGS_1, "method": Key(str, "fre-res", "")}
 TENSORS = {
     "tracks": TENSORS_1,
     "tokens": ("frame_seconds", "latents", "positions", "seconds", "kind", "gop", "energy"),
-}
-TOKEN_COLUMNS: dict[str, Column] = {
-    "frame_seconds": Column("frame", "float64", "time of each frame read"),
-    "latents": Column("token", LATENT, "in sequence order", ("C",)),
-    "positions": Column("token", "float32", "t, h, w on the grid; may be fractional", ("3",)),
-    "seconds": Column("token", "float64", "time of each token"),
-    "kind": Column("token", "uint8", "0 anchor, 1 dynamic, 2 static, 3 summary", limit=str(len(TOKEN_KINDS))),
-    "gop": Column("token", "int64", "group, from 0", limit=str(2**63 - 1)),
-    "energy": Column("token", "float32", "squared norm over D"),
 }
 DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "uint8")
 

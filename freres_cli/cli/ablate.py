@@ -16,26 +16,26 @@ from freres_cli.files import make_folder
 
 
 def ablate(
-    questions: Annotated[Path, typer.Argument(metavar="QUESTIONS", help="As freres eval takes them.")],
+    questions: Annotated[Path, typer.Argument(metavar="QUESTIONS", help="Questions, as for freres eval.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Adapters and answers; goes on from there.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of adapters and answers; resumes from them.")
     ],
     data: Annotated[
         Path | None,
-        typer.Option("--train", metavar="DATA", help="As freres train takes it."),
+        typer.Option("--train", metavar="DATA", help="Training data, as for freres train."),
     ] = None,
     tables: Annotated[
-        str, typer.Option("--tables", metavar="NAME,...", help="Of components, coefficients, frames and anchors.")
+        str, typer.Option("--tables", metavar="NAME,...", help="Some of components, coefficients, frames, anchors.")
     ] = "components,coefficients,frames,anchors",
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="SIZE,...", help="Shares of the full tokens, or counts.")
     ] = "0.25",
     train_budgets: Annotated[
-        str, typer.Option("--train-budgets", metavar="SIZE,...", help="Budgets the adapters are trained for.")
+        str, typer.Option("--train-budgets", metavar="SIZE,...", help="Budgets to train the adapters for.")
     ] = "0.5,0.25,0.1",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of each adapter.")] = 500,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the training.")] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask the first so many questions only.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each adapter.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")] = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
     model: options.Model = None,
@@ -51,8 +51,8 @@ def ablate(
     only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6), coefficients kept of a
     trajectory, frames read (one in 2, one in 4, of 8 a second) and anchors (Table 5).
 
-    A stopped run goes on: adapters that are there are used, and answers that are there are not asked for again. Adapters
-    of other data, settings or another recipe are refused.
+    A run that was stopped resumes when it is started again: finished adapters and answers in DIR are reused. Adapters
+    that were trained on other data, with other settings or by another recipe are refused.
     """
     from freres_cli.evaluation.cells import parse_budgets
     from freres_cli.evaluation.questions import read_questions

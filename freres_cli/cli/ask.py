@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 def ask(
     bundle: options.BundlePath,
     question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="The question; - reads stdin; none opens a prompt loop.")
+        str | None, typer.Argument(metavar="QUESTION", help="The question; - reads stdin; without it, a prompt loop opens.")
     ] = None,
     choices: Annotated[
         str | None,
-        typer.Option("--choices", metavar="A|B|...", help="Answer with one of these; print the probability of each."),
+        typer.Option("--choices", metavar="A|B|...", help="Choose one of these; print the probability of each."),
     ] = None,
     questions: Annotated[
         Path | None,

@@ -1,7 +1,8 @@
 """Measures the figures of the README: ``python -m freres_cli.cli.benchmark -o FILE [PART ...]`` writes one JSON file.
 
-Parts: ``method`` (cost after encoding, beside encoding at a released model's widths), ``decode`` (beside plain PyAV)
-and ``memory`` (one and ten minutes of 30 fps video). Takes about a quarter of an hour on two cores.
+Parts: ``method`` (cost after encoding, beside encoding at a released model's widths), ``decode`` (beside plain PyAV),
+``memory`` (one and ten minutes of 30 fps video) and ``many`` (20 short clips with one command, beside 20 commands). Takes
+about 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from freres_cli.video.decode import decode_frames
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
 from freres_cli.world.clip import draw_frame
+from freres_cli.world.make import make_set
 
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
@@ -57,7 +59,7 @@ def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
     from freres_cli.backbones.qwen_vision import CLIP_PIXELS
 
     torch.manual_seed(0)
-    config = Qwen2VLConfig(vision_config=TOWER).vision_config
+    config: Any = Qwen2VLConfig(vision_config=TOWER).vision_config
     encoder = Qwen2VLVisionEncoder(Qwen2VisionTransformerPretrainedModel(config), CLIP_PIXELS, {})
     size = encoder.frame_size(1280, 720, GRID)
     frame = torch.randint(0, 256, (1, size.height_px, size.width_px, 3), dtype=torch.uint8)
@@ -136,10 +138,8 @@ def measure_memory(folder: Path, repeat: int = 1) -> dict[str, Any]:
     for minutes in (1, 10):
         path = write_video(folder / f"{minutes}min.mp4", num_frames=minutes * 1800, side=(288, 288))
         for _ in range(repeat):
-            command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", str(path)]
-            command += ["--budget", "6600", "-o", str(folder / "b.pt"), "--force", "--json"]
-            run = subprocess.run(command, capture_output=True, text=True, check=True)
-            documents[minutes] = json.loads(run.stdout)
+            output = ("-o", str(folder / "b.pt"), "--force", "--json")
+            documents[minutes] = json.loads(run_command(str(path), "--budget", "6600", *output))
             peaks.setdefault(f"{minutes}_min", []).append(documents[minutes]["peak_memory_bytes"])
     ratio = summarize_runs(peaks["10_min"])["median"] / summarize_runs(peaks["1_min"])["median"]
     return {
@@ -151,6 +151,45 @@ def measure_memory(folder: Path, repeat: int = 1) -> dict[str, Any]:
         "peak_memory_bytes": {name: summarize_runs(values) for name, values in peaks.items()},
         "ten_minutes_over_one": ratio,
     }
+
+
+def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, Any]:
+    """Time ``freres compress`` on short clips: one command for all, beside one command for each, in turn.
+
+    ``load_s`` is what loading the tower took: of the first clip, and of all the others together.
+    """
+    clips = folder / "clips"
+    clips.mkdir()
+    videos = [clips / made.file for made in make_set(clips, "test", count)]
+    walls: dict[str, list[float]] = {"one_command": [], "a_command_each": []}
+    loads: dict[str, list[float]] = {"first": [], "others": []}
+    for run in range(repeat):
+        out = folder / f"many-{run}"
+        start = time.perf_counter()
+        rows = [json.loads(line) for line in run_command(str(clips), "-o", str(out), "--json").splitlines()]
+        walls["one_command"].append(time.perf_counter() - start)
+        loads["first"].append(rows[0]["timings_s"]["load"])
+        loads["others"].append(sum(row["timings_s"]["load"] for row in rows[1:]))
+        start = time.perf_counter()
+        for video in videos:
+            run_command(str(video), "-o", str(folder / f"alone-{run}-{video.stem}.pt"), "--json")
+        walls["a_command_each"].append(time.perf_counter() - start)
+    ratios = [one / each for one, each in zip(walls["one_command"], walls["a_command_each"], strict=True)]
+    return {
+        "commands": ["freres compress CLIPS/ -o BUNDLES/ --json", "freres compress CLIP -o BUNDLE --json, for each clip"],
+        "clips": f"{count} of freres world make --split test, 4 to 5 s at 8 fps",
+        "warmup": 0,
+        "runs": repeat,
+        **{f"{name}_s": summarize_runs(values) for name, values in walls.items()},
+        "one_command_over_a_command_each": summarize_runs(ratios),
+        "load_s": {name: summarize_runs(values) for name, values in loads.items()},
+    }
+
+
+def run_command(*arguments: str) -> str:
+    """Run ``freres compress`` in a process of its own and return what it prints."""
+    command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def write_video(path: Path, num_frames: int, side: tuple[int, int]) -> Path:
@@ -172,7 +211,7 @@ def main() -> None:
     """Run the named parts and write them, after what the file already holds of the others."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("parts", nargs="*", default=[], help="method, decode, memory; all when none is named")
+    parser.add_argument("parts", nargs="*", default=[], help="method, decode, memory, many; all when none is named")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -180,6 +219,7 @@ def main() -> None:
             "method": measure_method,
             "decode": lambda: measure_decode(Path(folder)),
             "memory": lambda: measure_memory(Path(folder)),
+            "many": lambda: measure_many(Path(folder)),
         }
         for part in arguments.parts or list(measures):
             results["environment"] = describe_environment(choose_device("cpu"))

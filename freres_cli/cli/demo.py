@@ -28,8 +28,9 @@ def demo(
 ) -> None:
     """Run the whole job on a made clip.
 
-    An H.264 file of the bundled model's world is made, compressed at two budgets, asked three questions, and profiled.
-    Answers stand beside the truth. One question is about an object that is on screen for one to three frames only.
+    Makes an H.264 clip of the bundled model's world, compresses it at two budgets, asks three questions about it, and
+    profiles it. Answers are printed beside the truth. One question is about an object that is on screen for only one to
+    three frames.
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: expected an existing folder", "make it first")

@@ -9,9 +9,8 @@ from freres_cli.cli.output import print_json, print_table
 def doctor(json: options.Json = False) -> None:
     """Check what this machine can run.
 
-    Looks at packages, decoders, devices, attention kernels, memory, the bundled model, the model hub and each model family.
-    Every line is ok, limited or
-    missing, with what that means. Exits 0 when the main job can run.
+    Looks at packages, decoders, devices, attention kernels, memory, the bundled model, the model hub and each model
+    family. Every line is ok, limited or missing, with what that means. Exits 0 when the main job can run.
     """
     from freres_cli.errors import ResourceError
     from freres_cli.workflows.doctor import examine_machine

@@ -51,12 +51,12 @@ def evaluate(
     ] = "1.0,0.5,0.25,0.1",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, and go on where they end."),
+        typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, and resume from them."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Begin anew where the output file holds something else.")
+        bool, typer.Option("--force", help="Start over if the output file holds something else.")
     ] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask the first so many questions only.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")] = None,
     adapter: options.Adapter = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -70,17 +70,18 @@ def evaluate(
     """Measure accuracy by method and budget.
 
     Each video is decoded and encoded once; every method makes its tokens from these latents, and answers all questions
-    on the video from one prefill. Options are scored as by freres ask --choices; a free answer is greedy, at most 16
-    tokens, and compared without case, spacing and punctuation at its end. A video that cannot be used is a failed row,
-    and its questions count for no method.
+    about the video from one prefill. Options are scored as by freres ask --choices. A free answer is greedy, has at most
+    16 tokens, and is compared without regard to case, spacing and final punctuation. A video that cannot be used is a
+    failed row, and its questions count for no method.
 
     QUESTIONS holds one JSON object a line with the keys id, video (relative to that file), category, question, choices
-    (2 to 26 options; none for a free answer) and answer (the option as it stands there). Other keys are ignored.
+    (2 to 26 options; none for a free answer) and answer (the text of the right option). Other keys are ignored.
 
     Methods: full, every token; uniform, whole frames at even distances, thinned to exactly the budget; lowres, every
     frame averaged in space over as many cells as the budget holds; fre-res, as freres compress, with the adapter;
-    blind, the question without any visual token. full and blind have one row, whatever the budgets. uniform and lowres
-    have exactly the budget, fre-res never more. With deepstack: drop only full keeps the DeepStack rows.
+    blind, the question without any visual token. freres methods says more. full and blind have one row, whatever the
+    budgets. uniform and lowres have exactly the budget, fre-res never more. With deepstack: drop, only full keeps the
+    DeepStack rows.
     """
     from freres_cli.evaluation.cells import parse_cells
     from freres_cli.evaluation.questions import read_questions
@@ -113,6 +114,7 @@ def evaluate(
 
 
 def print_failures(result: EvalResult) -> None:
+    """Warn about videos that could not be used."""
     failed = result.summary["failed"]
     for item in failed[:SHOWN_FAILURES]:
         print_warning(f"failed: {item['message']}")
@@ -124,12 +126,14 @@ def print_failures(result: EvalResult) -> None:
 
 
 def run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
+    """Return how much of the run was already done."""
     if request.output is None:
         return []
     return [f"{request.output}: {result.num_resumed} videos were answered before"] if result.num_resumed else []
 
 
 def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
+    """Return the ``--json`` document of a run."""
     from freres_cli.bench.report import describe_environment
 
     return {
@@ -144,6 +148,7 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
 
 
 def print_rows(summary: dict[str, Any]) -> None:
+    """Print the table of methods and budgets, and accuracy by category."""
     columns = ("method", "budget", "tokens", "most", "accuracy", "95 % interval", "by category", "retention")
     print_table(
         (*columns, "compress", "prefill", "TTFT", "next TTFT"),
@@ -167,7 +172,7 @@ def print_rows(summary: dict[str, Any]) -> None:
 
 
 def print_totals(summary: dict[str, Any]) -> None:
-    """Say what the tables are of."""
+    """Print what the tables are based on."""
     print_result("")
     print_result(
         f"{summary['num_questions']} questions on {summary['num_videos']} videos, {len(summary['failed'])} failed; "
@@ -184,7 +189,7 @@ def print_totals(summary: dict[str, Any]) -> None:
 
 
 def print_differences(summary: dict[str, Any]) -> None:
-    """Say which method is ahead at equal budgets, and how sure that is."""
+    """Print the paired differences between methods at equal budgets."""
     rows = [row for row in summary["differences"] if row["budget"] is not None and row["minus"] != "full"]
     if not rows:
         return

@@ -26,7 +26,7 @@ def inspect(
     absorber: Annotated[
         Path | None,
         typer.Option(
-            "--absorber", metavar="FILE", help="Draw, as a PNG, where each GoP's motion went through the absorber."
+            "--absorber", metavar="FILE", help="Draw a PNG of what the absorber took from each cell."
         ),
     ] = None,
     adapter: options.Adapter = None,
@@ -35,13 +35,13 @@ def inspect(
 ) -> None:
     """Show what a bundle holds.
 
-    Tokens, times, energy kept, the seconds that lost most, settings and their sources. Needs neither the video nor any
-    model. Energy shares say how much motion was kept, not how well a model answers.
+    Prints tokens, times, energy kept, the seconds that lost most, and settings with their sources. Needs neither the
+    video nor any model. Energy shares say how much motion was kept, not how well a model answers.
 
-    The picture of --absorber has a row for each GoP, named by its start. Left is the energy of the kept coefficients of
-    each cell, right how much the tokens took from that cell: attention weights times the norm of what each token
-    received. The absorber brings coefficients to one size before it looks at them, so a faint one may count as much as a
-    strong one. Each column has one colour scale, from 0 to the number below its bar.
+    The picture of --absorber has a row for each GoP, labelled with its start. On the left is the energy of the kept
+    coefficients of each cell, on the right how much the tokens took from that cell: attention weights times the norm of
+    what each token received. The absorber normalizes coefficients before it looks at them, so a faint one may count as
+    much as a strong one. Each column has one colour scale, from 0 to the number below its bar.
     """
     for flag, value in (("--adapter", adapter), ("--force", force)):
         if value and absorber is None:

@@ -1,8 +1,8 @@
 """The manual pages, written from the command itself: ``python -m freres_cli.cli.manpages [--check]``.
 
-Pages of section 1 come from the verbs and freres-preset(5) from ``presets.KEYS``. freres(7) is edited by hand but for
-its header, PRESETS, EXIT STATUS and SEE ALSO; freres-bundle(5) is a specification, written by hand. Typer vendors
-Click: the commands are only walked.
+Pages of section 1 come from the verbs, and freres-preset(5) from ``presets.KEYS``. Four things in pages that are edited by
+hand are generated: the header, PRESETS, EXIT STATUS and SEE ALSO of freres(7), and the tables of freres-bundle(5), which
+come from ``tracks.COLUMNS``. Typer vendors Click, so the commands are only walked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from freres_cli.cli.manual import VERBS
 from freres_cli.cli.roff import code, escape, line, tagged
 from freres_cli.errors import ExitStatus
 from freres_cli.presets import KEYS, Key, load_preset, preset_names
+from freres_cli.tracks import COLUMNS, TOKEN_COLUMNS, Column
 
 MAN_DIR = Path(__file__).parents[2] / "man"
 NOTICE = '.\\" Written by python -m freres_cli.cli.manpages; edit that file, not this one.\n'
@@ -33,10 +34,10 @@ OVERVIEW_NOTICE = (
 EXIT_MEANINGS = {
     "DONE": "Done.",
     "BUG": "A bug in freres. `FRERES_DEBUG=1` shows where.",
-    "USAGE": "A flag, argument, preset or setting that cannot be carried out.",
-    "VIDEO": "The video is missing, is no video, or cannot be decoded.",
-    "BUNDLE": "The bundle is missing, damaged, unsafe or there already, or its place cannot be written.",
-    "BACKBONE": "The model cannot be found, loaded, or used for what is asked; or it is not the one of the bundle.",
+    "USAGE": "A flag, argument, preset or setting that cannot be carried out, or an output that cannot be written.",
+    "VIDEO": "The video is missing, is not a video, or cannot be decoded.",
+    "BUNDLE": "The bundle is missing, damaged or unsafe, or was made by another method than the verb needs.",
+    "BACKBONE": "The model cannot be found, loaded, or used for what is asked; or it is not the model of the bundle.",
     "RESOURCE": "Not enough memory or disk, or a device that is not there.",
     "INTERRUPTED": "Interrupted with Ctrl-C. No half-written file is left.",
 }
@@ -151,7 +152,7 @@ def synopsis(command: Any, context: Any, path: str) -> str:
 
 def leaf_commands(group: Any) -> dict[str, Any]:
     """Return every verb by name; those of a group by its name and theirs: ``world make``."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, command in group.commands.items():
         inner = leaf_commands(command) if hasattr(command, "commands") else {}
         found |= {f"{name} {sub}": leaf for sub, leaf in inner.items()} or {name: command}
@@ -159,13 +160,14 @@ def leaf_commands(group: Any) -> dict[str, Any]:
 
 
 def page_name(verb: str) -> str:
+    """Return the name of a verb's page; a verb within a verb has a hyphen in it."""
     return f"freres-{verb.replace(' ', '-')}"
 
 
 def verb_page(name: str, command: Any, parent: Any) -> str:
     """Return freres-NAME(1); the name of a verb within a verb has a space, its page a hyphen."""
     if name not in VERBS:
-        raise SystemExit(f"manpages: no examples and no output for 'freres {name}': add them to VERBS")
+        raise SystemExit(f"manpages: no examples and no output for 'freres {name}': add them to manual.VERBS")
     context = command.make_context(name, [], parent=parent, resilient_parsing=True)
     facts = VERBS[name]
     defaults = {**DEFAULTS, **facts.get("defaults", {})}
@@ -197,10 +199,10 @@ def command_page(group: Any, context: Any) -> str:
     page += ".SH OPTIONS\n" + "".join(option(o, context, {}) for o in visible(group, context, "option"))
     page += ".SH OUTPUT\n" + line(
         "The result, and only the result, goes to stdout; progress, notes and warnings go to stderr. With `--json` a verb "
-        "prints one document; its `schema` key names it, and figures that are not known are null. On failure stderr says "
-        "what is wrong (error:) and what to do (hint:)."
+        "prints one document, named by its `schema` key; verbs that work through a list print one document a line. Figures "
+        "that are not known are null. On failure stderr says what is wrong (error:) and what to do (hint:)."
     )
-    return page + exit_status() + see_also("freres(7)", *(f"{page_name(name)}(1)" for name in verbs))
+    return page + exit_status() + see_also("freres(3)", "freres(7)", *(f"{page_name(name)}(1)" for name in verbs))
 
 
 def overview_page(path: Path, verbs: Iterable[str]) -> str:
@@ -210,7 +212,7 @@ def overview_page(path: Path, verbs: Iterable[str]) -> str:
         "PRESETS": ".SH PRESETS\n"
         + "".join(tagged(f".B {escape(p.name)}", f"{p.values['description']}.") for p in presets),
         "EXIT STATUS": exit_status(),
-        "SEE ALSO": see_also("freres(1)", *(f"{page_name(name)}(1)" for name in verbs)),
+        "SEE ALSO": see_also("freres(1)", "freres(3)", *(f"{page_name(name)}(1)" for name in verbs)),
     }
     _, *sections = re.split(r"(?m)^\.SH (?!NAME)", path.read_text(encoding="utf-8"))
     kept = (fresh.pop(section.partition("\n")[0], f".SH {section}") for section in sections)
@@ -230,9 +232,9 @@ def preset_page() -> str:
     """Return freres-preset(5), from the table that also checks presets."""
     page = head("freres-preset", 5, "settings of freres, in YAML") + ".SH DESCRIPTION\n"
     page += line(
-        "A preset is a YAML mapping of the keys below. A key that is absent has its default; an unknown key, a value of "
-        "another type or out of range is an error (exit status 2). `freres compress --preset` takes the name of a "
-        "shipped preset or a file ending in .yaml or .yml; `--set KEY=VALUE` sets one key over it."
+        "A preset is a YAML mapping of the keys below. A key that is absent has its default; an unknown key, or a value of "
+        "the wrong type or out of range, is an error (exit status 2). `freres compress --preset` takes the name of a "
+        "shipped preset or a file ending in .yaml or .yml; `--set KEY=VALUE` overrides one key."
     )
     page += ".SH KEYS\n"
     for name, key in KEYS.items():
@@ -242,12 +244,29 @@ def preset_page() -> str:
         page += line(f"Value: {_rule(key)}. Default: {none if default in (None, '') else default}.") + ".br\n"
         page += line(f"Example: `{name}: {KEY_EXAMPLES[name]}`")
     page += ".SH NOTES\n" + line(
-        "`sample: fps` needs `sample_fps`, `sample: count` needs `sample_count`. `anchors` holds at the budget the preset "
-        "names and scales with the budget asked for. `grid` named as ROWSxCOLUMNS leaves `tokens_per_frame` without effect."
+        "`sample: fps` needs `sample_fps`, `sample: count` needs `sample_count`. `anchors` is the number at the preset's own "
+        "budget; it scales with the budget asked for. With `grid` given as ROWSxCOLUMNS, `tokens_per_frame` has no effect."
     )
-    page += ".SH EXAMPLE\n" + line("A preset of one's own, lectures.yaml:") + code(EXAMPLE_PRESET) + ".PP\n"
-    page += line("and its use:") + code("freres compress talk.mp4 --preset lectures.yaml")
+    page += ".SH EXAMPLE\n" + line("A preset of your own, lectures.yaml:") + code(EXAMPLE_PRESET) + ".PP\n"
+    page += line("and how to use it:") + code("freres compress talk.mp4 --preset lectures.yaml")
     return page + see_also("freres-compress(1)", "freres-presets(1)", "freres(7)")
+
+
+def bundle_page(path: Path) -> str:
+    """Return freres-bundle(5) as it stands at ``path``, with the tables of tensors written anew."""
+    tables = {**COLUMNS, **TOKEN_COLUMNS}
+    mark = re.compile(r'(?ms)^(\.\\" table: ([a-z ]+)\n)\.TS\n.*?^\.TE\n')
+    return mark.sub(lambda found: found[1] + _column_table(tables, found[2].split()), path.read_text(encoding="utf-8"))
+
+
+def _column_table(columns: Mapping[str, Column], tables: list[str]) -> str:
+    rows = [(name, column) for name, column in columns.items() if column.table in tables]
+    lines = (f"{name}\t{column.dtype} ({_axes(column)})\t{escape(column.text)}".rstrip() for name, column in rows)
+    return ".TS\nl2 l2 l.\n" + "".join(f"{line}\n" for line in lines) + ".TE\n"
+
+
+def _axes(column: Column) -> str:
+    return ", ".join(({"frame": "T", "gop": "G"}.get(column.table, "n"), *column.shape))
 
 
 def build_pages() -> dict[str, str]:
@@ -258,6 +277,7 @@ def build_pages() -> dict[str, str]:
     pages = {"man1/freres.1": command_page(group, context)}
     pages |= {f"man1/{page_name(name)}.1": verb_page(name, command, context) for name, command in verbs.items()}
     return pages | {
+        "man5/freres-bundle.5": bundle_page(MAN_DIR / "man5/freres-bundle.5"),
         "man5/freres-preset.5": preset_page(),
         "man7/freres.7": overview_page(MAN_DIR / "man7/freres.7", verbs),
     }

@@ -1,4 +1,4 @@
-"""What the man pages say of each verb beyond its own help: examples, output, JSON."""
+"""What the man pages say about each verb beyond its own help: examples, output, JSON."""
 
 from __future__ import annotations
 
@@ -6,63 +6,77 @@ from typing import Any
 
 import yaml
 
-# What a verb's page says beyond the command itself. ``schemas``: the --json documents and their main keys. ``defaults``: as
-# DEFAULTS, for this verb.
+# ``schemas``: the --json documents and their main keys. ``defaults``: like DEFAULTS, for this verb only.
 VERBS: dict[str, dict[str, Any]] = yaml.safe_load("""
 compress:
   examples:
     freres compress video.mp4 --budget 1280: Write bundle.pt with at most 1,280 visual tokens.
-    freres compress video.mp4 --model Qwen/Qwen2-VL-7B-Instruct: For a larger model, with its preset.
+    freres compress video.mp4 --model Qwen/Qwen2-VL-7B-Instruct: Use a larger model, with its preset.
+    freres compress clips/ -o bundles/: Compress every video in a folder. Run it again to resume after a stop.
+    freres compress a.mp4 b.mp4 more.txt -o bundles/ --json: Files and a list of paths; one JSON line for each video.
     freres compress video.mp4 --start 60 --end 90 --fps 10 -o part.pt: Half a minute, 10 frames a second.
+    freres compress video.mp4 --method uniform --budget 1280: A baseline in place of Fre-Res.
     freres compress video.mp4 --budget 1280 --dry-run: Show the token allocation; encode nothing.
     freres compress video.mp4 --set temporal_share=0.4: Change one setting of the preset.
-  output: The bundle's path. Token counts, time and peak memory go to stderr.
+  output: >-
+    The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, and so does a warning
+    for each video that failed.
   schemas:
     freres.compress/1:
       bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind grid timings_s
       peak_memory_bytes model source sampling settings notes environment
+    freres.compress_many/1 with several videos:
+      video status (done, skipped or failed) bundle; then the keys of freres.compress/1 where it is done, token counts where
+      it is skipped, message and exit_status where it failed
     freres.plan/1 with --dry-run:
-      visual_tokens budget_tokens full_tokens compression tokens_by_kind frames baseline_frames grid num_gops num_coefficients
-      pooled_grid max_events is_lossless settings
+      method visual_tokens budget_tokens full_tokens compression tokens_by_kind frames baseline_frames grid num_gops
+      num_coefficients pooled_grid max_events is_lossless settings environment
   defaults: {variant: the preset's, fps: the preset's sample, frames: the preset's sample, grid: the preset's,
-    start: the beginning of the video, end: the end of the video}
+    start: the beginning of the video, end: the end of the video,
+    output: "bundle.pt; bundles, a folder, for several videos"}
 ask:
   examples:
     freres ask bundle.pt "What moves first?": Stream an answer.
     freres ask bundle.pt "Which way?" --choices "left|right": Choose an option; print probabilities.
     freres ask bundle.pt: Read questions line by line; the video is prefilled once.
     freres ask bundle.pt - --json < question.txt: Read the question from stdin; print one document.
-  output: The answer; with `--choices`, then a line for each option with its probability. Costs go to stderr.
+    freres ask bundle.pt --questions questions.jsonl --json: Answer a file of questions from one prefill.
+  output: >-
+    The answer; with `--choices`, then a line for each option with its probability; with `--questions`, a line for each
+    question. Costs go to stderr. A question may have at most 16,384 bytes of UTF-8, including its options.
   schemas:
     freres.ask/1:
       bundle question answer choices visual_tokens context_tokens new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
       model text_after notes environment
-  defaults: {choices: none (a free answer), adapter: "the bundled model's own, none for others", model: the bundle's,
-    revision: the bundle's, text_after: the bundle's}
+    freres.answer/1 with --questions:
+      id question answer choices visual_tokens context_tokens new_tokens finish_reason notes
+  defaults: {choices: none (a free answer), questions: none, adapter: "the bundled model's own, none for others",
+    model: the bundle's, revision: the bundle's, text_after: the bundle's}
 profile:
   examples:
     freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle, beside the full-token run.
     freres profile video.mp4 --budget 1280 --repeat 5: Decode, encode and compress as well.
-    freres profile --json > profile.json: A made clip; every figure with its spread.
+    freres profile --json > profile.json: A clip made on the spot; every figure with its spread.
   output: >-
-    A table: a row for Fre-Res and one for the full-token run of the same model. Figures are medians. A row whose status is
-    not ok says why: out_of_memory, context_exceeded or timed_out.
+    A table with a row for the compressed clip and one for the full-token run of the same model. Figures are medians. A row
+    that could not be measured says why: out_of_memory, context_exceeded or timed_out.
   schemas: {freres.profile/1: target question repeat warmup model rows environment}
   defaults: {model: "bundled, or the bundle's", revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
     freres eval questions.jsonl: The bundled model, three methods at four budgets.
     freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
-    freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to go on after a stop.
+    freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to resume after a stop.
   output: >-
-    Tables: a row for each method and budget, accuracy by category, and the difference of methods at equal budgets, paired
-    by video: it tells methods apart whose own intervals overlap (`differences` has those from full as well). `accuracy`
-    counts every question once, `mean_over_categories` every category once; `retention` is accuracy over that of full.
-    Intervals are 95 % percentile bootstrap over 2,000 resamples (seed 0) of whole videos, since questions on one video
-    stand or fall together; they have no width where all answers are right, or all wrong, and are null for a single video.
-    Tokens are means over videos (`_max`: the most), times medians: `compress_s` from latents to tokens, `ttft_s` of a
-    video's first question with its prefill, `next_ttft_s` of the others. The file of `--output` has a header and a line
-    for each video; a file of another run is refused, and failed videos are tried again.
+    Tables: a row for each method and budget, accuracy by category, and the differences between methods at equal budgets,
+    paired by video. A paired difference can separate methods whose own intervals overlap (`differences` in the JSON has
+    those from full as well). `accuracy` counts every question once, `mean_over_categories` every category once;
+    `retention` is accuracy over that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples
+    (seed 0) of whole videos, because the answers to questions about one video depend on each other. An interval has no
+    width where all answers are right, or all are wrong, and is null for a single video. Tokens are means over videos
+    (`_max` is the largest), times are medians: `compress_s` from latents to tokens, `ttft_s` of a video's first question
+    with its prefill, `next_ttft_s` of the others. The file of `--output` has a header and a line for each video. A file
+    from a different run is refused, and failed videos are tried again.
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
@@ -83,7 +97,8 @@ train:
     mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
     those of the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1.
     The adapter holds the model's fingerprint, the settings, the data's SHA-256, the recipe and every validation. The cache
-    keeps bundles and what the full-token model thought; where it did not fit, remove the cache to ask it again.
+    keeps the bundles and the full-token model's scores. A clip too long for the full-token model has no scores; remove
+    the cache to try again on a larger machine.
   schemas:
     freres.train/1:
       adapter variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_left_out num_parameters
@@ -94,8 +109,8 @@ ablate:
     freres ablate questions.jsonl -o out --train data.jsonl: Train three adapters, fill all tables at a quarter of the tokens.
     freres ablate questions.jsonl -o out --tables anchors --budgets 0.5,0.25: One table without training.
   output: >-
-    As freres eval, a row for each setting; `--json` has the paired difference of any two rows at equal budgets. DIR keeps the
-    adapters, the compressed videos and every answer.
+    The tables of freres eval, with a row for each setting; `--json` has the paired difference between any two rows at equal
+    budgets. DIR keeps the adapters, the compressed videos and every answer.
   schemas: {freres.ablate/1: the keys of freres.eval/1 and tables}
   defaults: {data: nothing is trained, limit: every question}
 inspect:
@@ -104,57 +119,66 @@ inspect:
     freres inspect bundle.pt --tokens: With a row for each visual token.
     freres inspect bundle.pt --absorber out.png --adapter modules.safetensors: Draw what the absorber took, and from where.
   output: >-
-    Source, model, tokens, residual energy kept, GoPs and settings. The spectrum stands beside its null: what independent
-    noise frames give. With `--absorber`, a line for the picture; it shows at most 20 GoPs, those of most energy, and `--json`
-    has the maps of all.
+    Source, model, tokens, residual energy kept, GoPs and settings. The spectrum stands beside its null: the spectrum of
+    independent noise frames. Bundles of methods other than Fre-Res have no energy and no GoPs. With `--absorber`, a line
+    for the picture; it shows at most 20 GoPs, those with the most energy, and `--json` has the maps of all.
   schemas:
     freres.inspect/1:
-      bundle bundle_bytes bytes_per_token visual_tokens budget_tokens full_tokens compression retention tokens_by_kind model
-      source sampling geometry settings history channels latents_dtype energy gops tokens
-      absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops)
+      bundle bundle_bytes bytes_per_token schema_version visual_tokens budget_tokens full_tokens compression retention
+      tokens_by_kind model source sampling geometry settings history channels latents_dtype energy gops tokens
+      absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops) environment
   defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
 repack:
   examples:
     freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.
-    freres repack bundle.pt --deepstack drop -o small.pt: Leave out the rows of DeepStack; answers change.
-  output: The new bundle's path. Token counts go to stderr.
+    freres repack bundle.pt --deepstack drop -o small.pt: Leave out the DeepStack rows; answers change.
+  output: >-
+    The new bundle's path. Token counts go to stderr. A bundle of a method other than Fre-Res has no order of importance to
+    cut by, and is refused.
   schemas:
     freres.repack/1:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind notes
-  defaults: {budget: all tokens stay, deepstack: as the bundle is}
+      environment
+  defaults: {budget: all tokens stay, deepstack: unchanged}
 presets:
   examples:
     freres presets: List the presets.
-    freres presets qwen2-vl-7b > mine.yaml: Begin a preset of your own; use it with --preset mine.yaml.
+    freres presets qwen2-vl-7b > mine.yaml: Start a preset of your own; use it with --preset mine.yaml.
   output: A table of presets; with NAME, that preset as YAML.
   schemas: {freres.presets/1: presets, freres.preset/1 with NAME: name settings}
 models:
   examples: {freres models: List model families and checkpoints.}
   output: >-
-    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, bytes of all weights, and whether real
-    weights were run.
+    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, bytes of all weights, and whether the
+    real weights have been run.
   schemas: {freres.models/1: families bundled checkpoints environment}
+methods:
+  examples: {freres methods: List the compression methods., freres methods --json: The same as one document.}
+  output: A table of methods, then a line for each with what it keeps and where it departs from its source.
+  schemas:
+    freres.methods/1:
+      methods (name summary source training needs is_question_blind streams has_budget makes_bundles deviations)
 doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."
   schemas: {freres.doctor/1: findings environment}
 demo:
   examples:
-    freres demo: Run the whole job on a made clip.
+    freres demo: Run the whole job on a clip made on the spot.
     freres demo -o here: Keep the clip and the bundles in the folder here.
   output: "Three tables: token counts, answers beside the truth, cost beside the full-token run."
   schemas: {freres.demo/1: clip bundles answers profile environment}
   defaults: {folder: "a temporary folder, removed at the end"}
 world make:
   examples:
-    freres world make --split test --count 500 -o test: Write the clips and questions the shipped model is tested on.
+    freres world make --split test --count 500 -o test: Write the clips and questions that the shipped model is tested on.
     freres world make --level 2 --count 20 -o long: Longer clips at higher rates, for stronger models.
   output: The path of questions.jsonl.
   schemas: {freres.world_make/1: questions split seed level num_clips num_questions by_category}
 world train:
   examples:
-    freres world train -o my-model: Train a model from nothing; the same command goes on with a stopped run.
-    freres world train -o better --start bundled --tower-steps 0 --steps 500: Go on from the shipped weights.
+    freres world train -o my-model: Train a model from nothing; run it again to resume after a stop.
+    freres world train -o better --start bundled --tower-steps 0 --steps 500: Continue from the shipped weights.
   output: The folder, for --model. Progress goes to stderr.
   schemas: {freres.world_train/1: model tower_steps language_steps train_seeds start choices_as train_s environment}
   defaults: {start: random weights}

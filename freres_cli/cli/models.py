@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def models(json: options.Json = False) -> None:
     """List what --model can name.
 
-    Any local folder or hub checkpoint of a listed family works; those listed are the ones whose numbers are known, in
-    bfloat16. A dash is a number that is not known here.
+    Any local folder or hub checkpoint of a listed family works; those in the table are the ones whose numbers are known,
+    in bfloat16. A dash is a number that is not known here.
     """
     from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS
     from freres_cli.world.bundled_model import FRAME_PX, GRID, bundled_model_info
@@ -25,7 +25,7 @@ def models(json: options.Json = False) -> None:
         _print_document(bundled)
         return
     size = f"{GRID**2} at {FRAME_PX}x{FRAME_PX}"
-    rows = [("bundled", "qwen2_vl", size, "-", "-", "-", "ships with freres; only knows its own world")]
+    rows: list[tuple[str, ...]] = [("bundled", "qwen2_vl", size, "-", "-", "-", "ships with freres; only knows its own world")]
     rows += [_describe(known) for known in KNOWN_CHECKPOINTS]
     columns = ("model", "family", "tokens a frame", "KV a token", "bundle a token", "weights", "state")
     print_table(columns, rows)

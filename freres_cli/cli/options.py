@@ -37,7 +37,7 @@ def complete_bundle_method(incomplete: str) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no notes on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress bar and no notes.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file.")]
 Model = Annotated[
     str | None,
@@ -89,6 +89,6 @@ Assignments = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="FILE|none", help="What freres train wrote; none for untrained tokens."),
+    typer.Option("--adapter", metavar="FILE|none", help="An adapter that freres train wrote; none for untrained tokens."),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]

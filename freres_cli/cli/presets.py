@@ -18,9 +18,9 @@ def presets(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """List the presets, or print one as it stands, comments and all.
+    """List the presets, or print one of them, comments included.
 
-    To make your own: freres presets qwen2-vl-7b > mine.yaml, edit it, and give --preset mine.yaml.
+    To make your own: freres presets qwen2-vl-7b > mine.yaml, edit it, and pass --preset mine.yaml.
     """
     if name is not None:
         preset = load_preset(name)

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 def profile(
     target: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE|VIDEO", help="What to profile; none makes a 4 s clip.")
+        Path | None, typer.Argument(metavar="BUNDLE|VIDEO", help="What to profile; without it, a 4 s clip is made.")
     ] = None,
     question: Annotated[str, typer.Option("--question", help="The question asked.")] = "What happens in the video?",
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Counted runs.")] = 3,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those, not counted.")] = 1,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs that count.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those, which do not count.")] = 1,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")] = 16,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=1.0, max=1e6, metavar="SECONDS", help="End a row that takes longer.")
+        float, typer.Option("--timeout", min=1.0, max=1e6, metavar="SECONDS", help="Stop a row that takes longer.")
     ] = 1800.0,
     budget: options.Budget = None,
     preset: options.PresetName = None,
@@ -52,10 +52,10 @@ def profile(
 ) -> None:
     """Measure time and memory, beside the full-token run.
 
-    Decode, encode, compress, load, prefill, time to first token, time per token and peak memory. Each row runs in a
-    process of its own; one that runs out of memory is a row that says so. TTFT runs from the question's submission to
-    the first token, bundle and model loaded, video not yet prefilled. A bundle does not hold the video, so its
-    full-token row stands in random latents.
+    Measures decode, encode, compress, load, prefill, time to first token, time per token and peak memory. Each row runs
+    in a process of its own; one that runs out of memory is a row that says so. TTFT runs from the question's submission
+    to the first token, with bundle and model loaded and the video not yet prefilled. A bundle does not hold the video, so
+    its full-token row uses random latents of the same number.
     """
     from freres_cli.bench.report import describe_environment
     from freres_cli.pipeline.models import find_device, find_dtype

@@ -24,7 +24,7 @@ def repack(
 ) -> None:
     """Cut a bundle to a smaller budget, or drop its DeepStack rows.
 
-    Needs neither the video nor the vision tower. Every kind of token keeps its most important ones. Prints the new
+    Needs neither the video nor the vision tower. The most important tokens of every kind are kept. Prints the new
     bundle's path.
     """
     if budget is None and deepstack is None:

@@ -22,23 +22,23 @@ def train(
         "adapter.safetensors"
     ),
     budgets: Annotated[
-        str, typer.Option("--budgets", metavar="SIZE,...", help="Trained for: shares of the full tokens, or counts.")
+        str, typer.Option("--budgets", metavar="SIZE,...", help="Budgets to train for: shares of the full tokens, or counts.")
     ] = "0.5,0.25,0.1",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps at most.")] = 500,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Videos a step.")] = 8,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Questions of a video a step, at most.")] = 4,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="At its highest.")] = 1e-3,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Most training steps.")] = 500,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Videos in each step.")] = 8,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Most questions about a video in each step.")] = 4,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Highest learning rate.")] = 1e-3,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Width of the bottlenecks.")] = None,
     validation: Annotated[
-        float, typer.Option("--validation", metavar="SHARE", help="Of the videos, held out to choose the weights.")
+        float, typer.Option("--validation", metavar="SHARE", help="Share of the videos held out to choose the weights.")
     ] = 0.1,
-    validate_every: Annotated[int, typer.Option("--validate-every", min=1, metavar="STEPS", help="How often.")] = 50,
-    patience: Annotated[int, typer.Option("--patience", min=1, help="Validations without a gain before the end.")] = 5,
+    validate_every: Annotated[int, typer.Option("--validate-every", min=1, metavar="STEPS", help="Steps between validations.")] = 50,
+    patience: Annotated[int, typer.Option("--patience", min=1, help="Stop after this many validations without a gain.")] = 5,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of weights, order and held-out videos.")
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of weights, order and held-out videos.")
     ] = 0,
     cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Bundles of the videos; used again by later runs.")
+        Path | None, typer.Option("--cache", metavar="DIR", help="Folder of compressed videos; later runs reuse it.")
     ] = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -52,16 +52,16 @@ def train(
 ) -> None:
     """Train Fre-Res for a frozen model: an adapter for freres ask --adapter.
 
-    Each video is compressed once at every budget, into the cache; vision tower and language model stay as they are.
-    Trained are the token adapters, the absorber, type embeddings and gates, by the answers and by what the same model
-    thinks of the options when it sees every token. Each video of a step has one of the budgets, so that one adapter
-    serves them all. The weights written are those of the lowest loss on the videos held out.
+    Each video is compressed once at every budget, into the cache; the vision tower and the language model do not change.
+    Training fits the token adapters, the absorber, the type embeddings and the gates, to the answers and to the scores
+    that the same model gives the options when it sees every token. Each video of a step has one of the budgets, so one
+    adapter serves them all. The weights that are written are those with the lowest loss on the videos held out.
 
     DATA holds one JSON object a line with the keys video (relative to that file), question, choices (2 to 26 options;
     none for a free answer) and answer. Other keys are ignored.
 
-    A stopped run, started again with the same arguments, goes on from FILE.state. For several GPUs start it with
-    torchrun or accelerate launch.
+    A run that was stopped resumes from FILE.state when it is started again with the same arguments. For several GPUs,
+    start it with torchrun or accelerate launch.
     """
     from freres_cli.evaluation.cells import parse_budgets
     from freres_cli.evaluation.questions import read_questions
@@ -77,7 +77,7 @@ def train(
     check_destination(output, True)
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
-        raise UsageError("--set budget_tokens: the adapter is trained for --budgets", "use --budgets")
+        raise UsageError("--set budget_tokens: the adapter is trained for the sizes in --budgets", "use --budgets")
     sizes = parse_budgets(budgets)
     file = read_questions(data, is_named=False)
     chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype)
@@ -103,10 +103,10 @@ def train(
 
 
 def print_training_warnings(done: Mapping[str, Any]) -> None:
-    """Say what a training left out, and where it gained nothing."""
+    """Warn about data that training left out, and about training that gained nothing."""
     from freres_cli.workflows.train_adapter import describe_left_out
 
     for line in describe_left_out(done):
         print_warning(line)
     if not done["best_step"]:
-        print_warning("no step had a lower loss on the videos held out than the start: the adapter changes nothing")
+        print_warning("no step had a lower loss on the held-out videos than the start: the adapter changes nothing")

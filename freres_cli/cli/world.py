@@ -29,14 +29,14 @@ def make(
         int, typer.Option("--level", min=1, max=2, help="1: 4 to 5 s at 8 fps. 2: 6 to 60 s at 12 to 30 fps, swaying.")
     ] = 1,
     questions: Annotated[
-        int, typer.Option("--questions-per-clip", min=1, max=11, help="At most; of different categories.")
+        int, typer.Option("--questions-per-clip", min=1, max=11, help="Most questions about a clip, each of another category.")
     ] = 4,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write encoded clips and questions.jsonl, for freres eval or any other tool.
 
-    The same arguments give the same clips and questions. Each row holds id, video, category, question, four choices and
+    The same arguments always give the same clips and questions. Each row holds id, video, category, question, four choices and
     the answer.
     """
     from freres_cli.world.make import QUESTIONS_FILE, SPLITS, make_set
@@ -67,16 +67,16 @@ def make(
 @world.command("train")
 def train(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the model; goes on from there.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the model; resumes from it.")
     ],
     start: Annotated[
         str | None,
-        typer.Option("--start", metavar="DIR|bundled", help="Begin with this model's weights, not with random ones."),
+        typer.Option("--start", metavar="DIR|bundled", help="Start from this model's weights, not from random ones."),
     ] = None,
-    tower_steps: Annotated[int, typer.Option("--tower-steps", min=0, help="Steps of the vision tower.")] = 940,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the language half.")] = 2150,
+    tower_steps: Annotated[int, typer.Option("--tower-steps", min=0, help="Training steps of the vision tower.")] = 940,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of the language half.")] = 2150,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=98, help="Other weights to start from, and other clips.")
+        int, typer.Option("--seed", min=0, max=98, help="Seed of the first weights and of the clips.")
     ] = 0,
     device: options.DeviceName = None,
     json: options.Json = False,
@@ -84,8 +84,8 @@ def train(
 ) -> None:
     """Train a bundled model from nothing: a folder for --model.
 
-    Two hours on two CPU cores. A stopped run, started again with the same arguments, goes on where it last wrote its
-    state, in DIR/training.
+    Takes two hours on two CPU cores. A run that was stopped resumes from its last state, in DIR/training, when it is
+    started again with the same arguments.
     """
     if start not in (None, options.BUNDLED) and not Path(start).is_dir():
         raise UsageError(f"--start: {start}: no such folder", "name the folder of a model, or bundled")

@@ -17,14 +17,14 @@ MAX_COUNT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget as asked for: a share of the full tokens, kept exact, or a count."""
+    """A budget as requested: a share of the full tokens, kept exact, or a count."""
 
     text: str
     share: Fraction | None = None
     count: int | None = None
 
     def tokens(self, full_tokens: int) -> int:
-        """Return most visual tokens for a clip of ``full_tokens``: a share is rounded down, to at least 1."""
+        """Return the budget in tokens for a clip of ``full_tokens``. A share is rounded down, but never below 1."""
         if self.count is not None:
             return self.count
         assert self.share is not None
@@ -32,16 +32,16 @@ class Budget:
 
     @property
     def number(self) -> float | int:
-        """The budget as JSON has it: a share in (0, 1] or a whole number of tokens."""
+        """The budget as written to JSON: a share in (0, 1] or a whole number of tokens."""
         return self.count if self.count is not None else float(self.share or 0)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the result: a method at a budget; ``None`` where the method has none.
+    """One row of the results: a method at a budget, ``None`` if the method has no budget.
 
-    Of Fre-Res there may be several: ``label`` tells them apart, ``settings`` (key, value) are other than the run's, and
-    ``adapter`` names trained modules.
+    Fre-Res may have several rows: ``label`` tells them apart, ``settings`` are the (key, value) pairs that differ from
+    the run's, and ``adapter`` is a file of trained modules.
     """
 
     method: str
@@ -52,18 +52,19 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.label or self.method, self.budget and self.budget.text)))
+        name = self.label or self.method
+        return name if self.budget is None else f"{name} {self.budget.text}"
 
     @property
     def adapter_sha256(self) -> str | None:
-        """Which adapter it is, whatever the file is called."""
+        """SHA-256 of the adapter: it identifies the adapter whatever the file is called."""
         return None if self.adapter is None else hashlib.sha256(self.adapter.read_bytes()).hexdigest()
 
 
 def parse_budget(text: str, flag: str = "--budgets") -> Budget:
     """Return a budget: with a decimal point a share in (0, 1], without one a count of at least 2.
 
-    ``1`` could be either, so it is refused. ``flag``: what it was given by. Raises ``UsageError``.
+    ``1`` could be either, so it is refused. ``flag``: the flag it came from. Raises ``UsageError``.
     """
     text = text.strip()
     if re.fullmatch(r"[0-9]{1,10}", text) and 2 <= int(text) <= MAX_COUNT:
@@ -77,7 +78,7 @@ def parse_budget(text: str, flag: str = "--budgets") -> Budget:
 
 
 def parse_budgets(text: str, flag: str = "--budgets") -> tuple[Budget, ...]:
-    """Return budgets separated by commas, each once. Raises ``UsageError``."""
+    """Return the comma-separated budgets, all different. Raises ``UsageError``."""
     sizes = tuple(parse_budget(part, flag) for part in text.split(","))
     _refuse_twice(flag, [size.number for size in sizes])
     return sizes
@@ -86,13 +87,15 @@ def parse_budgets(text: str, flag: str = "--budgets") -> tuple[Budget, ...]:
 def parse_cells(methods: str, budgets: str, known: Mapping[str, bool]) -> tuple[Cell, ...]:
     """Return what is compared, in the order given.
 
-    ``methods``, ``budgets``: separated by commas. ``known``: the methods there are, and whether each has a budget: every
-    token, and none, are no choice. Raises ``UsageError``.
+    ``methods``, ``budgets``: separated by commas. ``known``: all methods, and whether each takes a budget (keeping every
+    token, or none, does not). Raises ``UsageError``.
     """
     names = [name.strip() for name in methods.split(",")]
     for name in names:
         if name not in known:
-            raise UsageError(f"--methods: expected some of {', '.join(known)}, got {name!r}", "separate with commas")
+            raise UsageError(
+                f"--methods: expected any of {', '.join(known)}, got {name!r}", "separate them with commas"
+            )
     sizes = parse_budgets(budgets)
     _refuse_twice("--methods", names)
     cells: list[Cell] = []
@@ -104,4 +107,4 @@ def parse_cells(methods: str, budgets: str, known: Mapping[str, bool]) -> tuple[
 def _refuse_twice(flag: str, values: Sequence[object]) -> None:
     twice = [value for i, value in enumerate(values) if value in values[:i]]
     if twice:
-        raise UsageError(f"{flag}: {twice[0]} is given twice", "name each once")
+        raise UsageError(f"{flag}: {twice[0]} is given twice", "list each one once")

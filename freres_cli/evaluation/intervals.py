@@ -1,4 +1,4 @@
-"""Accuracy with its uncertainty: bootstrap intervals over questions that come in clusters."""
+"""Accuracy and its uncertainty: bootstrap intervals over questions that come in clusters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES_AT_ONCE = 100  # bounds memory for many clusters
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its interval, shares of one. The interval is ``None`` below two clusters: it cannot be told."""
+    """A mean and its interval, as shares of one. The interval is ``None`` for fewer than two clusters."""
 
     value: float
     low: float | None
@@ -23,7 +23,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class GroupedEstimates:
-    """Of one method: over all questions, in each group, and the plain mean of the groups."""
+    """Estimates for one method: over all questions, in each group, and the plain mean of the groups."""
 
     overall: Estimate
     groups: tuple[Estimate, ...]
@@ -35,12 +35,12 @@ def estimate_shares(
 ) -> GroupedEstimates:
     """Return shares of right answers with 95 % percentile bootstrap intervals.
 
-    ``correct`` and ``total``: (V, K) right answers and questions of cluster (video) v in group (category) k; every
-    group has a question. Questions on one video stand or fall together, so whole videos are resampled, with
-    replacement; a resample without any question of a group leaves it out. The same seed draws the same videos, so
-    methods asked the same questions are compared on the same resamples; ``correct`` of one minus that of the other gives
-    their difference, paired by video. Where every answer is right (or wrong) the interval has no width, whatever the
-    number of questions.
+    ``correct`` and ``total``: (V, K), right answers and questions about cluster (video) v in group (category) k; every
+    group has a question. Answers about one video are correlated, so whole videos are resampled with replacement,
+    ``num_resamples`` times; a group without questions in a resample is left out of it. The same ``seed`` draws the same
+    videos, so methods that answered the same questions are compared on the same resamples. The ``correct`` of one method
+    minus that of another gives their difference, paired by video. If every answer is right (or wrong), the interval has
+    no width, however many questions there are.
     """
     totals = total.sum(0)
     shares = correct.sum(0) / totals
@@ -49,11 +49,11 @@ def estimate_shares(
         bare = tuple(Estimate(float(share), None, None) for share in shares)
         return GroupedEstimates(Estimate(overall, None, None), bare, Estimate(mean, None, None))
     right, asked = resample_sums(correct, total, num_resamples, seed)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where a group is left out
+    with np.errstate(invalid="ignore"):  # 0 / 0 if a group is left out
         by_group = right / asked
     all_shares = right.sum(1) / np.maximum(asked.sum(1), 1)
     groups = tuple(
-        # One video holds the whole group: drawing it again and again says nothing of another one.
+        # With one video in the group, drawing it again and again says nothing about others.
         _with_interval(float(share), column) if np.count_nonzero(counts) > 1 else Estimate(float(share), None, None)
         for share, column, counts in zip(shares, by_group.T, total.T, strict=True)
     )
@@ -64,7 +64,10 @@ def estimate_shares(
 def resample_sums(
     correct: np.ndarray, total: np.ndarray, num_resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the column sums of ``num_resamples`` draws of V rows with replacement: two of (R, K)."""
+    """Return the column sums over ``num_resamples`` draws of V rows with replacement: two arrays of (R, K).
+
+    ``correct`` and ``total``: (V, K). ``seed``: of the draws, which are the same for both.
+    """
     generator = np.random.default_rng(seed)
     num_rows = len(total)
     right, asked = [], []

@@ -1,4 +1,4 @@
-"""Questions with known answers: the file, the options, and what counts as right. No torch here."""
+"""Questions with known answers: the file, the options, and what counts as correct. No torch here."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from freres_cli.errors import UsageError
 
 MAX_CHOICES = 26
 TRAILING = " .,;:!?\u3002"
-# A tokenizer may take minutes for a text of one endless word, so the length is bounded before it. About 3,000 words.
+# A tokenizer may take minutes on a single endless word, so the length is checked before it. About 3,000 words.
 MAX_TEXT_BYTES = 16384
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row of a questions file. ``video_name`` is as written there but for ``./``, ``video`` where that is. No
-    ``choices``: the answer is free text. ``line`` counts from 1."""
+    """A row of a questions file. ``video_name``: as written there, without ``./``; ``video``: its path. Without
+    ``choices`` the answer is free text. ``line``: counted from 1."""
 
     id: str
     video_name: str
@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """The questions of a file in its order, and the SHA-256 of its bytes."""
+    """The questions of a file, in order, and the SHA-256 of its bytes."""
 
     path: Path
     sha256: str
@@ -49,11 +49,11 @@ class QuestionFile:
 
 
 class _BadRow(Exception):
-    """What is wrong with a row, and what to do."""
+    """What is wrong with a row, and how to fix it."""
 
 
 def check_choices(choices: Sequence[str], where: str = "--choices", separator: str = "|") -> list[str]:
-    """Return the letters of the options. Raises ``UsageError`` for fewer than two, empty or equal options."""
+    """Return the letters of the options. Raises ``UsageError`` for too few or too many, empty or equal options."""
     if not 2 <= len(choices) <= MAX_CHOICES:
         raise UsageError(
             f"{where}: expected 2 to {MAX_CHOICES} options, got {len(choices)}", f"separate them with {separator}"
@@ -66,51 +66,50 @@ def check_choices(choices: Sequence[str], where: str = "--choices", separator: s
 
 
 def check_length(texts: Iterable[str], where: str = "question") -> None:
-    """Refuse a question that is too long, with its options. ``where``: what held them. Raises ``UsageError``."""
+    """Raise ``UsageError`` if a question and its options are too long together. ``where``: where they come from."""
     num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
     if num_bytes > MAX_TEXT_BYTES:
         raise UsageError(
             f"{where}: too long: expected at most {MAX_TEXT_BYTES} bytes of UTF-8 with its options, got {num_bytes}",
-            "ask something shorter",
+            "shorten the question or its options",
         )
 
 
 def format_choices(question: str, choices: Sequence[str]) -> str:
-    """Return the question with lettered options; they stay in the prompt (paper F.4)."""
+    """Return the question with lettered options. They stay in the prompt (paper F.4)."""
     options = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
     return f"{question}\nOptions:\n{options}\nAnswer with the option's letter from the given choices directly."
 
 
 def find_control_token(texts: Iterable[str], tokens: Iterable[str]) -> str | None:
-    """Return a token that one of the texts holds. Such a text would end its own turn, or name another video."""
+    """Return the first token that occurs in a text. Such a text would end its own turn, or refer to another video."""
     joined = "\0".join(texts)
     return next((token for token in tokens if token in joined), None)
 
 
 def is_right(prediction: str, question: Question) -> bool:
-    """Return whether an option is the answer, or a free text says the same but for case, spaces and a final stop."""
+    """Return whether the option is the answer, or a free text equals it up to case, spaces and final punctuation."""
     if question.choices:
         return prediction == question.answer
     return normalize_answer(prediction) == normalize_answer(question.answer)
 
 
 def normalize_answer(text: str) -> str:
-    """Return a free answer as it is compared: case folded, spaces single, no punctuation at its end."""
+    """Return a free answer in the form that is compared: case-folded, single spaces, no final punctuation."""
     return " ".join(text.casefold().split()).rstrip(TRAILING)
 
 
 def read_questions(path: Path, limit: int | None = None, *, is_named: bool = True) -> QuestionFile:
-    """Return the questions of a JSON lines file, the first ``limit`` of them; every row is checked.
+    """Return the first ``limit`` questions of a JSON Lines file, and check every row.
 
-    ``is_named=False``: id and category of a row are not read, as in training data; the line number is the id.
-
-    Raises ``UsageError`` that names the first bad row as FILE:LINE, and the lines of the others.
+    ``is_named=False``: ids and categories are not read, as in training data; the line number is the id. Raises a
+    ``UsageError`` that names the first bad row as FILE:LINE, and the lines of the others.
     """
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: cannot be read: {reason}", "name a file of questions, JSON lines") from error
+        raise UsageError(f"{path}: cannot be read: {reason}", "give a JSON Lines file of questions") from error
     found: list[Question] = []
     bad: list[tuple[int, str]] = []
     line_of: dict[str, int] = {}
@@ -120,7 +119,9 @@ def read_questions(path: Path, limit: int | None = None, *, is_named: bool = Tru
         try:
             question = _read_row(row, line, path.parent, is_named)
             if question.id in line_of:
-                raise _BadRow(f"id {question.id!r} is that of line {line_of[question.id]}: give each row its own")
+                raise _BadRow(
+                    f"id {question.id!r} is already used in line {line_of[question.id]}: give each row its own"
+                )
         except _BadRow as error:
             bad.append((line, str(error)))
             continue
@@ -130,10 +131,10 @@ def read_questions(path: Path, limit: int | None = None, *, is_named: bool = Tru
         others = [str(line) for line, _ in bad[1:]]
         more = f"; {len(others)} more bad rows: lines {', '.join(others[:10])}" if others else ""
         named = ("id, ", "category, ") if is_named else ("", "")
-        hint = f"keys of a row: {named[0]}video, {named[1]}question, choices (options, or none), answer"
+        hint = f"keys of a row: {named[0]}video, {named[1]}question, choices (optional), answer"
         raise UsageError(f"{path}:{bad[0][0]}: {bad[0][1]}", hint + more + (", ..." if len(others) > 10 else ""))
     if not found:
-        raise UsageError(f"{path}: holds no questions", "write one JSON object a line")
+        raise UsageError(f"{path}: holds no questions", "write one JSON object per line")
     return QuestionFile(path, hashlib.sha256(data).hexdigest(), tuple(found[:limit]))
 
 
@@ -144,19 +145,19 @@ def _read_row(row: bytes, line: int, folder: Path, is_named: bool) -> Question:
         raise _BadRow("expected UTF-8 text, got other bytes: save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise _BadRow(f"not valid JSON ({reason}): write one object a line") from error
+        raise _BadRow(f"not valid JSON ({reason}): write one object per line") from error
     if not isinstance(values, dict):
-        raise _BadRow(f"expected a JSON object, got {type(values).__name__}: write one object a line")
+        raise _BadRow(f"expected a JSON object, got {type(values).__name__}: write one object per line")
     if not is_named:
         values = {**values, "id": f"line {line}", "category": "all"}
     name, category, question, answer, own_id = (
         _read_text(values, key) for key in ("video", "category", "question", "answer", "id")
     )
     if "\0" in name:
-        raise _BadRow("video: holds a zero byte: name a file")
+        raise _BadRow("video: contains a zero byte: give the name of a file")
     choices = _read_choices(values)
     if choices and answer not in choices:
-        raise _BadRow(f"answer {answer[:40]!r} is not one of the choices: write an option as it stands there")
+        raise _BadRow(f"answer {answer[:40]!r} is not one of the choices: copy one of them exactly")
     if not choices and not normalize_answer(answer):
         raise _BadRow("answer: only punctuation: write the answer in words")
     return Question(own_id, str(PurePath(name)), folder / name, category, question, choices, answer, line)
@@ -177,7 +178,7 @@ def _check_text(text: str, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _BadRow(f"{key}: half of a character pair: write the whole character") from error
+        raise _BadRow(f"{key}: contains half of a surrogate pair: write the whole character") from error
     return text.strip()
 
 
@@ -186,7 +187,7 @@ def _read_choices(values: dict[str, Any]) -> tuple[str, ...]:
     if listed is None or listed == []:
         return ()
     if not isinstance(listed, list) or not all(isinstance(choice, str) for choice in listed):
-        raise _BadRow("choices: expected a list of texts: write them in quotes, or leave the key out")
+        raise _BadRow("choices: expected a list of strings: put each in quotes, or leave the key out")
     try:
         choices = tuple(choice.strip() for choice in listed)
         check_choices(choices, "choices")

@@ -1,4 +1,4 @@
-"""The results file of an evaluation: a header and one line a video, so that a run that ended early goes on."""
+"""The results file of an evaluation: a header and one line per video, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from freres_cli.errors import ResourceError, UsageError
 
 SCHEMA = "freres.eval.log/1"
 DEFAULT_NAME = "eval.jsonl"
-REMEDY = "name another file with -o, or begin anew with --force"
+REMEDY = "name another file with -o, or start over with --force"
 
 
 def results_path(output: Path, questions: Path) -> Path:
-    """Return the file to write: ``output``, or ``eval.jsonl`` in it where that is a folder. Raises ``UsageError``."""
+    """Return the file to write: ``output``, or ``eval.jsonl`` inside it if it is a folder. Raises ``UsageError``."""
     path = output / DEFAULT_NAME if output.is_dir() else output
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: folder {path.parent} does not exist", "make the folder first")
+        raise UsageError(f"{path}: folder {path.parent} does not exist", "create the folder first")
     if path.exists() and path.samefile(questions):
         raise UsageError(f"{path}: is the questions file itself", "name another file with -o")
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: is no regular file: expected a file name", "name a file or a folder with -o")
+        raise UsageError(f"{path}: is not a regular file", "name a file or a folder with -o")
     return path
 
 
 class ResultsFile:
-    """Rows of a run by video, also on disk where a path is given; a later row of a video replaces the earlier one.
+    """The rows of a run, one per video, also kept on disk if there is a ``path``. A later row replaces an earlier one.
 
-    ``run`` is everything that decides the answers. A file of the same run is continued; another one is refused, or
-    begun anew with ``force``; ``remedy`` is the hint with the refusal. A last line that a crash cut short is dropped.
-    Raises ``UsageError``.
+    ``run``: everything that decides the answers. A file from the same run is continued. Any other file is refused with
+    the hint ``remedy``, or overwritten with ``force``. A last line that was cut short by a crash is dropped. Raises
+    ``UsageError``.
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, Any], force: bool = False, remedy: str = REMEDY) -> None:
@@ -57,13 +57,13 @@ class ResultsFile:
             self._write(self._header)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add the row of a video; on disk once this returns."""
+        """Add the row of a video. It is on disk when this returns."""
         self.rows[row["video"]] = row
         if self.path is not None:
             self._write(row)
 
     def _read(self, path: Path) -> int:
-        """Take the rows of an earlier run; return the bytes that are whole."""
+        """Take over the rows of an earlier run. Return the number of bytes in undamaged lines."""
         data = _read_bytes(path)
         lines = data.splitlines(keepends=True)
         if not lines or (len(lines) == 1 and _is_cut_header(data)):
@@ -108,7 +108,7 @@ class ResultsFile:
 
 
 def _is_whole(row: Mapping[str, Any]) -> bool:
-    """Whether a row has what ``freres eval`` wrote into it. A damaged answer must not count as one."""
+    """Whether a row has everything that ``freres eval`` writes. A damaged answer must not count as an answer."""
     if not isinstance(row.get("video"), str):
         return False
     if row.get("status") == "failed":

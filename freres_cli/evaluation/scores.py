@@ -17,10 +17,10 @@ Row = Mapping[str, Any]
 
 
 def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return the document of ``freres eval``, from a row for each video in the order of the file.
+    """Return the document of ``freres eval``, from one row for each video in the order of the file.
 
-    Overall accuracy counts every question once; ``mean_over_categories`` counts every category once. Only questions on
-    videos that could be used count, the same for all methods.
+    Overall accuracy gives every question the same weight; ``mean_over_categories`` gives every category the same weight.
+    Only questions about videos that could be used count, the same ones for all methods.
     """
     by_video = file.by_video()
     used = [row for row in rows if row["status"] == "ok"]
@@ -53,16 +53,16 @@ def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) ->
 def _compare_cells(
     cells: Sequence[Cell], used: Sequence[Row], asked: Mapping[str, Sequence[Question]]
 ) -> list[dict[str, Any]]:
-    """Return by how much each row is ahead of each earlier one of the same budget, and of ``full``.
+    """Return how far each row is ahead of each earlier row with the same budget, and of ``full``.
 
-    Both answered the same questions, so a video's difficulty falls out of their difference: its interval tells rows
-    apart whose own intervals overlap (ours; the paper compares single numbers).
+    Both answered the same questions, so the difficulty of a video cancels in their difference. Its interval can separate
+    rows whose own intervals overlap (ours; the paper compares single numbers).
     """
     listed = list(asked.values())
     categories = _categories(listed)
     counts = [count_answers([row["cells"][i] for row in used], listed, categories) for i in range(len(cells))]
     differences = []
-    # From full and from earlier rows, wherever full stands.
+    # Every row is compared with full, wherever full is in the list.
     order = sorted(range(len(cells)), key=lambda i: cells[i].method != "full")
     for i, j in combinations(order, 2):
         base, cell = cells[i], cells[j]
@@ -81,7 +81,7 @@ def _compare_cells(
 
 
 def _categories(asked: Sequence[Sequence[Question]]) -> list[str]:
-    """In the order of the file."""
+    """The categories, in the order of the file."""
     return list(dict.fromkeys(question.category for questions in asked for question in questions))
 
 
@@ -128,7 +128,7 @@ def _summarize_cell(
 def count_answers(
     parts: Sequence[Row], asked: Sequence[Sequence[Question]], categories: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return right answers and questions of each video in each category: two of (V, K) int64."""
+    """Return the right answers and the questions of each video in each category: two arrays of (V, K) int64."""
     column = {category: k for k, category in enumerate(categories)}
     correct = np.zeros((len(parts), len(categories)), dtype=np.int64)
     total = np.zeros_like(correct)
@@ -140,13 +140,13 @@ def count_answers(
 
 
 def _ttft_seconds(parts: Sequence[Row], asked: Sequence[Sequence[Question]]) -> tuple[list[float], list[float]]:
-    """Return seconds to the first token: of the first question of each video, prefill included, and of the others."""
+    """Return seconds to the first token: for the first question about each video, with prefill, and for the others."""
     listed = [[part["answers"][q.id][2] for q in questions] for part, questions in zip(parts, asked, strict=True)]
     return [seconds[0] for seconds in listed], [s for seconds in listed for s in seconds[1:]]
 
 
 def _add_retention(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give every accuracy its share of the full-token run's; ``None`` where that was not run, or is 0."""
+    """Add to every accuracy its share of the full-token run's; ``None`` if that was not run, or is 0."""
     full = next((row for row in rows if row["method"] == "full"), None)
     for row in rows:
         row["retention"] = _ratio(row, full)
@@ -171,7 +171,7 @@ def _describe_difference(estimate: Estimate) -> dict[str, float | None]:
 
 
 def _chance(questions: Sequence[Question]) -> float:
-    """Accuracy of guessing: one in so many options; nothing for a free answer."""
+    """Accuracy of guessing: one over the number of options, or 0 for a free answer."""
     return _mean([1 / len(question.choices) if question.choices else 0.0 for question in questions])
 
 

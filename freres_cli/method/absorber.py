@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-NEIGHBOURHOOD = 3  # paper section 3.4 gives a spatial neighbourhood mask; 3x3 cells is ours
+NEIGHBOURHOOD = 3  # paper section 3.4 asks for a spatial neighbourhood mask; the 3x3 size is ours
 QUERIES_AT_ONCE = 1024  # bounds the memory of the gathered keys
 
 
 def neighbour_table(
     gop: Tensor, cell: Tensor, band: Tensor, num_gops: int, pooled_grid: tuple[int, int], num_bands: int
 ) -> Tensor:
-    """Return which coefficient stands in each (gop, cell, band), -1 where none was kept: (G, P, K) int64."""
+    """Return the row of the coefficient kept at each (gop, cell, band), -1 where none was kept: (G, P, K) int64.
+
+    ``gop``, ``cell``, ``band``: (m,) int64, the place of each coefficient. ``num_gops``, the cells of ``pooled_grid``
+    (rows, columns) and ``num_bands`` are the sizes G, P and K of the table.
+    """
     cells = pooled_grid[0] * pooled_grid[1]
     table = torch.full((num_gops, cells, num_bands), -1, dtype=torch.int64, device=gop.device)
     table[gop, cell, band] = torch.arange(gop.shape[0], device=gop.device)
@@ -30,10 +34,10 @@ def neighbours_of(cell: Tensor, pooled_grid: tuple[int, int]) -> Tensor:
 
 
 class SpatialGuidedAbsorber(nn.Module):
-    """Adds to each token what the kept coefficients of its GoP say within its 3x3 cells (paper section 3.4, H.2).
+    """Adds to each token what it reads from the kept coefficients of its GoP in the 3x3 cells around it.
 
-    ``output = token + gamma * CrossAttention(token; coefficients, band and offset embeddings)``. ``gamma`` starts at
-    zero, so before training tokens pass unchanged (ours). ``dim`` is the width of queries and keys.
+    ``output = token + gamma * CrossAttention(token; coefficients, band and offset embeddings)`` (paper section 3.4,
+    H.2). ``gamma`` starts at zero, so untrained tokens pass through unchanged (ours). ``dim``: width of queries and keys.
     """
 
     def __init__(self, width: int, dim: int, num_bands: int) -> None:
@@ -49,16 +53,17 @@ class SpatialGuidedAbsorber(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, tokens: Tensor, coefficients: Tensor, slots: Tensor) -> Tensor:
-        """``tokens``: (n, D); ``coefficients``: (m, D); ``slots``: (n, 9, K) row of each neighbour, -1 = masked.
+        """Return the tokens after absorption, (n, D). A token without neighbours passes through unchanged.
 
-        Returns (n, D). A token without any neighbour passes unchanged.
+        ``tokens``: (n, D). ``coefficients``: (m, D). ``slots``: (n, 9, K), row of each neighbouring coefficient, -1 =
+        masked.
         """
         return tokens + self.attend(tokens, coefficients, slots)[0]
 
     def attend(self, tokens: Tensor, coefficients: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is added to each token, (n, D), and the attention it came by, (n, 9, K); as ``forward``.
+        """Return what is added to each token, (n, D), and its attention weights, (n, 9, K). Arguments as in ``forward``.
 
-        The weights of a token sum to 1 over its kept neighbours and are 0 where masked; all are 0 without a neighbour.
+        A token's weights sum to 1 over its kept neighbours and are 0 where masked. Without neighbours all are 0.
         """
         keyed = self.key_norm(coefficients)
         keys, values = self.key(keyed), self.value(keyed)

@@ -1,4 +1,4 @@
-"""Where the motion of each GoP went through the absorber: what the paper's Figure 4 shows for one anchor frame."""
+"""Maps of what the absorber took from each cell of a GoP; the paper's Figure 4 shows one for an anchor frame."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from freres_cli.tracks import Tracks
 class AbsorptionMaps:
     """Two maps of each GoP over the pooled grid, (G, rows, columns) float64, zero where no coefficient was kept.
 
-    ``energy``: squared L2 norm of the kept coefficients of each cell. ``absorbed``: how much dynamic tokens took from
-    each cell, as L2 norm of what the absorber added to them.
+    ``energy``: squared L2 norm of the kept coefficients of each cell. ``absorbed``: how much the dynamic tokens took
+    from each cell, as the L2 norm of what the absorber added to them.
     """
 
     energy: Tensor
@@ -27,19 +27,19 @@ class AbsorptionMaps:
 
 @torch.no_grad()
 def map_absorption(tracks: Tracks, modules: FreResModules) -> AbsorptionMaps:
-    """Return where the absorber's additions came from; the tracks must hold a coefficient.
+    """Return maps of where the absorber's additions came from. The tracks must hold at least one coefficient.
 
     A token's attention over cells and bands sums to 1. It is weighted by the L2 norm of what the token received,
-    ``|gamma * output|``, and summed over tokens and bands: a GoP's map sums to all that was added in it, and an absorber
-    that adds nothing draws nothing. The paper shows bare weights; the weighting is ours, because a token's weights sum to
-    1 even where it hears next to nothing. Adapters and gates after the absorber are left out. Raises ``ValueError`` where
-    a band is beyond those the absorber knows.
+    ``|gamma * output|``, and summed over tokens and bands. So a GoP's map sums to everything added in that GoP, and an
+    absorber that adds nothing gives an empty map. The paper shows the bare weights; the weighting is ours, because a
+    token's weights sum to 1 even if it receives next to nothing. Adapters and gates after the absorber are left out.
+    Raises ``ValueError`` if a band is beyond those the absorber knows.
     """
     runs = order_dynamic(tracks)
     inputs = modules.absorber_inputs(evaluate_dynamic(tracks, runs), tracks, runs.gop, runs.cell)
     added, weights = modules.absorber.attend(*inputs)
     from_cell = (weights.sum(2) * added.norm(dim=1, keepdim=True)).to(torch.float64)
-    # Cells outside the grid have weight 0 and may count for any.
+    # Cells outside the grid have weight 0, so any index will do for them.
     around = neighbours_of(runs.cell, tracks.pooled_grid).clamp(min=0)
     absorbed = _sum_by_cell(tracks, runs.gop[:, None].expand_as(around), around, from_cell)
     energy = tracks.coefficient_energy.to(torch.float64)
@@ -47,7 +47,7 @@ def map_absorption(tracks: Tracks, modules: FreResModules) -> AbsorptionMaps:
 
 
 def _sum_by_cell(tracks: Tracks, gop: Tensor, cell: Tensor, values: Tensor) -> Tensor:
-    """Sum values of any one shape by GoP and cell: (G, rows, columns)."""
+    """Sum ``values`` by GoP and cell: (G, rows, columns). All three tensors have the same shape."""
     rows, columns = tracks.pooled_grid
     num_gops = tracks.gop_anchor_frame.shape[0]
     summed = torch.zeros(num_gops * rows * columns, dtype=values.dtype)

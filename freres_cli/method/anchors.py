@@ -1,4 +1,4 @@
-"""Anchor frames: where they stand, which of their tokens stay, and which frames are events."""
+"""Anchor frames: where they are placed, which of their tokens are kept, and which frames are events."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 BLOCK_SIDE = 3  # paper section 3.2: 3x3 blocks, one token dropped in each
-# Ours. The threshold follows the clip (median + 6 MAD of the last distances), because the distance grows with the
-# sampling step; below the floor nothing is a cut; before there is a history only a clear cut counts, far above the rest.
+# Ours. The threshold follows the clip (median + 6 MAD of recent distances), because distances grow with the sampling
+# step. Nothing below the floor is a cut. Until there is enough history only a clear cut counts, far above the rest.
 EVENT_HISTORY = 256
 MIN_EVENT_HISTORY = 8
 EVENT_MADS = 6.0
 EVENT_FLOOR = 0.15
 EVENT_FIRST = 0.5
-# Ours. In a whip pan every step is long: only its onset is an event. A clear cut always is, also right after another.
+# Ours. In a whip pan every step is long, so only its onset is an event. A clear cut always is, even right after another.
 EVENT_ONSET = 1.5
 
 
 def anchor_schedule(num_frames: int, num_anchors: int) -> list[int]:
-    """Return the frame indices of the evenly spaced anchors (paper section 3.3), the first frame always among them."""
+    """Return the frame indices of evenly spaced anchors (paper section 3.3). The first frame is always one of them."""
     if not 1 <= num_anchors <= num_frames:
         raise ValueError(f"num_anchors: expected 1..{num_frames}, got {num_anchors}")
     return [(i * num_frames) // num_anchors for i in range(num_anchors)]
 
 
 def spread_order(count: int) -> list[int]:
-    """Return 0..count-1 so that every prefix is spread over the whole range (bit reversal; ours, for cutting
+    """Return 0..count-1 in an order whose every prefix covers the whole range evenly (bit reversal; ours, for cutting
     bundles)."""
     bits = max(1, (count - 1).bit_length())
     reversed_indices = (int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits))
@@ -37,9 +37,9 @@ def spread_order(count: int) -> list[int]:
 def prune_order(latents: Tensor, width: int) -> Tensor:
     """Return the tokens of an anchor frame, most important first: (N,) int64 raster indices.
 
-    ``latents``: (H, W, C); energy is the L2 norm over the first ``width`` channels. The first ``R`` of the order are
-    what block pruning keeps: with ``R = 8/9 N`` every full 3x3 block loses its token of lowest energy (paper section
-    3.2), with other ``R`` every block keeps the same share, to the token. Ties fall to raster order.
+    ``latents``: (H, W, C); a token's energy is the squared L2 norm of its first ``width`` channels. Block pruning keeps
+    the first ``R`` of the order. With ``R = 8/9 N`` every full 3x3 block loses its token of lowest energy (paper section
+    3.2); with any other ``R`` every block keeps the same share, to within a token. Ties keep raster order.
     """
     grid_h, grid_w = latents.shape[:2]
     energy = latents[..., :width].to(torch.float32).square().sum(-1).flatten().cpu()
@@ -58,9 +58,9 @@ def prune_order(latents: Tensor, width: int) -> Tensor:
 class EventDetector:
     """Finds the frames that start something new: cuts, flashes, whip pans (paper section 3.3).
 
-    The measure is the cosine distance between consecutive frames' latents after the running mean token is removed; raw
-    latents share a large common component that hides cuts (ours). ``tau`` is a number, or ``None`` for the running
-    median plus 6 MAD.
+    The measure is the cosine distance between the latents of consecutive frames, with the running mean token subtracted:
+    raw latents share a large common component that hides cuts (ours). ``tau``: a fixed threshold, or ``None`` for the
+    running median plus 6 MAD.
     """
 
     def __init__(self, tau: float | None) -> None:
@@ -88,7 +88,7 @@ class EventDetector:
         return distance > EVENT_FIRST or distance > EVENT_ONSET * before
 
     def observe(self, latents: Tensor) -> tuple[float, bool]:
-        """Take the next frame, (H, W, D), and return its distance to the previous one and whether it is an event."""
+        """Take the next frame, (H, W, D). Return its distance to the previous one, and whether it is an event."""
         frame = latents.reshape(-1, latents.shape[-1]).to(torch.float32)
         self._num_frames += 1
         token = frame.mean(0)
@@ -100,6 +100,6 @@ class EventDetector:
         norm = float(a.norm() * b.norm())
         distance = 1.0 - float((a * b).sum()) / norm if norm > 1e-12 else 0.0
         is_event = distance > self.threshold() and (self._tau is not None or self._stands_out(distance))
-        # Cuts count too: where every step is one, as in a sparse sample, none stands out.
+        # Cuts enter the history too: in a sparse sample, where every step is a cut, none stands out.
         self._history.append(distance)
         return distance, is_event

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Ours: candidates kept for each dynamic token that the budget allows, so that ranking by energy has a choice. With 1
-# this is the paper's own cap on K (F.1), which contradicts its compact case (K = 3 needs 384 candidates for 285).
+# Ours: candidate coefficients for each dynamic token that the budget allows, so that ranking by energy has a choice. A
+# value of 1 is the paper's own cap on K (F.1), which contradicts its compact case (K = 3 needs 384 candidates for 285).
 CANDIDATES_PER_DYNAMIC_TOKEN = 4
-# Ours: an anchor thinner than a quarter of its grid is no longer full detail; fewer anchors are kept instead.
+# Ours: an anchor with less than a quarter of its tokens is no longer full detail; fewer anchors are kept instead.
 MIN_ANCHOR_SHARE = 0.25
-# Ours: shots whose anchor found no room give one summary token each, from at most this share of the temporal budget.
+# Ours: each shot whose anchor found no room gives one summary token, from at most this share of the temporal budget.
 DEMOTED_SUMMARY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """The knobs of the method, as a preset names them.
+    """The settings of the method, under the names that presets use.
 
-    ``anchors`` is the number of uniform anchors at ``reference_budget_tokens``; at another budget it scales with the
-    budget, so GoPs grow or shrink and anchors keep their detail. ``keep_per_block``: tokens kept of the 9 in each 3x3
-    block. ``temporal_share``: least share of the budget for residual tokens. ``pooled_side``: g. ``max_coefficients``:
-    K_max. ``variant``: one of ``presets.VARIANTS``. ``tau``: event threshold, ``None`` for automatic.
+    ``variant``: one of ``presets.VARIANTS``. ``anchors``: number of uniform anchors at ``reference_budget_tokens``; it
+    scales with the budget, so GoPs grow or shrink and anchors keep their detail. ``keep_per_block``: tokens kept of the 9
+    in each 3x3 block. ``temporal_share``: least share of the budget for residual tokens. ``pooled_side``: g.
+    ``max_coefficients``: K_max. ``tau``: event threshold, ``None`` for automatic.
     """
 
     variant: str
@@ -37,7 +37,7 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Tokens of each kind; the sum never exceeds the budget."""
+    """Number of tokens of each kind. The sum never exceeds the budget."""
 
     anchor: int
     dynamic: int
@@ -51,10 +51,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """What is decided before any frame is encoded.
+    """Everything that is decided before a frame is encoded.
 
-    ``anchor_target_tokens`` is A*R, shared by uniform and event anchors alike. ``num_coefficients`` is K.
-    ``is_lossless`` means that the budget holds every token, so all are kept as they are and nothing else is made.
+    ``anchor_target_tokens``: A*R, shared by uniform and event anchors. ``num_coefficients``: K. ``is_lossless``: the
+    budget holds every token, so all are kept unchanged and no other tokens are made.
     """
 
     budget_tokens: int
@@ -76,7 +76,7 @@ class BudgetPlan:
 def plan_budget(num_frames: int, grid: tuple[int, int], settings: MethodSettings, budget_tokens: int) -> BudgetPlan:
     """Return the plan for a clip of ``num_frames`` frames of ``grid`` (H, W) tokens under ``budget_tokens``.
 
-    Raises ``ValueError`` when a count is below one.
+    ``settings``: the preset's. Raises ``ValueError`` if a count is below one.
     """
     if num_frames < 1 or min(grid) < 1 or budget_tokens < 1:
         raise ValueError(f"frames, grid and budget: expected at least 1, got {num_frames}, {grid}, {budget_tokens}")
@@ -130,8 +130,11 @@ def allocate_budget(
 ) -> Allocation:
     """Return how many tokens of each kind to keep, given how many there are.
 
-    Order: anchors up to their target, then summary and static, the rest dynamic (paper F.1); what is left over goes to
-    more anchor tokens, and then to the summaries of demoted GoPs (ours). ``num_gops`` counts GoPs that have residual frames.
+    ``budget_tokens`` go to anchors up to ``anchor_target``, then to summary and static tokens, then to dynamic ones (paper
+    F.1). What is left goes to more anchor tokens, then to more summaries of demoted GoPs (ours). ``anchor_available``,
+    ``static_available``, ``dynamic_available``: candidates of each kind. ``num_gops``: GoPs with residual frames;
+    ``num_demoted``: GoPs of events whose anchor found no room. Each gives at most one summary. ``settings``: its variant
+    leaves some kinds out.
     """
     variant = settings.variant
     anchor = 0 if variant == "temporal" else min(anchor_target, anchor_available, budget_tokens)
@@ -152,7 +155,7 @@ def allocate_budget(
 
 
 def _anchor_target(num_anchors: int, tokens: int, settings: MethodSettings, budget_tokens: int) -> int:
-    """A*R: the preset's share of every block, but never into the temporal share."""
+    """A*R: the preset's share of every block, without cutting into the temporal share."""
     if settings.variant == "temporal":
         return 0
     if settings.variant == "anchors":
@@ -165,7 +168,7 @@ def _anchor_target(num_anchors: int, tokens: int, settings: MethodSettings, budg
 def _choose_num_anchors(
     num_frames: int, tokens: int, pooled: tuple[int, int], settings: MethodSettings, budget_tokens: int
 ) -> int:
-    """Scale the preset's anchors to the budget, drop anchors that would be too thin, add some where tokens run out."""
+    """Scale the preset's anchors to the budget, drop those that would be too thin, add more until the budget is used."""
     scaled = round(settings.anchors * budget_tokens / settings.reference_budget_tokens)
     num_anchors = min(num_frames, max(1, scaled))
     if settings.variant == "temporal":
@@ -198,14 +201,14 @@ def _choose_num_coefficients(
 
 
 def num_static_cells(pooled: tuple[int, int], settings: MethodSettings) -> int:
-    """Return the static tokens of a GoP: as the preset says, but at most half of its cells."""
+    """Return the number of static tokens of a GoP: the preset's, but at most half of its cells."""
     return min(settings.static_per_gop, pooled[0] * pooled[1] // 2)
 
 
 def _num_candidates(
     num_anchors: int, num_frames: int, pooled: tuple[int, int], num_coefficients: int, settings: MethodSettings
 ) -> int:
-    """Coefficients that uniform GoPs offer: a GoP of L residual frames has at most L of them in each moving cell."""
+    """Coefficients that uniform GoPs offer: a GoP of L residual frames has at most L in each moving cell."""
     short, num_longer = divmod(num_frames, num_anchors)
     cells = pooled[0] * pooled[1] - num_static_cells(pooled, settings)
     per_cell = num_longer * min(num_coefficients, short) + (num_anchors - num_longer) * min(num_coefficients, short - 1)

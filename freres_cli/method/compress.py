@@ -1,4 +1,4 @@
-"""The streaming compressor: latents in, frame by frame; tracks out, within the budget."""
+"""The streaming compressor: latents go in frame by frame, tracks within the budget come out."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from freres_cli.tracks import GOP_STARTS, Tracks
 
 UNIFORM, EVENT, DEMOTED = range(len(GOP_STARTS))
 
-# Ours. Cuts beyond the cap still end a GoP, so that no residual crosses them; this many of them, the strongest, keep
-# their residual tracks, the others one summary each. It bounds memory in a film of a thousand cuts.
+# Ours. Cuts beyond the cap still end a GoP, so that no residual crosses them. The strongest of them, at most this many,
+# keep their residual tracks; the others keep one summary each. This bounds memory in a film with a thousand cuts.
 MAX_DEMOTED_TRACKS = 32
 
 
 class StreamingCompressor:
-    """Turns a stream of latents into tracks (method sections 2 to 7); memory grows with the tokens kept, not the
-    frames.
+    """Turns a stream of latents into tracks (method sections 2 to 7).
 
-    The result does not depend on how the frames are cut into batches.
+    Memory grows with the tokens kept, not with the frames. The result does not depend on how frames are batched.
     """
 
     def __init__(self, plan: BudgetPlan, settings: MethodSettings, width: int) -> None:
@@ -42,7 +41,7 @@ class StreamingCompressor:
         self.num_cuts_not_honoured = 0
 
     def push(self, latents: Tensor, seconds: Iterable[float]) -> None:
-        """Take the next frames: ``latents`` (n, H, W, C) with their times in seconds."""
+        """Take the next frames: ``latents`` (n, H, W, C) and their times in seconds."""
         if tuple(latents.shape[1:3]) != self._plan.grid:
             raise ValueError(f"latents: expected a grid of {self._plan.grid}, got {tuple(latents.shape[1:3])}")
         cells = pool_to_cells(latents, *self._plan.pooled_grid)
@@ -68,7 +67,7 @@ class StreamingCompressor:
             self._honour(self._open)
 
     def _honour(self, event: OpenGop) -> None:
-        """Admit an event; above the cap the weakest one goes, whichever that is (the strongest cuts win)."""
+        """Admit an event. Above the cap the weakest one is demoted, whichever that is (the strongest cuts win)."""
         self._events.append(event)
         if len(self._events) <= self._plan.max_events:
             return
@@ -100,7 +99,7 @@ class StreamingCompressor:
         self._open = None
 
     def finish(self) -> Tracks:
-        """Close the last GoP and return the tracks. Raises ``ValueError`` when no frame came."""
+        """Close the last GoP and return the tracks. Raises ``ValueError`` if there were no frames."""
         self._close()
         if not self._seconds:
             raise ValueError("no frames: expected at least 1")
@@ -114,7 +113,10 @@ def _strength(gop: OpenGop | ClosedGop) -> tuple[float, int]:
 def compress_latents(
     latents: Tensor, seconds: Iterable[float], plan: BudgetPlan, settings: MethodSettings, width: int
 ) -> Tracks:
-    """Return the tracks of a whole clip: ``latents`` (T, H, W, C), ``seconds`` one a frame."""
+    """Return the tracks of a whole clip: ``latents`` (T, H, W, C), ``seconds`` one per frame.
+
+    ``plan``: from ``plan_budget`` with the same ``settings``. ``width``: D, the main channels, which energies are over.
+    """
     compressor = StreamingCompressor(plan, settings, width)
     compressor.push(latents, seconds)
     return compressor.finish()

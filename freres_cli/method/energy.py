@@ -1,4 +1,4 @@
-"""What the compression kept and lost, told from tracks alone."""
+"""What compression kept and lost, computed from the tracks alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from freres_cli.tracks import NUM_SEGMENTS, Tracks
 
 @dataclass(frozen=True)
 class Loss:
-    """A stretch of time and the residual energy that was not kept there, per second."""
+    """A stretch of time and the residual energy lost in it, per second."""
 
     start_s: float
     end_s: float
@@ -24,11 +24,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class EnergyReport:
-    """Shares are of residual energy, ``None`` where there is none.
+    """Shares of residual energy, ``None`` where there is none.
 
-    ``gop_kept``: (G,) share that the kept coefficients hold of the pooled residual of each GoP; ``clip_kept`` the same
-    over the clip; ``pooling_kept``: share that pooling to cells leaves. ``spectrum``: share in the first 1, 2, ...
-    coefficients over all GoPs; ``null_spectrum``: the same for independent noise frames. ``losses``: worst first.
+    ``gop_kept``: (G,) share of each GoP's pooled residual energy in the kept coefficients. ``clip_kept``: the same for
+    the whole clip. ``pooling_kept``: share that is left after pooling to cells. ``spectrum``: share in the first 1, 2,
+    ... coefficients of all GoPs; ``null_spectrum``: the same if frames were independent noise. ``losses``: worst first.
     """
 
     gop_kept: tuple[float | None, ...]
@@ -40,7 +40,7 @@ class EnergyReport:
 
 
 def report_energy(tracks: Tracks, num_losses: int = 5) -> EnergyReport:
-    """Return shares of residual energy kept, the spectrum beside its null, and the seconds that lost most."""
+    """Return the shares of residual energy kept, the spectrum and its null, and the ``num_losses`` worst stretches."""
     num_gops = tracks.gop_anchor_frame.shape[0]
     pooled = tracks.gop_pooled_energy.to(torch.float64)
     kept = torch.zeros(num_gops, dtype=torch.float64)
@@ -63,7 +63,7 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def _spectra(tracks: Tracks) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Cumulative share of the first bands and its null, both weighted by the energy of each GoP."""
+    """Cumulative share of the first bands, and its null, both weighted by the energy of each GoP."""
     energy = tracks.gop_pooled_energy.to(torch.float64)
     total = float(energy.sum())
     if total <= 0:
@@ -79,7 +79,7 @@ def _spectra(tracks: Tracks) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _losses(tracks: Tracks) -> list[Loss]:
-    """Energy of residual minus reconstruction in each eighth of each GoP: E - 2 <r, r'> + |r'|^2, exact by the bin."""
+    """Energy of residual minus reconstruction in each eighth of each GoP: E - 2 <r, r'> + |r'|^2, exact per bin."""
     losses = []
     for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
         mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
@@ -98,7 +98,7 @@ def _losses(tracks: Tracks) -> list[Loss]:
 
 
 def _span(frame_seconds: Tensor, low: int, high: int) -> tuple[float, float]:
-    """Seconds from frame ``low`` until frame ``high`` begins; after the last frame its own gap is repeated."""
+    """Seconds at which frame ``low`` and frame ``high`` begin; past the last frame, the last gap is repeated."""
     edges = seconds_at(frame_seconds, torch.tensor([low, high], dtype=torch.float64))
     start, end = float(edges[0]), float(edges[1])
     if high >= frame_seconds.shape[0] and frame_seconds.shape[0] > 1:

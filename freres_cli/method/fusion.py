@@ -1,4 +1,4 @@
-"""The trainable parts: adapters, type embeddings, gates and the absorber; at the start they change nothing."""
+"""The trainable parts: adapters, type embeddings, gates and the absorber. Untrained, they change nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANCHOR = TOKEN_KINDS.index("anchor")
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """Sizes of the trainable modules: ``width`` D, ``rank`` of every bottleneck, ``num_bands`` the absorber knows."""
+    """Sizes of the trainable modules: ``width`` D, ``rank`` of all bottlenecks, ``num_bands`` known to the absorber."""
 
     width: int
     rank: int
@@ -28,8 +28,8 @@ class ModuleShape:
 
 
 class BottleneckAdapter(nn.Module):
-    """Residual bottleneck MLP, ``x + up(gelu(down(norm(x))))`` with ``up`` zero at the start (paper E.1, form is
-    ours)."""
+    """Residual bottleneck MLP, ``x + up(gelu(down(norm(x))))`` with ``up`` zero at the start (paper E.1; the form
+    is ours)."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class BottleneckAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
-        """``x``: (n, D). ``source``: (n, D), what the correction is read from; ``x`` itself where not given."""
+        """Return ``x`` (n, D), corrected. ``source``: (n, D), what the correction is computed from; by default ``x``."""
         out: Tensor = x + self.up(nn.functional.gelu(self.down(self.norm(x if source is None else source))))
         return out
 
 
 class FreResModules(nn.Module):
-    """Everything that is trained on a frozen backbone (paper E.1). Works on the main channels, in float32."""
+    """Everything that is trained on top of a frozen backbone (paper E.1). Works on the main channels, in float32."""
 
     def __init__(self, shape: ModuleShape) -> None:
         super().__init__()
@@ -62,7 +62,9 @@ class FreResModules(nn.Module):
     def adapt(self, latents: Tensor, kind: int, width: int, spectrum: Tensor | None) -> Tensor:
         """Return tokens of one kind, (n, C), after adapter, type embedding and branch gate.
 
-        Summary tokens are corrected by their mean retained coefficient, ``spectrum`` (n, D) (paper section 3.4).
+        ``latents``: (n, C), of which the first ``width`` channels change. ``kind``: index into ``TOKEN_KINDS``.
+        ``spectrum``: (n, D), mean retained coefficient, from which summary tokens are corrected (paper section 3.4);
+        ``None`` for other kinds.
         """
         main = latents[:, :width].to(torch.float32)
         adapted = self.adapters[kind](main, spectrum) + self.type_embedding[kind]
@@ -70,21 +72,22 @@ class FreResModules(nn.Module):
         return _with_main(latents, adapted * gate)
 
     def adapt_concat(self, latents: Tensor, width: int) -> Tensor:
-        """Return coefficients through a linear adapter, ``c + up(down(c))``: the ``concat`` variant (paper Table 4
+        """Return coefficients after a linear adapter, ``c + up(down(c))``: the ``concat`` variant (paper Table 4
         D)."""
         main = latents[:, :width].to(torch.float32)
         return _with_main(latents, main + self.concat_up(self.concat_down(main)))
 
     def absorb(self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor) -> Tensor:
-        """Return dynamic tokens (n, C) of cells ``cell`` in GoPs ``gop`` after the absorber."""
+        """Return dynamic tokens ``latents`` (n, C) after the absorber; ``gop``, ``cell``: (n,), their place in ``tracks``."""
         return _with_main(latents, self.absorber(*self.absorber_inputs(latents, tracks, gop, cell)))
 
     def absorber_inputs(
         self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the absorber takes for such tokens: main channels (n, D), coefficients (m, D), slots (n, 9, K).
+        """Return what the absorber takes for these tokens: main channels (n, D), coefficients (m, D), slots (n, 9, K).
 
-        Raises ``ValueError`` where a band is beyond those the absorber knows.
+        ``latents``, ``tracks``, ``gop``, ``cell``: as in ``absorb``. Raises ``ValueError`` if a band is beyond those the
+        absorber knows.
         """
         num_bands = int(tracks.coefficient_band.max()) + 1
         if num_bands > self.shape.num_bands:
@@ -104,7 +107,7 @@ class FreResModules(nn.Module):
 
 
 def _with_main(latents: Tensor, main: Tensor) -> Tensor:
-    """Put new main channels before the DeepStack rows, in the dtype of ``latents``."""
+    """Replace the main channels and keep the DeepStack rows after them, in the dtype of ``latents``."""
     width = main.shape[1]
     if width == latents.shape[1]:
         return main.to(latents.dtype)

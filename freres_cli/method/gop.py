@@ -14,11 +14,11 @@ from freres_cli.tracks import NUM_REPORTED_BANDS, NUM_SEGMENTS
 
 @dataclass(eq=False)
 class ClosedGop:
-    """A reduced GoP, on the CPU. P cells, K candidate coefficients, C channels.
+    """A reduced GoP, on the CPU: P cells, K candidate coefficients, C channels.
 
-    ``anchor``: (H, W, C) as encoded, or ``None`` for an event without room. ``base``: (P, C) pooled anchor;
-    ``coefficients``: (K, P, C); ``energies``: (K, P); ``segments``: (8, K, P) inner product of residual and coefficient
-    wave in each eighth; all float32 and empty where the GoP has no residual frames.
+    ``anchor``: (H, W, C) as encoded, or ``None`` for an event whose anchor found no room. ``base``: (P, C) float32,
+    pooled anchor. ``coefficients`` (K, P, C), ``energies`` (K, P) and ``segments`` (8, K, P), the inner product of
+    residual and coefficient wave in each eighth, are float32 and empty if the GoP has no residual frames.
     """
 
     anchor_frame: int
@@ -40,13 +40,13 @@ class ClosedGop:
     summary_spectrum: Tensor
 
     def drop_anchor(self, start: int) -> None:
-        """Give up the raw anchor: this event found no room among the anchors. Its residual track stays."""
+        """Give up the raw anchor of an event that found no room among the anchors. Its residual track stays."""
         self.start = start
         self.anchor = None
 
     def drop_residuals(self) -> None:
-        """Give up the residual track as well; only the summary stays."""
-        # Copies: a view of nothing would keep the whole storage alive.
+        """Give up the residual track as well. Only the summary stays."""
+        # Copies: an empty view would keep the whole storage alive.
         self.coefficients, self.energies = self.coefficients[:0].clone(), self.energies[:0].clone()
         self.segments, self.base = self.segments[:, :0].clone(), self.base[:0].clone()
 
@@ -57,13 +57,18 @@ def segment_of_bin(num_bins: int) -> Tensor:
 
 
 def sum_by_segment(per_bin: Tensor) -> Tensor:
-    """Add up (num_bins, ...) over the eighths of the GoP: (8, ...) float32."""
+    """Return the sums of (num_bins, ...) over the bins of each eighth of the GoP: (8, ...) float32."""
     members = segment_of_bin(per_bin.shape[0]) == torch.arange(NUM_SEGMENTS)[:, None]
     return (members.to(torch.float32) @ per_bin.flatten(1)).reshape(NUM_SEGMENTS, *per_bin.shape[1:])
 
 
 class OpenGop:
-    """Collects the frames of one GoP; memory does not grow with its length (see ``ResidualTrajectory``)."""
+    """Collects the frames of one GoP. Memory does not grow with its length (see ``ResidualTrajectory``).
+
+    ``anchor_frame``: index of the anchor frame in the clip. ``anchor``: its latents (H, W, C). ``width``: D, the main
+    channels, which energies are over. ``pooled``: cells (rows, columns). ``start``: index into ``GOP_STARTS``.
+    ``distance``: distance of the anchor frame to the frame before it.
+    """
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class OpenGop:
         self._residual_energy = 0.0
 
     def append(self, latents: Tensor, cells: Tensor) -> None:
-        """Add a residual frame: its latents (H, W, C) and the same pooled to cells (P, C) float32."""
+        """Add a residual frame: its latents (H, W, C), and the same pooled to cells (P, C) float32."""
         residual = cells - self._base
         difference = latents[..., : self._width].to(torch.float32) - self.anchor[..., : self._width].to(torch.float32)
         self._residual_energy += float(difference.square().sum())
@@ -133,8 +138,8 @@ class OpenGop:
         """Return coefficients (K, P, C), energy of the first bands (8,), and segment inner products (8, K, P), on the
         CPU.
 
-        A bin stands for ``bin_frames`` equal frames, so coefficients are scaled by its square root: energies of GoPs of
-        any length compare.
+        A bin stands for ``bin_frames`` equal frames, so coefficients are scaled by the square root of that. Energies of
+        GoPs of any length can then be compared.
         """
         bins = self._trajectory.bins()
         num_bins, root = bins.shape[0], self._trajectory.bin_frames**0.5

@@ -5,29 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Time bins a GoP may hold. Up to this many residual frames the trajectory is exact; a longer GoP halves its time
-# resolution, so that an hour needs no more memory than a minute. Ours: with K << 128 the low coefficients of the binned
+# Most time bins of a GoP. Up to this many residual frames the trajectory is exact; a longer GoP halves its time
+# resolution, so an hour needs no more memory than a minute. Ours: with K << 128 the low coefficients of the binned
 # trajectory differ from the exact ones by (pi K / 256)^2 / 6, less than 0.1 % at K = 5.
 MAX_TIME_BINS = 128
 
 
 def cell_edges(size: int, num_cells: int) -> list[int]:
-    """Return the ``num_cells + 1`` borders that split ``size`` tokens into disjoint, nearly equal cells."""
+    """Return the ``num_cells + 1`` edges that split ``size`` tokens into disjoint, nearly equal cells."""
     if not 1 <= num_cells <= size:
         raise ValueError(f"num_cells: expected 1..{size}, got {num_cells}")
     return [(i * size) // num_cells for i in range(num_cells + 1)]
-
-
-def pooled_grid(grid_h: int, grid_w: int, pooled_side: int) -> tuple[int, int]:
-    """Return (rows, columns) of cells: ``pooled_side`` each way, never more than the grid has."""
-    return min(pooled_side, grid_h), min(pooled_side, grid_w)
 
 
 def pool_to_cells(latents: Tensor, rows: int, columns: int) -> Tensor:
     """Return area means over the cells of the token grid (paper F.2; pooling is linear, so it comes before the DCT).
 
     ``latents``: (..., H, W, C). Returns (..., P, C) float32 in raster order, ``P = rows * columns``. With as many cells
-    as tokens the latents come back unchanged.
+    as tokens the latents are unchanged.
     """
     h_edges, w_edges = cell_edges(latents.shape[-3], rows), cell_edges(latents.shape[-2], columns)
     x = latents.to(torch.float32)
@@ -37,14 +32,17 @@ def pool_to_cells(latents: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def cell_areas(grid_h: int, grid_w: int, rows: int, columns: int) -> Tensor:
-    """Return the number of tokens in each cell: (P,) float32."""
+    """Return the number of tokens in each of ``rows`` x ``columns`` cells of a ``grid_h`` x ``grid_w`` grid: (P,) float32."""
     heights = torch.tensor(cell_edges(grid_h, rows), dtype=torch.float32).diff()
     widths = torch.tensor(cell_edges(grid_w, columns), dtype=torch.float32).diff()
     return (heights[:, None] * widths[None, :]).reshape(-1)
 
 
 def cell_centres(grid_h: int, grid_w: int, rows: int, columns: int) -> Tensor:
-    """Return the centre (h, w) of each cell on the token grid: (P, 2) float32; halves where a cell has even sides."""
+    """Return the centre (h, w) of each of ``rows`` x ``columns`` cells on a ``grid_h`` x ``grid_w`` token grid.
+
+    (P, 2) float32. A coordinate ends in one half where the cell spans an even number of tokens.
+    """
     h = torch.tensor(cell_edges(grid_h, rows), dtype=torch.float32)
     w = torch.tensor(cell_edges(grid_w, columns), dtype=torch.float32)
     h_mid, w_mid = (h[:-1] + h[1:] - 1) / 2, (w[:-1] + w[1:] - 1) / 2
@@ -52,10 +50,10 @@ def cell_centres(grid_h: int, grid_w: int, rows: int, columns: int) -> Tensor:
 
 
 class ResidualTrajectory:
-    """The pooled residuals of one GoP, frame after frame, in at most ``MAX_TIME_BINS`` bins of equal width.
+    """The pooled residuals of one GoP, in at most ``max_bins`` time bins of equal width.
 
-    A bin holds the mean of ``bin_frames`` consecutive residual frames; ``bin_frames`` is 1 until the bins run out and
-    then doubles. Energies are summed frame by frame, so they stay exact.
+    A bin holds the mean of ``bin_frames`` consecutive residual frames. ``bin_frames`` starts at 1 and doubles whenever
+    the bins run out. Energies are summed frame by frame, so they stay exact.
     """
 
     def __init__(self, max_bins: int = MAX_TIME_BINS) -> None:
@@ -67,7 +65,7 @@ class ResidualTrajectory:
         self.num_frames = 0
 
     def append(self, residual: Tensor, energy: float) -> None:
-        """Add the next residual frame: (P, C) float32, and its energy over the main channels."""
+        """Add the next residual frame, (P, C) float32, and its energy over the main channels."""
         if self._counts and self._counts[-1] < self.bin_frames:
             self._sums[-1] = self._sums[-1] + residual
             self._energies[-1] += energy

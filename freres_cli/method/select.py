@@ -1,4 +1,4 @@
-"""Choosing what is kept: the best coefficients of the whole clip, anchor tokens, static and summary tokens."""
+"""Choosing what is kept: the best coefficients of the whole clip, and anchor, static and summary tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from freres_cli.method.gop import ClosedGop
 from freres_cli.method.residuals import cell_centres
 from freres_cli.tracks import COLUMNS, GOP_STARTS, NUM_SEGMENTS, TABLE_OF_KIND, Tracks
 
-# A coefficient below this share of a mean anchor token's energy is rounding, not motion (paper: near-zero cells are
-# dropped; the value is ours).
+# A coefficient below this share of a mean anchor token's energy is rounding noise, not motion (the paper drops near-zero
+# cells; the value is ours).
 NEAR_ZERO_SHARE = 1e-9
 
 
 def select_tracks(
     gops: list[ClosedGop], plan: BudgetPlan, settings: MethodSettings, width: int, seconds: list[float]
 ) -> Tracks:
-    """Return the tracks that fit ``plan.budget_tokens``; for an orthonormal transform the coefficients of largest
-    energy are the best choice (method section 4, ours)."""
+    """Return the tracks that fit ``plan.budget_tokens``.
+
+    The coefficients of largest energy in the whole clip are kept: for an orthonormal transform that is the best choice
+    (method section 4, ours). ``gops``: every GoP of the clip, in time order. ``plan``: from ``plan_budget`` with the same
+    ``settings``. ``width``: D. ``seconds``: time of each sampled frame.
+    """
     moving = [i for i, gop in enumerate(gops) if gop.coefficients.shape[0]]
     demoted = [i for i, gop in enumerate(gops) if gop.anchor is None]
-    # Without raw anchors a frame that stands alone would be lost: it gives its summary.
+    # Without raw anchors, a GoP of a single frame would be lost; its summary is kept.
     alone = settings.variant == "temporal"
     standing = [i for i, gop in enumerate(gops) if gop.anchor is not None and (alone or gop.coefficients.shape[0])]
     rules = {
@@ -49,9 +53,9 @@ def select_tracks(
 
 
 def cut_tracks(tracks: Tracks, settings: MethodSettings, budget_tokens: int) -> Tracks:
-    """Return the same clip in at most ``budget_tokens`` tokens: a prefix of every kind, GoPs unchanged.
+    """Return the same clip in at most ``budget_tokens`` tokens: a prefix of each kind, with unchanged GoPs.
 
-    Raises ``ValueError`` when the budget is below one.
+    Raises ``ValueError`` if the budget is below one.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
@@ -113,7 +117,7 @@ def _mean_token_energy(anchor: Tensor, width: int) -> Tensor:
 def _static_cells(
     gops: list[ClosedGop], moving: list[int], plan: BudgetPlan, settings: MethodSettings, wanted: int
 ) -> list[tuple[int, int]]:
-    """Return up to ``wanted`` (gop, cell) pairs of background cells, spread over each grid, GoPs in turn."""
+    """Return up to ``wanted`` (gop, cell) pairs of background cells, spread over each grid, taking GoPs in turn."""
     if not wanted:
         return []
     centres = cell_centres(*plan.grid, *plan.pooled_grid)
@@ -124,7 +128,7 @@ def _static_cells(
 
 
 def _spread_cells(centres: Tensor, energy: Tensor, count: int) -> list[int]:
-    """Pick cells of the calmer half far from each other: the calmest first, then always the farthest from those
+    """Pick cells that are far apart from the calmer half: first the calmest, then always the one farthest from those
     picked."""
     calm = torch.argsort(energy, stable=True)[: max(count, centres.shape[0] // 2)]
     picked = calm[:1].tolist()
@@ -151,7 +155,7 @@ def _gather(
     static: list[tuple[int, int]],
     summary: list[int],
 ) -> Tracks:
-    """Stack the chosen rows into tracks; latents keep the dtype in which they were encoded."""
+    """Stack the chosen rows into tracks. Latents keep the dtype they were encoded in."""
     first = next(gop.anchor for gop in gops if gop.anchor is not None)
     dtype, channels = first.dtype, first.shape[-1]
     num_cells = plan.pooled_grid[0] * plan.pooled_grid[1]
@@ -211,7 +215,7 @@ def _padded(spectrum: Tensor, num_bands: int) -> Tensor:
 def _pick(
     gops: list[ClosedGop], gop: Tensor, read: Callable[[ClosedGop, Tensor], Tensor], dtype: torch.dtype, *shape: int
 ) -> Tensor:
-    """Return one row for each entry of ``gop``, read a GoP at a time: stacking all GoPs first would double the
+    """Return one row for each entry of ``gop``, reading one GoP at a time: stacking all GoPs first would double the
     memory."""
     out = torch.empty(gop.shape[0], *shape, dtype=dtype)
     for i in gop.unique().tolist():
@@ -221,9 +225,10 @@ def _pick(
 
 
 def _gather_anchors(gops: list[ClosedGop], width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first ``count`` anchor tokens: every anchor's best first, anchors in spread order."""
-    standing = [i for i, gop in enumerate(gops) if gop.anchor is not None]
-    orders = {i: prune_order(gops[i].anchor, width) for i in standing}  # type: ignore[arg-type]
+    """Return the first ``count`` anchor tokens: the best of every anchor first, anchors in spread order."""
+    anchors = {i: gop.anchor for i, gop in enumerate(gops) if gop.anchor is not None}
+    standing = list(anchors)
+    orders = {i: prune_order(anchor, width) for i, anchor in anchors.items()}
     turns = torch.tensor([standing[i] for i in spread_order(len(standing))])
     num_tokens = orders[standing[0]].shape[0]
     gop = turns.repeat(-(-count // len(turns)))[:count] if count else turns[:0]
@@ -231,13 +236,10 @@ def _gather_anchors(gops: list[ClosedGop], width: int, count: int) -> tuple[Tens
     by_rank = torch.stack([orders[i] for i in standing])
     row = torch.searchsorted(torch.tensor(standing), gop)
     cell = by_rank[row, rank] if count else rank
-    first = gops[standing[0]].anchor
-    assert first is not None
+    first = anchors[standing[0]]
     latents = torch.empty(count, first.shape[-1], dtype=first.dtype)
-    for i in standing:
+    for i, anchor in anchors.items():
         mine = (gop == i).nonzero().squeeze(1)
-        anchor = gops[i].anchor
-        assert anchor is not None
         latents[mine] = anchor.reshape(num_tokens, -1)[cell[mine]]
     return latents, gop.clone(), cell.clone()
 

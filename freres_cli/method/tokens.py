@@ -1,4 +1,4 @@
-"""tracks -> tokens: every kept number becomes a token on the backbone's own manifold, in time order."""
+"""tracks -> tokens: everything that was kept becomes tokens on the backbone's own manifold, in time order."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def build_tokens(tracks: Tracks, variant: str = "absorber", modules: FreResModul
     """Return the visual tokens of a clip for the language model (method sections 5 and 6).
 
     Without ``modules`` nothing is trained: anchors are the backbone's own latents bit for bit, and every other token is
-    a pooled latent of the clip at some instant. Where every token of the clip is there, nothing was lost and ``modules``
-    leave them as they are (ours). Order is time: per GoP anchors, dynamic, static, summary, each in
-    raster order. ``variant`` is one of ``presets.VARIANTS``.
+    a pooled latent of the clip at some instant. If every token of the clip was kept, nothing was lost and ``modules``
+    are not applied (ours). Tokens are in time order: for each GoP anchors, dynamic, static, summary, each in raster
+    order. ``variant``: one of ``presets.VARIANTS``.
     """
     if tracks.anchor_gop.shape[0] == math.prod(tracks.grid):
         modules = None
@@ -67,7 +67,7 @@ def build_tokens(tracks: Tracks, variant: str = "absorber", modules: FreResModul
 
 
 def seconds_at(frame_seconds: Tensor, frames: Tensor) -> Tensor:
-    """Return the time of fractional frame positions, linear between frames: (n,) float64."""
+    """Return the times of fractional frame positions, linear between frames: (n,) float64 seconds."""
     clamped = frames.to(torch.float64).clamp(0, frame_seconds.shape[0] - 1)
     low = clamped.floor().to(torch.int64)
     high = clamped.ceil().to(torch.int64)
@@ -95,7 +95,7 @@ def _centres(tracks: Tracks) -> Tensor:
 
 
 def _middle(tracks: Tracks, gop: Tensor) -> Tensor:
-    """The middle of the residual frames of a GoP, on the frame axis; the anchor itself where there are none."""
+    """The middle of a GoP's residual frames on the frame axis; the anchor itself if there are none."""
     length = tracks.gop_num_residuals[gop].to(torch.float64)
     return tracks.gop_anchor_frame[gop] + torch.where(length > 0, (length + 1) / 2, 0.0)
 
@@ -128,10 +128,10 @@ def _summary_rows(tracks: Tracks) -> _Rows:
 
 @dataclass(frozen=True)
 class DynamicRuns:
-    """The kept coefficients (n,) in runs of one cell of one GoP, lowest band first; each stands for a token.
+    """The kept coefficients (n,) in runs of one cell of one GoP, lowest band first. Each gives one token.
 
-    ``order``: rows of the coefficient table. ``group``: run of each; ``index``: place in it; ``sizes``: (runs,).
-    ``gop``, ``cell``: of each. ``instants``: float64, in residual frames of the GoP, spread evenly over it.
+    ``order``: rows of the coefficient table. ``group``: run of each; ``index``: place in its run; ``sizes``: length of
+    each run. ``gop``, ``cell``: of each. ``instants``: float64, in residual frames of the GoP, spread evenly over it.
     """
 
     order: Tensor
@@ -144,7 +144,7 @@ class DynamicRuns:
 
 
 def order_dynamic(tracks: Tracks) -> DynamicRuns:
-    """Return the runs of the kept coefficients; at least one must be kept."""
+    """Return the runs of the kept coefficients. The tracks must hold at least one."""
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
     key = tracks.coefficient_gop * cells + tracks.coefficient_cell
     order = torch.argsort(tracks.coefficient_band, stable=True)
@@ -176,7 +176,7 @@ def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -
 
 
 def _bin_coordinate(tracks: Tracks, gop: Tensor, instants: Tensor) -> Tensor:
-    """Turn instants in residual frames of a GoP into instants in its time bins."""
+    """Convert instants in residual frames of a GoP to instants in its time bins."""
     return (instants + 0.5) / tracks.gop_bin_frames[gop] - 0.5
 
 
@@ -184,14 +184,14 @@ def _basis(tracks: Tracks, gop: Tensor, instants: Tensor, band: Tensor) -> Tenso
     """Value of each band's wave at each instant of its GoP, for coefficients scaled by sqrt(bin_frames)."""
     num_bins = tracks.gop_num_bins[gop].to(torch.float64)
     at = _bin_coordinate(tracks, gop, instants)
-    # The basis of length n at x depends on (2x + 1) / n only, up to its scale: read all lengths from length 1.
+    # Up to its scale, the basis of length n at x depends only on (2x + 1) / n: read all lengths from length 1.
     phase = (2 * at + 1) / num_bins
     value = dct_basis_at((phase - 1) / 2, 1, band).to(torch.float64)
     return (value / (num_bins * tracks.gop_bin_frames[gop]).sqrt()).to(torch.float32)
 
 
 def evaluate_dynamic(tracks: Tracks, runs: DynamicRuns) -> Tensor:
-    """Return the dynamic tokens before any module, (n, C): base + kept coefficients at each token's instant."""
+    """Return the dynamic tokens before any module, (n, C): base plus kept coefficients at each token's instant."""
     order, index, sizes, gop = runs.order, runs.index, runs.sizes, runs.gop
     num_groups, widest = sizes.shape[0], int(sizes.max())
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
@@ -218,7 +218,7 @@ def evaluate_dynamic(tracks: Tracks, runs: DynamicRuns) -> Tensor:
 
 
 def _dense_rows(tracks: Tracks) -> _Rows:
-    """The ``idct`` variant: reconstructed frames of all P cells at even instants of each GoP, a token for a
+    """The ``idct`` variant: reconstructed frames of all P cells at evenly spaced instants of each GoP, one token per
     coefficient."""
     cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
     share = _deal_tokens(tracks, cells)
@@ -243,7 +243,7 @@ def _dense_rows(tracks: Tracks) -> _Rows:
 
 
 def _deal_tokens(tracks: Tracks, cells: int) -> dict[int, int]:
-    """Deal as many tokens as coefficients were kept, a frame of P cells at a time, to GoPs in turn, at most L each."""
+    """Deal one token per kept coefficient to GoPs in turn, a frame of P cells at a time, at most L frames each."""
     with_base = tracks.base_gop.unique().tolist()
     turn = [with_base[i] for i in spread_order(len(with_base))]
     share = dict.fromkeys(sorted(with_base), 0)
@@ -263,7 +263,7 @@ def _adapted(rows: _Rows, tracks: Tracks, modules: FreResModules) -> _Rows:
 
 
 def _mean_spectrum(tracks: Tracks) -> Tensor:
-    """Mean of the retained coefficients of each summary, over the bands its GoP has: (n, D) float32."""
+    """Mean of the retained coefficients of each summary over the bands of its GoP: (n, D) float32."""
     spectrum = tracks.summary_spectrum[..., : tracks.width].to(torch.float32)
     bands = tracks.gop_num_bins[tracks.summary_gop].clamp(min=1, max=max(1, spectrum.shape[1]))
     return spectrum.sum(1) / bands[:, None]

@@ -1,4 +1,4 @@
-"""Trained modules: which adapter is used, and whether it fits."""
+"""Trained modules: which adapter to use, and whether it fits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_ADAPTER = "none"
 
 @dataclass(frozen=True)
 class Adapter:
-    """Modules, and what their file says of their ``training``; nothing where it does not say."""
+    """Modules, and what their file says about their ``training``, if anything."""
 
     path: Path
     modules: FreResModules
@@ -27,8 +27,8 @@ class Adapter:
 
 
 def choose_adapter(named: str | None, model_id: str | None, variant: str) -> Path | None:
-    """Return the file that is used: the one that is named, none for ``none``, and where nothing is said the one that
-    ships with the bundled model, for the variant it was trained for."""
+    """Return the adapter file to use: the one that is ``named``, or none for the name ``none``. By default it is the one
+    that ships with the bundled model, for the variant that it was trained for."""
     if named is not None:
         return None if named == NO_ADAPTER else Path(named)
     path = bundled_adapter()
@@ -47,7 +47,11 @@ def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
 
 
 def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: str) -> FreResModules:
-    """Modules that fit a bundle: its backbone, its ``variant``, its width and its bands. Raises ``BackboneError``."""
+    """Return modules that fit a bundle.
+
+    ``path``: the adapter. ``model``: the manifest's facts of the backbone. ``tracks``: for their width and bands.
+    ``variant``: of the bundle. Raises ``BackboneError`` where one of them does not fit.
+    """
     adapter = load_adapter(path, model)
     check_variant(adapter, variant)
     bands = int(tracks.coefficient_band.max()) + 1 if tracks.coefficient_band.numel() else 0

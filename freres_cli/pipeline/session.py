@@ -101,7 +101,7 @@ class Session:
     ) -> Answer:
         """Answer a question. TTFT runs from this call, bundle and model loaded.
 
-        ``choices``: the answer is the option whose letter, or whose words, are likeliest (``choices_as`` of the model).
+        ``question``: the text. ``choices``: the answer is the option whose letter, or whose words, are likeliest (``choices_as`` of the model).
         ``max_new_tokens``: of a free answer. ``sampling``: how its tokens are picked, greedily by default. ``on_text``:
         receives the text as it comes. Raises ``UsageError`` or ``BackboneError``.
         """
@@ -257,7 +257,7 @@ def control_tokens(model: LanguageModel) -> list[str]:
 
 
 def refuse_control_tokens(questions: QuestionFile, model: LanguageModel) -> None:
-    """Raises ``UsageError`` for a row that holds what the model reads as a command."""
+    """Refuse a row that holds what the model reads as a command. Raises ``UsageError``."""
     tokens = control_tokens(model)
     for question in questions.questions:
         token = find_control_token((question.question, *question.choices, question.answer), tokens)
@@ -307,8 +307,8 @@ def open_content(
 def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, name: str) -> None:
     """Refuse a model other than the one whose tower and projector made the latents.
 
-    ``recorded``: the manifest's facts of that one. ``width``: D of the latents. ``name``: of the bundle. Raises
-    ``BackboneError``.
+    ``recorded``: the manifest's facts of that one. ``width``: D of the latents. ``model``: the one in hand. ``name``: of
+    the bundle. Raises ``BackboneError``.
     """
     differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
     if differing or width != model.width:

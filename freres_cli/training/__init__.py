@@ -1,1 +1,1 @@
-"""What any training here needs: an optimizer, states that resume, worker processes."""
+"""What every training here needs: an optimizer, state to resume from, and worker processes."""

@@ -1,4 +1,4 @@
-"""Muon in float32. ``torch.optim.Muon`` orthogonalizes in bfloat16, a hundred times slower on CPUs without it."""
+"""Muon in float32. ``torch.optim.Muon`` works in bfloat16, a hundred times slower on CPUs without native bfloat16."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the quintic iteration (Jordan et al., 2024).
+# Coefficients of the quintic iteration (Jordan et al., 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalized, for the matrices of hidden layers; step size as AdamW's."""
+    """Momentum with orthogonalized steps, for the matrices of hidden layers. Steps are as large as AdamW's."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.01) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step. Parameters of one shape are handled together."""
+        """Take one step. Parameters of the same shape are handled together."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 updates = orthogonalize(torch.stack([self._momentum(parameter) for parameter in parameters]))
-                scale = 0.2 * max(shape) ** 0.5  # the root mean square of AdamW's steps
+                scale = 0.2 * max(shape) ** 0.5  # gives the root mean square of AdamW's steps
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.sub_(update, alpha=group["lr"] * scale)
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(n, r, c): each with its singular values pushed towards 1."""
+    """Return the matrices (n, r, c) with their singular values pushed towards 1."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -1,4 +1,4 @@
-"""The processes that ``torchrun`` or ``accelerate launch`` started together; one alone without them."""
+"""The processes that ``torchrun`` or ``accelerate launch`` started together; without them, a single one."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ LONGEST_WAIT = timedelta(days=7)
 
 
 def count_processes() -> int:
-    """How many processes were started together."""
+    """Return how many processes were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:
-    """Whether this is the one that prints and writes."""
+    """Return whether this is the process that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Workers:
-    """``rank`` of ``count``; what they share. Gradients are summed, so that n processes take the step of one."""
+    """This process, ``rank`` of ``count``, among the others. Gradients are summed, so n processes train as one would."""
 
     def __init__(self, device: Device) -> None:
         self.count = count_processes()
@@ -47,12 +47,12 @@ class Workers:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has got here."""
         if self.count > 1:
             dist.barrier()
 
     def first_then_all(self, work: Callable[[], T]) -> T:
-        """Let the first process work, then the others: they find on disk what it left there."""
+        """Run ``work`` in the first process, then in the others, which find on disk what the first one left."""
         if self.is_first:
             done = work()
             self.wait()
@@ -63,7 +63,7 @@ class Workers:
         return done
 
     def of_first(self, value: Any) -> Any:
-        """Return what the first process has, so that all decide alike."""
+        """Return the first process's ``value``, so that all processes decide alike."""
         if self.count == 1:
             return value
         shared = [value]
@@ -71,8 +71,8 @@ class Workers:
         return shared[0]
 
     def sum_gradients(self, modules: nn.Module, loss: float) -> float:
-        """Give every process the sum of all gradients; return the sum of the losses. A parameter that no process used
-        keeps no gradient, as in one process."""
+        """Give every process the sum of all gradients, and return the sum of the losses. A parameter that no process used
+        gets no gradient, as with a single process."""
         if self.count == 1:
             return loss
         parameters = list(modules.parameters())

@@ -1,1 +1,1 @@
-"""video -> frames: decoding with PyAV and the index arithmetic of sampling."""
+"""video -> frames: decoding with PyAV, and choosing which frames to sample."""

@@ -1,12 +1,13 @@
-"""Stream the sampled frames of a video: decode, resize, turn upright, pack into batches.
+"""Stream the sampled frames of a video: decode, resize, rotate upright, pack into batches.
 
-Only sampled frames are converted, and one decoded frame is held at a time, so memory does not grow with the clip.
+Only sampled frames are converted to RGB, and one decoded frame is held at a time, so memory use does not grow with the
+length of the clip.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,16 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table
+from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table, video_stream
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
 
-# swscale's shortcut for colour, which FULL_CHR_H_INT turns off, gives white as 253 and mid-grey two levels too dark.
+# Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """What became of a file. ``lost_s``: seconds of the wanted part that could not be decoded."""
+    """The outcome of decoding. ``lost_s``: seconds of the requested part that could not be decoded."""
 
     num_frames_decoded: int
     num_frames_sampled: int
@@ -52,12 +53,20 @@ class _Tally:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A decoded frame and how long it is on screen, in seconds of the file's clock."""
+    """A decoded frame and when it is on screen, in seconds on the file's clock."""
 
     frame: av.VideoFrame
     index: int
     start_s: float
     end_s: float
+
+
+def _own_time(frame: av.VideoFrame) -> float | None:
+    """The frame's own timestamp in seconds, if it has one."""
+    if frame.pts is None:
+        return None
+    assert frame.time_base is not None
+    return float(frame.pts * frame.time_base)
 
 
 def decode_frames(
@@ -68,16 +77,20 @@ def decode_frames(
     batch_frames: int = 16,
     strict: bool = False,
 ) -> Decoder:
-    """An iterable of ``Frames`` of at most ``batch_frames`` each, resized to ``size`` and upright.
+    """An iterable of ``Frames``, at most ``batch_frames`` at a time, resized to ``size`` and upright.
 
-    Damaged files give what can be decoded; ``Decoder.report`` then says what was lost. With ``strict`` they raise
-    ``VideoError`` instead. Iterating raises ``VideoError`` and, for a window outside the clip, ``UsageError``.
+    ``path`` is the file and ``info`` what ``probe_video`` returned for it; ``sampling`` says which frames to return.
+    Damaged files give whatever can be decoded, and ``Decoder.report`` says what was lost; with ``strict`` they raise
+    ``VideoError`` instead. Iterating raises ``VideoError``, or ``UsageError`` if the window is outside the clip.
     """
     return Decoder(str(path), info, sampling, size, batch_frames, strict)
 
 
 class Decoder:
-    """Sampled frames of one video. Each iteration decodes the file anew; ``report`` tells of the last complete one."""
+    """The sampled frames of one video. See ``decode_frames`` for the arguments.
+
+    Each iteration decodes the file again; ``report`` describes the last complete one.
+    """
 
     def __init__(
         self, path: str, info: VideoInfo, sampling: Sampling, size: FrameSize, batch_frames: int, strict: bool
@@ -91,9 +104,9 @@ class Decoder:
 
     @property
     def report(self) -> DecodeReport:
-        """What became of the file; only after the last batch."""
+        """The outcome of decoding, available after the last batch."""
         if self._report is None:
-            raise RuntimeError("the report is there after the last batch")
+            raise RuntimeError("the report is available after the last batch")
         return self._report
 
     def __iter__(self) -> Iterator[Frames]:
@@ -104,10 +117,10 @@ class Decoder:
             yield from self._pack(picked, tally)
         self._report = self._sum_up(table, tally)
 
-    def _decode(self, tally: _Tally) -> Iterator[av.VideoFrame]:
-        """Frames in display order. A packet that fails is counted and skipped."""
+    def _decode(self, tally: _Tally) -> Generator[av.VideoFrame, None, None]:
+        """Frames in display order. Packets that cannot be decoded are counted and skipped."""
         with open_video(self._path) as container:
-            stream = container.streams[self._info.stream_index]
+            stream = video_stream(container, self._info.stream_index)
             stream.thread_type = "AUTO"
             for frame in iterate_frames(container, stream):
                 if frame is None or frame.is_corrupt:
@@ -117,12 +130,12 @@ class Decoder:
             else:
                 if tally.num_decoded >= self._info.num_packets:
                     return
-        # Damage in one thread spoils frames of the others, and which ones depends on the machine and on luck; at the end of
-        # the file it does so without an error. So a file that seems damaged is read again on one thread, past what was
-        # delivered: every run then gives the same frames.
+        # Damage seen by one thread spoils frames of the others; which ones varies by machine and by run, and at the end of
+        # the file there is no error. So a file that seems damaged is read again on a single thread, skipping the frames
+        # already delivered: every run then gives the same frames.
         num_delivered, num_seen = tally.num_decoded, 0
         with open_video(self._path) as container:
-            stream = container.streams[self._info.stream_index]
+            stream = video_stream(container, self._info.stream_index)
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             for frame in iterate_frames(container, stream):
                 tally.ends_badly = frame is None
@@ -138,21 +151,21 @@ class Decoder:
     def _refuse_if_strict(self, trouble: str) -> None:
         if self._strict:
             raise VideoError(
-                f"{self._path}: the video is damaged: {trouble}", hint="Leave out --strict to use what can be decoded."
+                f"{self._path}: the video is damaged: {trouble}", hint="omit --strict to use what can be decoded"
             )
 
-    def _stamp(self, table: PacketTable, tally: _Tally) -> Iterator[tuple[av.VideoFrame, int, float]]:
-        """Each decoded frame with its ordinal and its time, which never runs backwards.
+    def _stamp(self, table: PacketTable, tally: _Tally) -> Generator[tuple[av.VideoFrame, int, float], None, None]:
+        """Each decoded frame with its number and its time. Times never run backwards.
 
-        Where timestamps are missing, run backwards, or cannot tell when a B-frame is shown, the k-th frame out of the
-        decoder gets the k-th smallest timestamp: the decoder's order is right, and sorting would scramble it.
+        If timestamps are missing, run backwards, or do not say when a B-frame is shown, the k-th frame from the decoder
+        gets the k-th smallest timestamp: the decoder's order is right, and sorting the frames would scramble it.
         """
         by_rank, previous = table.is_order_blind, float("-inf")
         with closing(self._decode(tally)) as frames:
             for index, frame in enumerate(frames):
-                own = None if frame.pts is None else float(frame.pts * frame.time_base)
+                own = _own_time(frame)
                 by_rank = by_rank or (own is not None and own < previous)
-                # A frame that damage left without a time is taken for the one after its predecessor.
+                # A frame whose time was lost to damage is assumed to follow the previous frame directly.
                 rank = index + tally.num_failed if by_rank else bisect_right(table.stamps_s, previous + TOLERANCE_S)
                 stamp = table.stamps_s[min(rank, len(table.stamps_s) - 1)]
                 time = max(stamp, previous) if by_rank or own is None else own
@@ -163,8 +176,8 @@ class Decoder:
                 previous = time
                 yield frame, index, time
 
-    def _show(self, table: PacketTable, tally: _Tally) -> Iterator[_Shown]:
-        """Each frame with the time it leaves the screen: when the next one comes."""
+    def _show(self, table: PacketTable, tally: _Tally) -> Generator[_Shown, None, None]:
+        """Each frame with the time it leaves the screen, which is when the next one appears."""
         held: tuple[av.VideoFrame, int, float] | None = None
         with closing(self._stamp(table, tally)) as stamped:
             for frame, index, time in stamped:
@@ -177,8 +190,8 @@ class Decoder:
             yield _Shown(*held, end_s=tally.covered_s)
         tally.is_exhausted = True
 
-    def _pick(self, table: PacketTable, tally: _Tally) -> Iterator[tuple[_Shown, int]]:
-        """Frames that are sampled, each with the number of instants at which it is on screen."""
+    def _pick(self, table: PacketTable, tally: _Tally) -> Generator[tuple[_Shown, int], None, None]:
+        """The sampled frames, each with the number of instants at which it is on screen."""
         info = self._info
         first, last = sampling_window(self._sampling, info.start_s, info.duration_s)
         has_window = self._sampling.start_s is not None or self._sampling.end_s is not None
@@ -200,28 +213,30 @@ class Decoder:
                     return
 
     def _convert(self, frame: av.VideoFrame) -> np.ndarray:
-        """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then turned upright."""
+        """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then rotated upright."""
         quarter_turns = self._info.rotation_deg // 90
         height, width = self._size.height_px, self._size.width_px
         if quarter_turns % 2:
             height, width = width, height
         try:
-            # Frames decode on several threads already; more of them inside the resize only get in the way.
+            # Decoding already uses several threads; more of them for resizing would only compete.
             resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1)
         except FFmpegError as error:
             raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
         plane = resized.planes[0]
         # Rows are padded to a multiple of the vector width.
-        rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
+        rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
         return np.rot90(rows.reshape(height, width, 3), quarter_turns)
 
     def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
         shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
-        pixels, times, indices = torch.empty(shape, dtype=torch.uint8), [], []
+        pixels = torch.empty(shape, dtype=torch.uint8)
+        times: list[float] = []
+        indices: list[int] = []
         for shown, repeats in picked:
             picture = self._convert(shown.frame)
             for _ in range(repeats):
-                # torch would start a thread pool for this copy, which fights with the decoder's threads.
+                # torch would start a thread pool for this copy, which would compete with the decoder's threads.
                 pixels.numpy()[len(times)] = picture
                 times.append(shown.start_s)
                 indices.append(shown.index)
@@ -235,16 +250,16 @@ class Decoder:
     def _sum_up(self, table: PacketTable, tally: _Tally) -> DecodeReport:
         if tally.num_sampled == 0:
             raise VideoError(
-                f"{self._path}: not one frame of the wanted part can be decoded",
-                hint="The file is damaged; try to play it, or fetch it again.",
+                f"{self._path}: no frame of the requested part can be decoded",
+                hint="the file is damaged: try to play it, or download it again",
             )
         lost = self._measure_loss(table, tally)
         if lost > 0:
-            self._refuse_if_strict(f"{lost:.2f} s are lost")
+            self._refuse_if_strict(f"{lost:.2f} s of video are lost")
         return DecodeReport(tally.num_decoded, tally.num_sampled, lost, tuple(self._describe(tally, lost)))
 
     def _measure_loss(self, table: PacketTable, tally: _Tally) -> float:
-        """Seconds that the wanted part should have and no decoded frame covers."""
+        """Seconds of the requested part that no decoded frame covers."""
         if not tally.is_exhausted:
             tail, due = 0.0, tally.num_decoded
         else:
@@ -253,15 +268,15 @@ class Decoder:
                 end = min(end, self._info.start_s + self._sampling.end_s)
             tail = end - tally.covered_s
             due = bisect_left(table.stamps_s, tally.covered_s - TOLERANCE_S)
-        # Frames held longer because their successors failed hide a hole inside the clip.
+        # A gap inside the clip does not show in the times: the frame before it simply stays on screen longer.
         hole = (due - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
         return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
 
     def _describe(self, tally: _Tally, lost: float) -> Iterator[str]:
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
-            yield f"{self._sampling.count} frames asked, {tally.num_sampled} given: the clip has no more"
+            yield f"{self._sampling.count} frames requested, {tally.num_sampled} returned: the clip has no more"
         if tally.num_restamped:
-            yield f"timestamps run backwards or are missing: frames timed by their order: {tally.num_restamped}"
+            yield f"timestamps run backwards or are missing; frames timed by their order: {tally.num_restamped}"
         if tally.num_failed:
             yield f"packets skipped because they cannot be decoded: {tally.num_failed}"
         if tally.num_damaged:

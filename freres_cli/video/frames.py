@@ -1,4 +1,4 @@
-"""Frames that were decoded elsewhere, as if they came from a file: resized as a file's frames are, in batches."""
+"""Frames decoded elsewhere, treated as if they came from a file: resized in the same way, in batches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from freres_cli.video.decode import RESIZE, DecodeReport
 
 
 class FrameArray:
-    """Decoded frames: ``pixels`` (n, h, w, 3) uint8 RGB, with the time of each in seconds.
+    """Decoded frames: ``pixels`` (n, h, w, 3) uint8 RGB, and the time of each in seconds.
 
-    Raises ``VideoError`` for another shape or type, no frames, or times that are not finite, fall, or are not one a frame.
+    Raises ``VideoError`` if the shape or type differs, if there are no frames, or unless there is one finite time for
+    each frame and times never decrease.
     """
 
     def __init__(self, pixels: Tensor | np.ndarray, seconds: Sequence[float] | Tensor | np.ndarray) -> None:
@@ -32,13 +33,13 @@ class FrameArray:
         if times.shape != array.shape[:1]:
             raise VideoError(f"frames: expected a time for each of {len(array)} frames, got {times.shape}")
         if not np.isfinite(times).all() or (np.diff(times) < 0).any():
-            raise VideoError("frames: expected times in seconds that are finite and do not fall")
+            raise VideoError("frames: expected finite times in seconds that never decrease")
         self.pixels = np.ascontiguousarray(array)
         self.seconds = tuple(times.tolist())
 
     @property
     def info(self) -> VideoInfo:
-        """What a file with these frames would say of itself. The last frame is shown as long as the one before it."""
+        """What probing a file with these frames would return. The last frame lasts as long as the one before it."""
         num_frames, height, width, _ = self.pixels.shape
         span = self.seconds[-1] - self.seconds[0]
         gap = self.seconds[-1] - self.seconds[-2] if num_frames > 1 else 0.0
@@ -63,7 +64,7 @@ class FrameArray:
 
     @property
     def sha256(self) -> str:
-        """The digest of shape, pixels and times."""
+        """Digest of shape, pixels and times."""
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         digest.update(self.pixels.data)
         digest.update(np.asarray(self.seconds).data)
@@ -80,7 +81,7 @@ class FrameArray:
 
 
 class FrameBatches:
-    """All frames of an array, resized; ``report`` as ``decode.Decoder`` has it."""
+    """All frames of an array, resized. ``report`` is like that of ``decode.Decoder``."""
 
     def __init__(self, frames: FrameArray, size: FrameSize, batch_frames: int) -> None:
         self._frames, self._size, self._batch_frames = frames, size, batch_frames

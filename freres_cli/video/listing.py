@@ -1,4 +1,4 @@
-"""Which videos a command line names: files, folders, and lists of files."""
+"""Find the videos that a command line names: files, folders, and lists of files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from freres_cli.errors import UsageError
 
 LIST_SUFFIX = ".txt"
-# In a folder, files are told by their names; a file named by itself is tried whatever its name.
+# In a folder, videos are recognized by suffix; a file named on the command line is tried whatever its name.
 VIDEO_SUFFIXES = frozenset(
     (
         *(".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".mpeg"),
@@ -22,27 +22,30 @@ VIDEO_SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class Listing:
-    """``videos``: each with the name of its output, without a suffix and relative to the output folder, all different.
-    ``notes``: what the user should know."""
+    """The videos found, and what the user should know about the search.
+
+    ``videos``: each video with the name of its output, which has no suffix, is relative to the output folder, and is
+    unique.
+    """
 
     videos: tuple[tuple[Path, Path], ...]
     notes: tuple[str, ...] = ()
 
 
 def is_many(arguments: Sequence[Path]) -> bool:
-    """Whether arguments name a set of videos, and not one file."""
+    """Whether the arguments name a set of videos rather than one file."""
     return len(arguments) != 1 or os.path.isdir(arguments[0]) or _is_list(arguments[0])  # noqa: PTH112
 
 
 def list_videos(arguments: Sequence[Path]) -> Listing:
-    """Return the videos that files, folders (with the folders in them) and ``.txt`` lists name, in order, each once.
+    """The videos named by files, folders (searched recursively) and ``.txt`` lists, in order, each once.
 
-    A list has a path a line, relative to itself; empty lines and lines that begin with ``#`` are skipped. Of a folder,
-    hidden files and those without a video's suffix are left out. An output is named after its video; videos that would
-    share a name keep their suffix in it. Raises ``UsageError`` for a list that cannot be read, for no video at all, and
-    for names that stay the same.
+    A list has one path per line, relative to the list itself; empty lines and lines that begin with ``#`` are skipped.
+    In a folder, hidden files and files without a video suffix are skipped. An output is named after its video; videos
+    that would share a name keep their suffix in it. Raises ``UsageError`` if a list cannot be read, if there is no video
+    at all, or if two outputs would still have the same name.
     """
-    found: dict[Path, Path] = {}  # the video, and its output's name with the video's suffix
+    found: dict[Path, Path] = {}  # video -> name of its output, still with the video's suffix
     notes: list[str] = []
     for argument in arguments:
         for video, name in _expand(argument, notes):
@@ -61,11 +64,11 @@ def _is_list(path: Path) -> bool:
 
 
 def _expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
-    if os.path.isdir(argument):  # noqa: PTH112 (os.path takes names too long for the system)
+    if os.path.isdir(argument):  # noqa: PTH112 (os.path accepts names too long for the system)
         files = [path for path in sorted(argument.rglob("*")) if path.is_file() and not _is_hidden(path, argument)]
         videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
         if len(videos) < len(files):
-            notes.append(f"{argument}: files left out, not videos by their names: {len(files) - len(videos)}")
+            notes.append(f"{argument}: files without a video suffix, skipped: {len(files) - len(videos)}")
         for path in videos:
             yield path, path.relative_to(argument)
     elif _is_list(argument):
@@ -84,13 +87,13 @@ def _read_lines(path: Path) -> list[str]:
     try:
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}", "name a list of paths, one a line") from error
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", "name a list of paths, one per line") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: expected UTF-8 text, got other bytes", "save the list as UTF-8") from error
+        raise UsageError(f"{path}: not UTF-8 text", "save the list as UTF-8") from error
     lines = [line.strip() for line in text.splitlines()]
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
-            raise UsageError(f"{path}:{number}: holds a zero byte: expected a path", "name one file a line")
+            raise UsageError(f"{path}:{number}: expected a path, got a zero byte", "name one file per line")
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -100,6 +103,6 @@ def _refuse_same_outputs(outputs: Sequence[tuple[Path, Path]]) -> None:
         if name in first:
             raise UsageError(
                 f"{first[name]} and {video}: their bundles would have the same name, {name}.pt",
-                "compress them into folders of their own, or name a folder that holds both",
+                "compress them into separate folders, or name a folder that contains both",
             )
         first[name] = video

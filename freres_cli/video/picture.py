@@ -1,4 +1,4 @@
-"""Maps over a grid of cells as one PNG, written with PyAV: rows of heat maps, labels, a colour scale."""
+"""Draw maps over a grid of cells as one PNG: rows of heat maps, labels and colour scales. Written with PyAV."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from freres_cli.errors import ResourceError
 
-MAP_PX = 192  # longer side of a map; a finer grid than this has one pixel a cell
+MAP_PX = 192  # longer side of a map; a grid finer than this gets one pixel per cell
 GAP_PX = 12
 BAR_PX = 14
-GLYPH_PX = 2  # of a dot of a letter
+GLYPH_PX = 2  # side of one dot of a letter
 LINE_PX = 20
-# From nothing to most, evenly spaced, each clearly lighter than the one before: black, blue, violet, orange, yellow.
+# From the lowest to the highest value, evenly spaced, each lighter than the last: black, blue, violet, orange, yellow.
 SCALE_RGB = ((0, 0, 0), (40, 20, 110), (150, 40, 130), (240, 110, 50), (255, 245, 160))
 PAPER, INK = 255, 0
 
 GLYPH_COLUMNS, GLYPH_ROWS = 3, 5
 CHARACTERS = "0123456789.-+ABCDEFGHIJKLMNOPQRSTUVWXYZ "
-# Five rows of three dots for each character, an octal digit a row.
+# Five rows of three dots for each character, one octal digit per row.
 GLYPHS = (
     "75557262277174771717557117471774757711117575775717000020070002720"
     "25755656563444365556746477464434553557557222711152556554444757755"
@@ -31,11 +31,12 @@ GLYPHS = (
 
 
 def draw_maps(maps: Tensor, labels: Sequence[str], titles: Sequence[str], note: str = "") -> Tensor:
-    """Return maps (rows, columns, cells down, cells across), none negative, as a picture (height, width, 3) uint8 RGB.
+    """Draw ``maps`` as a picture (height, width, 3) uint8 RGB.
 
-    ``labels`` stand left of the rows, ``titles`` above the columns, ``note`` at the bottom, in capitals; they may hold
-    letters, digits, spaces and ``.+-``. Each column has one colour scale for all its rows, from 0 to its largest value;
-    the bar below it shows the scale.
+    ``maps`` is (rows, columns, cells down, cells across), with no negative values. ``labels`` go to the left of the
+    rows, ``titles`` above the columns and ``note`` at the bottom, all in capitals; they may contain letters, digits,
+    spaces and ``.+-``. All rows of a column share one colour scale, from 0 to the column's largest value, which is shown
+    by a bar below it.
     """
     cell_px = max(1, MAP_PX // max(maps.shape[2:]))
     down_px, across_px = (cells * cell_px for cells in maps.shape[2:])
@@ -66,7 +67,7 @@ def draw_maps(maps: Tensor, labels: Sequence[str], titles: Sequence[str], note: 
 
 
 def encode_png(pixels: Tensor) -> bytes:
-    """Return (height, width, 3) uint8 RGB as a PNG file. Raises ``ResourceError`` where PyAV cannot write PNG."""
+    """Encode (height, width, 3) uint8 RGB as a PNG file. Raises ``ResourceError`` if PyAV cannot write PNG."""
     try:
         codec = av.CodecContext.create("png", "w")
         codec.height, codec.width = pixels.shape[:2]
@@ -75,11 +76,11 @@ def encode_png(pixels: Tensor) -> bytes:
         frame.pts, frame.time_base = 0, codec.time_base
         return b"".join(bytes(packet) for part in (frame, None) for packet in codec.encode(part))
     except (av.FFmpegError, ValueError) as error:
-        raise ResourceError(f"PNG: the picture cannot be encoded: {error}", "look at 'freres doctor'") from error
+        raise ResourceError(f"PNG: the picture cannot be encoded: {error}", "run: freres doctor") from error
 
 
 def _colour(shares: Tensor) -> Tensor:
-    """Return the scale's colours of values in [0, 1]: (..., 3) uint8."""
+    """The colours of values in [0, 1] on the scale: (..., 3) uint8."""
     scale = torch.tensor(SCALE_RGB, dtype=torch.float64)
     at = shares.to(torch.float64) * (len(scale) - 1)
     low = at.floor().long().clamp(max=len(scale) - 2)

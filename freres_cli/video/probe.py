@@ -1,7 +1,7 @@
-"""Open a video file and learn what is in it by reading all its packets. Headers are not believed.
+"""Open a video file and find out what is in it by reading all its packets. Headers are not trusted.
 
-Real files promise frames they do not hold, give rates that are off by a factor of six, start at 8.3 s, or have no
-timestamps at all; packets tell the truth at the price of one read of the file, without decoding.
+Real files promise frames they do not contain, state rates that are off by a factor of six, start at 8.3 s, or have no
+timestamps at all. The packets tell the truth, at the cost of reading the file once, without decoding.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import av
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
@@ -27,22 +29,22 @@ from freres_cli.errors import VideoError
 from freres_cli.records import VideoInfo
 
 GUESSED_FPS = 25.0
-# A file that ends this much before what its header says is short; less is rounding, or sound longer than the picture.
+# A file that ends this much earlier than its header says is cut; less is rounding, or sound longer than the picture.
 CUT_S = 0.5
-# One timestamp spoilt by damage can put a frame years away; timestamps like that are not used.
+# A single damaged timestamp can put a frame years away; the timestamps of such a file are not used.
 MOST_SECONDS_PER_FRAME = 600.0
-# FFmpeg reads plain text as terminal art; nobody means that.
+# FFmpeg renders plain text as a video of a terminal, which nobody wants here.
 NOT_VIDEO_FORMATS = frozenset({"tty", "lavfi"})
 
 
 @dataclass(frozen=True)
 class PacketTable:
-    """When the frames of one video stream are shown, learnt without decoding. Times in seconds of the file's clock.
+    """When the frames of one video stream are shown, found without decoding. Times are in seconds on the file's clock.
 
-    ``stamps_s``: ascending, one for each packet. ``end_s``: when the last frame leaves the screen. ``gap_s``: the usual
-    time between frames. ``is_order_blind``: timestamps ascend in the file although the codec may reorder frames, so
-    they cannot tell when a B-frame is shown. ``missing_s``: how much longer the header says the file is, which counts
-    only where ``is_cut``: something other than that shows that the end of the file is missing.
+    ``stamps_s``: one per packet, ascending. ``end_s``: when the last frame leaves the screen. ``gap_s``: the usual time
+    between frames. ``is_order_blind``: the timestamps ascend in the file although the codec may reorder frames, so they
+    do not say when a B-frame is shown. ``missing_s``: how much longer than its packets the header says the file is. It
+    counts only if ``is_cut``, that is, if there is other evidence that the end of the file is missing.
     """
 
     stamps_s: array[float]
@@ -65,75 +67,84 @@ def _require_regular_file(path: str) -> None:
     try:
         status = Path(path).stat()
         if stat.S_ISDIR(status.st_mode):
-            raise VideoError(f"{path}: is a directory", hint="Name one video file.")
-        # Opening a pipe would wait for ever, so its kind is checked first.
+            raise VideoError(f"{path}: is a directory", hint="name one video file")
+        # Opening a pipe could block for ever, so the kind of file is checked first.
         if not stat.S_ISREG(status.st_mode):
             raise VideoError(
                 f"{path}: is a pipe or device, not a file",
-                hint="Save the video to a file first: it is read more than once.",
+                hint="save the video to a file first: it is read more than once",
             )
         with Path(path).open("rb"):
             pass
     except FileNotFoundError as error:
-        raise VideoError(f"{path}: no such file", hint="Check the path.") from error
+        raise VideoError(f"{path}: no such file", hint="check the path") from error
     except PermissionError as error:
-        raise VideoError(f"{path}: permission denied", hint="Make the file readable for this user.") from error
+        raise VideoError(f"{path}: permission denied", hint="make the file readable by this user") from error
     except OSError as error:
         raise VideoError(f"{path}: cannot be opened: {error.strerror}") from error
     if status.st_size == 0:
-        raise VideoError(f"{path}: the file is empty", hint="The download or copy may have failed.")
+        raise VideoError(f"{path}: the file is empty", hint="the download or copy may have failed")
 
 
 def open_video(path: str) -> InputContainer:
-    """The opened file; the caller closes it. Raises ``VideoError``."""
+    """Open the file for reading; the caller closes it. Raises ``VideoError``."""
     _require_regular_file(path)
-    # FFmpeg's own chatter stays off. Sent to Python's logging instead, it deadlocks with threaded decoding (PyAV 18.1).
+    # FFmpeg's log is turned off. Sent to Python's logging instead, it deadlocks with threaded decoding (PyAV 18.1).
     av.logging.set_level(None)
     try:
-        # An absolute path cannot be taken for a URL, and a playlist must not reach for the network.
+        # An absolute path cannot be mistaken for a URL, and a playlist must not access the network.
         container = av.open(
             str(Path(path).absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"}
         )
     except FFmpegError as error:
         raise VideoError(
-            f"{path}: not a video that can be read: {error.strerror}",
-            hint="The file may be cut short, damaged, or not a video; try to play it, or fetch it again.",
+            f"{path}: not a video that FFmpeg can read: {error.strerror}",
+            hint="the file may be cut short, damaged, or not a video: try to play it, or download it again",
         ) from error
     if container.format.name in NOT_VIDEO_FORMATS:
         container.close()
-        raise VideoError(f"{path}: not a video but text", hint="Name a video file.")
+        raise VideoError(f"{path}: is text, not a video", hint="name a video file")
     return container
 
 
 def _real_video_streams(container: InputContainer) -> list[VideoStream]:
-    """Video streams that are not the cover picture of a song."""
+    """The video streams, without the cover pictures of songs."""
     return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
 def _select_stream(path: str, container: InputContainer, number: int | None) -> VideoStream:
     streams = _real_video_streams(container)
     if not streams:
-        kinds = sorted({"a cover picture" if s.type == "video" else s.type for s in container.streams}) or ["nothing"]
-        raise VideoError(f"{path}: has no video stream, only {' and '.join(kinds)}", hint="Name a file with video.")
+        kinds = sorted({"a cover picture" if s.type == "video" else s.type for s in container.streams})
+        found = f"has no video stream, only {' and '.join(kinds)}" if kinds else "has no streams of any kind"
+        raise VideoError(f"{path}: {found}", hint="name a file with video")
     if number is not None and not 0 <= number < len(streams):
         raise VideoError(f"{path}: video stream: expected 0 to {len(streams) - 1}, got {number}")
     stream = streams[number or 0]
     if stream.codec_context is None:
         raise VideoError(
-            f"{path}: this build of FFmpeg has no decoder for its video", hint="Convert the file to H.264 first."
+            f"{path}: this build of FFmpeg has no decoder for its video", hint="convert the file to H.264 first"
         )
     return stream
+
+
+def video_stream(container: InputContainer, index: int) -> VideoStream:
+    """The stream at ``index`` among all streams of the file, known to be video."""
+    return cast(VideoStream, container.streams[index])
 
 
 def iterate_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame | None]:
     """Decoded frames in display order. ``None`` stands for a packet that cannot be read or decoded."""
     packets = container.demux(stream)
     while True:
+        packet: Packet[VideoStream] | None
         try:
             packet = next(packets, None)
         except FFmpegError:
             yield None
-            packet = av.Packet()  # An empty packet asks the decoder for the frames it still holds.
+            # An empty packet asks the decoder for the frames it still holds.
+            packet = cast("Packet[VideoStream]", Packet())
+            assert stream.time_base is not None
             packet.stream, packet.time_base = stream, stream.time_base
             packets = iter(())
         if packet is None:
@@ -150,13 +161,13 @@ def _first_frame(path: str, container: InputContainer, stream: VideoStream) -> a
     frame = next((f for f in iterate_frames(container, stream) if f is not None), None)
     if frame is None:
         raise VideoError(
-            f"{path}: not one frame can be decoded", hint="The file is damaged; try to play it, or fetch it again."
+            f"{path}: no frame can be decoded", hint="the file is damaged: try to play it, or download it again"
         )
     return frame
 
 
 def read_packet_table(path: str, stream_index: int) -> PacketTable:
-    """The packet table of one stream. It is kept for files that did not change. Raises ``VideoError``."""
+    """The packet table of one stream, cached until the file changes. Raises ``VideoError``."""
     _require_regular_file(path)
     status = Path(path).stat()
     return _read_packet_table(path, stream_index, status.st_size, status.st_mtime_ns)
@@ -169,7 +180,7 @@ def _read_packet_table(path: str, stream_index: int, _size: int, _mtime_ns: int)
     file_start, file_end = float("inf"), 0.0
     num_discarded, is_cut = 0, False
     with open_video(path) as container:
-        stream = container.streams[stream_index]
+        stream = video_stream(container, stream_index)
         try:
             for packet in container.demux():
                 if packet.size == 0:
@@ -189,16 +200,16 @@ def _read_packet_table(path: str, stream_index: int, _size: int, _mtime_ns: int)
         # The sample tables of mp4 and mov are exact, unlike the counts of other containers.
         if "mp4" in container.format.name and stream.frames > len(stamps) + num_discarded:
             is_cut = True
-        # Some containers count from the first packet, others from 0: believe the milder reading.
+        # Some containers count time from the first packet, others from 0: take the reading with less missing.
         held = max(file_end, file_end - file_start) if file_start < float("inf") else float("inf")
         missing = max(0.0, _promised_s(container, stream) - held)
-        # Matroska writes its length when the file is finished, so one that is too long means a cut.
+        # Matroska writes the duration when the file is finished, so a duration that is too long means a cut file.
         is_cut = is_cut or ("matroska" in container.format.name and missing > CUT_S)
         return _build_table(path, stream, stamps, durations, missing, is_cut)
 
 
 def _promised_s(container: InputContainer, stream: VideoStream) -> float:
-    """How long the headers say the file is. AVI says it only by its number of frames."""
+    """How long the file is, in seconds, according to its headers. AVI only states a number of frames."""
     by_frames = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
     return max((container.duration or 0) / av.time_base, by_frames)
 
@@ -212,13 +223,14 @@ def _build_table(
     is_cut: bool,
 ) -> PacketTable:
     if not stamps:
-        raise VideoError(f"{path}: holds no video packets", hint="The file may be cut short; fetch it again.")
+        raise VideoError(f"{path}: holds no video packets", hint="the file may be cut short: download it again")
     filled: list[int] = []
     for stamp, duration in zip(stamps, durations, strict=True):
         filled.append(stamp if stamp is not None else filled[-1] + duration if filled else 0)
     ascending = sorted(filled)
     steps = [b - a for a, b in pairwise(ascending) if b > a]
     time_base = stream.time_base
+    assert time_base is not None
     last_duration = durations[filled.index(ascending[-1])]
     span = float((ascending[-1] + last_duration - ascending[0]) * time_base)
     if all(stamp is None for stamp in stamps) or span > MOST_SECONDS_PER_FRAME * len(stamps):
@@ -250,21 +262,21 @@ def _describe_oddities(container: InputContainer, stream: VideoStream, table: Pa
         yield f"variable frame rate: frames are {min(steps) * 1e3:.0f} to {max(steps) * 1e3:.0f} ms apart"
     num_streams = len(_real_video_streams(container))
     if num_streams > 1:
-        yield f"{num_streams} video streams: stream {stream.index} of the file is used"
+        yield f"{num_streams} video streams: using stream {stream.index} of the file"
 
 
 def _measure_fps(table: PacketTable) -> float | None:
-    """Mean rate of the timestamps, or the guessed one; ``None`` for a single frame."""
+    """Mean frame rate from the timestamps, or the guessed one; ``None`` for a single frame."""
     span = table.stamps_s[-1] - table.stamps_s[0]
     return (len(table.stamps_s) - 1) / span if span > 0 else None
 
 
 def probe_video(path: str | Path, stream: int | None = None) -> VideoInfo:
-    """What the file holds, from its packets and its first decodable frame.
+    """What the file contains, going by its packets and its first decodable frame.
 
-    ``stream`` picks the n-th video stream, from 0, not counting cover pictures; by default the first. ``source_fps`` is
-    the mean rate of the timestamps. ``rotation_deg`` is 0, 90, 180 or 270: how far a viewer turns the picture
-    counterclockwise. Raises ``VideoError``.
+    ``stream`` picks the n-th video stream, counting from 0 and leaving out cover pictures; the default is the first. In
+    the result, ``source_fps`` is the mean rate of the timestamps, and ``rotation_deg`` (0, 90, 180 or 270) is how far a
+    player turns the picture counterclockwise. Raises ``VideoError``.
     """
     path = str(path)
     with open_video(path) as container:
@@ -274,7 +286,7 @@ def probe_video(path: str | Path, stream: int | None = None) -> VideoInfo:
         notes = list(_describe_oddities(container, chosen, table))
         rotation = round(frame.rotation / 90) * 90 % 360
         if frame.rotation % 90:
-            notes.append(f"the file asks to be turned by {frame.rotation} degrees: {rotation} is used")
+            notes.append(f"the file asks for a rotation of {frame.rotation} degrees: using {rotation}")
         aspect = float(chosen.sample_aspect_ratio or 1) or 1.0
         shown = (max(1, round(frame.width * aspect)), frame.height)
         width, height = shown if rotation % 180 == 0 else shown[::-1]

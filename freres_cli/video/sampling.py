@@ -1,8 +1,8 @@
-"""Which instants of a clip are looked at: pure arithmetic, no video library.
+"""Choose the instants of a clip to sample: pure arithmetic, no video library.
 
-An instant names the frame on screen then: the last one whose timestamp is not after it, or the first frame where the
-instant is before them all. A frame on screen at several instants is given once for each, because the temporal DCT and
-the language model's time axis both assume a uniform grid.
+Sampling an instant returns the frame on screen at that time: the last one whose timestamp is not after it, or the first
+frame if the instant comes before all of them. A frame on screen at several instants is returned once for each, because
+the temporal DCT and the language model's time axis both assume a uniform grid.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from freres_cli.errors import UsageError
 
 MODES = ("fps", "count", "native")
 
-# Containers with millisecond clocks store 2/30 s as 0.067: a frame may be stamped this much after its true time.
+# Containers with millisecond clocks store 2/30 s as 0.067: a timestamp may be this much later than the true time.
 TOLERANCE_S = 1e-3
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How frames are chosen: ``fps`` a second, ``count`` in all, or every frame (``native``).
+    """How frames are chosen, by ``mode``: ``fps`` per second, ``count`` in all, or every frame (``native``).
 
-    ``start_s`` and ``end_s`` narrow it to a window, in seconds after the first frame of the clip.
+    ``start_s`` and ``end_s`` restrict sampling to a window, in seconds after the first frame of the clip.
     """
 
     mode: str
@@ -38,7 +38,7 @@ class Sampling:
         if (self.fps is not None) != (self.mode == "fps") or (self.count is not None) != (self.mode == "count"):
             raise UsageError(
                 f"sampling mode {self.mode}: got fps={self.fps}, count={self.count}",
-                hint="Give fps with mode fps, count with mode count, neither with mode native.",
+                hint="give fps with mode fps, count with mode count, and neither with mode native",
             )
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
             raise UsageError(f"fps: expected a finite number above 0, got {self.fps}")
@@ -55,16 +55,16 @@ class Sampling:
 
 
 def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tuple[float, float]:
-    """First and last instant of the window on the file's own clock, in seconds. The last one is not part of it.
+    """Start and end of the window on the file's own clock, in seconds. The end is not part of the window.
 
-    Raises ``UsageError`` where the window starts after the clip's end.
+    Raises ``UsageError`` if the window starts after the end of the clip.
     """
     end = duration_s if sampling.end_s is None else min(duration_s, sampling.end_s)
     start = sampling.start_s or 0.0
     if start > 0 and start >= duration_s - TOLERANCE_S:
         raise UsageError(
             f"the window starts at {start:g} s: the clip lasts {duration_s:.3f} s",
-            hint="Times count from the first frame of the clip.",
+            hint="times count from the first frame of the clip",
         )
     return start_s + start, start_s + end
 
@@ -72,26 +72,27 @@ def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tu
 def sampling_instants(
     sampling: Sampling, start_s: float, duration_s: float, num_packets: int
 ) -> Sequence[float] | None:
-    """Instants to look at, ascending, in seconds of the file's own clock; ``None`` means every frame.
+    """The instants to sample, ascending, in seconds on the file's own clock; ``None`` means every frame.
 
-    ``start_s duration_s num_packets`` are those of the clip. A ``count`` above the number of frames is capped to it.
+    ``sampling`` is applied to a clip that starts at ``start_s`` on that clock, lasts ``duration_s`` and has
+    ``num_packets`` frames. A count above the number of frames is reduced to it.
     """
     if sampling.mode == "native":
         return None
     first, last = sampling_window(sampling, start_s, duration_s)
     span = last - first
     count = num_sampled_frames(sampling, start_s, duration_s, num_packets)
-    # Each instant is computed from its number: adding up steps of 1/fps drifts by a frame in an hour.
+    # Each instant is computed from its index: adding up steps of 1/fps drifts by a frame per hour.
     if sampling.fps is not None:
         return tuple(first + k / sampling.fps for k in range(count))
     return tuple(first + (i + 0.5) * span / count for i in range(count))
 
 
 def num_sampled_frames(sampling: Sampling, start_s: float, duration_s: float, num_packets: int) -> int:
-    """Frames that ``sampling`` gives, at least 1, told without decoding.
+    """How many frames ``sampling`` will return, at least 1, computed without decoding.
 
-    Exact for a clip whose every packet decodes, but for a window of ``native``, where frames are taken to be evenly
-    spread.
+    ``start_s``, ``duration_s`` and ``num_packets`` describe the clip, as in ``sampling_instants``. The result is exact if
+    every packet decodes, except for a window in ``native`` mode, where frames are assumed to be evenly spaced.
     """
     first, last = sampling_window(sampling, start_s, duration_s)
     span = last - first

@@ -1,0 +1,226 @@
+"""The Python API, as users write it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from freres_cli import Compressor, Query, Session, VideoTokens, load_bundle
+from freres_cli.bundle.store import read_bundle
+from freres_cli.errors import BundleError, PresetError, UsageError, VideoError
+from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.session import AskRequest, open_session
+from tests.clips import write_clip
+from tests.runner import run_freres
+
+BUDGET = 60
+QUESTION, CHOICES = "What moves first?", ["a cat", "a dog"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    loaded = Models(make_source("bundled", "cpu"))
+    return Models(loaded.source, loaded.encoder, loaded.language_model)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("api") / "clip.mp4", 12, fps=6)
+
+
+def test_compress_save_load_ask(clip, tmp_path):
+    compressor = Compressor(model="bundled", preset="bundled", budget_tokens=BUDGET, device="cpu")
+    bundle = compressor.compress(str(clip))
+    assert bundle.path is None and bundle.num_visual_tokens <= BUDGET and bundle.method == "fre-res"
+    assert set(bundle.timings_s) >= {"probe", "load", "decode", "encode", "compress", "total"}
+    saved = bundle.save(tmp_path / "bundle.pt")
+    assert saved.path == tmp_path / "bundle.pt"
+    tokens = saved.tokens()
+    assert isinstance(tokens, VideoTokens)
+    assert tokens.latents.shape == (bundle.num_visual_tokens, 192)
+    assert tokens.positions.shape == (bundle.num_visual_tokens, 3) and tokens.seconds.dtype == torch.float64
+    session = load_bundle(str(tmp_path / "bundle.pt")).open(device="cpu")
+    assert isinstance(session, Session)
+    answer = session.ask(QUESTION, choices=CHOICES)
+    assert answer.text in CHOICES and sum(answer.choices.values()) == pytest.approx(1.0)
+    assert session.ask(QUESTION, max_new_tokens=2).num_new_tokens <= 2
+
+
+def test_a_bundle_read_back_is_the_bundle_written(clip, models, tmp_path):
+    made = Compressor(budget_tokens=BUDGET, models=models).compress(clip)
+    read = load_bundle(made.save(tmp_path / "b.pt").path)
+    assert {k: v for k, v in read.manifest.items() if k not in ("tensors", "content")} == made.manifest
+    for name, tensor in made.content.tensors().items():
+        assert torch.equal(tensor, getattr(read.content, name)), name
+    assert torch.equal(made.tokens().latents, read.tokens().latents)
+
+
+def test_the_api_and_the_command_write_the_same_bytes(clip, models, tmp_path):
+    made = Compressor(budget_tokens=BUDGET, models=models, variant="idct").compress(clip)
+    values = {key: {"value": s["value"], "source": "flag"} for key, s in made.manifest["settings"].items()}
+    assert (
+        run_freres(
+            *("compress", clip, "--budget", BUDGET, "--variant", "idct", "--device", "cpu"), *("-o", tmp_path / "c.pt")
+        ).status
+        == 0
+    )
+    theirs = read_bundle(tmp_path / "c.pt")
+    assert {key: s["value"] for key, s in theirs.manifest["settings"].items()} == {
+        k: s["value"] for k, s in values.items()
+    }
+    for name, tensor in made.content.tensors().items():
+        assert torch.equal(tensor, getattr(theirs.content, name)), name
+
+
+def test_sessions_of_bundle_and_command_answer_alike(clip, models, tmp_path):
+    bundle = Compressor(budget_tokens=BUDGET, models=models).compress(clip).save(tmp_path / "b.pt")
+    mine = bundle.open(models=models)
+    theirs = open_session(AskRequest(tmp_path / "b.pt", models.source.device), models)
+    assert mine.ask(QUESTION, choices=CHOICES).choices == theirs.ask(QUESTION, choices=CHOICES).choices
+    assert mine.full_tokens == theirs.full_tokens and mine.notes == theirs.notes
+
+
+def test_a_compressor_loads_its_tower_once(clip, models):
+    class Counting(Models):
+        loads = 0
+
+        @property
+        def encoder(self):
+            Counting.loads += self._encoder is None
+            self._encoder = self._encoder or models.encoder
+            return self._encoder
+
+    compressor = Compressor(budget_tokens=BUDGET, models=Counting(models.source))
+    for _ in range(3):
+        compressor.compress(clip)
+    assert Counting.loads == 1
+
+
+def test_frames_already_decoded(models):
+    """With every token kept, the tokens are the tower's own latents of these frames, at the times given."""
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 256, (5, 96, 96, 3), dtype=np.uint8)
+    seconds = [0.0, 0.5, 0.7, 2.0, 2.1]
+    bundle = Compressor(budget_tokens=10_000, models=models).compress(frames, seconds=seconds)
+    tokens = bundle.tokens()
+    expected = models.encoder.encode(torch.from_numpy(frames))
+    assert torch.equal(tokens.latents, expected.flatten(0, 2))
+    assert tokens.frame_seconds.tolist() == seconds
+    assert tokens.seconds.tolist() == [second for second in seconds for _ in range(36)]
+    source = bundle.manifest["source"]
+    assert source["file"] is None and source["bytes"] == frames.nbytes and source["width_px"] == 96
+    as_tensor = Compressor(budget_tokens=10_000, models=models).compress(
+        torch.from_numpy(frames), seconds=torch.tensor(seconds, dtype=torch.float64)
+    )
+    assert as_tensor.manifest == bundle.manifest
+
+
+def test_all_frames_given_are_used_whatever_the_preset_samples(models, tmp_path):
+    frames = np.zeros((9, 40, 60, 3), dtype=np.uint8)
+    compressor = Compressor(preset="mvbench-compact", models=models, budget_tokens=BUDGET, grid="2x3")
+    bundle = compressor.compress(frames, seconds=np.arange(9) / 3)
+    assert bundle.manifest["sampling"]["num_frames"] == 9
+    assert bundle.manifest["settings"]["sample"] == {"value": "native", "source": "frames as given"}
+    path = bundle.save(tmp_path / "b.pt").path
+    shown = run_freres("inspect", path)
+    assert shown.status == 0 and "source   frames, decoded 60x40" in shown.out
+    assert run_freres("ask", path, "what?", "--max-new-tokens", 1, "--device", "cpu").status == 0
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds", "error"),
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), None, UsageError),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0.0], VideoError),
+        (np.zeros((2, 8, 8, 3), np.uint8), [1.0, 0.0], VideoError),
+        (np.zeros((2, 8, 8, 3), np.uint8), [0.0, float("nan")], VideoError),
+        (np.zeros((2, 8, 8, 3), np.float32), [0.0, 1.0], VideoError),
+        (np.zeros((2, 3, 8, 8), np.uint8), [0.0, 1.0], VideoError),
+        (np.zeros((0, 8, 8, 3), np.uint8), [], VideoError),
+    ],
+)
+def test_frames_that_are_none(models, frames, seconds, error):
+    with pytest.raises(error, match="frames"):
+        Compressor(models=models).compress(frames, seconds=seconds)
+
+
+def test_seconds_belong_to_frames(models, clip):
+    with pytest.raises(UsageError, match="seconds"):
+        Compressor(models=models).compress(clip, seconds=[0.0])
+    with pytest.raises(UsageError, match="start_s"):
+        Compressor(models=models).compress(np.zeros((2, 8, 8, 3), np.uint8), seconds=[0.0, 1.0], start_s=0.5)
+
+
+def test_a_part_of_the_video(clip, models):
+    bundle = Compressor(budget_tokens=BUDGET, models=models).compress(clip, start_s=0.5, end_s=1.5)
+    assert bundle.manifest["sampling"]["start_s"] == 0.5 and bundle.manifest["sampling"]["num_frames"] == 6
+
+
+def test_repack_is_the_command_s(clip, models, tmp_path):
+    bundle = Compressor(budget_tokens=BUDGET, models=models).compress(clip).save(tmp_path / "b.pt")
+    small = bundle.repack(20)
+    assert run_freres("repack", tmp_path / "b.pt", "--budget", 20, "-o", tmp_path / "s.pt").status == 0
+    theirs = load_bundle(tmp_path / "s.pt")
+    assert small.num_visual_tokens == theirs.num_visual_tokens <= 20
+    assert torch.equal(small.tokens().latents, theirs.tokens().latents)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"anchor": 3}, PresetError),
+        ({"anchors": 0}, PresetError),
+        ({"preset": "none-such"}, PresetError),
+        ({"method": "blind"}, UsageError),
+        ({"method": "none-such"}, UsageError),
+        ({"device": "tpu"}, UsageError),
+        ({"revision": "main"}, UsageError),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, error):
+    with pytest.raises(error):
+        Compressor(**arguments)
+
+
+def test_nothing_is_overwritten_unless_told(clip, models, tmp_path):
+    bundle = Compressor(budget_tokens=BUDGET, models=models).compress(clip)
+    path = tmp_path / "b.pt"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match="already exists"):
+        bundle.save(path)
+    assert path.read_text() == "mine"
+    assert load_bundle(bundle.save(path, force=True).path).num_visual_tokens == bundle.num_visual_tokens
+    with pytest.raises(BundleError):
+        load_bundle(tmp_path / "other.pt")
+
+
+def test_questions_together_are_answered_as_one_at_a_time(clip, models):
+    session = Compressor(budget_tokens=BUDGET, models=models).compress(clip).open(models=models)
+    queries = [
+        Query("What moves?", ("a", "b c")),
+        Query("Where is the red ring now?"),
+        Query("Why?", ("up", "down", "no")),
+    ]
+    together = session.ask_many(queries, max_new_tokens=4)
+    for query, answer in zip(queries, together, strict=True):
+        alone = session.ask(query.question, choices=query.choices, max_new_tokens=4)
+        assert (answer.text, answer.num_new_tokens, answer.finish_reason) == (
+            *(alone.text, alone.num_new_tokens, alone.finish_reason),
+        )
+        assert answer.num_context_tokens == alone.num_context_tokens
+        if query.choices:
+            assert answer.choices == pytest.approx(alone.choices, abs=1e-4)
+
+
+def test_names_are_imported_when_they_are_used():
+    code = "import sys, freres_cli; assert 'torch' not in sys.modules; freres_cli.Compressor; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import freres_cli
+
+    assert set(freres_cli.__all__) <= set(dir(freres_cli))
+    with pytest.raises(AttributeError, match="no attribute 'Compresser'"):
+        _ = freres_cli.Compresser

@@ -1,0 +1,65 @@
+"""Generating an answer: timing, stopping, sampling, and text in whole characters. On a tiny Qwen2-VL."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from freres_cli.backbones import engine
+from freres_cli.backbones.generation import Sampling, TextStream, generate, pick_token
+from freres_cli.errors import UsageError
+from tests import tiny_qwen2_vl
+from tests.tiny_models import video_tokens
+
+tiny = tiny_qwen2_vl.tiny
+
+
+def test_a_run_is_timed_and_stops(tiny):
+    video = video_tokens(tiny.latents)
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video)
+    ids = tiny.greedy(video, 8)
+    answer = generate(tiny.model, prefix, tiny.prompt.suffix, 8)
+    assert "".join(answer) == answer.text == tiny.model.tokenizer.decode(ids, skip_special_tokens=True)
+    assert (answer.ids, answer.finish_reason) == (ids, "length")
+    assert answer.ttft_s > 0 and answer.tpot_s > 0
+    model = copy.copy(tiny.model)
+    model.stop_ids = frozenset(ids[2:3])
+    stopped = generate(model, prefix, tiny.prompt.suffix, 8)
+    list(stopped)
+    assert (stopped.ids, stopped.finish_reason) == (ids[: ids.index(ids[2]) + 1], "stop")
+
+
+def test_sampling_follows_its_seed(tiny):
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents))
+    runs = []
+    for seed in (1, 1, 2):
+        answer = generate(tiny.model, prefix, tiny.prompt.suffix, 8, Sampling(temperature=2.0, seed=seed))
+        list(answer)
+        runs.append(answer.ids)
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_top_p_draws_from_the_smallest_set():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {pick_token(logits, Sampling(1.0, 0.74), generator) for _ in range(200)}
+    assert drawn == {1, 3}
+    assert {pick_token(logits, Sampling(1.0, 0.5), generator) for _ in range(50)} == {1}
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_illegal_sampling_is_refused(bad):
+    with pytest.raises(UsageError, match="expected a number"):
+        Sampling(**bad)
+
+
+@pytest.mark.parametrize("data", ["héllo € 𝄞 ab", b"\xe2\x82A\xff\xff\xe2", b"\xf0\x9f\x98", "a\nb  c"])
+def test_text_comes_in_whole_characters(tiny, data):
+    content = data.encode() if isinstance(data, str) else data
+    stream = TextStream(tiny.model.tokenizer)
+    pieces = [stream.add(byte) for byte in content]
+    assert "".join(pieces) + stream.flush() == content.decode(errors="replace")
+    if isinstance(data, str):
+        assert "\ufffd" not in "".join(pieces)

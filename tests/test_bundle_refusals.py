@@ -1,0 +1,191 @@
+"""Bundles that are damaged, foreign or unsafe: none of them gets in, and nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from freres_cli.bundle.schema import encode_manifest
+from freres_cli.bundle.store import read_bundle, write_bundle
+from freres_cli.errors import BundleError
+from tests.forged_bundles import MANIFEST, forge, make_tracks, manifest_for, rewrite, smooth_latents
+
+
+@pytest.fixture(scope="module")
+def tracks():
+    return make_tracks(smooth_latents())
+
+
+@pytest.fixture
+def bundle(tmp_path, tracks):
+    path = tmp_path / "bundle.pt"
+    write_bundle(path, tracks, manifest_for(tracks))
+    return path
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def test_a_pickle_inside_is_refused_and_not_run(bundle, tmp_path):
+    went_off = tmp_path / "bomb-went-off"
+    content = torch.load(bundle, weights_only=True)
+    torch.save({**content, "extra": Bomb(went_off)}, bundle)
+    with pytest.raises(BundleError, match="pickled object"):
+        read_bundle(bundle)
+    assert not went_off.exists()
+    plain = tmp_path / "plain.pt"
+    plain.write_bytes(pickle.dumps(Bomb(went_off)))
+    with pytest.raises(BundleError, match="not a freres bundle"):
+        read_bundle(plain)
+    assert not went_off.exists()
+
+
+def test_every_flipped_byte_is_found(bundle):
+    whole = bytearray(bundle.read_bytes())
+    step = len(whole) // 60
+    original = {name: t.clone() for name, t in read_bundle(bundle).tracks.tensors().items()}
+    for at in range(0, len(whole), step):
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x41
+        bundle.write_bytes(flipped)
+        try:
+            back = read_bundle(bundle)
+        except BundleError:
+            continue
+        # What is not covered is zip padding: the content is still right.
+        assert all(torch.equal(getattr(back.tracks, name), t) for name, t in original.items()), at
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_bundle_is_refused(bundle, keep):
+    whole = bundle.read_bytes()
+    bundle.write_bytes(whole[: keep if isinstance(keep, int) else int(len(whole) * keep)])
+    with pytest.raises(BundleError):
+        read_bundle(bundle)
+
+
+def test_missing_files_folders_and_strangers_are_refused(tmp_path):
+    with pytest.raises(BundleError, match="no such file"):
+        read_bundle(tmp_path / "none.pt")
+    with pytest.raises(BundleError, match="is a folder"):
+        read_bundle(tmp_path)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "model.pt")
+    with pytest.raises(BundleError, match="not a freres bundle"):
+        read_bundle(tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(BundleError):
+        read_bundle(tmp_path / "zip.pt")
+
+
+@pytest.mark.parametrize("version", [0, 3, "1", "2", True, None])
+def test_another_schema_version_is_refused_by_name(bundle, version):
+    rewrite(bundle, schema_version=version)
+    with pytest.raises(BundleError, match="schema: expected version 1 or 2, got"):
+        read_bundle(bundle)
+
+
+def test_a_changed_manifest_or_tensor_is_refused(bundle, tracks):
+    content = torch.load(bundle, weights_only=True)
+    manifest = json.loads(content["manifest"])
+    rewrite(bundle, manifest=encode_manifest({**manifest, "model": {"model_id": "y"}}))
+    with pytest.raises(BundleError, match="manifest's checksum"):
+        read_bundle(bundle)
+    tensors = dict(content["tensors"])
+    tensors["anchor_latents"] = tensors["anchor_latents"] + 1e-6
+    rewrite(bundle, manifest=content["manifest"], tensors=tensors)
+    with pytest.raises(BundleError, match="anchor_latents: the checksum"):
+        read_bundle(bundle)
+    tensors["anchor_latents"] = content["tensors"]["anchor_latents"][:-1]
+    rewrite(bundle, tensors=tensors)
+    with pytest.raises(BundleError, match=r"anchor_latents: expected float32 \["):
+        read_bundle(bundle)
+    del tensors["anchor_latents"]
+    rewrite(bundle, tensors=tensors)
+    with pytest.raises(BundleError, match="differ: anchor_latents"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("anchor_cell", 64),
+        ("anchor_gop", 99),
+        ("coefficient_cell", -1),
+        ("static_gop", 1 << 40),
+        ("summary_gop", -5),
+        ("gop_anchor_frame", -1),
+        ("gop_num_residuals", 1 << 40),
+        ("gop_num_bins", 99),
+        ("gop_bin_frames", 0),
+        ("gop_start", 3),
+        ("coefficient_band", 77),
+        ("base_cell", 15),
+    ],
+)
+def test_an_index_out_of_range_is_refused_even_with_right_checksums(tmp_path, tracks, name, value):
+    tensors = {key: tensor.clone() for key, tensor in tracks.tensors().items()}
+    tensors[name][0] = value
+    forge(tmp_path / "b.pt", tracks, tensors)
+    with pytest.raises(
+        BundleError, match="gop_num_bins: expected" if name == "gop_bin_frames" else f"{name}: expected"
+    ):
+        read_bundle(tmp_path / "b.pt")
+
+
+def test_an_expanded_view_that_claims_more_than_the_file_holds_is_refused(bundle):
+    content = torch.load(bundle, weights_only=True)
+    tensors = {**content["tensors"], "anchor_latents": torch.zeros(1).expand(1 << 40)}
+    torch.save({**content, "tensors": tensors}, bundle)
+    with pytest.raises(BundleError):
+        read_bundle(bundle)
+
+
+def test_forged_columns_are_refused_whatever_their_shape_or_type(tmp_path, tracks):
+    for number, name in enumerate(tracks.tensors()):
+        tensor = getattr(tracks, name)
+        kind = torch.int64 if tensor.is_floating_point() else torch.float32
+        for trick, forged in enumerate((tensor[..., None].expand(*tensor.shape, 2), tensor.to(kind), tensor[:0])):
+            if forged.shape == tensor.shape and forged.dtype == tensor.dtype:
+                continue
+            path = tmp_path / f"{number}-{trick}.pt"
+            forge(path, tracks, {**tracks.tensors(), name: forged.contiguous()})
+            with pytest.raises(BundleError):
+                read_bundle(path)
+
+
+def test_a_coefficient_given_twice_is_refused(tmp_path, tracks):
+    tensors = dict(tracks.tensors())
+    for name in ("coefficient_gop", "coefficient_cell", "coefficient_band"):
+        tensors[name] = tensors[name].clone()
+        tensors[name][1] = tensors[name][0]
+    forge(tmp_path / "b.pt", tracks, tensors)
+    with pytest.raises(BundleError, match="each coefficient once"):
+        read_bundle(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("variant", "idct"), ("variant", "magic"), ("anchors", "many"), ("text_after", 3)]
+)
+def test_forged_settings_are_refused(tmp_path, tracks, key, value):
+    settings = {**MANIFEST["settings"], key: {"value": value, "source": "flag"}}
+    forge(tmp_path / "b.pt", tracks, tracks.tensors(), settings=settings)
+    with pytest.raises(BundleError, match="damaged bundle"):
+        read_bundle(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("tokens", [{}, {"full_tokens": "many"}, {"full_tokens": 0}])
+def test_forged_counts_are_refused(tmp_path, tracks, tokens):
+    forge(tmp_path / "b.pt", tracks, tracks.tensors(), tokens=tokens)
+    with pytest.raises(BundleError, match="damaged bundle"):
+        read_bundle(tmp_path / "b.pt")

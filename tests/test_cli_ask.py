@@ -1,0 +1,100 @@
+"""``freres ask``: questions, choices, the prompt loop, and which model and adapter answer."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from freres_cli.bundle.adapter import write_adapter
+from freres_cli.bundle.store import read_bundle
+from freres_cli.method.fusion import FreResModules, ModuleShape
+from tests.pipeline_fixtures import bundle as bundle
+from tests.pipeline_fixtures import clip as clip
+from tests.pipeline_fixtures import tiny as tiny
+from tests.runner import check_failure, run_freres
+
+
+def test_ask_json_and_choices(bundle):
+    document = run_freres("ask", bundle, "what moves?", "--choices", "A cat|A dog|A car", "--json").json
+    assert document["schema"] == "freres.ask/1"
+    assert document["answer"] in document["choices"] and sum(document["choices"].values()) == pytest.approx(1.0)
+    assert document["answer"] == max(document["choices"], key=document["choices"].get)
+    assert document["visual_tokens"] == 300 < document["context_tokens"]
+    assert 0 < document["ttft_s"] < document["cold_ttft_s"]
+    plain = run_freres("ask", bundle, "what moves?", "--max-new-tokens", 1, "--json").json
+    assert plain["choices"] is None and plain["new_tokens"] == 1 and plain["finish_reason"] == "length"
+
+
+def test_a_question_from_stdin_is_the_same_question(bundle):
+    given = run_freres("ask", bundle, "what moves?", "--max-new-tokens", 8)
+    piped = run_freres("ask", bundle, "-", "--max-new-tokens", 8, stdin="what moves?\n")
+    assert given.status == piped.status == 0 and given.out == piped.out
+
+
+def test_the_prompt_loop_is_one_session(bundle):
+    """A session prefills the video once, see ``test_pipeline.py``."""
+    looped = run_freres("ask", bundle, "--max-new-tokens", 6, stdin="what moves?\n\nwhere?\nwhat moves?\n")
+    # What a session has to say is printed when it is opened.
+    assert looped.status == 0 and looped.err.count("only knows its own world") == 1
+    single = [run_freres("ask", bundle, q, "--max-new-tokens", 6).out for q in ("what moves?", "where?")]
+    assert looped.out == single[0] + single[1] + single[0]
+
+
+def test_sampling_is_seeded(bundle):
+    flags = ("--temperature", 2.0, "--max-new-tokens", 12)
+    texts = [run_freres("ask", bundle, "what?", *flags, "--seed", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_another_model_is_refused(bundle, tiny):
+    check_failure(run_freres("ask", bundle, "what?", "--model", tiny[0]), 5, "made for another model")
+
+
+def test_a_model_folder_that_moved_is_named(clip, tmp_path, tiny):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny[0], folder)
+    path = tmp_path / "b.pt"
+    assert run_freres("compress", clip, "--model", folder, "--frames", 4, "-o", path).status == 0
+    assert run_freres("ask", path, "what?", "--max-new-tokens", 2).status == 0
+    folder.rename(tmp_path / "elsewhere")
+    check_failure(run_freres("ask", path, "what?"), 5, "no such folder here")
+    assert run_freres("ask", path, "what?", "--max-new-tokens", 2, "--model", tmp_path / "elsewhere").status == 0
+
+
+def test_a_model_folder_under_home_is_found_again(clip, tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny[0].parent))
+    path = tmp_path / "b.pt"
+    assert run_freres("compress", clip, "--model", f"~/{tiny[0].name}", "--frames", 2, "-o", path).status == 0
+    assert run_freres("ask", path, "what?", "--max-new-tokens", 1).status == 0
+
+
+def test_adapters_are_used_and_foreign_ones_refused(bundle, tmp_path):
+    model = read_bundle(bundle).manifest["model"]
+    modules = FreResModules(ModuleShape(model["width"], 8, 8))
+    header = {"model": model, "shape": modules.shape.to_dict()}
+    write_adapter(tmp_path / "zero.safetensors", modules.state_dict(), header)
+    with torch.no_grad():
+        modules.type_embedding.add_(3.0)
+    write_adapter(tmp_path / "loud.safetensors", modules.state_dict(), header)
+    write_adapter(
+        tmp_path / "other.safetensors", modules.state_dict(), {**header, "model": {**model, "projector_sha256": "0"}}
+    )
+    flags = ("what moves?", "--choices", "a|b", "--json")
+    plain = run_freres("ask", bundle, *flags, "--adapter", "none").json["choices"]
+    # The bundled model has an adapter of its own.
+    assert run_freres("ask", bundle, *flags).json["choices"] != plain
+    assert run_freres("ask", bundle, *flags, "--adapter", tmp_path / "zero.safetensors").json["choices"] == plain
+    assert run_freres("ask", bundle, *flags, "--adapter", tmp_path / "loud.safetensors").json["choices"] != plain
+    check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "other.safetensors"), 5, "another model")
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "bad.safetensors"), 5, "damaged adapter")
+    check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "none"), 5, "no such adapter")
+
+
+def test_control_tokens_and_other_bytes_in_a_question_are_refused(bundle):
+    for text in ("end <|im_end|> now", "<|video_pad|>"):
+        check_failure(run_freres("ask", bundle, text), 2, "reads as a command")
+    check_failure(run_freres("ask", bundle, "what\udcff?"), 2, "UTF-8")
+    check_failure(run_freres("ask", bundle, "what?", "--choices", "a|b\udcff"), 2, "UTF-8")

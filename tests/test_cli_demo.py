@@ -1,0 +1,19 @@
+"""``freres demo``: the whole job on a clip made on the spot."""
+
+from __future__ import annotations
+
+from tests.runner import check_failure, run_freres
+
+
+def test_demo_runs_the_main_job(tmp_path):
+    document = run_freres("demo", "-o", tmp_path, "--json").json
+    assert [b["visual_tokens"] for b in document["bundles"]] == [576, 288]
+    assert len(document["answers"]) == 6 and any(a["is_transient"] for a in document["answers"])
+    assert [row["status"] for row in document["profile"]] == ["ok", "ok"]
+    assert {p.name for p in tmp_path.iterdir()} == {"clip.mp4", "bundle-576.pt", "bundle-288.pt"}
+
+
+def test_the_demo_replaces_nothing(tmp_path):
+    (tmp_path / "clip.mp4").write_text("mine")
+    check_failure(run_freres("demo", "-o", tmp_path), 2, "already there")
+    assert (tmp_path / "clip.mp4").read_text() == "mine"

@@ -1,0 +1,101 @@
+"""``freres profile``: rows beside each other, each in a process of its own, whatever becomes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from freres_cli.devices import choose_device
+from freres_cli.workflows.profile import ProfileRequest, run_apart
+from tests.pipeline_fixtures import COMMAND
+from tests.pipeline_fixtures import bundle as bundle
+from tests.pipeline_fixtures import clip as clip
+from tests.pipeline_fixtures import tiny as tiny
+from tests.runner import check_failure, run_freres
+
+
+def test_profile_stands_beside_the_full_tokens(clip):
+    flags = ("--budget", 400, "--repeat", 1, "--warmup", 0, "--max-new-tokens", 2, "--json")
+    document = run_freres("profile", clip, *flags).json
+    assert document["schema"] == "freres.profile/1"
+    ours, full = document["rows"]
+    assert (ours["method"], full["method"]) == ("fre-res", "full")
+    assert ours["visual_tokens"] == 400 and full["visual_tokens"] == 60 * 36 == full["full_tokens"]
+    for row in (ours, full):
+        assert row["status"] == "ok"
+        assert row["context_tokens"] > row["visual_tokens"] and row["peak_memory_bytes"] > row["base_memory_bytes"] > 0
+        for stage in ("load_s", "decode_s", "encode_s", "compress_s", "prefill_s", "ttft_s", "next_ttft_s"):
+            assert row[stage] > 0 and row["spread"][stage]["min"] <= row[stage] <= row["spread"][stage]["max"]
+        assert row["ttft_s"] >= row["prefill_s"]
+
+
+@pytest.mark.slow
+def test_profile_of_a_bundle_stands_in_random_latents(bundle):
+    run = run_freres("profile", bundle, "--repeat", 1, "--warmup", 0, "--max-new-tokens", 2, "--json")
+    ours, full = run.json["rows"]
+    assert ours["visual_tokens"] == 300 and full["visual_tokens"] == 60 * 36 and ours["encode_s"] is None
+    assert "stand in" in full["message"]
+
+
+def _killed(connection, request, method):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _slow(connection, request, method):
+    time.sleep(60)
+
+
+def _starved(connection, request, method):
+    from freres_cli.workflows import profile
+
+    def allocate(*_):
+        torch.empty(1 << 60)
+
+    profile._measure_row = allocate
+    profile.run_row(connection, request, method)
+
+
+@pytest.mark.parametrize(
+    ("target", "status"), [(_killed, "out_of_memory"), (_starved, "out_of_memory"), (_slow, "timed_out")]
+)
+def test_a_row_that_cannot_be_measured_is_a_row(target, status):
+    request = ProfileRequest(choose_device("cpu"), "what?", 1, 0, 1, 1.0 if target is _slow else 60.0)
+    row = run_apart(request, "full", target)
+    assert row["status"] == status and row["message"] and row["ttft_s"] is None and row["method"] == "full"
+
+
+@pytest.mark.slow
+def test_a_full_run_beyond_the_context_is_a_row(clip, tiny):
+    flags = ("--repeat", 1, "--warmup", 0, "--max-new-tokens", 1, "--json", "--set", "grid=9x9")
+    ours, full = run_freres("profile", clip, "--model", tiny[0], "--preset", "bundled", "--budget", 300, *flags).json[
+        "rows"
+    ]
+    assert ours["status"] == "ok" and full["status"] == "context_exceeded" and "4096" in full["message"]
+
+
+def test_a_bundle_has_been_compressed_already(bundle):
+    check_failure(run_freres("profile", bundle, "--budget", 50), 2, "has been compressed")
+
+
+def test_sigterm_leaves_no_process_and_no_file(clip, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "profile", str(clip), "-q"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text().split():
+        time.sleep(0.05)
+    child = [pid for pid in children.read_text().split() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    # Killed is not yet gone: its own parent is, and someone else has to reap it.
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in child):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in child) and not list(tmp_path.iterdir())

@@ -1,0 +1,81 @@
+"""Bad input is one line, its exit status, and nothing left behind; a bug and a lack of memory say what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.pipeline_fixtures import bundle as bundle
+from tests.pipeline_fixtures import clip as clip
+from tests.runner import check_failure, run_freres
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (("compress", "missing.mp4"), 3, "missing.mp4"),
+        (("compress", "{clip}", "--preset", "nothing"), 2, "preset nothing"),
+        (("compress", "{clip}", "--method", "magic"), 2, "--method"),
+        (("compress", "{clip}", "--variant", "magic"), 2, "variant"),
+        (("compress", "{clip}", "--grid", "2by2"), 2, "grid"),
+        (("compress", "{clip}", "--set", "anchors=0"), 2, "anchors"),
+        (("compress", "{clip}", "--fps", "0"), 2, "sample_fps"),
+        (("compress", "{clip}", "--fps", "nan"), 2, "sample_fps"),
+        (("compress", "{clip}", "--start", "100"), 2, "window"),
+        (("compress", "{clip}", "--start", "2", "--end", "1"), 2, "window"),
+        (("compress", "{clip}", "--model", "no-such-model"), 5, "no-such-model"),
+        (("compress", "{clip}", "--device", "cuda:99"), 6, "cuda:99"),
+        (("compress", "{clip}", "--device", "tpu"), 2, "device"),
+        (("compress", "{clip}", "--dtype", "int3"), 2, "dtype"),
+        (("compress", "{clip}", "-o", "no/such/folder.pt"), 2, "does not exist"),
+        (("ask", "missing.pt", "what?"), 4, "missing.pt"),
+        (("ask", "{clip}", "what?"), 4, "not a freres bundle"),
+        (("ask", "{bundle}", "  "), 2, "question"),
+        (("ask", "{bundle}", "what?", "--choices", "one"), 2, "--choices"),
+        (("ask", "{bundle}", "what?", "--choices", "a||b"), 2, "empty"),
+        (("ask", "{bundle}", "what?", "--choices", "a|a"), 2, "the same"),
+        (("ask", "{bundle}", "what?", "--top-p", "2"), 2, "top_p"),
+        (("ask", "{bundle}", "what?", "--text-after", "x"), 2, "--text-after"),
+        (("ask", "{bundle}", "--json"), 2, "--json"),
+        (("inspect", "missing.pt"), 4, "missing.pt"),
+        (("repack", "missing.pt", "--budget", "3", "-o", "x.pt"), 4, "missing.pt"),
+        (("profile", "missing.mp4"), 3, "missing.mp4"),
+        (("presets", "nothing"), 2, "preset nothing"),
+        (("demo", "-o", "no-such-folder"), 2, "folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_its_status(arguments, status, text, clip, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(clip=clip, bundle=bundle) for a in arguments]
+    check_failure(run_freres(*filled), status, text)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_usage_errors_are_2(clip):
+    for arguments in (("compress",), ("compress", clip, "--budget", "0"), ("compress", clip, "--nope"), ("fly",)):
+        run = run_freres(*arguments)
+        assert run.status == 2 and run.out == "" and "Traceback" not in run.err
+
+
+def test_a_question_in_place_of_the_bundle_is_one_line(clip):
+    check_failure(run_freres("ask", "what " * 100), 4, "no such file")
+    check_failure(run_freres("profile", "v" * 300), 3, "no such file")
+
+
+def test_a_bug_is_1_and_shows_its_traceback_on_demand(clip, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("freres_cli.workflows.compress.compress_file", fail)
+    check_failure(run_freres("compress", clip, "-o", tmp_path / "b.pt"), 1, "ZeroDivisionError: oops")
+    monkeypatch.setenv("FRERES_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        run_freres("compress", clip, "-o", tmp_path / "b.pt")
+
+
+def test_no_memory_is_6(clip, tmp_path, monkeypatch):
+    def allocate(*_, **__):
+        return torch.empty(1 << 60)
+
+    monkeypatch.setattr("freres_cli.method.compress.pool_to_cells", allocate)
+    check_failure(run_freres("compress", clip, "-o", tmp_path / "b.pt"), 6, "memory")

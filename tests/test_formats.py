@@ -1,0 +1,143 @@
+"""Every schema that ever existed: small bundles that earlier releases wrote still give the answers they gave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from freres_cli import load_bundle
+from freres_cli.bundle import schema, version_1, version_2
+from freres_cli.bundle.checks import later_settings
+from freres_cli.bundle.schema import encode_manifest
+from freres_cli.bundle.store import read_bundle
+from freres_cli.errors import BundleError, UsageError
+from freres_cli.pipeline.models import Models, make_source
+from freres_cli.presets import KEYS, Key
+from freres_cli.tracks import Tracks
+from tests.runner import run_freres
+
+FOLDER = Path(__file__).parent / "formats"
+ANSWERS = json.loads((FOLDER / "answers.json").read_text())
+QUESTION, CHOICES = "what moves?", ("a square", "a ring", "nothing")
+# Of every file: once written, it must stay as it is.
+SHA256_OF_ALL = "SHA"
+
+
+@pytest.fixture(scope="module")
+def models():
+    source = make_source(str(FOLDER / "model"), "cpu", "float32")
+    loaded = Models(source)
+    return Models(source, language_model=loaded.language_model)
+
+
+@pytest.fixture(params=sorted(ANSWERS))
+def name(request):
+    return request.param
+
+
+def check_answers(bundle, models, told):
+    tokens = bundle.tokens()
+    assert len(tokens) == told["visual_tokens"]
+    torch.testing.assert_close(tokens.positions, torch.tensor(told["positions"]), atol=1e-5, rtol=0)
+    session = bundle.open(model=models.source.name, device="cpu", models=models)
+    assert session.ask(QUESTION, max_new_tokens=8).text == told["answer"]
+    chosen = session.ask(QUESTION, choices=CHOICES)
+    assert chosen.choices == pytest.approx(told["choices"], abs=1e-5)
+
+
+def test_the_files_are_those_that_were_written():
+    digest = hashlib.sha256()
+    for path in sorted(FOLDER.glob("*.pt")):
+        digest.update(path.read_bytes())
+    assert digest.hexdigest() == SHA256_OF_ALL
+    assert {path.stem for path in FOLDER.glob("*.pt")} == set(ANSWERS)
+
+
+def test_every_version_has_files():
+    versions = {read_bundle(path).schema_version for path in FOLDER.glob("*.pt")}
+    assert versions == set(schema.READERS) and schema.SCHEMA_VERSION == max(versions)
+
+
+def test_a_bundle_gives_the_answers_it_gave(name, models):
+    check_answers(load_bundle(FOLDER / f"{name}.pt"), models, ANSWERS[name])
+
+
+def test_a_bundle_cut_to_ten_tokens_gives_the_answers_it_gave(name, models):
+    bundle = load_bundle(FOLDER / f"{name}.pt")
+    if "repacked" not in ANSWERS[name]:
+        with pytest.raises(UsageError, match="cannot be cut"):
+            bundle.repack(10)
+        return
+    check_answers(bundle.repack(10), models, ANSWERS[name]["repacked"])
+
+
+def test_a_bundle_written_again_is_read_as_the_same_one(name, models, tmp_path):
+    before = load_bundle(FOLDER / f"{name}.pt")
+    after = load_bundle(before.save(tmp_path / "again.pt").path)
+    assert read_bundle(tmp_path / "again.pt").schema_version == schema.SCHEMA_VERSION
+    drop = ("tensors", "content")
+    assert {k: v for k, v in after.manifest.items() if k not in drop} == {
+        k: v for k, v in before.manifest.items() if k not in drop
+    }
+    for key, tensor in version_2.tensors_of(before.content).items():
+        assert torch.equal(tensor, version_2.tensors_of(after.content)[key])
+
+
+def test_the_command_opens_it(name):
+    shown = run_freres("inspect", FOLDER / f"{name}.pt", "--json")
+    assert shown.status == 0, shown.err
+    assert shown.json["visual_tokens"] == ANSWERS[name]["visual_tokens"]
+    assert shown.json["tokens_by_kind"] == ANSWERS[name]["kinds"]
+    assert run_freres("inspect", FOLDER / f"{name}.pt").status == 0
+
+
+def test_what_version_1_lacks_has_its_default():
+    manifest = read_bundle(FOLDER / "1-first.pt").manifest
+    assert manifest["settings"]["deepstack"] == {"value": "keep", "source": "default"}
+    assert manifest["geometry"]["fit"] is None and manifest["model"]["attention"] is None
+    assert manifest["source"]["made_by_world"] is False
+
+
+@pytest.mark.parametrize("name", ["1-first", "1-absorber", "2-absorber", "2-uniform"])
+def test_a_setting_that_is_added_later_has_its_default(name, monkeypatch):
+    monkeypatch.setitem(KEYS, "shutter", Key(float, 0.5, "a setting of a later release"))
+    settings = read_bundle(FOLDER / f"{name}.pt").manifest["settings"]
+    assert settings["shutter"] == {"value": 0.5, "source": "default"}
+
+
+@pytest.mark.parametrize("name", ["1-first", "2-absorber"])
+def test_ranges_are_those_of_the_version_and_not_of_today(name, monkeypatch):
+    for key in ("temporal_share", "anchors"):
+        monkeypatch.setitem(KEYS, key, replace(KEYS[key], low=0.9, high=0.91))
+    assert isinstance(read_bundle(FOLDER / f"{name}.pt").content, Tracks)
+
+
+def test_readers_know_every_setting_of_today():
+    """A setting that is added goes to neither list: ``later_settings`` finds it. This fails when one is taken away."""
+    today = set(KEYS) - {"description"}
+    assert set(version_1.SETTINGS) - {"method", "reference_budget_tokens"} <= today
+    assert set(later_settings(version_2.SETTINGS)) == today - set(version_2.SETTINGS)
+
+
+def test_the_digest_of_the_rules_of_version_1():
+    """They are frozen: whoever changes them makes bundles unreadable that were written long ago."""
+    rules = encode_manifest(
+        {key: vars(rule) | {"kind": rule.kind.__name__} for key, rule in version_1.SETTINGS.items()}
+    )
+    fields = repr(
+        sorted((s, n, f.kind, f.may_be_null, f.length) for s, v in version_1.FIELDS.items() for n, f in v.items())
+    )
+    digest = hashlib.sha256((rules + fields + repr((version_1.TENSORS, version_1.DTYPES))).encode()).hexdigest()
+    assert digest == "eef0c47d0b20951d5dd45ed71ee2aa017b153bc94a28fe605fddcc78d52f1388"
+
+
+def test_a_version_to_come_is_refused_by_name(tmp_path):
+    content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 3}
+    torch.save(content, tmp_path / "later.pt")
+    with pytest.raises(BundleError, match="expected version 1 or 2, got 3"):
+        read_bundle(tmp_path / "later.pt")

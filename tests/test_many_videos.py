@@ -1,0 +1,203 @@
+"""Many videos with one command: one load of the model, failed rows, and a second run that finds what is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from freres_cli.bundle.store import read_bundle
+from freres_cli.errors import BackboneError, UsageError, VideoError
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.models import Models, make_source
+from freres_cli.video.listing import is_many, list_videos
+from freres_cli.workflows.compress import compress_many
+from tests.clips import write_clip
+from tests.runner import run_freres
+
+FLAGS = ("--budget", 40, "--device", "cpu")
+
+
+class CountingModels(Models):
+    """Counts how often the tower is loaded."""
+
+    num_loads = 0
+
+    @property
+    def encoder(self):
+        self.num_loads += not self.has_encoder
+        return super().encoder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(3):
+        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
+    return folder
+
+
+@pytest.fixture
+def compressor():
+    models = CountingModels(make_source("bundled", "cpu"))
+    return Compressor(budget_tokens=40, models=models)
+
+
+def videos_of(folder):
+    return list_videos([folder]).videos
+
+
+def statuses(rows):
+    return [row.status for row in rows]
+
+
+def test_one_load_for_all_and_none_for_a_second_run(clips, compressor, tmp_path):
+    rows = compress_many(compressor, videos_of(clips), tmp_path / "out")
+    assert statuses(rows) == ["done"] * 3 and compressor.models.num_loads == 1
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(written) == {"clip0.pt", "clip1.pt", "clip2.pt"}
+    again = Compressor.from_options(compressor.options, CountingModels(compressor.models.source))
+    assert statuses(compress_many(again, videos_of(clips), tmp_path / "out")) == ["skipped"] * 3
+    assert again.models.num_loads == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == written
+
+
+def test_each_bundle_is_what_compressing_its_video_alone_gives(clips, compressor, tmp_path):
+    compress_many(compressor, videos_of(clips), tmp_path / "out")
+    alone = tmp_path / "alone.pt"
+    assert run_freres("compress", clips / "clip1.mp4", *FLAGS, "-o", alone).status == 0
+    ours, theirs = read_bundle(tmp_path / "out" / "clip1.pt"), read_bundle(alone)
+    assert (
+        ours.manifest["tensors"] == theirs.manifest["tensors"] and ours.manifest["source"] == theirs.manifest["source"]
+    )
+
+
+def test_a_bad_video_is_a_failed_row(clips, compressor, tmp_path):
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video at all")
+    seen = []
+    videos = [(bad, Path("bad")), *videos_of(clips)]
+    rows = compress_many(compressor, videos, tmp_path / "out", on_row=seen.append)
+    assert statuses(rows) == ["failed", "done", "done", "done"] and seen == rows
+    assert isinstance(rows[0].error, VideoError)
+    assert not (tmp_path / "out" / "bad.pt").exists()
+
+
+def test_without_a_model_the_run_ends(clips, tmp_path):
+    compressor = Compressor(model=str(tmp_path), budget_tokens=40, device="cpu")
+    with pytest.raises(BackboneError, match=r"config\.json"):
+        compress_many(compressor, videos_of(clips), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"budget_tokens": 30}, "budget_tokens"),
+        ({"variant": "idct"}, "variant"),
+        ({"sample_fps": 2.0}, "sample"),
+    ],
+)
+def test_another_compression_in_its_place_is_neither_taken_nor_replaced(clips, compressor, tmp_path, change, named):
+    videos = videos_of(clips)[:1]
+    compress_many(compressor, videos, tmp_path)
+    before = (tmp_path / "clip0.pt").read_bytes()
+    other = Compressor(models=compressor.models, **{"budget_tokens": 40, **change})
+    row = compress_many(other, videos, tmp_path)[0]
+    assert row.status == "failed" and named in row.error.message and "--force" in row.error.hint
+    assert (tmp_path / "clip0.pt").read_bytes() == before
+    assert statuses(compress_many(other, videos, tmp_path, force=True)) == ["done"]
+    assert statuses(compress_many(other, videos, tmp_path)) == ["skipped"]
+
+
+def test_another_video_window_or_method_is_another_compression(clips, compressor, tmp_path):
+    video, name = videos_of(clips)[0]
+    compress_many(compressor, [(video, name)], tmp_path)
+    other = shutil.copy(clips / "clip2.mp4", tmp_path / "other.mp4")
+    assert "video" in compress_many(compressor, [(Path(other), name)], tmp_path)[0].error.message
+    for change in ({"end_s": 0.5}, {"method": "uniform"}):
+        changed = Compressor.from_options(replace(compressor.options, **change), compressor.models)
+        assert (
+            next(iter(change)).removesuffix("_s") in compress_many(changed, [(video, name)], tmp_path)[0].error.message
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"somebody's weights", None])
+def test_a_file_that_is_no_whole_bundle_is_not_replaced(clips, compressor, tmp_path, content):
+    videos = videos_of(clips)[:1]
+    path = tmp_path / "clip0.pt"
+    if content is None:
+        compress_many(compressor, videos, tmp_path)
+        content = path.read_bytes()[:-100]
+    path.write_bytes(content)
+    row = compress_many(compressor, videos, tmp_path)[0]
+    assert row.status == "failed" and "not a whole bundle" in row.error.message
+    assert path.read_bytes() == content
+    assert statuses(compress_many(compressor, videos, tmp_path, force=True)) == ["done"]
+
+
+def test_the_command_goes_over_a_folder(clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "in" / "deep")
+    (tmp_path / "in" / "notes.md").write_text("not a video")
+    (tmp_path / "in" / "a.mp4").write_bytes(b"broken")
+    run = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
+    assert run.status == 3 and "1 of 4 videos failed" in run.errors[0]
+    assert run.out.split() == [str(tmp_path / "out" / "deep" / f"clip{i}.pt") for i in range(3)]
+    assert "warning: failed:" in run.err and "files left out, not videos by their names: 1" in run.err
+    (tmp_path / "in" / "a.mp4").unlink()
+    again = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
+    assert again.status == 0 and again.err.count("is there already") == 3 and again.out == run.out
+
+
+def test_json_is_one_line_a_video(clips, tmp_path):
+    listed = tmp_path / "list.txt"
+    names = [str(clips / "clip0.mp4"), "missing.mp4"]
+    listed.write_text("# two\n\n" + "\n".join(names) + "\n")
+    run = run_freres("compress", listed, "-o", tmp_path / "out", *FLAGS, "--json")
+    rows = [json.loads(line) for line in run.out.splitlines()]
+    assert run.status == 3 and [row["status"] for row in rows] == ["done", "failed"]
+    assert {row["schema"] for row in rows} == {"freres.compress_many/1"}
+    assert rows[0]["visual_tokens"] <= 40 and rows[0]["timings_s"]["encode"] > 0
+    assert rows[1]["message"].endswith("no such file") and rows[1]["exit_status"] == 3
+    again = run_freres("compress", listed, "-o", tmp_path / "out", *FLAGS, "--json")
+    assert json.loads(again.out.splitlines()[0])["status"] == "skipped"
+
+
+def test_two_files_are_many_and_the_folder_is_made(clips, tmp_path):
+    out = tmp_path / "new" / "out"
+    run = run_freres("compress", clips / "clip0.mp4", clips / "clip1.mp4", "-o", out, *FLAGS)
+    assert run.status == 0 and {path.name for path in out.iterdir()} == {"clip0.pt", "clip1.pt"}
+    one = run_freres("compress", clips / "clip2.mp4", "-o", out, *FLAGS)
+    assert one.status == 0 and (out / "clip2.pt").is_file()
+
+
+def test_a_dry_run_is_of_one_video(clips):
+    assert run_freres("compress", clips, "--dry-run").status == 2
+
+
+def test_names_of_outputs(tmp_path):
+    for name in ("a.mp4", "a.webm", "b.mkv", "sub/a.mp4", ".hidden.mp4", ".cache/c.mp4"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = list_videos([tmp_path])
+    assert {str(name) for _, name in found.videos} == {"a.mp4", "a.webm", "b", "sub/a"}
+    assert len(list_videos([tmp_path, tmp_path / "b.mkv", tmp_path]).videos) == 4
+    with pytest.raises(UsageError, match="the same name"):
+        list_videos([tmp_path / "a.mp4", tmp_path / "sub" / "a.mp4"])
+
+
+def test_what_is_many(tmp_path):
+    (tmp_path / "list.txt").touch()
+    assert is_many([tmp_path]) and is_many([tmp_path / "list.txt"]) and is_many([Path("a"), Path("b")])
+    assert not is_many([tmp_path / "a.mp4"]) and not is_many([tmp_path / "missing.txt"])
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\n", b"a\0b\n"])
+def test_lists_that_name_nothing(tmp_path, content):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"list\.txt"):
+        list_videos([path])

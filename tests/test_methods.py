@@ -1,0 +1,87 @@
+"""The one registry of methods: what the command, its help, completion, the manual and ``freres methods`` read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from freres_cli.baselines.declaration import NEEDS, TRAININGS
+from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES, METHODS
+from freres_cli.cli.options import complete_bundle_method, complete_method
+from tests.runner import check_failure, run_freres
+
+ROOT = Path(__file__).parents[1]
+NOT_METHODS = {"__init__", "declaration", "registry"}
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method(request):
+    return METHODS[request.param]
+
+
+def test_every_file_of_a_method_is_in_the_registry():
+    stems = {path.stem for path in (ROOT / "freres_cli" / "baselines").glob("*.py")} - NOT_METHODS
+    declared = [import_module(f"freres_cli.baselines.{stem}").METHOD for stem in sorted(stems)]
+    assert {own.name: own for own in declared} == dict(METHODS)
+
+
+def test_a_declaration_is_whole(method):
+    assert method.summary and method.source and method.deviations
+    assert method.training in TRAININGS and set(method.needs) <= set(NEEDS)
+    assert method.is_question_blind == ("question" not in method.needs)
+    assert (method.compress is None) == (method.name == FRE_RES)
+    assert method.is_question_blind or not method.makes_bundles
+
+
+@pytest.mark.parametrize(("frames", "budget"), [(1, 1), (1, 5), (7, 1), (7, 13), (7, 84), (5, 1000)])
+def test_a_method_keeps_the_budget_and_gives_the_same_twice(method, frames, budget):
+    if method.compress is None:
+        return
+    latents = torch.randn(frames, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    seconds = torch.arange(frames, dtype=torch.float64) / 3
+    total = frames * 12
+    given = budget if method.has_budget else total
+    tokens, again = (method.compress(latents.clone(), seconds, given, 8) for _ in range(2))
+    if method.has_budget:
+        assert len(tokens) == min(budget, total)
+    for name in ("latents", "positions", "seconds", "kind", "gop", "energy"):
+        assert torch.equal(getattr(tokens, name), getattr(again, name)), name
+    assert tokens.positions.shape == (len(tokens), 3) and tokens.seconds.isfinite().all()
+
+
+def test_lists_name_every_method():
+    listed, document = run_freres("methods"), run_freres("methods", "--json").json
+    assert listed.status == 0 and [row["name"] for row in document["methods"]] == list(METHODS)
+    for name, method in METHODS.items():
+        assert f"\n{name} " in listed.out and method.summary in listed.out
+    told = {row["name"]: row for row in document["methods"]}
+    assert told["fre-res"]["streams"] and told["fre-res"]["training"] == "optional"
+    assert told["blind"]["makes_bundles"] is False
+
+
+def test_help_and_manual_name_every_method():
+    for verb, names in (("compress", BUNDLE_METHODS), ("eval", METHODS)):
+        shown = " ".join(run_freres(verb, "--help").out.split())
+        page = " ".join((ROOT / "man" / "man1" / f"freres-{verb}.1").read_text().replace("\\-", "-").split())
+        for name in names:
+            assert name in shown and name in page, (verb, name)
+
+
+def test_completion():
+    assert complete_bundle_method("") == list(BUNDLE_METHODS) and complete_bundle_method("f") == ["full", "fre-res"]
+    assert complete_method("uniform,f") == ["uniform,full", "uniform,fre-res"]
+
+
+def test_a_method_that_is_none_is_refused():
+    check_failure(run_freres("compress", "x.mp4", "--method", "none-such"), 2, "expected one of")
+    check_failure(run_freres("compress", "x.mp4", "--method", "blind"), 2, "--method")
+
+
+def test_lists_import_no_torch():
+    code = "import sys, freres_cli.cli.app, freres_cli.baselines.registry; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,92 @@
+"""``freres ask --questions``: a file of questions answered from one prefill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from freres_cli import Compressor
+from freres_cli.evaluation.questions import MAX_TEXT_BYTES
+from tests.clips import write_clip
+from tests.runner import check_failure, run_freres
+
+ROWS = [
+    {"id": "first", "question": "What moves?", "choices": ["a ring", "a square", "nothing"]},
+    {"question": "Where is it?"},
+    {"id": 7, "question": "Is it red or blue now?", "choices": ["red", "blue"], "answer": "red", "other": [1]},
+    {"question": "And then?", "choices": []},
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    clip = write_clip(folder / "clip.mp4", 8, fps=4)
+    return Compressor(budget_tokens=40, device="cpu").compress(clip).save(folder / "b.pt").path
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ask(bundle, file, *flags):
+    return run_freres("ask", bundle, "--questions", file, "--device", "cpu", "--max-new-tokens", 3, *flags)
+
+
+def test_answers_are_those_of_single_questions_in_the_order_of_the_file(bundle, tmp_path):
+    run = ask(bundle, write_rows(tmp_path / "q.jsonl", ROWS), "--json")
+    assert run.status == 0, run.err
+    rows = [json.loads(line) for line in run.out.splitlines()]
+    assert [row["id"] for row in rows] == ["first", "2", "7", "4"]
+    for row, asked in zip(rows, ROWS, strict=True):
+        flags = ["--choices", "|".join(asked["choices"])] if asked.get("choices") else []
+        alone = run_freres(
+            *("ask", bundle, asked["question"], "--device", "cpu", "--max-new-tokens", 3, "--json"), *flags
+        ).json
+        assert row["schema"] == "freres.answer/1" and row["answer"] == alone["answer"]
+        assert row["context_tokens"] == alone["context_tokens"]
+        if flags:
+            assert row["choices"] == pytest.approx(alone["choices"], abs=1e-4)
+
+
+def test_text_is_a_line_an_answer(bundle, tmp_path):
+    run = ask(bundle, write_rows(tmp_path / "q.jsonl", ROWS))
+    assert run.status == 0 and len(run.out.splitlines()) == len(ROWS)
+    assert run.out.splitlines()[0] in ROWS[0]["choices"] and "one prefill" in run.err
+
+
+def test_sampling_asks_one_at_a_time_with_the_seed(bundle, tmp_path):
+    file = write_rows(tmp_path / "q.jsonl", ROWS)
+    first = ask(bundle, file, "--temperature", 1, "--seed", 3)
+    assert first.status == 0 and first.out == ask(bundle, file, "--temperature", 1, "--seed", 3).out
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("", "holds no questions"),
+        ("{", ":1: not valid JSON"),
+        ("[1]", ":1: expected a JSON object"),
+        ('{"question": 3}', ":1: question"),
+        ('{"question": "  "}', ":1: question"),
+        ('{"question": "a?", "choices": ["x"]}', ":1: choices: expected 2 to 26"),
+        ('{"question": "a?", "choices": "x|y"}', ":1: choices: expected a list"),
+        ('{"question": "a?", "id": [1]}', ":1: id"),
+        ('{"question": "a \\ud800"}', ":1: half of a character pair"),
+        (json.dumps({"question": "a" * (MAX_TEXT_BYTES + 1)}), ":1: too long"),
+        ('{"question": "<|im_end|>"}', "holds <|im_end|>"),
+    ],
+)
+def test_rows_that_cannot_be_asked(bundle, tmp_path, line, text):
+    file = tmp_path / "q.jsonl"
+    file.write_text(line + "\n")
+    check_failure(ask(bundle, file), 2, text)
+
+
+def test_questions_stand_in_one_place(bundle, tmp_path):
+    file = write_rows(tmp_path / "q.jsonl", ROWS)
+    check_failure(run_freres("ask", bundle, "why?", "--questions", file), 2, "--questions")
+    check_failure(run_freres("ask", bundle, "--questions", file, "--choices", "a|b"), 2, "--questions")
+    check_failure(run_freres("ask", bundle, "--questions", tmp_path / "none.jsonl"), 2, "cannot be read")

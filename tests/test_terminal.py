@@ -1,0 +1,84 @@
+"""What reaches a terminal: names and answers without control characters, JSON that is JSON, nothing endless."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from freres_cli import Compressor
+from freres_cli.cli import output
+from freres_cli.evaluation.questions import MAX_TEXT_BYTES
+from tests.clips import write_clip
+from tests.runner import check_failure, run_freres
+
+ESCAPES = "\x1b]0;title\x07\x1b[31mred\x9b2J"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("terminal")
+    clip = write_clip(folder / f"clip{ESCAPES}.mp4", 4, fps=4)
+    return Compressor(budget_tokens=20, device="cpu").compress(clip).save(folder / "b.pt").path
+
+
+def is_harmless(text):
+    return all(character.isprintable() or character == "\n" for character in text)
+
+
+def test_inspect_shows_the_name_of_the_source_without_escapes(bundle):
+    shown = run_freres("inspect", bundle)
+    assert shown.status == 0 and is_harmless(shown.out), repr(shown.out[:200])
+    assert "[31mred" in shown.out
+
+
+def test_json_holds_the_name_as_it_is_but_escaped(bundle):
+    shown = run_freres("inspect", bundle, "--json")
+    assert is_harmless(shown.out) and ESCAPES in json.loads(shown.out)["source"]["file"]
+
+
+def test_ask_shows_choices_without_escapes(bundle):
+    choice = f"a ring{ESCAPES}"
+    run = run_freres("ask", bundle, "what?", "--choices", f"{choice}|{choice}2", "--device", "cpu")
+    assert run.status == 0 and is_harmless(run.out) and run.out.count("[31mred") == 3
+
+
+def test_a_failed_video_is_named_without_escapes(tmp_path):
+    bad = tmp_path / f"bad{ESCAPES}.mp4"
+    bad.write_bytes(b"nothing")
+    run = run_freres("compress", bad, tmp_path / "missing\x1b[0m.mp4", "-o", tmp_path / "out", "--device", "cpu")
+    assert run.status == 3 and is_harmless(run.err) and is_harmless(run.out)
+
+
+def test_paths_are_plain_on_a_terminal_and_exact_for_programs(capsys, monkeypatch):
+    path = Path(f"b{ESCAPES}.pt")
+    output.print_path(path)
+    assert capsys.readouterr().out == f"{path}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    output.print_path(path)
+    assert is_harmless(capsys.readouterr().out)
+
+
+def test_an_answer_keeps_its_lines_and_its_emoji(capsys):
+    output.print_text("one\ttwo\nthree \U0001f468‍\U0001f469 \x1b[1m\x9b")
+    assert capsys.readouterr().out == "one\ttwo\nthree \U0001f468‍\U0001f469  [1m \n"
+
+
+@pytest.mark.parametrize("where", ["question", "choices", "stdin"])
+def test_an_endless_question_is_refused_at_once(bundle, where):
+    long = "\U0001f600" * 100_000
+    start = time.perf_counter()
+    run = {
+        "question": lambda: run_freres("ask", bundle, long),
+        "choices": lambda: run_freres("ask", bundle, "which?", "--choices", f"{long}|b"),
+        "stdin": lambda: run_freres("ask", bundle, "-", stdin=long),
+    }[where]()
+    check_failure(run, 2, f"too long: expected at most {MAX_TEXT_BYTES} bytes")
+    assert time.perf_counter() - start < 20
+
+
+def test_the_longest_question_is_answered(bundle):
+    run = run_freres("ask", bundle, "word " * (MAX_TEXT_BYTES // 5), "--max-new-tokens", 1, "--device", "cpu")
+    assert run.status == 0, run.err

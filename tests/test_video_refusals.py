@@ -1,0 +1,67 @@
+"""Files that are not usable videos: each gives one plain error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from freres_cli.errors import VideoError
+from freres_cli.video.probe import probe_video
+from tests import clips, decoding
+
+plain_clip = decoding.plain_clip
+
+
+def _written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def _made(path: Path, make) -> Path:
+    make(path)
+    return path
+
+
+REFUSALS = {
+    "missing": (lambda d: d / "missing.mp4", "no such file"),
+    "directory": (lambda d: d, "is a directory"),
+    "pipe": (lambda d: _made(d / "pipe.mp4", os.mkfifo), "pipe or device"),
+    "empty": (lambda d: _written(d / "empty.mp4", b""), "the file is empty"),
+    "text": (lambda d: _written(d / "text.mp4", b"not a video\n" * 20), "not a video"),
+    "terminal text": (lambda d: _written(d / "notes.txt", b"not a video\n" * 20), "not a video"),
+    "index missing": (lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5), "not a video that FFmpeg can read"),
+    "header only": (
+        lambda d: clips.cut(clips.write_clip(d / "head.mkv", 48), 0.1),
+        "no frame can be decoded|no video packets|not a video",
+    ),
+    "audio only": (lambda d: clips.write_audio_only(d / "audio.m4a"), "has no video stream, only audio"),
+    "cover art": (lambda d: clips.write_audio_with_cover(d / "song.m4a"), "has no video stream"),
+    "no streams": (lambda d: _written(d / "index_only.mp4", EMPTY_MP4), "has no streams of any kind$"),
+    "no decodable frame": (
+        lambda d: clips.blank_payloads(clips.write_clip(d / "blank.avi", 24, codec="mjpeg", pix_fmt="yuvj420p")),
+        "no frame can be decoded",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_files_that_cannot_be_used_give_one_plain_error(tmp_path, kind, capfd):
+    make, message = REFUSALS[kind]
+    path = make(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(VideoError, match=message) as caught:
+        probe_video(path)
+    assert caught.value.message.startswith(f"{path}: ")
+    assert "\n" not in caught.value.message and caught.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_permission_is_named(plain_clip, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root, who runs tests in containers, may read everything
+    with pytest.raises(VideoError, match="permission denied"):
+        probe_video(plain_clip)

@@ -1,0 +1,64 @@
+"""Small trainings of adapters, as ``freres train`` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from freres_cli.cli.compress import make_options
+from freres_cli.evaluation.cells import parse_budgets
+from freres_cli.evaluation.questions import read_questions
+from freres_cli.pipeline.models import Models
+from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
+from tests.loaded_models import loaded_models
+
+
+class Training:
+    """A recipe with flags to match: what ``run`` does by itself is what the command does with ``flags``.
+
+    ``recipe`` is by the names of ``Recipe``, but for ``budgets``, which is a text.
+    """
+
+    def __init__(self, budgets: str, **recipe: Any) -> None:
+        self.budgets, self.recipe = budgets, recipe
+
+    @property
+    def flags(self) -> list[object]:
+        names = {
+            "num_steps": "--steps",
+            "batch": "--batch",
+            "questions_a_video": "--questions",
+            "validate_every": "--validate-every",
+            "validation_share": "--validation",
+        }
+        flags: list[object] = ["--budgets", self.budgets, "--device", "cpu"]
+        return flags + [part for key, value in self.recipe.items() for part in (names[key], value)]
+
+    def run(
+        self,
+        data: Path,
+        output: Path,
+        cache: Path,
+        *,
+        models: Models | None = None,
+        log: Callable[[str], None] = lambda _: None,
+        dtype: str | None = None,
+        **changed: Any,
+    ) -> dict[str, Any]:
+        """Train with a model that is open already, the bundled one by default. ``changed``: other than the recipe's."""
+        models = models or loaded_models(dtype=dtype)
+        options = make_options({}, None, None, device="cpu", dtype=dtype)
+        recipe = Recipe(parse_budgets(self.budgets), **{**self.recipe, **changed})
+        request = TrainRequest(read_questions(data, is_named=False), options, recipe, output, cache)
+        return train_adapter(request, log, models=models)
+
+
+def stop_at(step: int) -> Callable[[str], None]:
+    """A log at which Ctrl-C is pressed when ``step`` is reported: states of the steps before it are on disk."""
+
+    def log(line: str) -> None:
+        if line.startswith(f"step {step}/"):
+            raise KeyboardInterrupt
+
+    return log
