@@ -1,4 +1,4 @@
-"""Small evaluations: clips, questions about them, and the request that ``freres eval`` would make of its flags."""
+"""Small evaluations: clips, questions about them, and the request that ``freres eval`` makes of its flags."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_request(
     model: str | None = None,
     max_answer_tokens: int = 2,
 ) -> EvalRequest:
-    """What ``freres eval`` asks for when it has these flags; free answers are cut short."""
+    """The request that ``freres eval`` makes of these flags, but with short free answers."""
     options = make_options(settings or {}, None, model, device="cpu")
     modules = choose_adapter(adapter, options.model.name, options.settings.variant)
     cells = parse_cells(methods, budgets, HAS_BUDGET)
@@ -81,12 +81,12 @@ def make_request(
 
 
 def run_eval(questions: Path, methods: str, *args: Any, models: Models | None = None, **flags: Any) -> EvalResult:
-    """Evaluate with a model that is open already, the bundled one by default; further arguments as ``make_request``."""
+    """Evaluate with ``models``, by default the bundled one. The other arguments are those of ``make_request``."""
     return evaluate(make_request(questions, methods, *args, **flags), models=models or loaded_models())
 
 
 def figures(summary):
-    """Everything but times and what is about the run itself."""
+    """Everything in a summary except times and facts about the run itself."""
     drop = ("compress_s", "prefill_s", "ttft_s", "next_ttft_s")
     rows = [{key: value for key, value in row.items() if key not in drop} for row in summary["rows"]]
     return rows, summary["num_questions"], summary["failed"], summary["full_tokens"]

@@ -1,4 +1,4 @@
-"""What the tests of every family share: a stock model, both of our halves of it, one encoded video."""
+"""Shared by the tests of all families: a stock model, both of our halves of it, and one encoded video."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tiny:
         self.latents = self.vision.encode(self.frames)
         self.prompt = self.model.prompt(QUESTION)
         self.path = case.stock_path(case, self.stock, self.prompt, self.frames, self.vision)
-        # Whole frames without tokens, frames with few, and a token of the first and last place.
+        # Some frames with no tokens, some with few, and the first and the last token.
         cells = case.grid[0] * case.grid[1]
         self.keep = torch.tensor([0, 3, 7, cells - 1, 2 * cells + 1, 2 * cells + 2, 3 * cells, 4 * cells - 1])
 
@@ -59,7 +59,7 @@ class Tiny:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads cost more than they give on models this small, above all beside other work."""
+    """On models this small, threads cost more than they gain, especially on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

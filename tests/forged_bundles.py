@@ -1,4 +1,4 @@
-"""Bundles made by hand, with right checksums whatever they hold: a writer of ours would not write them."""
+"""Hand-made bundles whose checksums are right even if their content is not."""
 
 from __future__ import annotations
 

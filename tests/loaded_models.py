@@ -12,24 +12,25 @@ from freres_cli.pipeline.models import Models, make_source
 from freres_cli.records import VideoTokens
 
 
+def loaded_models(dtype: str | None = None) -> Models:
+    """Both halves of the bundled model on the CPU. All tests share them: wrap or copy a half before you change it."""
+    return _load(dtype)
+
+
 @functools.cache
-def loaded_models(name: str = "bundled", dtype: str | None = None) -> Models:
-    """Both halves of a model on the CPU. They are shared by all tests: wrap or copy a half before you change it."""
-    models = Models(make_source(name, "cpu", dtype))
-    assert models.encoder and models.language_model
-    return models
+def _load(dtype: str | None) -> Models:
+    lazy = Models(make_source("bundled", "cpu", dtype))
+    return Models(lazy.source, lazy.encoder, lazy.language_model)
 
 
-def models_with(
-    encoder: VisionEncoder | None = None, language_model: LanguageModel | None = None, models: Models | None = None
-) -> Models:
-    """The bundled model, or ``models``, with one half or both replaced."""
-    models = models or loaded_models()
+def models_with(encoder: VisionEncoder | None = None, language_model: LanguageModel | None = None) -> Models:
+    """The bundled model with one half or both replaced."""
+    models = loaded_models()
     return Models(models.source, encoder or models.encoder, language_model or models.language_model)
 
 
 class Wrapped:
-    """Passes everything on to another half of a model, but for what a subclass overrides."""
+    """Half of a model that passes everything on to another one, except what a subclass overrides."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

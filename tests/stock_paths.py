@@ -1,4 +1,4 @@
-"""The stock transformers pixel path of every family for one video: what the contract test compares us with."""
+"""The stock transformers pixel path of every family for one video, which the contract tests compare us with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PERIOD_S = 2.5
 
 
 class StockPath:
-    """What the paths of all families do: ``ids`` (1, L) with a place for every token, ``is_visual`` (L,) which those are."""
+    """What the paths of all families share. ``ids``: (1, L), with every visual token. ``is_visual``: (L,), where they are."""
 
     case: FamilyCase
     stock: Any
@@ -32,7 +32,7 @@ class StockPath:
         return []
 
     def is_left(self, keep: Tensor) -> Tensor:
-        """(L,) bool: what is left of the prompt with these visual tokens; frames without any lose their text too."""
+        """(L,) bool: what is left of the prompt with these visual tokens. Frames without any lose their text too."""
         kept = torch.zeros(self.ids.shape[1], dtype=torch.bool)
         kept[self.is_visual.nonzero()[:, 0][keep]] = True
         left = ~self.is_visual | kept
@@ -98,7 +98,7 @@ class QwenStock(StockPath):
         return torch.cat([torch.cat(out.pooler_output), *deep], dim=-1)
 
     def processed(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """What we feed the tower, and what the family's own image processor makes of the same frames."""
+        """Our input for the tower, and that of the family's own image processor for the same frames."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         rule = self.case.vision_class.default_rule
@@ -154,7 +154,7 @@ class SquareStock(StockPath):
         getattr(self, f"write_{case.name}")(len(frames), encoder)
         self.ids = torch.tensor([[*prompt.prefix, *self.middle, *prompt.suffix]])
         self.is_visual = self.ids[0] == self.pad
-        if case.name == "llava_onevision":  # the newline row is no visual token, and always there
+        if case.name == "llava_onevision":  # the newline row is not a visual token, and always present
             self.is_visual[self.is_visual.nonzero()[-1]] = False
 
     def add_frame(self, before: str, after: str, token: Callable[[str], list[int]]) -> None:
@@ -241,7 +241,7 @@ class MiniCPMStock(StockPath):
         pad = stock.config.video_token_id
         start, end = (264 + case.tokens.index(name) for name in ("<image>", "</image>"))
         middle = [start, *[pad] * (rows * columns), end] * len(frames)
-        if case.name == "minicpmv4_7":  # where the line feed after the video is part of it
+        if case.name == "minicpmv4_7":  # here the line feed after the video is part of it
             middle.append(10)
         self.ids = torch.tensor([[*prompt.prefix, *middle, *prompt.suffix]])
         self.is_visual = self.ids[0] == pad

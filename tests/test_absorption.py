@@ -23,9 +23,9 @@ from freres_cli.workflows.absorption import MAX_GOPS_SHOWN, PictureRequest, draw
 from freres_cli.world.bundled_model import bundled_adapter
 from freres_cli.world.make import CODECS, encode_scene
 from freres_cli.world.scene import SIDE, Background, Scene, Shot, Thing
+from tests.compressed_clips import compress, smooth_clip
 from tests.loaded_models import loaded_models
 from tests.runner import check_failure, run_freres
-from tests.test_method_laws import compress, smooth_clip
 
 FRAMES, FPS, RADIUS = 32, 8, 11.0
 

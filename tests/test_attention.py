@@ -1,4 +1,4 @@
-"""Attention kernels: which is chosen and why, that each means the same, and that towers call none of them per frame."""
+"""Attention kernels: which is chosen and why, that all give the same results, and that towers do not call one per frame."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def cuda(monkeypatch):
 
 
 class FlashByHand:
-    """What the flash_attn package promises, in plain torch: (n, length, heads, d), a causal mask that ends at the last
-    key, and packed stretches by their boundaries. Counts its calls."""
+    """The interface of the flash_attn package in plain torch: (n, length, heads, d), a causal mask aligned to the last
+    key, and packed segments given by their boundaries. Counts its calls."""
 
     def __init__(self, version="2.7.4"):
         self.__version__ = version
@@ -157,12 +157,12 @@ def test_flash_takes_16_bit_models_only(cuda, flash):
         fit_attention(choose_device("cuda", "flash"), torch.float32)
 
 
-# --- every kernel means the same --------------------------------------------------------------------------------------
+# --- every kernel gives the same results -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=FAMILY_CASES, ids=lambda case: case.name)
 def tiny(request, tmp_path_factory):
-    """A family's two halves. Each test puts the default attention back."""
+    """The two halves of a family. Each test restores the default attention."""
     case, folder = request.param, tmp_path_factory.mktemp("model") / "model"
     case.make(folder)
     checkpoint = open_checkpoint(folder)
@@ -189,7 +189,7 @@ def test_towers_mean_the_same_with_every_kernel(tiny, flash, kernel):
 
 
 def logits_of(tiny, chunk_tokens, kernel):
-    """At every row of a prompt with a third of the tokens left out, and the rest at odd places."""
+    """Logits after a prompt with a third of the tokens left out, and the rest at fractional positions."""
     use_attention(tiny.model.decoder, CAUSAL_NO_MASK, kernel)
     latents = tiny.vision.encode(tiny.case.frames(T))
     video = video_tokens(latents, width=tiny.vision.width)
@@ -208,7 +208,7 @@ def logits_of(tiny, chunk_tokens, kernel):
 @pytest.mark.parametrize("kernel", ["eager", "flash"])
 @pytest.mark.parametrize("chunk_tokens", [4096, 13])
 def test_decoders_mean_the_same_with_every_kernel(tiny, flash, kernel, chunk_tokens):
-    """Fractional positions with gaps, and later chunks of the prefill: no kernel looks at positions, or needs a mask."""
+    """Fractional positions with gaps, and later chunks of the prefill: no kernel looks at positions or needs a mask."""
     expected = logits_of(tiny, 4096, "sdpa")
     got = logits_of(tiny, chunk_tokens, kernel)
     assert (flash.num_calls > 0) == (kernel == "flash")
@@ -235,7 +235,7 @@ def test_pytorchs_flash_kernel_or_an_error(monkeypatch):
 
 
 def test_towers_do_not_loop_over_frames(tiny, monkeypatch):
-    """As many attention calls for twelve frames as for four, and no more than window sizes there are in each layer."""
+    """As many attention calls for twelve frames as for four, and one per window size in each layer."""
     calls = []
     real = attention.scaled_dot_product_attention
     monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or real(*a, **k))
@@ -272,7 +272,7 @@ def test_the_flag_goes_all_the_way(tmp_path):
         assert asked.json["environment"]["attention"] == expected
         assert any(note.startswith(f"attention {expected}: ") for note in asked.json["notes"])
         logits[name] = asked.json["choices"]
-    # Both were made and asked with kernels of their own, and mean the same.
+    # Each was compressed and asked with its own kernel, with the same result.
     assert logits["eager"] == pytest.approx(logits["auto"], abs=1e-3)
     profiled = run_freres("profile", tmp_path / "auto.pt", "--attn", "eager", "--repeat", 1, "--warmup", 0, "--json")
     assert {row["attention"] for row in profiled.json["rows"]} == {"eager"}

@@ -1,4 +1,4 @@
-"""Reading models from disk: each half alone, every key layout, and one line for everything that cannot be read."""
+"""Reading models from disk: each half by itself, every key layout, and a one-line error for whatever cannot be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 
-from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.checkpoint import fingerprint, resolve_checkpoint
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
 from freres_cli.backbones.qwen_vision import fit_grid
@@ -28,7 +27,14 @@ from freres_cli.world.bundled_model import (
     bundled_model_info,
     make_checkpoint,
 )
-from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, rewrite_weights, to_new_layout
+from tests.tiny_models import (
+    CPU,
+    make_qwen2_vl,
+    open_checkpoint,
+    open_recording_checkpoint,
+    rewrite_weights,
+    to_new_layout,
+)
 
 SUPPORTED = tuple(FAMILIES)
 
@@ -74,23 +80,14 @@ def test_both_layouts_sharded_or_not_tied_or_not(originals, tmp_path, tied, layo
     assert model.fingerprint == original | {"model_id": "model"}
 
 
-def test_each_half_reads_only_its_own_tensors(folder, monkeypatch):
-    read = []
-    real = checkpoint_module.Checkpoint.tensors
-
-    def tensors(self, keys):
-        for key, tensor in real(self, keys):
-            read.append(key)
-            yield key, tensor
-
-    monkeypatch.setattr(checkpoint_module.Checkpoint, "tensors", tensors)
-    checkpoint = open_checkpoint(folder)
+def test_each_half_reads_only_its_own_tensors(folder):
+    checkpoint = open_recording_checkpoint(folder)
     vision = Qwen2VLVisionEncoder.load(checkpoint, CPU)
-    assert read and all(key.startswith("visual.") for key in read)
-    read.clear()
+    assert checkpoint.read and all(key.startswith("visual.") for key, _ in checkpoint.read)
+    checkpoint.read.clear()
     model = Qwen2VLLanguageModel.load(checkpoint, CPU)
-    assert all(key.startswith(("model.", "lm_head.", "visual.merger.")) for key in read)
-    assert sum(key.startswith("visual.") for key in read) == 6  # the projector's digest
+    assert all(key.startswith(("model.", "lm_head.", "visual.merger.")) for key, _ in checkpoint.read)
+    assert sum(key.startswith("visual.") for key, _ in checkpoint.read) == 6  # the projector's digest
     stock = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     halves = [sum(p.numel() for p in module.parameters()) for module in (vision.tower, model.decoder)]
     assert sum(halves) + model.head_weight.numel() == stock
@@ -132,7 +129,7 @@ def test_an_unsupported_family(folder):
 
 @pytest.mark.parametrize("model_type", ["llava_qwen", "llava_onevision"])
 def test_llava_video_is_refused_by_name_of_what_is_missing(folder, model_type):
-    """Its newline after every row of tokens is in no class of transformers, whatever the checkpoint was turned into."""
+    """No class in transformers writes its newline after every row of tokens, however the checkpoint was converted."""
     change_config(folder, model_type=model_type, mm_newline_position="grid")
     refused(folder, "unsupported newline tokens in the video: expected one_token, got grid")
 
@@ -340,7 +337,7 @@ def test_known_checkpoints_are_of_supported_families():
 @pytest.mark.parametrize("known", KNOWN_CHECKPOINTS, ids=lambda known: known.model_id)
 def test_tokens_of_known_checkpoints_follow_the_size_rule(known):
     if not known.family.startswith("qwen"):
-        # Frames of one size; patches of 14 or 16 px, 2x2, 3x3 or 4x4 of them a token.
+        # Frames have one size; patches are 14 or 16 px, and a token is 2x2, 3x3 or 4x4 patches.
         (((width, height), tokens),) = known.tokens_per_frame.items()
         factors = {"internvl": (28,), "llava_onevision": (28,), "smolvlm": (42, 64)}[known.family]
         assert width == height and tokens in {round(width / factor) ** 2 for factor in factors}

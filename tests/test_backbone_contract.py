@@ -1,4 +1,4 @@
-"""The contract of every model family, on tiny random checkpoints: what we run is what transformers runs."""
+"""The contract of every model family, on tiny random checkpoints: our results are those of transformers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from freres_cli.backbones import attention, base, engine
-from freres_cli.backbones import checkpoint as checkpoint_module
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.registry import FAMILIES
 from tests import family_contract
 from tests.family_contract import STEPS, T, Tiny, difference
 from tests.tiny_families import FAMILY_CASES
-from tests.tiny_models import CPU, MERGE, open_checkpoint, random_frames, video_tokens
+from tests.tiny_models import CPU, MERGE, open_checkpoint, open_recording_checkpoint, random_frames, video_tokens
 
 tiny, one_thread = family_contract.tiny, family_contract.one_thread
 
@@ -82,8 +81,8 @@ def test_logits_and_greedy_tokens_equal_stock_when_all_tokens_are_kept(tiny):
 
 
 def oracle(tiny, num_steps):
-    """Greedy steps of the stock pixel path over the full sequence, without a cache: a mask hides the dropped tokens,
-    and the family's text around frames that have none left."""
+    """Greedy steps of the stock pixel path over the full sequence, without a cache. A mask hides the dropped tokens, and
+    the family's text around frames that have no tokens left."""
     path, ids = tiny.path, tiny.path.ids
     hidden = (~path.is_left(tiny.keep)).nonzero()[:, 0]
     steps = []
@@ -101,7 +100,7 @@ def oracle(tiny, num_steps):
 
 
 def next_byte(logits):
-    """The likeliest token that is not a special one: a generated video token would ask for features."""
+    """The likeliest token that is not special: a generated video token would need features."""
     return logits[:256].argmax()
 
 
@@ -182,27 +181,19 @@ def test_bfloat16_keeps_rope_frequencies(tiny):
     assert engine.score_options(model, prefix, tiny.prompt.suffix, [(1, 2)]).isfinite().all()
 
 
-def test_each_half_reads_only_its_own_tensors(tiny, monkeypatch):
-    read = []
-    real = checkpoint_module.Checkpoint.tensors
-
-    def tensors(self, keys):
-        for key, tensor in real(self, keys):
-            read.append(tensor.numel())
-            yield key, tensor
-
+def test_each_half_reads_only_its_own_tensors(tiny):
+    checkpoint = open_recording_checkpoint(tiny.checkpoint.directory)
     everything = sum(parameter.numel() for parameter in tiny.stock.parameters())
     projector = tiny.case.language_class.files.projector
     _, keys = tiny.checkpoint.keys_under(projector)
     digest = sum(tensor.numel() for _, tensor in tiny.checkpoint.tensors(list(keys.values())))
     assert digest > 0
-    monkeypatch.setattr(checkpoint_module.Checkpoint, "tensors", tensors)
-    vision = tiny.case.vision_class.load(tiny.checkpoint, CPU)
-    assert sum(read) == sum(p.numel() for p in vision.tower.parameters()) + digest
-    read.clear()
-    model = tiny.case.language_class.load(tiny.checkpoint, CPU)
+    vision = tiny.case.vision_class.load(checkpoint, CPU)
+    assert sum(count for _, count in checkpoint.read) == sum(p.numel() for p in vision.tower.parameters()) + digest
+    checkpoint.read.clear()
+    model = tiny.case.language_class.load(checkpoint, CPU)
     own = sum(p.numel() for p in model.decoder.parameters()) + model.head_weight.numel()
-    assert own <= sum(read) - digest <= own + model.width
+    assert own <= sum(count for _, count in checkpoint.read) - digest <= own + model.width
     both = own + sum(p.numel() for p in vision.tower.parameters())
     assert both <= everything <= both + model.width
 
@@ -218,7 +209,7 @@ def test_kv_bytes_per_token_is_what_the_cache_holds(tiny):
 
 
 def test_experts_stored_the_other_way_round_load_the_same(tmp_path):
-    """Released Qwen3-VL-MoE checkpoints hold the experts' matrices transposed; transformers 5 turns them on loading."""
+    """Released Qwen3-VL-MoE checkpoints store the experts' matrices transposed; transformers 5 transposes them on loading."""
     case = next(case for case in FAMILY_CASES if case.name == "qwen3_vl_moe")
     case.make(tmp_path)
     expected = case.language_class.load(open_checkpoint(tmp_path), CPU).decoder.state_dict()
@@ -234,7 +225,7 @@ def test_experts_stored_the_other_way_round_load_the_same(tmp_path):
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory):
-    """The one family that attends inside windows of a frame."""
+    """The one family whose attention is within windows of a frame."""
     case = next(case for case in FAMILY_CASES if case.name == "qwen2_5_vl")
     return Tiny(case, tmp_path_factory.mktemp("windowed"))
 
@@ -316,7 +307,7 @@ PLAIN_PROMPTS = {
 
 
 def test_the_prompt_without_a_template_is_the_familys_own(tiny, monkeypatch):
-    """Also with a template that takes no parts, as the text-only ones that some of these checkpoints carry."""
+    """Also for a template that cannot handle parts, like the text-only ones of some of these checkpoints."""
     qwen = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     default = (qwen + "<|vision_start|>", "<|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n")
     expected = PLAIN_PROMPTS.get(tiny.case.name, default)

@@ -1,7 +1,9 @@
-"""Every family answers alike through the decoder, as ``ask`` runs it, and through transformers' public ``generate``; and
-several questions at once as one at a time."""
+"""Every family gives the same answers through our loop over its decoder and through transformers' ``generate``, and to
+several questions at once as to one at a time."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tests.family_contract import STEPS, difference
 
 tiny, one_thread = family_contract.tiny, family_contract.one_thread
 
-# The public API with visual tokens injected is called engine A below, our own loop over the decoder engine B.
+# "Both engines" are the public API with visual tokens injected, and our own loop over the decoder.
 
 
 def everything(tiny):
@@ -48,7 +50,7 @@ def test_both_engines_agree_on_a_subset(tiny):
 
 
 class MaskShapes(TorchDispatchMode):
-    """Records every operation whose result has ``shape`` as its last two sides, but for those of the kernels."""
+    """Records every operation outside the kernels whose result has ``shape`` as its last two sides."""
 
     def __init__(self, shape):
         super().__init__()
@@ -71,7 +73,7 @@ def test_a_later_chunk_of_a_prefill_builds_no_mask(tiny, monkeypatch):
     real, real_bias = attention.scaled_dot_product_attention, attention._causal_lower_right
 
     def bias_of(*sides):
-        with _disable_current_modes():  # no tensor subclass can be made under one; its size is checked below
+        with _disable_current_modes():  # a tensor subclass cannot be made inside one; its size is checked below
             return real_bias(*sides)
 
     def kernel(*args, attn_mask=None, is_causal=False, **options):
@@ -112,25 +114,26 @@ def test_several_questions_at_once_are_scored_as_one_at_a_time(tiny):
     assert difference(batch[0][0], batch[3][1]) < 1e-4 and difference(batch[0][0], batch[0][1]) > 1e-2
 
 
-def test_several_questions_at_once_are_answered_as_one_at_a_time(tiny, monkeypatch):
+def test_several_questions_at_once_are_answered_as_one_at_a_time(tiny):
+    model = copy.copy(tiny.model)
     prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, tiny.tokens(tiny.keep))
     suffixes = [tiny.model.prompt(question).suffix for question in QUESTIONS]
 
     def singles():
-        answers = [generate(tiny.model, prefix, suffix, STEPS) for suffix in suffixes]
+        answers = [generate(model, prefix, suffix, STEPS) for suffix in suffixes]
         for answer in answers:
             list(answer)
         return [answer.ids for answer in answers]
 
     expected = singles()
     assert len({tuple(ids) for ids in expected}) >= 3
-    assert batches.answer_batch(tiny.model, prefix, suffixes, STEPS) == expected
-    # A token that some answers hold and others do not: they end one before the other.
+    assert batches.answer_batch(model, prefix, suffixes, STEPS) == expected
+    # A token that some answers contain and others do not, so that some end earlier.
     in_some = next(token for ids in expected for token in ids if not all(token in other for other in expected))
-    monkeypatch.setattr(tiny.model, "stop_ids", frozenset([in_some]))
+    model.stop_ids = frozenset([in_some])
     stopped = singles()
     assert len({len(ids) for ids in stopped}) > 1
-    assert batches.answer_batch(tiny.model, prefix, suffixes, STEPS) == stopped
+    assert batches.answer_batch(model, prefix, suffixes, STEPS) == stopped
 
 
 def test_a_batch_is_refused_as_a_single_is(tiny):

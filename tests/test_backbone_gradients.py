@@ -1,4 +1,4 @@
-"""Training's view of every family: the same likelihoods as when asking, gradients to the tokens, none to the model."""
+"""Training on every family: the same likelihoods as ``ask``, with gradients for the tokens and none for the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_gradients_reach_the_tokens_and_stop_there(tiny):
     found, _ = score(tiny, replace(video, latents=latents), ANSWERS)
     (gradient,) = torch.autograd.grad(found[1][0], latents)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in tiny.model.half.parameters())
-    # Along the gradient the likelihood rises as the gradient says.
+    # A step along the gradient changes the likelihood as the gradient predicts.
     direction = gradient / gradient.norm()
     up, down = (
         score(tiny, replace(video, latents=video.latents + sign * STEP * direction), ANSWERS)[0][1][0]

@@ -1,4 +1,4 @@
-"""``compress`` never holds the language model and ``ask`` never the tower: two layers at the widths of Qwen2-VL-2B."""
+"""``compress`` never loads the language model and ``ask`` never the tower: two layers with Qwen2-VL-2B's widths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from tests.tiny_models import make_qwen2_vl
 
-# Memory of our own, sampled while a half is loaded; pages of the mapped file are not in it.
+# Private memory, sampled while a half is loaded; pages of the mapped file do not count.
 MEASURE = """
 import sys, threading
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_half_never_takes_memory_for_the_other(tmp_path):
             for side in file.get_slice(key).get_shape():
                 num_values *= side
             sizes["vision" if "visual." in key else "language"] += 4 * num_values
-    # The projector is read once more, a tensor at a time, for its digest: 5120 x 5120 floats at most.
+    # The projector is read again for its digest, one tensor at a time: at most 5120 x 5120 floats.
     slack = 4 * 5120**2 + 48 * 2**20
     for half, own in sizes.items():
         run = subprocess.run(

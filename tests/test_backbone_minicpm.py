@@ -1,4 +1,4 @@
-"""What MiniCPM-V alone has: one area for every frame, two densities of tokens, line feeds that belong to the video."""
+"""What is special to MiniCPM-V: one area for every frame, two token densities, line feeds that belong to the video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways in which transformers goes wrong without a word, and that we do not go."""
+"""Cases in which transformers is silently wrong and we are not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_question_has_at_least_one_token(internvl):
 
 
 def test_an_answer_does_not_depend_on_the_video_before(internvl):
-    """The stock model keeps the last video's offset of positions."""
+    """The stock model keeps the position offset of the last video."""
     first = internvl.last_logits(internvl.whole_prompt(internvl.tokens(internvl.keep)))
     internvl.last_logits(internvl.whole_prompt(internvl.tokens()))
     assert torch.equal(internvl.last_logits(internvl.whole_prompt(internvl.tokens(internvl.keep))), first)
@@ -57,7 +57,7 @@ def test_dynamic_rotary_scaling_is_noted(internvl, tmp_path):
 
 
 def test_pixels_that_become_zero_are_refused(tmp_path):
-    """SmolVLM's stock model drops a frame of zeros, as black frames without a mean are."""
+    """SmolVLM's stock model drops frames of zeros, which is what black frames become if the mean is zero."""
     CASES["smolvlm"].make(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
     with pytest.raises(BackboneError, match="no shade of grey that normalizes to zero"):

@@ -85,21 +85,21 @@ def test_the_context_is_a_limit(tmp_path):
         generate(model, prefix, (1, 2), 90)
 
 
-class OutOfMemory(torch.nn.Module):
-    """Stands in for a model whose forward pass does not fit in memory."""
+def running_out_of_memory(module):
+    """A copy of a module whose forward pass does not fit in memory."""
 
-    def __init__(self, real):
-        super().__init__()
-        self.config, self.embed_tokens, self.real = real.config, getattr(real, "embed_tokens", None), real
-
-    def forward(self, *_args, **_kwargs):
+    def fail(*_args, **_kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
 
+    copied = copy.copy(module)
+    copied.forward = fail
+    return copied
 
-def test_running_out_of_memory_is_one_line(tiny, monkeypatch):
-    monkeypatch.setattr(tiny.model.decoder, "forward", fail)
+
+def test_running_out_of_memory_is_one_line(tiny):
+    model, vision = copy.copy(tiny.model), copy.copy(tiny.vision)
+    model.decoder, vision.tower = (running_out_of_memory(half) for half in (model.decoder, vision.tower))
     with pytest.raises(ResourceError, match=rf"\d+ tokens, {(len(tiny.prompt.prefix) + 80) * 576} bytes of KV cache"):
-        engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents))
-    monkeypatch.setattr(tiny.vision.tower, "forward", fail)
+        engine.prefill_video(model, tiny.prompt.prefix, video_tokens(tiny.latents))
     with pytest.raises(ResourceError, match="encoding 4 frames"):
-        tiny.vision.encode(tiny.frames)
+        vision.encode(tiny.frames)

@@ -1,4 +1,4 @@
-"""Every family's prompt is, token for token, what the stock processor makes of the same template and video.
+"""Every family's prompt is, token for token, that of the stock processor for the same template and video.
 
 The processors' own text code runs here; their image and video halves, which need torchvision, are stubs.
 """
@@ -30,7 +30,7 @@ PROCESSORS = {
     "minicpmv4_6": "minicpmv4_6.processing_minicpmv4_6:MiniCPMV4_6Processor",
     "minicpmv4_7": "minicpmv4_7.processing_minicpmv4_7:MiniCPMV4_7Processor",
 }
-# Names that the released tokenizers carry, and the byte tokenizer of the tests does not.
+# Attributes that the released tokenizers have, and the byte tokenizer of the tests does not.
 TOKENIZER_NAMES = {
     "internvl": {
         "start_image_token": "<img>",
@@ -71,7 +71,7 @@ def stock_ids(case, tokenizer, monkeypatch):
     processor = stock_processor(case, tokenizer, monkeypatch)
     module = importlib.import_module(type(processor).__module__)
     rows, columns = case.grid
-    # A frame of ours is a temporal step of its own, which the families of two-frame steps are given twice.
+    # Each frame is a temporal step; families whose steps have two frames get it twice.
     twice = 2 if case.name in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5") else 1
     indices = [frame for frame in range(T) for _ in range(twice)]
     video = {

@@ -1,4 +1,4 @@
-"""The contract of a model family, on a tiny random Qwen2-VL: what we run is what transformers runs."""
+"""The contract of a model family, on a tiny random Qwen2-VL: our results are those of transformers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_frames_do_not_leak_into_each_other(tiny):
 
 
 def test_frame_size():
-    # 1080p within 576 cells of 28 px, as smart_resize: 504 tokens, never more than asked.
+    # 1080p within 576 cells of 28 px, as smart_resize: 504 tokens, never more than the limit.
     assert fit_grid(1920, 1080, 28, 56 * 56, 576 * 784) == (18, 32)
     assert fit_grid(10, 10, 28, 56 * 56, 10**6) == (2, 2)
     assert fit_grid(10_000, 20, 28, 56 * 56, 50 * 784) == (1, 50)
@@ -125,7 +125,7 @@ def test_logits_equal_stock_when_all_tokens_are_kept(tiny, text_after):
     stock = tiny.stock(**tiny.inputs()).logits[0]
     assert stock.abs().max() > 3
     assert largest_difference(every_row, stock) == 0.0
-    # One row at a time is another matrix product, which may round differently: stock is asked for one row too.
+    # A single row is another matrix product, which may round differently: the stock model computes one row too.
     stock_last = tiny.stock(**tiny.inputs(), logits_to_keep=1).logits[0, -1]
     assert largest_difference(tiny.last_logits(rows), stock_last) == 0.0
 
@@ -149,7 +149,7 @@ def test_both_engines_say_what_stock_says(tiny):
 
 
 def oracle(tiny, keep, num_tokens):
-    """Greedy steps of the stock pixel path over the full sequence, dropped tokens hidden by a mask, without a cache."""
+    """Greedy steps of the stock pixel path over the full sequence, without a cache. A mask hides the dropped tokens."""
     inputs = tiny.inputs()
     start, ids = len(tiny.prompt.prefix), inputs["input_ids"]
     is_dropped = torch.ones(T * H * W, dtype=torch.bool)

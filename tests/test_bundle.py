@@ -1,4 +1,4 @@
-"""Bundles: what is read back is what was written; nothing is overwritten by accident, nothing half written stays."""
+"""Writing and reading bundles: what is read is what was written, and no file is overwritten by accident or left half written."""
 
 from __future__ import annotations
 

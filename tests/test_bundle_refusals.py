@@ -1,4 +1,4 @@
-"""Bundles that are damaged, foreign or unsafe: none of them gets in, and nothing in them is run."""
+"""Damaged, foreign and unsafe bundles are refused, and nothing in them is run."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ def test_a_changed_manifest_or_tensor_is_refused(bundle, tracks):
         read_bundle(bundle)
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -133,10 +134,10 @@ def test_a_changed_manifest_or_tensor_is_refused(bundle, tracks):
         ("base_cell", 15),
     ],
 )
-def test_an_index_out_of_range_is_refused_even_with_right_checksums(tmp_path, tracks, name, value):
+def test_an_index_out_of_range_is_refused_even_with_right_checksums(tmp_path, tracks, name, value, version):
     tensors = {key: tensor.clone() for key, tensor in tracks.tensors().items()}
     tensors[name][0] = value
-    forge(tmp_path / "b.pt", tracks, tensors)
+    forge(tmp_path / "b.pt", tracks, tensors, version)
     with pytest.raises(
         BundleError, match="gop_num_bins: expected" if name == "gop_bin_frames" else f"{name}: expected"
     ):
@@ -184,8 +185,9 @@ def test_forged_settings_are_refused(tmp_path, tracks, key, value):
         read_bundle(tmp_path / "b.pt")
 
 
-@pytest.mark.parametrize("tokens", [{}, {"full_tokens": "many"}, {"full_tokens": 0}])
-def test_forged_counts_are_refused(tmp_path, tracks, tokens):
+@pytest.mark.parametrize("changes", [None, {"full_tokens": "many"}, {"full_tokens": 0}, {"visual_tokens": 0}])
+def test_forged_counts_are_refused(tmp_path, tracks, changes):
+    tokens = {} if changes is None else {**MANIFEST["tokens"], **changes}
     forge(tmp_path / "b.pt", tracks, tracks.tensors(), tokens=tokens)
     with pytest.raises(BundleError, match="damaged bundle"):
         read_bundle(tmp_path / "b.pt")

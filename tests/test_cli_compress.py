@@ -1,4 +1,4 @@
-"""``freres compress`` on real encoded files, as a user runs it."""
+"""``freres compress`` on real encoded files, run as a user runs it."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from freres_cli import __version__
+from freres_cli.baselines.registry import BUNDLE_METHODS
 from freres_cli.cli.app import app
 from freres_cli.cli.catalog import CHECKPOINT_IDS
 from freres_cli.cli.manpages import leaf_commands
@@ -144,6 +145,11 @@ def test_completion_of_verbs(freres: Any) -> None:
 def test_completion_of_presets(freres: Any, line: str) -> None:
     assert complete(freres, line) == preset_names()
     assert complete(freres, line + "qwen2") == ["qwen2-vl-7b"]
+
+
+def test_completion_of_methods(freres: Any) -> None:
+    assert complete(freres, "freres compress video.mp4 --method ") == sorted(BUNDLE_METHODS)
+    assert complete(freres, "freres eval q.jsonl --methods uniform,f") == ["uniform,fre-res", "uniform,full"]
 
 
 @pytest.mark.parametrize("verb", ["compress video.mp4", "ask bundle.pt", "demo"])

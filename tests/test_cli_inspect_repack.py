@@ -1,4 +1,4 @@
-"""``freres inspect`` and ``freres repack``: a bundle is all they need."""
+"""``freres inspect`` and ``freres repack`` need nothing but the bundle."""
 
 from __future__ import annotations
 

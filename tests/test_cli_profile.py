@@ -1,4 +1,4 @@
-"""``freres profile``: rows beside each other, each in a process of its own, whatever becomes of it."""
+"""``freres profile``: a row for each method, measured in its own process, and still a row if that process dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input is one line, its exit status, and nothing left behind; a bug and a lack of memory say what they are."""
+"""Bad input gives one error line, its exit status and no files; bugs and lack of memory are reported as such."""
 
 from __future__ import annotations
 

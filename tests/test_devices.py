@@ -1,4 +1,4 @@
-"""Which device and dtype are chosen, and what is said of it."""
+"""Which device and dtype are chosen, and what the user is told."""
 
 from __future__ import annotations
 

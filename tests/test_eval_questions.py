@@ -77,9 +77,9 @@ BAD_ROWS = {
     "equal options": ({**GOOD_ROW, "choices": ["a", "a "]}, "the same"),
     "empty option": ({**GOOD_ROW, "choices": ["a", ""]}, "an option is empty"),
     "options as text": ({**GOOD_ROW, "choices": "ab"}, "choices: expected a list"),
-    "same id": (GOOD_ROW, "id '1' is that of line 1"),
+    "same id": (GOOD_ROW, "id '1' is already used in line 1"),
     "zero byte": ({**GOOD_ROW, "id": "2", "video": "a\0b"}, "zero byte"),
-    "half a character": (json.dumps({**GOOD_ROW, "id": "2"}).replace("q?", "\\ud800"), "character pair"),
+    "half a character": (json.dumps({**GOOD_ROW, "id": "2"}).replace("q?", "\\ud800"), "half of a surrogate pair"),
     "only punctuation": ({**GOOD_ROW, "id": "2", "choices": [], "answer": "?!"}, "only punctuation"),
 }
 

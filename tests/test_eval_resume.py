@@ -48,7 +48,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_numbers(questions, tmp
 
 
 def test_the_command_ends_with_130_and_resumes(questions, tmp_path, monkeypatch):
-    """The patch is where Ctrl-C is pressed."""
+    """The patch acts as Ctrl-C at the third video."""
     flags = ("eval", questions, "--methods", "blind", "-o", tmp_path, "--json")
     evaluate_video = evaluate.evaluate_video
 
@@ -121,6 +121,6 @@ def test_a_damaged_middle_line_is_refused_and_a_cut_header_begun_anew(questions,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_place_that_cannot_be_written_is_told_before_any_work(questions, tmp_path):
-    check_failure(run_freres("eval", questions, "-o", "/dev/full"), 2, "no regular file")
+    check_failure(run_freres("eval", questions, "-o", "/dev/full"), 2, "not a regular file")
     (tmp_path / "link").symlink_to("/dev/null")
-    check_failure(run_freres("eval", questions, "-o", tmp_path / "link"), 2, "no regular file")
+    check_failure(run_freres("eval", questions, "-o", tmp_path / "link"), 2, "not a regular file")

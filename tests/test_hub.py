@@ -1,4 +1,4 @@
-"""Models named by hub id: only the files that a command reads are downloaded, and each failure is one line."""
+"""Models named by hub id: a command downloads only the files that it reads, and each failure is one line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def repository(tmp_path_factory):
 
 
 class FakeHub:
-    """Stands for ``snapshot_download``: copies what is asked for, and notes it. ``refuse``: file name -> exception."""
+    """Stands in for ``snapshot_download``: copies and records what is requested. ``refuse``: file name -> exception."""
 
     def __init__(self, repository, cache):
         self.repository, self.snapshot = repository, cache / COMMIT
@@ -100,7 +100,7 @@ def test_each_verb_downloads_its_own_half(hub, clip, tmp_path):
     assert made.status == 0, made.err
     assert hub.shards() == [TOWER, PROJECTOR]
     assert set(hub.downloaded) <= {*CONFIG_FILES, TOWER, PROJECTOR}
-    # The branch or tag is looked up once; all else comes from the commit that it was.
+    # The branch or tag is resolved once; everything else comes from that commit.
     assert hub.revisions[0] == "v1" and set(hub.revisions[1:]) == {COMMIT}
     assert read_bundle(tmp_path / "b.pt").manifest["model"]["revision"] == COMMIT
 
@@ -120,7 +120,7 @@ def test_each_verb_downloads_its_own_half(hub, clip, tmp_path):
 
 
 def test_the_halves_are_those_of_the_folder(hub, repository):
-    """The same dtype and fingerprint as from a folder that holds all."""
+    """The same dtype and fingerprint as from a folder with all files."""
     for load in (load_vision_encoder, load_language_model):
         remote, local = load("org/name", CPU), load(str(repository), CPU)
         assert remote.dtype == local.dtype
@@ -227,7 +227,7 @@ def test_a_model_without_a_tokenizer_is_named(hub, repository, tmp_path):
 
 @pytest.fixture
 def cache(repository, tmp_path, monkeypatch):
-    """A cache as huggingface_hub keeps it, that lacks the head and the tower; any connection is refused."""
+    """A cache in the layout of huggingface_hub, without the head and the tower; every connection is refused."""
     place = tmp_path / "hub" / "models--org--name"
     snapshot = place / "snapshots" / COMMIT
     shutil.copytree(repository, snapshot, ignore=shutil.ignore_patterns(HEAD, TOWER))

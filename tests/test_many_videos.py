@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,7 +150,7 @@ def test_the_command_goes_over_a_folder(clips, tmp_path):
     run = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
     assert run.status == 3 and "1 of 4 videos failed" in run.errors[0]
     assert run.out.split() == [str(tmp_path / "out" / "deep" / f"clip{i}.pt") for i in range(3)]
-    assert "warning: failed:" in run.err and "files left out, not videos by their names: 1" in run.err
+    assert "warning: failed:" in run.err and "files without a video suffix, skipped: 1" in run.err
     (tmp_path / "in" / "a.mp4").unlink()
     again = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
     assert again.status == 0 and again.err.count("is there already") == 3 and again.out == run.out
@@ -175,6 +180,21 @@ def test_two_files_are_many_and_the_folder_is_made(clips, tmp_path):
 
 def test_a_dry_run_is_of_one_video(clips):
     assert run_freres("compress", clips, "--dry-run").status == 2
+
+
+def test_results_reach_stdout_while_a_bar_is_drawn_on_the_terminal(clips, tmp_path):
+    ours, theirs = pty.openpty()
+    code = "from freres_cli.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "compress", str(clips), "-o", str(tmp_path / "out"), *map(str, FLAGS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    drawn = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(ours, 4096):
+            drawn += part
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.split() == [str(tmp_path / "out" / f"clip{i}.pt") for i in range(3)]
+    assert b"videos" in drawn and b"clip0.mp4: " in drawn
 
 
 def test_names_of_outputs(tmp_path):

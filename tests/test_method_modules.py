@@ -1,4 +1,4 @@
-"""The trainable parts: nothing changes before training, and each part does what it is for."""
+"""The trainable parts: untrained they change nothing, and each part does its job."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from freres_cli.method.absorber import SpatialGuidedAbsorber, neighbours_of
+from freres_cli.method.compress import compress_latents
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.tokens import ANCHOR, DYNAMIC, SUMMARY, build_tokens
 from freres_cli.presets import VARIANTS
-from tests.test_method_laws import compress, smooth_clip
+from tests.compressed_clips import compress, smooth_clip
 
 SHAPE = ModuleShape(width=16, rank=4, num_bands=8)
 
@@ -27,8 +28,6 @@ def test_deepstack_rows_pass_the_modules_untouched():
     main = smooth_clip(40, (8, 8))
     deep = torch.randn(40, 8, 8, 32)
     settings_tracks, plan, settings = compress(main, 300)
-    from freres_cli.method.compress import compress_latents
-
     tracks = compress_latents(torch.cat([main, deep], -1), [i / 10 for i in range(40)], plan, settings, 16)
     assert torch.equal(tracks.coefficient_cell, settings_tracks.coefficient_cell), "the main channels decide"
     modules = FreResModules(SHAPE)
@@ -70,7 +69,7 @@ def test_absorber_equals_a_plain_loop_and_hears_only_its_neighbourhood():
             assert torch.allclose(got[row], tokens[row] + absorber.output(weights @ values), atol=1e-5)
         changed = coefficients.clone()
         changed[[1, 3, 4]] += 10.0
-        assert torch.equal(absorber(tokens, changed, slots), got), "masked coefficients are not heard"
+        assert torch.equal(absorber(tokens, changed, slots), got), "masked coefficients are not attended to"
 
 
 def test_gradients_reach_every_part_that_the_variant_uses():

@@ -1,4 +1,4 @@
-"""The pipeline below the command: models handed in, batches of any size, and tokens that are exactly the model's own."""
+"""The pipeline below the command: injected models, batches of any size, and exactly the tokens of the stock model."""
 
 from __future__ import annotations
 
@@ -144,10 +144,10 @@ def test_latents_that_are_not_finite_name_the_model():
         list(LatentStream(InfiniteTower(), CPU_TIMER, "some-model").encode([frames]))
 
 
-# --- models handed in -------------------------------------------------------------------------------------------------
+# --- injected models -------------------------------------------------------------------------------------------------
 
 
-def test_models_handed_in_give_the_command_s_bytes(clip, bundle, models, tmp_path):
+def test_injected_models_give_the_command_s_bytes(clip, bundle, models, tmp_path):
     compressor = Compressor.from_options(options_with(budget_tokens=BUDGET), models)
     assert compress_file(compressor, clip, tmp_path / "b.pt").bundle_bytes == bundle.stat().st_size
     assert (tmp_path / "b.pt").read_bytes() == bundle.read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -9,8 +11,11 @@ from freres_cli.errors import PresetError
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.method.tokens import build_tokens
+from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import (
     KEYS,
+    REFERENCE,
+    Settings,
     load_preset,
     merge_settings,
     parse_assignment,
@@ -18,7 +23,6 @@ from freres_cli.presets import (
     preset_names,
     presets_dir,
 )
-from freres_cli.workflows.compress import method_settings
 
 # Method section 7, 24x24 grid: preset -> (frames of the clip, anchors, dynamic, static, summary).
 TABLE = {
@@ -38,9 +42,9 @@ TOTALS = {
 
 
 def plan_of(name: str, num_frames: int, **flags):
-    values = {key: setting.value for key, setting in merge_settings(load_preset(name), flags).items()}
-    settings = method_settings(values)
-    return plan_budget(num_frames, parse_grid(values["grid"]), settings, values["budget_tokens"]), settings
+    settings = merge_settings(load_preset(name), flags)
+    knobs = method_settings(settings)
+    return plan_budget(num_frames, parse_grid(settings.grid), knobs, settings.budget_tokens), knobs
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -87,17 +91,35 @@ def test_every_shipped_preset_is_whole_and_says_where_its_values_come_from():
 
 def test_flags_win_over_the_preset_and_sources_are_kept():
     settings = merge_settings(load_preset("compact-16f"), {"budget_tokens": 3000, "tau": 0.2})
-    assert (settings["budget_tokens"].value, settings["budget_tokens"].source) == (3000, "flag")
-    assert settings["variant"].source == "preset compact-16f"
-    assert settings["tokens_per_frame"].source == "default"
-    assert settings["reference_budget_tokens"].value == 4413
+    assert (settings.budget_tokens, settings.sources["budget_tokens"]) == (3000, "flag")
+    assert settings.sources["variant"] == "preset compact-16f"
+    assert settings.sources["tokens_per_frame"] == "default"
+    assert settings.reference_budget_tokens == 4413
+
+
+def test_settings_are_the_keys_and_each_knows_its_source():
+    settings = merge_settings(load_preset("compact-16f"), {"tau": None}, "argument")
+    keys = set(KEYS) - {"description"} | {REFERENCE}
+    assert (
+        {field.name for field in fields(Settings)} - {"sources"}
+        == set(settings.values())
+        == set(settings.sources)
+        == keys
+    )
+    assert settings.record() == {
+        key: {"value": getattr(settings, key), "source": settings.sources[key]} for key in settings.values()
+    }
+    assert settings.record()["tau"] == {"value": None, "source": "argument"}
+    other = settings.with_values("eval", budget_tokens=7)
+    assert other.record() == {**settings.record(), "budget_tokens": {"value": 7, "source": "eval"}}
+    assert settings.budget_tokens == 4413, "the settings before are as they were"
 
 
 def test_a_rate_or_a_count_by_flag_chooses_the_sampling():
     settings = merge_settings(load_preset("compact-16f"), {"sample_fps": 2.0})
-    assert settings["sample"].value == "fps" and settings["track_density"].value == 1
-    assert merge_settings(load_preset("compact-16f"), {"sample_count": 12})["track_density"].value == 4
-    assert merge_settings(load_preset("dense-30fps"), {"sample_count": 8})["sample"].value == "count"
+    assert settings.sample == "fps" and settings.track_density == 1
+    assert merge_settings(load_preset("compact-16f"), {"sample_count": 12}).track_density == 4
+    assert merge_settings(load_preset("dense-30fps"), {"sample_count": 8}).sample == "count"
     with pytest.raises(PresetError, match="got both"):
         merge_settings(load_preset("bundled"), {"sample_fps": 2.0, "sample_count": 8})
 

@@ -89,7 +89,7 @@ def test_what_the_model_reads_as_a_command_is_refused(folder, tmp_path):
 
 
 def test_one_clip_under_two_names_is_one_video(folder, tmp_path):
-    """Else it could be learned and held out at once. Keys that are not used may hold anything."""
+    """Otherwise it could be both trained on and held out. Unused keys may hold anything."""
     rows = rows_of(folder)
     for i, row in enumerate(rows):
         row["id"], row["category"] = 0, None

@@ -56,14 +56,14 @@ def test_cut_files_give_the_good_part_and_say_what_is_lost(tmp_path, name, optio
     clips.cut(path, 0.6)
     shown, times, _, _, report = decode(path)
     assert 40 < len(shown) < 200
-    # B-frames next to the cut may be gone; whatever is given has its own time.
+    # B-frames next to the cut may be missing; every frame returned has its own time.
     assert shown[:-8] == list(range(len(shown) - 8))
     assert shown == [round((t - times[0]) * 24) for t in times]
     assert report.lost_s == pytest.approx(10.0 - len(shown) / 24, abs=0.2)
     assert any("are lost" in note for note in report.notes)
     sampled = decode(path, Sampling("fps", fps=4))
     assert sampled[0] == [max(n for n in shown if n <= 6 * k) for k in range(len(sampled[0]))]
-    # Instants after the last decoded frame has left the screen would be fiction.
+    # There must be no samples after the last decoded frame has left the screen.
     assert len(sampled[0]) == (shown[-1] + 6) // 6
     with pytest.raises(VideoError, match="damaged"):
         list(decode_frames(path, probe_video(path), NATIVE, SMALL, strict=True))
@@ -91,12 +91,12 @@ def test_a_hole_inside_the_clip_is_counted(tmp_path):
     assert shown == [*range(100), *range(110, 240)]
     assert shown == [round(t * 24) for t in times]
     assert report.lost_s == pytest.approx((240 - len(shown)) / 24, abs=0.05)
-    # A player holds the last good frame until the next one.
+    # As in a player, the last good frame stays until the next one.
     assert decode(path, Sampling("fps", fps=24))[0] == [max(n for n in shown if n <= k) for k in range(240)]
 
 
 def _decode_on_one_thread(path: Path) -> list[Fraction | None]:
-    """Times of what PyAV decodes of a damaged file without threads."""
+    """Times of the frames that PyAV decodes from a damaged file without threads."""
     times = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

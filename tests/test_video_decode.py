@@ -1,4 +1,4 @@
-"""Laws of decoding, on files made here whose frames carry their own number."""
+"""Decoding, on files made here whose frames show their own number."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def _resident_bytes() -> int:
 
 
 def _most_growth(path: Path) -> int:
-    """Bytes by which this process grows, at most, while all frames of a clip are streamed and thrown away."""
+    """The most bytes by which this process grows while all frames of a clip are streamed and thrown away."""
     decoder = decode_frames(path, probe_video(path), NATIVE, FrameSize(256, 256, 1, 1), batch_frames=4)
     before = _resident_bytes()
     return max(_resident_bytes() for _ in decoder) - before
@@ -276,8 +276,8 @@ def _most_growth(path: Path) -> int:
 def test_memory_does_not_grow_with_the_clip(tmp_path):
     path = clips.write_clip(tmp_path / "long.mp4", 1500, fps=30, size=(256, 256), options=clips.X264_P_FRAMES)
     short = clips.write_clip(tmp_path / "short.mp4", 30, fps=30, size=(256, 256), options=clips.X264_P_FRAMES)
-    _most_growth(short)  # the decoder's own buffers are paid for once
-    # As decoded its frames take 147 MB, as RGB 295 MB.
+    _most_growth(short)  # allocates the decoder's own buffers, which stay
+    # Its frames take 147 MB as decoded, and 295 MB as RGB.
     assert _most_growth(path) < 30e6
 
 

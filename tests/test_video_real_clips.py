@@ -1,4 +1,4 @@
-"""The same laws on real files, where the folder of clips is there."""
+"""Decoding real files, if the folder of clips exists."""
 
 from __future__ import annotations
 

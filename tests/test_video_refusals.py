@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,19 @@ def _written(path: Path, data: bytes) -> Path:
     return path
 
 
+def _box(kind: bytes, payload: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(payload), kind) + payload
+
+
 def _made(path: Path, make) -> Path:
     make(path)
     return path
 
+
+# An mp4 whose index has a movie header and no tracks.
+EMPTY_MP4 = _box(b"ftyp", b"isom" + bytes(4) + b"isom") + _box(
+    b"moov", _box(b"mvhd", bytes(12) + b"\0\0\3\xe8" + bytes(84))
+)
 
 REFUSALS = {
     "missing": (lambda d: d / "missing.mp4", "no such file"),
@@ -31,7 +41,10 @@ REFUSALS = {
     "empty": (lambda d: _written(d / "empty.mp4", b""), "the file is empty"),
     "text": (lambda d: _written(d / "text.mp4", b"not a video\n" * 20), "not a video"),
     "terminal text": (lambda d: _written(d / "notes.txt", b"not a video\n" * 20), "not a video"),
-    "index missing": (lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5), "not a video that FFmpeg can read"),
+    "index missing": (
+        lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5),
+        "not a video that FFmpeg can read",
+    ),
     "header only": (
         lambda d: clips.cut(clips.write_clip(d / "head.mkv", 48), 0.1),
         "no frame can be decoded|no video packets|not a video",

@@ -1,4 +1,4 @@
-"""Laws of the sampling arithmetic."""
+"""The arithmetic of sampling."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_fps_instants_are_a_uniform_grid_that_fills_the_clip(clip, fps):
     assert instants[0] == start
     assert all(math.isclose(t - start, k / fps, abs_tol=1e-9) for k, t in enumerate(instants))
     assert instants[-1] < start + duration
-    # One more instant would be past the end, give or take the tolerance.
+    # One more instant would be past the end, within the tolerance.
     assert start + len(instants) / fps >= start + duration - 2e-3
 
 

@@ -1,4 +1,4 @@
-"""The made world: same seeds, same clips; questions with one true answer that cannot be guessed; files others can read."""
+"""The generated world: a seed gives one clip; questions have one true answer that cannot be guessed; files are usable."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_seed_is_a_clip():
 def test_splits_share_no_clip():
     firsts = [clip_seed(split, 0, seed) for split in SPLITS for seed in (0, 1, 998)]
     assert all(b - a >= 10**6 for a, b in pairwise(sorted(firsts)))
-    # What `world train` draws its clips from lies in the training split.
+    # The clips of `world train` come from the training split.
     from freres_cli.world.train_language import FIRST_SEED
 
     assert clip_seed("train", 0, 10) == FIRST_SEED < clip_seed("validation", 0)
@@ -73,7 +73,7 @@ def test_four_different_options_one_of_them_true(asked):
 
 
 def blind_key(question, option):
-    """What someone sees who sees no video: names of objects tell apart nothing."""
+    """What is left of a question and an option for someone without the video: names of objects tell nothing apart."""
     names = "|".join([*COLOURS, *SHAPES])
     wording = re.sub(rf"\b({names})\b", "*", question.question)
     is_name = re.fullmatch(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", option)
@@ -81,7 +81,7 @@ def blind_key(question, option):
 
 
 def test_no_category_can_be_guessed_from_the_question(asked):
-    """The best guesser there can be: it knows how often each option is true for each wording, from half the scenes."""
+    """The best possible guesser: from half the scenes it knows how often each option is true for each wording."""
     half = len(asked) // 2
     offered, true = Counter(), Counter()
     for _, question in asked[:half]:
@@ -96,18 +96,18 @@ def test_no_category_can_be_guessed_from_the_question(asked):
         right[question.category] += guess == question.answer
         total[question.category] += 1
     for category in CATEGORIES:
-        # Three standard errors beside the margin: rare categories have a few hundred questions here.
+        # Three standard errors on top of the margin: rare categories have only a few hundred questions here.
         noise = 3 * (CHANCE * (1 - CHANCE) / total[category]) ** 0.5
         assert right[category] / total[category] < CHANCE + MARGIN + noise, category
 
 
-def test_an_option_stands_in_every_place_equally_often(asked):
+def test_the_answer_is_in_every_place_equally_often(asked):
     places = Counter(question.choices.index(question.answer) for _, question in asked)
     assert max(places.values()) < 1.1 * min(places.values())
 
 
 def test_answers_are_what_the_picture_shows(asked):
-    """Facts against positions: which way, what place, how often, who first."""
+    """Facts against positions: which way, what place, how often, which first."""
     checked = Counter()
     for scene, question in asked[:6000]:
         thing = next((t for t in scene.things if re.search(rf"\b({t.colour}|{t.shape})\b", question.question)), None)
@@ -252,7 +252,7 @@ def test_world_make_writes_clips_and_questions(tmp_path):
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
 
 
-def test_world_make_refuses_what_it_cannot_do(tmp_path):
+def test_world_make_refuses_bad_arguments(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     for arguments, word in (

@@ -1,4 +1,4 @@
-"""Training the bundled model: what is trained is what answers, and a stopped run goes on."""
+"""Training the bundled model: what is trained is what answers, and a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from freres_cli.backbones import engine
 from freres_cli.backbones.registry import load_language_model
 from freres_cli.training.muon import orthogonalize
-from freres_cli.workflows import train_language, train_tower
+from freres_cli.world import train_language, train_tower
 from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir
 from freres_cli.world.labels import TRACES, trace_labels
 from freres_cli.world.packing import Item, View, pack, pack_loss, run_pack, use_packed_attention
@@ -31,7 +31,7 @@ def model():
 
 
 def make_batch(model, lengths=(3, 2)):
-    """Two clips of different lengths with the same questions, packed, and what makes them up."""
+    """Two clips of different lengths with the same questions: the clips, the questions, and both packed."""
     torch.manual_seed(0)
     prompts = Prompts(model.tokenizer)
     items = [Item(prompts.question(text), prompts.ids(answer), text) for text, answer in QUESTIONS]
@@ -46,7 +46,7 @@ def make_batch(model, lengths=(3, 2)):
 
 
 def test_what_is_trained_is_what_answers(model):
-    """The packed batch gives each answer the likelihood that ``freres ask`` finds, question by question."""
+    """The packed batch gives each answer the same likelihood as ``freres ask`` does, one question at a time."""
     clips, _, batch = make_batch(model)
     attention = model.decoder.config._attn_implementation
     use_packed_attention(model.decoder)
@@ -86,7 +86,7 @@ def test_a_view_holds_tokens_of_its_clip_at_their_places(name):
     scene = make_scene(3)
     frames, cells = scene.num_frames, GRID * GRID
     frame, cell = torch.meshgrid(torch.arange(frames), torch.arange(cells), indexing="ij")
-    # Latents that say where they are.
+    # Latents that hold their own position.
     latents = torch.stack([frame, cell // GRID, cell % GRID], -1).half()
     traces, present, brief = (part.flatten(1, 2) for part in trace_labels(scene, GRID))
     clip = EncodedClip(3, latents, present, brief, traces, GRID, [])
@@ -95,7 +95,7 @@ def test_a_view_holds_tokens_of_its_clip_at_their_places(name):
     if name == "objects":
         kept = (view.positions[:, 0] * cells + view.positions[:, 1] * GRID + view.positions[:, 2]).long()
         assert present.flatten()[kept].float().mean() > 2 * present.float().mean()
-        # What is there for a moment is never thinned away.
+        # What is visible only for a moment is never thinned out.
         assert set(brief.flatten().nonzero().flatten().tolist()) <= set(kept.tolist())
 
 
@@ -105,14 +105,14 @@ def first_scene(kind, wanted=lambda scene: True):
 
 
 def traces_of(scene, thing, frame=-1):
-    """The traces at the token that holds the thing's centre, by name."""
+    """The traces at the token that contains the object's centre, by name, and whether it is there only briefly."""
     traces, present, brief = trace_labels(scene, GRID)
     x, y = (thing.centre[frame] // (96 / GRID)).astype(int)
     assert present[frame, y, x]
     return dict(zip(TRACES, traces[frame, y, x].tolist(), strict=True)), bool(brief[frame, y, x])
 
 
-def test_traces_tell_when_and_where_an_object_came():
+def test_traces_hold_when_and_where_an_object_appeared():
     scene = first_scene("order")
     thing = next(thing for thing in scene.things if thing.facts.get("rank") == 1)
     at, _ = traces_of(scene, thing)
@@ -123,7 +123,7 @@ def test_traces_tell_when_and_where_an_object_came():
     assert traces_of(scene, thing, int(thing.visible.argmax()))[0]["count"] == pytest.approx(2 / 2 - 1)
 
 
-def test_traces_tell_how_far_an_object_came():
+def test_traces_hold_how_far_an_object_moved():
     scene = first_scene("motion", lambda scene: scene.things[-1].facts.get("way") == "left")
     thing = scene.things[-1]
     at, _ = traces_of(scene, thing)
@@ -132,7 +132,7 @@ def test_traces_tell_how_far_an_object_came():
     assert at["x_span"] == pytest.approx(-moved) and at["y_span"] == 0
 
 
-def test_traces_count_flashes_and_tell_of_touches():
+def test_traces_count_flashes_and_hold_touches():
     scene = first_scene("repeat", lambda scene: len(scene.things) == 1)
     thing = scene.things[0]
     assert traces_of(scene, thing)[0]["blinks"] == pytest.approx(thing.facts["blinks"] / 2)
@@ -151,7 +151,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     assert values.min() > 0.5 and values.max() < 1.3
 
 
-def test_world_train_writes_a_model_and_goes_on(tmp_path, monkeypatch):
+def test_world_train_writes_a_model_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(train_language, "FIRST_CLIPS", 20)
     monkeypatch.setattr(train_language, "LOG_EVERY", 1)
     monkeypatch.setattr(train_tower, "LOG_EVERY", 1)
@@ -160,7 +160,7 @@ def test_world_train_writes_a_model_and_goes_on(tmp_path, monkeypatch):
     first = run_freres(*flags, "--steps", 1)
     assert first.status == 0, first.err
     more = run_freres("world", "train", "-o", folder, "--tower-steps", 2, "--steps", 2)
-    # The tower was done, the language half goes on from its first step.
+    # The tower was finished; the language half resumes after its first step.
     assert more.out == f"{folder}\n" and "tower" not in more.err and "language 1/2" not in more.err
     assert "language 2/2" in more.err
     info = json.loads((folder / "MODEL_INFO.json").read_text())

@@ -21,9 +21,9 @@ HIDDEN = 48
 
 @dataclass(frozen=True)
 class FamilyCase:
-    """One family. ``config``: (token id by name, vocabulary size) -> config. ``classes``: what its two classes' names
-    begin with. ``stock_path``: the class below that runs its stock pixel path. ``tokens``: special tokens to add.
-    ``module``: the file of its classes, where that is not named after it."""
+    """One family. ``config``: (token id by name, vocabulary size) -> config. ``classes``: what the names of its two
+    classes begin with. ``stock_path``: the class that runs its stock pixel path. ``tokens``: special tokens to add.
+    ``module``: the file of its classes, if it has another name."""
 
     name: str
     config: Callable[[Callable[[str], int], int], dict[str, Any]]
@@ -57,7 +57,7 @@ class FamilyCase:
         return torch.randint(0, 256, (num_frames, *self.frame_px, 3), dtype=torch.uint8, generator=generator)
 
     def make(self, directory: Path) -> Any:
-        """Write the checkpoint with a byte tokenizer; weights are large, so that logits are."""
+        """Write the checkpoint with a byte tokenizer. Weights are large, to make logits large."""
         tokenizer = make_byte_tokenizer()
         tokenizer.chat_template = self.chat_template or tokenizer.chat_template
         tokenizer.add_special_tokens({"additional_special_tokens": list(self.tokens)})

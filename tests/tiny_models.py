@@ -1,9 +1,11 @@
-"""Tiny random checkpoints of each model family, and the stock transformers paths they are compared with."""
+"""A tiny random Qwen2-VL checkpoint with a byte tokenizer, and helpers that all tests of backbones use."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_characters() -> list[str]:
-    """The character that ByteLevel writes for each byte: itself where it prints, else one from U+0100 on, in order."""
+    """The character that ByteLevel writes for each byte: itself if printable, else the next one from U+0100 on."""
     prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in prints else next(spare)) for byte in range(256)]
@@ -56,7 +58,7 @@ def make_qwen2_vl(
     context: int = 4096,
     intermediate: int | None = None,
 ) -> Qwen2VLForConditionalGeneration:
-    """Write a tiny Qwen2-VL checkpoint with a byte tokenizer, and return it. Weights are large, so that logits are."""
+    """Write a tiny Qwen2-VL checkpoint with a byte tokenizer, and return it. Weights are large, to make logits large."""
     tokenizer = make_byte_tokenizer()
 
     def token(name: str) -> int:
@@ -100,7 +102,7 @@ def make_qwen2_vl(
                 parameter.normal_(std=1.0 if "embed_tokens" in name else 1.2 * parameter[0].numel() ** -0.5)
             elif "bias" in name:
                 parameter.normal_(std=0.1)
-    # No token stops a comparison of 24 tokens.
+    # Without a stop token, so that comparisons always run for 24 tokens.
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -111,6 +113,23 @@ def make_qwen2_vl(
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory.name, None, directory, json.loads((directory / "config.json").read_text()))
+
+
+@dataclass(frozen=True)
+class RecordingCheckpoint(Checkpoint):
+    """Records the key and the number of values of every tensor that is read."""
+
+    read: list[tuple[str, int]] = field(default_factory=list)
+
+    def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in super().tensors(keys):
+            self.read.append((key, tensor.numel()))
+            yield key, tensor
+
+
+def open_recording_checkpoint(directory: Path) -> RecordingCheckpoint:
+    opened = open_checkpoint(directory)
+    return RecordingCheckpoint(opened.model_id, opened.revision, opened.directory, opened.config)
 
 
 def rewrite_weights(directory: Path, rename=lambda key: key, drop=(), shards: int = 1) -> None:

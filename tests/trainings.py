@@ -15,9 +15,9 @@ from tests.loaded_models import loaded_models
 
 
 class Training:
-    """A recipe with flags to match: what ``run`` does by itself is what the command does with ``flags``.
+    """A recipe and the flags that ask the command for it: ``run`` trains as the command does with ``flags``.
 
-    ``recipe`` is by the names of ``Recipe``, but for ``budgets``, which is a text.
+    ``budgets`` is as on the command line; ``recipe`` holds other fields of ``Recipe`` by name.
     """
 
     def __init__(self, budgets: str, **recipe: Any) -> None:
@@ -46,7 +46,7 @@ class Training:
         dtype: str | None = None,
         **changed: Any,
     ) -> dict[str, Any]:
-        """Train with a model that is open already, the bundled one by default. ``changed``: other than the recipe's."""
+        """Train with ``models``, by default the bundled one. ``changed``: fields that differ from the recipe."""
         models = models or loaded_models(dtype=dtype)
         options = make_options({}, None, None, device="cpu", dtype=dtype)
         recipe = Recipe(parse_budgets(self.budgets), **{**self.recipe, **changed})
@@ -55,7 +55,7 @@ class Training:
 
 
 def stop_at(step: int) -> Callable[[str], None]:
-    """A log at which Ctrl-C is pressed when ``step`` is reported: states of the steps before it are on disk."""
+    """Return a log that acts as Ctrl-C when ``step`` is reported. By then the state of an earlier step is on disk."""
 
     def log(line: str) -> None:
         if line.startswith(f"step {step}/"):

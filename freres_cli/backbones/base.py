@@ -53,8 +53,8 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Everything but the frames that determines the latents: the model's fingerprint, and the precision and attention
-    kernel of the tower."""
+    """What determines the latents of given frames: the model's fingerprint, and the tower's precision and attention
+    kernel."""
 
     fingerprint: dict[str, str | None]
     dtype: torch.dtype
@@ -87,8 +87,8 @@ class VisionEncoder(Protocol):
     ) -> FrameSize:
         """The size in pixels to resize a frame to, and its token grid.
 
-        ``width_px`` and ``height_px`` are the size of the frame as stored. A ``grid`` (rows, columns) is used exactly,
-        and the frame is squeezed into it. Without one, the aspect ratio is kept and a frame gets at most ``max_tokens``
+        ``width_px`` and ``height_px`` are the size of the upright frame. A ``grid`` (rows, columns) is used exactly, and
+        the frame is squeezed into it. Without one, the aspect ratio is kept and a frame gets at most ``max_tokens``
         tokens. A family with a single frame size returns that size, and says so in ``notes``.
         """
         ...

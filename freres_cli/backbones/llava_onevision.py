@@ -52,7 +52,7 @@ class LlavaOnevisionVisionEncoder(SquareVisionEncoder):
         return -(-patches_per_side // 2)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Without the last row of transformers' result, the newline, which belongs to the prompt."""
+        """See ``FrameEncoder.features``. Leaves out the last row, the newline, which belongs to the prompt."""
         out = self.tower.get_video_features(self.prepare(pixels).to(self.dtype)[None], return_dict=True)
         latents: Tensor = out.pooler_output[0, :-1]
         return latents.view(len(pixels), self.side**2, -1)

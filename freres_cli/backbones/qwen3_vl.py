@@ -52,7 +52,7 @@ class DeepStackLanguageModel(TimestampLanguageModel):
         return len(config.vision_config.deepstack_visual_indexes)
 
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
-        """See ``DecoderLanguageModel``. All rows are treated as visual: text rows add zeros, which changes no bits."""
+        """See ``DecoderLanguageModel``. All rows are treated as visual: text rows add zeros, which changes nothing."""
         deep = embeds[:, self.width :]
         if not deep.any():
             return {}

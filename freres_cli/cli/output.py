@@ -111,8 +111,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bar(label: str, quiet: bool, unit: str = "frames") -> Iterator[Callable[[int, int], None] | None]:
-    """Give a function (done, total) that draws a bar on stderr; ``None`` where stderr is no terminal, or on
-    ``quiet``. ``unit``: what is counted."""
+    """Give a function (done, total) that draws a bar on stderr; ``None`` where stderr is not a terminal, or with
+    ``quiet``. ``label``: what stands before the bar. ``unit``: what is counted."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -120,7 +120,10 @@ def progress_bar(label: str, quiet: bool, unit: str = "frames") -> Iterator[Call
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    # While a bar is drawn, rich sends stdout to its own console, stderr: never where stdout goes elsewhere.
+    shares_terminal = sys.stdout.isatty()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=shares_terminal) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

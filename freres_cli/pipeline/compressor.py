@@ -68,8 +68,8 @@ class Compressor:
     ) -> None:
         given = settings if budget_tokens is None else {**settings, "budget_tokens": budget_tokens}
         find_bundle_method(method)
-        chosen = load_settings(preset or choose_preset(model), given, "argument")
         source = models.source if models is not None else make_source(model, device, dtype, revision, attention)
+        chosen = load_settings(preset or choose_preset(source.name), given, "argument")
         self.options = CompressOptions(source, chosen, method, strict=strict)
         self.models = models or Models(source)
 

@@ -1,4 +1,4 @@
-"""The paper's ablations on any questions: which part of Fre-Res does what, at equal tokens."""
+"""The paper's ablations on any set of questions: what each part of Fre-Res contributes, at equal tokens."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from freres_cli.presets import Settings
 from freres_cli.workflows.train_adapter import Recipe, TrainRequest, describe_left_out, train_adapter
 from freres_cli.workflows.training_data import used_settings
 
-# What each trained row is trained for: the same data, steps and seed.
+# Variants that an adapter is trained for, each on the same data with the same steps and seed.
 TRAINED_VARIANTS = ("absorber", "concat", "idct")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: its settings beside the preset's, and the variant whose adapter it has, if any."""
+    """A row of a table: the settings it changes (key, value), and the variant whose adapter it uses, if any."""
 
     label: str
     settings: tuple[tuple[str, Any], ...]
     adapter: str | None = None
 
 
-ABSORBER = ("variant", "absorber")  # of the sweeps, whatever the preset's
+ABSORBER = ("variant", "absorber")  # used by the sweeps, whatever the preset says
 
 
 def _sweep(label: str, key: str, values: Sequence[Any]) -> tuple[Row, ...]:
     return tuple(Row(f"{label} {value}", ((key, value), ABSORBER), "absorber") for value in values)
 
 
-# Paper: components Tables 4 and 6; coefficients, frames and anchors Table 5. Ours: its grouping scale N is reading one
-# frame in N, since a trajectory of ours is one of frames; rates are those of the world's 8 frames a second.
+# Paper: Tables 4 and 6 for components; Table 5 for coefficients, frames and anchors. Ours: the paper's grouping scale N
+# becomes reading one frame in N, because our trajectories run over frames. Rates assume clips of 8 frames a second, as
+# the drawn world has them.
 TABLES: dict[str, tuple[Row, ...]] = {
     "components": (
         Row("anchors only", (("variant", "anchors"),)),
@@ -62,17 +63,20 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 
 def parse_tables(text: str) -> tuple[str, ...]:
-    """Names of tables, separated by commas. Raises ``UsageError``."""
+    """Return the table names in a comma-separated list. Raises ``UsageError``."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in TABLES or names.count(name) > 1:
-            raise UsageError(f"--tables: expected some of {', '.join(TABLES)}, each once, got {text!r}")
+            raise UsageError(f"--tables: expected names from {', '.join(TABLES)}, each at most once, got {text!r}")
     return names
 
 
 def make_cells(tables: Sequence[str], budgets: Sequence[Budget], adapters: Mapping[str, Path]) -> tuple[Cell, ...]:
-    """The full-token row, then every row of the tables at every budget. Without ``adapters`` no row is trained: those
-    of the components that would be are left out, the sweeps are of untrained tokens."""
+    """Return the full-token cell, then every row of the tables at every budget.
+
+    ``adapters``: paths by variant. If there are none, the trained rows of the components table are left out, and the
+    sweeps use untrained tokens.
+    """
     cells = [Cell("full", None)]
     for name in tables:
         for row in TABLES[name]:
@@ -93,11 +97,12 @@ def train_variants(
     warn: Callable[[str], None],
     models: Models | None = None,
 ) -> dict[str, Path]:
-    """Train an adapter for each variant, or find it in ``folder`` from an earlier run.
+    """Return the path of an adapter for each variant, trained now or found in ``folder`` from an earlier run.
 
-    ``data``, ``options``, ``recipe``: what to train on and how. ``tables``: those the adapters are for. ``log``: told how
-    training goes. ``warn``: told, once, what the trainings left out. ``models``: the model, where it is open already.
-    Raises ``UsageError`` for an adapter that other data, settings or another recipe made.
+    ``data``: the questions to train on. ``options``: model, device and settings. ``recipe``: how to train. ``tables``:
+    the tables that the adapters are for. ``folder``: holds the adapters and the cache. ``log``: called with each line
+    of progress. ``warn``: called once for each thing that training left out. ``models``: a model that is already
+    loaded. Raises ``UsageError`` for an adapter that was trained on other data, with other settings or another recipe.
     """
     models = models or Models(options.model)
     adapters = {}
@@ -110,7 +115,7 @@ def train_variants(
             facts = _read_same_training(request, models)
         else:
             facts = train_adapter(request, partial(_log_variant, log, variant), models=models)
-        # The variants have the same data, and mostly lack the same of it.
+        # All variants use the same data, so most warnings would be repeated.
         for line in describe_left_out(facts):
             if line not in told:
                 warn(line)
@@ -124,7 +129,7 @@ def _log_variant(log: Callable[[str], None], variant: str, line: str) -> None:
 
 
 def training_settings(settings: Settings, variant: str, tables: Sequence[str]) -> Settings:
-    """The settings an adapter is trained with: the run's, with as many coefficients as the tables sweep over."""
+    """Return the settings to train an adapter with: the run's, with as many coefficients as the tables sweep over."""
     changed: dict[str, Any] = {"variant": variant}
     if "coefficients" in tables:
         swept = max(dict(row.settings)["max_coefficients"] for row in TABLES["coefficients"])
@@ -134,8 +139,10 @@ def training_settings(settings: Settings, variant: str, tables: Sequence[str]) -
 
 
 def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, Any]:
-    """What the adapter that is there says of its training. Raises ``UsageError`` where that is not the one asked for,
-    or where it does not say."""
+    """Return what an existing adapter records about its training.
+
+    Raises ``UsageError`` if that differs from what is asked for, or is not recorded.
+    """
     made = load_adapter(request.output, models.language_model.fingerprint).training
     wanted = {"recipe": request.recipe.facts(), "data_sha256": request.data.sha256}
     differing = [key for key, value in wanted.items() if made.get(key) != value]
@@ -147,6 +154,6 @@ def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, A
         differing += [key for key in sorted({*known, *settings}) if known.get(key) != settings.get(key)]
     if differing:
         raise UsageError(
-            f"{request.output}: trained otherwise: {', '.join(differing)} differs", "remove it, or use another -o"
+            f"{request.output}: trained differently: {', '.join(differing)} differs", "remove it, or use another -o"
         )
     return made

@@ -1,4 +1,4 @@
-"""bundle + trained modules -> a picture of where each GoP's motion went through the absorber."""
+"""bundle + trained modules -> a picture of where the absorber takes in the motion of each GoP."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ TITLES = ("energy", "absorbed")
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """Where the picture goes and which trained modules it is of, as ``adapters.choose_adapter`` takes them. ``force``:
-    replace an existing file."""
+    """Which picture to draw.
+
+    ``output``: the PNG file to write. ``adapter``: the trained modules, as ``adapters.choose_adapter`` takes them.
+    ``force``: replace an existing file.
+    """
 
     output: Path
     adapter: str | None = None
@@ -45,11 +48,12 @@ def check_picture(bundle: Path, request: PictureRequest) -> None:
 
 
 def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, Any]:
-    """Write the picture, a row for each GoP: energy of its kept coefficients, and what was absorbed, by cell.
+    """Write a picture with a row for each GoP: the energy of its kept coefficients and what was absorbed, by cell.
 
-    Returns what it shows, with the maps of every GoP as numbers. A long clip shows the GoPs of most energy, in order of
-    time. Raises ``UsageError`` without an adapter or for a place that cannot be written, ``BundleError`` for a bundle in
-    which nothing can be absorbed, ``BackboneError`` for an adapter that is damaged or does not fit.
+    Returns what the picture shows, with the maps of every GoP as numbers. For a long clip the picture shows the GoPs
+    with the most energy, in time order. Raises ``UsageError`` without an adapter or for a file that cannot be written,
+    ``BundleError`` for a bundle in which there is nothing to absorb, and ``BackboneError`` for an adapter that is
+    damaged or does not fit.
     """
     tracks = bundle.tracks
     variant = bundle.manifest["settings"]["variant"]["value"]
@@ -102,7 +106,7 @@ def _draw(maps: Tensor, shown: Tensor, starts: list[float]) -> Tensor:
 def _describe_limits(num_shown: int, num_gops: int, gamma: float) -> list[str]:
     notes = []
     if num_shown < num_gops:
-        notes.append(f"the picture shows the {num_shown} GoPs of most energy, of {num_gops}")
+        notes.append(f"the picture shows the {num_shown} GoPs with the most energy, of {num_gops}")
     if gamma == 0:
         notes.append("the adapter's gamma is 0: its absorber adds nothing")
     return notes

@@ -1,4 +1,4 @@
-"""What this machine can run, found out by trying."""
+"""Find out what this machine can run, by trying it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One checked part: ``state`` is ok, limited or missing; ``is_needed`` for the main job."""
+    """The result of one check.
+
+    ``part``: what was checked. ``state``: ``ok``, ``limited`` or ``missing``. ``text``: what was found. ``is_needed``:
+    whether ``freres compress`` and ``freres ask`` need it.
+    """
 
     part: str
     state: str
@@ -59,8 +63,8 @@ def _encoder() -> Finding:
     try:
         av.Codec("libx264", "w")
     except av.FFmpegError:
-        return Finding("encoder", "limited", "no libx264: 'freres demo' and 'freres profile' need a video of yours")
-    return Finding("encoder", "ok", "libx264, for clips that freres makes itself")
+        return Finding("encoder", "limited", "no libx264: 'freres demo' cannot run, 'freres profile' needs a video")
+    return Finding("encoder", "ok", "libx264, for the clips that freres makes itself")
 
 
 def _devices() -> list[Finding]:
@@ -68,7 +72,7 @@ def _devices() -> list[Finding]:
     features = torch.backends.cpu.get_cpu_capability()
     found = [Finding("cpu", "ok", f"{device.description}, {features}", True)]
     if not torch.cuda.is_available():
-        built = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device or driver is seen"
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device or driver found"
         return [*found, Finding("cuda", "missing", f"{built}: models run on the CPU, large ones slowly")]
     for index in range(torch.cuda.device_count()):
         found.append(Finding(f"cuda:{index}", "ok", choose_device(f"cuda:{index}").description))
@@ -76,7 +80,7 @@ def _devices() -> list[Finding]:
 
 
 def _attention() -> Finding:
-    """What --attn auto takes, and whether --attn flash can be named."""
+    """Report what --attn auto chooses, and whether --attn flash can run."""
     note = choose_device().attention_note.removeprefix("attention ")
     try:
         flash = choose_device(attention="flash").attention_note.rpartition(", ")[2]
@@ -93,21 +97,22 @@ def _memory() -> Finding:
 
 
 def memory_bytes() -> int:
-    """Memory of the machine."""
+    """Return the memory of the machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def model_memory_bytes() -> int:
-    """Memory where models run: that of the largest CUDA device, else the machine's."""
+    """Return the memory for models in bytes: of the largest CUDA device, or of the machine if there is none."""
     if not torch.cuda.is_available():
         return memory_bytes()
     return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 def _family(model_type: str) -> Finding:
-    """Whether the family's classes are there, and which of its known checkpoints have room.
+    """Report whether the family's classes are installed, and which of its known checkpoints fit in memory.
 
-    Weights of both halves count, although a command loads one: the other half stands for cache and activations.
+    The weights of both halves are counted, although a command loads only one: the other leaves room for cache and
+    activations.
     """
     try:
         for half in ("vision", "language"):
@@ -124,24 +129,24 @@ def _family(model_type: str) -> Finding:
     if others:
         texts.append(f"{room / GIB:.0f} GiB is not enough for {', '.join(others)}")
     if not sized:
-        texts.append("its classes are there; the sizes of its checkpoints are not known here")
+        texts.append("its classes are installed; the sizes of its checkpoints are not known")
     return Finding(model_type, "limited" if others else "ok", "; ".join(texts))
 
 
 def _bundled_model() -> Finding:
     weights = bundled_model_dir() / "model.safetensors"
     if not weights.is_file():
-        return Finding("bundled", "missing", f"{weights} is not there: install freres again", True)
-    return Finding("bundled", "ok", "the bundled model is there; it only knows its own world of drawn shapes", True)
+        return Finding("bundled", "missing", f"{weights} is missing: install freres again", True)
+    return Finding("bundled", "ok", "the bundled model is installed; it only knows its own world of drawn shapes", True)
 
 
 def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return Finding("hub", "limited", "HF_HUB_OFFLINE is set: only models already downloaded can be named by id")
+        return Finding("hub", "limited", "HF_HUB_OFFLINE is set: only downloaded models can be used by id")
     folder = Path(HF_HUB_CACHE)
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     if not os.access(place, os.W_OK):
         return Finding("hub", "limited", f"{folder} is not writable: set HF_HOME to a folder for downloads")
     free = shutil.disk_usage(place).free
-    text = f"models named by id are downloaded when first used (not tried now); {free / GIB:.0f} GiB free for them"
+    text = f"models named by id are downloaded on first use (not tried now); {free / GIB:.0f} GiB free for them"
     return Finding("hub", "ok" if free > 4 * GIB else "limited", text)

@@ -1,4 +1,4 @@
-"""questions -> accuracy: every video encoded once, asked all its questions by every method at every budget."""
+"""questions -> accuracy: each video is encoded once, then every method answers its questions at every budget."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ Modules = Mapping[Path | None, FreResModules]
 class EvalRequest:
     """What to ask and how.
 
-    ``questions``: the file. ``cells``: the methods and budgets compared. ``options``: model, device and settings.
-    ``output``: the results file, continued where it holds the same run; ``None`` keeps them in memory. ``force``: begin
-    anew where it holds something else. ``remedy``: what to do otherwise. ``max_answer_tokens``: of a free answer.
+    ``questions``: the questions file. ``cells``: the methods and budgets to compare. ``options``: model, device and
+    settings. ``output``: the results file, which is continued if it holds the same run; ``None`` keeps the results in
+    memory. ``force``: start over if ``output`` holds something else. ``remedy``: the hint shown if it does and ``force``
+    is off. ``max_answer_tokens``: most tokens of a free answer.
     """
 
     questions: QuestionFile
@@ -57,7 +58,12 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """``summary``: rows, questions and failed videos, as ``--json`` has them. ``notes``: what the user should know."""
+    """What an evaluation found.
+
+    ``summary``: rows, questions and failed videos, as in the ``--json`` document. ``run``: what decides the answers, from
+    ``describe_run``. ``dtype``: of the language model. ``num_resumed``: videos that an earlier run had answered.
+    ``notes``: what the user should know.
+    """
 
     summary: dict[str, Any]
     run: dict[str, Any]
@@ -67,11 +73,11 @@ class EvalResult:
 
 
 def evaluate(request: EvalRequest, progress: Progress | None = None, models: Models | None = None) -> EvalResult:
-    """Ask every question by every method and sum up.
+    """Ask every question with every method, and summarize the answers.
 
-    A video that cannot be used is a failed row, and its questions count for no method. ``progress``: told how many
-    videos of how many are done. ``models``: the model, where it is open already. Raises ``VideoError`` when no video
-    could be used, ``UsageError`` for a question the model reads as a command.
+    A video that cannot be used becomes a failed row, and its questions count for no method. ``progress``: called with
+    the number of videos done and the number of all videos. ``models``: a model that is already loaded. Raises
+    ``VideoError`` if no video could be used, and ``UsageError`` for a question that holds a control token of the model.
     """
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
@@ -95,7 +101,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
             "paths of videos are relative to the questions file",
         )
     summary = summarize(request.questions, rows, request.cells)
-    # Every file is opened again for it: only where the bundled model answers.
+    # This opens every file again, so it is done only for the bundled model.
     is_known = request.options.model.name != BUNDLED or all(
         is_world_clip(videos[row["video"]][0].video) for row in rows if row["status"] == "ok"
     )
@@ -105,8 +111,11 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
 
 
 def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
-    """Read the adapter of every cell that has one. Raises ``BackboneError`` for one of another model or variant, or for
-    fewer coefficients than the cell's settings allow: whether a clip has them is only known once it is compressed."""
+    """Read the adapters of the cells, and return them by path.
+
+    Raises ``BackboneError`` for an adapter of another model or variant, or with fewer bands than the cell's settings
+    allow coefficients. How many coefficients a clip has is known only after it is compressed.
+    """
     found: dict[Path | None, FreResModules] = {}
     for cell in request.cells:
         if cell.adapter is not None:
@@ -119,7 +128,7 @@ def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
 
 
 def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
-    """Return everything that decides the answers: a results file is continued only where all of it is equal."""
+    """Return everything that decides the answers. A results file is continued only if all of it is equal."""
     settings = request.options.settings.values()
     del settings["budget_tokens"]  # each cell has its own
     return {
@@ -141,10 +150,10 @@ def evaluate_video(
     models: Models,
     modules: Modules,
 ) -> dict[str, Any]:
-    """Return the row of one video: encoded once, its questions asked from one prefill for each method and budget.
+    """Return the row of one video. It is encoded once, and prefilled once for each method and budget.
 
-    ``request``: of the run. ``name``: the video's, in the questions file. ``questions``: those on it. ``models``: the
-    model. ``modules``: the adapters by path.
+    ``request``: what the run asks for. ``name``: the video's name in the questions file. ``questions``: the questions
+    about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path.
     """
     video = questions[0].video
     timer = StageTimer(torch.device(request.options.model.device.name))
@@ -172,8 +181,10 @@ def _ask_cell(
     modules: Modules,
     timer: StageTimer,
 ) -> dict[str, Any]:
-    """Return tokens, times and answers of one method at one budget: answers by question id, as
-    (text, whether it is right, seconds to the first token)."""
+    """Return tokens, times and answers of one method at one budget.
+
+    An answer, by question id, is (text, whether it is right, seconds to the first token).
+    """
     budget_tokens = {"full": clip.full_tokens, "blind": 0}.get(cell.method)
     if cell.budget is not None:
         budget_tokens = cell.budget.tokens(clip.full_tokens)
@@ -200,16 +211,16 @@ def _ask_cell(
 
 
 def _describe_drop(request: EvalRequest, model: LanguageModel) -> tuple[str, ...]:
-    """What dropped DeepStack rows mean for the comparison, in words; nothing where none are dropped."""
+    """Return a note on what dropping DeepStack rows means for the comparison, or nothing if they are kept."""
     if request.options.settings.deepstack != "drop":
         return ()
     if not model.num_deep_layers:
         return ("deepstack has no effect: the model has no such rows",)
-    return ("deepstack: drop: method full keeps the DeepStack rows, all others have zeros in their place",)
+    return ("deepstack is drop: method full keeps the DeepStack rows, the others have zeros in their place",)
 
 
 def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:
-    """Whether an earlier run asked all of these about this very file; a failed video is tried again."""
+    """Whether an earlier run asked all of these questions about this exact file. A failed video is tried again."""
     if row is None or row["status"] != "ok" or len(row["cells"]) != num_cells:
         return False
     if any(question.id not in cell["answers"] for cell in row["cells"] for question in questions):

@@ -1,4 +1,4 @@
-"""Training Fre-Res on a frozen backbone: adapters, absorber, type embeddings and gates (method section 10)."""
+"""Train Fre-Res on a frozen backbone: adapters, absorber, type embeddings and gates (method section 10)."""
 
 from __future__ import annotations
 
@@ -36,16 +36,23 @@ from freres_cli.training.state import put_back, read_state, save_state
 from freres_cli.training.workers import Workers
 from freres_cli.workflows.training_data import Example, Progress, TrainingData, prepare_data, used_settings
 
-MAX_RANK, MAX_SHARE = 64, 0.01  # of the language model's parameters, what is trained
+MAX_RANK, MAX_SHARE = 64, 0.01  # MAX_SHARE: of the language model's parameters
 SHOWN_FAILURES = 10
 WARM_UP_SHARE = 0.05
-LAST_SHARE = 0.02  # of the learning rate, at the end of the cosine
+LAST_SHARE = 0.02  # of the highest learning rate, at the end of the cosine
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. ``batch``: videos a step. ``rank`` None: the largest power of two up to 64 at which at most 1 % of
-    the language model's parameters are trained. ``patience``: validations without a gain before the end."""
+    """How to train.
+
+    ``budgets``: each video of a step has one of them. ``num_steps``: most steps. ``batch``: videos per step.
+    ``questions_a_video``: most questions about a video in a step. ``learning_rate``: the highest. ``rank``: width of the
+    bottlenecks; ``None`` chooses the largest power of two, up to 64, that trains at most 1 % as many parameters as the
+    language model has. ``validation_share``: of the videos, held out. ``validate_every``: steps between validations.
+    ``patience``: validations without improvement before training ends. ``seed``: decides weights, order and held-out
+    videos.
+    """
 
     budgets: tuple[Budget, ...]
     num_steps: int
@@ -59,7 +66,7 @@ class Recipe:
     seed: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """As written into states and adapters."""
+        """Return the recipe as states and adapters record it."""
         return {**asdict(self), "budgets": [budget.text for budget in self.budgets]}
 
 
@@ -68,8 +75,8 @@ class TrainRequest:
     """What to train on, and how.
 
     ``data``: the questions with their answers. ``options``: model, device and settings. ``recipe``: how to train.
-    ``output``: the adapter; its state lies beside it, as ``.state``. ``cache``: folder of the compressed videos.
-    ``force``: replace an existing adapter.
+    ``output``: the adapter to write; the training state is kept next to it, in a ``.state`` file. ``cache``: folder of
+    the compressed videos. ``force``: replace an existing adapter.
     """
 
     data: QuestionFile
@@ -82,8 +89,11 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """On the validation videos, over all budgets: ``accuracy`` of the questions with options, None without any, and the
-    mean loss of the true answer's tokens, which chooses: of a few hundred questions a few turn by chance (ours)."""
+    """The score on the validation videos, over all budgets.
+
+    ``accuracy``: on questions with options; ``None`` if there are none. ``loss``: mean over the right answers of the loss
+    per token. The loss chooses the weights (ours, because a few of a few hundred answers change by chance).
+    """
 
     accuracy: float | None
     loss: float
@@ -95,11 +105,12 @@ def train_adapter(
     progress: Progress | None = None,
     models: Models | None = None,
 ) -> dict[str, Any]:
-    """Train, write the adapter with the best validation, and return what was done.
+    """Train, write the adapter that does best in validation, and return a report.
 
-    A run that was stopped resumes when it is started again, with the same bits on the same machine. ``log``: told how it
-    goes. ``progress``: told how many videos of how many are prepared. ``models``: the model, where it is open already.
-    Raises ``UsageError`` where there is too little data, or the state beside the output is of another run.
+    A stopped run resumes when you start it again, and ends with the same bits on the same machine. ``request``: what to
+    train on, and how. ``log``: called with each line of progress. ``progress``: called with the number of videos
+    prepared and the number of all videos. ``models``: a model that is already loaded. Raises ``UsageError`` if there is
+    too little data, or if the state next to the output belongs to another run.
     """
     options, recipe = request.options, request.recipe
     models = models or Models(options.model)
@@ -116,7 +127,7 @@ def train_adapter(
     data = workers.first_then_all(
         lambda: prepare_data(videos, recipe.budgets, options, models, request.cache, progress)
     )
-    # The tower is loaded only where a video is new.
+    # The tower is loaded only if a video is not in the cache yet.
     for note in models.encoder.notes if models.has_encoder else ():
         if note not in model.notes:
             log(note)
@@ -137,17 +148,18 @@ def train_adapter(
 
 
 def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What an adapter was trained without, in words. The reasons are known only where it was trained just now."""
+    """Yield a line for each thing that training left out. The reasons are known only right after training."""
     shown = facts.get("failed", ())[:SHOWN_FAILURES]
     yield from (f"left out: {message}" for message in shown)
     if facts["num_left_out"] > len(shown):
         yield f"{facts['num_left_out'] - len(shown)} {'more ' if shown else ''}were left out of the training"
     if facts["num_videos_untaught"]:
-        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long for it, or free answers"
+        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long, or only free answers"
 
 
 def choose_shape(model: LanguageModel, num_bands: int, rank: int | None) -> ModuleShape:
-    """Return the modules' sizes; see ``Recipe.rank``. ``num_bands``: coefficients that a trajectory may have."""
+    """Return the sizes of the trained modules. ``num_bands``: most coefficients of a trajectory. ``rank``: as in
+    ``Recipe``."""
     if rank is not None:
         return ModuleShape(model.width, rank, num_bands)
     rank, allowed = MAX_RANK, MAX_SHARE * model.num_parameters
@@ -162,7 +174,7 @@ def _size(shape: ModuleShape) -> int:
 
 
 def _split(data: TrainingData, recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """Training and validation videos; which is which depends on the seed only."""
+    """Return training and validation videos. Apart from the data, the split depends only on the seed."""
     order = np.random.default_rng([recipe.seed, 1]).permutation(len(data.examples))
     count = max(1, round(recipe.validation_share * len(order)))
     if len(order) - count < 1:
@@ -182,7 +194,10 @@ class _Run:
     identity: str
 
     def train(self, state: dict[str, Any], state_path: Path, log: Callable[[str], None]) -> dict[str, Any]:
-        """Steps until the end, or until validation stops gaining. Returns the best weights, its score and step."""
+        """Train until the last step, or until validation stops improving.
+
+        Returns the best weights, the validations (step, accuracy, loss) and the number of steps.
+        """
         recipe = self.request.recipe
         optimizer = torch.optim.AdamW(self.modules.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
         known = put_back(state, self.modules, [optimizer])
@@ -224,7 +239,7 @@ class _Run:
         return len(history) - 1 - history.index(_best(history)) >= self.request.recipe.patience
 
     def _step(self, step: int) -> float:
-        """Leave the gradients of one batch, of which each worker takes its part; return its loss."""
+        """Compute the gradients of one batch, shared out among the workers, and return its loss."""
         recipe = self.request.recipe
         rng = np.random.default_rng([recipe.seed, 2, step])
         chosen = rng.choice(len(self.learned), min(recipe.batch, len(self.learned)), replace=False)
@@ -251,12 +266,12 @@ class _Run:
         return total_loss(answers, distilled, self.modules)
 
     def _scores(self, example: Example, budget: int, picked: Sequence[int]) -> list[torch.Tensor]:
-        """Log-likelihoods of the possible answers, (k,) for each question picked."""
+        """Return the log-likelihoods of the possible answers, (k,) for each question picked."""
         settings = self.request.options.settings
         tokens = build_tokens(example.tracks(budget), settings.variant, self.modules)
         tokens = with_deep_rows(tokens, self.model.num_deep_layers)
         found: dict[int, torch.Tensor] = {}
-        # Questions of one video nearly always share the text before it.
+        # Questions about one video nearly always share the text before it.
         for prefix in dict.fromkeys(example.questions[i].prefix for i in picked):
             mine = [i for i in picked if example.questions[i].prefix == prefix]
             asked = [(example.questions[i].suffix, example.questions[i].answers) for i in mine]
@@ -266,10 +281,10 @@ class _Run:
 
     @torch.no_grad()
     def validate(self) -> Score:
-        """Ask every question on the validation videos at every budget."""
+        """Ask every question about the validation videos at every budget."""
         with _memory_errors():
             score = self._validate()
-        # One verdict: the last bit of a sum may differ between processes.
+        # The workers must agree, but the last bit of a sum may differ between them.
         return Score(*self.workers.of_first((score.accuracy, score.loss)))
 
     def _validate(self) -> Score:
@@ -289,7 +304,7 @@ def _memory_errors() -> AbstractContextManager[None]:
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine; as a share of the highest."""
+    """Return the learning rate of a step as a share of the highest: a linear warm-up, then a cosine."""
     warm_up = max(1, round(WARM_UP_SHARE * num_steps))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -304,13 +319,15 @@ def _progress_line(step: int, num_steps: int, loss: float, score: Score, left_s:
 
 
 def _best(history: Sequence[Sequence[Any]]) -> Sequence[Any]:
-    """The validation of the lowest loss: (step, accuracy, loss)."""
+    """Return the validation with the lowest loss: (step, accuracy, loss)."""
     return min(history, key=lambda row: row[2])
 
 
 def _identify(request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData) -> str:
-    """What makes this run: a state of another one is not continued. Which videos are held out depends on all that can
-    be used."""
+    """Return a digest of everything that decides this run; the state of another run is not resumed.
+
+    The usable videos are part of it, because they decide which ones are held out.
+    """
     machine = [str(model.dtype), request.options.model.device.name.partition(":")[0]]
     examples = [[example.sha256, len(example.questions)] for example in data.examples]
     made = [__version__, dict(model.fingerprint), asdict(modules.shape), machine]
@@ -321,7 +338,7 @@ def _identify(request: TrainRequest, model: LanguageModel, modules: FreResModule
 def _facts(
     request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData, done: dict[str, Any]
 ) -> dict[str, Any]:
-    """What an adapter's header says of its training."""
+    """Return what the header of an adapter records about its training."""
     trained = sum(parameter.numel() for parameter in modules.parameters())
     best = _best(done["history"])
     return {

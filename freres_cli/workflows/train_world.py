@@ -1,4 +1,4 @@
-"""The bundled model, from nothing to a checkpoint folder: tower first, then the language half on top of it, frozen."""
+"""Train the bundled model from scratch: first the tower, then the language half on top of the frozen tower."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ from freres_cli.bench.report import describe_environment
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.files import write_atomically
-from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, make_tokenizer, tokenizer_corpus
+from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, tokenizer_corpus
+from freres_cli.world.tokenizer import make_tokenizer
 from freres_cli.world.train_language import FIRST_SEED, train_language
 from freres_cli.world.train_tower import train_tower
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """``output``: the folder of the checkpoint, which also keeps the states that a stopped run goes on from. ``start``: the
-    folder of a model of the same shape whose weights are the first, instead of random ones."""
+    """What to train, and where.
+
+    ``output``: folder of the checkpoint; it also keeps the states that a stopped run resumes from. ``device``: where to
+    train. ``tower_steps``, ``language_steps``: steps of each half. ``seed``: decides weights and clips. ``start``: folder
+    of a model of the same shape to start from, instead of random weights.
+    """
 
     output: Path
     device: Device
@@ -36,12 +41,15 @@ class TrainRequest:
 
 
 def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, Any]:
-    """Train both halves and write the checkpoint. Called again, it goes on where it was stopped. Returns what was
-    done."""
+    """Train both halves, write the checkpoint, and return a report.
+
+    A stopped run resumes when you start it again. ``log``: called with each line of progress. Raises ``UsageError`` if
+    ``output`` holds something else, ``BackboneError`` for a model that training cannot start from.
+    """
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
     from transformers.utils import logging as transformers_logging
 
-    # Its bars for a file of 7 MB would be there with --quiet too.
+    # It would show progress bars even with --quiet.
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     device = torch.device(request.device.name)
@@ -77,8 +85,10 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
 
 
 def _claim(request: TrainRequest, states: Path) -> None:
-    """Begin a run, or make sure that the states are of this one; it may go on to more steps. Raises ``UsageError``: nothing
-    of another run or of another model is replaced."""
+    """Start a run, or check that the states belong to this one, which may have more steps than before.
+
+    Raises ``UsageError`` instead of replacing another run or another model.
+    """
     same = {
         "freres_version": __version__,
         "seed": request.seed,
@@ -111,7 +121,7 @@ def _hash_weights(folder: Path) -> str:
 
 
 def _load_weights(folder: Path, tower: Any, decoder: Any) -> None:
-    """Fill both halves from a checkpoint folder. Raises ``BackboneError``."""
+    """Load the weights of both halves from a checkpoint folder. Raises ``BackboneError``."""
     from transformers import Qwen2VLForConditionalGeneration
 
     try:

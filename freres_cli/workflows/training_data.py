@@ -1,4 +1,4 @@
-"""What an adapter is trained on: every video as one bundle a budget, and what the full-token model thinks of the options."""
+"""The training data of an adapter: a bundle per video and budget, and how the full-token model scores the options."""
 
 from __future__ import annotations
 
@@ -35,14 +35,18 @@ from freres_cli.video.probe import hash_file
 Progress = Callable[[int, int], None]
 Ids = tuple[int, ...]
 
-# Tokens of a prompt for each visual one, at most: itself, and the time that some families write before each frame.
+# Most prompt tokens per visual token: itself, and the timestamp that some families write before each frame.
 TOKENS_AROUND = 24
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it is trained: its prompt around the video, the ``answers`` it is scored on and which is true.
-    ``teacher``: (k,) log-likelihoods by the model with all tokens; None where there are no options, or no teacher."""
+    """A question as training uses it.
+
+    ``prefix``, ``suffix``: ids of the prompt before and after the video. ``answers``: ids of the k answers to score.
+    ``truth``: index of the right one. ``teacher``: (k,) log-likelihoods from the model with every token; ``None`` if the
+    question has no options, or the video no teacher.
+    """
 
     prefix: Ids
     suffix: Ids
@@ -53,21 +57,21 @@ class Asked:
 
 @dataclass(frozen=True)
 class Example:
-    """A video by its content: its bundles, one a budget, and its questions."""
+    """A video, identified by the SHA-256 of its content, with one bundle per budget and the questions about it."""
 
     sha256: str
     bundles: tuple[Path, ...]
     questions: tuple[Asked, ...]
 
     def tracks(self, budget: int) -> Tracks:
-        """Read the bundle of the budget with this number, checked like any other."""
+        """Read the bundle of a budget, given by its index, and check it like any other."""
         return read_bundle(self.bundles[budget]).tracks
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """``failed``: videos and questions that could not be used, with the reason. ``num_untaught``: videos without a
-    teacher."""
+    """``examples``: the videos. ``failed``: videos and questions that could not be used, each with the reason.
+    ``num_untaught``: videos without a teacher."""
 
     examples: tuple[Example, ...]
     failed: tuple[str, ...]
@@ -75,9 +79,9 @@ class TrainingData:
 
 
 def answer_ids(model: LanguageModel, question: Question) -> tuple[Ids, Ids, tuple[Ids, ...], int]:
-    """Prefix, suffix, possible answers and the number of the true one, as ``pipeline.session`` prompts for them.
+    """Return prefix, suffix, possible answers and the index of the right one, as ``pipeline.session`` prompts for them.
 
-    A free answer is the only one of its kind, and ends its turn.
+    A question without options has one possible answer, which ends the turn.
     """
     encode, end = model.tokenizer.encode, model.tokenizer.eos_token_id
 
@@ -103,13 +107,15 @@ def prepare_data(
     cache: Path,
     progress: Progress | None = None,
 ) -> TrainingData:
-    """Fill ``cache`` with what is not there yet, and return everything.
+    """Add to ``cache`` what is missing, and return the training data.
 
-    ``videos``: the questions of each. ``budgets``: a bundle for each. ``options``, ``models``: how they are made.
-    ``progress``: told how many videos of how many are done.
+    ``videos``: the questions about each video. ``budgets``: a bundle is made for each. ``options``, ``models``: how the
+    bundles are made. ``cache``: folder of bundles and teacher scores. ``progress``: called with the number of videos
+    done and the number of all videos.
 
-    The tower is loaded only where a video is new. What cannot be used is left out, and named: videos, and questions
-    that are too long for the model. Raises ``VideoError`` when nothing is left.
+    The tower is loaded only if a video is not in the cache yet. Videos that cannot be used, and questions too long for
+    the model, are left out and reported. Raises ``VideoError`` if nothing is left, ``UsageError`` for a cache folder
+    that cannot be made.
     """
     folder = cache / _key(options, models.language_model)
     make_folder(folder, "--cache")
@@ -128,7 +134,7 @@ def prepare_data(
             continue
         if not example.questions:
             continue
-        # A file may have two names; it is never learned and held out at once.
+        # A file may have two names. It must not be both trained on and held out.
         known = found.get(example.sha256)
         both = example if known is None else replace(known, questions=known.questions + example.questions)
         found[example.sha256] = both
@@ -147,7 +153,7 @@ def _named(question: Question, error: FreresError) -> str:
 
 @dataclass
 class _Store:
-    """The cache of one model and one set of settings."""
+    """The cache for one model and one set of settings."""
 
     folder: Path
     budgets: Sequence[Budget]
@@ -159,7 +165,7 @@ class _Store:
         return self.models.language_model
 
     def prepare(self, questions: Sequence[Question], failed: list[str]) -> Example:
-        """Make of a video what is not there yet. Questions that are too long are added to ``failed``."""
+        """Make what is missing for a video. Questions that are too long are added to ``failed``."""
         sha256 = hash_file(questions[0].video)
         stem = self.folder / sha256[:16]
         bundles = tuple(stem.with_name(f"{stem.name}-{budget.text}.pt") for budget in self.budgets)
@@ -189,9 +195,9 @@ class _Store:
         return with_deep_rows(build_tokens(tracks, self.options.settings.variant), self.model.num_deep_layers)
 
     def _check_length(self, asked: Asked, tokens: VideoTokens) -> None:
-        """Raises ``BackboneError`` for a question that is beyond the model's context at the largest budget."""
+        """Raise ``BackboneError`` for a question that exceeds the model's context at the largest budget."""
         longest = len(asked.suffix) + max(map(len, asked.answers)) - 1
-        # Times in the prompt need a few tokens for each frame: where there is that much room, no need to count.
+        # Timestamps in the prompt take a few tokens per frame. They need no exact count if there is plenty of room.
         roomy = len(asked.prefix) + TOKENS_AROUND * len(tokens) + longest
         if roomy > self.model.max_context_tokens:
             rows = self.model.splice(asked.prefix, tokens, self.options.settings.text_after)
@@ -211,13 +217,14 @@ def _is_whole(bundle: Path) -> bool:
 
 
 def _key(options: CompressOptions, model: LanguageModel) -> str:
-    """What the cached bundles depend on, besides video and budget; a variant may keep other rows."""
+    """Return a digest of what the cached bundles depend on besides video and budget. It includes the variant,
+    because variants may keep different rows."""
     facts = [__version__, dict(model.fingerprint), str(model.dtype), options.method, used_settings(options)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def used_settings(options: CompressOptions) -> dict[str, Any]:
-    """Every setting that the bundles depend on, as JSON holds it."""
+    """Return every setting that the bundles depend on, in the types that JSON has."""
     used = {key: value for key, value in options.settings.values().items() if key != "budget_tokens"}
     return dict(json.loads(json.dumps(used, default=str)))
 
@@ -243,8 +250,8 @@ def _write_bundles(clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequen
 def _teach(
     clip: EncodedClip, questions: Sequence[Question], model: LanguageModel, text_after: str
 ) -> dict[str, list[float] | None]:
-    """Log-likelihoods of the options with every token of the clip; None for free answers, and where all tokens are
-    more than the model's context or the device's memory."""
+    """Return the log-likelihoods of the options with every token of the clip, by question. They are ``None`` for free
+    answers, and if all tokens exceed the model's context or the device's memory."""
     taught: dict[str, list[float] | None] = {}
     tokens = clip.build_tokens("full", clip.full_tokens)
     prefixes: dict[Ids, Any] = {}

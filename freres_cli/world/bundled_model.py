@@ -1,7 +1,7 @@
 """The bundled model: Qwen2-VL in miniature, so that every command runs without a download.
 
-The same architecture and files as a released checkpoint, written by transformers' own class, at 3.5 million parameters:
-frames of 96x96 px become 6x6 tokens of width 192, and text is bytes with merges for the words of its world.
+It has the architecture and files of a released checkpoint, written by transformers' own class, with 3.5 million
+parameters. Frames of 96x96 px become 6x6 tokens of width 192; text is bytes, with merges for the words of its world.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ INFO_FILE = "MODEL_INFO.json"
 FRAME_PX = 96
 PATCH_PX = 8
 MERGE = 2
-GRID = FRAME_PX // (PATCH_PX * MERGE)  # tokens a side
+GRID = FRAME_PX // (PATCH_PX * MERGE)  # tokens per side
 WIDTH = 192
 CORPUS_SCENES = 400
 
 
 def bundled_model_dir() -> Path:
-    """The folder of the bundled model."""
+    """Return the folder of the bundled model."""
     return Path(__file__).parent / "bundled_model"
 
 
 def bundled_adapter() -> Path:
-    """Where the adapter that ships with the bundled model lies."""
+    """Return the path of the adapter that ships with the bundled model."""
     return Path(__file__).parent / "bundled_adapter.safetensors"
 
 
 def bundled_model_info() -> dict[str, Any]:
-    """What is known of the bundled model. ``freres_trained`` says whether its answers mean anything."""
+    """Return facts about the bundled model. ``freres_trained`` says whether its answers mean anything."""
     info: dict[str, Any] = json.loads((bundled_model_dir() / INFO_FILE).read_text(encoding="utf-8"))
     return info
 
@@ -48,10 +48,10 @@ def bundled_model_info() -> dict[str, Any]:
 def make_checkpoint(
     directory: Path, tower: Mapping[str, Tensor] | None = None, decoder: Mapping[str, Tensor] | None = None, **info: Any
 ) -> None:
-    """Write the bundled model as transformers' own class saves it, in bfloat16, with its tokenizer.
+    """Write the bundled model and its tokenizer to ``directory``, in bfloat16, as transformers' own class saves it.
 
-    ``tower``, ``decoder``: trained weights of the two halves; without them they are random, the same each time.
-    ``info``: what is to be known of the weights, for ``MODEL_INFO.json``.
+    ``tower``, ``decoder``: trained weights of the two halves; without them the weights are random, but always the same.
+    ``info``: more facts about the weights, for ``MODEL_INFO.json``.
     """
     import torch
     from transformers import Qwen2VLForConditionalGeneration
@@ -67,7 +67,7 @@ def make_checkpoint(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS[:3:2]]
     model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])
-    model.to(torch.bfloat16).save_pretrained(directory)
+    model.bfloat16().save_pretrained(directory)
     (directory / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(directory)
     _write_json(directory / "preprocessor_config.json", _preprocessor_config())
@@ -76,7 +76,7 @@ def make_checkpoint(
 
 
 def tokenizer_corpus() -> list[str]:
-    """What the tokenizer's merges are made from: the words of the world's questions."""
+    """Return the texts that the tokenizer's merges are learned from: the world's questions and options."""
     corpus = list(FRAME_PIECES) * 2
     for seed in range(CORPUS_SCENES):
         for question in questions_of(seed, make_scene(seed)):
@@ -85,15 +85,17 @@ def tokenizer_corpus() -> list[str]:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
-    """The miniature's shape.
+    """Return the miniature's configuration.
 
-    The rope base is small because the axes share one falling range of frequencies, width the slowest: at base 10 six
-    columns still span a radian, and the slowest temporal pair turns once in 12 frames.
+    The rope base is small because the axes share one falling range of frequencies, and width gets the slowest. At base
+    10, six columns still span a radian, and the slowest temporal pair turns once in 12 frames.
     """
     from transformers import Qwen2VLConfig
 
     def token(name: str) -> int:
-        return int(tokenizer.convert_tokens_to_ids(name))
+        found = tokenizer.convert_tokens_to_ids(name)
+        assert isinstance(found, int)
+        return found
 
     rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [8, 8, 8]}
     return Qwen2VLConfig(

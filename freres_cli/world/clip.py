@@ -1,4 +1,4 @@
-"""A short clip drawn and encoded on the spot: for profiling without a video, at the rate of real footage."""
+"""A short clip that is drawn and encoded on the spot, for profiling without a video, at the rate of real footage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ FLASH_FRAMES = 3
 
 
 def make_clip(path: Path, seconds: float = 4.0) -> Path:
-    """Write an H.264 file at 30 fps and return its path, which ends in .mp4: a red square moves right; cut; a green circle
-    moves down and a yellow patch is there for 3 frames. Raises ``ResourceError`` where PyAV was built without an H.264
-    encoder."""
+    """Write an H.264 file at 30 fps and return its ``path``, which must end in .mp4.
+
+    A red square moves right; after a cut a green circle moves down, and a yellow patch appears for 3 frames. Raises
+    ``ResourceError`` if PyAV was built without an H.264 encoder.
+    """
     num_frames = max(2, round(seconds * FPS))
     frames = (draw_frame(index, num_frames) for index in range(num_frames))
     options = {"crf": "18", "threads": "1"}

@@ -1,4 +1,4 @@
-"""Rendering made scenes with torch, on any device: every object is a signed distance, with smooth edges."""
+"""Rendering generated scenes with torch, on any device: every object is a signed distance, with smooth edges."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from freres_cli.world.scene import COLOUR_RGB, COLOURS, SHAPES, SIDE, Background
 WINDOW = 34  # side of the square an object is drawn in, design px
 MARGIN = WINDOW // 2 + 1
 RIM = 2.0  # of outlined objects, design px
-STRETCH_FRAMES = 64  # drawn at once: some 2 MB each at 192 px
+STRETCH_FRAMES = 64  # drawn at once; each takes about 2 MB at 192 px
 
 
 @torch.no_grad()
 def draw_scenes(scenes: Sequence[Scene], side_px: int = SIDE, device: str | torch.device = "cpu") -> list[Tensor]:
-    """Frames of each scene: (T, side_px, side_px, 3) uint8 RGB. ``side_px``: a multiple of ``SIDE``."""
+    """Return the frames of each scene: (T, side_px, side_px, 3) uint8 RGB. ``side_px``: a multiple of ``SIDE``."""
     if side_px % SIDE:
         raise ValueError(f"side_px: expected a multiple of {SIDE}, got {side_px}")
     scale = side_px // SIDE
@@ -38,8 +38,8 @@ def draw_scenes(scenes: Sequence[Scene], side_px: int = SIDE, device: str | torc
 
 
 def draw_stretches(scene: Scene, side_px: int = SIDE, num_frames: int = STRETCH_FRAMES) -> Iterator[Tensor]:
-    """The frames of ``draw_scenes`` for one scene, at most ``num_frames`` at a time: the same to the bit, in bounded
-    memory."""
+    """Yield the frames that ``draw_scenes`` draws for one scene, bit for bit, at most ``num_frames`` at a time: memory is
+    bounded."""
     for start in range(0, scene.num_frames, num_frames):
         yield draw_scenes([scene.stretch(start, start + num_frames)], side_px)[0]
 
@@ -56,7 +56,7 @@ def _backgrounds(scene: Scene, scale: int, device: str | torch.device) -> Tensor
 
 
 def draw_background(background: Background, times: Tensor, scale: int) -> Tensor:
-    """(n, H, W, 3) float32 at the given frames of its shot."""
+    """Return the background at frames ``times`` (n,) of its shot: (n, H, W, 3) float32, ``scale`` px per design px."""
     side = SIDE * scale
     axis = (torch.arange(side, dtype=torch.float32, device=times.device) + 0.5) / scale
     x = axis[None, None, :] + times[:, None, None] * background.drift[0]
@@ -120,13 +120,17 @@ def _draw_layer(padded: Tensor, things: list[Thing | None], lengths: list[int], 
     place = (px + margin).clamp(0, side - 1)
     index = (frame[:, None, None] * side + place[:, :, None, 1]) * side + place[:, None, :, 0]
     flat = padded.view(-1, 3)
-    # Objects that left the frame have their windows clamped to the margin, which is cut off.
+    # Windows of objects that left the frame are clamped to the margin, which is cut off.
     under = flat[index.reshape(-1)].view(*index.shape, 3)
     flat[index.reshape(-1)] = (under + (paint - under) * alpha).view(-1, 3)
 
 
 def signed_distance(dx: Tensor, dy: Tensor, shape: Tensor, turn: Tensor, radius: Tensor) -> Tensor:
-    """Distance to each object's edge in design px, negative inside. ``dx``: (n, 1, s), ``dy``: (n, s, 1), others (n,)."""
+    """Return the distance to each object's edge in design px, negative inside: (n, s, s).
+
+    ``dx`` (n, 1, s), ``dy`` (n, s, 1): offsets of pixels from the object's centre, in design px. ``shape``: (n,) index
+    into ``SHAPES``. ``turn``: (n,) quarter turns clockwise, for arrows. ``radius``: (n,) in design px.
+    """
     dx, dy = torch.broadcast_tensors(dx, dy)
     out = torch.empty_like(dx)
     for kind, name in enumerate(SHAPES):

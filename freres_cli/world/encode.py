@@ -22,17 +22,19 @@ def encode_frames(
     comment: str = "",
     hint: str = "look at 'freres doctor'",
 ) -> None:
-    """Write frames, each (side_px, side_px, 3) uint8 RGB, as a video file; they are never all in memory.
+    """Write ``frames``, each (side_px, side_px, 3) uint8 RGB, to the video file ``path``, one at a time.
 
-    ``comment`` goes into the file's metadata. Raises ``ResourceError`` with ``hint`` where this PyAV lacks the encoder,
-    or the file cannot be written; then there is no file.
+    ``side_px``: width and height. ``fps``: frames per second. ``codec``, ``options``: the encoder and its options, as
+    FFmpeg names them. ``comment``: stored in the file's metadata. Raises ``ResourceError`` with ``hint`` if this PyAV
+    lacks the encoder or the file cannot be written; no file is left behind.
     """
     try:
-        # Bit-exact: else a webm holds random numbers of its own.
+        # Bit-exact: otherwise a WebM file contains random numbers.
         with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
             if comment:
                 container.metadata["comment"] = comment
             stream = container.add_stream(codec, rate=fps, options=options)
+            assert isinstance(stream, av.VideoStream)
             stream.pix_fmt = "yuv420p"
             stream.height = stream.width = side_px
             for frame in frames:

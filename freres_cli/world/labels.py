@@ -1,4 +1,4 @@
-"""What the vision tower is taught: for every token, which object is there, and where. And the frames it learns from."""
+"""What the vision tower learns for every token (which object is there, and where), and the frames it learns from."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from freres_cli.world.script import random_background
 STILLS = 2
 MAX_THINGS = 5
 
-# The columns of the labels: presence, then what is known where something is present, then the texture everywhere.
+# Number of classes of each label that is known where an object is. Presence and texture are known everywhere.
 CLASSES = {"shape": len(SHAPES), "colour": len(COLOURS) + 1, "turn": 4, "rim": 2}
-REACH = 0.62  # how far beyond a cell's edge an object's centre may lie to be its own, in radii
+REACH = 0.62  # how far outside a cell the centre of an object in that cell may be, in radii
 
 
 def make_stills(seed: int) -> Scene:
-    """Frames with nothing in common but their background: each object is at a new place in every frame."""
+    """Return frames that share only their background: each object is at a new place in every frame."""
     rng = np.random.default_rng([seed, 1])
     scene = Scene(STILLS, 1, [Shot(0, STILLS, random_background(rng))], [], np.ones(STILLS))
     scene.fade = np.where(rng.random(STILLS) < 0.06, rng.uniform(0.2, 1.0, STILLS), 1.0)
@@ -37,11 +37,11 @@ def make_stills(seed: int) -> Scene:
 
 
 def dense_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
-    """Labels of every token of every frame, each (T, grid, grid).
+    """Return labels of every token of every frame, each (T, grid, grid).
 
-    ``present`` bool; ``shape``, ``colour``, ``turn``, ``rim``, ``texture`` int64; ``place`` (T, grid, grid, 2): centre of
-    the object from the cell's, in cells. The topmost object counts. (Where a cell lies in the frame is nothing that a
-    tower with relative positions could know.)
+    ``present`` bool; ``shape``, ``colour``, ``turn``, ``rim``, ``texture`` int64; ``place`` (T, grid, grid, 2): offset of
+    the object's centre from the cell's, in cells. The topmost object counts. (The position of a cell in the frame is not
+    a label: a tower with relative positions cannot know it.)
     """
     cell = SIDE / grid
     shape = (scene.num_frames, grid, grid)
@@ -64,21 +64,21 @@ def dense_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     return {"present": present, "place": place, "texture": texture, **labels}
 
 
-# What the language half is taught about every visual token besides its questions. Of every token: where and when it is.
-# Where an object is: its centre; how far it has come since it was first seen, and over what width and height; when
-# that was; how often it has turned white, whether it has touched another, and how many objects are there.
+# What the language half learns about every visual token, besides the questions. For every token: where and when it is.
+# Where there is an object: its centre; how far it has moved since it was first seen, and over what width and height;
+# when that was; how often it has turned white, whether it has touched another object, and how many objects there are.
 TRACES = (
     *("row", "column", "frame"),
     *("x", "y", "x_moved", "y_moved", "x_span", "y_span", "first", "blinks", "touched", "count"),
 )
-ALWAYS_KNOWN = 3  # the first of them; the others only where an object is
+ALWAYS_KNOWN = 3  # the first ones; the others are known only where there is an object
 MOVE_UNIT_PX, TIME_UNIT, COUNT_UNIT = 24.0, 20.0, 2.0
 TOUCH_PX = 5.0  # between edges, in design px
 
 
 def trace_labels(scene: Scene, grid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, grid, grid, 13) values of ``TRACES``, each within a few units of 0; (T, grid, grid) where an object is; and
-    where one is that is gone or white only for a moment."""
+    """Return three tensors: the values of ``TRACES``, (T, grid, grid, 13), each within a few units of 0; where there is
+    an object, (T, grid, grid) bool; and where there is one that is visible or white only for a moment."""
     t = scene.num_frames
     labels = torch.zeros(t, grid, grid, len(TRACES))
     present, brief = torch.zeros(2, t, grid, grid, dtype=torch.bool)
@@ -100,7 +100,7 @@ def trace_labels(scene: Scene, grid: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _history(thing: Thing, others: Sequence[Thing]) -> NDArray[np.float64]:
-    """(T, 9) x, y, x_moved, y_moved, x_span, y_span, first, blinks, touched."""
+    """The traces of one object: (T, 9) x, y, x_moved, y_moved, x_span, y_span, first, blinks, touched."""
     first = int(thing.visible.argmax())
     since = thing.centre.copy()
     since[:first] = since[first]
@@ -123,7 +123,7 @@ def _history(thing: Thing, others: Sequence[Thing]) -> NDArray[np.float64]:
 
 
 def _reach(thing: Thing, shape: tuple[int, int, int], cell: float) -> tuple[Tensor, Tensor, Tensor]:
-    """An object's centre from each cell's, x and y, and which cells it reaches into while it is visible: (T, grid, grid)."""
+    """Offset in x and y of an object from each cell's centre, and the cells it reaches while visible: (T, grid, grid)."""
     middle = (torch.arange(shape[1]) + 0.5) * cell
     centre = torch.from_numpy(thing.centre).float()
     dx = centre[:, None, None, 0] - middle[None, None, :].expand(shape)

@@ -1,4 +1,4 @@
-"""Clips and questions as files: real encoded video and one ``questions.jsonl``, for anyone to use."""
+"""Clips and questions as files: real encoded video and one ``questions.jsonl``, usable by any program."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from freres_cli.world.scene import DIRECTIONS, Scene
 from freres_cli.world.script import make_scene
 
 FILE_SIDE_PX = 192
-MARK = "made by freres world"  # in the files' metadata: what the bundled model knows
+MARK = "made by freres world"  # in a file's metadata: the bundled model knows such clips
 QUESTIONS_FILE = "questions.jsonl"
 SEEDS_A_SPLIT = 10**9
-SEEDS_A_SET = 10**6  # clips that one --seed of a split can have
+SEEDS_A_SET = 10**6  # most clips for one --seed of a split
 SPLITS = ("train", "validation", "test")
-# Every fourth clip is VP9, the others H.264; both at a quality where the marks of encoding can be seen, barely.
+# Every fourth clip is VP9, the others are H.264, both at a quality where coding artefacts are just visible.
 CODECS = (
     ("mp4", "libx264", {"crf": "20", "preset": "fast", "threads": "1"}),
     ("webm", "libvpx-vp9", {"crf": "24", "b:v": "0", "deadline": "realtime", "cpu-used": "6", "threads": "1"}),
@@ -33,7 +33,7 @@ VP9_EVERY = 4
 
 @dataclass(frozen=True)
 class MadeClip:
-    """A clip written to ``file`` (a name inside the set's folder) and the questions chosen about it."""
+    """A clip written to ``file`` (a name inside the set's folder), and the questions chosen about it."""
 
     seed: int
     file: str
@@ -41,7 +41,7 @@ class MadeClip:
 
 
 def clip_seed(split: str, index: int, seed: int = 0) -> int:
-    """The scene's seed of a clip; no two splits share one."""
+    """Return the seed of a clip's scene. No two splits share one."""
     return SPLITS.index(split) * SEEDS_A_SPLIT + seed * SEEDS_A_SET + index
 
 
@@ -54,9 +54,11 @@ def make_set(
     questions_per_clip: int = 4,
     on_clip: Callable[[int, int], None] | None = None,
 ) -> list[MadeClip]:
-    """Write ``count`` clips and their questions into ``directory``; the questions file comes last.
+    """Write ``count`` clips and their questions into ``directory``, the questions file last. Return the clips.
 
-    Raises ``ResourceError`` where this PyAV lacks an encoder.
+    ``split``: one of ``SPLITS``. ``seed``: another one gives other clips. ``level``: difficulty, see ``make_scene``.
+    ``questions_per_clip``: at most this many. ``on_clip``: called after each clip with the number of clips done and
+    ``count``. Raises ``ResourceError`` if this PyAV lacks an encoder or a file cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     asked: Counter[str] = Counter()
@@ -83,8 +85,8 @@ def make_set(
 
 
 def make_demo_clip(path: Path) -> MadeClip:
-    """Write the first clip of the test split in which something slides and something appears for a moment (H.264), and
-    ask where it slides, one thing more, and about what appeared. Not chosen by what any model answers."""
+    """Write an H.264 clip and choose three questions about it: where something slides, an object's shape or colour, and
+    what appears for a moment. It is the first clip of the test split with these questions, whatever a model answers."""
     for index in range(SEEDS_A_SET):
         number = clip_seed("test", index)
         scene = make_scene(number)
@@ -100,9 +102,9 @@ def make_demo_clip(path: Path) -> MadeClip:
 
 
 def is_world_clip(path: Path) -> bool:
-    """Whether a video file says that it was made by this world."""
+    """Return whether a video file is marked as made by this world."""
     try:
-        # Opening a pipe would wait for ever.
+        # Opening a pipe would block forever.
         if not path.is_file():
             return False
         with av.open(str(path)) as container:
@@ -112,7 +114,7 @@ def is_world_clip(path: Path) -> bool:
 
 
 def choose_questions(questions: list[Question], count: int, asked: Counter[str]) -> list[Question]:
-    """At most ``count``, one a category, those first whose category has been asked least; ``asked`` is kept up."""
+    """Return at most ``count``, one per category, the least asked categories first. Updates ``asked``."""
     chosen: list[Question] = []
     for question in sorted(questions, key=lambda question: asked[question.category]):
         if len(chosen) < count and question.category not in {other.category for other in chosen}:
@@ -122,7 +124,7 @@ def choose_questions(questions: list[Question], count: int, asked: Counter[str])
 
 
 def question_rows(clip: MadeClip) -> Iterator[dict[str, object]]:
-    """Rows of ``questions.jsonl``."""
+    """Yield the rows of ``questions.jsonl``."""
     for number, question in enumerate(clip.questions):
         yield {
             "id": f"{Path(clip.file).stem}-{number}",
@@ -136,6 +138,9 @@ def question_rows(clip: MadeClip) -> Iterator[dict[str, object]]:
 
 
 def encode_scene(path: Path, scene: Scene, codec: str, options: dict[str, str]) -> None:
-    """Draw a scene a stretch at a time and write it as a video file that bears the mark. Raises ``ResourceError``."""
+    """Draw ``scene`` a stretch at a time and write it to the video file ``path``, marked as made by this world.
+
+    ``codec``, ``options``: an encoder and its options, as in ``CODECS``. Raises ``ResourceError``.
+    """
     frames = (frame for stretch in draw_stretches(scene, FILE_SIDE_PX) for frame in stretch.numpy())
     encode_frames(path, frames, FILE_SIDE_PX, scene.fps, codec, options, comment=MARK)

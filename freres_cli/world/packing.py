@@ -1,4 +1,4 @@
-"""Many questions behind one video in one training sequence: the video is read once, and no question sees another."""
+"""Many questions about one video in one training sequence: the video is read once, and no question sees another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ATTENTION = "freres_packed_questions"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things lie in each row: the text before the video and the video in the first ``video`` places, padded at
-    their end; then ``questions`` blocks of ``block`` places. ``seen``: (B, video) bool, places that are not padding."""
+    """What each row holds where: in the first ``video`` places the text before the video and the video, padded at the
+    end; then ``questions`` blocks of ``block`` places. ``seen``: (B, video) bool, the places that are not padding."""
 
     video: int
     questions: int
@@ -27,8 +27,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class View:
-    """The visual tokens of one example: ``latents`` (S, D), ``positions`` (S, 3). ``traces`` (S, 8): what is taught
-    of each token (``labels.TRACES``), NaN where nothing is."""
+    """The visual tokens of one example: ``latents`` (S, D), ``positions`` (S, 3). ``traces``: (S, 13), what is learned
+    about each token (``labels.TRACES``), NaN where unknown."""
 
     latents: Tensor
     positions: Tensor
@@ -37,8 +37,8 @@ class View:
 
 @dataclass(frozen=True)
 class Item:
-    """One question as trained: ids of the prompt after the video and of the answer. ``name``: under which it is
-    scored."""
+    """One question in training: token ids of the prompt after the video, and of the answer. ``name``: what its score
+    is counted under."""
 
     prompt: list[int]
     answer: list[int]
@@ -47,9 +47,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Pack:
-    """A batch. ``ids``, ``is_video``, ``targets`` (-100 where nothing is learnt), ``weights``: (B, L); ``positions``:
-    (3, B, L); ``latents``, ``traces``: (all visual tokens, D or 8). ``firsts``: (row, place) that predicts an
-    item's answer, with its name and first token."""
+    """A batch. ``ids``, ``is_video``, ``targets`` (-100 where nothing is learned), ``weights``: (B, L). ``positions``:
+    (3, B, L). ``latents``, ``traces``: (all visual tokens, D or 13). ``firsts``: for each item the row and the place
+    that predict its answer, its name, and the answer's first token."""
 
     layout: Layout
     ids: Tensor
@@ -62,7 +62,7 @@ class Pack:
     firsts: list[tuple[int, int, str, int]]
 
     def to(self, device: torch.device) -> Pack:
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("layout", "firsts")}
         return Pack(replace(self.layout, seen=self.layout.seen.to(device)), **tensors, firsts=self.firsts)
 
@@ -75,8 +75,13 @@ def pack(
     grid: int,
     end_weight: float,
 ) -> Pack:
-    """Lay out a batch. Text after the video counts on from the grid's larger side, as transformers 5.23 does it
-    (``text_after: hf``): so near the video that rows and columns differ in its eyes, however long the clip is."""
+    """Lay out a batch: ``views`` of clips, with the ``items`` asked about each.
+
+    ``prefix``: ids of the text before the video. ``end``: id of the token that ends an answer; its weight in the loss is
+    ``end_weight``. ``grid``: larger side of the token grid, in tokens. Positions after the video continue from ``grid``,
+    as in transformers 5.23 (``text_after: hf``): close enough to the video to tell rows and columns apart, however long
+    the clip is.
+    """
     batch, p = len(views), len(prefix)
     video = p + max(len(view.latents) for view in views)
     questions = max(map(len, items))
@@ -113,12 +118,12 @@ def pack(
 
 
 def use_packed_attention(decoder: Any) -> None:
-    """Make a decoder attend as a pack's layout says."""
+    """Make a decoder attend according to the layout of a pack."""
     decoder.config._attn_implementation = ATTENTION
 
 
 def run_pack(decoder: Any, batch: Pack) -> Tensor:
-    """Logits of the places that have a target, (n, vocabulary), in order of row and place."""
+    """Return the logits of all places with a target, (n, vocabulary), in order of row and place."""
     embeds = decoder.embed_tokens(batch.ids)
     embeds = embeds.masked_scatter(batch.is_video[..., None], batch.latents)
     plain = torch.arange(batch.ids.shape[1], dtype=torch.float32, device=batch.ids.device).expand(1, *batch.ids.shape)
@@ -134,7 +139,7 @@ def run_pack(decoder: Any, batch: Pack) -> Tensor:
 
 
 def pack_loss(logits: Tensor, batch: Pack) -> tuple[Tensor, list[tuple[str, bool]]]:
-    """The weighted mean cross-entropy, and for each item its name and whether its answer begins right."""
+    """Return the weighted mean cross-entropy, and for each item its name and whether its answer starts right."""
     known = batch.targets >= 0
     losses = F.cross_entropy(logits, batch.targets[known], reduction="none")
     weights = batch.weights[known]
@@ -148,12 +153,12 @@ def pack_loss(logits: Tensor, batch: Pack) -> tuple[Tensor, list[tuple[str, bool
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """(B, heads, L, d) -> (B, L, heads, d): the video is causal, a question sees the video and its own past."""
+    """(B, heads, L, d) -> (B, L, heads, d). The video is causal; a question sees the video and its own past."""
     layout: Layout = kwargs["layout"]
     batch, heads, _, d = query.shape
     key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     v, n, block = layout.video, layout.questions, layout.block
-    # Padding lies after the video's own tokens, so that causality alone hides it from them.
+    # Padding comes after the video's own tokens, so causality alone hides it from them.
     of_video = F.scaled_dot_product_attention(query[:, :, :v], key[:, :, :v], value[:, :, :v], is_causal=True)
 
     def blocks(x: Tensor) -> Tensor:

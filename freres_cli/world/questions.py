@@ -1,7 +1,7 @@
-"""Questions about a made scene, with four options each and one true answer.
+"""Questions about a generated scene, each with four options, one of them true.
 
-No category can be answered from the question alone: truths are drawn evenly, or the options are things of which the
-question tells nothing.
+No category can be answered from the question alone: true answers are drawn evenly, or the options are things that the
+question says nothing about.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DOES = ("slides", "circles", "shakes", "stays still")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 SPEEDS = (*SPEED_PX, "not at all")
 NUMBERS = ("1", "2", "3", "4")
-# How often each is drawn among moving things; asking in inverse proportion makes every answer equally likely.
+# How often each is drawn for an object. Asking in inverse proportion makes every answer equally likely.
 DOES_SHARE = {"slides": 0.46, "circles": 0.18, "shakes": 0.18, "stays still": 0.18}
 
 
@@ -47,21 +47,21 @@ class Question:
 
 
 def ask_about(scene: Scene, rng: Generator) -> list[Question]:
-    """Every question that the scene supports, in varied wording, in no particular order."""
+    """Return every question that the scene supports, in varied wording and random order."""
     found = [question for asker in _ASKERS for question in asker(scene, rng)]
     return [found[i] for i in rng.permutation(len(found))]
 
 
 def _question(category: str, rng: Generator, wordings: Sequence[str], options: Sequence[str], answer: str) -> Question:
-    """Four of the options, the answer among them, shuffled."""
+    """A question with four of the options, the answer among them, shuffled."""
     others = [option for option in options if option != answer]
     chosen = [answer, *[others[i] for i in rng.permutation(len(others))[:3]]]
-    wording = wordings[rng.integers(len(wordings))]
+    wording = wordings[int(rng.integers(len(wordings)))]
     return Question(category, wording, tuple(chosen[i] for i in rng.permutation(len(chosen))), answer)
 
 
 def _named(thing: Thing, scene: Scene, rng: Generator) -> str:
-    """The object by its full name, its shape or its colour; each is its alone in the clip."""
+    """The full name of an object, its shape or its colour. Each is unique in the clip."""
     return (thing.name, f"{thing.shape}", f"{thing.colour} object")[rng.integers(3)]
 
 
@@ -72,6 +72,7 @@ def _lasting(scene: Scene) -> list[Thing]:
 def _action(scene: Scene, rng: Generator) -> Iterator[Question]:
     for thing in _lasting(scene):
         name, facts = _named(thing, scene, rng), thing.facts
+        words: tuple[str, ...]
         if "way" in facts and facts.get("role") != "target":
             words = (
                 f"Which way does the {name} move?",
@@ -125,6 +126,7 @@ def _position(scene: Scene, rng: Generator) -> Iterator[Question]:
 
 def _scene(scene: Scene, rng: Generator) -> Iterator[Question]:
     textures = [shot.background.texture for shot in scene.shots]
+    words: tuple[str, ...]
     if len(textures) == 1:
         words = ("What does the background look like?", "What kind of background is there?", "What is the background?")
         yield _question("Scene", rng, words, TEXTURES, textures[0])
@@ -228,5 +230,5 @@ _ASKERS: tuple[Callable[[Scene, Generator], Iterator[Question]], ...] = (
 
 
 def questions_of(seed: int, scene: Scene) -> list[Question]:
-    """The questions of a seed's scene; the same each time."""
+    """Return the questions about the scene of a seed, the same ones every time."""
     return ask_about(scene, np.random.default_rng([seed, 2]))

@@ -1,6 +1,6 @@
-"""What happens in a made clip, as plain numbers: objects with a place for every frame, backgrounds, cuts.
+"""What happens in a generated clip, as plain numbers: objects with a place in every frame, backgrounds, cuts.
 
-Lengths are in design pixels: the frame is ``SIDE`` wide and high whatever it is rendered at.
+Lengths are in design pixels: the frame is ``SIDE`` wide and high, whatever size it is rendered at.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ COLOUR_RGB = {
 
 @dataclass
 class Thing:
-    """An object and where it is in each of T frames.
+    """An object, and where it is in each of T frames.
 
     ``centre``: (T, 2) x, y. ``visible``, ``is_white``: (T,) bool. ``turn``: quarter turns clockwise (arrows only).
-    ``is_outlined``: has a white rim, as short-lived objects do.
+    ``is_outlined``: it has a white rim, as short-lived objects do.
     """
 
     shape: str
@@ -53,7 +53,7 @@ class Thing:
 
 @dataclass
 class Background:
-    """``rgb``: its dull colour. ``drift``: px a frame (x, y) that the texture moves, as under a moving camera."""
+    """A textured background. ``drift``: px (x, y) that the texture moves per frame, as under a moving camera."""
 
     texture: str
     rgb: tuple[float, float, float]
@@ -67,9 +67,9 @@ class Background:
 
 @dataclass
 class Shot:
-    """Frames ``start`` to ``end`` (excluded) before one background; ``elapsed``: frames of it that were cut off before.
+    """Frames ``start`` to ``end`` (excluded) with one background.
 
-    A drifting background has moved on by as many frames.
+    ``elapsed``: frames cut off at the start of the shot; a drifting background has moved on by as many.
     """
 
     start: int
@@ -78,14 +78,14 @@ class Shot:
     elapsed: int = 0
 
     def stretch(self, start: int, end: int) -> Shot:
-        """What lies of it in frames ``start`` to ``end`` of the clip, counted from ``start``."""
+        """Return the part that is in frames ``start`` to ``end`` of the clip, counted from ``start``."""
         low, high = max(self.start, start), min(self.end, end)
         return replace(self, start=low - start, end=high - start, elapsed=self.elapsed + low - self.start)
 
 
 @dataclass
 class Scene:
-    """A clip's content. ``fade``: (T,) brightness in [0, 1]. ``facts``: what questions may ask of the whole."""
+    """The content of a clip. ``fade``: (T,) brightness in [0, 1]. ``facts``: what questions may ask about the whole."""
 
     num_frames: int
     fps: int
@@ -95,7 +95,7 @@ class Scene:
     facts: dict[str, str | int] = field(default_factory=dict)
 
     def stretch(self, start: int, end: int) -> Scene:
-        """Frames ``start`` to ``end`` (excluded, at most the clip's) as a clip of their own, with the facts of the whole."""
+        """Return frames ``start`` to ``end`` (excluded, cut at the clip's end) as a clip, with the facts of the whole."""
         rows = slice(start, end)
         shots = [shot.stretch(start, end) for shot in self.shots if shot.start < end and start < shot.end]
         things = [
@@ -106,4 +106,5 @@ class Scene:
         return replace(self, num_frames=len(fade), shots=shots, things=things, fade=fade)
 
     def thing(self, name: str) -> Thing:
+        """Return the object with a full name, such as ``red circle``."""
         return next(thing for thing in self.things if thing.name == name)

@@ -1,4 +1,4 @@
-"""Making up scenes: seeded, each of one of five kinds, so that every category of question has its clips."""
+"""Making up scenes from seeds. Each is of one of five kinds, so that every category of question has its clips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SWAY_SHARE, SWAY_PX = 0.5, 5.0
 KINDS = ("motion", "cut", "hit", "order", "repeat")
 CORNERS = ((24.0, 24.0), (72.0, 24.0), (24.0, 72.0), (72.0, 72.0))
 
-SPEED_PX = {"slowly": 1.0, "steadily": 2.5, "quickly": 6.0}  # a frame
+SPEED_PX = {"slowly": 1.0, "steadily": 2.5, "quickly": 6.0}  # per frame
 TRAVEL_FRAMES = {"slowly": (14, 18), "steadily": (11, 13), "quickly": (7, 9)}
 TRANSIENT_FRAMES = (1, 1, 1, 2, 2, 3)
 TRANSIENT_SHARE = 0.6
@@ -27,19 +27,20 @@ BLINK_FRAMES = 2
 
 @dataclass
 class Cast:
-    """Objects that differ in shape and in colour, so that either names one. The last may be unseen: a wrong option."""
+    """Objects that differ in shape and in colour, so that either names one. Those not taken serve as wrong options."""
 
     names: list[tuple[str, str]]
 
     def take(self) -> tuple[str, str]:
+        """Return the shape and colour of an object that has not been taken yet."""
         return self.names.pop()
 
 
 def make_scene(seed: int, kind: str | None = None, level: int = 1) -> Scene:
-    """The scene of a seed; the same seed gives the same scene on every machine.
+    """Return the scene of a seed, the same one on every machine. ``kind``: one of ``KINDS``, by default a random one.
 
-    Level 1 is what the bundled model is trained on: 4 or 5 s at 8 frames a second. Level 2 has the same events in clips
-    of 6 to 60 s at 12 to 30 frames a second, under a camera that may sway, and is for stronger models.
+    Level 1 is what the bundled model is trained on: 4 or 5 s at 8 frames per second. Level 2 has the same events in clips
+    of 6 to 60 s at 12 to 30 frames per second, with a camera that may sway, and is meant for stronger models.
     """
     rng = np.random.default_rng(seed)
     kind = kind or KINDS[rng.choice(len(KINDS), p=(0.28, 0.2, 0.22, 0.15, 0.15))]
@@ -57,7 +58,7 @@ def make_scene(seed: int, kind: str | None = None, level: int = 1) -> Scene:
 
 
 def _refine(scene: Scene, rng: Generator) -> Scene:
-    """The same events at a higher frame rate, the transient object in 1 to 5 frames of it, the camera swaying."""
+    """The same events at a higher frame rate, with the transient object in 1 to 5 of its frames, under a swaying camera."""
     fps = int(LONG_FPS[rng.integers(len(LONG_FPS))])
     ticks = np.arange(scene.num_frames * fps // FPS) * (FPS / fps)
     nearest = np.minimum(ticks.astype(int), scene.num_frames - 1)
@@ -68,7 +69,7 @@ def _refine(scene: Scene, rng: Generator) -> Scene:
     for thing in scene.things:
         known = np.arange(scene.num_frames)
         x, y = (np.interp(ticks, known, thing.centre[:, axis]) for axis in (0, 1))
-        # Between two shots an object jumps; it must not glide there.
+        # Between two shots an object jumps; it must not glide.
         jumps = np.abs(np.diff(thing.centre, axis=0)).max(1) > 2 * max(SPEED_PX.values())
         hold = np.append(jumps, False)[nearest]
         moved = np.where(hold[:, None], thing.centre[nearest], np.stack([x, y], -1))
@@ -91,22 +92,28 @@ def _refine(scene: Scene, rng: Generator) -> Scene:
 
 
 def random_background(rng: Generator) -> Background:
-    """A dull background with one of the textures, sometimes graded, sometimes drifting."""
+    """Return a dull background with one of the textures, sometimes with a gradient, sometimes drifting."""
     texture = TEXTURES[rng.integers(len(TEXTURES))]
     base = rng.uniform(45, 85)
-    rgb = tuple(float(v) for v in base + rng.uniform(-15, 15, 3))
-    gradient = (0.0, 0.0) if rng.random() < 0.5 else tuple(float(v) for v in rng.uniform(-25, 25, 2))
-    drift = tuple(float(v) for v in rng.uniform(-0.8, 0.8, 2)) if rng.random() < 0.25 else (0.0, 0.0)
+    red, green, blue = (float(v) for v in base + rng.uniform(-15, 15, 3))
+    gradient = (0.0, 0.0) if rng.random() < 0.5 else _pair(rng, 25)
+    drift = _pair(rng, 0.8) if rng.random() < 0.25 else (0.0, 0.0)
     return Background(
         texture,
-        rgb,  # type: ignore[arg-type]
+        (red, green, blue),
         float(rng.uniform(16, 26)),
         float(rng.uniform(11, 15)),
         bool(rng.random() < 0.5),
-        gradient,  # type: ignore[arg-type]
-        drift,  # type: ignore[arg-type]
+        gradient,
+        drift,
         rng.choice([-1.0, 0.0, 1.0], (48, 48)),
     )
+
+
+def _pair(rng: Generator, most: float) -> tuple[float, float]:
+    """Two numbers between ``-most`` and ``most``."""
+    x, y = rng.uniform(-most, most, 2)
+    return float(x), float(y)
 
 
 def _one_shot(scene: Scene, rng: Generator) -> None:
@@ -116,7 +123,7 @@ def _one_shot(scene: Scene, rng: Generator) -> None:
 def _thing(
     scene: Scene, cast: Cast, rng: Generator, at: tuple[float, float], start: int = 0, end: int | None = None
 ) -> Thing:
-    """A still object at ``at``, seen from frame ``start`` to ``end``."""
+    """Add a still object at ``at`` that is visible from frame ``start`` to ``end``."""
     shape, colour = cast.take()
     n = scene.num_frames
     visible = np.zeros(n, bool)
@@ -146,7 +153,7 @@ def _stay(thing: Thing) -> None:
 
 
 def _slide(thing: Thing, rng: Generator, start: int) -> None:
-    """Straight along an axis, somewhere inside the frame."""
+    """Move straight along an axis, inside the frame."""
     direction = DIRECTIONS[rng.integers(4)]
     speed = list(SPEED_PX)[rng.integers(3)]
     n = len(thing.centre)
@@ -192,7 +199,7 @@ def _move(thing: Thing, rng: Generator, start: int) -> None:
 
 
 def _make_motion(scene: Scene, cast: Cast, rng: Generator) -> None:
-    """One to four objects, each doing its own."""
+    """One to four objects, each with its own motion."""
     _one_shot(scene, rng)
     count = int(rng.integers(1, 5))
     for at in _corners(rng, count):
@@ -202,7 +209,7 @@ def _make_motion(scene: Scene, cast: Cast, rng: Generator) -> None:
 
 
 def _make_cut(scene: Scene, cast: Cast, rng: Generator) -> None:
-    """Two shots of two objects; one object is in both."""
+    """Two shots of two objects each; one object is in both."""
     n = scene.num_frames
     cut = int(rng.integers(round(0.35 * n), round(0.65 * n)))
     scene.shots = [Shot(0, cut, random_background(rng)), Shot(cut, n, random_background(rng))]
@@ -232,9 +239,9 @@ def _make_hit(scene: Scene, cast: Cast, rng: Generator) -> None:
     speed, frames = 2.5, np.arange(n)
 
     def at(along: float, place: float) -> tuple[float, float]:
-        """``along`` counts in the direction of motion."""
+        """A place on the lane ``place``; ``along`` is measured in the direction of motion."""
         signed = along if step.sum() > 0 else SIDE - along
-        return tuple(np.abs(step) * signed + across * place)  # type: ignore[return-value]
+        return tuple(np.abs(step) * signed + across * place)
 
     target = _thing(scene, cast, rng, at(rng.uniform(44, 50), lane))
     pair = [_thing(scene, cast, rng, (0.0, 0.0)) for _ in range(2)]
@@ -261,7 +268,7 @@ def _make_hit(scene: Scene, cast: Cast, rng: Generator) -> None:
 
 
 def _make_order(scene: Scene, cast: Cast, rng: Generator) -> None:
-    """Three objects come one after the other."""
+    """Three objects appear one after the other."""
     _one_shot(scene, rng)
     n = scene.num_frames
     times = np.sort(rng.choice(np.arange((n - 2) // 6), 3, replace=False)) * 6 + rng.integers(1, 3, 3)
@@ -270,7 +277,7 @@ def _make_order(scene: Scene, cast: Cast, rng: Generator) -> None:
         thing = _thing(scene, cast, rng, places[index], start=int(times[rank]))
         thing.facts["rank"] = rank
         _place_fact(thing)
-    rng.shuffle(scene.things)  # type: ignore[arg-type]
+    rng.shuffle(scene.things)
     scene.facts["num_objects"] = 3
 
 
@@ -290,7 +297,7 @@ def _make_repeat(scene: Scene, cast: Cast, rng: Generator) -> None:
 
 
 def _add_transient(scene: Scene, cast: Cast, rng: Generator) -> None:
-    """A rimmed object for one to three frames, over everything else."""
+    """An outlined object, in front of everything else, for one to three frames."""
     n = scene.num_frames
     length = int(TRANSIENT_FRAMES[rng.integers(len(TRANSIENT_FRAMES))])
     start = int(rng.integers(2, n - length - 1))

@@ -1,4 +1,4 @@
-"""The bundled model's tokenizer: bytes, so that any text is lossless, with merges for the words of its world."""
+"""The bundled model's tokenizer: bytes, so that any text survives, with merges for the words of its world."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Bytes and merges take the ids before these.
+# Bytes and merges have the ids below these.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -21,7 +21,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# As the released models': a default system line, then turns; a video stands where it is listed.
+# As in the released models: a default system line, then turns; a video goes where it is listed.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# One token each: what stands around every question and every option.
+# One token each: the text around every question and every option.
 FRAME_PIECES = (
     "\nOptions:\nA. ",
     *(f"\n{letter}. " for letter in "BCDEFGH"),
@@ -42,13 +42,13 @@ FRAME_PIECES = (
     "user\n",
     "assistant\n",
 )
-# Merges stay inside these pieces: a frame, a word with the space before it, a digit, a run of spaces or of signs.
+# Merges stay within these pieces: a frame piece, a word with the space before it, a digit, a run of spaces or symbols.
 PIECES = "|".join([*map(re.escape, FRAME_PIECES), r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+"])
 MAX_VOCABULARY = 1024
 
 
 def make_tokenizer(corpus: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges come from ``corpus``; the same corpus gives the same tokenizer."""
+    """Return a byte-level BPE with merges learned from ``corpus``. The same corpus gives the same tokenizer."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

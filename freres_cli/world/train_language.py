@@ -1,4 +1,4 @@
-"""The bundled model's language half, trained on questions about made clips, on top of its frozen tower."""
+"""The bundled model's language half, trained on questions about generated clips, on top of its frozen tower."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ FIRST_SEED = 10**7
 LEARNING_RATE = 2e-3
 MUON_FACTOR = 1
 WARM_UP_STEPS = 60
-NEW_CLIPS = 3  # a step
-CAPACITY = 1600  # clips in memory: each is seen a few times, under different views
+NEW_CLIPS = 3  # per step
+CAPACITY = 1600  # clips in memory; each is seen a few times, in different views
 NOISE = 3.0  # grey levels
 LOG_EVERY, SAVE_EVERY = 20, 50
 # Motion is the hardest to learn, then counting flashes.
 KINDS_SHOWN = ("motion", "repeat", "hit", "motion", "order", "repeat", "motion", "cut", "repeat", "motion")
-OBJECT_TOKENS = (130, 240)  # about as many a clip in the view of objects
-SAME_CATEGORY = 4  # questions of one category a clip, so that rare ones count
-SCORED = 200  # latest answers that a running score is of
-KNOWN = 0.9  # a category that is right this often is asked once a clip
+OBJECT_TOKENS = (130, 240)  # per clip in the view of objects, roughly
+SAME_CATEGORY = 4  # most questions of one category per clip, so that rare categories count
+SCORED = 200  # a running score is over this many answers
+KNOWN = 0.9  # a category that is right this often is asked once per clip
 FIRST_CLIPS = 320
-TRACED = {0: 5, 3: len(TRACES)}  # after which layer, and how many of the traces
+TRACED = {0: 5, 3: len(TRACES)}  # layer: how many of the traces are read after it
 TRACE_WEIGHT = 3.0
-MOTION_WEIGHT = 4.0  # of the traces of motion among the others: most objects stand still
-END_WEIGHT = 0.1  # of the end-of-turn token in the loss: it is nearly always right
+MOTION_WEIGHT = 4.0  # of the traces of motion against the others: most objects stand still
+END_WEIGHT = 0.1  # of the end-of-turn token in the loss; it is nearly always right
 
 
 @dataclass
 class EncodedClip:
-    """In main memory. ``latents``: (T, cells, D) float16. ``present``, ``brief``: (T, cells) whether an object is there, and
-    one that is there or white only for a moment. ``traces``: (T, cells, 13), ``labels.TRACES``, NaN where unknown."""
+    """A clip in main memory. ``latents``: (T, cells, D) float16. ``present``: (T, cells), whether there is an object.
+    ``brief``: (T, cells), whether there is one that is visible or white only for a moment. ``traces``: (T, cells, 13),
+    ``labels.TRACES``, NaN where unknown."""
 
     seed: int
     latents: Tensor
@@ -62,7 +63,10 @@ class EncodedClip:
 
 @torch.no_grad()
 def encode_clips(tower: Any, seeds: Sequence[int], grid: int, device: torch.device) -> list[EncodedClip]:
-    """Draw and encode the scenes of some seeds, with as much noise as an encoder leaves."""
+    """Return the clips of some ``seeds``, drawn and encoded, with about as much noise as a video encoder leaves.
+
+    ``tower``: the vision tower, on ``device``. ``grid``: tokens per side of a frame.
+    """
     scenes = [make_scene(seed, KINDS_SHOWN[seed % len(KINDS_SHOWN)]) for seed in seeds]
     clips = []
     for seed, scene, frames in zip(seeds, scenes, draw_scenes(scenes, device=device), strict=True):
@@ -76,13 +80,13 @@ def encode_clips(tower: Any, seeds: Sequence[int], grid: int, device: torch.devi
     return clips
 
 
-# How a training example thins its clip, and how many clips of each make a batch.
+# How a training example thins its clip, and how many clips make a batch of each.
 VIEWS = {"all": 6, "random": 10, "objects": 16, "frames": 10, "merged": 10, "pooled": 16}
-BRIEF = ("moment", "instant", "briefly", "white")  # questions whose evidence may lie in the frames left out
+BRIEF = ("moment", "instant", "briefly", "white")  # questions whose evidence may be in the frames left out
 
 
 def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
-    """Tokens of a clip as some compression might leave them; positions of merged tokens are those of their centres."""
+    """Return the tokens of a clip as some compression might leave them. Merged tokens are placed at their centres."""
     t, cells, width = clip.latents.shape
     latents = clip.latents.float()
     frame, cell = torch.meshgrid(torch.arange(t), torch.arange(cells), indexing="ij")
@@ -100,7 +104,7 @@ def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
     if name == "random":
         keep = torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.2, 0.7))
     elif name == "objects":
-        # Most compression keeps what stands out.
+        # Most compression methods keep what stands out.
         share = rng.uniform(*OBJECT_TOKENS) / max(1, int(clip.present.sum()))
         keep = clip.present & torch.from_numpy(rng.random(keep.shape) < share)
         keep |= clip.brief
@@ -112,7 +116,7 @@ def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
 
 
 def _pool(x: Tensor, grid: int) -> Tensor:
-    """(T, grid*grid, C) -> means of blocks of 2x2."""
+    """(T, grid*grid, C) -> means of 2x2 blocks."""
     t, _, channels = x.shape
     half = grid // 2
     return x.view(t, half, 2, half, 2, channels).mean((2, 4)).flatten(1, 2)
@@ -128,6 +132,7 @@ class Prompts:
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def ids(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
         if text not in self._ids:
             if len(self._ids) > 200_000:
                 self._ids.clear()
@@ -135,15 +140,20 @@ class Prompts:
         return self._ids[text]
 
     def question(self, text: str) -> list[int]:
+        """Return the token ids between the video and the answer to a question."""
         return self.ids(f"<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def choose_questions(
     clip: EncodedClip, view: str, count: int, rng: Generator, prompts: Prompts, known: Set[str] = frozenset()
 ) -> list[Item]:
-    """``count`` questions whose evidence the view holds, at most some of each category, one of those ``known``."""
+    """Return up to ``count`` random questions about ``clip`` whose evidence the ``view`` holds.
+
+    At most ``SAME_CATEGORY`` of a category are asked, and one of a category in ``known``. ``rng``: picks them.
+    ``prompts``: turns them into ids.
+    """
     by_category: dict[str, int] = defaultdict(int)
-    items = []
+    items: list[Item] = []
     for index in rng.permutation(len(clip.questions)):
         question = clip.questions[index]
         most = 1 if question.category in known else SAME_CATEGORY
@@ -157,11 +167,14 @@ def choose_questions(
 
 
 class Tracer(nn.Module):
-    """Reads what is where, when and how it moves off the visual tokens in the decoder; thrown away after training.
+    """Reads from the visual tokens in the decoder what is where, when and how it moves. Discarded after training.
 
-    Ours: questions alone say too little of positions, which the tower cannot know, for a small model to learn them soon.
-    Places are wanted after the first layer, so that every later one can use them; what an object has done takes three more.
+    Ours: questions alone say too little about positions, which the tower cannot know, for a small model to learn them
+    quickly. Places are read after the first layer, so that every later layer can use them; what an object has done is
+    read three layers later.
     """
+
+    weights: Tensor
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
@@ -177,7 +190,7 @@ class Tracer(nn.Module):
         self._hidden[layer] = output[0] if isinstance(output, tuple) else output
 
     def loss(self, batch: Pack) -> Tensor:
-        """Mean over what is known, of the batch last run."""
+        """Return the loss of the batch that was run last, averaged over what is known."""
         total = torch.zeros((), device=batch.traces.device)
         for layer, num_traces in TRACED.items():
             hidden = self._hidden.pop(layer)[batch.is_video]
@@ -191,23 +204,28 @@ class Tracer(nn.Module):
 
 
 class ClipBuffer:
-    """The newest encoded clips; each is seen a few times under different views."""
+    """The newest encoded clips. Each is seen a few times, in different views.
+
+    ``tower``, ``grid``, ``device``: as for ``encode_clips``. ``first_seed``: seed of the first clip; seeds count up.
+    """
 
     def __init__(self, tower: Any, grid: int, device: torch.device, first_seed: int) -> None:
         self.tower, self.grid, self.device, self.next_seed = tower, grid, device, first_seed
         self.clips: deque[EncodedClip] = deque(maxlen=CAPACITY)
 
     def add(self, count: int) -> None:
+        """Encode ``count`` new clips. Beyond ``CAPACITY`` the oldest are dropped."""
         seeds = range(self.next_seed, self.next_seed + count)
         self.clips.extend(encode_clips(self.tower, seeds, self.grid, self.device))
         self.next_seed += count
 
     def draw(self, count: int, rng: Generator) -> list[EncodedClip]:
+        """Return ``count`` different random clips."""
         return [self.clips[i] for i in rng.choice(len(self.clips), count, replace=False)]
 
 
 def view_shares(progress: float) -> tuple[float, ...]:
-    """How often each view is drawn: short ones first, whole clips more and more."""
+    """Return how often each view is drawn: at first mostly short ones, later more and more whole clips."""
     if progress < 0.3:
         return (0.0, 0.0, 0.9, 0.1, 0.0, 0.0)
     if progress < 0.75:
@@ -216,12 +234,12 @@ def view_shares(progress: float) -> tuple[float, ...]:
 
 
 def questions_a_clip(progress: float) -> int:
-    """Few while the traces are learnt, which most answers need."""
+    """Return the questions per clip: few while the traces are being learned, which most answers need."""
     return 3 if progress < 0.1 else 8
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Warm-up, constant, then linear to zero over the last third."""
+    """Return the factor on the learning rate: warm-up, constant, then linear to zero over the last third."""
     return min(1.0, (step + 1) / WARM_UP_STEPS, (num_steps - step) / (num_steps / 3))
 
 
@@ -236,8 +254,12 @@ def train_language(
     log: Callable[[str], None],
     seed: int = 0,
 ) -> None:
-    """Train ``decoder`` in place, the tower frozen. ``checkpoint`` is written as it goes, and continued from where it
-    exists; the clips in memory then are made anew."""
+    """Train ``decoder`` in place, on top of the frozen ``tower``.
+
+    ``tokenizer``: the decoder's. ``grid``: tokens per side of a frame. ``num_steps``: step to train up to. ``checkpoint``:
+    state file, written every ``SAVE_EVERY`` steps; if it exists, training resumes from it, with new clips in memory.
+    ``device``: of both halves. ``log``: receives lines of progress. ``seed``: another one gives other clips.
+    """
     prompts = Prompts(tokenizer)
     use_packed_attention(decoder)
     tracer = Tracer(decoder).to(device)
@@ -287,7 +309,7 @@ def _train_step(
     known: Set[str],
     seed: int,
 ) -> tuple[float, float, list[tuple[str, bool]]]:
-    """Leave the gradients of one batch; return both its losses and which answers began right."""
+    """Compute the gradients of one batch. Return its two losses, and which answers started right."""
     rng = np.random.default_rng([step, 3, seed])
     buffer.add(NEW_CLIPS)
     progress = step / num_steps

@@ -1,4 +1,4 @@
-"""The bundled model's vision tower, trained on dense labels of made frames: what is where, for every token."""
+"""The bundled model's vision tower, trained on dense labels of generated frames: what is where, for every token."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LEARNING_RATE = 2e-3
 MUON_FACTOR = 4
 WARM_UP_STEPS = 100
 LOG_EVERY, SAVE_EVERY = 25, 200
-NOISE = 4.0  # grey levels: as much as an encoder leaves
+NOISE = 4.0  # grey levels, about as much as a video encoder leaves
 
 
 class DenseHead(nn.Module):
-    """Reads the labels off each token; thrown away after training."""
+    """Reads the labels from each token. Discarded after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class DenseHead(nn.Module):
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def loss(self, tokens: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """``tokens`` (n, rows, columns, D) and ``labels.dense_labels`` of them -> loss, and how right each label is."""
+        """Return the loss of ``tokens`` (n, rows, columns, D) on their ``dense_labels``, and the accuracy of each label."""
         present_logit, place, *logits = self.linear(tokens).split(self.sizes, dim=-1)
         present = labels["present"]
         loss = F.binary_cross_entropy_with_logits(present_logit[..., 0], present.float())
@@ -54,8 +54,11 @@ class DenseHead(nn.Module):
 
 
 def to_patches(frames: Tensor, patch_px: int, merge: int, steps: int) -> Tensor:
-    """(n, h, w, 3) in 0..255 -> the tower's rows in [-1, 1], in the order of ``qwen_vision.patches``; takes noisy
-    frames too."""
+    """Return ``frames`` (n, h, w, 3) in 0..255 as the tower's rows in [-1, 1], in the order of ``qwen_vision.patches``.
+
+    Frames may be floats, with noise. ``patch_px``: side of a patch. ``merge``: patches per side of a token. ``steps``:
+    frames in a patch, all the same one here.
+    """
     n, h, w, _ = frames.shape
     rows, columns = h // (patch_px * merge), w // (patch_px * merge)
     cells = (frames.float() / 127.5 - 1).view(n, rows, merge, patch_px, columns, merge, patch_px, 3)
@@ -64,7 +67,7 @@ def to_patches(frames: Tensor, patch_px: int, merge: int, steps: int) -> Tensor:
 
 
 def run_tower(tower: Any, frames: Tensor) -> Tensor:
-    """(n, h, w, 3) in 0..255 -> (n, rows, columns, D)."""
+    """Return the latents of ``frames`` (n, h, w, 3) in 0..255: (n, rows, columns, D)."""
     config = tower.config
     patch, merge = config.patch_size, config.spatial_merge_size
     n, h, w, _ = frames.shape
@@ -84,7 +87,12 @@ def train_tower(
     log: Callable[[str], None],
     seed: int = 0,
 ) -> None:
-    """Train ``tower`` in place. ``checkpoint`` is written as it goes, and continued from where it exists."""
+    """Train ``tower`` in place.
+
+    ``width``: D. ``grid``: tokens per side of a frame. ``num_steps``: step to train up to. ``checkpoint``: state file,
+    written every ``SAVE_EVERY`` steps; if it exists, training resumes from it. ``device``: of the tower. ``log``:
+    receives lines of progress. ``seed``: another one gives other frames and another head.
+    """
     use_attention(tower, PACKED_FRAMES)
     torch.manual_seed(seed)
     head = DenseHead(width).to(device)
@@ -121,7 +129,7 @@ def train_tower(
 
 
 def _make_batch(step: int, grid: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """Noisy frames (n, h, w, 3) and their labels; the same for the same step."""
+    """Noisy frames (n, h, w, 3) and their labels, the same ones for the same step."""
     scenes = [make_stills(step * SCENES_A_STEP + i) for i in range(SCENES_A_STEP)]
     frames = torch.cat(draw_scenes(scenes, device=device)).float()
     generator = torch.Generator().manual_seed(step)

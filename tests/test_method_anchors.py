@@ -1,0 +1,91 @@
+"""Anchor frames: which tokens stay, where anchors are placed, and what counts as an event."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from freres_cli.method.anchors import EventDetector, anchor_schedule, prune_order, spread_order
+from tests.compressed_clips import smooth_clip
+
+
+def test_block_pruning_drops_the_weakest_token_of_every_3x3_block():
+    x = torch.randn(24, 24, 8, generator=torch.Generator().manual_seed(3))
+    kept = set(prune_order(x, 8)[:512].tolist())
+    energy = x.square().sum(-1)
+    for top, left in itertools.product(range(0, 24, 3), repeat=2):
+        block = energy[top : top + 3, left : left + 3].flatten()
+        weakest = int(block.argmin())
+        index = (top + weakest // 3) * 24 + left + weakest % 3
+        assert index not in kept
+    assert len(kept) == 512
+
+
+@pytest.mark.parametrize("grid", [(24, 24), (9, 9), (4, 4), (5, 7), (1, 1), (2, 11)])
+def test_prune_order_is_a_permutation_and_shares_loss_over_blocks(grid):
+    x = torch.randn(*grid, 4)
+    order = prune_order(x, 4)
+    assert sorted(order.tolist()) == list(range(grid[0] * grid[1]))
+    half = set(order[: grid[0] * grid[1] // 2].tolist())
+    for top, left in itertools.product(range(0, grid[0], 3), range(0, grid[1], 3)):
+        block = [
+            r * grid[1] + c for r in range(top, min(top + 3, grid[0])) for c in range(left, min(left + 3, grid[1]))
+        ]
+        assert abs(len(half & set(block)) - len(block) / 2) <= 1
+
+
+def test_ties_keep_raster_order():
+    assert prune_order(torch.ones(3, 3, 2), 2).tolist() == list(range(9))
+
+
+def test_schedule_is_even_and_starts_at_the_first_frame():
+    for num_frames, num_anchors in [(16, 8), (64, 8), (1800, 60), (7, 3), (5, 5), (1, 1)]:
+        schedule = anchor_schedule(num_frames, num_anchors)
+        gaps = [b - a for a, b in itertools.pairwise([*schedule, num_frames])]
+        assert schedule[0] == 0 and len(schedule) == num_anchors and max(gaps) - min(gaps) <= 1
+
+
+def test_every_prefix_of_the_spread_order_is_spread():
+    for count in (1, 2, 5, 8, 60):
+        order = spread_order(count)
+        assert sorted(order) == list(range(count))
+        for length in range(2, count + 1):
+            chosen = sorted(order[:length])
+            gaps = [b - a for a, b in itertools.pairwise([*chosen, count])]
+            assert max(gaps) <= 4 * count / length + 1
+
+
+def test_cuts_are_found_and_drift_is_not():
+    a, b = smooth_clip(30, (6, 6), seed=1), smooth_clip(30, (6, 6), seed=2)
+    detector = EventDetector(None)
+    events = [i for i, frame in enumerate(torch.cat([a, b])) if detector.observe(frame)[1]]
+    assert events == [30]
+
+
+def test_a_shared_component_does_not_hide_a_cut():
+    common = 50.0 * torch.randn(16, generator=torch.Generator().manual_seed(5))
+    clip = torch.cat([smooth_clip(30, (6, 6), seed=1), smooth_clip(30, (6, 6), seed=2)]) + common
+    raw = torch.nn.functional.cosine_similarity(clip[29].flatten(), clip[30].flatten(), dim=0)
+    assert raw > 0.99, "the raw distance hides the cut"
+    detector = EventDetector(None)
+    assert [i for i, frame in enumerate(clip) if detector.observe(frame)[1]] == [30]
+
+
+def test_still_frames_are_not_events_and_among_cuts_none_stands_out():
+    detector = EventDetector(None)
+    assert not any(detector.observe(torch.ones(4, 4, 8))[1] for _ in range(20))
+    detector = EventDetector(None)
+    generator = torch.Generator().manual_seed(0)
+    noise = [detector.observe(torch.randn(8, 8, 8, generator=generator))[1] for _ in range(40)]
+    assert sum(noise) <= 1
+
+
+def test_a_whip_pan_is_one_event():
+    detector = EventDetector(None)
+    background = 1.5 * (smooth_clip(1, (6, 6), seed=9)[0] - 3.0)
+    clip = [*smooth_clip(20, (6, 6)), *(torch.roll(smooth_clip(1, (6, 6))[0], s, 1) for s in range(1, 6))]
+    distances, events = zip(*(detector.observe(background + frame) for frame in clip), strict=True)
+    assert min(distances[20:]) > 0.2, "every step of the pan is long"
+    assert [i for i, is_event in enumerate(events) if is_event] == [20]
