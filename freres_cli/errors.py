@@ -38,7 +38,7 @@ class FreresError(Exception):
 
 
 class UsageError(FreresError):
-    """A flag, argument or combination of them that cannot be carried out."""
+    """A flag, argument or combination of them that cannot be carried out, or an output that cannot be written."""
 
     exit_status = ExitStatus.USAGE
 

@@ -13,6 +13,8 @@ import yaml
 
 from freres_cli.errors import PresetError
 
+# The model that ships with freres, and its preset.
+BUNDLED = "bundled"
 VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct")
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from freres_cli.records import TOKEN_KINDS
+from freres_cli.records import TOKEN_KINDS, VideoTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,6 +216,14 @@ class Tracks:
     def num_tokens_by_kind(self) -> dict[str, int]:
         """Return how many tokens of each kind these tracks give, whatever the variant."""
         return {kind: self._num_rows(table) for kind, table in TABLE_OF_KIND.items()}
+
+
+def count_by_kind(content: Tracks | VideoTokens) -> dict[str, int]:
+    """Return how many visual tokens of each kind there are."""
+    if isinstance(content, Tracks):
+        return content.num_tokens_by_kind()
+    counts = content.kind.to("cpu").bincount(minlength=len(TOKEN_KINDS)).tolist()
+    return dict(zip(TOKEN_KINDS, counts, strict=True))
 
 
 def _require(condition: bool, what: str) -> None:

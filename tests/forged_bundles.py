@@ -18,7 +18,7 @@ from freres_cli.method.compress import compress_latents
 from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import load_settings
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import Tracks, count_by_kind
 
 BUDGET = 300
 WIDTH = 16
@@ -106,13 +106,15 @@ def make_tokens(latents: Tensor, budget_tokens: int = BUDGET) -> VideoTokens:
 def manifest_for(content: Tracks | VideoTokens, **sections: Any) -> dict[str, Any]:
     """``MANIFEST`` with the geometry of this content, and with other ``sections``."""
     geometry = {"width": content.width, "grid": list(content.grid), "pooled_grid": None, **FRAMES}
-    manifest = {**MANIFEST, "geometry": geometry}
+    by_kind = count_by_kind(content)
+    counts = {"tokens_by_kind": by_kind, "visual_tokens": sum(by_kind.values())}
+    manifest = {**MANIFEST, "geometry": geometry, "tokens": {**MANIFEST["tokens"], **counts}}
     if isinstance(content, Tracks):
         geometry["pooled_grid"] = list(content.pooled_grid)
     else:
         only_tracks = ("num_gops", "num_coefficients", "cuts_found", "cuts_not_honoured")
         manifest["settings"] = {**MANIFEST["settings"], "method": {"value": "uniform", "source": "flag"}}
-        manifest["tokens"] = {**MANIFEST["tokens"], **dict.fromkeys(only_tracks)}
+        manifest["tokens"] |= dict.fromkeys(only_tracks)
     return {**manifest, **sections}
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.pipeline.models import ModelSource
 from freres_cli.pipeline.planning import CompressOptions
-from freres_cli.presets import load_settings
+from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.world.clip import make_clip
 from tests.runner import run_freres
 from tests.tiny_models import CPU, make_qwen2_vl

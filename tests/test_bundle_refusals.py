@@ -185,9 +185,19 @@ def test_forged_settings_are_refused(tmp_path, tracks, key, value):
         read_bundle(tmp_path / "b.pt")
 
 
-@pytest.mark.parametrize("changes", [None, {"full_tokens": "many"}, {"full_tokens": 0}, {"visual_tokens": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        None,
+        {"full_tokens": "many"},
+        {"full_tokens": 0},
+        {"visual_tokens": 0},
+        {"visual_tokens": 299},
+        {"tokens_by_kind": {"anchor": 300, "dynamic": 0, "static": 0, "summary": 0}},
+    ],
+)
 def test_forged_counts_are_refused(tmp_path, tracks, changes):
-    tokens = {} if changes is None else {**MANIFEST["tokens"], **changes}
+    tokens = {} if changes is None else {**manifest_for(tracks)["tokens"], **changes}
     forge(tmp_path / "b.pt", tracks, tracks.tensors(), tokens=tokens)
     with pytest.raises(BundleError, match="damaged bundle"):
         read_bundle(tmp_path / "b.pt")

@@ -149,7 +149,7 @@ def test_every_unit_has_a_floor() -> None:
         ("from freres_cli.bundle.store import read_bundle", "freres_cli.video.decode"),
         ("from freres_cli import presets", "freres_cli.records"),
         ("def f():\n    from freres_cli.workflows import ask", "freres_cli.method.dct"),
-        ("if TYPE_CHECKING:\n    from freres_cli.records import Tracks", "freres_cli.errors"), 
+        ("if TYPE_CHECKING:\n    from freres_cli.records import Tracks", "freres_cli.errors"),
         ("from ..bundle import store", "freres_cli.video.decode"),
         ("from .. import bundle", "freres_cli.video.decode"),
         ("LAZY = 'freres_cli.backbones.qwen2_vl:Encoder'", "freres_cli.method.dct"),

@@ -34,7 +34,10 @@ def describe(part: dict[str, float]) -> str:
 def draw_chart() -> str:
     """The picture of the first screen."""
     rows = read_rows()
-    lines = [f"{'':<12}{'at a quarter of the tokens':<61}at a tenth", f"{'all tokens':<12}{describe(rows['full', None])}"]
+    lines = [
+        f"{'':<12}{'at a quarter of the tokens':<61}at a tenth",
+        f"{'all tokens':<12}{describe(rows['full', None])}",
+    ]
     for method, name in NAMES.items():
         lines.append(f"{name:<12}{describe(rows[method, 0.25]):<61}{describe(rows[method, 0.1])}")
     return "\n".join(lines)
@@ -55,7 +58,7 @@ def test_the_cost_of_many_clips_is_the_measured_one() -> None:
 
 
 def test_verbs_and_flags_exist() -> None:
-    blocks = re.findall(r"(?ms)^```\n(.*?)^```", README) + [re.sub(r"(?m)^    ", "", README)]
+    blocks = [*re.findall(r"(?ms)^```\n(.*?)^```", README), re.sub(r"(?m)^    ", "", README)]
     lines = [line.partition("#")[0] for block in blocks for line in block.splitlines() if line.startswith("freres ")]
     assert len(lines) > 20
     for line in lines:

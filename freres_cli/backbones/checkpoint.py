@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from freres_cli.backbones.hub import CONFIG_FILES, INDEX_FILE, OFFLINE_HINT, SINGLE_FILE, fetch
 from freres_cli.errors import BackboneError
-
-BUNDLED = "bundled"
+from freres_cli.presets import BUNDLED
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

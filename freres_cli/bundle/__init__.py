@@ -1,1 +1,1 @@
-"""tracks <-> bundle.pt."""
+"""What is kept of a clip <-> bundle.pt; and adapter files."""

@@ -92,8 +92,9 @@ def read_settings(
 ) -> dict[str, dict[str, Any]]:
     """Return value and source of each setting; settings that were added after this schema version have their default.
 
-    ``stored``: the settings of the manifest. ``rules``: the settings that the schema version has, with their legal values. ``defaults``: the value of those that a
-    bundle of this version may lack. ``where``: the file. Raises ``BundleError`` for one that is missing or illegal.
+    ``stored``: the settings of the manifest. ``rules``: the settings that the schema version has, with their legal
+    values. ``defaults``: the value of those that a bundle of this version may lack. ``where``: the file. Raises
+    ``BundleError`` for one that is missing or illegal.
     """
     read: dict[str, dict[str, Any]] = {}
     for key, rule in rules.items():
@@ -103,10 +104,10 @@ def read_settings(
         if setting["value"] is REQUIRED:
             raise damaged(where, f"the manifest lacks settings.{key}")
         try:
-            check_rule(key, rule, setting["value"], "settings")
+            value = check_rule(key, rule, setting["value"], "settings")
         except PresetError as error:
             raise damaged(where, error.message) from error
-        read[key] = dict(setting)
+        read[key] = {**setting, "value": value}
     return read
 
 

@@ -18,7 +18,7 @@ from freres_cli.bundle import version_1, version_2
 from freres_cli.bundle.checks import damaged
 from freres_cli.errors import BundleError
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import Tracks, count_by_kind
 
 FORMAT = "freres.bundle"
 READERS = {1: version_1, 2: version_2}
@@ -97,7 +97,15 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks |
     stored = _decode_manifest(text, where)
     _check_tensors(tensors, stored["tensors"], reader.DTYPES, where)
     manifest = reader.read_manifest(stored, where)
-    return version, manifest, reader.read_content(manifest, tensors, where)
+    content = reader.read_content(manifest, tensors, where)
+    _check_counts(manifest["tokens"], count_by_kind(content), where)
+    return version, manifest, content
+
+
+def _check_counts(told: Mapping[str, Any], by_kind: Mapping[str, int], where: str) -> None:
+    """The counts of the manifest are those of the tensors."""
+    if told["tokens_by_kind"] != by_kind or told["visual_tokens"] != sum(by_kind.values()):
+        raise damaged(where, f"tokens: expected {dict(by_kind)}, got {told['tokens_by_kind']}"[:200])
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -114,8 +122,8 @@ def _decode_manifest(text: str, where: str) -> dict[str, Any]:
     for key, kind in SECTIONS.items():
         if not isinstance(manifest.get(key), kind):
             raise damaged(where, f"the manifest lacks {key!r}")
-    if not all(isinstance(step, dict) for step in manifest["history"]):
-        raise damaged(where, "history: expected a list of objects")
+    if not all(isinstance(step, dict) and isinstance(step.get("verb"), str) for step in manifest["history"]):
+        raise damaged(where, "history: expected a list of objects, each with its verb")
     return manifest
 
 

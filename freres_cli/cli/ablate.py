@@ -35,7 +35,9 @@ def ablate(
     ] = "0.5,0.25,0.1",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each adapter.")] = 500,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")
+    ] = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
     model: options.Model = None,

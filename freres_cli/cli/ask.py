@@ -22,6 +22,7 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.errors import FreresError, UsageError
+from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 def ask(
     bundle: options.BundlePath,
     question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="The question; - reads stdin; without it, a prompt loop opens.")
+        str | None,
+        typer.Argument(metavar="QUESTION", help="The question; - reads stdin; without it, a prompt loop opens."),
     ] = None,
     choices: Annotated[
         str | None,
@@ -87,12 +89,12 @@ def ask(
     if choices is not None:
         check_choices(listed)
     check_length((text or "", *listed))
+    check_revision(model, revision)
     from freres_cli.backbones.generation import Sampling
-    from freres_cli.pipeline.models import check_revision, find_device, find_dtype
+    from freres_cli.pipeline.models import find_device, find_dtype
     from freres_cli.pipeline.session import AskRequest, open_session
     from freres_cli.workflows.ask import read_queries
 
-    check_revision(model, revision)
     sampling = Sampling(temperature, top_p, seed)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
     rows = None if questions is None else read_queries(questions)

@@ -176,7 +176,10 @@ def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, An
         walls["a_command_each"].append(time.perf_counter() - start)
     ratios = [one / each for one, each in zip(walls["one_command"], walls["a_command_each"], strict=True)]
     return {
-        "commands": ["freres compress CLIPS/ -o BUNDLES/ --json", "freres compress CLIP -o BUNDLE --json, for each clip"],
+        "commands": [
+            "freres compress CLIPS/ -o BUNDLES/ --json",
+            "freres compress CLIP -o BUNDLE --json, for each clip",
+        ],
         "clips": f"{count} of freres world make --split test, 4 to 5 s at 8 fps",
         "warmup": 0,
         "runs": repeat,

@@ -23,7 +23,8 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.errors import UsageError
-from freres_cli.presets import parse_assignment
+from freres_cli.pipeline.choices import check_revision, choose_preset, find_bundle_method
+from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
 if TYPE_CHECKING:
     from freres_cli.pipeline.compressor import Compressor
@@ -191,13 +192,13 @@ def make_options(
     ``flags``: settings that were given. ``preset``, ``model``, ``revision``, ``method``, ``start``, ``end``, ``strict``,
     ``device``, ``dtype``, ``attn``: the flags of these names. Raises ``UsageError`` or ``PresetError``.
     """
-    from freres_cli.pipeline.models import make_source
-    from freres_cli.pipeline.planning import CompressOptions, choose_preset, find_bundle_method
-    from freres_cli.presets import load_settings
-
     find_bundle_method(method)
-    chosen = model or options.BUNDLED
+    chosen = model or BUNDLED
+    check_revision(chosen, revision)
     settings = load_settings(preset or choose_preset(chosen), flags)
+    from freres_cli.pipeline.models import make_source
+    from freres_cli.pipeline.planning import CompressOptions
+
     source = make_source(chosen, device, dtype, revision, attn)
     return CompressOptions(source, settings, method, start, end, strict)
 

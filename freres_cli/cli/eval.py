@@ -53,10 +53,10 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, and resume from them."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Start over if the output file holds something else.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start over if the output file holds something else.")] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")
+    ] = None,
     adapter: options.Adapter = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,

@@ -25,9 +25,7 @@ def inspect(
     tokens: Annotated[bool, typer.Option("--tokens", help="Add one row for each visual token.")] = False,
     absorber: Annotated[
         Path | None,
-        typer.Option(
-            "--absorber", metavar="FILE", help="Draw a PNG of what the absorber took from each cell."
-        ),
+        typer.Option("--absorber", metavar="FILE", help="Draw a PNG of what the absorber took from each cell."),
     ] = None,
     adapter: options.Adapter = None,
     force: options.Force = False,

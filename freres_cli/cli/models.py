@@ -25,7 +25,9 @@ def models(json: options.Json = False) -> None:
         _print_document(bundled)
         return
     size = f"{GRID**2} at {FRAME_PX}x{FRAME_PX}"
-    rows: list[tuple[str, ...]] = [("bundled", "qwen2_vl", size, "-", "-", "-", "ships with freres; only knows its own world")]
+    rows: list[tuple[str, ...]] = [
+        ("bundled", "qwen2_vl", size, "-", "-", "-", "ships with freres; knows only its world")
+    ]
     rows += [_describe(known) for known in KNOWN_CHECKPOINTS]
     columns = ("model", "family", "tokens a frame", "KV a token", "bundle a token", "weights", "state")
     print_table(columns, rows)

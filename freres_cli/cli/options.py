@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
-from freres_cli.presets import DEEPSTACK, preset_names
-
-BUNDLED = "bundled"
+from freres_cli.presets import BUNDLED, DEEPSTACK, preset_names
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -89,6 +87,8 @@ Assignments = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="FILE|none", help="An adapter that freres train wrote; none for untrained tokens."),
+    typer.Option(
+        "--adapter", metavar="FILE|none", help="An adapter that freres train wrote; none for untrained tokens."
+    ),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]

@@ -23,6 +23,7 @@ from freres_cli.cli.output import (
     print_table,
 )
 from freres_cli.errors import UsageError, VideoError
+from freres_cli.presets import BUNDLED
 
 if TYPE_CHECKING:
     from freres_cli.workflows.profile import ProfileRequest
@@ -91,7 +92,7 @@ def profile(
     name = "made clip, 4 s" if target is None else str(target)
     if json:
         facts = {"target": name, "question": question, "repeat": repeat, "warmup": warmup}
-        facts |= {"model": model or options.BUNDLED if bundle is None else None}
+        facts |= {"model": model or BUNDLED if bundle is None else None}
         print_json("freres.profile/1", {**facts, "rows": rows, "environment": describe_environment(chosen)})
         return
     _print_rows(rows, request)

@@ -22,18 +22,27 @@ def train(
         "adapter.safetensors"
     ),
     budgets: Annotated[
-        str, typer.Option("--budgets", metavar="SIZE,...", help="Budgets to train for: shares of the full tokens, or counts.")
+        str,
+        typer.Option(
+            "--budgets", metavar="SIZE,...", help="Budgets to train for: shares of the full tokens, or counts."
+        ),
     ] = "0.5,0.25,0.1",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Most training steps.")] = 500,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Videos in each step.")] = 8,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Most questions about a video in each step.")] = 4,
+    questions: Annotated[
+        int, typer.Option("--questions", min=1, help="Most questions about a video in each step.")
+    ] = 4,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Highest learning rate.")] = 1e-3,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Width of the bottlenecks.")] = None,
     validation: Annotated[
         float, typer.Option("--validation", metavar="SHARE", help="Share of the videos held out to choose the weights.")
     ] = 0.1,
-    validate_every: Annotated[int, typer.Option("--validate-every", min=1, metavar="STEPS", help="Steps between validations.")] = 50,
-    patience: Annotated[int, typer.Option("--patience", min=1, help="Stop after this many validations without a gain.")] = 5,
+    validate_every: Annotated[
+        int, typer.Option("--validate-every", min=1, metavar="STEPS", help="Steps between validations.")
+    ] = 50,
+    patience: Annotated[
+        int, typer.Option("--patience", min=1, help="Stop after this many validations without a gain.")
+    ] = 5,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of weights, order and held-out videos.")
     ] = 0,

@@ -11,6 +11,7 @@ from freres_cli.cli import options
 from freres_cli.cli.output import print_json, print_notes, print_result, progress_bar
 from freres_cli.errors import UsageError
 from freres_cli.files import make_folder
+from freres_cli.presets import BUNDLED
 
 world = typer.Typer(
     help="Clips with known answers, and the model that is trained on them.",
@@ -29,15 +30,15 @@ def make(
         int, typer.Option("--level", min=1, max=2, help="1: 4 to 5 s at 8 fps. 2: 6 to 60 s at 12 to 30 fps, swaying.")
     ] = 1,
     questions: Annotated[
-        int, typer.Option("--questions-per-clip", min=1, max=11, help="Most questions about a clip, each of another category.")
+        int, typer.Option("--questions-per-clip", min=1, max=11, help="Most questions about a clip, one a category.")
     ] = 4,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write encoded clips and questions.jsonl, for freres eval or any other tool.
 
-    The same arguments always give the same clips and questions. Each row holds id, video, category, question, four choices and
-    the answer.
+    The same arguments always give the same clips and questions. Each row holds id, video, category, question, four
+    choices and the answer.
     """
     from freres_cli.world.make import QUESTIONS_FILE, SPLITS, make_set
 
@@ -75,9 +76,7 @@ def train(
     ] = None,
     tower_steps: Annotated[int, typer.Option("--tower-steps", min=0, help="Training steps of the vision tower.")] = 940,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of the language half.")] = 2150,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=98, help="Seed of the first weights and of the clips.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=98, help="Seed of the first weights and of the clips.")] = 0,
     device: options.DeviceName = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -87,7 +86,7 @@ def train(
     Takes two hours on two CPU cores. A run that was stopped resumes from its last state, in DIR/training, when it is
     started again with the same arguments.
     """
-    if start not in (None, options.BUNDLED) and not Path(start).is_dir():
+    if start not in (None, BUNDLED) and not Path(start).is_dir():
         raise UsageError(f"--start: {start}: no such folder", "name the folder of a model, or bundled")
     make_folder(output)
     from freres_cli.pipeline.models import find_device
@@ -95,7 +94,7 @@ def train(
     from freres_cli.world.bundled_model import bundled_model_dir
 
     place = find_device(device)
-    first = bundled_model_dir() if start == options.BUNDLED else None if start is None else Path(start)
+    first = bundled_model_dir() if start == BUNDLED else None if start is None else Path(start)
     request = TrainRequest(output, place, tower_steps, steps, seed, first)
     done = train_world(request, lambda line: print_notes([line], quiet or json))
     if json:

@@ -62,7 +62,7 @@ def _compare_cells(
     categories = _categories(listed)
     counts = [count_answers([row["cells"][i] for row in used], listed, categories) for i in range(len(cells))]
     differences = []
-    # Every row is compared with full, wherever full is in the list.
+    # Full comes first, so that every other row is compared with it.
     order = sorted(range(len(cells)), key=lambda i: cells[i].method != "full")
     for i, j in combinations(order, 2):
         base, cell = cells[i], cells[j]

@@ -115,7 +115,8 @@ def compress_latents(
 ) -> Tracks:
     """Return the tracks of a whole clip: ``latents`` (T, H, W, C), ``seconds`` one per frame.
 
-    ``plan``: from ``plan_budget`` with the same ``settings``. ``width``: D, the main channels, which energies are over.
+    ``plan``: from ``plan_budget`` with the same ``settings``. ``width``: D, the main channels, which energies are computed
+    over.
     """
     compressor = StreamingCompressor(plan, settings, width)
     compressor.push(latents, seconds)

@@ -66,7 +66,7 @@ class OpenGop:
     """Collects the frames of one GoP. Memory does not grow with its length (see ``ResidualTrajectory``).
 
     ``anchor_frame``: index of the anchor frame in the clip. ``anchor``: its latents (H, W, C). ``width``: D, the main
-    channels, which energies are over. ``pooled``: cells (rows, columns). ``start``: index into ``GOP_STARTS``.
+    channels, which energies are computed over. ``pooled``: cells (rows, columns). ``start``: index into ``GOP_STARTS``.
     ``distance``: distance of the anchor frame to the frame before it.
     """
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.bundle.adapter import read_adapter
 from freres_cli.errors import BackboneError
 from freres_cli.method.fusion import FreResModules, ModuleShape
+from freres_cli.presets import BUNDLED
 from freres_cli.tracks import Tracks
 from freres_cli.world.bundled_model import bundled_adapter
 

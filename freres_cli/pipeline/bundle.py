@@ -9,8 +9,9 @@ from typing import Any
 
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.devices import Device
+from freres_cli.pipeline.choices import check_revision
 from freres_cli.pipeline.cutting import cut_content
-from freres_cli.pipeline.models import Models, check_revision, find_device, find_dtype
+from freres_cli.pipeline.models import Models, find_device, find_dtype
 from freres_cli.pipeline.session import AskRequest, Session, open_content
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import VideoTokens

@@ -12,25 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.bundle import Bundle
+from freres_cli.pipeline.choices import choose_preset, find_bundle_method
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.notes import describe_limits, describe_plan
-from freres_cli.pipeline.planning import (
-    CompressOptions,
-    CompressPlan,
-    choose_preset,
-    find_bundle_method,
-    plan_compression,
-)
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.reduction import Reduction, reduce_latents
-from freres_cli.presets import load_settings
+from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.video.decode import DecodeReport
 from freres_cli.video.frames import FrameArray
 

@@ -10,10 +10,10 @@ from freres_cli import __version__
 from freres_cli.errors import UsageError
 from freres_cli.method.budget import MethodSettings
 from freres_cli.method.select import cut_tracks
-from freres_cli.pipeline.manifest import count_by_kind, token_counts
+from freres_cli.pipeline.manifest import token_counts
 from freres_cli.pipeline.notes import describe_drop
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import Tracks, count_by_kind
 
 
 def cut_content(

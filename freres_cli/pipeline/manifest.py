@@ -13,8 +13,7 @@ from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.pipeline.reduction import Reduction
-from freres_cli.records import TOKEN_KINDS, VideoTokens
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import Tracks, count_by_kind
 from freres_cli.video.decode import DecodeReport
 from freres_cli.video.frames import FrameArray
 
@@ -102,14 +101,6 @@ def describe_frames(plan: CompressPlan) -> dict[str, Any]:
         "frame_aspect": size.width_px / size.height_px,
         "source_aspect": info.width_px / info.height_px,
     }
-
-
-def count_by_kind(content: Tracks | VideoTokens) -> dict[str, int]:
-    """Return how many visual tokens of each kind there are."""
-    if isinstance(content, Tracks):
-        return content.num_tokens_by_kind()
-    counts = content.kind.to("cpu").bincount(minlength=len(TOKEN_KINDS)).tolist()
-    return dict(zip(TOKEN_KINDS, counts, strict=True))
 
 
 def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Reduction) -> dict[str, Any]:

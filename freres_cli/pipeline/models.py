@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
-from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.backbones.registry import identify_vision_encoder, load_language_model, load_vision_encoder
 from freres_cli.devices import Device, choose_device
-from freres_cli.errors import UsageError
-from freres_cli.presets import environment_value
+from freres_cli.pipeline.choices import check_revision
+from freres_cli.presets import BUNDLED, environment_value
 from freres_cli.world.bundled_model import bundled_model_dir
 
 
@@ -64,14 +63,6 @@ def find_device(device: str | Device | None = None, attention: str | None = None
 def find_dtype(dtype: str | None = None) -> str | None:
     """Return the precision that is named, else that of FRERES_DTYPE, else ``None`` for automatic."""
     return dtype or environment_value("dtype")
-
-
-def check_revision(model: str | None, revision: str | None) -> None:
-    """Refuse a revision of a model that has none. Raises ``UsageError``."""
-    if revision is not None and (model == BUNDLED or (model is not None and Path(model).expanduser().is_dir())):
-        raise UsageError(
-            f"--revision: {model} is not a hub model: expected no revision, got {revision}", "leave --revision out"
-        )
 
 
 class Models:

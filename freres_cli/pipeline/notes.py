@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
+from freres_cli.presets import BUNDLED
 
 # Below this share of the budget used, a note says why.
 FULL_SHARE = 0.98

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from freres_cli.backbones.base import VisionEncoder
-from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.baselines.declaration import Method
-from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES, METHODS
+from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.pipeline.models import ModelSource
@@ -59,19 +58,6 @@ class CompressPlan:
     def is_lossless(self) -> bool:
         """Whether the budget holds every token, so that all are kept as they are."""
         return self.budget_tokens >= self.full_tokens if self.budget is None else self.budget.is_lossless
-
-
-def choose_preset(model: str) -> str:
-    """Return the preset that a model is used with where none is named."""
-    return "bundled" if model == BUNDLED else "qwen2-vl-7b"
-
-
-def find_bundle_method(name: str) -> Method:
-    """Return a method that can make bundles. Raises ``UsageError``."""
-    if name not in BUNDLE_METHODS:
-        hint = "blind is for freres eval" if name in METHODS else "see: freres methods"
-        raise UsageError(f"--method: expected one of {', '.join(BUNDLE_METHODS)}, got {name}", hint)
-    return METHODS[name]
 
 
 def method_settings(settings: Settings) -> MethodSettings:

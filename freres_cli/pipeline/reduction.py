@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freres_cli.baselines.registry import METHODS
 from freres_cli.bench.clock import StageTimer
-from freres_cli.errors import VideoError
+from freres_cli.errors import BackboneError, VideoError
 from freres_cli.method.compress import StreamingCompressor
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, method_settings
 from freres_cli.records import VideoTokens
@@ -41,10 +41,12 @@ def reduce_latents(
 
     ``batches``: times in seconds and latents (n, H, W, C) of consecutive frames. ``plan``: what will be done. ``width``:
     D. ``timer``: has the stage ``compress``. ``on_batch``: told how many frames are done. Raises ``VideoError`` where no
-    frame came.
+    frame came, ``BackboneError`` where what is kept overflows its precision.
     """
     reduce = _reduce_by_fre_res if plan.budget is not None else _reduce_by_peer
-    return reduce(_counted(batches, on_batch), plan, options, width, timer)
+    reduction = reduce(_counted(batches, on_batch), plan, options, width, timer)
+    _check_finite(reduction.content, options)
+    return reduction
 
 
 def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None) -> LatentBatches:
@@ -91,6 +93,17 @@ def _reduce_by_peer(
         latents = parts[0] if len(parts) == 1 else torch.cat(parts)
         tokens = compress(latents, torch.tensor(times, dtype=torch.float64), plan.budget_tokens, width)
     return Reduction(tokens, len(times))
+
+
+def _check_finite(content: Tracks | VideoTokens, options: CompressOptions) -> None:
+    """A coefficient adds up many frames: in float16 it may overflow where no latent does."""
+    tensors = content.tensors() if isinstance(content, Tracks) else {"latents": content.latents}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BackboneError(
+                f"{options.model.name}: {name} overflows in {str(tensor.dtype).removeprefix('torch.')}",
+                "use --dtype float32 or bfloat16",
+            )
 
 
 def _check_any(num_frames: int, plan: CompressPlan) -> None:

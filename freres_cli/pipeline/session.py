@@ -101,9 +101,9 @@ class Session:
     ) -> Answer:
         """Answer a question. TTFT runs from this call, bundle and model loaded.
 
-        ``question``: the text. ``choices``: the answer is the option whose letter, or whose words, are likeliest (``choices_as`` of the model).
-        ``max_new_tokens``: of a free answer. ``sampling``: how its tokens are picked, greedily by default. ``on_text``:
-        receives the text as it comes. Raises ``UsageError`` or ``BackboneError``.
+        ``question``: the text. ``choices``: the answer is the option whose letter, or whose words, are likeliest
+        (``choices_as`` of the model). ``max_new_tokens``: of a free answer. ``sampling``: how its tokens are picked,
+        greedily by default. ``on_text``: receives the text as it comes. Raises ``UsageError`` or ``BackboneError``.
         """
         submitted = time.perf_counter()
         query = Query(question, tuple(choices))

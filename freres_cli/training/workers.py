@@ -31,7 +31,7 @@ def is_first_process() -> bool:
 
 
 class Workers:
-    """This process, ``rank`` of ``count``, among the others. Gradients are summed, so n processes train as one would."""
+    """Process ``rank`` of ``count`` that train together. Gradients are summed, so n processes take the same step as one."""
 
     def __init__(self, device: Device) -> None:
         self.count = count_processes()
@@ -47,7 +47,7 @@ class Workers:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process has got here."""
+        """Wait until every process gets here."""
         if self.count > 1:
             dist.barrier()
 

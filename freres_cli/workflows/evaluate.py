@@ -11,7 +11,6 @@ import torch
 
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.backbones.checkpoint import BUNDLED
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError
@@ -28,6 +27,7 @@ from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.session import Session, refuse_control_tokens
 from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.presets import BUNDLED
 from freres_cli.video.probe import hash_file
 from freres_cli.world.make import is_world_clip
 

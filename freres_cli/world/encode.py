@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 
 from freres_cli.errors import ResourceError
 
@@ -20,7 +21,7 @@ def encode_frames(
     options: dict[str, str],
     *,
     comment: str = "",
-    hint: str = "look at 'freres doctor'",
+    hint: str = "run: freres doctor",
 ) -> None:
     """Write ``frames``, each (side_px, side_px, 3) uint8 RGB, to the video file ``path``, one at a time.
 
@@ -28,6 +29,9 @@ def encode_frames(
     FFmpeg names them. ``comment``: stored in the file's metadata. Raises ``ResourceError`` with ``hint`` if this PyAV
     lacks the encoder or the file cannot be written; no file is left behind.
     """
+    if codec == "libx264" and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        # x264's AVX-512 code gives other bytes from run to run; its AVX2 code gives the bytes of other machines.
+        options = {**options, "x264-params": "asm=avx2"}
     try:
         # Bit-exact: otherwise a WebM file contains random numbers.
         with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:

@@ -35,7 +35,7 @@ NOISE = 3.0  # grey levels
 LOG_EVERY, SAVE_EVERY = 20, 50
 # Motion is the hardest to learn, then counting flashes.
 KINDS_SHOWN = ("motion", "repeat", "hit", "motion", "order", "repeat", "motion", "cut", "repeat", "motion")
-OBJECT_TOKENS = (130, 240)  # per clip in the view of objects, roughly
+OBJECT_TOKENS = (130, 240)  # roughly this many per clip in the view of objects
 SAME_CATEGORY = 4  # most questions of one category per clip, so that rare categories count
 SCORED = 200  # a running score is over this many answers
 KNOWN = 0.9  # a category that is right this often is asked once per clip
@@ -194,11 +194,11 @@ class Tracer(nn.Module):
         total = torch.zeros((), device=batch.traces.device)
         for layer, num_traces in TRACED.items():
             hidden = self._hidden.pop(layer)[batch.is_video]
-            told = self.linear[str(layer)](F.rms_norm(hidden, hidden.shape[-1:]))[:, :num_traces]
+            predicted = self.linear[str(layer)](F.rms_norm(hidden, hidden.shape[-1:]))[:, :num_traces]
             wanted = batch.traces[:, :num_traces]
             known = ~wanted.isnan()
             if known.any():
-                losses = F.smooth_l1_loss(told[known], wanted[known], beta=0.2, reduction="none")
+                losses = F.smooth_l1_loss(predicted[known], wanted[known], beta=0.2, reduction="none")
                 total = total + (losses * self.weights[:num_traces].expand(known.shape)[known]).mean()
         return total
 
@@ -293,8 +293,8 @@ def train_language(
             scores[name].append(is_right)
         step += 1
         if step % LOG_EVERY == 0:
-            told = " ".join(f"{name} {np.mean(rights):.2f}" for name, rights in sorted(scores.items()))
-            log(f"language {step}/{num_steps} loss {loss:.3f} trace {trace_loss:.3f} {told}")
+            accuracies = " ".join(f"{name} {np.mean(rights):.2f}" for name, rights in sorted(scores.items()))
+            log(f"language {step}/{num_steps} loss {loss:.3f} trace {trace_loss:.3f} {accuracies}")
         if step % SAVE_EVERY == 0 or step == num_steps:
             save_state(checkpoint, both, optimizers, step=step, next_seed=buffer.next_seed)
 

@@ -57,7 +57,7 @@ def to_patches(frames: Tensor, patch_px: int, merge: int, steps: int) -> Tensor:
     """Return ``frames`` (n, h, w, 3) in 0..255 as the tower's rows in [-1, 1], in the order of ``qwen_vision.patches``.
 
     Frames may be floats, with noise. ``patch_px``: side of a patch. ``merge``: patches per side of a token. ``steps``:
-    frames in a patch, all the same one here.
+    frames in a patch, here copies of a single frame.
     """
     n, h, w, _ = frames.shape
     rows, columns = h // (patch_px * merge), w // (patch_px * merge)

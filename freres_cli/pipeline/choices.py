@@ -1,0 +1,31 @@
+"""Choices that can be checked before anything heavy is imported: the preset of a model, its revision, the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from freres_cli.baselines.declaration import Method
+from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
+from freres_cli.errors import UsageError
+from freres_cli.presets import BUNDLED
+
+
+def choose_preset(model: str) -> str:
+    """Return the preset that a model is used with where none is named."""
+    return BUNDLED if model == BUNDLED else "qwen2-vl-7b"
+
+
+def check_revision(model: str | None, revision: str | None) -> None:
+    """Refuse a revision of a model that has none. Raises ``UsageError``."""
+    if revision is not None and (model == BUNDLED or (model is not None and Path(model).expanduser().is_dir())):
+        raise UsageError(
+            f"--revision: {model} is not a hub model: expected no revision, got {revision}", "leave --revision out"
+        )
+
+
+def find_bundle_method(name: str) -> Method:
+    """Return a method that can make bundles. Raises ``UsageError``."""
+    if name not in BUNDLE_METHODS:
+        hint = f"{name} is for freres eval" if name in METHODS else "see: freres methods"
+        raise UsageError(f"--method: expected one of {', '.join(BUNDLE_METHODS)}, got {name}", hint)
+    return METHODS[name]
