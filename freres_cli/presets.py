@@ -23,7 +23,7 @@ DEEPSTACK = ("keep", "drop")
 
 @dataclass(frozen=True)
 class Key:
-    """One preset key: its type, legal range or values, default and meaning (the help and the man page read this)."""
+    """One preset key: type, legal range or values, default and meaning. The help and the man page are made from this."""
 
     kind: type
     default: Any
@@ -35,38 +35,38 @@ class Key:
 
 
 KEYS: dict[str, Key] = {
-    "description": Key(str, "", "one line for 'freres presets'"),
-    "budget_tokens": Key(int, 1280, "most visual tokens given to the language model", low=1),
+    "description": Key(str, "", "one line that 'freres presets' shows"),
+    "budget_tokens": Key(int, 1280, "maximum visual tokens given to the language model", low=1),
     "sample": Key(str, "native", "which frames are read", choices=SAMPLES),
-    "sample_fps": Key(float, None, "frames read each second, with sample: fps", low=1e-6, high=1000.0, optional=True),
+    "sample_fps": Key(float, None, "frames read per second, with sample: fps", low=1e-6, high=1000.0, optional=True),
     "sample_count": Key(int, None, "frames read from the clip, with sample: count", low=1, optional=True),
-    "track_density": Key(int, 1, "frames read for the residual track, for each sampled frame", low=1, high=64),
+    "track_density": Key(int, 1, "frames read for the residual track per sampled frame", low=1, high=64),
     "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
-    "tokens_per_frame": Key(int, 576, "most tokens of a frame, with grid: auto", low=1),
+    "tokens_per_frame": Key(int, 576, "maximum tokens per frame, with grid: auto", low=1),
     "variant": Key(str, "absorber", "how residuals become tokens (ablation)", choices=VARIANTS),
-    "anchors": Key(int, 8, "uniform anchor frames at the preset's own budget", low=1),
-    "keep_per_block": Key(int, 8, "anchor tokens kept of the 9 in a 3x3 block", low=1, high=9),
-    "temporal_share": Key(float, 0.2, "least share of the budget for residual tokens", low=0.0, high=0.95),
-    "static_per_gop": Key(int, 3, "static background tokens of a GoP", low=0, high=64),
-    "pooled_side": Key(int, 4, "cells each way to which residuals are pooled", low=1, high=64),
-    "max_coefficients": Key(int, 4, "most DCT coefficients of a cell", low=1, high=64),
-    "events": Key(bool, True, "give an anchor to frames that start something new"),
-    "tau": Key(float, None, "event threshold; auto follows the clip", low=0.0, high=2.0, optional=True),
+    "anchors": Key(int, 8, "evenly spaced anchor frames at the preset's own budget", low=1),
+    "keep_per_block": Key(int, 8, "anchor tokens kept out of the 9 in a 3x3 block", low=1, high=9),
+    "temporal_share": Key(float, 0.2, "minimum share of the budget for residual tokens", low=0.0, high=0.95),
+    "static_per_gop": Key(int, 3, "static background tokens per GoP", low=0, high=64),
+    "pooled_side": Key(int, 4, "cells per side after residuals are pooled", low=1, high=64),
+    "max_coefficients": Key(int, 4, "maximum DCT coefficients per cell", low=1, high=64),
+    "events": Key(bool, True, "add anchor frames where something new starts"),
+    "tau": Key(float, None, "event threshold; auto adapts it to the clip", low=0.0, high=2.0, optional=True),
     "text_after": Key(str, "max", "position of the text after the video", choices=TEXT_AFTER),
-    "deepstack": Key(str, "keep", "rows that DeepStack families store besides each token", choices=DEEPSTACK),
+    "deepstack": Key(str, "keep", "whether DeepStack families keep the extra rows of each token", choices=DEEPSTACK),
 }
 
 
-# No preset sets this one: the budget that ``anchors`` was chosen for, which is the preset's own.
+# Not a preset key: the preset's own budget, for which ``anchors`` was chosen.
 REFERENCE = "reference_budget_tokens"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The value of every key of ``KEYS`` but its description, and where each came from.
+    """The value of every key in ``KEYS`` except the description, and where each came from.
 
-    ``reference_budget_tokens``: the preset's own budget, at which ``anchors`` holds. ``sources``: by key, ``flag``,
-    ``preset NAME``, ``default``, or the verb that set it.
+    ``reference_budget_tokens``: the preset's own budget, for which ``anchors`` was chosen. ``sources``: for each key,
+    ``flag``, ``preset NAME``, ``default``, or the verb that set it.
     """
 
     budget_tokens: int
@@ -97,11 +97,11 @@ class Settings:
         return found
 
     def with_values(self, source: str, **values: Any) -> Settings:
-        """Return these settings with other values, which come from ``source``."""
+        """Return these settings with some values changed. ``source``: where the new values come from."""
         return replace(self, **values, sources={**self.sources, **dict.fromkeys(values, source)})
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """Return value and source of each key, as bundles and ``--json`` documents hold them."""
+        """Return the value and source of each key, in the form that bundles and ``--json`` documents use."""
         return {key: {"value": value, "source": self.sources[key]} for key, value in self.values().items()}
 
 
@@ -115,7 +115,7 @@ class Preset:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice, which YAML would silently let the last one win."""
+    """Refuses a key that is given twice. Plain YAML silently lets the last one win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -147,7 +147,7 @@ def load_preset(name_or_path: str) -> Preset:
                 _near(name_or_path, preset_names())
                 or f"shipped presets: {', '.join(preset_names())}; or name a .yaml file",
             )
-    if not os.path.isfile(path):  # noqa: PTH113 (a name too long for the system is no file either)
+    if not os.path.isfile(path):  # noqa: PTH113 (a name too long for the system is not a file either)
         raise PresetError(f"preset {name_or_path}: no such file", f"shipped presets: {', '.join(preset_names())}")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
@@ -162,15 +162,14 @@ def load_preset(name_or_path: str) -> Preset:
 
 
 def check_value(key: str, value: Any, where: str) -> Any:
-    """Return ``value`` in the type of ``key``. Raises ``PresetError`` naming ``where``, key, what was expected and
-    got."""
+    """Return ``value`` converted to the type of ``key``. Raises ``PresetError``, which names ``where``."""
     if key not in KEYS:
         raise PresetError(f"{where}: unknown setting {key!r}", _near(key, list(KEYS)) or f"settings: {', '.join(KEYS)}")
     return check_rule(key, KEYS[key], value, where)
 
 
 def check_rule(key: str, rule: Key, value: Any, where: str) -> Any:
-    """Return ``value`` in the type that ``rule`` gives ``key``.
+    """Return ``value`` converted to the type that ``rule`` gives ``key``.
 
     ``where``: what the value was read from. Raises ``PresetError``.
     """
@@ -214,17 +213,17 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag") -> Settings:
-    """Return every setting: what was given wins over the preset, the preset over defaults.
+    """Return every setting. A given value overrides the preset, and the preset overrides the default.
 
-    ``given``: only what was named; ``None`` is ``auto`` where a key allows it. ``source``: where those came from.
-    Naming a rate or a count also chooses the matching ``sample``. Raises ``PresetError`` where values contradict.
+    ``given``: only the values that were named; ``None`` means ``auto`` if the key allows it. ``source``: where they came
+    from. Naming a rate or a count also selects the matching ``sample``. Raises ``PresetError`` if values contradict.
     """
     given = {key: check_value(key, value, source) for key, value in given.items()}
     if "sample" not in given and ("sample_fps" in given or "sample_count" in given):
         if "sample_fps" in given and "sample_count" in given:
             raise PresetError("--fps and --frames: expected one of them, got both")
         given["sample"] = "fps" if "sample_fps" in given else "count"
-        # A density belongs to the sampling that the preset names, not to another one that replaces it.
+        # A density belongs to the preset's own sampling, not to one that replaces it.
         if given["sample"] != preset.values.get("sample", KEYS["sample"].default):
             given.setdefault("track_density", 1)
     if "tokens_per_frame" in given and "grid" not in given:
@@ -248,12 +247,12 @@ def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag
 
 
 def load_settings(name: str, given: Mapping[str, Any], source: str = "flag") -> Settings:
-    """Return the settings of a preset, by name or from a file, under what was given. Raises ``PresetError``."""
+    """Return the settings of a preset (a name or a file), overridden by ``given``. Raises ``PresetError``."""
     return merge_settings(load_preset(name), given, source)
 
 
 def environment_value(name: str) -> str | None:
-    """Return a machine fact from ``FRERES_<NAME>``, ``None`` where unset or empty."""
+    """Return a fact about the machine from ``FRERES_<NAME>``; ``None`` if it is unset or empty."""
     return os.environ.get(f"FRERES_{name.upper()}") or None
 
 

@@ -1,4 +1,4 @@
-"""Two workers on two cores: each with one thread, since threads that wait for each other cost more than they give."""
+"""Two workers on two cores, each with one thread: threads that wait for each other cost more than they gain."""
 
 from __future__ import annotations
 

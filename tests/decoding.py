@@ -1,4 +1,4 @@
-"""Shared by the tests of decoding: a plain clip, and decoding a whole file into the numbers that its frames show."""
+"""Shared by the decoding tests: a plain clip, and decoding a whole file into the numbers that its frames show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small evaluations: clips, questions about them, and the request that ``freres eval`` makes of its flags."""
+"""Small evaluations: clips, questions about them, and the request that ``freres eval`` makes from its flags."""
 
 from __future__ import annotations
 

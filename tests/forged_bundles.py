@@ -1,4 +1,4 @@
-"""Hand-made bundles whose checksums are right even if their content is not."""
+"""Hand-made bundles with correct checksums, even if their content is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that tests inject: loaded once for the whole run, or wrapped to count, to stop or to fail."""
+"""Models that tests inject: loaded once for the whole run, or wrapped to count calls, stop or fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running the command in this process, as a user's shell would see it, and checking how it fails."""
+"""Run the command in this process, as a user's shell would see it, and check how it fails."""
 
 from __future__ import annotations
 

@@ -108,9 +108,9 @@ def test_a_second_run_uses_adapters_and_answers(folder, first):
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"settings": {"grid": "4x4"}}, "grid differs"),
-        ({"settings": {"anchors": 4, "events": False}}, "anchors, events differs"),
-        ({"steps": 2}, "recipe differs"),
+        ({"settings": {"grid": "4x4"}}, "differs in grid"),
+        ({"settings": {"anchors": 4, "events": False}}, "differs in anchors, events"),
+        ({"steps": 2}, "differs in recipe"),
     ],
 )
 def test_adapters_of_another_training_are_refused(folder, trained, changed, text):
@@ -132,7 +132,7 @@ def test_the_sweep_of_coefficients_is_trained_for_whatever_the_preset(folder, tr
     fewer = {"max_coefficients": 2}
     run = run_ablate(folder, trained, fewer, tables="coefficients")
     assert labels(run.result.summary)[1:] == [f"coefficients {count}" for count in (1, 2, 3, 5)] and run.log == []
-    with fails(2, "max_coefficients differs"):
+    with fails(2, "differs in max_coefficients"):
         run_ablate(folder, trained, fewer)
 
 

@@ -1,4 +1,4 @@
-"""The Python API, as users write it."""
+"""The Python API, as users call it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError, PresetError, UsageError, VideoError
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.session import AskRequest, open_session
+from freres_cli.pipeline.tokens import load_tokens
 from tests.clips import write_clip
 from tests.runner import run_freres
 
@@ -84,6 +85,22 @@ def test_sessions_of_bundle_and_command_answer_alike(clip, models, tmp_path):
     assert mine.full_tokens == theirs.full_tokens and mine.notes == theirs.notes
 
 
+def test_tokens_need_no_language_model(clip, models, tmp_path):
+    """Not even transformers: whoever has an engine of their own takes the tokens from here."""
+    path = Compressor(budget_tokens=BUDGET, models=models).compress(clip).save(tmp_path / "b.pt").path
+    code = (
+        "import sys; from freres_cli import load_bundle\n"
+        f"tokens = load_bundle({str(path)!r}).tokens()\n"
+        "assert 'transformers' not in sys.modules\n"
+        "print(len(tokens))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = load_tokens(read_bundle(path))
+    assert int(run.stdout) == len(loaded.tokens)
+    assert torch.equal(loaded.tokens.latents, load_bundle(path).tokens().latents)
+    assert not torch.equal(loaded.tokens.latents, load_bundle(path).tokens("none").latents)
+
+
 def test_a_compressor_loads_its_tower_once(clip, models):
     class Counting(Models):
         loads = 0
@@ -143,7 +160,7 @@ def test_all_frames_given_are_used_whatever_the_preset_samples(models, tmp_path)
         (np.zeros((0, 8, 8, 3), np.uint8), [], VideoError),
     ],
 )
-def test_frames_that_are_none(models, frames, seconds, error):
+def test_unusable_frames_are_refused(models, frames, seconds, error):
     with pytest.raises(error, match="frames"):
         Compressor(models=models).compress(frames, seconds=seconds)
 
@@ -181,7 +198,7 @@ def test_repack_is_the_command_s(clip, models, tmp_path):
         ({"revision": "main"}, UsageError),
     ],
 )
-def test_arguments_that_cannot_be(arguments, error):
+def test_illegal_arguments_are_refused(arguments, error):
     with pytest.raises(error):
         Compressor(**arguments)
 

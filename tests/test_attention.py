@@ -120,7 +120,7 @@ def test_a_package_whose_mask_begins_at_the_first_key_is_not_used(cuda, monkeypa
         choose_device("cuda", "flash")
 
 
-def test_a_package_that_cannot_be_imported_is_told(cuda, monkeypatch, tmp_path):
+def test_a_package_that_cannot_be_imported_is_reported(cuda, monkeypatch, tmp_path):
     cuda()
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: x\\nmore')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -139,7 +139,7 @@ def test_a_quantized_checkpoint(folder):
     refused(folder, "quantized checkpoints are not supported")
 
 
-def test_a_config_that_is_no_qwen2_vl(folder):
+def test_a_config_that_is_not_qwen2_vl(folder):
     change_config(folder, vision_config={"depth": "many"})
     with pytest.raises(BackboneError, match=r"config.json is not a Qwen2-VL config") as caught:
         Qwen2VLVisionEncoder.load(open_checkpoint(folder), CPU)

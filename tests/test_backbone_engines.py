@@ -1,5 +1,5 @@
-"""Every family gives the same answers through our loop over its decoder and through transformers' ``generate``, and to
-several questions at once as to one at a time."""
+"""Every family gives the same answers through our decoder loop as through transformers' ``generate``, and to several
+questions at once as to one at a time."""
 
 from __future__ import annotations
 

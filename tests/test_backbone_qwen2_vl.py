@@ -46,7 +46,7 @@ def test_latents_equal_stock_features(tiny):
         assert torch.equal(tiny.latents.reshape(-1, tiny.vision.width), torch.cat(stock.pooler_output))
 
 
-def test_attention_is_called_once_a_layer(tiny, monkeypatch):
+def test_attention_is_called_once_per_layer(tiny, monkeypatch):
     calls = []
     real = attention.scaled_dot_product_attention
     monkeypatch.setattr(

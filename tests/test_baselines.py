@@ -1,4 +1,4 @@
-"""Baselines: each keeps exactly its budget, and its tokens are the latents of their places."""
+"""Baselines: each keeps exactly its budget, and its tokens are the latents at their positions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_low_resolution_frames_are_means_at_the_middle_of_their_cells():
     assert thin.positions.tolist() == [[1, 3, 4], [3, 3, 4]]
 
 
-def test_low_resolution_cells_are_no_strips():
+def test_low_resolution_cells_are_not_strips():
     assert choose_rows(9, 9, 7) == [2, 3, 2] and choose_rows(9, 9, 9) == [3, 3, 3] and choose_rows(9, 9, 1) == [1]
     assert choose_rows(1, 9, 4) == [4] and choose_rows(9, 1, 4) == [1] * 4 and choose_rows(9, 9, 81) == [9] * 9
     for num_cells in range(1, 49):

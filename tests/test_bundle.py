@@ -1,4 +1,4 @@
-"""Bundles: what is read is what was written, and no file is overwritten by accident or left half written."""
+"""Bundles: what is written is read back, and no file is overwritten by accident or left half written."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_link_keeps_pointing_where_it_points(tmp_path, tracks):
     assert link.is_symlink() and read_bundle(tmp_path / "real" / "b.pt").manifest["source"] == new
 
 
-def test_what_is_no_regular_file_is_never_replaced(tmp_path, tracks):
+def test_only_regular_files_are_replaced(tmp_path, tracks):
     os.mkfifo(tmp_path / "pipe")
     with fails(ExitStatus.USAGE, "not a regular file"):
         write_bundle(tmp_path / "pipe", tracks, manifest_for(tracks), force=True)

@@ -132,7 +132,7 @@ def test_a_setting_s_number_stored_as_text_is_refused(path, key):
         ("tokens", "budget_tokens", 1 << 70, "tokens.budget_tokens: expected a whole number"),
         ("source", "made_by_world", "false", "source.made_by_world: expected true or false"),
         ("source", "sha256", 3, "source.sha256: expected text"),
-        ("source", "notes", "none", "source.notes: expected a list of texts"),
+        ("source", "notes", "none", "source.notes: expected a list of strings"),
         ("settings", "events", {"value": "true", "source": "flag"}, "settings: events: expected true or false"),
         ("settings", "anchors", 8, "settings.anchors: expected a value and its source"),
         ("tensors", "anchor_cell", {"shape": ["1"], "dtype": "int64"}, "anchor_cell: expected int64 ['1']"),
@@ -164,7 +164,7 @@ def add_a_setting(manifest):
 
 
 @pytest.mark.parametrize("edit", [add_to_every_section, add_a_setting])
-def test_what_a_later_release_adds_is_no_damage(bundle, tmp_path, edit):
+def test_additions_of_a_later_release_are_accepted(bundle, tmp_path, edit):
     path, small = tmp_path / "b.pt", tmp_path / "s.pt"
     path.write_bytes(bundle.read_bytes())
     edit_manifest(path, edit)

@@ -15,5 +15,5 @@ def test_demo_runs_the_main_job(tmp_path):
 
 def test_the_demo_replaces_nothing(tmp_path):
     (tmp_path / "clip.mp4").write_text("mine")
-    check_failure(run_freres("demo", "-o", tmp_path), 2, "already there")
+    check_failure(run_freres("demo", "-o", tmp_path), 2, "already holds clip.mp4")
     assert (tmp_path / "clip.mp4").read_text() == "mine"

@@ -20,7 +20,7 @@ from tests.pipeline_fixtures import tiny as tiny
 from tests.runner import check_failure, run_freres
 
 
-def test_profile_stands_beside_the_full_tokens(clip):
+def test_profile_compares_with_the_full_tokens(clip):
     flags = ("--budget", 400, "--repeat", 1, "--warmup", 0, "--max-new-tokens", 2, "--json")
     document = run_freres("profile", clip, *flags).json
     assert document["schema"] == "freres.profile/1"
@@ -36,7 +36,7 @@ def test_profile_stands_beside_the_full_tokens(clip):
 
 
 @pytest.mark.slow
-def test_profile_of_a_bundle_stands_in_random_latents(bundle):
+def test_profile_of_a_bundle_uses_random_latents_for_the_full_row(bundle):
     run = run_freres("profile", bundle, "--repeat", 1, "--warmup", 0, "--max-new-tokens", 2, "--json")
     ours, full = run.json["rows"]
     assert ours["visual_tokens"] == 300 and full["visual_tokens"] == 60 * 36 and ours["encode_s"] is None
@@ -80,7 +80,7 @@ def test_a_full_run_beyond_the_context_is_a_row(clip, tiny):
 
 
 def test_a_bundle_has_been_compressed_already(bundle):
-    check_failure(run_freres("profile", bundle, "--budget", 50), 2, "has been compressed")
+    check_failure(run_freres("profile", bundle, "--budget", 50), 2, "already compressed")
 
 
 def test_sigterm_leaves_no_process_and_no_file(clip, tmp_path):

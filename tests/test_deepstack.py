@@ -111,7 +111,7 @@ def test_dropping_moves_the_logits_and_says_so(bundles, models):
     assert not any("DeepStack" in note for note in whole_session.notes)
 
 
-def test_the_manifest_and_inspect_tell(bundles):
+def test_the_manifest_and_inspect_report_the_setting(bundles):
     for name, (value, source) in {
         "keep": ("keep", "default"),
         "drop": ("drop", "flag"),
@@ -131,7 +131,9 @@ def test_the_manifest_and_inspect_tell(bundles):
 def test_dropped_rows_do_not_come_back(bundles, tmp_path):
     run = run_freres("repack", bundles["drop"], "--deepstack", "keep", "-o", tmp_path / "b.pt")
     check_failure(run, 2, "cannot come back")
-    check_failure(run_freres("repack", bundles["keep"], "-o", tmp_path / "b.pt"), 2, "expected it or --deepstack")
+    check_failure(
+        run_freres("repack", bundles["keep"], "-o", tmp_path / "b.pt"), 2, "expected at least one, got neither"
+    )
     check_failure(run_freres("repack", bundles["keep"], "--deepstack", "no", "-o", tmp_path / "b.pt"), 2, "keep, drop")
     both = run_freres(
         "repack", bundles["keep"], "--deepstack", "drop", "--budget", 30, "-o", tmp_path / "b.pt", "--json"

@@ -32,7 +32,7 @@ def test_auto_takes_the_cpu_only_with_a_word(num_cuda, requested):
     assert "auto: torch sees no CUDA device" in device.note
 
 
-def test_auto_takes_cuda_where_there_is_one(num_cuda):
+def test_auto_takes_cuda_if_available(num_cuda):
     num_cuda(1)
     device = choose_device("auto")
     assert (device.name, device.is_cuda) == ("cuda:0", True)

@@ -1,4 +1,4 @@
-"""Docstrings: everything public has one, and a function of more than three arguments lists each of them."""
+"""Docstrings: everything public has one, and a function with more than three arguments lists each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One encode for every method and budget, and one prefill for every question on a video."""
+"""One encode for all methods and budgets, and one prefill for all questions about a video."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_the_table_says_what_is_which(questions):
     run = run_freres("eval", questions, "--methods", "full,uniform,fre-res", "--budgets", "0.5")
     assert run.status == 0 and "fre-res - uniform" in run.out
     header, full, uniform = (re.split(r"\s{2,}", line) for line in run.out.splitlines()[:3])
-    assert header[:6] == ["method", "budget", "tokens", "most", "accuracy", "95 % interval"]
+    assert header[:6] == ["method", "budget", "tokens", "max", "accuracy", "95 % interval"]
     assert full[0].split()[0] == "full" and uniform[:2] == ["uniform", "0.5"]
     assert (
         "Action" in run.out and "6 questions on 3 videos, 0 failed" in run.out and "only knows its own world" in run.err
@@ -148,7 +148,7 @@ def test_a_video_under_two_names_is_one(questions, tmp_path):
     assert run_eval(write_rows(tmp_path / "q.jsonl", rows), "blind").summary["num_videos"] == 1
 
 
-def test_names_do_not_write_to_the_terminal(questions, tmp_path):
+def test_names_do_not_control_the_terminal(questions, tmp_path):
     rows = [{**row, "category": "a\n\x1b[31mb"} for row in with_whole_paths(questions)]
     run = run_freres("eval", write_rows(tmp_path / "q.jsonl", rows), "--methods", "blind")
     assert run.status == 0 and "a  [31mb" in run.out and "\x1b" not in run.out + run.err
@@ -173,7 +173,7 @@ def test_a_broken_video_is_a_failed_row_and_not_a_dead_run(folder, tmp_path):
     assert document["num_questions"] == 4 and document["num_videos"] == 2
     assert [item["video"] for item in document["failed"]] == videos[1:3] + videos[4:]
     assert all(item["num_questions"] == 2 and item["message"] for item in document["failed"])
-    assert "3 of 5 videos failed: questions that count for no method: 6" in run.err and "absent.mp4" in run.err
+    assert "3 of 5 videos failed; questions that count for no method: 6" in run.err and "absent.mp4" in run.err
     assert all(row["num_questions"] == 4 for row in document["rows"])
 
 

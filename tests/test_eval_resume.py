@@ -29,7 +29,7 @@ def questions(tmp_path_factory):
     return write_questions(write_clips(tmp_path_factory.mktemp("eval")))
 
 
-def test_a_run_that_was_killed_goes_on_and_gives_the_same_numbers(questions, tmp_path):
+def test_a_killed_run_resumes_with_the_same_numbers(questions, tmp_path):
     whole = run_eval(questions, *CELLS, output=tmp_path / "whole.jsonl")
     path, tower = tmp_path / "stopped.jsonl", loaded_models().encoder
     with pytest.raises(KeyboardInterrupt):
@@ -78,7 +78,7 @@ def test_a_changed_video_and_a_failed_one_are_done_again(tmp_path):
     assert second.summary["full_tokens"] == first.summary["full_tokens"] / 4 * 6
 
 
-def test_a_larger_limit_goes_on(questions, tmp_path):
+def test_a_larger_limit_resumes(questions, tmp_path):
     output = tmp_path / "a.jsonl"
     assert run_eval(questions, "blind", output=output, limit=3).summary["num_videos"] == 2
     result = run_eval(questions, "blind", output=output)
@@ -120,7 +120,7 @@ def test_a_damaged_middle_line_is_refused_and_a_cut_header_begun_anew(questions,
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_place_that_cannot_be_written_is_told_before_any_work(questions, tmp_path):
+def test_an_unwritable_output_is_refused_before_any_work(questions, tmp_path):
     check_failure(run_freres("eval", questions, "-o", "/dev/full"), 2, "not a regular file")
     (tmp_path / "link").symlink_to("/dev/null")
     check_failure(run_freres("eval", questions, "-o", tmp_path / "link"), 2, "not a regular file")

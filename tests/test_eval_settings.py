@@ -1,4 +1,4 @@
-"""Settings that eval must carry as freres compress and freres ask do, and models that it must refuse."""
+"""Settings that eval must apply as freres compress and freres ask do, and adapters and models that it must refuse."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_an_adapter_of_another_width_is_refused(folder, tmp_path):
         run_eval(folder / "q.jsonl", "full,uniform,fre-res", adapter=str(path))
 
 
-def test_scores_that_are_no_numbers_are_no_answers(folder):
+def test_scores_that_are_not_numbers_are_not_answers(folder):
     model = copy.deepcopy(loaded_models().language_model)
     weights = dict(model.half.named_parameters())
     name = next(name for name in weights if name.endswith("layers.5.mlp.down_proj.weight"))

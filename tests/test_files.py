@@ -1,4 +1,4 @@
-"""Writing files, whatever their format: whole or not at all, never over another by accident, nothing left behind."""
+"""Writing files, whatever their format: atomic, never overwriting by accident, leaving nothing behind."""
 
 from __future__ import annotations
 

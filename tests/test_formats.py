@@ -1,4 +1,4 @@
-"""Every schema that ever existed: small bundles that earlier releases wrote still give the answers they gave."""
+"""Every schema that ever existed: small bundles from earlier releases still give the answers they gave then."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_digest_of_the_rules_of_version_1():
     assert digest == "eef0c47d0b20951d5dd45ed71ee2aa017b153bc94a28fe605fddcc78d52f1388"
 
 
-def test_a_version_to_come_is_refused_by_name(tmp_path):
+def test_a_future_version_is_refused_by_name(tmp_path):
     content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 3}
     torch.save(content, tmp_path / "later.pt")
     with pytest.raises(BundleError, match="expected version 1 or 2, got 3"):

@@ -1,4 +1,4 @@
-"""Many videos with one command: one load of the model, failed rows, and a second run that finds what is there."""
+"""Many videos with one command: the model is loaded once, bad videos are failed rows, and a second run skips what exists."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_another_video_window_or_method_is_another_compression(clips, compressor
 
 
 @pytest.mark.parametrize("content", [b"", b"somebody's weights", None])
-def test_a_file_that_is_no_whole_bundle_is_not_replaced(clips, compressor, tmp_path, content):
+def test_a_file_that_is_not_an_intact_bundle_is_not_replaced(clips, compressor, tmp_path, content):
     videos = videos_of(clips)[:1]
     path = tmp_path / "clip0.pt"
     if content is None:
@@ -138,12 +138,12 @@ def test_a_file_that_is_no_whole_bundle_is_not_replaced(clips, compressor, tmp_p
         content = path.read_bytes()[:-100]
     path.write_bytes(content)
     row = compress_many(compressor, videos, tmp_path)[0]
-    assert row.status == "failed" and "not a whole bundle" in row.error.message
+    assert row.status == "failed" and "not an intact bundle" in row.error.message
     assert path.read_bytes() == content
     assert statuses(compress_many(compressor, videos, tmp_path, force=True)) == ["done"]
 
 
-def test_the_command_goes_over_a_folder(clips, tmp_path):
+def test_the_command_compresses_a_folder(clips, tmp_path):
     shutil.copytree(clips, tmp_path / "in" / "deep")
     (tmp_path / "in" / "notes.md").write_text("not a video")
     (tmp_path / "in" / "a.mp4").write_bytes(b"broken")
@@ -153,10 +153,10 @@ def test_the_command_goes_over_a_folder(clips, tmp_path):
     assert "warning: failed:" in run.err and "files without a video suffix, skipped: 1" in run.err
     (tmp_path / "in" / "a.mp4").unlink()
     again = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
-    assert again.status == 0 and again.err.count("is there already") == 3 and again.out == run.out
+    assert again.status == 0 and again.err.count("already exists") == 3 and again.out == run.out
 
 
-def test_json_is_one_line_a_video(clips, tmp_path):
+def test_json_is_one_line_per_video(clips, tmp_path):
     listed = tmp_path / "list.txt"
     names = [str(clips / "clip0.mp4"), "missing.mp4"]
     listed.write_text("# two\n\n" + "\n".join(names) + "\n")

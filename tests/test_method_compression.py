@@ -1,4 +1,4 @@
-"""The laws of compression as a whole: what is kept, within which budget, and what a smaller bundle holds."""
+"""Compression as a whole: what is kept, within which budget, and what a smaller bundle holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one registry of methods: what the command, its help, completion, the manual and ``freres methods`` read."""
+"""The registry of methods, which the command, its help, completion, the manual and ``freres methods`` read."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_completion():
     assert complete_method("uniform,f") == ["uniform,full", "uniform,fre-res"]
 
 
-def test_a_method_that_is_none_is_refused():
+def test_an_unknown_method_is_refused():
     check_failure(run_freres("compress", "x.mp4", "--method", "none-such"), 2, "expected one of")
     check_failure(run_freres("compress", "x.mp4", "--method", "blind"), 2, "--method")
 

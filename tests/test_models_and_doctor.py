@@ -98,7 +98,7 @@ def test_memory_is_that_of_the_largest_cuda_device(monkeypatch):
     assert "cannot run: expected compute capability 8.0 or newer, got 7.0" in finding("attention").text
 
 
-def test_attention_and_hub_are_told(monkeypatch, tmp_path):
+def test_attention_and_hub_are_reported(monkeypatch, tmp_path):
     text = finding("attention").text
     if not torch.cuda.is_available():
         assert text == "sdpa: auto, exact on the CPU; --attn flash cannot run: expected a CUDA device, got cpu"

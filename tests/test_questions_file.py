@@ -51,7 +51,7 @@ def test_answers_are_those_of_single_questions_in_the_order_of_the_file(bundle, 
             assert row["choices"] == pytest.approx(alone["choices"], abs=1e-4)
 
 
-def test_text_is_a_line_an_answer(bundle, tmp_path):
+def test_text_is_one_line_per_answer(bundle, tmp_path):
     run = ask(bundle, write_rows(tmp_path / "q.jsonl", ROWS))
     assert run.status == 0 and len(run.out.splitlines()) == len(ROWS)
     assert run.out.splitlines()[0] in ROWS[0]["choices"] and "one prefill" in run.err

@@ -84,7 +84,7 @@ def test_the_adapter_is_for_its_model_only(adapter):
         read_adapter(adapter[0], {**facts, "config_sha256": "0"})
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(folder, adapter):
+def test_a_stopped_run_resumes_to_the_same_bits(folder, adapter):
     path = folder / "stopped.safetensors"
     with pytest.raises(KeyboardInterrupt):
         train(folder, path, log=stop_at(STEPS))

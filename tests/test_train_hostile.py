@@ -1,4 +1,4 @@
-"""freres train with input it should not be given: one line says what is wrong, and no two runs are mixed up."""
+"""freres train with bad input: one line says what is wrong, and runs are never mixed up."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_teacher_that_does_not_fit_is_done_without(folder, tmp_path):
     assert "4 videos without a full-token teacher" in "".join(describe_left_out(done))
 
 
-def test_memory_that_does_not_suffice_is_no_bug(folder, tmp_path):
+def test_running_out_of_memory_is_not_a_bug(folder, tmp_path):
     models = models_with(language_model=CountingLanguageModel(loaded_models().language_model, max_video_tokens=0))
     with fails(6, "training: out of memory"):
         train(folder / "questions.jsonl", tmp_path / "a.safetensors", models=models)
@@ -156,4 +156,4 @@ def test_bad_flags_are_one_line(folder, tmp_path, flags, text):
 def test_processes_started_together_may_not_share_a_gpu(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = run_command(folder / "questions.jsonl", tmp_path / "a.safetensors", "--device", "cuda:0")
-    check_failure(run, 2, "--device cuda:0: every process would have this one")
+    check_failure(run, 2, "--device cuda:0: every process would use this one")

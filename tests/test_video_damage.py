@@ -1,4 +1,4 @@
-"""Damaged files: every run returns the same decodable frames and reports what is lost."""
+"""Damaged files: every run returns the same decodable frames and reports what was lost."""
 
 from __future__ import annotations
 

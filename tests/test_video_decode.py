@@ -165,7 +165,7 @@ def test_a_timestamp_years_away_does_not_stretch_the_clip(tmp_path):
     assert decode(path)[0] == list(range(24))
 
 
-def test_no_timestamps_are_guessed_and_told(tmp_path):
+def test_missing_timestamps_are_guessed_and_reported(tmp_path):
     info = probe_video(clips.write_clip(tmp_path / "raw.h264"))
     assert not info.has_timestamps
     assert any("no usable timestamps" in note for note in info.notes)

@@ -81,12 +81,12 @@ def test_frame_counts_and_hashes_are_those_of_the_manifest():
 
 
 @pytest.mark.parametrize("name", NOT_VIDEOS)
-def test_what_is_no_video_is_refused(name):
+def test_files_that_are_not_videos_are_refused(name):
     with pytest.raises(VideoError, match=NOT_VIDEOS[name]):
         probe_video(FOLDER / "tech" / name)
 
 
-def test_known_oddities_are_told():
+def test_known_oddities_are_reported():
     assert "header promises 444 frames, the file holds 68" in probe_video(FOLDER / "tree.avi").notes
     assert probe_video(FOLDER / "stove_dog.mp4").rotation_deg == 180
     assert probe_video(FOLDER / "screen.mp4").start_s == pytest.approx(0.3)

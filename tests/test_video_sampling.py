@@ -126,5 +126,5 @@ def test_values_that_make_no_sense_are_usage_errors(values):
         ((24, 24), (720, 1280), "squeezed"),
     ],
 )
-def test_what_became_of_the_aspect_ratio(grid, size, fit):
+def test_the_change_of_aspect_ratio_is_described(grid, size, fit):
     assert FrameSize(grid[0] * 28, grid[1] * 28, *grid).fit(*size) == fit

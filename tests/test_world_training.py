@@ -169,7 +169,7 @@ def test_world_train_writes_a_model_and_resumes(tmp_path, monkeypatch):
         check_failure(refused, 2, "the training of another run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    check_failure(run_freres("world", "train", "-o", tmp_path / "mine"), 2, "holds something else than a training")
+    check_failure(run_freres("world", "train", "-o", tmp_path / "mine"), 2, "holds something other than a training run")
     assert (tmp_path / "mine" / "config.json").read_text() == "{}"
     assert info["language_steps"] == 2 and info["choices_as"] == "words" and info["freres_trained"]
     trained = load_language_model(str(folder), CPU)

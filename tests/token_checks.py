@@ -1,4 +1,4 @@
-"""What tests check about visual tokens."""
+"""Checks on visual tokens that several tests use."""
 
 from __future__ import annotations
 

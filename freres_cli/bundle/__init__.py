@@ -1,1 +1,1 @@
-"""What is kept of a clip <-> bundle.pt; and adapter files."""
+"""Bundle files, which hold what is kept of a clip, and adapter files."""

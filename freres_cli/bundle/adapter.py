@@ -19,8 +19,8 @@ MODEL_FACTS = ("config_sha256", "projector_sha256")
 
 
 def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write trained weights, whole or not at all; ``header`` holds the backbone's facts under ``model``, module sizes under
-    ``shape``, and what is known of the training under ``training``. Raises ``UsageError`` or ``ResourceError``."""
+    """Write trained weights atomically. ``header``: facts about the backbone under ``model``, module sizes under
+    ``shape``, and facts about the training under ``training``. Raises ``UsageError`` or ``ResourceError``."""
     content = save(dict(weights), {HEADER: json.dumps(header, sort_keys=True)})
     write_atomically(path, lambda file: file.write(content), force=True)
 
@@ -28,7 +28,7 @@ def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str
 def read_adapter(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights and header of an adapter for the backbone that ``model`` describes.
 
-    Raises ``BackboneError`` where the file is missing, damaged, or made for another backbone.
+    Raises ``BackboneError`` if the file is missing, damaged, or made for another backbone.
     """
     if not path.is_file():
         raise BackboneError(f"{path}: no such adapter file")

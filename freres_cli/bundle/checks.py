@@ -1,4 +1,4 @@
-"""Checks that the reader of every schema version uses: the types of the manifest's fields, tensors, settings."""
+"""Checks shared by the readers of all schema versions: types of manifest fields, tensors, settings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Field:
     """What a field of the manifest holds.
 
     ``kind``: text, flag, whole, number, texts, wholes, counts (whole numbers by name); all numbers are finite.
-    ``may_be_null``: null means not known. ``default``: what a bundle without the field means; without one it must be
-    there. ``length``: of a list.
+    ``may_be_null``: null means not known. ``default``: the value if a bundle lacks the field; a field without a default is
+    required. ``length``: that of a list.
     """
 
     kind: str
@@ -58,10 +58,10 @@ Fields = Mapping[str, Mapping[str, Field]]
 
 
 def read_fields(manifest: Mapping[str, Any], fields: Fields, where: str) -> dict[str, Any]:
-    """Return the manifest with the default of each field that it lacks.
+    """Return the manifest with defaults for the fields that it lacks.
 
-    ``fields``: by section, then by name; others are left as they are. ``where``: the file. Raises ``BundleError`` for a
-    field that is missing or of another kind.
+    ``fields``: by section, then by name; other fields are left unchanged. ``where``: the file. Raises ``BundleError`` for
+    a field that is missing or of the wrong kind.
     """
     read = dict(manifest)
     for section, expected in fields.items():
@@ -83,18 +83,18 @@ def read_fields(manifest: Mapping[str, Any], fields: Fields, where: str) -> dict
 
 def _describe(field: Field) -> str:
     names = {"whole": "a whole number", "number": "a number", "text": "text", "flag": "true or false"}
-    names |= {"texts": "a list of texts", "wholes": "whole numbers", "counts": "whole numbers by name"}
+    names |= {"texts": "a list of strings", "wholes": "whole numbers", "counts": "whole numbers by name"}
     return names[field.kind] + ("" if field.length is None else f", {field.length} of them")
 
 
 def read_settings(
     stored: Mapping[str, Any], rules: Mapping[str, Key], defaults: Mapping[str, Any], where: str
 ) -> dict[str, dict[str, Any]]:
-    """Return value and source of each setting; settings that were added after this schema version have their default.
+    """Return the value and source of each setting.
 
-    ``stored``: the settings of the manifest. ``rules``: the settings that the schema version has, with their legal
-    values. ``defaults``: the value of those that a bundle of this version may lack. ``where``: the file. Raises
-    ``BundleError`` for one that is missing or illegal.
+    ``stored``: the settings in the manifest. ``rules``: the settings to read, with their legal values. ``defaults``:
+    values for those that a bundle may lack. ``where``: the file. Raises ``BundleError`` for a setting that is missing or
+    illegal.
     """
     read: dict[str, dict[str, Any]] = {}
     for key, rule in rules.items():
@@ -117,7 +117,7 @@ def later_settings(rules: Mapping[str, Key]) -> dict[str, Key]:
 
 
 def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: str) -> None:
-    """Refuse tensors other than those expected. ``where``: the file. Raises ``BundleError``."""
+    """Refuse missing and unknown tensors. ``where``: the file. Raises ``BundleError``."""
     odd = sorted(set(tensors) ^ set(expected))
     if odd:
         what = "is missing" if odd[0] not in tensors else "is unknown"
@@ -125,14 +125,14 @@ def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: s
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse real columns that hold NaN or infinity. ``where``: the file. Raises ``BundleError``."""
+    """Refuse tensors that hold NaN or infinity. ``where``: the file. Raises ``BundleError``."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise damaged(where, f"{name}: expected finite numbers, got NaN or infinity")
 
 
 def damaged(where: str, what: str) -> BundleError:
-    """Return the error for a bundle whose content is not what its schema says.
+    """Return the error for a bundle that breaks its schema.
 
     ``where``: the file. ``what``: what is wrong with it.
     """

@@ -1,7 +1,7 @@
-"""The bundle format: what must be in the file, whatever its version, and which reader each version has.
+"""The bundle format: what every file must hold, whatever its version, and the reader for each version.
 
 The specification is freres-bundle(5). A new version is a file ``version_N.py`` and a line in ``READERS``; earlier readers
-stay as they are, for ever.
+never change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from freres_cli.tracks import Tracks, count_by_kind
 
 FORMAT = "freres.bundle"
 READERS = {1: version_1, 2: version_2}
-SCHEMA_VERSION = 2  # of the bundles that are written
+SCHEMA_VERSION = 2  # that freres writes
 SECTIONS = {
     "freres_version": str,
     **dict.fromkeys(("model", "source", "sampling", "geometry", "settings", "tokens", "tensors"), dict),
@@ -39,14 +39,14 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def _pack(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in row order. Of a single row torch calls any stride contiguous."""
+    """Return the tensor on the CPU, in row order. torch calls a single element contiguous whatever its strides are."""
     tensor = tensor.detach().cpu().contiguous()
     is_packed = tensor.numel() != 1 or tensor.stride() == (1,) * tensor.ndim
     return tensor if is_packed else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Return shape, dtype and digest of each tensor, as the manifest holds them."""
+    """Return shape, dtype and digest of each tensor, for the manifest."""
     return {
         name: {"shape": list(tensor.shape), "dtype": _dtype_name(tensor), "sha256": tensor_digest(tensor)}
         for name, tensor in tensors.items()
@@ -54,12 +54,12 @@ def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> str:
-    """Return the manifest as canonical JSON: the same content is always the same bytes."""
+    """Return the manifest as canonical JSON: the same content always gives the same bytes."""
     return json.dumps(manifest, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def make_content(content: Tracks | VideoTokens, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``torch.save`` writes: everything on the CPU, each tensor stored alone."""
+    """Return what to pass to ``torch.save``: everything on the CPU, each tensor stored alone."""
     tensors = {name: _pack(tensor) for name, tensor in version_2.tensors_of(content).items()}
     # A view would drag its whole storage into the file.
     tensors = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
@@ -75,7 +75,7 @@ def make_content(content: Tracks | VideoTokens, manifest: Mapping[str, Any]) -> 
 
 
 def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks | VideoTokens]:
-    """Return schema version, manifest and content of what ``torch.load`` gave, every byte of it checked.
+    """Return the schema version, manifest and content of what ``torch.load`` gave, and check every byte of it.
 
     ``where``: the file. Raises ``BundleError``.
     """
@@ -90,7 +90,7 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks |
     text, tensors = loaded.get("manifest"), loaded.get("tensors")
     if not isinstance(text, str) or not isinstance(tensors, dict):
         raise damaged(where, "manifest or tensors are missing")
-    # Text that is not UTF-8 has no checksum that could match.
+    # Text that is not valid Unicode cannot match any checksum.
     if loaded.get("manifest_sha256") != hashlib.sha256(text.encode(errors="replace")).hexdigest():
         raise damaged(where, "the manifest's checksum does not match")
     reader = READERS[version]
@@ -103,13 +103,13 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks |
 
 
 def _check_counts(told: Mapping[str, Any], by_kind: Mapping[str, int], where: str) -> None:
-    """The counts of the manifest are those of the tensors."""
+    """Refuse counts in the manifest that differ from those of the tensors."""
     if told["tokens_by_kind"] != by_kind or told["visual_tokens"] != sum(by_kind.values()):
         raise damaged(where, f"tokens: expected {dict(by_kind)}, got {told['tokens_by_kind']}"[:200])
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _decode_manifest(text: str, where: str) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _check_tensors(tensors: dict[Any, Any], described: dict[str, Any], dtypes: t
         expected = [facts.get("shape"), facts.get("dtype")]
         if got != expected or got[1] not in dtypes:
             raise damaged(where, f"{name}: expected {expected[1]} {expected[0]}, got {got[1]} {got[0]}")
-        # Strides are the writer's word: an expanded view could claim far more rows than the file holds.
+        # Do not trust the writer's strides: an expanded view could claim far more rows than the file holds.
         if not tensor.is_contiguous():
             raise damaged(where, f"{name}: expected a contiguous tensor")
         if facts.get("sha256") != tensor_digest(tensor):

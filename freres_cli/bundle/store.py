@@ -23,7 +23,7 @@ _PICKLE_HINT = "a bundle holds tensors and text only; do not trust where this fi
 
 @dataclass(frozen=True)
 class StoredBundle:
-    """A bundle read from a file: its schema version, its manifest in today's form, what it holds, and the file's size."""
+    """A bundle read from a file: schema version, manifest in its current form, content, and size of the file."""
 
     path: Path
     schema_version: int
@@ -36,15 +36,15 @@ class StoredBundle:
         """The tracks of a Fre-Res bundle. Raises ``BundleError`` for a bundle of another method."""
         if not isinstance(self.content, Tracks):
             method = self.manifest["settings"]["method"]["value"]
-            raise BundleError(f"{self.path}: made by method {method}: it holds tokens, no tracks")
+            raise BundleError(f"{self.path}: made by method {method}: it holds tokens, not tracks")
         return self.content
 
 
 def write_bundle(path: Path, content: Tracks | VideoTokens, manifest: Mapping[str, Any], *, force: bool = False) -> int:
-    """Write a bundle and return its size in bytes; the same content and manifest give the same bytes.
+    """Write a bundle and return its size in bytes. The same content and manifest give the same bytes.
 
-    ``path``: the file, which appears whole or not at all, see ``files.write_atomically``. ``content``, ``manifest``: what
-    it holds. ``force``: replace an existing file. Raises ``UsageError`` or ``ResourceError``.
+    ``path``: the file, written atomically. ``content``, ``manifest``: what it holds. ``force``: replace an existing file.
+    Raises ``UsageError`` or ``ResourceError``.
     """
     check_destination(path, force)
     made = make_content(content, manifest)
@@ -53,7 +53,7 @@ def write_bundle(path: Path, content: Tracks | VideoTokens, manifest: Mapping[st
 
 
 def read_bundle(path: Path) -> StoredBundle:
-    """Return a bundle, every byte of it checked and none of it executed. Raises ``BundleError``."""
+    """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``."""
     if not os.path.isfile(path):  # noqa: PTH113 (os.path takes names too long for the system)
         problem = "is a folder" if os.path.isdir(path) else "no such file"  # noqa: PTH112
         raise BundleError(f"{path}: {problem}: expected a bundle", "make one with: freres compress VIDEO")
@@ -68,7 +68,7 @@ def read_bundle(path: Path) -> StoredBundle:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
     except BundleError:
         raise
-    except Exception as error:  # torch lets damage surface as whatever it trips over, assertions included
+    except Exception as error:  # damage makes torch raise almost anything, even AssertionError
         raise BundleError(f"{path}: damaged bundle: {_first_line(error)}", "compress the video again") from error
     version, manifest, content = read_content(loaded, str(path))
     return StoredBundle(path, version, manifest, content, path.stat().st_size)

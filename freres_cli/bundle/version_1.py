@@ -1,4 +1,4 @@
-"""Schema version 1, as it was: Fre-Res tracks. Frozen; nothing that is added to presets or tracks changes this file."""
+"""Schema version 1: Fre-Res tracks. Frozen: later additions to presets or tracks never change this file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEXT_OR_NULL, _NUMBER_OR_NULL = Field("text", may_be_null=True), Field("number"
 _TEXT, _WHOLE, _NUMBER, _FLAG = Field("text"), Field("whole"), Field("number"), Field("flag")
 _NOTES = Field("texts")
 
-# Releases added fields within this version; what they default to is what earlier bundles mean.
+# Releases added fields within this version. Their defaults are what earlier bundles mean.
 FIELDS: dict[str, dict[str, Field]] = {
     "model": {
         "model_id": _TEXT,
@@ -109,7 +109,7 @@ SETTINGS: dict[str, Key] = {
     "text_after": Key(str, "max", "", choices=("max", "hf")),
     "deepstack": Key(str, "keep", "", choices=("keep", "drop")),
 }
-# Before it was a setting every bundle kept the rows.
+# Before this setting existed, every bundle kept the rows.
 DEFAULTS = {"deepstack": "keep"}
 
 TENSORS = (
@@ -123,7 +123,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16", "int64")
 
 
 def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the manifest in today's form: every field of its version, and today's settings.
+    """Return the manifest in its current form: every field of its version, and all current settings.
 
     ``where``: the file. Raises ``BundleError``.
     """
@@ -138,8 +138,8 @@ def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
 def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tracks:
     """Return the tracks that the tensors hold.
 
-    ``manifest``: as ``read_manifest`` returns it. ``where``: the file. Raises ``BundleError`` where names, shapes or
-    indices do not fit together, or a number is not finite.
+    ``manifest``: as ``read_manifest`` returns it. ``where``: the file. Raises ``BundleError`` if names, shapes or indices
+    do not fit together, or a number is not finite.
     """
     check_names(tensors, TENSORS, where)
     check_finite(tensors, where)
@@ -147,7 +147,7 @@ def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
 
 
 def build_tracks(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tracks:
-    """Return tracks of these tensors. ``where``: the file. Raises ``BundleError`` where they contradict each other."""
+    """Return tracks made of these tensors. ``where``: the file. Raises ``BundleError`` if they contradict each other."""
     geometry = manifest["geometry"]
     rows, columns = geometry["pooled_grid"]
     num_frames, grid_h, grid_w = geometry["grid"]
@@ -163,7 +163,7 @@ def build_tracks(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
 
 
 def _check_dense_bases(tracks: Tracks) -> None:
-    """The idct variant rebuilds whole frames: a GoP with coefficients has the base of every cell."""
+    """Refuse missing bases. The idct variant rebuilds whole frames, so a GoP with coefficients needs every cell's base."""
     counts = tracks.base_gop.bincount(minlength=tracks.gop_anchor_frame.shape[0])
     if bool((counts[tracks.coefficient_gop] != tracks.num_cells).any()):
         raise ValueError(f"base_latents: expected all {tracks.num_cells} cells of a GoP with variant idct")

@@ -1,7 +1,7 @@
-"""Schema version 2: the tracks of Fre-Res, or the tokens of any other method. What freres writes today.
+"""Schema version 2, which freres writes: the tracks of Fre-Res, or the tokens of any other method.
 
-Fields and settings listed here are what every bundle of this version has. One that a later release adds is not listed:
-bundles without it have its default.
+Every bundle of this version has the fields and settings listed here. Later additions are not listed; a bundle without one
+has its default.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _REQUIRED = {  # optional in version 1
     "model": {"attention": Field("text", may_be_null=True)},
     "source": {
         "made_by_world": Field("flag"),
-        # Frames that were given already decoded have no file.
+        # Frames that were passed already decoded have no file.
         "file": Field("text", may_be_null=True),
         "container": Field("text", may_be_null=True),
         "codec": Field("text", may_be_null=True),
@@ -63,7 +63,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "uint8")
 
 
 def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the manifest with every field and today's settings. ``where``: the file. Raises ``BundleError``."""
+    """Return the manifest with every field and all current settings. ``where``: the file. Raises ``BundleError``."""
     if manifest.get("content") not in CONTENTS:
         raise damaged(where, f"content: expected {' or '.join(CONTENTS)}, got {manifest.get('content')!r}")
     read = read_fields(manifest, FIELDS, where)
@@ -79,8 +79,8 @@ def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
 def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tracks | VideoTokens:
     """Return the tracks or the tokens that the tensors hold.
 
-    ``manifest``: as ``read_manifest`` returns it. ``where``: the file. Raises ``BundleError`` where names, shapes or
-    indices do not fit together, or a number is not finite.
+    ``manifest``: as ``read_manifest`` returns it. ``where``: the file. Raises ``BundleError`` if names, shapes or indices
+    do not fit together, or a number is not finite.
     """
     check_names(tensors, TENSORS[manifest["content"]], where)
     check_finite(tensors, where)
@@ -117,7 +117,7 @@ def _check_column(name: str, column: Column, tensor: Tensor, where: str) -> None
 
 
 def tensors_of(content: Tracks | VideoTokens) -> dict[str, Tensor]:
-    """Return the tensors that a bundle of this content holds, by name, in order."""
+    """Return the tensors that a bundle with this content holds, by name, in order."""
     if isinstance(content, Tracks):
         return content.tensors()
     return {name: getattr(content, name) for name in TENSORS["tokens"]}

@@ -18,14 +18,15 @@ from freres_cli.files import make_folder
 def ablate(
     questions: Annotated[Path, typer.Argument(metavar="QUESTIONS", help="Questions, as for freres eval.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of adapters and answers; resumes from them.")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for adapters and answers; reused by later runs."),
     ],
     data: Annotated[
         Path | None,
         typer.Option("--train", metavar="DATA", help="Training data, as for freres train."),
     ] = None,
     tables: Annotated[
-        str, typer.Option("--tables", metavar="NAME,...", help="Some of components, coefficients, frames, anchors.")
+        str, typer.Option("--tables", metavar="NAME,...", help="Any of components, coefficients, frames, anchors.")
     ] = "components,coefficients,frames,anchors",
     budgets: Annotated[
         str, typer.Option("--budgets", metavar="SIZE,...", help="Shares of the full tokens, or counts.")
@@ -34,10 +35,8 @@ def ablate(
         str, typer.Option("--train-budgets", metavar="SIZE,...", help="Budgets to train the adapters for.")
     ] = "0.5,0.25,0.1",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each adapter.")] = 500,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the training.")] = 0,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")
-    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for training.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many questions.")] = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
     model: options.Model = None,
@@ -47,14 +46,14 @@ def ablate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what each part of Fre-Res does, at equal tokens.
+    """Measure what each part of Fre-Res contributes, at equal tokens.
 
     Every row has the same budget, and every trained row the same data, steps and seed. Tables: components (anchors
-    only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6), coefficients kept of a
-    trajectory, frames read (one in 2, one in 4, of 8 a second) and anchors (Table 5).
+    only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6), coefficients kept per
+    trajectory, frames read (one in 2 or one in 4, at 8 per second) and anchors (Table 5).
 
-    A run that was stopped resumes when it is started again: finished adapters and answers in DIR are reused. Adapters
-    that were trained on other data, with other settings or by another recipe are refused.
+    A stopped run resumes when you start it again: finished adapters and answers in DIR are reused. Adapters trained on
+    different data, with different settings or by a different recipe are refused.
     """
     from freres_cli.evaluation.cells import parse_budgets
     from freres_cli.evaluation.questions import read_questions

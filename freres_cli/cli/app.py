@@ -74,7 +74,7 @@ def freres(
 
 def main() -> None:
     """Run the command. FRERES_DEBUG=1 shows tracebacks."""
-    # Ends by way of the `finally` blocks: no temporary file and no child process stays.
+    # Exit through the `finally` blocks, so no temporary file or child process is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _run()

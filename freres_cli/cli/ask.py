@@ -35,7 +35,7 @@ def ask(
     bundle: options.BundlePath,
     question: Annotated[
         str | None,
-        typer.Argument(metavar="QUESTION", help="The question; - reads stdin; without it, a prompt loop opens."),
+        typer.Argument(metavar="QUESTION", help="The question, or - to read stdin; without it, a prompt loop opens."),
     ] = None,
     choices: Annotated[
         str | None,
@@ -43,16 +43,17 @@ def ask(
     ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option("--questions", metavar="FILE", help="Answer these, JSON lines: question, choices, id."),
+        typer.Option("--questions", metavar="FILE", help="Answer a file of JSON lines: question, choices, id."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+        float,
+        typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 always takes the most likely token."),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this share.")
+        float, typer.Option("--top-p", help="Sample from the most likely tokens that add up to this probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed for sampling.")] = 0,
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
@@ -73,14 +74,13 @@ def ask(
     The answer streams to stdout. Without a question, questions are read line by line and the video is prefilled only
     once.
 
-    With --questions, all questions of a file are answered from one prefill, several at a time, and printed in the order
-    of the file, one line each. A row is a JSON object with the key question, and if you like choices (2 to 26 options)
-    and id.
+    With --questions, all questions in a file are answered from one prefill, several at a time, and printed in file
+    order, one line each. A row is a JSON object with the key question and, optionally, choices (2 to 26 options) and id.
     """
     started = time.perf_counter()
     text = None if questions is not None else _read_question(question, json)
     if questions is not None and (question is not None or choices is not None):
-        raise UsageError("--questions: expected no QUESTION and no --choices with it", "put them into the file")
+        raise UsageError("--questions: expected no QUESTION and no --choices with it", "put them in the file")
     if text_after not in (None, *TEXT_AFTER):
         raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
     listed = [check_text(choice.strip(), "--choices") for choice in choices.split("|")] if choices is not None else []
@@ -115,19 +115,19 @@ def ask(
 
 
 def _read_question(question: str | None, json: bool) -> str | None:
-    """Return the question, from stdin where it is ``-``; ``None`` asks for the prompt loop."""
+    """Return the question, read from stdin if it is ``-``. ``None`` means the prompt loop."""
     if question is None:
         if json:
             raise UsageError("--json: expected a question", "give the question, or - to read it from stdin")
         return None
     text = check_text((_read_stdin() if question == "-" else question).strip(), "question")
     if not text:
-        raise UsageError("question: is empty", 'such as: freres ask bundle.pt "what moves first?"')
+        raise UsageError("question: is empty", 'for example: freres ask bundle.pt "what moves first?"')
     return text
 
 
 def check_text(text: str, name: str) -> str:
-    """Return text that is whole Unicode. Raises ``UsageError`` for bytes that were no UTF-8."""
+    """Return the text if it is valid Unicode. Raises ``UsageError`` if it came from bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -156,7 +156,7 @@ def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool
 def _answer_rows(
     session: Session, rows: list[AskedRow], max_new_tokens: int, sampling: Any, json: bool, quiet: bool
 ) -> None:
-    """Print an answer a line, in the order of the file."""
+    """Print one answer per line, in file order."""
     from freres_cli.workflows.ask import answer_rows
 
     started, done = time.perf_counter(), 0
@@ -197,7 +197,7 @@ def _row_document(row: AskedRow, answer: Answer) -> dict[str, Any]:
 
 
 def _loop(session: Session, manner: dict[str, Any], quiet: bool) -> None:
-    """Answer one question a line until the end of input."""
+    """Answer one question per line until the input ends."""
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     while True:
         if is_terminal:

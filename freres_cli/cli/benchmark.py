@@ -1,7 +1,7 @@
-"""Measures the figures of the README: ``python -m freres_cli.cli.benchmark -o FILE [PART ...]`` writes one JSON file.
+"""Measure the figures in the README: ``python -m freres_cli.cli.benchmark -o FILE [PART ...]`` writes one JSON file.
 
-Parts: ``method`` (cost after encoding, beside encoding at a released model's widths), ``decode`` (beside plain PyAV),
-``memory`` (one and ten minutes of 30 fps video) and ``many`` (20 short clips with one command, beside 20 commands). Takes
+Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
+``memory`` (one and ten minutes of 30 fps video) and ``many`` (20 short clips with one command against 20 commands). Takes
 about 20 minutes on two cores.
 """
 
@@ -41,7 +41,7 @@ GRID = (24, 24)
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
-    """Return the seconds of each of ``repeat`` runs."""
+    """Return the seconds that each of ``repeat`` runs took."""
     seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -51,7 +51,7 @@ def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
 
 
 def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
-    """Time the tower on one 24x24 frame, and everything after it on a clip, per frame, in one process."""
+    """Time the tower on one 24x24 frame and everything after it per frame of a clip, in one process."""
     from transformers import Qwen2VLConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
@@ -92,7 +92,7 @@ def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
 
 
 def measure_decode(folder: Path, repeat: int = 5) -> dict[str, Any]:
-    """Time our decoding of a 720p file, every frame resized, beside plain PyAV on the same file, in turn."""
+    """Time our decoding of a 720p file with every frame resized, in turn with plain PyAV on the same file."""
     path = write_video(folder / "720p.mp4", num_frames=300, side=(1280, 720))
     info = probe_video(path)
     size = FrameSize(144, 144, 9, 9)
@@ -132,7 +132,7 @@ def measure_decode(folder: Path, repeat: int = 5) -> dict[str, Any]:
 
 
 def measure_memory(folder: Path, repeat: int = 1) -> dict[str, Any]:
-    """Peak memory of ``freres compress`` on one and on ten minutes of 30 fps video, each run in a fresh process."""
+    """Measure peak memory of ``freres compress`` on one and ten minutes of 30 fps video, each in a fresh process."""
     peaks: dict[str, list[int]] = {}
     documents = {}
     for minutes in (1, 10):
@@ -154,9 +154,9 @@ def measure_memory(folder: Path, repeat: int = 1) -> dict[str, Any]:
 
 
 def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, Any]:
-    """Time ``freres compress`` on short clips: one command for all, beside one command for each, in turn.
+    """Time ``freres compress`` on short clips: one command for all of them, in turn with one command per clip.
 
-    ``load_s`` is what loading the tower took: of the first clip, and of all the others together.
+    ``load_s`` is the time spent loading the tower, for the first clip and for all the others together.
     """
     clips = folder / "clips"
     clips.mkdir()
@@ -190,13 +190,13 @@ def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, An
 
 
 def run_command(*arguments: str) -> str:
-    """Run ``freres compress`` in a process of its own and return what it prints."""
+    """Run ``freres compress`` in its own process and return what it prints."""
     command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def write_video(path: Path, num_frames: int, side: tuple[int, int]) -> Path:
-    """Write H.264 at 30 fps, the made clip over and over."""
+    """Write an H.264 file at 30 fps that repeats a drawn clip."""
     pictures = [av.VideoFrame.from_ndarray(draw_frame(i, 120), format="rgb24") for i in range(120)]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
@@ -211,10 +211,10 @@ def write_video(path: Path, num_frames: int, side: tuple[int, int]) -> Path:
 
 
 def main() -> None:
-    """Run the named parts and write them, after what the file already holds of the others."""
+    """Run the named parts and write their results; the file keeps the results it has for other parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("parts", nargs="*", default=[], help="method, decode, memory, many; all when none is named")
+    parser.add_argument("parts", nargs="*", default=[], help="method, decode, memory, many; default: all")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -36,7 +36,7 @@ BUNDLE, BUNDLES = Path("bundle.pt"), Path("bundles")
 
 def compress(
     videos: Annotated[
-        list[Path], typer.Argument(metavar="VIDEO...", help="Video files, folders of them, or .txt lists of paths.")
+        list[Path], typer.Argument(metavar="VIDEO...", help="Video files, folders of videos, or .txt lists of paths.")
     ],
     budget: options.Budget = None,
     preset: options.PresetName = None,
@@ -56,23 +56,21 @@ def compress(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE|DIR", help="The bundle to write; of several videos, their folder."
-        ),
+        typer.Option("--output", "-o", metavar="FILE|DIR", help="The bundle to write; for several videos, a folder."),
     ] = None,
     force: options.Force = False,
-    fps: Annotated[float | None, typer.Option("--fps", help="Read this many frames a second.")] = None,
-    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in all.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Read this many frames per second.")] = None,
+    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in total.")] = None,
     grid: Annotated[
         str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
     ] = None,
     assignments: options.Assignments = None,
     start: Annotated[
         float | None,
-        typer.Option("--start", min=0.0, metavar="SECONDS", help="Begin this many seconds into the video."),
+        typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
     ] = None,
     end: Annotated[
-        float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="End this many seconds into the video.")
+        float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")] = False,
     device: options.DeviceName = None,
@@ -87,13 +85,13 @@ def compress(
 
     Decodes the video, encodes its frames with the model's frozen vision tower, keeps sparse full-detail anchor frames
     and a few temporal DCT coefficients of the rest, and writes at most --budget visual tokens. The video is not needed
-    again. Prints the bundle's path. Other methods of --method are baselines: see freres methods.
+    again. Prints the bundle's path. The other choices of --method are baselines: see freres methods.
 
-    Several videos, a folder (with the folders in it) or a .txt list (a path a line, relative to the list) are compressed
-    with one load of the model. Bundles are named after their videos. A bundle that is there already, whole, and made from
-    the same video with the same model and settings is left as it is, so a run that was stopped resumes when it is started
-    again. A video that cannot be used is reported, and the others are compressed; the exit status is then that of the
-    first failure.
+    For several videos, a folder (searched recursively) or a .txt list (one path per line, relative to the list), the
+    model is loaded only once. Bundles are named after their videos. An existing bundle is skipped if it is intact and was
+    made from the same video with the same model and settings, so a stopped run resumes when you start it again. A video
+    that cannot be used is reported, and the others are still compressed; the exit status is then that of the first
+    failure.
     """
     from freres_cli.video.listing import is_many, list_videos
 
@@ -138,7 +136,7 @@ def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool
 def _compress_many(
     compressor: Compressor, videos: Sequence[tuple[Path, Path]], folder: Path, force: bool, json: bool, quiet: bool
 ) -> None:
-    """Print a line for each video. Raises the first failure, after the last video."""
+    """Print a line for each video. Raises the first failure after the last video."""
     from freres_cli.workflows.compress import compress_many
 
     told: set[str] = set()
@@ -154,7 +152,7 @@ def _compress_many(
             told.update(fresh)
             print_notes([*fresh, f"{row.video}: {_summary(row.result)}"], quiet)
         elif row.status == "skipped":
-            print_notes([f"{row.video}: {row.bundle} is there already"], quiet)
+            print_notes([f"{row.video}: skipped, {row.bundle} already exists"], quiet)
         if row.error is None:
             print_path(row.bundle)
 
@@ -165,11 +163,11 @@ def _compress_many(
     if failed is not None:
         raise type(failed)(f"{counts['failed']} of {len(rows)} videos failed: {failed.message}", failed.hint)
     if not json:
-        print_notes([f"{counts['done']} compressed, {counts['skipped']} there already"], quiet)
+        print_notes([f"{counts['done']} compressed, {counts['skipped']} skipped"], quiet)
 
 
 def gather_flags(assignments: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings given: ``--set`` first, flags of their own over it."""
+    """Return the given settings. ``named``: settings that have a flag of their own, which overrides ``--set``."""
     given = {key: value for key, value in named.items() if value is not None}
     return dict(parse_assignment(text) for text in assignments or []) | given
 
@@ -190,7 +188,7 @@ def make_options(
     """Turn flags into options.
 
     ``flags``: settings that were given. ``preset``, ``model``, ``revision``, ``method``, ``start``, ``end``, ``strict``,
-    ``device``, ``dtype``, ``attn``: the flags of these names. Raises ``UsageError`` or ``PresetError``.
+    ``device``, ``dtype``, ``attn``: the flags with these names. Raises ``UsageError`` or ``PresetError``.
     """
     find_bundle_method(method)
     chosen = model or BUNDLED
@@ -259,7 +257,7 @@ def _print_plan(plan: CompressPlan, chosen: CompressOptions, json: bool) -> None
         print_result(f"  {kind:<14} {count}")
     budget = plan.budget
     print_result(f"GoPs             {budget.num_anchors}, up to {budget.max_events} more for events")
-    print_result(f"coefficients     {budget.num_coefficients} of {budget.pooled_grid[0]}x{budget.pooled_grid[1]} cells")
+    print_result(f"coefficients     {budget.num_coefficients} in {budget.pooled_grid[0]}x{budget.pooled_grid[1]} cells")
 
 
 def _plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]:

@@ -26,19 +26,19 @@ def demo(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run the whole job on a made clip.
+    """Run the whole job on a generated clip.
 
     Makes an H.264 clip of the bundled model's world, compresses it at two budgets, asks three questions about it, and
-    profiles it. Answers are printed beside the truth. One question is about an object that is on screen for only one to
-    three frames.
+    profiles it. Answers are printed next to the correct ones. One question is about an object that is on screen for only
+    one to three frames.
     """
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: expected an existing folder", "make it first")
+        raise UsageError(f"{folder}: expected an existing folder", "create it first")
     if folder is not None:
         names = ("clip.mp4", *[f"bundle-{budget}.pt" for budget in DEMO_BUDGETS])
         taken = [name for name in names if (folder / name).exists()]
         if taken:
-            raise UsageError(f"{folder}: {', '.join(taken)} already there", "name an empty folder")
+            raise UsageError(f"{folder}: already holds {', '.join(taken)}", "name an empty folder")
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
         document = _run(Path(place), model, device, quiet or json)
     if json:
@@ -82,7 +82,7 @@ def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dic
                     "ttft_s": answer.ttft_s,
                 }
             )
-    print_notes([f"profiling: one process for each row, on {chosen.model.device.description}"], quiet)
+    print_notes([f"profiling: one process per row, on {chosen.model.device.description}"], quiet)
     question = questions[0].question
     rows = run_profile(ProfileRequest(chosen.model.device, question, 1, 1, 8, 600.0, clip, chosen))
     facts = {"clip": str(clip), "bundles": bundles, "answers": answers, "profile": rows}
@@ -91,7 +91,7 @@ def _run(place: Path, model: str | None, device: str | None, quiet: bool) -> dic
 
 def _print(document: dict[str, Any]) -> None:
     print_table(
-        ("budget", "visual tokens", "of", "compression", "took", "peak memory"),
+        ("budget", "visual tokens", "full tokens", "compression", "time", "peak memory"),
         [
             (
                 str(b["budget_tokens"]),

@@ -1,4 +1,4 @@
-"""``freres doctor``: what this machine can run, and why not the rest."""
+"""``freres doctor``: what this machine can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def doctor(json: options.Json = False) -> None:
     """Check what this machine can run.
 
     Looks at packages, decoders, devices, attention kernels, memory, the bundled model, the model hub and each model
-    family. Every line is ok, limited or missing, with what that means. Exits 0 when the main job can run.
+    family. Every line says ok, limited or missing, and what that means. The exit status is 0 if the main job can run.
     """
     from freres_cli.errors import ResourceError
     from freres_cli.workflows.doctor import examine_machine

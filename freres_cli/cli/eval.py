@@ -37,7 +37,7 @@ def evaluate(
         typer.Option(
             "--methods",
             metavar="NAME,...",
-            help=f"Of {', '.join(METHODS)}.",
+            help=f"Any of {', '.join(METHODS)}.",
             autocompletion=options.complete_method,
         ),
     ] = "full,uniform,fre-res",
@@ -46,17 +46,15 @@ def evaluate(
         typer.Option(
             "--budgets",
             metavar="SIZE,...",
-            help="With a decimal point a share of the full tokens (0.25, 1.0); without, a count (640).",
+            help="Shares of the full tokens (with a decimal point: 0.25, 1.0) or counts (without: 640).",
         ),
     ] = "1.0,0.5,0.25,0.1",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, and resume from them."),
+        typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, so a stopped run can resume."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start over if the output file holds something else.")] = False,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Ask only this many questions, the first ones.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many questions.")] = None,
     adapter: options.Adapter = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -70,18 +68,18 @@ def evaluate(
     """Measure accuracy by method and budget.
 
     Each video is decoded and encoded once; every method makes its tokens from these latents, and answers all questions
-    about the video from one prefill. Options are scored as by freres ask --choices. A free answer is greedy, has at most
-    16 tokens, and is compared without regard to case, spacing and final punctuation. A video that cannot be used is a
-    failed row, and its questions count for no method.
+    about the video from one prefill. Options are scored as in freres ask --choices. Free answers are greedy, have at most
+    16 tokens, and are compared ignoring case, spacing and final punctuation. A video that cannot be used is a failed row,
+    and its questions count for no method.
 
-    QUESTIONS holds one JSON object a line with the keys id, video (relative to that file), category, question, choices
+    QUESTIONS holds one JSON object per line with the keys id, video (relative to that file), category, question, choices
     (2 to 26 options; none for a free answer) and answer (the text of the right option). Other keys are ignored.
 
-    Methods: full, every token; uniform, whole frames at even distances, thinned to exactly the budget; lowres, every
-    frame averaged in space over as many cells as the budget holds; fre-res, as freres compress, with the adapter;
-    blind, the question without any visual token. freres methods says more. full and blind have one row, whatever the
-    budgets. uniform and lowres have exactly the budget, fre-res never more. With deepstack: drop, only full keeps the
-    DeepStack rows.
+    Methods: full, every token; uniform, evenly spaced whole frames, thinned to exactly the budget; lowres, every frame
+    averaged in space to as many cells as the budget holds; fre-res, as in freres compress, with the adapter; blind, the
+    question without visual tokens. See freres methods. full and blind have one row each, whatever the budgets. uniform
+    and lowres use exactly the budget, fre-res at most the budget. With deepstack: drop, only full keeps the DeepStack
+    rows.
     """
     from freres_cli.evaluation.cells import parse_cells
     from freres_cli.evaluation.questions import read_questions
@@ -90,7 +88,7 @@ def evaluate(
     cells = parse_cells(methods, budgets, {name: method.has_budget for name, method in METHODS.items()})
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
-        raise UsageError("--set budget_tokens: each method has its budget from --budgets", "use --budgets")
+        raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
     file = read_questions(questions, limit)
     path = None if output is None else results_path(output, questions)
     chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype)
@@ -122,14 +120,14 @@ def print_failures(result: EvalResult) -> None:
         more = f" ({len(failed) - SHOWN_FAILURES} not shown)" if len(failed) > SHOWN_FAILURES else ""
         lost = sum(item["num_questions"] for item in failed)
         videos = result.summary["num_videos"] + len(failed)
-        print_warning(f"{len(failed)} of {videos} videos failed{more}: questions that count for no method: {lost}")
+        print_warning(f"{len(failed)} of {videos} videos failed{more}; questions that count for no method: {lost}")
 
 
 def run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
-    """Return how much of the run was already done."""
+    """Return a note on how much of the run was already done."""
     if request.output is None:
         return []
-    return [f"{request.output}: {result.num_resumed} videos were answered before"] if result.num_resumed else []
+    return [f"{request.output}: {result.num_resumed} videos were already answered"] if result.num_resumed else []
 
 
 def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
 
 def print_rows(summary: dict[str, Any]) -> None:
     """Print the table of methods and budgets, and accuracy by category."""
-    columns = ("method", "budget", "tokens", "most", "accuracy", "95 % interval", "by category", "retention")
+    columns = ("method", "budget", "tokens", "max", "accuracy", "95 % interval", "by category", "retention")
     print_table(
         (*columns, "compress", "prefill", "TTFT", "next TTFT"),
         [
@@ -176,15 +174,15 @@ def print_totals(summary: dict[str, Any]) -> None:
     print_result("")
     print_result(
         f"{summary['num_questions']} questions on {summary['num_videos']} videos, {len(summary['failed'])} failed; "
-        f"{summary['full_tokens']:.0f} full tokens a video"
+        f"{summary['full_tokens']:.0f} full tokens per video"
     )
     print_result(
-        "percent; accuracy over questions, by category the mean over categories; intervals: videos resampled "
-        f"{summary['intervals']['resamples']} times"
+        "in percent: accuracy over questions, and by category the mean over categories; intervals from "
+        f"{summary['intervals']['resamples']} resamples of the videos"
     )
     print_result(
-        f"a video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, once for "
-        "all methods; tokens are means, times medians"
+        f"per video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, once for "
+        "all methods; tokens are means, times are medians"
     )
 
 

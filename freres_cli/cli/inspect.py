@@ -33,17 +33,17 @@ def inspect(
 ) -> None:
     """Show what a bundle holds.
 
-    Prints tokens, times, energy kept, the seconds that lost most, and settings with their sources. Needs neither the
-    video nor any model. Energy shares say how much motion was kept, not how well a model answers.
+    Prints tokens, times, energy kept, the seconds that lost the most, and settings with their sources. Needs neither the
+    video nor a model. Energy shares say how much motion was kept, not how well a model answers.
 
-    The picture of --absorber has a row for each GoP, labelled with its start. On the left is the energy of the kept
-    coefficients of each cell, on the right how much the tokens took from that cell: attention weights times the norm of
-    what each token received. The absorber normalizes coefficients before it looks at them, so a faint one may count as
-    much as a strong one. Each column has one colour scale, from 0 to the number below its bar.
+    The --absorber picture has a row for each GoP, labelled with its start. The left shows the energy of each cell's kept
+    coefficients, the right how much the tokens took from that cell: attention weights times the norm of what each token
+    received. The absorber normalizes coefficients first, so a faint one may count as much as a strong one. Each column
+    has one colour scale, from 0 to the number below its bar.
     """
     for flag, value in (("--adapter", adapter), ("--force", force)):
         if value and absorber is None:
-            raise UsageError(f"{flag}: expected --absorber with it, got none", "name the picture with --absorber FILE")
+            raise UsageError(f"{flag}: expected --absorber as well, got none", "name the picture with --absorber FILE")
     from freres_cli.workflows.absorption import PictureRequest
     from freres_cli.workflows.inspect import inspect_bundle
 
@@ -83,10 +83,10 @@ def _print_head(report: dict[str, Any]) -> None:
         "model": f"{model['model_id']} ({model['family']}, {model['dtype']}), revision {model.get('revision') or 'none'}",
         "channels": _describe_channels(report),
         "frames": f"{sampling['num_frames']} read ({sampling['mode']}), grid "
-        f"{report['geometry']['grid'][1]}x{report['geometry']['grid'][2]}, {sampling['lost_s']:.2f} s lost in the file",
+        f"{report['geometry']['grid'][1]}x{report['geometry']['grid'][2]}, {sampling['lost_s']:.2f} s lost to damage",
         "tokens": f"{report['visual_tokens']} of at most {report['budget_tokens']} ({kinds})",
         "full": f"{report['full_tokens']} tokens in {sampling['baseline_frames']} frames: {report['compression']:.2f}x",
-        "size": f"{format_bytes(report['bundle_bytes'])}, {format_bytes(report['bytes_per_token'])} a token",
+        "size": f"{format_bytes(report['bundle_bytes'])}, {format_bytes(report['bytes_per_token'])} per token",
     }
     if report["cuts_found"] is not None:
         lines["cuts"] = (
@@ -99,14 +99,14 @@ def _print_head(report: dict[str, Any]) -> None:
 
 
 def _describe_channels(report: dict[str, Any]) -> str:
-    """What a stored token is made of."""
+    """Return what a stored token consists of."""
     channels, model = report["channels"], report["model"]
-    text = f"{channels} a token, {report['latents_dtype']}"
+    text = f"{channels} per token, {report['latents_dtype']}"
     num_deep = model.get("num_deep_layers")
     if not num_deep:
         return text
     if report["settings"]["deepstack"]["value"] == "drop":
-        return f"{text}; the rows of {num_deep} DeepStack layers were dropped, answers change"
+        return f"{text}; the rows of {num_deep} DeepStack layers were dropped, so answers change"
     return f"{text}: {model['width']} and the rows of {num_deep} DeepStack layers"
 
 
@@ -116,10 +116,10 @@ def _print_energy(energy: dict[str, Any]) -> None:
         print_result("energy   no residual energy: every frame is an anchor, or nothing moves")
         return
     print_result(
-        f"energy   {format_share(energy['clip_kept'])} of the pooled residual kept; pooling to cells left "
-        f"{format_share(energy['pooling_kept'])} of all"
+        f"energy   {format_share(energy['clip_kept'])} of the pooled residual kept; pooling to cells kept "
+        f"{format_share(energy['pooling_kept'])} of the total"
     )
-    print_result("         share in the first coefficients, beside independent noise frames (null):")
+    print_result("         share in the first coefficients, and for independent noise frames (null):")
     print_table(
         ("         first", *[str(k + 1) for k in range(len(energy["spectrum"]))]),
         [
@@ -128,7 +128,7 @@ def _print_energy(energy: dict[str, Any]) -> None:
         ],
     )
     spans = [f"{loss['start_s']:.2f}-{loss['end_s']:.2f} s" for loss in energy["worst_seconds"]]
-    print_result(f"lost most, worst first: {', '.join(spans)}")
+    print_result(f"lost the most, worst first: {', '.join(spans)}")
 
 
 def _print_gops(gops: list[dict[str, Any]]) -> None:

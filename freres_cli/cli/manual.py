@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-# ``schemas``: the --json documents and their main keys. ``defaults``: like DEFAULTS, for this verb only.
+# ``schemas``: the --json documents and their main keys; "lines" where there is one for each item. ``defaults``: like DEFAULTS, for this verb only.
 VERBS: dict[str, dict[str, Any]] = yaml.safe_load("""
 compress:
   examples:
@@ -19,21 +19,21 @@ compress:
     freres compress video.mp4 --budget 1280 --dry-run: Show the token allocation; encode nothing.
     freres compress video.mp4 --set temporal_share=0.4: Change one setting of the preset.
   output: >-
-    The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, and so does a warning
-    for each video that failed.
+    The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, as does a warning for
+    each video that failed.
   schemas:
     freres.compress/1:
       bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind grid timings_s
       peak_memory_bytes model source sampling settings notes environment
-    freres.compress_many/1 with several videos:
-      video status (done, skipped or failed) bundle; then the keys of freres.compress/1 where it is done, token counts where
-      it is skipped, message and exit_status where it failed
+    freres.compress_many/1 lines with several videos:
+      video status (done, skipped or failed) bundle; then the keys of freres.compress/1 if done, token counts if skipped,
+      message and exit_status if failed
     freres.plan/1 with --dry-run:
       method visual_tokens budget_tokens full_tokens compression tokens_by_kind frames baseline_frames grid num_gops
       num_coefficients pooled_grid max_events is_lossless settings environment
   defaults: {variant: the preset's, fps: the preset's sample, frames: the preset's sample, grid: the preset's,
     start: the beginning of the video, end: the end of the video,
-    output: "bundle.pt; bundles, a folder, for several videos"}
+    output: "bundle.pt, or the folder bundles for several videos"}
 ask:
   examples:
     freres ask bundle.pt "What moves first?": Stream an answer.
@@ -42,19 +42,19 @@ ask:
     freres ask bundle.pt - --json < question.txt: Read the question from stdin; print one document.
     freres ask bundle.pt --questions questions.jsonl --json: Answer a file of questions from one prefill.
   output: >-
-    The answer; with `--choices`, then a line for each option with its probability; with `--questions`, a line for each
-    question. Costs go to stderr. A question may have at most 16,384 bytes of UTF-8, including its options.
+    The answer. `--choices` adds a line with the probability of each option; `--questions` prints one line for each
+    question. Costs go to stderr. A question with its options may have at most 16,384 bytes of UTF-8.
   schemas:
     freres.ask/1:
       bundle question answer choices visual_tokens context_tokens new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
       model text_after notes environment
-    freres.answer/1 with --questions:
+    freres.answer/1 lines with --questions:
       id question answer choices visual_tokens context_tokens new_tokens finish_reason notes
   defaults: {choices: none (a free answer), questions: none, adapter: "the bundled model's own, none for others",
     model: the bundle's, revision: the bundle's, text_after: the bundle's}
 profile:
   examples:
-    freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle, beside the full-token run.
+    freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle and of the full-token run.
     freres profile video.mp4 --budget 1280 --repeat 5: Decode, encode and compress as well.
     freres profile --json > profile.json: A clip made on the spot; every figure with its spread.
   output: >-
@@ -73,10 +73,10 @@ eval:
     those from full as well). `accuracy` counts every question once, `mean_over_categories` every category once;
     `retention` is accuracy over that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples
     (seed 0) of whole videos, because the answers to questions about one video depend on each other. An interval has no
-    width where all answers are right, or all are wrong, and is null for a single video. Tokens are means over videos
-    (`_max` is the largest), times are medians: `compress_s` from latents to tokens, `ttft_s` of a video's first question
-    with its prefill, `next_ttft_s` of the others. The file of `--output` has a header and a line for each video. A file
-    from a different run is refused, and failed videos are tried again.
+    width if all answers are right, or all are wrong, and is null for a single video. Tokens are means over videos (`_max`
+    is the largest), times are medians: `compress_s` from latents to tokens, `ttft_s` for a video's first question with its
+    prefill, `next_ttft_s` for the others. The `--output` file has a header and a line for each video. A file from a
+    different run is refused, and failed videos are tried again.
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
@@ -91,7 +91,7 @@ train:
   examples:
     freres train data.jsonl --model Qwen/Qwen2-VL-2B-Instruct: Write adapter.safetensors.
     freres train data.jsonl -o a.safetensors --steps 200 --cache bundles: Keep the compressed videos in the folder bundles.
-    "torchrun --nproc-per-node 4 $(command -v freres) train data.jsonl": Four GPUs; the steps are those of one.
+    "torchrun --nproc-per-node 4 $(command -v freres) train data.jsonl": Four GPUs, with the same steps as one.
   output: >-
     The adapter's path. Training and validation loss, validation accuracy and the time left go to stderr. The loss is the
     mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
@@ -119,9 +119,9 @@ inspect:
     freres inspect bundle.pt --tokens: With a row for each visual token.
     freres inspect bundle.pt --absorber out.png --adapter modules.safetensors: Draw what the absorber took, and from where.
   output: >-
-    Source, model, tokens, residual energy kept, GoPs and settings. The spectrum stands beside its null: the spectrum of
-    independent noise frames. Bundles of methods other than Fre-Res have no energy and no GoPs. With `--absorber`, a line
-    for the picture; it shows at most 20 GoPs, those with the most energy, and `--json` has the maps of all.
+    Source, model, tokens, residual energy kept, GoPs and settings. The spectrum is shown with its null, the spectrum of
+    independent noise frames. Bundles of methods other than Fre-Res have no energy or GoPs. `--absorber` adds a line about
+    the picture, which shows at most 20 GoPs, those with the most energy; `--json` has the maps of all.
   schemas:
     freres.inspect/1:
       bundle bundle_bytes bytes_per_token schema_version visual_tokens budget_tokens full_tokens compression retention
@@ -133,13 +133,13 @@ repack:
     freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.
     freres repack bundle.pt --deepstack drop -o small.pt: Leave out the DeepStack rows; answers change.
   output: >-
-    The new bundle's path. Token counts go to stderr. A bundle of a method other than Fre-Res has no order of importance to
-    cut by, and is refused.
+    The new bundle's path. Token counts go to stderr. A bundle of a method other than Fre-Res cannot be cut, because its
+    tokens have no order of importance.
   schemas:
     freres.repack/1:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind notes
       environment
-  defaults: {budget: all tokens stay, deepstack: unchanged}
+  defaults: {budget: all tokens are kept, deepstack: unchanged}
 presets:
   examples:
     freres presets: List the presets.
@@ -149,12 +149,12 @@ presets:
 models:
   examples: {freres models: List model families and checkpoints.}
   output: >-
-    A table: tokens of a frame, bytes of key-value cache and of bundle for each token, bytes of all weights, and whether the
-    real weights have been run.
+    A table: tokens per frame, key-value cache and bundle size per token, size of all weights, and whether the real weights
+    have been run.
   schemas: {freres.models/1: families bundled checkpoints environment}
 methods:
   examples: {freres methods: List the compression methods., freres methods --json: The same as one document.}
-  output: A table of methods, then a line for each with what it keeps and where it departs from its source.
+  output: A table of methods, then a line for each with what it keeps and how it differs from its source.
   schemas:
     freres.methods/1:
       methods (name summary source training needs is_question_blind streams has_budget makes_bundles deviations)
@@ -166,7 +166,7 @@ demo:
   examples:
     freres demo: Run the whole job on a clip made on the spot.
     freres demo -o here: Keep the clip and the bundles in the folder here.
-  output: "Three tables: token counts, answers beside the truth, cost beside the full-token run."
+  output: "Three tables: token counts, answers next to the correct ones, and cost next to that of the full-token run."
   schemas: {freres.demo/1: clip bundles answers profile environment}
   defaults: {folder: "a temporary folder, removed at the end"}
 world make:
@@ -177,9 +177,9 @@ world make:
   schemas: {freres.world_make/1: questions split seed level num_clips num_questions by_category}
 world train:
   examples:
-    freres world train -o my-model: Train a model from nothing; run it again to resume after a stop.
+    freres world train -o my-model: Train a model from scratch; run it again to resume after a stop.
     freres world train -o better --start bundled --tower-steps 0 --steps 500: Continue from the shipped weights.
-  output: The folder, for --model. Progress goes to stderr.
+  output: The folder, to use with --model. Progress goes to stderr.
   schemas: {freres.world_train/1: model tower_steps language_steps train_seeds start choices_as train_s environment}
   defaults: {start: random weights}
 """)

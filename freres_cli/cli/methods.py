@@ -1,4 +1,4 @@
-"""``freres methods``: what can be named with --method and --methods."""
+"""``freres methods``: what --method and --methods accept."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from freres_cli.cli.output import print_json, print_result, print_table
 def methods(json: options.Json = False) -> None:
     """List the compression methods.
 
-    What each keeps, where it comes from and where it departs from that; whether it is trained, needs the question, and
-    takes frames as they come (then memory does not grow with the clip). freres compress takes those that make bundles,
-    freres eval all of them.
+    Shows what each method keeps, its source and how it differs from that, whether it is trained or needs the question,
+    and whether it streams frames (its memory then does not grow with the clip). freres compress takes the methods that
+    make bundles, freres eval takes all of them.
     """
     if json:
         print_json("freres.methods/1", {"methods": [_describe(method) for method in METHODS.values()]})

@@ -1,4 +1,4 @@
-"""``freres models``: what can be named with --model."""
+"""``freres models``: what --model accepts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def models(json: options.Json = False) -> None:
-    """List what --model can name.
+    """List what --model accepts.
 
-    Any local folder or hub checkpoint of a listed family works; those in the table are the ones whose numbers are known,
-    in bfloat16. A dash is a number that is not known here.
+    Any local folder or hub checkpoint of a listed family works. The table has the checkpoints whose numbers are known, in
+    bfloat16. A dash means that a number is not known.
     """
     from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS
     from freres_cli.world.bundled_model import FRAME_PX, GRID, bundled_model_info
@@ -29,17 +29,17 @@ def models(json: options.Json = False) -> None:
         ("bundled", "qwen2_vl", size, "-", "-", "-", "ships with freres; knows only its world")
     ]
     rows += [_describe(known) for known in KNOWN_CHECKPOINTS]
-    columns = ("model", "family", "tokens a frame", "KV a token", "bundle a token", "weights", "state")
+    columns = ("model", "family", "tokens per frame", "KV per token", "bundle per token", "weights", "state")
     print_table(columns, rows)
     listed = {known.family for known in KNOWN_CHECKPOINTS}
-    print_result(f"families: {', '.join(FAMILIES)}; any folder or hub checkpoint of theirs can be named")
+    print_result(f"families: {', '.join(FAMILIES)}; --model takes any folder or hub checkpoint of these")
     if others := [family for family in FAMILIES if family not in listed]:
-        print_result(f"no checkpoint is listed of: {', '.join(others)}")
+        print_result(f"no checkpoint is listed for: {', '.join(others)}")
 
 
 def _describe(known: KnownCheckpoint) -> tuple[str, ...]:
     sizes = known.tokens_per_frame
-    # The size of the paper's 24x24 grid where frames may have any, else the only one.
+    # The size for the paper's 24x24 grid if the family takes any frame size, else the only one.
     size = (672, 672) if (672, 672) in sizes else next(iter(sizes), None)
     return (
         known.model_id,

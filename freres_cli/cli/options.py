@@ -1,4 +1,4 @@
-"""Flags that several verbs share, and what they complete to."""
+"""Flags that several verbs share, and their completion."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from freres_cli.presets import BUNDLED, DEEPSTACK, preset_names
 
 
 def complete_preset(incomplete: str) -> list[str]:
-    """Presets that begin with what is typed."""
+    """Return the presets that start with what was typed."""
     return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Models that begin with what is typed."""
+    """Return the models that start with what was typed."""
     from freres_cli.cli.catalog import CHECKPOINT_IDS
 
     return [name for name in (BUNDLED, *CHECKPOINT_IDS) if name.startswith(incomplete)]
 
 
 def complete_method(incomplete: str) -> list[str]:
-    """Methods, separated by commas, of which the last begins with what is typed."""
+    """Complete the last method of a comma-separated list."""
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
 
 
 def complete_bundle_method(incomplete: str) -> list[str]:
-    """Methods that make bundles and begin with what is typed."""
+    """Return the methods that make bundles and start with what was typed."""
     return [name for name in BUNDLE_METHODS if name.startswith(incomplete)]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress bar and no notes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress bar or notes.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite the output file.")]
 Model = Annotated[
     str | None,
@@ -66,7 +66,7 @@ DeepStack = Annotated[
     typer.Option(
         "--deepstack",
         metavar="|".join(DEEPSTACK),
-        help="Rows that DeepStack families (Qwen3-VL) store besides each token; drop: 4 times smaller, answers change.",
+        help="Extra rows per token of DeepStack families (Qwen3-VL); drop: 4 times smaller, answers change.",
     ),
 ]
 PresetName = Annotated[
@@ -78,17 +78,13 @@ PresetName = Annotated[
         autocompletion=complete_preset,
     ),
 ]
-Budget = Annotated[
-    int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Most visual tokens; never more.")
-]
+Budget = Annotated[int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Upper limit on visual tokens.")]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any preset setting; may be given again. See freres-preset(5)."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any preset key; use again to set more. See freres-preset(5)."),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(
-        "--adapter", metavar="FILE|none", help="An adapter that freres train wrote; none for untrained tokens."
-    ),
+    typer.Option("--adapter", metavar="FILE|none", help="An adapter from freres train, or none for untrained tokens."),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]

@@ -1,4 +1,4 @@
-"""The only printer: results to stdout, everything else to stderr."""
+"""The only module that prints: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from freres_cli.errors import ExitStatus, FreresError, ResourceError
 
 
 def print_result(text: str, end: str = "\n") -> None:
-    """Write a result line to stdout at once."""
+    """Write a result line to stdout and flush it."""
     try:
         sys.stdout.write(text + end)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader went away, as `head` does; nothing is left to say, not even at shutdown.
+        # The reader closed the pipe, as `head` does; print nothing more, not even at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(ExitStatus.DONE) from None
     except OSError as error:
@@ -31,17 +31,17 @@ def print_result(text: str, end: str = "\n") -> None:
 
 
 def print_path(path: Path) -> None:
-    """Write the path of a result to stdout: as it is for other programs, without control characters on a terminal."""
+    """Write the path of a result to stdout: unchanged for other programs, without control characters on a terminal."""
     print_result(_plain(str(path)) if sys.stdout.isatty() else str(path))
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Write text that a model or a file holds to stdout: line breaks and tabs stay, other control characters do not."""
+    """Write text from a model or a file to stdout. Line breaks and tabs stay; other control characters become spaces."""
     print_result("".join(" " if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text), end)
 
 
 def print_line(text: str) -> None:
-    """Write a result line to stdout that holds names from files: one line without control characters."""
+    """Write a result that contains names from files to stdout, as one line without control characters."""
     print_result(_plain(text))
 
 
@@ -51,13 +51,13 @@ def print_json(schema: str, document: Mapping[str, Any]) -> None:
 
 
 def print_json_line(schema: str, document: Mapping[str, Any]) -> None:
-    """Write one JSON document to stdout, in a line of its own."""
+    """Write one JSON document to stdout, on a single line."""
     print_result(_encode_json(schema, document, indent=None))
 
 
 def _encode_json(schema: str, document: Mapping[str, Any], indent: int | None) -> str:
     text = json.dumps({"schema": schema, **_finite(document)}, indent=indent, ensure_ascii=False, allow_nan=False)
-    # JSON lets these stand; a terminal would obey them.
+    # JSON allows these unescaped, but a terminal would obey them.
     return re.sub(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", lambda c: f"\\u{ord(c[0]):04x}", text)
 
 
@@ -70,7 +70,7 @@ def _finite(value: Any) -> Any:
 
 
 def print_notes(notes: Iterable[str], quiet: bool = False) -> None:
-    """Write notes to stderr, one a line."""
+    """Write notes to stderr, one per line."""
     if not quiet:
         for note in notes:
             print(f"note: {_plain(note)}", file=sys.stderr)
@@ -89,12 +89,12 @@ def print_error(error: FreresError) -> None:
 
 
 def _plain(text: str) -> str:
-    """One line without control characters: names and categories come from files that anyone may have written."""
+    """Return one line without control characters. Names and categories come from files that anyone may have written."""
     return "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in text)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write an aligned table to stdout; the first column to the left, numbers to the right, plain text in a pipe."""
+    """Write an aligned plain-text table to stdout: numbers to the right, text and the first column to the left."""
     cells = [list(columns), *[[_plain(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     is_number = [
@@ -111,8 +111,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_bar(label: str, quiet: bool, unit: str = "frames") -> Iterator[Callable[[int, int], None] | None]:
-    """Give a function (done, total) that draws a bar on stderr; ``None`` where stderr is not a terminal, or with
-    ``quiet``. ``label``: what stands before the bar. ``unit``: what is counted."""
+    """Yield a function (done, total) that draws a bar on stderr, or ``None`` if stderr is not a terminal or ``quiet`` is
+    set. ``label``: text before the bar. ``unit``: what is counted."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -120,7 +120,7 @@ def progress_bar(label: str, quiet: bool, unit: str = "frames") -> Iterator[Call
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    # While a bar is drawn, rich sends stdout to its own console, stderr: never where stdout goes elsewhere.
+    # While a bar is drawn, rich redirects stdout to its console, stderr. Allow that only if both are terminals.
     shares_terminal = sys.stdout.isatty()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, redirect_stdout=shares_terminal) as progress:
@@ -140,12 +140,12 @@ def format_bytes(count: float | None) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Return seconds with as many digits as they deserve."""
+    """Return seconds as text; below one second, in milliseconds."""
     if seconds is None:
         return "-"
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def format_share(share: float | None) -> str:
-    """Return a share of one in percent."""
+    """Return a share, 0 to 1, in percent."""
     return "-" if share is None else f"{100 * share:.1f} %"

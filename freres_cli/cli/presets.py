@@ -20,7 +20,7 @@ def presets(
 ) -> None:
     """List the presets, or print one of them, comments included.
 
-    To make your own: freres presets qwen2-vl-7b > mine.yaml, edit it, and pass --preset mine.yaml.
+    To make your own, run freres presets qwen2-vl-7b > mine.yaml, edit the file, and pass --preset mine.yaml.
     """
     if name is not None:
         preset = load_preset(name)

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 def profile(
     target: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE|VIDEO", help="What to profile; without it, a 4 s clip is made.")
+        Path | None, typer.Argument(metavar="BUNDLE|VIDEO", help="What to profile; by default, a generated 4 s clip.")
     ] = None,
-    question: Annotated[str, typer.Option("--question", help="The question asked.")] = "What happens in the video?",
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs that count.")] = 3,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those, which do not count.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of the answer.")] = 16,
+    question: Annotated[str, typer.Option("--question", help="The question to ask.")] = "What happens in the video?",
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Measured runs.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those, not measured.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 16,
     timeout: Annotated[
         float, typer.Option("--timeout", min=1.0, max=1e6, metavar="SECONDS", help="Stop a row that takes longer.")
     ] = 1800.0,
@@ -51,12 +51,12 @@ def profile(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure time and memory, beside the full-token run.
+    """Measure time and memory, compared with the full-token run.
 
     Measures decode, encode, compress, load, prefill, time to first token, time per token and peak memory. Each row runs
-    in a process of its own; one that runs out of memory is a row that says so. TTFT runs from the question's submission
-    to the first token, with bundle and model loaded and the video not yet prefilled. A bundle does not hold the video, so
-    its full-token row uses random latents of the same number.
+    in its own process; a row that runs out of memory says so. TTFT is the time from the question's submission to the
+    first token, with bundle and model loaded and the video not yet prefilled. A bundle does not hold the video, so its
+    full-token row uses the same number of random latents.
     """
     from freres_cli.bench.report import describe_environment
     from freres_cli.pipeline.models import find_device, find_dtype
@@ -75,7 +75,7 @@ def profile(
         if zipfile.is_zipfile(subject):
             if budget is not None or preset is not None or assignments:
                 raise UsageError(
-                    "--budget, --preset, --set: a bundle has been compressed", "repack it, or name a video"
+                    "--budget, --preset, --set: a bundle is already compressed", "repack it, or name a video"
                 )
             bundle = AskRequest(subject, chosen, model, revision, find_dtype(dtype))
         else:
@@ -86,7 +86,8 @@ def profile(
             chosen, question, repeat, warmup, max_new_tokens, timeout, video=video, options=compress, bundle=bundle
         )
         print_notes(
-            [chosen.note, chosen.attention_note, f"{repeat} runs a row after {warmup} warm-up; wait"], quiet or json
+            [chosen.note, chosen.attention_note, f"{repeat} runs per row after {warmup} warm-up; please wait"],
+            quiet or json,
         )
         rows = run_profile(request)
     name = "made clip, 4 s" if target is None else str(target)
@@ -118,4 +119,4 @@ def _print_rows(rows: list[dict[str, Any]], request: ProfileRequest) -> None:
     for row in rows:
         if row["message"]:
             print_line(f"{row['method']}: {row['message']}")
-    print_result(f"medians of {request.repeat} runs; spread with --json")
+    print_result(f"medians of {request.repeat} runs; --json has the spread")

@@ -24,11 +24,11 @@ def repack(
 ) -> None:
     """Cut a bundle to a smaller budget, or drop its DeepStack rows.
 
-    Needs neither the video nor the vision tower. The most important tokens of every kind are kept. Prints the new
-    bundle's path.
+    Needs neither the video nor the vision tower. The most important tokens of each kind are kept. Prints the new bundle's
+    path.
     """
     if budget is None and deepstack is None:
-        raise UsageError("--budget: expected it or --deepstack, got neither")
+        raise UsageError("--budget, --deepstack: expected at least one, got neither")
     if deepstack not in (None, *DEEPSTACK):
         raise UsageError(f"--deepstack: expected one of {', '.join(DEEPSTACK)}, got {deepstack}")
     from freres_cli.workflows.repack import repack_bundle

@@ -27,12 +27,12 @@ def train(
             "--budgets", metavar="SIZE,...", help="Budgets to train for: shares of the full tokens, or counts."
         ),
     ] = "0.5,0.25,0.1",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Most training steps.")] = 500,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Videos in each step.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Maximum training steps.")] = 500,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Videos per step.")] = 8,
     questions: Annotated[
-        int, typer.Option("--questions", min=1, help="Most questions about a video in each step.")
+        int, typer.Option("--questions", min=1, help="Maximum questions about each video per step.")
     ] = 4,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Highest learning rate.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Peak learning rate.")] = 1e-3,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Width of the bottlenecks.")] = None,
     validation: Annotated[
         float, typer.Option("--validation", metavar="SHARE", help="Share of the videos held out to choose the weights.")
@@ -41,10 +41,10 @@ def train(
         int, typer.Option("--validate-every", min=1, metavar="STEPS", help="Steps between validations.")
     ] = 50,
     patience: Annotated[
-        int, typer.Option("--patience", min=1, help="Stop after this many validations without a gain.")
+        int, typer.Option("--patience", min=1, help="Stop after this many validations without improvement.")
     ] = 5,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of weights, order and held-out videos.")
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed for weights, order and held-out videos.")
     ] = 0,
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Folder of compressed videos; later runs reuse it.")
@@ -59,18 +59,18 @@ def train(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train Fre-Res for a frozen model: an adapter for freres ask --adapter.
+    """Train a Fre-Res adapter for a frozen model, to use with freres ask --adapter.
 
     Each video is compressed once at every budget, into the cache; the vision tower and the language model do not change.
-    Training fits the token adapters, the absorber, the type embeddings and the gates, to the answers and to the scores
-    that the same model gives the options when it sees every token. Each video of a step has one of the budgets, so one
-    adapter serves them all. The weights that are written are those with the lowest loss on the videos held out.
+    Training fits the token adapters, the absorber, the type embeddings and the gates to the answers and to the scores
+    that the same model gives the options when it sees every token. Each video in a step uses one of the budgets, so one
+    adapter serves them all. The weights with the lowest loss on the held-out videos are written.
 
-    DATA holds one JSON object a line with the keys video (relative to that file), question, choices (2 to 26 options;
+    DATA holds one JSON object per line with the keys video (relative to that file), question, choices (2 to 26 options;
     none for a free answer) and answer. Other keys are ignored.
 
-    A run that was stopped resumes from FILE.state when it is started again with the same arguments. For several GPUs,
-    start it with torchrun or accelerate launch.
+    A stopped run resumes from FILE.state when you start it again with the same arguments. For several GPUs, start it with
+    torchrun or accelerate launch.
     """
     from freres_cli.evaluation.cells import parse_budgets
     from freres_cli.evaluation.questions import read_questions
@@ -81,8 +81,8 @@ def train(
     if not math.isfinite(learning_rate):
         raise UsageError(f"--learning-rate: expected a number, got {learning_rate}")
     if count_processes() > 1 and device and ":" in device:
-        raise UsageError(f"--device {device}: every process would have this one", "use --device cuda")
-    # What lies beside it is named after it.
+        raise UsageError(f"--device {device}: every process would use this one", "use --device cuda")
+    # The state and the cache next to it are named after it.
     check_destination(output, True)
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
@@ -118,4 +118,4 @@ def print_training_warnings(done: Mapping[str, Any]) -> None:
     for line in describe_left_out(done):
         print_warning(line)
     if not done["best_step"]:
-        print_warning("no step had a lower loss on the held-out videos than the start: the adapter changes nothing")
+        print_warning("no step lowered the loss on the held-out videos: the adapter changes nothing")

@@ -1,4 +1,4 @@
-"""``freres world``: clips with known answers, and the model that is trained on them."""
+"""``freres world``: clips with known answers, and the model trained on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from freres_cli.files import make_folder
 from freres_cli.presets import BUNDLED
 
 world = typer.Typer(
-    help="Clips with known answers, and the model that is trained on them.",
+    help="Clips with known answers, and the model trained on them.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
@@ -23,14 +23,17 @@ world = typer.Typer(
 @world.command("make")
 def make(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new or empty folder.")],
-    split: Annotated[str, typer.Option("--split", help="train, validation or test; they share no clip.")] = "test",
-    count: Annotated[int, typer.Option("--count", min=1, max=10**6, help="How many clips.")] = 500,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=998, help="Another set of the same split.")] = 0,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test; they share no clips.")] = "test",
+    count: Annotated[int, typer.Option("--count", min=1, max=10**6, help="Number of clips.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=998, help="Picks another set of the same split.")] = 0,
     level: Annotated[
-        int, typer.Option("--level", min=1, max=2, help="1: 4 to 5 s at 8 fps. 2: 6 to 60 s at 12 to 30 fps, swaying.")
+        int,
+        typer.Option(
+            "--level", min=1, max=2, help="1: 4 to 5 s at 8 fps. 2: 6 to 60 s at 12 to 30 fps, swaying camera."
+        ),
     ] = 1,
     questions: Annotated[
-        int, typer.Option("--questions-per-clip", min=1, max=11, help="Most questions about a clip, one a category.")
+        int, typer.Option("--questions-per-clip", min=1, max=11, help="Maximum questions per clip, one per category.")
     ] = 4,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -68,23 +71,25 @@ def make(
 @world.command("train")
 def train(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the model; resumes from it.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the model; a stopped run resumes from it.")
     ],
     start: Annotated[
         str | None,
-        typer.Option("--start", metavar="DIR|bundled", help="Start from this model's weights, not from random ones."),
+        typer.Option("--start", metavar="DIR|bundled", help="Start from this model's weights, not random ones."),
     ] = None,
-    tower_steps: Annotated[int, typer.Option("--tower-steps", min=0, help="Training steps of the vision tower.")] = 940,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of the language half.")] = 2150,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=98, help="Seed of the first weights and of the clips.")] = 0,
+    tower_steps: Annotated[
+        int, typer.Option("--tower-steps", min=0, help="Training steps for the vision tower.")
+    ] = 940,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps for the language half.")] = 2150,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=98, help="Seed for the initial weights and the clips.")] = 0,
     device: options.DeviceName = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a bundled model from nothing: a folder for --model.
+    """Train a bundled model from scratch, to use with --model.
 
-    Takes two hours on two CPU cores. A run that was stopped resumes from its last state, in DIR/training, when it is
-    started again with the same arguments.
+    Takes two hours on two CPU cores. A stopped run resumes from its last state, in DIR/training, when you start it again
+    with the same arguments.
     """
     if start not in (None, BUNDLED) and not Path(start).is_dir():
         raise UsageError(f"--start: {start}: no such folder", "name the folder of a model, or bundled")

@@ -1,1 +1,1 @@
-"""What every verb shares, opened once and used many times: encoding, compressor, session."""
+"""What all verbs share, opened once and used many times: encoding, compressor, session."""

@@ -19,7 +19,7 @@ NO_ADAPTER = "none"
 
 @dataclass(frozen=True)
 class Adapter:
-    """Modules, and what their file says about their ``training``, if anything."""
+    """Trained modules. ``training``: what their file records about how they were trained, if anything."""
 
     path: Path
     modules: FreResModules
@@ -27,8 +27,8 @@ class Adapter:
 
 
 def choose_adapter(named: str | None, model_id: str | None, variant: str) -> Path | None:
-    """Return the adapter file to use: the one that is ``named``, or none for the name ``none``. By default it is the one
-    that ships with the bundled model, for the variant that it was trained for."""
+    """Return the adapter file to use: ``named``, or ``None`` if that is ``none``. By default it is the one that ships with
+    the bundled model, if ``variant`` is the one it was trained for."""
     if named is not None:
         return None if named == NO_ADAPTER else Path(named)
     path = bundled_adapter()
@@ -49,8 +49,8 @@ def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
 def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: str) -> FreResModules:
     """Return modules that fit a bundle.
 
-    ``path``: the adapter. ``model``: the manifest's facts of the backbone. ``tracks``: for their width and bands.
-    ``variant``: of the bundle. Raises ``BackboneError`` where one of them does not fit.
+    ``path``: the adapter. ``model``: the manifest's facts about the backbone. ``tracks``: their width and bands must fit.
+    ``variant``: the bundle's. Raises ``BackboneError`` for an adapter that does not fit.
     """
     adapter = load_adapter(path, model)
     check_variant(adapter, variant)
@@ -60,7 +60,7 @@ def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: 
 
 
 def check_shape(adapter: Adapter, width: int, num_bands: int) -> None:
-    """Refuse modules of another width than D, or for fewer bands. Raises ``BackboneError``."""
+    """Refuse modules of a width other than ``width`` (D), or with fewer bands. Raises ``BackboneError``."""
     shape = adapter.modules.shape
     if shape.width != width:
         raise BackboneError(f"{adapter.path}: adapter width: expected {width}, got {shape.width}")

@@ -1,4 +1,4 @@
-"""A bundle in hand: what a compressor returns and ``load_bundle`` reads."""
+"""A bundle in memory: what a compressor returns and ``load_bundle`` reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from freres_cli.devices import Device
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.pipeline.cutting import cut_content
 from freres_cli.pipeline.models import Models, find_device, find_dtype
-from freres_cli.pipeline.session import AskRequest, Session, open_content
+from freres_cli.pipeline.session import AskRequest, Session, open_bundle
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks
@@ -24,8 +24,8 @@ class Bundle:
 
     ``manifest``: where it comes from and how it was made, see freres-bundle(5). ``content``: the tracks of Fre-Res, or
     the tokens of another method. ``path``: its file, ``None`` before it is saved. ``notes``: what the user should know.
-    ``timings_s``: seconds by stage, ``peak_memory_bytes``: both of the compression, empty and ``None`` for a bundle that
-    was read.
+    ``timings_s``, ``peak_memory_bytes``: cost of the compression, in seconds by stage and bytes; empty and ``None`` for a
+    bundle that was read from a file.
     """
 
     manifest: Mapping[str, Any]
@@ -42,16 +42,16 @@ class Bundle:
 
     @property
     def num_visual_tokens(self) -> int:
-        """How many tokens the language model is given."""
+        """Number of tokens that the language model is given."""
         return int(self.manifest["tokens"]["visual_tokens"])
 
     @property
     def name(self) -> str:
-        """For messages: its path, once it has one."""
+        """Its name in messages: the path, if it has one."""
         return "bundle" if self.path is None else str(self.path)
 
     def save(self, path: str | Path, *, force: bool = False) -> Bundle:
-        """Write the bundle, whole or not at all, and return it with its path.
+        """Write the bundle atomically, and return it with its path.
 
         ``force``: replace an existing file. Raises ``UsageError`` or ``ResourceError``.
         """
@@ -60,12 +60,12 @@ class Bundle:
         return replace(self, path=path)
 
     def tokens(self, adapter: str | None = None) -> VideoTokens:
-        """Return the visual tokens, ready for a language model; none is loaded.
+        """Return the visual tokens, ready for a language model, without loading one.
 
         ``adapter``: a file that freres train wrote, or ``none``; by default the bundled model's own. Raises
         ``BackboneError`` for an adapter that does not fit.
         """
-        return load_tokens(self.content, self.manifest, adapter, self.name).tokens
+        return load_tokens(self, adapter).tokens
 
     def open(
         self,
@@ -81,18 +81,18 @@ class Bundle:
     ) -> Session:
         """Load the language model and return a session to ask.
 
-        ``model``, ``revision``: override where the bundle's model is looked for. ``device``, ``dtype``, ``attention``: as
-        ``models.find_device`` and
-        ``find_dtype`` take them. ``adapter``: as ``tokens`` takes it. ``text_after``: overrides the bundle's.
-        ``models``: the model, where it is open already. Raises ``BackboneError`` or ``ResourceError``.
+        ``model``, ``revision``: where to find the model, if not where the bundle says. ``device``, ``dtype``,
+        ``attention``: as ``models.find_device`` and ``find_dtype`` take them. ``adapter``: as ``tokens`` takes it.
+        ``text_after``: overrides the bundle's. ``models``: a model that is already loaded. Raises ``BackboneError`` or
+        ``ResourceError``.
         """
         check_revision(model, revision)
         place, precision = find_device(device, attention), find_dtype(dtype)
         request = AskRequest(self.path or Path(self.name), place, model, revision, precision, adapter, text_after)
-        return open_content(self.content, self.manifest, request, models)
+        return open_bundle(self, request, models)
 
     def repack(self, budget_tokens: int) -> Bundle:
-        """Return the same clip in at most ``budget_tokens``, which needs neither the video nor the tower.
+        """Return the same clip in at most ``budget_tokens``, without the video or the tower.
 
         Raises ``UsageError`` for an illegal budget, or a method whose tokens cannot be cut.
         """
@@ -101,6 +101,6 @@ class Bundle:
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Read a bundle, every byte of it checked and none of it executed. Raises ``BundleError``."""
+    """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``."""
     stored = read_bundle(Path(path))
     return Bundle(stored.manifest, stored.content, stored.path)

@@ -11,12 +11,12 @@ from freres_cli.presets import BUNDLED
 
 
 def choose_preset(model: str) -> str:
-    """Return the preset that a model is used with where none is named."""
+    """Return the preset to use with a model if none is named."""
     return BUNDLED if model == BUNDLED else "qwen2-vl-7b"
 
 
 def check_revision(model: str | None, revision: str | None) -> None:
-    """Refuse a revision of a model that has none. Raises ``UsageError``."""
+    """Refuse a revision for a model that is not from the hub. Raises ``UsageError``."""
     if revision is not None and (model == BUNDLED or (model is not None and Path(model).expanduser().is_dir())):
         raise UsageError(
             f"--revision: {model} is not a hub model: expected no revision, got {revision}", "leave --revision out"

@@ -43,13 +43,13 @@ class View:
 
 
 class EncodedClip:
-    """The latents of a video, made as ``freres compress`` makes them, kept for all methods.
+    """The latents of a video, made as ``freres compress`` makes them, and kept for all methods.
 
-    ``source``: the video. ``options``: how it is read; their method is not used. ``encoder``: the tower. ``timer``: has
+    ``source``: the video. ``options``: how to read it; their method is ignored. ``encoder``: the tower. ``timer``: records
     the stages ``decode``, ``encode`` and ``compress``.
 
-    No source frame passes the tower twice. The frames that the settings name are read at once; where ``track_density``
-    is above 1, Fre-Res reads denser ones below the full budget, and the file is decoded once more for them.
+    No source frame passes the tower twice. The frames that the settings name are read first. If ``track_density`` is
+    above 1, Fre-Res reads denser frames below the full budget, and the file is decoded a second time for them.
     """
 
     def __init__(
@@ -63,26 +63,26 @@ class EncodedClip:
 
     @property
     def full_tokens(self) -> int:
-        """Every token of the frames that the settings name."""
+        """Number of tokens of all frames that the settings name."""
         return self._baseline.latents.shape[:3].numel()
 
     @property
     def num_frames(self) -> int:
-        """How many frames the settings name."""
+        """Number of frames that the settings name."""
         return len(self._baseline.pts_seconds)
 
     def with_settings(self, changed: Mapping[str, Any]) -> EncodedClip:
-        """The same clip under other settings; latents are shared, and the baseline's frames stay."""
+        """Return the same clip with other settings. The latents are shared; the baseline keeps its frames."""
         clip = copy.copy(self)
         clip._options = replace(self._options, settings=self._options.settings.with_values("eval", **changed))
         return clip
 
     def build_tokens(self, method: str, budget_tokens: int, modules: FreResModules | None = None) -> VideoTokens:
-        """Return the tokens of a method; stage ``compress`` of the timer is the time from latents to tokens.
-        ``modules``: what Fre-Res was trained with.
+        """Return the tokens of a method. The timer's stage ``compress`` is the time from latents to tokens. ``modules``:
+        trained modules for Fre-Res.
 
-        With ``deepstack: drop`` tokens have D channels, as a bundle would store them: the other methods are compared
-        with Fre-Res at equal cost. Only ``full``, the model as it is, keeps the rows.
+        With ``deepstack: drop`` tokens have D channels, as a bundle would store them, so all methods are compared at
+        equal cost. Only ``full``, the unchanged model, keeps the rows.
         """
         if method == FRE_RES:
             plan = self._plan(budget_tokens)
@@ -100,7 +100,7 @@ class EncodedClip:
         return tokens
 
     def make_bundle(self, budget_tokens: int) -> tuple[Tracks, dict[str, Any]]:
-        """Return the tracks and the manifest of the bundle that ``freres compress`` writes at a budget."""
+        """Return the tracks and the manifest of the bundle that ``freres compress`` would write at this budget."""
         plan = self._plan(budget_tokens)
         tracks, reduction = self._reduce_tracks(plan)
         options = self._options_for(budget_tokens)
@@ -136,7 +136,7 @@ class EncodedClip:
             seconds += frames.pts_seconds
             parts.append(latents)
         if not parts:
-            raise VideoError(f"{self._source.name}: no frame could be decoded in the part asked for")
+            raise VideoError(f"{self._source.name}: no frame could be decoded in the requested part")
         latents = torch.cat(parts)
         self._latents.share_storage(indices, latents)
         return View(latents, tuple(seconds), stream.report)

@@ -1,4 +1,4 @@
-"""The compressor: a model and settings opened once, any number of videos compressed."""
+"""The compressor: one model and one set of settings for any number of videos."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Video = str | Path | Tensor | np.ndarray
 
 
 class Compressor:
-    """Compresses videos with one model and one set of settings; the vision tower is loaded once, when first needed.
+    """Compresses videos with one model and one set of settings. The vision tower is loaded once, when first needed.
 
-    ``model``: ``bundled``, a folder, or a hub id. ``preset``: settings to start from, a name or a .yaml file; by default
-    the one that the command takes. ``budget_tokens``: most visual tokens of a bundle. ``method``: a name that
+    ``model``: ``bundled``, a folder, or a hub id. ``preset``: settings to start from, a name or a .yaml file; the default
+    is that of ``freres compress``. ``budget_tokens``: maximum visual tokens of a bundle. ``method``: a name that
     ``freres methods`` lists. ``device``, ``dtype``, ``revision``, ``attention``: as ``models.make_source`` takes them.
-    ``strict``: refuse a video that is damaged anywhere. ``models``: the model, where it is open already. Further keyword
+    ``strict``: refuse a video that is damaged anywhere. ``models``: a model that is already loaded. Further keyword
     arguments are settings by name, see freres-preset(5).
 
-    Raises ``PresetError`` for a setting that is unknown or illegal, ``UsageError`` or ``ResourceError`` for a method or a
-    device.
+    Raises ``PresetError`` for an unknown or illegal setting, ``UsageError`` or ``ResourceError`` for a method or a device
+    that cannot be used.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Compressor:
 
     @classmethod
     def from_options(cls, options: CompressOptions, models: Models | None = None) -> Compressor:
-        """Return a compressor with options already made. ``models``: the model, where it is open already."""
+        """Return a compressor for existing options. ``models``: a model that is already loaded."""
         compressor = cls.__new__(cls)
         compressor.options = options
         compressor.models = models or Models(options.model)
         return compressor
 
     def plan(self, video: Video | FrameArray, seconds: Sequence[float] | None = None) -> CompressPlan:
-        """Return what ``compress`` would do; nothing is encoded. Arguments and errors as there."""
+        """Return what ``compress`` would do, without encoding anything. Arguments and errors as there."""
         source = VideoSource(_as_video(video, seconds))
         return plan_compression(self._options_for(source), self.models.encoder, source.info)
 
@@ -91,10 +91,10 @@ class Compressor:
     ) -> Bundle:
         """Compress one video, and return a bundle that is not saved yet.
 
-        ``video``: a file, or frames already decoded, (n, h, w, 3) uint8 RGB, all of which are used; then ``seconds``
+        ``video``: a file, or frames already decoded, (n, h, w, 3) uint8 RGB, all of which are used; ``seconds`` then
         holds the time of each. ``start_s``, ``end_s``: the part of a file to read, in seconds after its first frame.
-        ``progress``: told how many frames of how many are done. Raises ``VideoError``, ``UsageError``, ``BackboneError``
-        or ``ResourceError``.
+        ``progress``: called with the number of frames done and the number of all frames. Raises ``VideoError``,
+        ``UsageError``, ``BackboneError`` or ``ResourceError``.
         """
         start = time.perf_counter()
         options = self.options
@@ -103,7 +103,7 @@ class Compressor:
         device = torch.device(options.model.device.name)
         timer, memory = StageTimer(device), PeakMemory(device)
         with timer.stage("probe"):
-            source = VideoSource(_as_video(video, seconds))  # what is no video is refused before a model is loaded
+            source = VideoSource(_as_video(video, seconds))  # refuses a bad video before a model is loaded
         options = self._options_for(source, options)
         with timer.stage("load"):
             encoder = self.models.encoder
@@ -130,9 +130,10 @@ class Compressor:
         timer: StageTimer,
         progress: Progress | None = None,
     ) -> tuple[Reduction, DecodeReport]:
-        """Stream decode -> encode -> compress, timing each; for a method that streams, frames are never all in memory.
+        """Stream decode -> encode -> compress, and time each. If the method streams, frames are never all in memory.
 
-        ``source``, ``options``, ``plan``: what to do. ``timer``: has the stages. ``progress``: as ``compress`` takes it.
+        ``source``, ``options``, ``plan``: what to do. ``timer``: records the stages. ``progress``: as ``compress`` takes
+        it.
         """
         encoder = self.models.encoder
         frames = source.open(plan, options)
@@ -147,12 +148,12 @@ class Compressor:
         return reduce_latents(batches, plan, options, encoder.width, timer, on_batch), frames.report
 
     def _options_for(self, source: VideoSource, options: CompressOptions | None = None) -> CompressOptions:
-        """The options for one video: of frames already decoded every one is used."""
+        """Return the options for one video. If its frames are already decoded, all of them are used."""
         options = options or self.options
         if not isinstance(source.video, FrameArray):
             return options
         if options.start_s is not None or options.end_s is not None:
-            raise UsageError("frames: expected no start_s and no end_s with frames already decoded", "cut the frames")
+            raise UsageError("frames: expected no start_s or end_s with frames already decoded", "cut the frames")
         values = {"sample": "native", "sample_fps": None, "sample_count": None, "track_density": 1}
         return replace(options, settings=options.settings.with_values("frames as given", **values))
 

@@ -1,4 +1,4 @@
-"""Cutting what a bundle holds to a smaller budget, and leaving out its DeepStack rows."""
+"""Cut the content of a bundle to a smaller budget, or drop its DeepStack rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def cut_content(
     deepstack: str | None,
     name: str,
 ) -> tuple[Tracks | VideoTokens, dict[str, Any], tuple[str, ...]]:
-    """Return content and manifest of a smaller bundle, and notes: every kind keeps its most important tokens.
+    """Return content, manifest and notes of a smaller bundle, in which each kind keeps its most important tokens.
 
-    ``content``, ``manifest``: of the bundle. ``budget_tokens``: most visual tokens, ``None`` keeps all. ``deepstack``:
-    ``drop`` leaves out the DeepStack rows of all tokens, ``None`` leaves them as they are. ``name``: of the bundle, for
-    messages. Raises ``UsageError`` for an illegal budget, for tokens that cannot be cut, or for rows that are gone.
+    ``content``, ``manifest``: those of the bundle. ``budget_tokens``: maximum visual tokens; ``None`` keeps all.
+    ``deepstack``: ``drop`` removes the DeepStack rows of all tokens; ``None`` leaves them unchanged. ``name``: the
+    bundle's, for messages. Raises ``UsageError`` for an illegal budget, for tokens that cannot be cut, or if rows to keep
+    were dropped before.
     """
     if budget_tokens is not None and budget_tokens < 1:
         raise UsageError(f"--budget: expected at least 1, got {budget_tokens}")
@@ -38,7 +39,7 @@ def cut_content(
         before = sum(count_by_kind(content).values())
         if budget_tokens >= before:
             notes.append(
-                f"the bundle already fits: {before} tokens, budget {budget_tokens}; more needs the video again"
+                f"the bundle already fits: {before} tokens, budget {budget_tokens}; for more, compress the video again"
             )
         else:
             content = _cut(content, manifest, budget_tokens, name)
@@ -55,7 +56,7 @@ def _cut(
     if not isinstance(content, Tracks):
         method = manifest["settings"]["method"]["value"]
         raise UsageError(
-            f"{name}: made by method {method}: its tokens are in no order of importance, and cannot be cut",
+            f"{name}: made by method {method}: its tokens have no order of importance and cannot be cut",
             f"compress the video again with --method {method} --budget {budget_tokens}",
         )
     values = {knob.name: manifest["settings"][knob.name]["value"] for knob in fields(MethodSettings)}
@@ -71,7 +72,7 @@ def _without_deep_rows(content: Tracks | VideoTokens) -> Tracks | VideoTokens:
 def _cut_manifest(
     before: Mapping[str, Any], content: Tracks | VideoTokens, budget_tokens: int | None, deepstack: str | None
 ) -> dict[str, Any]:
-    """The manifest of the cut bundle, with a step more in its history."""
+    """Return the manifest of the cut bundle, with one more step in its history."""
     recorded = before["tokens"]
     budget = recorded["budget_tokens"] if budget_tokens is None else budget_tokens
     tokens = {**recorded, **token_counts(count_by_kind(content), budget, recorded["full_tokens"])}

@@ -1,4 +1,4 @@
-"""Frames -> latents: the one way in which every verb encodes a video."""
+"""Frames -> latents: the one way every verb encodes a video."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_BATCH_FRAMES = 64
 
 
 class FrameStream(Protocol):
-    """Sampled frames in batches; ``report`` is there after the last one."""
+    """Sampled frames in batches. ``report`` is available after the last one."""
 
     @property
     def report(self) -> DecodeReport: ...
@@ -36,7 +36,7 @@ class FrameStream(Protocol):
 class VideoSource:
     """A video to compress: a file, or frames already decoded.
 
-    ``video``: its path or its frames. Raises ``VideoError`` for one that cannot be read.
+    ``video``: its path or its frames. Raises ``VideoError`` if it cannot be read.
     """
 
     def __init__(self, video: Path | FrameArray, info: VideoInfo | None = None) -> None:
@@ -45,17 +45,17 @@ class VideoSource:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Its name in messages."""
         return "frames" if isinstance(self.video, FrameArray) else str(self.video)
 
     @property
     def sha256(self) -> str:
-        """The digest of the file, or of the frames."""
+        """SHA-256 of the file, or of the frames."""
         return self.video.sha256 if isinstance(self.video, FrameArray) else hash_file(self.video)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file, or of the pixels."""
+        """Size of the file, or of the pixels, in bytes."""
         return self.video.num_bytes if isinstance(self.video, FrameArray) else self.video.stat().st_size
 
     @property
@@ -64,7 +64,7 @@ class VideoSource:
         return not isinstance(self.video, FrameArray) and is_world_clip(self.video)
 
     def open(self, plan: CompressPlan, options: CompressOptions) -> FrameStream:
-        """Return the plan's frames, in batches that the tower takes at once."""
+        """Return the plan's frames, in batches for the tower."""
         size = count_batch_frames(plan)
         if isinstance(self.video, FrameArray):
             return self.video.open(plan.size, size)
@@ -77,11 +77,11 @@ def count_batch_frames(plan: CompressPlan) -> int:
 
 
 class LatentStream:
-    """Encodes frames batch by batch; a source frame that is shown again does not pass the tower again.
+    """Encodes frames batch by batch. A source frame that is shown again does not pass the tower again.
 
-    ``encoder``: the tower. ``timer``: has the stages ``decode`` and ``encode``. ``model``: its name, for messages.
-    ``keeps_all``: latents of every frame are kept, on the CPU, for streams of the same clip to come; else those of the
-    last frame only.
+    ``encoder``: the tower. ``timer``: records the stages ``decode`` and ``encode``. ``model``: its name, for messages.
+    ``keeps_all``: keep the latents of all frames, on the CPU, for later streams of the same clip; else only those of the
+    last frame.
     """
 
     def __init__(self, encoder: VisionEncoder, timer: StageTimer, model: str, keeps_all: bool = False) -> None:
@@ -106,7 +106,7 @@ class LatentStream:
             yield frames, rows
 
     def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
-        """Let the kept latents of these source frames be rows of ``latents``, so that a clip is in memory once."""
+        """Make the kept latents of these source frames rows of ``latents``, so a clip is in memory only once."""
         self._known.update(zip(indices, latents, strict=True))
 
     def _timed(self, batches: Iterable[Frames]) -> Iterator[Frames]:

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: everything that made it, and nothing that differs between two equal runs."""
+"""The manifest of a bundle: how it was made, without anything that differs between two identical runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_manifest(
 ) -> dict[str, Any]:
     """Return the manifest of a finished compression.
 
-    ``source``: the video. ``options``, ``plan``: what was asked for, and what that came to. ``encoder``: the tower.
+    ``source``: the video. ``options``: what was asked for. ``plan``: what was planned from that. ``encoder``: the tower.
     ``reduction``: what was kept. ``report``: how decoding went.
     """
     num_frames = reduction.num_frames
@@ -41,7 +41,7 @@ def build_manifest(
         "freres_version": __version__,
         "model": {
             **encoder.fingerprint,
-            # A folder's name alone would not find it again.
+            # Its name alone is not enough to find a folder again.
             "folder": options.model.folder,
             "family": encoder.family,
             "width": encoder.width,
@@ -77,7 +77,7 @@ def build_manifest(
 
 
 def describe_source(source: VideoSource) -> dict[str, Any]:
-    """Return the manifest's facts of a video. No path: only the file's name."""
+    """Return the manifest's facts about a video, with the file's name but no path."""
     info, video = source.info, source.video
     facts = {key: value for key, value in asdict(info).items() if key not in ("path", "notes")}
     name = None if isinstance(video, FrameArray) else os.fsencode(video.name).decode(errors="backslashreplace")
@@ -92,7 +92,7 @@ def describe_source(source: VideoSource) -> dict[str, Any]:
 
 
 def describe_frames(plan: CompressPlan) -> dict[str, Any]:
-    """Return the frames' size for the manifest, and what became of their aspect ratio (width over height)."""
+    """Return the frame size for the manifest, with the aspect ratio (width over height) before and after resizing."""
     size, info = plan.size, plan.info
     return {
         "frame_height_px": size.height_px,
@@ -104,7 +104,7 @@ def describe_frames(plan: CompressPlan) -> dict[str, Any]:
 
 
 def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Reduction) -> dict[str, Any]:
-    """Return the token counts of the manifest; what only Fre-Res has is null for other methods."""
+    """Return the token counts of the manifest. Counts that only Fre-Res has are null for other methods."""
     by_kind = count_by_kind(reduction.content)
     per_frame = plan.size.num_tokens
     full = min(plan.baseline_frames, reduction.num_frames) * per_frame
@@ -121,7 +121,7 @@ def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Red
 
 
 def token_counts(by_kind: Mapping[str, int], budget_tokens: int, full_tokens: int) -> dict[str, Any]:
-    """Return the counts every verb reports in the same words; compression is in/out, retention out/in."""
+    """Return the counts that all verbs report, under the same names. Compression is in/out, retention out/in."""
     visual = sum(by_kind.values())
     return {
         "visual_tokens": visual,

@@ -1,4 +1,4 @@
-"""Whether a bundle is what compressing a video again would give: by the video's hash, the model and the settings."""
+"""Whether compressing a video again would give the same bundle, judged by the video's hash, the model and settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MODEL_FACTS = ("revision", "config_sha256", "projector_sha256")
 def find_differences(
     manifest: Mapping[str, Any], video_sha256: str, model: EncoderIdentity, options: CompressOptions
 ) -> list[str]:
-    """Return the names of what differs, the empty list where nothing does.
+    """Return the names of the facts that differ; an empty list if none do.
 
-    ``manifest``: of the bundle. ``video_sha256``: of the video's bytes. ``model``, ``options``: what it would be
+    ``manifest``: the bundle's. ``video_sha256``: hash of the video file. ``model``, ``options``: what the video would be
     compressed with.
     """
     recorded, sampling = manifest["model"], manifest["sampling"]

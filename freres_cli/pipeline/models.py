@@ -40,7 +40,7 @@ def make_source(
     revision: str | None = None,
     attention: str | None = None,
 ) -> ModelSource:
-    """Return a model source; what is not given comes from FRERES_DEVICE and FRERES_DTYPE, else is chosen.
+    """Return a model source. A missing device or dtype comes from FRERES_DEVICE or FRERES_DTYPE, else it is automatic.
 
     ``name``: ``bundled``, a folder, or a hub id. ``device``: a name, or a device already chosen. ``dtype``,
     ``revision``: as ``ModelSource`` has them. ``attention``: one of ``devices.ATTENTION_NAMES``. Raises ``UsageError``
@@ -51,7 +51,7 @@ def make_source(
 
 
 def find_device(device: str | Device | None = None, attention: str | None = None) -> Device:
-    """Return a device by name, else by FRERES_DEVICE, else the best there is; one already chosen as it is.
+    """Return the named device, else that of FRERES_DEVICE, else the best one available.
 
     Raises ``UsageError`` or ``ResourceError``.
     """
@@ -61,14 +61,14 @@ def find_device(device: str | Device | None = None, attention: str | None = None
 
 
 def find_dtype(dtype: str | None = None) -> str | None:
-    """Return the precision that is named, else that of FRERES_DTYPE, else ``None`` for automatic."""
+    """Return the named dtype, else that of FRERES_DTYPE, else ``None`` for automatic."""
     return dtype or environment_value("dtype")
 
 
 class Models:
-    """The two halves of one model, each loaded when it is first used, and then kept.
+    """The two halves of one model, each loaded when first used, and then kept.
 
-    ``source``: which model. ``encoder``, ``language_model``: halves already loaded, as tests and services have them.
+    ``source``: which model. ``encoder``, ``language_model``: halves that are already loaded, as in tests and services.
     Raises ``BackboneError`` or ``ResourceError`` when a half is first used.
     """
 
@@ -109,7 +109,7 @@ class Models:
         return self._encoder is not None
 
     def identify_encoder(self) -> EncoderIdentity:
-        """What decides the latents; does not load the tower where it is not loaded."""
+        """Return what determines the latents, without loading the tower."""
         if self._encoder is not None:
             return EncoderIdentity(self._encoder.fingerprint, self._encoder.dtype, self._encoder.attention)
         if self._identity is None:

@@ -8,12 +8,12 @@ from typing import Any
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.presets import BUNDLED
 
-# Below this share of the budget used, a note says why.
+# If less than this share of the budget is used, a note says why.
 FULL_SHARE = 0.98
 
 
 def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
-    """Return what the bundled model is asked beyond what it knows; nothing for other models."""
+    """Return a note if the bundled model is used outside its world; nothing for other models."""
     if model_id != BUNDLED or is_from_world:
         return ()
     return (
@@ -23,7 +23,7 @@ def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
 
 
 def describe_drop(num_deep_layers: int) -> str | None:
-    """Return what leaving out the DeepStack rows costs; ``None`` for a model without them."""
+    """Return a note on the cost of dropping the DeepStack rows; ``None`` for a model without them."""
     if not num_deep_layers:
         return None
     return (
@@ -33,18 +33,18 @@ def describe_drop(num_deep_layers: int) -> str | None:
 
 
 def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the budget and the settings came to. ``manifest``: of the finished bundle."""
+    """Yield notes on what the budget and the settings led to. ``manifest``: that of the finished bundle."""
     tokens, model, settings = manifest["tokens"], manifest["model"], options.settings
     if plan.is_lossless:
         yield (
-            f"the budget of {plan.budget_tokens} tokens holds all {plan.full_tokens} tokens of the clip: all are kept as "
-            "they are"
+            f"the budget of {plan.budget_tokens} tokens fits all {plan.full_tokens} tokens of the clip: all are kept "
+            "unchanged"
         )
     elif tokens["visual_tokens"] < FULL_SHARE * plan.budget_tokens:
-        yield f"{tokens['visual_tokens']} of {plan.budget_tokens} tokens used: the clip has no more that differ"
+        yield f"{tokens['visual_tokens']} of {plan.budget_tokens} tokens used: the clip has no more distinct ones"
     if tokens["cuts_not_honoured"]:
         yield (
-            f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts got no anchor of their own: the budget is full"
+            f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts have no anchor of their own: the budget is full"
         )
     if settings.sample == "native" and settings.track_density > 1:
         yield "track_density has no effect with sample: native"

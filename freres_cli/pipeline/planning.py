@@ -1,4 +1,4 @@
-"""What will be done to a video, known before any frame is encoded."""
+"""The plan for a video, made before any frame is encoded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FULL_BUDGET = 2**31 - 1  # every token of the clip
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """How videos are compressed, whichever they are.
+    """How to compress videos, the same for all of them.
 
-    ``model``: whose tower encodes the frames. ``method``: a name in ``baselines.registry``. ``start_s``, ``end_s``: the
+    ``model``: its tower encodes the frames. ``method``: a name in ``baselines.registry``. ``start_s``, ``end_s``: the
     part of each video to read, in seconds after its first frame. ``strict``: refuse a video that is damaged anywhere.
     """
 
@@ -35,10 +35,10 @@ class CompressOptions:
 
 @dataclass(frozen=True)
 class CompressPlan:
-    """What will be done to one video.
+    """The plan for one video.
 
     ``num_frames``: frames that will be read. ``baseline_frames``: frames that the full-token model would read.
-    ``budget``: how Fre-Res deals out the budget; ``None`` for other methods.
+    ``budget``: how Fre-Res allocates the budget; ``None`` for other methods.
     """
 
     info: VideoInfo
@@ -56,17 +56,17 @@ class CompressPlan:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the budget holds every token, so that all are kept as they are."""
+        """Whether the budget fits every token, so all are kept unchanged."""
         return self.budget_tokens >= self.full_tokens if self.budget is None else self.budget.is_lossless
 
 
 def method_settings(settings: Settings) -> MethodSettings:
-    """Return the knobs of Fre-Res from all settings."""
+    """Return the settings that Fre-Res uses."""
     return MethodSettings(**{knob.name: getattr(settings, knob.name) for knob in fields(MethodSettings)})
 
 
 def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: VideoInfo) -> CompressPlan:
-    """Choose frames and frame size, and deal out the budget. Raises ``UsageError``."""
+    """Choose frames and frame size, and allocate the budget. Raises ``UsageError``."""
     settings = options.settings
     size = encoder.frame_size(info.width_px, info.height_px, parse_grid(settings.grid), settings.tokens_per_frame)
     budget_tokens = settings.budget_tokens
@@ -88,7 +88,7 @@ def _count_frames(sampling: Sampling, info: VideoInfo) -> int:
 
 
 def _budget_of(method: Method, options: CompressOptions, full_tokens: int) -> int:
-    """The budget of a method other than Fre-Res; one that has none keeps every token."""
+    """Return the budget of a method other than Fre-Res. A method without a budget keeps every token."""
     budget_tokens, source = options.settings.budget_tokens, options.settings.sources["budget_tokens"]
     if method.has_budget:
         return budget_tokens
@@ -102,7 +102,7 @@ def _budget_of(method: Method, options: CompressOptions, full_tokens: int) -> in
 
 
 def choose_sampling(options: CompressOptions, density: int) -> Sampling:
-    """Return which frames to read: those of the settings, ``density`` times as many for the residual track."""
+    """Return which frames to read: those that the settings name, or ``density`` times as many for the residual track."""
     settings = options.settings
     return Sampling(
         settings.sample,

@@ -1,4 +1,4 @@
-"""Latents -> what is kept of a clip, by any method: Fre-Res takes them as they come, the others when all are there."""
+"""Latents -> what any method keeps of a clip. Fre-Res takes latents as they arrive, the other methods all at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
 
 @dataclass(frozen=True)
 class Reduction:
-    """What is kept of a clip: ``content``. ``num_frames``: frames that were read. Cuts are counted by Fre-Res only."""
+    """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Only Fre-Res counts cuts."""
 
     content: Tracks | VideoTokens
     num_frames: int
@@ -37,11 +37,11 @@ def reduce_latents(
     timer: StageTimer,
     on_batch: Callable[[int], None] | None = None,
 ) -> Reduction:
-    """Reduce a clip by the method of ``options``.
+    """Reduce a clip by the method in ``options``.
 
-    ``batches``: times in seconds and latents (n, H, W, C) of consecutive frames. ``plan``: what will be done. ``width``:
-    D. ``timer``: has the stage ``compress``. ``on_batch``: told how many frames are done. Raises ``VideoError`` where no
-    frame came, ``BackboneError`` where what is kept overflows its precision.
+    ``batches``: times in seconds and latents (n, H, W, C) of consecutive frames. ``plan``: the plan for the clip.
+    ``width``: D. ``timer``: records the stage ``compress``. ``on_batch``: called with the number of frames done. Raises
+    ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
     """
     reduce = _reduce_by_fre_res if plan.budget is not None else _reduce_by_peer
     reduction = reduce(_counted(batches, on_batch), plan, options, width, timer)
@@ -71,7 +71,7 @@ def _reduce_by_fre_res(
     _check_any(num_frames, plan)
     with timer.stage("compress"):
         tracks = compressor.finish()
-        # At the end, so that what stays is the same to the bit as in a bundle that keeps all.
+        # At the end, so the other values are bit for bit those of a bundle that keeps the rows.
         if options.settings.deepstack == "drop":
             tracks = tracks.without_deep_rows()
     return Reduction(tracks, num_frames, compressor.num_cuts_found, compressor.num_cuts_not_honoured)
@@ -96,7 +96,7 @@ def _reduce_by_peer(
 
 
 def _check_finite(content: Tracks | VideoTokens, options: CompressOptions) -> None:
-    """A coefficient adds up many frames: in float16 it may overflow where no latent does."""
+    """Refuse values that overflowed. A coefficient sums many frames, so in float16 it may overflow when no latent does."""
     tensors = content.tensors() if isinstance(content, Tracks) else {"latents": content.latents}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -108,4 +108,4 @@ def _check_finite(content: Tracks | VideoTokens, options: CompressOptions) -> No
 
 def _check_any(num_frames: int, plan: CompressPlan) -> None:
     if not num_frames:
-        raise VideoError(f"{plan.info.path}: no frame could be decoded in the part asked for")
+        raise VideoError(f"{plan.info.path}: no frame could be decoded in the requested part")

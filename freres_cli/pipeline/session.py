@@ -1,4 +1,4 @@
-"""Visual tokens and a language model, opened once: the video is prefilled once, and asked as often as you like."""
+"""Visual tokens and a language model, opened once: the video is prefilled once for any number of questions."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ from freres_cli.evaluation.questions import (
 )
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.notes import describe_limits
-from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.records import Answer, VideoTokens
-from freres_cli.tracks import Tracks
 
-# Questions answered together: each has a copy of the video's cache.
+# Limits on questions answered together: each has its own copy of the video's cache.
 MAX_BATCH = 16
 MAX_BATCH_BYTES = 2**30
 
@@ -41,7 +40,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Query:
-    """A question, and its options where it has any."""
+    """A question, with its options if it has any."""
 
     question: str
     choices: tuple[str, ...] = ()
@@ -51,7 +50,7 @@ class Query:
 class AskRequest:
     """Which bundle to open, and how.
 
-    ``model``, ``revision``: override where the bundle's model is looked for. ``dtype``: of the language model.
+    ``model``, ``revision``: where to find the model, if not where the bundle says. ``dtype``: the language model's.
     ``adapter``: as ``adapters.choose_adapter`` takes it. ``text_after``: overrides the bundle's.
     """
 
@@ -68,9 +67,9 @@ class AskRequest:
 class Session:
     """Visual tokens, their language model and the prefilled video: many questions, one prefill.
 
-    ``model``: the language half. ``tokens``: the video. ``full_tokens``: what the uncompressed clip would take.
-    ``text_after``: where the text after the video stands. ``load_s``: seconds that reading bundle and model took.
-    ``notes``: what the user should know.
+    ``model``: the language half. ``tokens``: the video. ``full_tokens``: token count of the uncompressed clip.
+    ``text_after``: position of the text after the video. ``load_s``: seconds spent loading bundle and model. ``notes``:
+    what the user should know.
     """
 
     model: LanguageModel
@@ -83,11 +82,11 @@ class Session:
 
     @property
     def prefill_s(self) -> float:
-        """Seconds that the prefill of [system + video] took; after the first question."""
+        """Seconds that the prefill of [system + video] took. Available after the first question."""
         return next(iter(self._prefixes.values())).prefill_s
 
     def forget_prefix(self) -> None:
-        """Drop the prefilled video, so that the next question pays for it again."""
+        """Drop the prefilled video, so the next question pays for it again."""
         self._prefixes.clear()
 
     def ask(
@@ -99,11 +98,12 @@ class Session:
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer a question. TTFT runs from this call, bundle and model loaded.
+        """Answer a question. TTFT counts from this call, with bundle and model loaded.
 
-        ``question``: the text. ``choices``: the answer is the option whose letter, or whose words, are likeliest
-        (``choices_as`` of the model). ``max_new_tokens``: of a free answer. ``sampling``: how its tokens are picked,
-        greedily by default. ``on_text``: receives the text as it comes. Raises ``UsageError`` or ``BackboneError``.
+        ``question``: the text. ``choices``: the answer is the option whose letter or words are most likely (the model's
+        ``choices_as`` decides which). ``max_new_tokens``: limit for a free answer. ``sampling``: how its tokens are
+        picked, greedily by default. ``on_text``: called with each piece of text. Raises ``UsageError`` or
+        ``BackboneError``.
         """
         submitted = time.perf_counter()
         query = Query(question, tuple(choices))
@@ -139,11 +139,11 @@ class Session:
         max_new_tokens: int = 64,
         on_answer: Callable[[int, Answer], None] | None = None,
     ) -> list[Answer]:
-        """Answer questions several at a time, greedily; each answer is that of ``ask``, but for rounding.
+        """Answer several questions at a time, greedily. Answers are those of ``ask``, except for rounding.
 
-        In float32 logits move by about 1e-5 against one question at a time. ``queries``: what to ask. ``max_new_tokens``:
-        of each free answer. ``on_answer``: told the place of each answer, and the answer, as batches are done. Raises
-        ``UsageError`` or ``BackboneError``.
+        In float32, logits move by about 1e-5. ``queries``: what to ask. ``max_new_tokens``: limit for each free answer.
+        ``on_answer``: called with the index of each query and its answer as batches finish. Raises ``UsageError`` or
+        ``BackboneError``.
         """
         for query in queries:
             self._check(query)
@@ -213,7 +213,7 @@ class Session:
         check_length((query.question, *query.choices))
         if query.choices:
             check_choices(query.choices)
-        # A question that ends its own turn, or names another video, would change the prompt unseen.
+        # A question that ends its own turn, or names another video, would silently change the prompt.
         token = find_control_token((query.question, *query.choices), control_tokens(self.model))
         if token is not None:
             raise UsageError(f"question: holds {token}, which the model reads as a command", "leave it out")
@@ -230,7 +230,7 @@ class Session:
         encode, end = self.model.tokenizer.encode, self.model.tokenizer.eos_token_id
         if self.model.choices_as == "words":
             prefix, suffix = self._prompt(query.question)
-            # With the end of the turn, no option gains by being the beginning of another.
+            # With the end of the turn, no option gains from being a prefix of another.
             return prefix, suffix, [(*encode(choice, add_special_tokens=False), end) for choice in query.choices]
         prefix, suffix = self._prompt(format_choices(query.question, query.choices))
         letters = check_choices(query.choices)
@@ -252,12 +252,12 @@ class Session:
 
 
 def control_tokens(model: LanguageModel) -> list[str]:
-    """Return what the model reads as commands."""
+    """Return the tokens that the model reads as commands."""
     return [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
 
 
 def refuse_control_tokens(questions: QuestionFile, model: LanguageModel) -> None:
-    """Refuse a row that holds what the model reads as a command. Raises ``UsageError``."""
+    """Refuse a row that holds a token the model reads as a command. Raises ``UsageError``."""
     tokens = control_tokens(model)
     for question in questions.questions:
         token = find_control_token((question.question, *question.choices, question.answer), tokens)
@@ -270,33 +270,30 @@ def refuse_control_tokens(questions: QuestionFile, model: LanguageModel) -> None
 def open_session(request: AskRequest, models: Models | None = None) -> Session:
     """Read a bundle and load the language half of its model.
 
-    ``models``: the model, where it is open already. Raises ``BundleError`` for a bad bundle, ``BackboneError`` for a
-    model that is not the one that encoded it.
+    ``models``: a model that is already loaded. Raises ``BundleError`` for a bad bundle, ``BackboneError`` for a model
+    that is not the one that encoded it.
     """
     start = time.perf_counter()
     bundle = read_bundle(request.bundle)
-    return open_content(bundle.content, bundle.manifest, request, models, start)
+    return open_bundle(bundle, request, models, start)
 
 
-def open_content(
-    content: Tracks | VideoTokens,
-    manifest: Mapping[str, Any],
-    request: AskRequest,
-    models: Models | None = None,
-    start: float | None = None,
+def open_bundle(
+    bundle: AnyBundle, request: AskRequest, models: Models | None = None, start: float | None = None
 ) -> Session:
-    """Return a session over what a bundle holds.
+    """Return a session for a bundle that is in memory.
 
-    ``content``, ``manifest``: of the bundle. ``request``: how to open it; its path is for messages. ``models``: the
-    model, where it is open already. ``start``: ``time.perf_counter()`` when loading began. Raises ``BackboneError`` or
+    ``bundle``: what to ask about. ``request``: how to open it; its path is only used in messages. ``models``: the model,
+    if it is already loaded. ``start``: ``time.perf_counter()`` when loading began. Raises ``BackboneError`` or
     ``ResourceError``.
     """
     start = time.perf_counter() if start is None else start
+    manifest = bundle.manifest
     recorded = manifest["model"]
     models = models or Models(_model_source(request, recorded))
     model = models.language_model
-    check_model(recorded, content.width, model, str(request.bundle))
-    loaded = load_tokens(content, manifest, request.adapter, str(request.bundle))
+    check_model(recorded, bundle.content.width, model, str(request.bundle))
+    loaded = load_tokens(bundle, request.adapter)
     limits = describe_limits(recorded["model_id"], manifest["source"]["made_by_world"])
     text_after = request.text_after or manifest["settings"]["text_after"]["value"]
     load_s = time.perf_counter() - start
@@ -307,20 +304,20 @@ def open_content(
 def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, name: str) -> None:
     """Refuse a model other than the one whose tower and projector made the latents.
 
-    ``recorded``: the manifest's facts of that one. ``width``: D of the latents. ``model``: the one in hand. ``name``: of
-    the bundle. Raises ``BackboneError``.
+    ``recorded``: the manifest's facts about that model. ``width``: D of the latents. ``model``: the loaded one. ``name``:
+    the bundle's, for messages. Raises ``BackboneError``.
     """
     differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
     if differing or width != model.width:
         raise BackboneError(
             f"{name}: made for another model: expected {recorded.get('model_id')}, "
-            f"got {model.fingerprint.get('model_id')} ({', '.join(differing) or 'width'} differs)",
+            f"got {model.fingerprint.get('model_id')} (differs in {', '.join(differing) or 'width'})",
             "name the model that made the bundle with --model, or compress the video again",
         )
 
 
 def _model_source(request: AskRequest, recorded: Mapping[str, Any]) -> ModelSource:
-    """Where the bundle's own model is to be found, unless another one is named."""
+    """Return where to find the bundle's own model, unless another one is named."""
     name, folder = request.model or recorded["model_id"], recorded["folder"]
     if request.model is None and folder is not None:
         if not Path(folder).is_dir():

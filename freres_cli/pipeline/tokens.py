@@ -1,10 +1,11 @@
-"""Bundle -> visual tokens, ready for a language model; needs none."""
+"""Bundle -> visual tokens, ready for a language model, without loading one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -24,14 +25,26 @@ class LoadedTokens:
     notes: tuple[str, ...] = ()
 
 
-def load_tokens(
-    content: Tracks | VideoTokens, manifest: Mapping[str, Any], adapter: str | None = None, name: str = "bundle"
-) -> LoadedTokens:
-    """Return the tokens that a bundle stands for, with rows for every channel that its model takes.
+class AnyBundle(Protocol):
+    """A bundle, read from a file or just made."""
 
-    ``content``, ``manifest``: of the bundle. ``adapter``: trained modules, as ``adapters.choose_adapter`` takes them.
-    ``name``: of the bundle, for messages. Raises ``BackboneError`` for an adapter that does not fit, ``ResourceError``.
+    @property
+    def content(self) -> Tracks | VideoTokens: ...
+
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
+
+    @property
+    def path(self) -> Path | None: ...
+
+
+def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
+    """Return the visual tokens of a bundle, with a row for every channel that its language model takes.
+
+    No language model is loaded. ``adapter``: trained modules, as ``adapters.choose_adapter`` takes them. Raises
+    ``BackboneError`` for an adapter that does not fit, ``ResourceError`` where memory runs out.
     """
+    content, manifest = bundle.content, bundle.manifest
     model, settings = manifest["model"], manifest["settings"]
     notes = []
     if isinstance(content, Tracks):
@@ -40,7 +53,7 @@ def load_tokens(
         modules = None if path is None else load_modules(path, model, content, variant)
         if modules is None and variant == "concat":
             notes.append("variant concat without an adapter: coefficients enter the model raw")
-        with torch.no_grad(), memory_errors_as(f"opening {name}", "repack it to a smaller budget"):
+        with torch.no_grad(), memory_errors_as(f"opening {bundle.path or 'bundle'}", "repack it to a smaller budget"):
             tokens = build_tokens(content, variant, modules)
     else:
         tokens = content
@@ -53,7 +66,7 @@ def load_tokens(
 
 
 def with_deep_rows(tokens: VideoTokens, num_deep_layers: int) -> VideoTokens:
-    """Return tokens whose DeepStack rows were dropped with zeros in their place; all others as they are."""
+    """Return tokens with zeros in place of dropped DeepStack rows; tokens that have their rows are unchanged."""
     if tokens.latents.shape[1] != tokens.width:
         return tokens
     zeros = tokens.latents.new_zeros(len(tokens), tokens.width * num_deep_layers)

@@ -40,8 +40,8 @@ def _sweep(label: str, key: str, values: Sequence[Any]) -> tuple[Row, ...]:
 
 
 # Paper: Tables 4 and 6 for components; Table 5 for coefficients, frames and anchors. Ours: the paper's grouping scale N
-# becomes reading one frame in N, because our trajectories run over frames. Rates assume clips of 8 frames a second, as
-# the drawn world has them.
+# becomes reading one frame in N, because our trajectories run over frames. Rates assume clips at 8 frames per second, as
+# in the drawn world.
 TABLES: dict[str, tuple[Row, ...]] = {
     "components": (
         Row("anchors only", (("variant", "anchors"),)),
@@ -141,7 +141,7 @@ def training_settings(settings: Settings, variant: str, tables: Sequence[str]) -
 def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, Any]:
     """Return what an existing adapter records about its training.
 
-    Raises ``UsageError`` if that differs from what is asked for, or is not recorded.
+    Raises ``UsageError`` if that differs from what was asked for, or is not recorded.
     """
     made = load_adapter(request.output, models.language_model.fingerprint).training
     wanted = {"recipe": request.recipe.facts(), "data_sha256": request.data.sha256}
@@ -154,6 +154,6 @@ def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, A
         differing += [key for key in sorted({*known, *settings}) if known.get(key) != settings.get(key)]
     if differing:
         raise UsageError(
-            f"{request.output}: trained differently: {', '.join(differing)} differs", "remove it, or use another -o"
+            f"{request.output}: trained differently: differs in {', '.join(differing)}", "remove it, or use another -o"
         )
     return made

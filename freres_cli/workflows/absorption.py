@@ -1,4 +1,4 @@
-"""bundle + trained modules -> a picture of where the absorber takes in the motion of each GoP."""
+"""bundle + trained modules -> a picture of where the absorber takes in each GoP's motion."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, 
 
     Returns what the picture shows, with the maps of every GoP as numbers. For a long clip the picture shows the GoPs
     with the most energy, in time order. Raises ``UsageError`` without an adapter or for a file that cannot be written,
-    ``BundleError`` for a bundle in which there is nothing to absorb, and ``BackboneError`` for an adapter that is
-    damaged or does not fit.
+    ``BundleError`` for a bundle with nothing to absorb, and ``BackboneError`` for an adapter that is damaged or does not
+    fit.
     """
     tracks = bundle.tracks
     variant = bundle.manifest["settings"]["variant"]["value"]

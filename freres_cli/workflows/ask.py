@@ -14,34 +14,34 @@ from freres_cli.evaluation.questions import MAX_CHOICES, check_choices, check_le
 from freres_cli.pipeline.session import Query, Session
 from freres_cli.records import Answer
 
-HINT = "keys of a row: question, choices (2 to 26 options, or none), id (or none)"
+HINT = "keys of a row: question, and optionally choices (2 to 26 options) and id"
 
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row of a questions file: ``query``, and its ``id``, the line's number where it has none."""
+    """A row of a questions file: its ``query``, and its ``id``, or the line number if it has none."""
 
     id: str
     query: Query
 
 
 def read_queries(path: Path) -> list[AskedRow]:
-    """Return the questions of a JSON lines file; every row is checked, keys other than question, choices and id are not
-    read.
+    """Return the questions in a JSON lines file. Every row is checked; keys other than question, choices and id are
+    ignored.
 
-    Raises ``UsageError`` that names the first bad row as FILE:LINE.
+    Raises ``UsageError``, which names the first bad row as FILE:LINE.
     """
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: cannot be read: {reason}", "name a file of questions, JSON lines") from error
+        raise UsageError(f"{path}: cannot be read: {reason}", "name a file of questions in JSON lines") from error
     rows = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             rows.append(_read_row(line, f"{path}:{number}", str(number)))
     if not rows:
-        raise UsageError(f"{path}: holds no questions", "write one JSON object a line")
+        raise UsageError(f"{path}: holds no questions", "write one JSON object per line")
     return rows
 
 
@@ -50,15 +50,15 @@ def _read_row(line: bytes, where: str, number: str) -> AskedRow:
         values: Any = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise UsageError(f"{where}: not valid JSON in UTF-8 ({reason})", "write one object a line") from error
+        raise UsageError(f"{where}: not valid JSON in UTF-8 ({reason})", "write one object per line") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{where}: expected a JSON object, got {type(values).__name__}", "write one object a line")
+        raise UsageError(f"{where}: expected a JSON object, got {type(values).__name__}", "write one object per line")
     question, choices, own_id = values.get("question"), values.get("choices"), values.get("id", number)
     choices = [] if choices is None else choices
     if not isinstance(question, str) or not question.strip():
         raise UsageError(f"{where}: question: expected text, got {json.dumps(question)[:40]}", HINT)
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise UsageError(f"{where}: choices: expected a list of texts", HINT)
+        raise UsageError(f"{where}: choices: expected a list of strings", HINT)
     if isinstance(own_id, bool) or not isinstance(own_id, str | int):
         raise UsageError(f"{where}: id: expected text or a whole number, got {json.dumps(own_id)[:40]}", HINT)
     query = Query(question.strip(), tuple(choice.strip() for choice in choices))
@@ -80,11 +80,11 @@ def answer_rows(
     sampling: Sampling,
     on_answer: Callable[[AskedRow, Answer], None] | None = None,
 ) -> list[Answer]:
-    """Answer every question from one prefill: together, or one at a time where tokens are sampled.
+    """Answer every question from one prefill: several together, or one at a time if tokens are sampled.
 
-    ``session``: the bundle. ``rows``: the questions. ``max_new_tokens``: of each free answer. ``sampling``: how its
-    tokens are picked. ``on_answer``: told each answer, in the order of the rows. Raises ``UsageError`` or
-    ``BackboneError``.
+    ``session``: the open bundle. ``rows``: the questions. ``max_new_tokens``: limit for each free answer. ``sampling``:
+    how its tokens are picked. ``on_answer``: called with each row and its answer, in the order of the rows. Raises
+    ``UsageError`` or ``BackboneError``.
     """
     if sampling.temperature > 0:
         answers = []

@@ -1,4 +1,4 @@
-"""video -> bundle, for one video or many: the model is loaded once, and a bad video is a failed row."""
+"""video -> bundle, for one video or many. The model is loaded once, and a bad video becomes a failed row."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class CompressResult:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one video of many.
+    """The outcome for one of many videos.
 
-    ``status``: done, skipped (its bundle was there already, whole and the same) or failed. ``result``: of one that is
-    done. ``manifest``: of its bundle, unless it failed. ``error``: why it failed.
+    ``status``: done, skipped (the same bundle already exists) or failed. ``result``: what a
+    finished video gave. ``manifest``: the bundle's, unless the video failed. ``error``: why it failed.
     """
 
     video: Path
@@ -53,11 +53,11 @@ class Row:
 def compress_file(
     compressor: Compressor, video: Path, output: Path, *, force: bool = False, progress: Progress | None = None
 ) -> CompressResult:
-    """Compress a video into a bundle; nothing is written unless everything went well.
+    """Compress a video into a bundle. Nothing is written unless everything succeeds.
 
     ``compressor``: model and settings. ``video``, ``output``: the files. ``force``: replace an existing bundle.
-    ``progress``: told how many frames of how many are done. Raises what ``Compressor.compress`` and ``Bundle.save``
-    raise.
+    ``progress``: called with the number of frames done and the number of all frames. Raises what ``Compressor.compress``
+    and ``Bundle.save`` raise.
     """
     check_destination(output, force)
     _refuse_overwriting(video, output)
@@ -96,14 +96,15 @@ def compress_many(
     on_row: Callable[[Row], None] | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Compress videos into a folder, with one load of the model, and none where every bundle is there.
+    """Compress videos into a folder. The model is loaded once, or not at all if every bundle already exists.
 
-    A bundle that is there already and is what would be made (the same video by its hash, model and settings) is left as
-    it is. Any other file in its place is a failed row, unless ``force`` replaces it; so is a video that cannot be used.
+    An existing bundle is skipped if it is the one that would be made: from the same video (by its hash), model and
+    settings. Any other file in its place makes the row fail, unless ``force`` replaces it; so does an unusable video.
 
-    ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, below ``folder``,
-    which is made. ``on_row``: told each row as it is known. ``progress``: told how many videos of how many are done.
-    Raises ``UsageError`` for the folder, ``BackboneError`` where the model cannot be loaded.
+    ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, relative to
+    ``folder``, which is created. ``on_row``: called with each row when it is done. ``progress``: called with the number
+    of videos done and the number of all videos. Raises ``UsageError`` for the folder, ``BackboneError`` if the model
+    cannot be loaded.
     """
     make_folder(folder)
     rows = []
@@ -114,7 +115,7 @@ def compress_many(
         try:
             row = _compress_one(compressor, video, output, force)
         except FreresError as error:
-            # Without a model every other video would fail by the same cause.
+            # Without a model, every other video would fail for the same reason.
             if isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder:
                 raise
             row = Row(video, output, "failed", error=error)
@@ -140,10 +141,10 @@ def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool
 
 
 def _compare(compressor: Compressor, video_sha256: str, output: Path) -> tuple[dict[str, Any], str | None]:
-    """The manifest of the bundle in the output's place, and why it is not the one that would be made, if so."""
+    """Return the manifest of the existing bundle, and how it differs from the one that would be made, if it does."""
     try:
         manifest = read_bundle(output).manifest
     except BundleError:
-        return {}, "already exists, and is not a whole bundle"
+        return {}, "already exists, and is not an intact bundle"
     differing = find_differences(manifest, video_sha256, compressor.models.identify_encoder(), compressor.options)
-    return manifest, f"holds another compression: {', '.join(differing)} differs" if differing else None
+    return manifest, f"already exists, and differs in {', '.join(differing)}" if differing else None

@@ -114,7 +114,7 @@ def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
     """Read the adapters of the cells, and return them by path.
 
     Raises ``BackboneError`` for an adapter of another model or variant, or with fewer bands than the cell's settings
-    allow coefficients. How many coefficients a clip has is known only after it is compressed.
+    allow coefficients. The number of coefficients in a clip is known only after it is compressed.
     """
     found: dict[Path | None, FreResModules] = {}
     for cell in request.cells:

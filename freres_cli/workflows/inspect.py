@@ -17,7 +17,7 @@ from freres_cli.workflows.absorption import PictureRequest, check_picture, draw_
 
 
 def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureRequest | None = None) -> dict[str, Any]:
-    """Return everything a bundle says of itself. Residual energy and GoPs are ``None`` for methods that have none.
+    """Return everything a bundle says about itself. Residual energy and GoPs are ``None`` for methods without them.
 
     ``with_tokens``: add one row for each visual token. ``picture``: draw the absorber into a file, and add its maps.
     Raises ``BundleError``, and what ``draw_absorption`` raises.
@@ -26,8 +26,8 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
         check_picture(path, picture)
     bundle = read_bundle(path)
     content, manifest = bundle.content, bundle.manifest
-    # Without any adapter: what the bundle itself holds.
-    tokens = load_tokens(content, manifest, NO_ADAPTER, str(path)).tokens
+    # Without an adapter, these are the bundle's own tokens.
+    tokens = load_tokens(bundle, NO_ADAPTER).tokens
     latents = content.anchor_latents if isinstance(content, Tracks) else content.latents
     report: dict[str, Any] = {
         "bundle": str(path),

@@ -1,4 +1,4 @@
-"""Cost of a clip, compressed and in full: every row in a process of its own, so that running out of memory is a row."""
+"""Cost of a clip, compressed and in full. Each row has its own process, so a row can report that memory ran out."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, FreresError, ResourceError
 from freres_cli.pipeline.adapters import NO_ADAPTER
+from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.manifest import build_manifest
@@ -35,10 +36,10 @@ STAGES = ("load_s", "decode_s", "encode_s", "compress_s", "prefill_s", "ttft_s",
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What to measure: a video, compressed with ``options``, or a ``bundle``.
+    """What to measure: a ``video`` compressed with ``options``, or a ``bundle``.
 
-    ``device``: where the models run. ``question``, ``max_new_tokens``: what is asked, and most tokens of the answer.
-    ``repeat`` runs are counted, after ``warmup`` that are not; ``timeout_s`` ends a row that takes longer.
+    ``device``: where the models run. ``question``, ``max_new_tokens``: what to ask, and the maximum tokens in the answer.
+    ``repeat``: measured runs. ``warmup``: runs before those, not measured. ``timeout_s``: stop a row that takes longer.
     """
 
     device: Device
@@ -55,10 +56,10 @@ class ProfileRequest:
 def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
     """Return a row for the method of the clip or the bundle, and one for the full-token run of the same model.
 
-    ``on_row``: told each row as it is known.
+    ``on_row``: called with each row when it is measured.
 
-    A row has ``status`` ok, out_of_memory, context_exceeded or timed_out; figures it does not reach are ``None``.
-    Raises the ``FreresError`` of a video, bundle or model that cannot be used at all.
+    The ``status`` of a row is ok, out_of_memory, context_exceeded or timed_out; figures it did not reach are ``None``.
+    Raises a ``FreresError`` for a video, bundle or model that cannot be used at all.
     """
     rows = []
     for method in dict.fromkeys((_method_of(request), "full")):
@@ -80,7 +81,7 @@ RowTarget = Callable[[Connection, ProfileRequest, str], None]
 
 
 def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = None) -> dict[str, Any]:
-    """Measure one row in a fresh process, by ``run_row`` or another ``target``, and tell how it ended."""
+    """Measure one row in a fresh process, with ``run_row`` or another ``target``, and return the row."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target or run_row, args=(theirs, request, method), daemon=True)
@@ -95,7 +96,7 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
     except EOFError:
         process.join(timeout=10)
     finally:
-        # Also when this process is told to end: the row must not go on alone.
+        # Also when this process is asked to exit: the row must not keep running.
         process.join(timeout=0 if outcome is None else 10)
         exit_code = process.exitcode
         process.kill()
@@ -108,10 +109,10 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
         return _empty_row(method, "context_exceeded", outcome.message)
     if is_late:
         return _empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
-    # Linux ends what takes too much memory with SIGKILL; any other end is a failure of ours.
+    # Linux kills a process that takes too much memory with SIGKILL. Any other silent exit is our own failure.
     if outcome is None and exit_code != -signal.SIGKILL:
         raise FreresError(f"profile: the process of row {method} failed with status {exit_code}; see above")
-    why = outcome.message if outcome is not None else "the system ended the process"
+    why = outcome.message if outcome is not None else "the system killed the process"
     return _empty_row(method, "out_of_memory", why)
 
 
@@ -131,7 +132,7 @@ def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
 
 
 def run_row(connection: Connection, request: ProfileRequest, method: str) -> None:
-    """Measure one row and send it, or the ``FreresError`` it ended in, through ``connection``."""
+    """Measure one row, and send it or the ``FreresError`` it raised through ``connection``."""
     try:
         if not request.device.is_cuda:
             _limit_memory()
@@ -145,7 +146,7 @@ def run_row(connection: Connection, request: ProfileRequest, method: str) -> Non
 
 
 def _limit_memory() -> None:
-    """Let allocations fail at what the machine has, instead of letting the system kill its neighbours."""
+    """Make allocations fail when the machine's memory is used up, before the system kills other processes."""
     if sys.platform != "linux":
         return
     available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
@@ -169,7 +170,7 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
         runs["load_s"].append(session.load_s)
         if method == "full":
             session.tokens = _stand_in(session.tokens, session.full_tokens)
-            row["message"] = "full tokens stand in as random latents: the bundle does not hold the video"
+            row["message"] = "random latents stand in for the full tokens: the bundle does not hold the video"
     for run in range(-request.warmup, request.repeat):
         context_tokens = _ask_once(session, request, runs if run >= 0 else None)
     row["dtype"] = str(session.model.dtype).removeprefix("torch.")
@@ -202,7 +203,7 @@ def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[floa
             for stage in ("decode", "encode", "compress"):
                 runs[f"{stage}_s"].append(timer.seconds[stage])
     manifest = build_manifest(source, options, plan, encoder, reduction, report)
-    tokens = load_tokens(reduction.content, manifest, NO_ADAPTER, str(video)).tokens
+    tokens = load_tokens(Bundle(manifest, reduction.content), NO_ADAPTER).tokens
     return tokens, int(manifest["tokens"]["full_tokens"])
 
 
@@ -218,7 +219,7 @@ def _session_for(
 
 
 def _stand_in(tokens: VideoTokens, full_tokens: int) -> VideoTokens:
-    """Random latents for every token of the full sequence: cost does not depend on their values."""
+    """Return random latents for every token of the full sequence. Cost does not depend on their values."""
     _, grid_h, grid_w = tokens.grid
     num_frames = full_tokens // (grid_h * grid_w)
     index = torch.arange(full_tokens)

@@ -24,12 +24,12 @@ class RepackResult:
 def repack_bundle(
     source: Path, output: Path, budget_tokens: int | None, deepstack: str | None = None, *, force: bool = False
 ) -> RepackResult:
-    """Cut a bundle to a smaller budget: every kind keeps its most important tokens.
+    """Cut a bundle to a smaller budget. Each kind keeps its most important tokens.
 
-    ``source``, ``output``: the bundle, and the one to write. ``budget_tokens``: most visual tokens; ``None`` keeps all.
-    ``deepstack``: ``drop`` leaves out the DeepStack rows of all tokens; ``None`` leaves them as they are. ``force``:
-    replace an existing file. Raises ``BundleError`` for a bad bundle, ``UsageError`` for what ``cutting.cut_content`` or
-    a destination refuses.
+    ``source``, ``output``: the bundle, and the one to write. ``budget_tokens``: maximum visual tokens; ``None`` keeps all.
+    ``deepstack``: ``drop`` removes the DeepStack rows of all tokens; ``None`` leaves them unchanged. ``force``: replace an
+    existing file. Raises ``BundleError`` for a bad bundle, ``UsageError`` for a cut that is not possible or a file that
+    cannot be written.
     """
     check_destination(output, force)
     bundle = read_bundle(source)

@@ -39,15 +39,15 @@ from freres_cli.workflows.training_data import Example, Progress, TrainingData, 
 MAX_RANK, MAX_SHARE = 64, 0.01  # MAX_SHARE: of the language model's parameters
 SHOWN_FAILURES = 10
 WARM_UP_SHARE = 0.05
-LAST_SHARE = 0.02  # of the highest learning rate, at the end of the cosine
+LAST_SHARE = 0.02  # of the peak learning rate, at the end of the cosine
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train.
 
-    ``budgets``: each video of a step has one of them. ``num_steps``: most steps. ``batch``: videos per step.
-    ``questions_a_video``: most questions about a video in a step. ``learning_rate``: the highest. ``rank``: width of the
+    ``budgets``: each video in a step uses one of them. ``num_steps``: maximum steps. ``batch``: videos per step.
+    ``questions_a_video``: maximum questions about a video in a step. ``learning_rate``: the peak. ``rank``: width of the
     bottlenecks; ``None`` chooses the largest power of two, up to 64, that trains at most 1 % as many parameters as the
     language model has. ``validation_share``: of the videos, held out. ``validate_every``: steps between validations.
     ``patience``: validations without improvement before training ends. ``seed``: decides weights, order and held-out
@@ -92,7 +92,7 @@ class Score:
     """The score on the validation videos, over all budgets.
 
     ``accuracy``: on questions with options; ``None`` if there are none. ``loss``: mean over the right answers of the loss
-    per token. The loss chooses the weights (ours, because a few of a few hundred answers change by chance).
+    per token. The loss chooses the weights (ours, because a few out of a few hundred answers change by chance).
     """
 
     accuracy: float | None
@@ -158,7 +158,7 @@ def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def choose_shape(model: LanguageModel, num_bands: int, rank: int | None) -> ModuleShape:
-    """Return the sizes of the trained modules. ``num_bands``: most coefficients of a trajectory. ``rank``: as in
+    """Return the sizes of the trained modules. ``num_bands``: maximum coefficients of a trajectory. ``rank``: as in
     ``Recipe``."""
     if rank is not None:
         return ModuleShape(model.width, rank, num_bands)
@@ -304,7 +304,7 @@ def _memory_errors() -> AbstractContextManager[None]:
 
 
 def learning_rate(step: int, num_steps: int) -> float:
-    """Return the learning rate of a step as a share of the highest: a linear warm-up, then a cosine."""
+    """Return the learning rate of a step as a share of the peak: a linear warm-up, then a cosine."""
     warm_up = max(1, round(WARM_UP_SHARE * num_steps))
     if step < warm_up:
         return (step + 1) / warm_up

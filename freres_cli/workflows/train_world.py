@@ -99,7 +99,7 @@ def _claim(request: TrainRequest, states: Path) -> None:
     remedy = "name another folder with -o"
     if not path.is_file():
         if any(request.output.iterdir()):
-            raise UsageError(f"{request.output}: holds something else than a training", remedy)
+            raise UsageError(f"{request.output}: holds something other than a training run", remedy)
     else:
         try:
             known = dict(json.loads(path.read_bytes()))
@@ -108,7 +108,9 @@ def _claim(request: TrainRequest, states: Path) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: damaged", remedy) from error
         if differing:
-            raise UsageError(f"{request.output}: the training of another run: {', '.join(differing)} differs", remedy)
+            raise UsageError(
+                f"{request.output}: the training of another run: differs in {', '.join(differing)}", remedy
+            )
     states.mkdir(exist_ok=True)
     write_atomically(path, lambda file: file.write(json.dumps({**same, **steps}).encode()), force=True)
 

@@ -35,7 +35,7 @@ from freres_cli.video.probe import hash_file
 Progress = Callable[[int, int], None]
 Ids = tuple[int, ...]
 
-# Most prompt tokens per visual token: itself, and the timestamp that some families write before each frame.
+# Maximum prompt tokens per visual token: itself, and the timestamp that some families write before each frame.
 TOKENS_AROUND = 24
 
 
