@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-# ``schemas``: the --json documents and their main keys; "lines" where there is one for each item. ``defaults``: like DEFAULTS, for this verb only.
+# ``schemas``: the --json documents and their main keys; "lines" where there is one for each item. ``defaults``: like
+# DEFAULTS, for this verb only.
 VERBS: dict[str, dict[str, Any]] = yaml.safe_load("""
 compress:
   examples:
