@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from freres_cli.backbones.generation import Sampling
     from freres_cli.pipeline.bundle import Bundle, load_bundle
     from freres_cli.pipeline.compressor import Compressor
+    from freres_cli.pipeline.models import Models
     from freres_cli.pipeline.session import Query, Session
     from freres_cli.records import Answer, VideoTokens
 
@@ -21,12 +23,24 @@ _HOMES = {
     "Answer": "freres_cli.records",
     "Bundle": "freres_cli.pipeline.bundle",
     "Compressor": "freres_cli.pipeline.compressor",
+    "Models": "freres_cli.pipeline.models",
     "Query": "freres_cli.pipeline.session",
+    "Sampling": "freres_cli.backbones.generation",
     "Session": "freres_cli.pipeline.session",
     "VideoTokens": "freres_cli.records",
     "load_bundle": "freres_cli.pipeline.bundle",
 }
-__all__ = ["Answer", "Bundle", "Compressor", "Query", "Session", "VideoTokens", "load_bundle"]
+__all__ = [
+    "Answer",
+    "Bundle",
+    "Compressor",
+    "Models",
+    "Query",
+    "Sampling",
+    "Session",
+    "VideoTokens",
+    "load_bundle",
+]
 
 
 def __getattr__(name: str) -> Any:

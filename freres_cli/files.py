@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
             raise
         if is_short_write or getattr(cause, "errno", None) in _DISK_FULL:
             raise ResourceError(
-                f"{path}: not enough disk space to write it", f"free some space, or name {flag} elsewhere"
+                f"{path}: not enough disk space to write it", f"free some space, or choose another place with {flag}"
             ) from error
         reason = getattr(cause, "strerror", None) or cause
         raise UsageError(f"{path}: cannot be written: {reason}", f"name another file with {flag}") from error
@@ -82,10 +83,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
 def remove_abandoned_files(folder: Path) -> None:
     """Remove the temporary files of ours in ``folder`` that no living process is writing."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
-        # Their writers hold a lock, which ends with the process, however it ended.
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with contextlib.suppress(OSError):
+            # Opening a pipe of that name would wait for ever, and a link may lead anywhere.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    # Writers hold a lock, which ends with their process, however it ended.
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ The checks here, the cutting of bundles, the removal of DeepStack rows and the t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,9 @@ class Column:
     text: str = ""
     shape: tuple[str, ...] = ()
     limit: str | None = None
+
+    # A column that is added later needs no change in the readers of earlier schema versions: their bundles have zeros in
+    # it. Choose its meaning so that zero is what they did.
 
     @property
     def is_latent(self) -> bool:
@@ -216,6 +220,26 @@ class Tracks:
     def num_tokens_by_kind(self) -> dict[str, int]:
         """Return how many tokens of each kind these tracks give, whatever the variant."""
         return {kind: self._num_rows(table) for kind, table in TABLE_OF_KIND.items()}
+
+
+def complete_columns(tensors: Mapping[str, Tensor], columns: Mapping[str, Column] = COLUMNS) -> dict[str, Tensor]:
+    """Return the columns of an earlier release with zeros in those that were added since.
+
+    ``tensors``: by name. ``columns``: those there are today. A new column may have no axis ``K``: how many bands there
+    were is not known.
+    """
+    latents = tensors["anchor_latents"]
+    dtypes = {str(tensor.dtype).removeprefix("torch."): tensor.dtype for tensor in tensors.values()}
+    first = {"frame": "frame_seconds", "gop": "gop_anchor_frame"}
+    complete = {}
+    for name, column in columns.items():
+        if name in tensors:
+            complete[name] = tensors[name]
+            continue
+        num_rows = tensors[first.get(column.table, f"{column.table}_gop")].shape[0]
+        shape = [num_rows, *(latents.shape[-1] if axis == "C" else int(axis) for axis in column.shape)]
+        complete[name] = latents.new_zeros(shape, dtype=latents.dtype if column.is_latent else dtypes[column.dtype])
+    return complete
 
 
 def count_by_kind(content: Tracks | VideoTokens) -> dict[str, int]:

@@ -107,7 +107,8 @@ def manifest_for(content: Tracks | VideoTokens, **sections: Any) -> dict[str, An
     """``MANIFEST`` with the geometry of this content, and with other ``sections``."""
     geometry = {"width": content.width, "grid": list(content.grid), "pooled_grid": None, **FRAMES}
     by_kind = count_by_kind(content)
-    counts = {"tokens_by_kind": by_kind, "visual_tokens": sum(by_kind.values())}
+    full_tokens = MANIFEST["sampling"]["baseline_frames"] * content.grid[1] * content.grid[2]
+    counts = {"tokens_by_kind": by_kind, "visual_tokens": sum(by_kind.values()), "full_tokens": full_tokens}
     manifest = {**MANIFEST, "geometry": geometry, "tokens": {**MANIFEST["tokens"], **counts}}
     if isinstance(content, Tracks):
         geometry["pooled_grid"] = list(content.pooled_grid)
@@ -128,7 +129,7 @@ def forge(
     """Write a bundle of these ``tensors``, described as ``content`` would be, with other ``sections`` in its manifest."""
     kind = "tracks" if isinstance(content, Tracks) else "tokens"
     manifest = {**manifest_for(content, **sections), "content": kind, "tensors": describe_tensors(tensors)}
-    _sign(path, {"format": FORMAT, "schema_version": version, "tensors": dict(tensors)}, manifest)
+    _sign(path, {"format": FORMAT, "schema_version": version, "tensors": dict(tensors)}, encode_manifest(manifest))
 
 
 def rewrite(path: Path, **changes: Any) -> None:
@@ -141,9 +142,15 @@ def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     outer = torch.load(path, weights_only=True)
     manifest = json.loads(outer["manifest"])
     edit(manifest)
-    _sign(path, outer, manifest)
+    _sign(path, outer, encode_manifest(manifest))
 
 
-def _sign(path: Path, outer: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    text = encode_manifest(manifest)
+def edit_text(path: Path, old: str, new: str) -> None:
+    """Replace a part of a bundle's manifest as it is written, and make its checksum right."""
+    outer = torch.load(path, weights_only=True)
+    assert old in outer["manifest"]
+    _sign(path, outer, outer["manifest"].replace(old, new, 1))
+
+
+def _sign(path: Path, outer: Mapping[str, Any], text: str) -> None:
     torch.save({**outer, "manifest": text, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}, path)

@@ -13,7 +13,16 @@ import torch
 from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import BundleError
-from tests.forged_bundles import MANIFEST, forge, make_tracks, manifest_for, rewrite, smooth_latents
+from tests.forged_bundles import (
+    MANIFEST,
+    edit_manifest,
+    edit_text,
+    forge,
+    make_tracks,
+    manifest_for,
+    rewrite,
+    smooth_latents,
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +210,68 @@ def test_forged_counts_are_refused(tmp_path, tracks, changes):
     forge(tmp_path / "b.pt", tracks, tracks.tensors(), tokens=tokens)
     with pytest.raises(BundleError, match="damaged bundle"):
         read_bundle(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("geometry", "grid", [2**62, 2**62, 2**62]),
+        ("geometry", "pooled_grid", [2048, 2048]),
+        ("geometry", "pooled_grid", [0, 1]),
+        ("model", "num_deep_layers", 10**9),
+        ("model", "num_deep_layers", -3),
+        ("model", "num_deep_layers", 2),
+        ("model", "width", 7),
+        ("tokens", "full_tokens", 7),
+        ("tokens", "full_tokens", 2**60),
+        ("source", "bytes", -1),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(bundle, section, key, value):
+    edit_manifest(bundle, lambda manifest: manifest[section].update({key: value}))
+    with pytest.raises(BundleError, match="damaged bundle"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "1e400", "-1e400", "NaN", "Infinity"])
+@pytest.mark.parametrize("key", ["file", "more"])
+def test_what_json_does_not_hold_is_refused(bundle, key, value):
+    edit_text(bundle, '"source":{', f'"source":{{"{key}":{value},')
+    with pytest.raises(BundleError, match="not JSON"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("depth", [40, 900])
+def test_a_manifest_nested_deeply_is_refused(bundle, depth):
+    def nest(manifest):
+        nested = []
+        for _ in range(depth):
+            nested = [nested]
+        manifest["more"] = nested
+
+    edit_manifest(bundle, nest)
+    with pytest.raises(BundleError, match="not JSON"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("history", [[{"verb": 3}], [{}], ["compress"]])
+def test_a_history_that_is_none_is_refused(bundle, history):
+    edit_manifest(bundle, lambda manifest: manifest.update(history=history))
+    with pytest.raises(BundleError, match="damaged bundle"):
+        read_bundle(bundle)
+
+
+def test_a_method_makes_its_own_kind_of_content(bundle):
+    method = {"value": "uniform", "source": "flag"}
+    edit_manifest(bundle, lambda manifest: manifest["settings"].update(method=method))
+    with pytest.raises(BundleError, match="method uniform does not make tracks"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("disguise", [lambda t: t.to("meta"), torch._neg_view, lambda t: t.requires_grad_()])
+def test_tensors_that_are_no_plain_numbers_are_refused(bundle, disguise):
+    content = torch.load(bundle, weights_only=True)
+    content["tensors"]["frame_seconds"] = disguise(content["tensors"]["frame_seconds"].clone())
+    torch.save(content, bundle)
+    with pytest.raises(BundleError):
+        read_bundle(bundle)

@@ -176,3 +176,11 @@ def test_a_command_terminated_half_way_leaves_nothing(tmp_path):
     assert "Traceback" not in err and "Exception" not in err
     assert process.returncode in (0, 128 + signal.SIGTERM)
     assert process.returncode == 0 or {path.name for path in Path(tmp_path).iterdir()} == {"clip.mp4"}
+
+
+def test_a_pipe_or_a_link_with_the_name_of_a_temporary_file_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / ".freres-pipe.tmp")
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".freres-link.tmp").symlink_to("theirs")
+    write_atomically(tmp_path / "ours", lambda file: file.write(b"whole"), force=False)
+    assert len(temporaries(tmp_path)) == 2 and (tmp_path / "theirs").read_text() == "theirs"

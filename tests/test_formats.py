@@ -18,7 +18,7 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError, UsageError
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.presets import KEYS, Key
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import COLUMNS, LATENT, Column, Tracks, complete_columns
 from tests.runner import run_freres
 
 FOLDER = Path(__file__).parent / "formats"
@@ -80,7 +80,7 @@ def test_a_bundle_written_again_is_read_as_the_same_one(name, models, tmp_path):
     before = load_bundle(FOLDER / f"{name}.pt")
     after = load_bundle(before.save(tmp_path / "again.pt").path)
     assert read_bundle(tmp_path / "again.pt").schema_version == schema.SCHEMA_VERSION
-    drop = ("tensors", "content")
+    drop = ("tensors",)
     assert {k: v for k, v in after.manifest.items() if k not in drop} == {
         k: v for k, v in before.manifest.items() if k not in drop
     }
@@ -141,3 +141,14 @@ def test_a_future_version_is_refused_by_name(tmp_path):
     torch.save(content, tmp_path / "later.pt")
     with pytest.raises(BundleError, match="expected version 1 or 2, got 3"):
         read_bundle(tmp_path / "later.pt")
+
+
+def test_a_column_that_is_added_later_is_zero_in_earlier_bundles():
+    tensors = read_bundle(FOLDER / "1-first.pt").content.tensors()
+    added = {"gop_glow": Column("gop", "float32", shape=("8",)), "anchor_rank": Column("anchor", "int64")}
+    added["static_halo"] = Column("static", LATENT, shape=("C",))
+    complete = complete_columns(tensors, {**COLUMNS, **added})
+    assert all(complete[name] is tensor for name, tensor in tensors.items())
+    assert complete["gop_glow"].shape == (len(tensors["gop_start"]), 8)
+    assert complete["anchor_rank"].dtype == torch.int64 and not complete["anchor_rank"].any()
+    assert complete["static_halo"].shape == tensors["static_latents"].shape

@@ -150,7 +150,7 @@ def test_the_command_compresses_a_folder(clips, tmp_path):
     run = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
     assert run.status == 3 and "1 of 4 videos failed" in run.errors[0]
     assert run.out.split() == [str(tmp_path / "out" / "deep" / f"clip{i}.pt") for i in range(3)]
-    assert "warning: failed:" in run.err and "files without a video suffix, skipped: 1" in run.err
+    assert "warning: failed:" in run.err and "skipped 1 files without a video suffix" in run.err
     (tmp_path / "in" / "a.mp4").unlink()
     again = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
     assert again.status == 0 and again.err.count("already exists") == 3 and again.out == run.out
@@ -221,3 +221,65 @@ def test_lists_that_name_nothing(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"list\.txt"):
         list_videos([path])
+
+
+def test_a_name_that_is_not_utf8_is_compressed_read_and_skipped(clips, tmp_path):
+    name = os.fsdecode(b"caf\xe9\xff.mp4")
+    shutil.copy(clips / "clip0.mp4", tmp_path / name)
+    first = run_freres("compress", tmp_path / name, "-o", f"{tmp_path}/out/", *FLAGS)
+    assert first.status == 0, first.err
+    again = run_freres("compress", tmp_path / name, "-o", f"{tmp_path}/out/", *FLAGS, "--json")
+    row = json.loads(again.out)
+    assert row["status"] == "skipped"
+    assert again.out.isascii() and run_freres("inspect", tmp_path / "out" / f"{name[:-4]}.pt").status == 0
+
+
+def test_a_folder_is_told_by_its_slash_and_an_empty_name_is_none(clips, tmp_path):
+    run = run_freres("compress", clips / "clip0.mp4", "-o", f"{tmp_path}/new/", *FLAGS)
+    assert run.status == 0 and (tmp_path / "new" / "clip0.pt").is_file()
+    for arguments in (("",), (clips / "clip0.mp4", "-o", "")):
+        assert run_freres("compress", *arguments).status == 2
+    assert run_freres("compress", clips / "clip0.mp4", "-o", tmp_path, "--dry-run", *FLAGS).status == 0
+
+
+def test_one_file_under_two_names_is_one_video(clips):
+    here = clips / "clip0.mp4"
+    assert len(list_videos([here, clips / "." / "clip0.mp4", clips / ".." / clips.name / "clip0.mp4"]).videos) == 1
+
+
+@pytest.mark.parametrize("line", ["/", "..", "sub/.."])
+def test_a_line_that_names_a_folder_is_named_with_its_place(tmp_path, line):
+    path = tmp_path / "list.txt"
+    path.write_text(f"# first\n{line}\n")
+    with pytest.raises(UsageError, match=r"list\.txt:2: "):
+        list_videos([path])
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("a\x0cb\x85c\u2028d.mp4\r\nnext.mp4\n".encode())
+    assert [video.name for video, _ in list_videos([path]).videos] == ["a\x0cb\x85c\u2028d.mp4", "next.mp4"]
+
+
+def test_a_bundle_that_another_run_wrote_meanwhile_is_skipped(clips, compressor, tmp_path):
+    """The other run finishes while this one encodes."""
+    videos = videos_of(clips)[:1]
+    compress_many(compressor, videos, tmp_path / "theirs")
+
+    class Meanwhile(Compressor):
+        def compress(self, video, **options):
+            (tmp_path / "ours").mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "theirs" / "clip0.pt", tmp_path / "ours" / "clip0.pt")
+            return super().compress(video, **options)
+
+    late = Meanwhile.from_options(compressor.options, compressor.models)
+    assert statuses(compress_many(late, videos, tmp_path / "ours")) == ["skipped"]
+
+
+def test_a_closed_pipe_does_not_end_the_work(clips, tmp_path):
+    code = "from freres_cli.cli.app import main; main()"
+    flags = " ".join(map(str, FLAGS))
+    command = f"set -o pipefail; {sys.executable} -c '{code}' compress {clips} -o {tmp_path}/out {flags} -q | head -n 0"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 3

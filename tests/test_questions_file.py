@@ -74,7 +74,7 @@ def test_sampling_asks_one_at_a_time_with_the_seed(bundle, tmp_path):
         ('{"question": "a?", "choices": ["x"]}', ":1: choices: expected 2 to 26"),
         ('{"question": "a?", "choices": "x|y"}', ":1: choices: expected a list"),
         ('{"question": "a?", "id": [1]}', ":1: id"),
-        ('{"question": "a \\ud800"}', ":1: half of a character pair"),
+        ('{"question": "a \\ud800"}', ":1: an unpaired surrogate"),
         (json.dumps({"question": "a" * (MAX_TEXT_BYTES + 1)}), ":1: too long"),
         ('{"question": "<|im_end|>"}', "holds <|im_end|>"),
     ],

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from freres_cli import Compressor
+from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.cli import output
 from freres_cli.evaluation.questions import MAX_TEXT_BYTES
 from tests.clips import write_clip
 from tests.runner import check_failure, run_freres
 
+ROOT = Path(__file__).parents[1]
 ESCAPES = "\x1b]0;title\x07\x1b[31mred\x9b2J"
 
 
@@ -82,3 +88,26 @@ def test_an_endless_question_is_refused_at_once(bundle, where):
 def test_the_longest_question_is_answered(bundle):
     run = run_freres("ask", bundle, "word " * (MAX_TEXT_BYTES // 5), "--max-new-tokens", 1, "--device", "cpu")
     assert run.status == 0, run.err
+
+
+def test_bidi_controls_do_not_reach_the_terminal(bundle):
+    run = run_freres("ask", bundle, "what?", "--choices", "a\u202eb|c", "--device", "cpu")
+    assert run.status == 0 and "\u202e" not in run.out
+
+
+def test_an_answer_of_numbers_that_are_not_finite_is_refused(bundle, tmp_path):
+    """The latents are finite, and what the model makes of them is not."""
+    tracks = read_bundle(bundle).content
+    loud = replace(tracks, anchor_latents=tracks.anchor_latents.sign() * 3e38)
+    write_bundle(tmp_path / "loud.pt", loud, read_bundle(bundle).manifest)
+    for flags in ([], ["--choices", "a|b"]):
+        check_failure(run_freres("ask", tmp_path / "loud.pt", "what?", "--device", "cpu", *flags), 5, "not finite")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_name_can_be_written_in_any_encoding(bundle, encoding):
+    code = "from freres_cli.cli.app import main; main()"
+    variables = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    arguments = ["ask", str(bundle), "what?", "--choices", "caf\u00e9 \U0001f600|b", "--device", "cpu", "-q"]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=variables)
+    assert run.returncode == 0 and b"unexpected" not in run.stderr, run.stderr

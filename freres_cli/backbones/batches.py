@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
-from freres_cli.backbones.engine import VideoPrefix, check_context, lend_cache, memory_of
+from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, memory_of
 from freres_cli.errors import BackboneError
 
 Ids = Sequence[int]
@@ -97,7 +97,7 @@ def answer_batch(
             rows = [model.text_rows(suffixes[i], prefix.num_tokens, prefix.next_position) for i in asked]
             for _ in range(max_new_tokens):
                 hidden = torch.stack([states[-1] for states in extend(model, branches, rows)])
-                tokens = model.logits(hidden).argmax(-1).tolist()
+                tokens = check_scores(model.logits(hidden)).argmax(-1).tolist()
                 for i, token in zip(asked, tokens, strict=True):
                     answers[i].append(token)
                 going = [row for row, token in enumerate(tokens) if token not in model.stop_ids]

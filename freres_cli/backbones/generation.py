@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.backbones.engine import VideoPrefix, check_context, lend_cache, prefill
+from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, prefill
 from freres_cli.devices import synchronize
 from freres_cli.errors import UsageError
 
 _REPLACEMENT = "\ufffd"
+# Logits divided by less than this may overflow.
+LEAST_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UsageError(f"temperature: expected a number >= 0, got {self.temperature}")
+        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
+            raise UsageError(f"temperature: expected 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 
@@ -100,7 +103,8 @@ def _pieces(
         rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
         step_s, later_s = start_s, 0.0
         while result.finish_reason is None:
-            token = pick_token(model.logits(prefill(model, rows, cache))[0], sampling, picker)
+            logits = check_scores(model.logits(prefill(model, rows, cache))[0])
+            token = pick_token(logits, sampling, picker)
             synchronize(model.device)
             spent_s = time.perf_counter() - step_s
             result.ids.append(token)

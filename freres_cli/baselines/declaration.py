@@ -43,6 +43,10 @@ class Method:
     deviations: str = "none"
     compress: Callable[[Tensor, Tensor, int, int], VideoTokens] | None = None
 
+    def __post_init__(self) -> None:
+        if self.makes_bundles and not self.is_question_blind:
+            raise ValueError(f"{self.name}: a bundle is made before any question is known")
+
     @property
     def is_question_blind(self) -> bool:
         """Whether its tokens are the same for every question."""

@@ -22,13 +22,15 @@ class Field:
 
     ``kind``: text, flag, whole, number, texts, wholes, counts (whole numbers by name); all numbers are finite.
     ``may_be_null``: null means not known. ``default``: the value if a bundle lacks the field; a field without a default is
-    required. ``length``: that of a list.
+    required. ``length``: that of a list. ``low``, ``high``: limits of whole numbers.
     """
 
     kind: str
     may_be_null: bool = False
     default: Any = REQUIRED
     length: int | None = None
+    low: int = 0
+    high: int = MAX_WHOLE
 
     def fits(self, value: Any) -> bool:
         """Whether a value is of this kind."""
@@ -36,22 +38,21 @@ class Field:
             return self.may_be_null
         if self.kind in ("texts", "wholes"):
             is_list = isinstance(value, list) and (self.length is None or len(value) == self.length)
-            return is_list and all(_fits(self.kind[:-1], item) for item in value)
+            return is_list and all(self._is_one(self.kind[:-1], item) for item in value)
         if self.kind == "counts":
-            return isinstance(value, dict) and all(_fits("whole", item) for item in value.values())
-        return _fits(self.kind, value)
+            return isinstance(value, dict) and all(self._is_one("whole", item) for item in value.values())
+        return self._is_one(self.kind, value)
 
-
-def _fits(kind: str, value: Any) -> bool:
-    if kind == "text":
-        return isinstance(value, str)
-    if kind == "flag":
-        return isinstance(value, bool)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if kind == "whole":
-        return isinstance(value, int) and -MAX_WHOLE <= value <= MAX_WHOLE
-    return -MAX_WHOLE <= value <= MAX_WHOLE if isinstance(value, int) else math.isfinite(value)
+    def _is_one(self, kind: str, value: Any) -> bool:
+        if kind == "text":
+            return isinstance(value, str)
+        if kind == "flag":
+            return isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if kind == "whole":
+            return isinstance(value, int) and self.low <= value <= self.high
+        return -MAX_WHOLE <= value <= MAX_WHOLE if isinstance(value, int) else math.isfinite(value)
 
 
 Fields = Mapping[str, Mapping[str, Field]]

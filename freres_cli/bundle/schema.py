@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from freres_cli.tracks import Tracks, count_by_kind
 
 FORMAT = "freres.bundle"
 READERS = {1: version_1, 2: version_2}
+MAX_DEPTH = 16
 SCHEMA_VERSION = 2  # that freres writes
 SECTIONS = {
     "freres_version": str,
@@ -98,25 +100,58 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks |
     _check_tensors(tensors, stored["tensors"], reader.DTYPES, where)
     manifest = reader.read_manifest(stored, where)
     content = reader.read_content(manifest, tensors, where)
-    _check_counts(manifest["tokens"], count_by_kind(content), where)
+    _check_facts(manifest, content, where)
     return version, manifest, content
 
 
-def _check_counts(told: Mapping[str, Any], by_kind: Mapping[str, int], where: str) -> None:
-    """Refuse counts in the manifest that differ from those of the tensors."""
+def _check_facts(manifest: Mapping[str, Any], content: Tracks | VideoTokens, where: str) -> None:
+    """What the manifest says of the tensors is true of them."""
+    told, by_kind = manifest["tokens"], count_by_kind(content)
     if told["tokens_by_kind"] != by_kind or told["visual_tokens"] != sum(by_kind.values()):
         raise damaged(where, f"tokens: expected {dict(by_kind)}, got {told['tokens_by_kind']}"[:200])
+    _, grid_h, grid_w = content.grid
+    full_tokens = manifest["sampling"]["baseline_frames"] * grid_h * grid_w
+    if told["full_tokens"] != full_tokens:
+        raise damaged(where, f"tokens.full_tokens: expected {full_tokens}, got {told['full_tokens']}")
+    model, latents = manifest["model"], content.anchor_latents if isinstance(content, Tracks) else content.latents
+    num_rows = 1 if manifest["settings"]["deepstack"]["value"] == "drop" else 1 + model["num_deep_layers"]
+    if model["width"] != content.width or latents.shape[1] != content.width * num_rows:
+        expected = f"{num_rows} rows of {model['width']} channels"
+        raise damaged(where, f"model: expected {expected} a token, got {latents.shape[1]} channels")
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _parse_finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _refuse_depth(value: Any) -> None:
+    """Nothing in a manifest is nested deeply, and what walks through it may be recursive."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for part in level
+            for item in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
+
+
 def _decode_manifest(text: str, where: str) -> dict[str, Any]:
     try:
-        manifest = json.loads(text, parse_constant=_refuse_constant)
+        manifest = json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_finite)
+        _refuse_depth(manifest)
+        json.dumps(manifest, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise damaged(where, "the manifest is not JSON") from error
+        raise damaged(where, "the manifest is not JSON in UTF-8 with finite numbers") from error
     if not isinstance(manifest, dict):
         raise damaged(where, "the manifest is not an object")
     for key, kind in SECTIONS.items():
@@ -133,7 +168,7 @@ def _check_tensors(tensors: dict[Any, Any], described: dict[str, Any], dtypes: t
         raise damaged(where, f"tensors and manifest differ: {', '.join(odd[:3])}")
     for name, tensor in tensors.items():
         facts = described[name]
-        if not isinstance(tensor, Tensor) or not isinstance(facts, dict) or tensor.layout != torch.strided:
+        if not isinstance(tensor, Tensor) or not isinstance(facts, dict) or not _is_plain(tensor):
             raise damaged(where, f"{name}: expected a plain tensor")
         got = [list(tensor.shape), _dtype_name(tensor)]
         expected = [facts.get("shape"), facts.get("dtype")]
@@ -144,6 +179,13 @@ def _check_tensors(tensors: dict[Any, Any], described: dict[str, Any], dtypes: t
             raise damaged(where, f"{name}: expected a contiguous tensor")
         if facts.get("sha256") != tensor_digest(tensor):
             raise damaged(where, f"{name}: the checksum does not match")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is numbers in memory, and no view that computes them."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return not (tensor.is_neg() or tensor.is_conj() or tensor.requires_grad)
 
 
 def _dtype_name(tensor: Tensor) -> str:

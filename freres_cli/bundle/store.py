@@ -60,8 +60,7 @@ def read_bundle(path: Path) -> StoredBundle:
     try:
         if not zipfile.is_zipfile(path):
             raise BundleError(f"{path}: not a freres bundle", "make one with: freres compress VIDEO")
-        # mmap needs a name, and checks the archive itself.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = _load(path)
     except pickle.UnpicklingError as error:
         raise BundleError(f"{path}: refused: it holds a pickled object that is not a tensor", _PICKLE_HINT) from error
     except OSError as error:
@@ -72,6 +71,14 @@ def read_bundle(path: Path) -> StoredBundle:
         raise BundleError(f"{path}: damaged bundle: {_first_line(error)}", "compress the video again") from error
     version, manifest, content = read_content(loaded, str(path))
     return StoredBundle(path, version, manifest, content, path.stat().st_size)
+
+
+def _load(path: Path) -> Any:
+    # mmap needs a name, and takes only names that are UTF-8.
+    if str(path).encode(errors="replace").decode() == str(path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _first_line(error: Exception) -> str:

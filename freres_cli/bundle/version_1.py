@@ -17,11 +17,12 @@ from freres_cli.bundle.checks import (
     read_settings,
 )
 from freres_cli.presets import Key
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import Tracks, complete_columns
 
 _TEXT_OR_NULL, _NUMBER_OR_NULL = Field("text", may_be_null=True), Field("number", may_be_null=True)
 _TEXT, _WHOLE, _NUMBER, _FLAG = Field("text"), Field("whole"), Field("number"), Field("flag")
 _NOTES = Field("texts")
+MAX_DEEP_LAYERS = 64
 
 # Releases added fields within this version. Their defaults are what earlier bundles mean.
 FIELDS: dict[str, dict[str, Field]] = {
@@ -33,7 +34,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "folder": _TEXT_OR_NULL,
         "family": _TEXT,
         "width": _WHOLE,
-        "num_deep_layers": _WHOLE,
+        "num_deep_layers": Field("whole", high=MAX_DEEP_LAYERS),
         "dtype": _TEXT,
         "attention": Field("text", may_be_null=True, default=None),
     },
@@ -64,8 +65,8 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "geometry": {
         "width": _WHOLE,
-        "grid": Field("wholes", length=3),
-        "pooled_grid": Field("wholes", length=2),
+        "grid": Field("wholes", length=3, low=1, high=2**31),
+        "pooled_grid": Field("wholes", length=2, low=1, high=64),
         "frame_height_px": _WHOLE,
         "frame_width_px": _WHOLE,
         "fit": Field("text", may_be_null=True, default=None),
@@ -152,12 +153,13 @@ def build_tracks(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
     rows, columns = geometry["pooled_grid"]
     num_frames, grid_h, grid_w = geometry["grid"]
     try:
+        complete = complete_columns(tensors)
         tracks = Tracks(
-            width=geometry["width"], grid=(num_frames, grid_h, grid_w), pooled_grid=(rows, columns), **tensors
+            width=geometry["width"], grid=(num_frames, grid_h, grid_w), pooled_grid=(rows, columns), **complete
         )
         if manifest["settings"]["variant"]["value"] == "idct":
             _check_dense_bases(tracks)
-    except (ValueError, RuntimeError, IndexError) as error:
+    except (ValueError, RuntimeError, IndexError, OverflowError) as error:
         raise damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
     return tracks
 

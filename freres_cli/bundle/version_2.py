@@ -44,7 +44,7 @@ _REQUIRED = {  # optional in version 1
         "frame_aspect": Field("number", may_be_null=True),
         "source_aspect": Field("number", may_be_null=True),
         # Only tracks have cells, groups, coefficients and cuts.
-        "pooled_grid": Field("wholes", may_be_null=True, length=2),
+        "pooled_grid": Field("wholes", may_be_null=True, length=2, low=1, high=64),
     },
     "tokens": {
         name: Field("whole", may_be_null=True)
@@ -73,7 +73,11 @@ def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise damaged(where, "tokens: expected at least 1 visual token of at least 1")
     later = later_settings(SETTINGS)
     defaults = {key: rule.default for key, rule in later.items()}
-    return read | {"settings": read_settings(read["settings"], {**SETTINGS, **later}, defaults, where)}
+    settings = read_settings(read["settings"], {**SETTINGS, **later}, defaults, where)
+    method = settings["method"]["value"]
+    if (method == "fre-res") != (manifest["content"] == "tracks"):
+        raise damaged(where, f"content: method {method} does not make {manifest['content']}")
+    return read | {"settings": settings}
 
 
 def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tracks | VideoTokens:
@@ -101,7 +105,7 @@ def _build_tokens(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
         last = tokens.positions.new_tensor([num_frames - 1, grid_h - 1, grid_w - 1])
         if bool(((tokens.positions < 0) | (tokens.positions > last)).any()):
             raise ValueError("positions: expected places on the grid")
-    except (ValueError, RuntimeError, IndexError) as error:
+    except (ValueError, RuntimeError, IndexError, OverflowError) as error:
         raise damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
     return tokens
 

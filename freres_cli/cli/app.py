@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -72,6 +73,21 @@ def freres(
     """Make video cheap for video language models: compress once into a bundle, ask it as often as you like."""
 
 
+ANY_NAME = "freres_any_name"
+
+
+def _encode_any_name(error: UnicodeError) -> tuple[bytes, int]:
+    """Write bytes of file names as they are, and what the terminal's encoding lacks as an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = [ord(character) for character in error.object[error.start : error.end]]
+    written = (bytes([c - 0xDC00]) if 0xDC80 <= c <= 0xDCFF else f"\\u{c:04x}".encode() for c in codes)
+    return b"".join(written), error.end
+
+
+codecs.register_error(ANY_NAME, _encode_any_name)
+
+
 def main() -> None:
     """Run the command. FRERES_DEBUG=1 shows tracebacks."""
     # Exit through the `finally` blocks, so no temporary file or child process is left behind.
@@ -89,7 +105,7 @@ def _run() -> None:
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
+        sys.stdout.reconfigure(errors=ANY_NAME)  # file names may be any bytes
     try:
         app()
     except FreresError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ BUNDLE, BUNDLES = Path("bundle.pt"), Path("bundles")
 
 def compress(
     videos: Annotated[
-        list[Path], typer.Argument(metavar="VIDEO...", help="Video files, folders of videos, or .txt lists of paths.")
+        list[str], typer.Argument(metavar="VIDEO...", help="Video files, folders of videos, or .txt lists of paths.")
     ],
     budget: options.Budget = None,
     preset: options.PresetName = None,
@@ -55,7 +56,7 @@ def compress(
         str | None, typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat or idct.")
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="The bundle to write; for several videos, a folder."),
     ] = None,
     force: options.Force = False,
@@ -89,12 +90,14 @@ def compress(
 
     For several videos, a folder (searched recursively) or a .txt list (one path per line, relative to the list), the
     model is loaded only once. Bundles are named after their videos. An existing bundle is skipped if it is intact and was
-    made from the same video with the same model and settings, so a stopped run resumes when you start it again. A video
-    that cannot be used is reported, and the others are still compressed; the exit status is then that of the first
-    failure.
+    made from the same video with the same model and settings, so a stopped run resumes when you start it again; --force
+    replaces those that differ. A video that cannot be used is reported, and the others are still compressed; the exit
+    status is then that of the first failure.
     """
     from freres_cli.video.listing import is_many, list_videos
 
+    paths = [options.check_path(video, "VIDEO") for video in videos]
+    place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     named |= {"deepstack": deepstack}
     chosen = make_options(
@@ -103,21 +106,20 @@ def compress(
     from freres_cli.pipeline.compressor import Compressor
 
     compressor = Compressor.from_options(chosen)
-    many = is_many(videos) or _is_folder(output)
     if dry_run:
-        if many:
+        if is_many(paths):
             raise UsageError("--dry-run: expected one video file", "name one of them")
-        _print_plan(compressor.plan(videos[0]), chosen, json)
-    elif many:
-        listing = list_videos(videos)
+        _print_plan(compressor.plan(paths[0]), chosen, json)
+    elif is_many(paths) or (output is not None and _is_folder(output)):
+        listing = list_videos(paths)
         print_notes(listing.notes, quiet)
-        _compress_many(compressor, listing.videos, output or BUNDLES, force, json, quiet)
+        _compress_many(compressor, listing.videos, place or BUNDLES, force, json, quiet)
     else:
-        _compress_one(compressor, videos[0], output or BUNDLE, force, json, quiet)
+        _compress_one(compressor, paths[0], place or BUNDLE, force, json, quiet)
 
 
-def _is_folder(output: Path | None) -> bool:
-    return output is not None and os.path.isdir(output)  # noqa: PTH112 (os.path takes names too long for the system)
+def _is_folder(output: str) -> bool:
+    return output.endswith(os.sep) or os.path.isdir(output)  # noqa: PTH112 (os.path takes names too long for the system)
 
 
 def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, json: bool, quiet: bool) -> None:
@@ -142,6 +144,11 @@ def _compress_many(
     told: set[str] = set()
 
     def on_row(row: Row) -> None:
+        # A reader that closed the pipe has seen enough; the other videos are still to be compressed.
+        with contextlib.suppress(SystemExit):
+            show_row(row)
+
+    def show_row(row: Row) -> None:
         if row.error is not None:
             print_warning(f"failed: {row.error.message}")
         if json:

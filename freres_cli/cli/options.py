@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
+from freres_cli.errors import UsageError
 from freres_cli.presets import BUNDLED, DEEPSTACK, preset_names
+
+
+def check_path(text: str, name: str) -> Path:
+    """Return the path that ``text`` names. Raises ``UsageError`` for an empty one, as an unset variable leaves it."""
+    if not text:
+        raise UsageError(f"{name}: expected a path, got an empty text")
+    return Path(text)
 
 
 def complete_preset(incomplete: str) -> list[str]:

@@ -15,6 +15,9 @@ from typing import Any
 
 from freres_cli.errors import ExitStatus, FreresError, ResourceError
 
+# They reverse or embed what stands around them.
+BIDI_CONTROLS = frozenset("\u200e\u200f\u061c\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
 
 def print_result(text: str, end: str = "\n") -> None:
     """Write a result line to stdout and flush it."""
@@ -37,7 +40,12 @@ def print_path(path: Path) -> None:
 
 def print_text(text: str, end: str = "\n") -> None:
     """Write text from a model or a file to stdout. Line breaks and tabs stay; other control characters become spaces."""
-    print_result("".join(" " if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text), end)
+    print_result("".join(" " if _is_control(c) and c not in "\n\t" else c for c in text), end)
+
+
+def _is_control(character: str) -> bool:
+    """Whether a terminal would obey it. Joiners, which emoji are made with, are harmless."""
+    return unicodedata.category(character) == "Cc" or character in BIDI_CONTROLS
 
 
 def print_line(text: str) -> None:
@@ -57,8 +65,10 @@ def print_json_line(schema: str, document: Mapping[str, Any]) -> None:
 
 def _encode_json(schema: str, document: Mapping[str, Any], indent: int | None) -> str:
     text = json.dumps({"schema": schema, **_finite(document)}, indent=indent, ensure_ascii=False, allow_nan=False)
-    # JSON allows these unescaped, but a terminal would obey them.
-    return re.sub(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", lambda c: f"\\u{ord(c[0]):04x}", text)
+    # JSON allows these unescaped, but a terminal would obey them; bytes of a name that are not UTF-8 are not JSON.
+    return re.sub(
+        r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -65,6 +65,16 @@ def check_choices(choices: Sequence[str], where: str = "--choices", separator: s
     return [chr(ord("A") + i) for i in range(len(choices))]
 
 
+def check_text(text: object) -> None:
+    """Refuse what is not text, or text with an unpaired surrogate. Raises ``UsageError``."""
+    if not isinstance(text, str):
+        raise UsageError(f"question: expected text, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("question: an unpaired surrogate", "write the whole character") from error
+
+
 def check_length(texts: Iterable[str], where: str = "question") -> None:
     """Raise ``UsageError`` if a question and its options are too long together. ``where``: where they come from."""
     num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in texts)
@@ -178,7 +188,7 @@ def _check_text(text: str, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _BadRow(f"{key}: contains half of a surrogate pair: write the whole character") from error
+        raise _BadRow(f"{key}: contains an unpaired surrogate: write the whole character") from error
     return text.strip()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.devices import Device
-from freres_cli.pipeline.choices import check_revision
+from freres_cli.pipeline.choices import as_whole, check_revision
 from freres_cli.pipeline.cutting import cut_content
 from freres_cli.pipeline.models import Models, find_device, find_dtype
 from freres_cli.pipeline.session import AskRequest, Session, open_bundle
@@ -18,7 +18,7 @@ from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bundle:
     """What is kept of one video.
 
@@ -96,7 +96,9 @@ class Bundle:
 
         Raises ``UsageError`` for an illegal budget, or a method whose tokens cannot be cut.
         """
-        content, manifest, notes = cut_content(self.content, self.manifest, budget_tokens, None, self.name)
+        content, manifest, notes = cut_content(
+            self.content, self.manifest, as_whole(budget_tokens, "budget_tokens"), None, self.name
+        )
         return Bundle(manifest, content, notes=notes)
 
 

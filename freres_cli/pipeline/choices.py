@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.presets import BUNDLED
+
+
+def as_whole(value: object, name: str) -> int:
+    """Return a whole number of any library as Python's own. ``name``: of the argument. Raises ``UsageError``."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # what has no index is what this refuses
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}: expected a whole number, got {value!r}") from error
+
+
+def as_number(value: object, name: str) -> float | None:
+    """Return a number of any library as Python's own, ``None`` as it is. ``name``: of the argument. Raises
+    ``UsageError``."""
+    try:
+        return None if value is None else float(value)  # type: ignore[arg-type]  # as above
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}: expected a number, got {value!r}") from error
 
 
 def choose_preset(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.bundle import Bundle
-from freres_cli.pipeline.choices import choose_preset, find_bundle_method
+from freres_cli.pipeline.choices import as_number, as_whole, choose_preset, find_bundle_method
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source
@@ -29,7 +30,7 @@ from freres_cli.video.decode import DecodeReport
 from freres_cli.video.frames import FrameArray
 
 Progress = Callable[[int, int], None]
-Video = str | Path | Tensor | np.ndarray
+Video = str | os.PathLike[str] | Tensor | np.ndarray
 
 
 class Compressor:
@@ -47,9 +48,9 @@ class Compressor:
 
     def __init__(
         self,
-        model: str = BUNDLED,
+        model: str | None = None,
         *,
-        preset: str | None = None,
+        preset: str | Path | None = None,
         budget_tokens: int | None = None,
         method: str = FRE_RES,
         device: str | Device | None = None,
@@ -60,10 +61,16 @@ class Compressor:
         models: Models | None = None,
         **settings: Any,
     ) -> None:
-        given = settings if budget_tokens is None else {**settings, "budget_tokens": budget_tokens}
+        given = (
+            settings
+            if budget_tokens is None
+            else {**settings, "budget_tokens": as_whole(budget_tokens, "budget_tokens")}
+        )
         find_bundle_method(method)
-        source = models.source if models is not None else make_source(model, device, dtype, revision, attention)
-        chosen = load_settings(preset or choose_preset(source.name), given, "argument")
+        if models is not None and model not in (None, models.source.name):
+            raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
+        source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
+        chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
         self.options = CompressOptions(source, chosen, method, strict=strict)
         self.models = models or Models(source)
 
@@ -99,7 +106,7 @@ class Compressor:
         start = time.perf_counter()
         options = self.options
         if start_s is not None or end_s is not None:
-            options = replace(options, start_s=start_s, end_s=end_s)
+            options = replace(options, start_s=as_number(start_s, "start_s"), end_s=as_number(end_s, "end_s"))
         device = torch.device(options.model.device.name)
         timer, memory = StageTimer(device), PeakMemory(device)
         with timer.stage("probe"):
@@ -161,9 +168,11 @@ class Compressor:
 def _as_video(video: Video | FrameArray, seconds: Any) -> Path | FrameArray:
     if isinstance(video, FrameArray):
         return video
-    if isinstance(video, str | Path):
+    if isinstance(video, str | os.PathLike):
         if seconds is not None:
             raise UsageError("seconds: expected none with a video file: it has its own times", "leave seconds out")
+        if not os.fspath(video) or "\0" in os.fspath(video):
+            raise UsageError(f"video: expected a path, got {os.fspath(video)!r}")
         return Path(video)
     if seconds is None:
         raise UsageError("frames: expected seconds, the time of each frame, got none", "pass seconds=[...]")

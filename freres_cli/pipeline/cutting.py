@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from freres_cli import __version__
+from freres_cli.baselines.registry import METHODS
 from freres_cli.errors import UsageError
 from freres_cli.method.budget import MethodSettings
 from freres_cli.method.select import cut_tracks
@@ -55,9 +56,15 @@ def _cut(
 ) -> Tracks | VideoTokens:
     if not isinstance(content, Tracks):
         method = manifest["settings"]["method"]["value"]
+        has_budget = method in METHODS and METHODS[method].has_budget
+        other = (
+            f"--method {method} --budget {budget_tokens}"
+            if has_budget
+            else f"another --method and --budget {budget_tokens}"
+        )
         raise UsageError(
-            f"{name}: made by method {method}: its tokens have no order of importance and cannot be cut",
-            f"compress the video again with --method {method} --budget {budget_tokens}",
+            f"{name}: made by method {method}: its tokens are not ordered by importance, so it cannot be cut",
+            f"compress the video again with {other}",
         )
     values = {knob.name: manifest["settings"][knob.name]["value"] for knob in fields(MethodSettings)}
     return cut_tracks(content, MethodSettings(**values), budget_tokens)

@@ -39,10 +39,11 @@ def build_manifest(
         settings = settings.with_values(f"method {options.method}", budget_tokens=tokens["budget_tokens"])
     return {
         "freres_version": __version__,
+        "content": "tokens" if tracks is None else "tracks",
         "model": {
             **encoder.fingerprint,
             # Its name alone is not enough to find a folder again.
-            "folder": options.model.folder,
+            "folder": None if options.model.folder is None else as_text(options.model.folder),
             "family": encoder.family,
             "width": encoder.width,
             "num_deep_layers": encoder.num_deep_layers,
@@ -69,7 +70,7 @@ def build_manifest(
         },
         "settings": {
             "method": {"value": options.method, "source": "default" if options.method == FRE_RES else "flag"},
-            **settings.record(),
+            **{key: {**setting, "source": as_text(setting["source"])} for key, setting in settings.record().items()},
         },
         "tokens": tokens,
         "history": [{"verb": "compress", "freres_version": __version__}],
@@ -80,7 +81,7 @@ def describe_source(source: VideoSource) -> dict[str, Any]:
     """Return the manifest's facts about a video, with the file's name but no path."""
     info, video = source.info, source.video
     facts = {key: value for key, value in asdict(info).items() if key not in ("path", "notes")}
-    name = None if isinstance(video, FrameArray) else os.fsencode(video.name).decode(errors="backslashreplace")
+    name = None if isinstance(video, FrameArray) else as_text(video.name)
     return {
         "file": name,
         "bytes": source.num_bytes,
@@ -89,6 +90,11 @@ def describe_source(source: VideoSource) -> dict[str, Any]:
         **facts,
         "notes": list(info.notes),
     }
+
+
+def as_text(name: str) -> str:
+    """Return a file's name as Unicode; bytes that are not UTF-8 become escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def describe_frames(plan: CompressPlan) -> dict[str, Any]:

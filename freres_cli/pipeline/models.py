@@ -7,7 +7,8 @@ from pathlib import Path
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.registry import identify_vision_encoder, load_language_model, load_vision_encoder
-from freres_cli.devices import Device, choose_device
+from freres_cli.devices import DTYPE_NAMES, Device, choose_device
+from freres_cli.errors import UsageError
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import BUNDLED, environment_value
 from freres_cli.world.bundled_model import bundled_model_dir
@@ -57,12 +58,15 @@ def find_device(device: str | Device | None = None, attention: str | None = None
     """
     if isinstance(device, Device):
         return device
-    return choose_device(device or environment_value("device"), attention)
+    return choose_device(str(device) if device else environment_value("device"), attention)
 
 
 def find_dtype(dtype: str | None = None) -> str | None:
     """Return the named dtype, else that of FRERES_DTYPE, else ``None`` for automatic."""
-    return dtype or environment_value("dtype")
+    name = dtype or environment_value("dtype")
+    if name not in (None, *DTYPE_NAMES):
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, got {name}")
+    return name
 
 
 class Models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from freres_cli.baselines.registry import METHODS
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.presets import BUNDLED
 
@@ -46,6 +47,8 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         yield (
             f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts have no anchor of their own: the budget is full"
         )
+    if not METHODS[options.method].streams:
+        yield f"method {options.method} holds the latents of the whole clip in memory until its end"
     if settings.sample == "native" and settings.track_density > 1:
         yield "track_density has no effect with sample: native"
     if settings.deepstack == "drop":

@@ -23,6 +23,7 @@ from freres_cli.evaluation.questions import (
     QuestionFile,
     check_choices,
     check_length,
+    check_text,
     find_control_token,
     format_choices,
 )
@@ -44,6 +45,12 @@ class Query:
 
     question: str
     choices: tuple[str, ...] = ()
+
+    def __init__(self, question: str, choices: Sequence[str] | None = ()) -> None:
+        if isinstance(choices, str):
+            raise UsageError(f"choices: expected a list of texts, got {choices!r}", f"pass [{choices!r}, ...]")
+        object.__setattr__(self, "question", question)
+        object.__setattr__(self, "choices", () if choices is None else tuple(choices))
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class Session:
     @property
     def prefill_s(self) -> float:
         """Seconds that the prefill of [system + video] took. Available after the first question."""
+        if not self._prefixes:
+            raise UsageError("prefill_s: not known before the first question", "ask a question first")
         return next(iter(self._prefixes.values())).prefill_s
 
     def forget_prefix(self) -> None:
@@ -93,7 +102,7 @@ class Session:
         self,
         question: str,
         *,
-        choices: Sequence[str] = (),
+        choices: Sequence[str] | None = (),
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
@@ -106,9 +115,9 @@ class Session:
         ``BackboneError``.
         """
         submitted = time.perf_counter()
-        query = Query(question, tuple(choices))
+        query = Query(question, choices)
         self._check(query)
-        if choices:
+        if query.choices:
             prefix, suffix, options = self._encode_choices(query)
             scores = score_options(self.model, prefix, suffix, options)
             answer = self._chosen(query, prefix, suffix, scores, time.perf_counter() - submitted)
@@ -145,6 +154,7 @@ class Session:
         ``on_answer``: called with the index of each query and its answer as batches finish. Raises ``UsageError`` or
         ``BackboneError``.
         """
+        queries = list(queries)
         for query in queries:
             self._check(query)
         answers: dict[int, Answer] = {}
@@ -208,6 +218,8 @@ class Session:
         )
 
     def _check(self, query: Query) -> None:
+        for text in (query.question, *query.choices):
+            check_text(text)
         if not query.question.strip():
             raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
         check_length((query.question, *query.choices))

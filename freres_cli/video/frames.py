@@ -14,6 +14,9 @@ from torch import Tensor
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
 from freres_cli.video.decode import RESIZE, DecodeReport
+from freres_cli.video.sampling import TOLERANCE_S
+
+MAX_SECONDS = 1e10  # three centuries
 
 
 class FrameArray:
@@ -29,10 +32,14 @@ class FrameArray:
             raise VideoError(f"frames: expected (n, h, w, 3) uint8 RGB, got {array.shape} {array.dtype}")
         if min(array.shape) < 1:
             raise VideoError(f"frames: expected at least one frame of one pixel, got {array.shape}")
-        times = np.asarray(seconds, dtype=np.float64)
+        try:
+            listed = seconds.numpy(force=True) if isinstance(seconds, Tensor) else seconds
+            times = np.asarray(listed, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise VideoError(f"frames: expected times in seconds, got {type(seconds).__name__}: {error}") from error
         if times.shape != array.shape[:1]:
             raise VideoError(f"frames: expected a time for each of {len(array)} frames, got {times.shape}")
-        if not np.isfinite(times).all() or (np.diff(times) < 0).any():
+        if not (np.abs(times) < MAX_SECONDS).all() or (np.diff(times) < 0).any():
             raise VideoError("frames: expected finite times in seconds that never decrease")
         self.pixels = np.ascontiguousarray(array)
         self.seconds = tuple(times.tolist())
@@ -53,7 +60,7 @@ class FrameArray:
             coded_height_px=height,
             rotation_deg=0,
             sample_aspect_ratio=1.0,
-            source_fps=(num_frames - 1) / span if span > 0 else None,
+            source_fps=(num_frames - 1) / span if span > TOLERANCE_S else None,
             num_packets=num_frames,
             start_s=self.seconds[0],
             duration_s=span + gap,

@@ -45,11 +45,12 @@ def list_videos(arguments: Sequence[Path]) -> Listing:
     that would share a name keep their suffix in it. Raises ``UsageError`` if a list cannot be read, if there is no video
     at all, or if two outputs would still have the same name.
     """
-    found: dict[Path, Path] = {}  # video -> name of its output, still with the video's suffix
+    by_place: dict[str, tuple[Path, Path]] = {}  # each video with the name of its output, still with the suffix
     notes: list[str] = []
     for argument in arguments:
         for video, name in _expand(argument, notes):
-            found.setdefault(video, name)
+            by_place.setdefault(os.path.abspath(video), (video, name))  # noqa: PTH100 (links stay links)
+    found = dict(by_place.values())
     if not found:
         named = ", ".join(map(str, arguments[:3]))
         raise UsageError(f"{named}: no video found", "name video files, a folder of them, or a .txt list of paths")
@@ -68,33 +69,41 @@ def _expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
         files = [path for path in sorted(argument.rglob("*")) if path.is_file() and not _is_hidden(path, argument)]
         videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
         if len(videos) < len(files):
-            notes.append(f"{argument}: files without a video suffix, skipped: {len(files) - len(videos)}")
+            notes.append(f"{argument}: skipped {len(files) - len(videos)} files without a video suffix")
         for path in videos:
             yield path, path.relative_to(argument)
     elif _is_list(argument):
-        for line in _read_lines(argument):
+        for number, line in _read_lines(argument):
             path = argument.parent / line
-            yield path, Path(path.name)
+            yield path, _name_of(path, f"{argument}:{number}: {line}")
     else:
-        yield argument, Path(argument.name)
+        yield argument, _name_of(argument, str(argument))
+
+
+def _name_of(video: Path, where: str) -> Path:
+    if video.name in ("", ".."):
+        raise UsageError(f"{where}: expected a video file, got a folder", "name a file")
+    return Path(video.name)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a list that name a file, with their numbers."""
     try:
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}", "name a list of paths, one per line") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text", "save the list as UTF-8") from error
-    lines = [line.strip() for line in text.splitlines()]
-    for number, line in enumerate(lines, start=1):
+    # Only these end a line: other separators may stand in a name.
+    lines = list(enumerate((line.strip(" \t\r") for line in text.split("\n")), start=1))
+    for number, line in lines:
         if "\0" in line:
             raise UsageError(f"{path}:{number}: expected a path, got a zero byte", "name one file per line")
-    return [line for line in lines if line and not line.startswith("#")]
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def _refuse_same_outputs(outputs: Sequence[tuple[Path, Path]]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from freres_cli.backbones.generation import Sampling
 from freres_cli.errors import UsageError
-from freres_cli.evaluation.questions import MAX_CHOICES, check_choices, check_length
-from freres_cli.pipeline.session import Query, Session
+from freres_cli.evaluation.questions import check_choices, check_length, find_control_token
+from freres_cli.pipeline.session import Query, Session, control_tokens
 from freres_cli.records import Answer
 
 HINT = "keys of a row: question, and optionally choices (2 to 26 options) and id"
@@ -19,10 +19,11 @@ HINT = "keys of a row: question, and optionally choices (2 to 26 options) and id
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row of a questions file: its ``query``, and its ``id``, or the line number if it has none."""
+    """A row of a questions file: its ``query``, its ``id``, or the line number if it has none, and ``where`` it stands."""
 
     id: str
     query: Query
+    where: str
 
 
 def read_queries(path: Path) -> list[AskedRow]:
@@ -63,14 +64,14 @@ def _read_row(line: bytes, where: str, number: str) -> AskedRow:
         raise UsageError(f"{where}: id: expected text or a whole number, got {json.dumps(own_id)[:40]}", HINT)
     query = Query(question.strip(), tuple(choice.strip() for choice in choices))
     try:
-        for text in (query.question, *query.choices):
+        for text in (query.question, *query.choices, str(own_id)):
             text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: half of a character pair", "write the whole character") from error
+        raise UsageError(f"{where}: an unpaired surrogate", "write the whole character") from error
     if choices:
-        check_choices(query.choices, f"{where}: choices", f"commas, 2 to {MAX_CHOICES} of them")
+        check_choices(query.choices, f"{where}: choices", "commas")
     check_length((query.question, *query.choices), where)
-    return AskedRow(str(own_id), query)
+    return AskedRow(str(own_id), query, where)
 
 
 def answer_rows(
@@ -86,6 +87,10 @@ def answer_rows(
     how its tokens are picked. ``on_answer``: called with each row and its answer, in the order of the rows. Raises
     ``UsageError`` or ``BackboneError``.
     """
+    tokens = control_tokens(session.model)
+    for row in rows:
+        if (token := find_control_token((row.query.question, *row.query.choices), tokens)) is not None:
+            raise UsageError(f"{row.where}: holds {token}, which the model reads as a command", "leave it out")
     if sampling.temperature > 0:
         answers = []
         for row in rows:

@@ -129,15 +129,31 @@ def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool
     make_folder(output.parent)
     check_destination(output, force=True)
     _refuse_overwriting(video, output)
-    if output.exists():
-        sha256 = hash_file(video)
-        manifest, difference = _compare(compressor, sha256, output)
-        if difference is None:
-            return Row(video, output, "skipped", manifest=manifest)
-        if not force:
-            raise UsageError(f"{output}: {difference}", "name another folder with -o, or overwrite it with --force")
-    result = compress_file(compressor, video, output, force=force)
+    row = _find_done(compressor, video, output, force)
+    if row is not None:
+        return row
+    try:
+        result = compress_file(compressor, video, output, force=force)
+    except UsageError:
+        # Another run may have written it in the meantime.
+        row = _find_done(compressor, video, output, force)
+        if row is None:
+            raise
+        return row
     return Row(video, output, "done", result, result.manifest)
+
+
+def _find_done(compressor: Compressor, video: Path, output: Path, force: bool) -> Row | None:
+    """The row of a bundle that need not be made again. Raises ``UsageError`` for any other file in its place, unless
+    ``force`` replaces it."""
+    if not output.exists():
+        return None
+    manifest, difference = _compare(compressor, hash_file(video), output)
+    if difference is None:
+        return Row(video, output, "skipped", manifest=manifest)
+    if force:
+        return None
+    raise UsageError(f"{output}: {difference}", "name another folder with -o, or overwrite it with --force")
 
 
 def _compare(compressor: Compressor, video_sha256: str, output: Path) -> tuple[dict[str, Any], str | None]:

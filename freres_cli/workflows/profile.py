@@ -168,7 +168,7 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
         assert request.bundle is not None
         session = open_session(request.bundle)
         runs["load_s"].append(session.load_s)
-        if method == "full":
+        if method == "full" and len(session.tokens) != session.full_tokens:
             session.tokens = _stand_in(session.tokens, session.full_tokens)
             row["message"] = "random latents stand in for the full tokens: the bundle does not hold the video"
     for run in range(-request.warmup, request.repeat):
