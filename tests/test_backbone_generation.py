@@ -49,7 +49,9 @@ def test_top_p_draws_from_the_smallest_set():
     assert {pick_token(logits, Sampling(1.0, 0.5), generator) for _ in range(50)} == {1}
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-9}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_illegal_sampling_is_refused(bad):
     with pytest.raises(UsageError, match="expected a number"):
         Sampling(**bad)
