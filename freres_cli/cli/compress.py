@@ -37,7 +37,7 @@ BUNDLE, BUNDLES = Path("bundle.pt"), Path("bundles")
 
 def compress(
     videos: Annotated[
-        list[str], typer.Argument(metavar="VIDEO...", help="Video files, folders of videos, or .txt lists of paths.")
+        list[str], typer.Argument(metavar="VIDEO", help="Video files, folders of videos, or .txt lists of paths.")
     ],
     budget: options.Budget = None,
     preset: options.PresetName = None,

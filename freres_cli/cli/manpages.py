@@ -139,7 +139,7 @@ def visible(command: Any, context: Any, kind: str) -> list[Any]:
 
 
 def _argument_name(argument: Any) -> str:
-    name = (argument.metavar or argument.name.upper()).strip("[]")
+    name = (argument.metavar or argument.name.upper()).strip("[]") + ("..." if argument.nargs == -1 else "")
     return f"\\fI{escape(name)}\\fR" if argument.required else f"[\\fI{escape(name)}\\fR]"
 
 
