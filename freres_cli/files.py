@@ -25,7 +25,8 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     """Refuse, before any work is done, a destination that cannot be written.
 
-    ``force``: an existing file may be replaced. ``flag``: the flag that named ``path``. Raises ``UsageError``.
+    ``force``: an existing file may be replaced. ``flag``: the flag, or the argument, that named ``path``. Raises
+    ``UsageError``.
     """
     another = f"name a file with {flag}"
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
@@ -37,9 +38,16 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     if not os.path.isdir(path.parent):  # noqa: PTH112
         raise UsageError(f"{path}: folder {path.parent} does not exist", "make the folder first")
     if path.exists() and not force:
-        raise UsageError(f"{path}: already exists", f"name another file with {flag}, or overwrite it with --force")
+        raise UsageError(
+            f"{path}: already exists", f"name another file with {flag}, or overwrite it with {_force(flag)}"
+        )
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path}: folder {path.parent.resolve()} is not writable", f"name another file with {flag}")
+
+
+def _force(flag: str) -> str:
+    """How to overwrite: by a flag of the command, or by an argument where ``flag`` is one."""
+    return "--force" if flag.startswith("-") else "force=True"
 
 
 def make_folder(path: Path, flag: str = "-o") -> None:
@@ -119,7 +127,9 @@ def _move(temporary: Path, path: Path, force: bool, flag: str) -> None:
         try:
             os.link(temporary, path)
         except FileExistsError as error:
-            raise UsageError(f"{path}: already exists", f"name another file with {flag}, or use --force") from error
+            raise UsageError(
+                f"{path}: already exists", f"name another file with {flag}, or use {_force(flag)}"
+            ) from error
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise

@@ -252,6 +252,7 @@ def test_names_are_imported_when_they_are_used():
         (lambda s: s.ask("\ud800"), "surrogate"),
         (lambda s: s.ask("?", choices=["a", 3]), "question"),
         (lambda s: s.ask_many([Query("")]), "question"),
+        (lambda s: s.ask_many("one text"), "queries"),
         (lambda s: s.ask("?", sampling=Sampling(temperature=1e-300)), "temperature"),
         (lambda s: s.prefill_s, "prefill_s"),
     ],
@@ -269,7 +270,7 @@ def test_numbers_of_other_libraries_are_numbers(clip, models, tmp_path):
     assert bundle.repack(np.int64(20)).num_visual_tokens <= 20
     session = bundle.open(models=models)
     assert session.ask("?", choices=None, max_new_tokens=1).num_new_tokens == 1
-    assert len(session.ask_many(Query(text) for text in ("a?", "b?"))) == 2
+    assert len(session.ask_many(Query(text) for text in ("a?", "b?"))) == len(session.ask_many(["a?", "b?"])) == 2
     for wrong in ({"start_s": "soon"}, {"end_s": [1]}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             compressor.compress(clip, **wrong)

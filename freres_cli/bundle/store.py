@@ -40,15 +40,17 @@ class StoredBundle:
         return self.content
 
 
-def write_bundle(path: Path, content: Tracks | VideoTokens, manifest: Mapping[str, Any], *, force: bool = False) -> int:
+def write_bundle(
+    path: Path, content: Tracks | VideoTokens, manifest: Mapping[str, Any], *, force: bool = False, flag: str = "-o"
+) -> int:
     """Write a bundle and return its size in bytes. The same content and manifest give the same bytes.
 
     ``path``: the file, written atomically. ``content``, ``manifest``: what it holds. ``force``: replace an existing file.
     Raises ``UsageError`` or ``ResourceError``.
     """
-    check_destination(path, force)
+    check_destination(path, force, flag)
     made = make_content(content, manifest)
-    write_atomically(path, lambda file: torch.save(made, file), force=force)
+    write_atomically(path, lambda file: torch.save(made, file), force=force, flag=flag)
     return path.stat().st_size
 
 

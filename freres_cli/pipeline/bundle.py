@@ -56,7 +56,7 @@ class Bundle:
         ``force``: replace an existing file. Raises ``UsageError`` or ``ResourceError``.
         """
         path = Path(path)
-        write_bundle(path, self.content, self.manifest, force=force)
+        write_bundle(path, self.content, self.manifest, force=force, flag="path")
         return replace(self, path=path)
 
     def tokens(self, adapter: str | None = None) -> VideoTokens:

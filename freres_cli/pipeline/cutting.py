@@ -32,7 +32,7 @@ def cut_content(
     were dropped before.
     """
     if budget_tokens is not None and budget_tokens < 1:
-        raise UsageError(f"--budget: expected at least 1, got {budget_tokens}")
+        raise UsageError(f"budget_tokens: expected at least 1, got {budget_tokens}")
     if deepstack == "keep" and manifest["settings"]["deepstack"]["value"] == "drop":
         raise UsageError("--deepstack: the rows were dropped and cannot come back", "compress the video again")
     notes = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,33 +143,35 @@ class Session:
 
     def ask_many(
         self,
-        queries: Sequence[Query],
+        queries: Iterable[Query | str],
         *,
         max_new_tokens: int = 64,
         on_answer: Callable[[int, Answer], None] | None = None,
     ) -> list[Answer]:
         """Answer several questions at a time, greedily. Answers are those of ``ask``, except for rounding.
 
-        In float32, logits move by about 1e-5. ``queries``: what to ask. ``max_new_tokens``: limit for each free answer.
-        ``on_answer``: called with the index of each query and its answer as batches finish. Raises ``UsageError`` or
-        ``BackboneError``.
+        In float32, logits move by about 1e-5. ``queries``: questions, or queries with their options. ``max_new_tokens``:
+        limit for each free answer. ``on_answer``: called with the index of each query and its answer as batches finish.
+        Raises ``UsageError`` or ``BackboneError``.
         """
-        queries = list(queries)
-        for query in queries:
+        if isinstance(queries, str):
+            raise UsageError("queries: expected a list, got one text", "pass [question], or use ask")
+        asked = [query if isinstance(query, Query) else Query(query) for query in queries]
+        for query in asked:
             self._check(query)
         answers: dict[int, Answer] = {}
         for with_choices in (True, False):
-            mine = [place for place, query in enumerate(queries) if bool(query.choices) == with_choices]
+            mine = [place for place, query in enumerate(asked) if bool(query.choices) == with_choices]
             while mine:
-                part = mine[: self._batch_size(queries[mine[0]])]
-                batch = [queries[place] for place in part]
+                part = mine[: self._batch_size(asked[mine[0]])]
+                batch = [asked[place] for place in part]
                 made = self._choose_batch(batch) if with_choices else self._answer_batch(batch, max_new_tokens)
                 for place, answer in zip(part, made, strict=True):
                     answers[place] = answer
                     if on_answer is not None:
                         on_answer(place, answer)
                 mine = mine[len(part) :]
-        return [answers[place] for place in range(len(queries))]
+        return [answers[place] for place in range(len(asked))]
 
     def _batch_size(self, query: Query) -> int:
         prefix, _ = self._prompt(query.question)
@@ -224,7 +226,7 @@ class Session:
             raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
         check_length((query.question, *query.choices))
         if query.choices:
-            check_choices(query.choices)
+            check_choices(query.choices, "choices", "commas")
         # A question that ends its own turn, or names another video, would silently change the prompt.
         token = find_control_token((query.question, *query.choices), control_tokens(self.model))
         if token is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from freres_cli.bundle.store import read_bundle
+from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, UsageError
 from freres_cli.files import check_destination, make_folder
 from freres_cli.pipeline.bundle import Bundle
@@ -73,7 +73,7 @@ def _refuse_overwriting(video: Path, output: Path) -> None:
 
 def _write(compressor: Compressor, bundle: Bundle, output: Path, force: bool, start: float) -> CompressResult:
     before = time.perf_counter()
-    bundle.save(output, force=force)
+    write_bundle(output, bundle.content, bundle.manifest, force=force)
     end = time.perf_counter()
     assert bundle.peak_memory_bytes is not None
     return CompressResult(
