@@ -46,7 +46,7 @@ def write_bundle(
     """Write a bundle and return its size in bytes. The same content and manifest give the same bytes.
 
     ``path``: the file, written atomically. ``content``, ``manifest``: what it holds. ``force``: replace an existing file.
-    Raises ``UsageError`` or ``ResourceError``.
+    ``flag``: the flag, or the argument, that named ``path``. Raises ``UsageError`` or ``ResourceError``.
     """
     check_destination(path, force, flag)
     made = make_content(content, manifest)
