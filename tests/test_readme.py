@@ -57,6 +57,14 @@ def test_the_cost_of_many_clips_is_the_measured_one() -> None:
     assert f"{first:.2f} s for the first clip, {1000 * others:.1f} ms for the other 19 together" in README
 
 
+def test_the_cost_of_many_questions_is_the_measured_one() -> None:
+    questions = json.loads((RESULTS / "pipeline.json").read_text())["questions"]
+    with_options, free = (
+        questions[kind]["together_over_one_at_a_time"]["median"] for kind in ("choices", "free_8_tokens")
+    )
+    assert f"| {with_options:.2f}x with options, {free:.2f}x for free answers of 8 tokens |" in README
+
+
 def test_verbs_and_flags_exist() -> None:
     blocks = [*re.findall(r"(?ms)^```\n(.*?)^```", README), re.sub(r"(?m)^    ", "", README)]
     lines = [line.partition("#")[0] for block in blocks for line in block.splitlines() if line.startswith("freres ")]

@@ -1,8 +1,8 @@
 """Measure the figures in the README: ``python -m freres_cli.cli.benchmark -o FILE [PART ...]`` writes one JSON file.
 
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
-``memory`` (one and ten minutes of 30 fps video) and ``many`` (20 short clips with one command against 20 commands). Takes
-about 20 minutes on two cores.
+``memory`` (one and ten minutes of 30 fps video), ``many`` (20 short clips with one command against 20 commands) and
+``questions`` (32 questions together against one at a time). Takes about 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from freres_cli.devices import choose_device
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.method.tokens import build_tokens
+from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.planning import method_settings
+from freres_cli.pipeline.session import Query, Session
 from freres_cli.presets import load_settings
 from freres_cli.records import FrameSize
 from freres_cli.video.decode import decode_frames
@@ -189,6 +191,38 @@ def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, An
     }
 
 
+def measure_questions(folder: Path, repeat: int = 5) -> dict[str, Any]:
+    """Time 32 questions about one bundle, answered together, against one at a time, in turn."""
+    (folder / "asked").mkdir()
+    made = make_set(folder / "asked", "test", 8)
+    bundle = Compressor(budget_tokens=322, device="cpu").compress(folder / "asked" / made[0].file)
+    session = bundle.open(device="cpu")
+    questions = [question for clip in made for question in clip.questions]
+    kinds = {
+        "choices": [Query(question.question, question.choices) for question in questions],
+        "free_8_tokens": [Query(question.question) for question in questions],
+    }
+    measured = {name: _time_queries(session, queries, repeat) for name, queries in kinds.items()}
+    return {"visual_tokens": bundle.num_visual_tokens, "warmup": 1, "runs": repeat, **measured}
+
+
+def _time_queries(session: Session, queries: list[Query], repeat: int) -> dict[str, Any]:
+    def ask_alone() -> None:
+        for query in queries:
+            session.ask(query.question, choices=query.choices, max_new_tokens=8)
+
+    def ask_together() -> None:
+        session.ask_many(queries, max_new_tokens=8)
+
+    runs = [(time_runs(ask_alone, 1)[0], time_runs(ask_together, 1)[0]) for _ in range(repeat + 1)][1:]
+    return {
+        "num_questions": len(queries),
+        "one_at_a_time_s": summarize_runs([alone for alone, _ in runs]),
+        "together_s": summarize_runs([together for _, together in runs]),
+        "together_over_one_at_a_time": summarize_runs([together / alone for alone, together in runs]),
+    }
+
+
 def run_command(*arguments: str) -> str:
     """Run ``freres compress`` in its own process and return what it prints."""
     command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", *arguments]
@@ -223,6 +257,7 @@ def main() -> None:
             "decode": lambda: measure_decode(Path(folder)),
             "memory": lambda: measure_memory(Path(folder)),
             "many": lambda: measure_many(Path(folder)),
+            "questions": lambda: measure_questions(Path(folder)),
         }
         for part in arguments.parts or list(measures):
             results["environment"] = describe_environment(choose_device("cpu"))
