@@ -118,6 +118,13 @@ def test_a_compressor_loads_its_tower_once(clip, models):
     assert Counting.loads == 1
 
 
+def test_both_halves_are_loaded_once():
+    loaded = Models(make_source("bundled", "cpu"))
+    assert not loaded.has_encoder
+    assert loaded.encoder is loaded.encoder and loaded.language_model is loaded.language_model
+    assert loaded.identify_encoder() == Models(loaded.source).identify_encoder()
+
+
 def test_frames_already_decoded(models):
     """With every token kept, the tokens are the tower's own latents of these frames, at the times given."""
     generator = np.random.default_rng(0)

@@ -177,3 +177,9 @@ def test_additions_of_a_later_release_are_accepted(bundle, tmp_path, edit):
     assert answers[0] and answers[0] == answers[1]
     assert run_freres("repack", path, "--budget", 100, "-o", small).status == 0
     assert run_freres("inspect", small, "--json").json["visual_tokens"] == 100
+
+
+@pytest.mark.parametrize("key", ["tau", "sample_fps", "sample_count"])
+def test_a_setting_that_is_automatic_is_read_as_none(path, key):
+    edit_manifest(path, lambda manifest: manifest["settings"].update({key: {"value": "auto", "source": "flag"}}))
+    assert read_bundle(path).manifest["settings"][key] == {"value": None, "source": "flag"}
