@@ -216,3 +216,11 @@ def test_deepstack_rows_are_dropped(clip, deep, method, tmp_path):
     answers = [run_freres("ask", path, "what?", "--max-new-tokens", 4) for path in (drop, later)]
     assert answers[0].status == 0 and answers[0].out == answers[1].out
     check_failure(run_freres("repack", drop, "--deepstack", "keep", "-o", tmp_path / "k.pt"), 2, "cannot come back")
+
+
+def test_notes_say_what_a_method_costs_and_no_budget_that_it_has_not(clip, tmp_path, method):
+    run = run_freres("compress", clip, "--method", method, *PEERS[method][0], "-o", tmp_path / "b.pt")
+    assert f"method {method} holds the latents of the whole clip" in run.err
+    assert "the budget of" not in run.err
+    ours = run_freres("compress", clip, "--budget", BUDGET, "-o", tmp_path / "ours.pt")
+    assert "holds the latents" not in ours.err

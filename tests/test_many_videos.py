@@ -17,6 +17,7 @@ import pytest
 from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BackboneError, UsageError, VideoError
 from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.matching import find_differences
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.video.listing import is_many, list_videos
 from freres_cli.workflows.compress import compress_many
@@ -283,3 +284,13 @@ def test_a_closed_pipe_does_not_end_the_work(clips, tmp_path):
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_bundle_of_a_release_that_recorded_no_attention_kernel_may_match(clips, compressor, tmp_path):
+    compress_many(compressor, videos_of(clips)[:1], tmp_path)
+    manifest = read_bundle(tmp_path / "clip0.pt").manifest
+    sha256, model = manifest["source"]["sha256"], compressor.models.identify_encoder()
+    assert find_differences(manifest, sha256, model, compressor.options) == []
+    for recorded, differing in ((None, []), ("flash", ["attention"])):
+        changed = {**manifest, "model": {**manifest["model"], "attention": recorded}}
+        assert find_differences(changed, sha256, model, compressor.options) == differing

@@ -29,7 +29,8 @@ def find_differences(
             [model.fingerprint.get(fact) for fact in MODEL_FACTS],
         ),
         "dtype": (recorded["dtype"], dtype),
-        "attention": (recorded["attention"], model.attention),
+        # The first release did not record it.
+        "attention": (recorded["attention"] or model.attention, model.attention),
         "start": (sampling["start_s"], options.start_s),
         "end": (sampling["end_s"], options.end_s),
         "method": (manifest["settings"]["method"]["value"], options.method),

@@ -36,18 +36,19 @@ def describe_drop(num_deep_layers: int) -> str | None:
 def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Yield notes on what the budget and the settings led to. ``manifest``: that of the finished bundle."""
     tokens, model, settings = manifest["tokens"], manifest["model"], options.settings
-    if plan.is_lossless:
+    method = METHODS[options.method]
+    if plan.is_lossless and method.has_budget:
         yield (
             f"the budget of {plan.budget_tokens} tokens fits all {plan.full_tokens} tokens of the clip: all are kept "
             "unchanged"
         )
-    elif tokens["visual_tokens"] < FULL_SHARE * plan.budget_tokens:
+    elif method.has_budget and tokens["visual_tokens"] < FULL_SHARE * plan.budget_tokens:
         yield f"{tokens['visual_tokens']} of {plan.budget_tokens} tokens used: the clip has no more distinct ones"
     if tokens["cuts_not_honoured"]:
         yield (
             f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts have no anchor of their own: the budget is full"
         )
-    if not METHODS[options.method].streams:
+    if not method.streams:
         yield f"method {options.method} holds the latents of the whole clip in memory until its end"
     if settings.sample == "native" and settings.track_density > 1:
         yield "track_density has no effect with sample: native"
