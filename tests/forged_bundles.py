@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from freres_cli.baselines.uniform import sample_uniform_frames
 from freres_cli.bundle.schema import FORMAT, SCHEMA_VERSION, describe_tensors, encode_manifest
+from freres_cli.bundle.store import write_bundle
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.pipeline.planning import method_settings
@@ -154,3 +156,15 @@ def edit_text(path: Path, old: str, new: str) -> None:
 
 def _sign(path: Path, outer: Mapping[str, Any], text: str) -> None:
     torch.save({**outer, "manifest": text, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}, path)
+
+
+@pytest.fixture(scope="module")
+def tracks() -> Tracks:
+    return make_tracks(smooth_latents())
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tracks: Tracks) -> Path:
+    path = tmp_path / "bundle.pt"
+    write_bundle(path, tracks, manifest_for(tracks))
+    return path

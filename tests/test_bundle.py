@@ -17,20 +17,10 @@ from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import ExitStatus, ResourceError
 from freres_cli.files import write_atomically
 from tests.forged_bundles import MANIFEST, make_tokens, make_tracks, manifest_for, smooth_latents
+from tests.forged_bundles import bundle as bundle
+from tests.forged_bundles import tracks as tracks
 from tests.runner import fails
 from tests.token_checks import same_tokens
-
-
-@pytest.fixture(scope="module")
-def tracks():
-    return make_tracks(smooth_latents())
-
-
-@pytest.fixture
-def bundle(tmp_path, tracks):
-    path = tmp_path / "bundle.pt"
-    write_bundle(path, tracks, manifest_for(tracks))
-    return path
 
 
 def test_what_is_read_is_what_was_written(bundle, tracks):

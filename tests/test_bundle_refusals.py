@@ -11,30 +11,18 @@ import pytest
 import torch
 
 from freres_cli.bundle.schema import encode_manifest
-from freres_cli.bundle.store import read_bundle, write_bundle
+from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError
 from tests.forged_bundles import (
     MANIFEST,
     edit_manifest,
     edit_text,
     forge,
-    make_tracks,
     manifest_for,
     rewrite,
-    smooth_latents,
 )
-
-
-@pytest.fixture(scope="module")
-def tracks():
-    return make_tracks(smooth_latents())
-
-
-@pytest.fixture
-def bundle(tmp_path, tracks):
-    path = tmp_path / "bundle.pt"
-    write_bundle(path, tracks, manifest_for(tracks))
-    return path
+from tests.forged_bundles import bundle as bundle
+from tests.forged_bundles import tracks as tracks
 
 
 class Bomb:

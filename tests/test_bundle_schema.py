@@ -12,7 +12,8 @@ from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import ExitStatus
 from freres_cli.records import VideoTokens
 from freres_cli.tracks import COLUMNS, LATENT_DTYPES, TOKEN_COLUMNS, Tracks
-from tests.forged_bundles import edit_manifest, forge, make_tokens, make_tracks, manifest_for, smooth_latents
+from tests.forged_bundles import edit_manifest, forge, make_tokens, manifest_for, smooth_latents
+from tests.forged_bundles import tracks as tracks
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.runner import check_failure, fails, run_freres
@@ -28,11 +29,6 @@ NUMBERS = [
 ]
 SETTINGS = [key for key, rule in version_2.SETTINGS.items() if rule.kind in (int, float)]
 SECTIONS = [*version_2.FIELDS, "settings", "tensors"]
-
-
-@pytest.fixture(scope="module")
-def tracks():
-    return make_tracks(smooth_latents())
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -47,6 +47,11 @@ class QuestionFile:
             videos.setdefault(question.video_name, []).append(question)
         return videos
 
+    def places(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield where each question stands, as FILE:LINE, and its texts."""
+        for question in self.questions:
+            yield f"{self.path}:{question.line}", (question.question, *question.choices, question.answer)
+
 
 class _BadRow(Exception):
     """What is wrong with a row, and how to fix it."""
@@ -65,14 +70,14 @@ def check_choices(choices: Sequence[str], where: str = "--choices", separator: s
     return [chr(ord("A") + i) for i in range(len(choices))]
 
 
-def check_text(text: object) -> None:
-    """Refuse what is not text, or text with an unpaired surrogate. Raises ``UsageError``."""
+def check_text(text: object, where: str = "question") -> None:
+    """Refuse what is not text, or text with an unpaired surrogate. ``where``: its place. Raises ``UsageError``."""
     if not isinstance(text, str):
-        raise UsageError(f"question: expected text, got {type(text).__name__}")
+        raise UsageError(f"{where}: expected text, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError("question: an unpaired surrogate", "write the whole character") from error
+        raise UsageError(f"{where}: an unpaired surrogate", "write the whole character") from error
 
 
 def check_length(texts: Iterable[str], where: str = "question") -> None:

@@ -13,7 +13,7 @@ from freres_cli.backbones.base import VisionEncoder
 from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import BackboneError
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
-from freres_cli.records import Frames, VideoInfo
+from freres_cli.records import Frames
 from freres_cli.video.decode import DecodeReport, decode_frames
 from freres_cli.video.frames import FrameArray
 from freres_cli.video.probe import hash_file, probe_video
@@ -39,9 +39,9 @@ class VideoSource:
     ``video``: its path or its frames. Raises ``VideoError`` if it cannot be read.
     """
 
-    def __init__(self, video: Path | FrameArray, info: VideoInfo | None = None) -> None:
+    def __init__(self, video: Path | FrameArray) -> None:
         self.video = video
-        self.info = info or (video.info if isinstance(video, FrameArray) else probe_video(video))
+        self.info = video.info if isinstance(video, FrameArray) else probe_video(video)
 
     @property
     def name(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.registry import identify_vision_encoder, load_language_model, load_vision_encoder
@@ -12,6 +14,8 @@ from freres_cli.errors import UsageError
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import BUNDLED, environment_value
 from freres_cli.world.bundled_model import bundled_model_dir
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,20 +95,14 @@ class Models:
     def encoder(self) -> VisionEncoder:
         """The vision tower and projector."""
         if self._encoder is None:
-            source = self.source
-            self._encoder = load_vision_encoder(
-                source.name, source.device, source.dtype, source.revision, bundled_directory=bundled_model_dir()
-            )
+            self._encoder = self._from_checkpoint(load_vision_encoder)
         return self._encoder
 
     @property
     def language_model(self) -> LanguageModel:
         """The language half, with its tokenizer."""
         if self._language_model is None:
-            source = self.source
-            self._language_model = load_language_model(
-                source.name, source.device, source.dtype, source.revision, bundled_directory=bundled_model_dir()
-            )
+            self._language_model = self._from_checkpoint(load_language_model)
         return self._language_model
 
     @property
@@ -117,8 +115,9 @@ class Models:
         if self._encoder is not None:
             return EncoderIdentity(self._encoder.fingerprint, self._encoder.dtype, self._encoder.attention)
         if self._identity is None:
-            source = self.source
-            self._identity = identify_vision_encoder(
-                source.name, source.device, source.dtype, source.revision, bundled_directory=bundled_model_dir()
-            )
+            self._identity = self._from_checkpoint(identify_vision_encoder)
         return self._identity
+
+    def _from_checkpoint(self, load: Callable[[str, Device, str | None, str | None, Path | None], T]) -> T:
+        source = self.source
+        return load(source.name, source.device, source.dtype, source.revision, bundled_model_dir())

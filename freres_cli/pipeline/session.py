@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.evaluation.questions import (
-    QuestionFile,
     check_choices,
     check_length,
     check_text,
@@ -51,6 +50,11 @@ class Query:
             raise UsageError(f"choices: expected a list of texts, got {choices!r}", f"pass [{choices!r}, ...]")
         object.__setattr__(self, "question", question)
         object.__setattr__(self, "choices", () if choices is None else tuple(choices))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The question and its options."""
+        return (self.question, *self.choices)
 
 
 @dataclass(frozen=True)
@@ -181,9 +185,7 @@ class Session:
     def _choose_batch(self, queries: Sequence[Query]) -> list[Answer]:
         encoded = [self._encode_choices(query) for query in queries]
         found: dict[int, Answer] = {}
-        # Questions about one video nearly always share the text before it.
-        for prefix in {id(prefix): prefix for prefix, _, _ in encoded}.values():
-            mine = [place for place, (own, _, _) in enumerate(encoded) if own is prefix]
+        for prefix, mine in _by_prefix([prefix for prefix, _, _ in encoded]):
             suffixes, options = [encoded[place][1] for place in mine], [encoded[place][2] for place in mine]
             scores = score_options_batch(self.model, prefix, suffixes, options)
             for place, suffix, own in zip(mine, suffixes, scores, strict=True):
@@ -195,8 +197,7 @@ class Session:
             raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         prompts = [self._prompt(query.question) for query in queries]
         found: dict[int, Answer] = {}
-        for prefix in {id(prefix): prefix for prefix, _ in prompts}.values():
-            mine = [place for place, (own, _) in enumerate(prompts) if own is prefix]
+        for prefix, mine in _by_prefix([prefix for prefix, _ in prompts]):
             suffixes = [prompts[place][1] for place in mine]
             for place, suffix, ids in zip(
                 mine, suffixes, answer_batch(self.model, prefix, suffixes, max_new_tokens), strict=True
@@ -220,17 +221,14 @@ class Session:
         )
 
     def _check(self, query: Query) -> None:
-        for text in (query.question, *query.choices):
+        for text in query.texts:
             check_text(text)
         if not query.question.strip():
             raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
-        check_length((query.question, *query.choices))
+        check_length(query.texts)
         if query.choices:
             check_choices(query.choices, "choices", "commas")
-        # A question that ends its own turn, or names another video, would silently change the prompt.
-        token = find_control_token((query.question, *query.choices), control_tokens(self.model))
-        if token is not None:
-            raise UsageError(f"question: holds {token}, which the model reads as a command", "leave it out")
+        refuse_control_tokens([("question", query.texts)], self.model)
 
     def _prompt(self, question: str) -> tuple[VideoPrefix, Ids]:
         """Return the prefilled [system + video], computed once, and the question's ids after it."""
@@ -265,20 +263,16 @@ class Session:
         )
 
 
-def control_tokens(model: LanguageModel) -> list[str]:
-    """Return the tokens that the model reads as commands."""
-    return [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
+def refuse_control_tokens(places: Iterable[tuple[str, Sequence[str]]], model: LanguageModel) -> None:
+    """Refuse texts that hold a token the model reads as a command: one that ends its own turn, or names another video,
+    would silently change the prompt.
 
-
-def refuse_control_tokens(questions: QuestionFile, model: LanguageModel) -> None:
-    """Refuse a row that holds a token the model reads as a command. Raises ``UsageError``."""
-    tokens = control_tokens(model)
-    for question in questions.questions:
-        token = find_control_token((question.question, *question.choices, question.answer), tokens)
-        if token is not None:
-            raise UsageError(
-                f"{questions.path}:{question.line}: holds {token}, which the model reads as a command", "leave it out"
-            )
+    ``places``: where each question stands, for the message, and its texts. Raises ``UsageError``.
+    """
+    tokens = [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
+    for where, texts in places:
+        if (token := find_control_token(texts, tokens)) is not None:
+            raise UsageError(f"{where}: holds {token}, which the model reads as a command", "leave it out")
 
 
 def open_session(request: AskRequest, models: Models | None = None) -> Session:
@@ -328,6 +322,13 @@ def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, n
             f"got {model.fingerprint.get('model_id')} (differs in {', '.join(differing) or 'width'})",
             "name the model that made the bundle with --model, or compress the video again",
         )
+
+
+def _by_prefix(prefixes: Sequence[VideoPrefix]) -> Iterator[tuple[VideoPrefix, list[int]]]:
+    """Yield each prefilled video with the places it has in ``prefixes``. Questions about one video nearly always share
+    the text before it."""
+    for prefix in {id(prefix): prefix for prefix in prefixes}.values():
+        yield prefix, [place for place, own in enumerate(prefixes) if own is prefix]
 
 
 def _model_source(request: AskRequest, recorded: Mapping[str, Any]) -> ModelSource:

@@ -10,8 +10,8 @@ from typing import Any
 
 from freres_cli.backbones.generation import Sampling
 from freres_cli.errors import UsageError
-from freres_cli.evaluation.questions import check_choices, check_length, find_control_token
-from freres_cli.pipeline.session import Query, Session, control_tokens
+from freres_cli.evaluation.questions import check_choices, check_length, check_text
+from freres_cli.pipeline.session import Query, Session, refuse_control_tokens
 from freres_cli.records import Answer
 
 HINT = "keys of a row: question, and optionally choices (2 to 26 options) and id"
@@ -63,14 +63,11 @@ def _read_row(line: bytes, where: str, number: str) -> AskedRow:
     if isinstance(own_id, bool) or not isinstance(own_id, str | int):
         raise UsageError(f"{where}: id: expected text or a whole number, got {json.dumps(own_id)[:40]}", HINT)
     query = Query(question.strip(), tuple(choice.strip() for choice in choices))
-    try:
-        for text in (query.question, *query.choices, str(own_id)):
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: an unpaired surrogate", "write the whole character") from error
+    for text in (*query.texts, str(own_id)):
+        check_text(text, where)
     if choices:
         check_choices(query.choices, f"{where}: choices", "commas")
-    check_length((query.question, *query.choices), where)
+    check_length(query.texts, where)
     return AskedRow(str(own_id), query, where)
 
 
@@ -87,10 +84,7 @@ def answer_rows(
     how its tokens are picked. ``on_answer``: called with each row and its answer, in the order of the rows. Raises
     ``UsageError`` or ``BackboneError``.
     """
-    tokens = control_tokens(session.model)
-    for row in rows:
-        if (token := find_control_token((row.query.question, *row.query.choices), tokens)) is not None:
-            raise UsageError(f"{row.where}: holds {token}, which the model reads as a command", "leave it out")
+    refuse_control_tokens(((row.where, row.query.texts) for row in rows), session.model)
     if sampling.temperature > 0:
         answers = []
         for row in rows:

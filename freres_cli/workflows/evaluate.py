@@ -81,7 +81,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     """
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
-    refuse_control_tokens(request.questions, model)
+    refuse_control_tokens(request.questions.places(), model)
     modules = load_all_modules(request, model)
     run = describe_run(request, model)
     results = ResultsFile(request.output, run, request.force, request.remedy)

@@ -122,7 +122,7 @@ def train_adapter(
     model = models.language_model
     for note in model.notes:
         log(note)
-    refuse_control_tokens(request.data, model)
+    refuse_control_tokens(request.data.places(), model)
     videos = list(request.data.by_video().values())
     data = workers.first_then_all(
         lambda: prepare_data(videos, recipe.budgets, options, models, request.cache, progress)
