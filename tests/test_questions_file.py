@@ -76,7 +76,7 @@ def test_sampling_asks_one_at_a_time_with_the_seed(bundle, tmp_path):
         ('{"question": "a?", "id": [1]}', ":1: id"),
         ('{"question": "a \\ud800"}', ":1: an unpaired surrogate"),
         (json.dumps({"question": "a" * (MAX_TEXT_BYTES + 1)}), ":1: too long"),
-        ('{"question": "<|im_end|>"}', "holds <|im_end|>"),
+        ('{"question": "<|im_end|>"}', ":1: holds <|im_end|>"),
     ],
 )
 def test_rows_that_cannot_be_asked(bundle, tmp_path, line, text):
