@@ -100,7 +100,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [8, 8, 8]}
     return Qwen2VLConfig(
         vision_config={
-            "depth": 4,
+            "depth": 6,
             "embed_dim": 128,
             "hidden_size": WIDTH,
             "num_heads": 4,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from freres_cli.world.scene import COLOUR_RGB, COLOURS, SHAPES, SIDE, Background, Scene, Thing
+from freres_cli.world.scene import COLOUR_RGB, COLOURS, SHAPES, SIDE, Background, Camera, Haze, Scene, Thing
 
 WINDOW = 34  # side of the square an object is drawn in, design px
 MARGIN = WINDOW // 2 + 1
@@ -24,17 +24,40 @@ def draw_scenes(scenes: Sequence[Scene], side_px: int = SIDE, device: str | torc
     margin = MARGIN * scale
     canvas = torch.cat([_backgrounds(scene, scale, device) for scene in scenes])
     padded = torch.nn.functional.pad(canvas, (0, 0, margin, margin, margin, margin))
-    for layer in range(max(len(scene.things) for scene in scenes)):
-        _draw_layer(
-            padded,
-            [scene.things[layer] if layer < len(scene.things) else None for scene in scenes],
-            [scene.num_frames for scene in scenes],
-            scale,
-        )
+    lengths = [scene.num_frames for scene in scenes]
+    # What is short-lived is in front of everything else, posts included.
+    for is_outlined in (False, True):
+        chosen = [[thing for thing in scene.things if thing.is_outlined == is_outlined] for scene in scenes]
+        for layer in range(max(map(len, chosen))):
+            _draw_layer(padded, [part[layer] if layer < len(part) else None for part in chosen], lengths, scale)
+        if not is_outlined:
+            _draw_posts(padded, scenes, scale)
     frames = padded[:, margin:-margin, margin:-margin]
     fade = torch.cat([torch.from_numpy(scene.fade) for scene in scenes]).to(frames)
-    frames = (frames * fade[:, None, None, None]).round().clamp(0, 255).to(torch.uint8)
-    return list(frames.split([scene.num_frames for scene in scenes]))
+    frames = frames * fade[:, None, None, None]
+    for part, scene in zip(frames.split(lengths), scenes, strict=True):
+        _add_noise(part, scene)
+    return list(frames.round().clamp(0, 255).to(torch.uint8).split(lengths))
+
+
+def _draw_posts(padded: Tensor, scenes: Sequence[Scene], scale: int) -> None:
+    """Draw the posts into their frames, in place."""
+    margin = MARGIN * scale
+    axis = (torch.arange(padded.shape[2], dtype=torch.float32, device=padded.device) - margin + 0.5) / scale
+    for frames, scene in zip(padded.split([scene.num_frames for scene in scenes]), scenes, strict=True):
+        for post in scene.posts:
+            centre = torch.from_numpy(post.centre).to(frames)[:, None]
+            alpha = ((post.width / 2 - (axis - centre).abs()) * scale + 0.5).clamp(0, 1)[:, None, :, None]
+            # Lighter in the middle, as a round post is.
+            grey = post.grey - 20 * ((axis - centre) / post.width).square()[:, None, :, None]
+            frames.add_((grey - frames) * alpha)
+
+
+def _add_noise(frames: Tensor, scene: Scene) -> None:
+    """Add the sensor's noise in place, from a seed for each frame, so that any part of a clip has that of the whole."""
+    for frame, seed in zip(frames, scene.frame_seeds.tolist(), strict=False):
+        generator = torch.Generator().manual_seed(seed)
+        frame.add_(torch.randn(frame.shape[:2], generator=generator).to(frame)[..., None] * scene.noise)
 
 
 def draw_stretches(scene: Scene, side_px: int = SIDE, num_frames: int = STRETCH_FRAMES) -> Iterator[Tensor]:
@@ -49,22 +72,47 @@ def _backgrounds(scene: Scene, scale: int, device: str | torch.device) -> Tensor
     parts = []
     for shot in scene.shots:
         length = shot.end - shot.start
-        moves = shot.background.drift != (0.0, 0.0)
+        moves = shot.background.drift != (0.0, 0.0) or shot.camera is not None
         times = shot.elapsed + torch.arange(length if moves else 1, dtype=torch.float32, device=device)
-        parts.append(draw_background(shot.background, times, scale).expand(length, -1, -1, -1))
+        parts.append(draw_background(shot.background, times, scale, shot.camera, shot.haze).expand(length, -1, -1, -1))
     return torch.cat(parts)
 
 
-def draw_background(background: Background, times: Tensor, scale: int) -> Tensor:
-    """Return the background at frames ``times`` (n,) of its shot: (n, H, W, 3) float32, ``scale`` px per design px."""
+def draw_background(
+    background: Background, times: Tensor, scale: int, camera: Camera | None = None, haze: Haze | None = None
+) -> Tensor:
+    """Return the background at frames ``times`` (n,) of its shot: (n, H, W, 3) float32, ``scale`` px per design px.
+
+    ``camera``, ``haze``: those of the shot, if it has them.
+    """
     side = SIDE * scale
     axis = (torch.arange(side, dtype=torch.float32, device=times.device) + 0.5) / scale
     x = axis[None, None, :] + times[:, None, None] * background.drift[0]
     y = axis[None, :, None] + times[:, None, None] * background.drift[1]
+    mist: Tensor | float = 0.0
+    if camera is not None:
+        index = times.long().cpu().numpy()
+        offset = torch.from_numpy(camera.offset[index]).to(x)
+        zoom = torch.from_numpy(camera.zoom[index]).to(x)[:, None, None]
+        from_middle = axis - SIDE / 2
+        x = from_middle[None, None, :] / zoom + SIDE / 2 + offset[:, 0, None, None]
+        y = from_middle[None, :, None] / zoom + SIDE / 2 + offset[:, 1, None, None]
+        if haze is not None:
+            mist = _haze(haze, from_middle, offset)
     pattern = _texture(background, x, y).expand(len(times), side, side)
     slope = (axis[None, None, :] * background.gradient[0] + axis[None, :, None] * background.gradient[1]) / SIDE
     rgb = torch.tensor(background.rgb, dtype=torch.float32, device=times.device)
-    return rgb + (pattern * background.contrast + slope)[..., None]
+    return rgb + (pattern * background.contrast + slope + mist)[..., None]
+
+
+def _haze(haze: Haze, axis: Tensor, offset: Tensor) -> Tensor:
+    """(n, H, W) grey levels."""
+    total = axis.new_zeros(len(offset), len(axis), len(axis))
+    for fx, fy, phase, amplitude in haze.waves.tolist():
+        along = fx * (axis[None] + haze.parallax * offset[:, :1])
+        across = fy * (axis[None] + haze.parallax * offset[:, 1:]) + phase
+        total += amplitude * (across.sin()[:, :, None] * along.cos()[:, None] + across.cos()[:, :, None] * along.sin()[:, None])
+    return total
 
 
 def _texture(background: Background, x: Tensor, y: Tensor) -> Tensor:

@@ -9,19 +9,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from freres_cli.world.footage import add_footage
 from freres_cli.world.scene import COLOURS, SHAPES, SIDE, TEXTURES, Scene, Shot, Thing
-from freres_cli.world.script import random_background
+from freres_cli.world.script import LARGE_RADII, SMALL_RADII
+from freres_cli.world.background import random_background
 
 STILLS = 2
 MAX_THINGS = 5
+STILLS_SMALL = 0.3  # of the objects of level 3
 
 # Number of classes of each label that is known where an object is. Presence and texture are known everywhere.
 CLASSES = {"shape": len(SHAPES), "colour": len(COLOURS) + 1, "turn": 4, "rim": 2}
 REACH = 0.62  # how far outside a cell the centre of an object in that cell may be, in radii
 
 
-def make_stills(seed: int) -> Scene:
-    """Return frames that share only their background: each object is at a new place in every frame."""
+def make_stills(seed: int, level: int = 1) -> Scene:
+    """Return frames that share only their background: each object is at a new place in every frame. At ``level`` 3 they
+    look like footage, and objects are of any size."""
     rng = np.random.default_rng([seed, 1])
     scene = Scene(STILLS, 1, [Shot(0, STILLS, random_background(rng))], [], np.ones(STILLS))
     scene.fade = np.where(rng.random(STILLS) < 0.06, rng.uniform(0.2, 1.0, STILLS), 1.0)
@@ -29,11 +33,14 @@ def make_stills(seed: int) -> Scene:
         shape, colour = SHAPES[rng.integers(len(SHAPES))], COLOURS[rng.integers(len(COLOURS))]
         centre = rng.uniform(10, SIDE - 10, (STILLS, 2))
         visible, white = rng.random(STILLS) < 0.75, rng.random(STILLS) < 0.12
-        thing = Thing(shape, colour, float(rng.uniform(9, 12.5)), centre, visible, white)
+        radius = float(rng.uniform(9, 12.5))
+        if level == 3:
+            radius = float(rng.uniform(*(SMALL_RADII if rng.random() < STILLS_SMALL else LARGE_RADII)))
+        thing = Thing(shape, colour, radius, centre, visible, white)
         thing.turn = int(rng.integers(4)) if shape == "arrow" else 0
         thing.is_outlined = bool(rng.random() < 0.25)
         scene.things.append(thing)
-    return scene
+    return add_footage(scene, rng) if level == 3 else scene
 
 
 def dense_labels(scene: Scene, grid: int) -> dict[str, Tensor]:

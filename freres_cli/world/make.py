@@ -29,6 +29,7 @@ CODECS = (
     ("webm", "libvpx-vp9", {"crf": "24", "b:v": "0", "deadline": "realtime", "cpu-used": "6", "threads": "1"}),
 )
 VP9_EVERY = 4
+FOOTAGE_CRF_RANGE = 13
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def make_set(
     ``count``. Raises ``ResourceError`` if this PyAV lacks an encoder or a file cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    asked: Counter[str] = Counter()
+    asked: Counter[object] = Counter()
     made = []
     for index in range(count):
         number = clip_seed(split, index, seed)
@@ -69,6 +70,9 @@ def make_set(
         chosen = choose_questions(questions_of(number, scene), questions_per_clip, asked)
         suffix, codec, options = CODECS[index % VP9_EVERY == VP9_EVERY - 1]
         name = f"{split}-{seed}-{index:05d}.{suffix}"
+        if level == 3:
+            # As footage from different sources: from barely visible to plainly visible coding artefacts.
+            options = {**options, "crf": str(int(options["crf"]) + number % FOOTAGE_CRF_RANGE)}
         encode_scene(directory / name, scene, codec, options)
         made.append(MadeClip(number, name, tuple(chosen)))
         if on_clip is not None:
@@ -113,14 +117,26 @@ def is_world_clip(path: Path) -> bool:
         return False
 
 
-def choose_questions(questions: list[Question], count: int, asked: Counter[str]) -> list[Question]:
-    """Return at most ``count``, one per category, the least asked categories first. Updates ``asked``."""
-    chosen: list[Question] = []
-    for question in sorted(questions, key=lambda question: asked[question.category]):
-        if len(chosen) < count and question.category not in {other.category for other in chosen}:
-            chosen.append(question)
-            asked[question.category] += 1
+def choose_questions(questions: list[Question], count: int, asked: Counter[object]) -> list[Question]:
+    """Return at most ``count``, one per category, the least asked categories first. Updates ``asked``.
+
+    Of a category's questions, the one is chosen whose options had this answer least often. Otherwise the answers that
+    more scenes offer would be true more often, and guessing would pay.
+    """
+    by_category: dict[str, list[Question]] = {}
+    for question in questions:
+        by_category.setdefault(question.category, []).append(question)
+    chosen = []
+    for category in sorted(by_category, key=lambda category: asked[category])[:count]:
+        question = min(by_category[category], key=lambda question: asked[_options_and_answer(question)])
+        asked[category] += 1
+        asked[_options_and_answer(question)] += 1
+        chosen.append(question)
     return chosen
+
+
+def _options_and_answer(question: Question) -> tuple[frozenset[str], str]:
+    return frozenset(question.choices), question.answer
 
 
 def question_rows(clip: MadeClip) -> Iterator[dict[str, object]]:

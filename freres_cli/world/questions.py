@@ -61,12 +61,19 @@ def _question(category: str, rng: Generator, wordings: Sequence[str], options: S
 
 
 def _named(thing: Thing, scene: Scene, rng: Generator) -> str:
-    """The full name of an object, its shape or its colour. Each is unique in the clip."""
-    return (thing.name, f"{thing.shape}", f"{thing.colour} object")[rng.integers(3)]
+    """The full name of an object, its shape or its colour. Each is unique in the clip. A small object's shape is hard to
+    see, so it goes by its colour."""
+    which = rng.integers(3)
+    return f"{thing.colour} object" if thing.is_small else (thing.name, f"{thing.shape}", f"{thing.colour} object")[which]
 
 
 def _lasting(scene: Scene) -> list[Thing]:
     return [thing for thing in scene.things if thing.facts.get("role") != "transient"]
+
+
+def _shaped(scene: Scene) -> list[Thing]:
+    """Lasting objects whose shape can be seen."""
+    return [thing for thing in _lasting(scene) if not thing.is_small]
 
 
 def _action(scene: Scene, rng: Generator) -> Iterator[Question]:
@@ -93,7 +100,7 @@ def _action(scene: Scene, rng: Generator) -> Iterator[Question]:
 
 
 def _object(scene: Scene, rng: Generator) -> Iterator[Question]:
-    for thing in _lasting(scene):
+    for thing in _shaped(scene):
         words = (
             f"What shape is the {thing.colour} object?",
             f"What is the {thing.colour} thing?",
@@ -103,7 +110,7 @@ def _object(scene: Scene, rng: Generator) -> Iterator[Question]:
 
 
 def _attribute(scene: Scene, rng: Generator) -> Iterator[Question]:
-    for thing in _lasting(scene):
+    for thing in _shaped(scene):
         words = (
             f"What colour is the {thing.shape}?",
             f"Which colour does the {thing.shape} have?",
@@ -149,7 +156,7 @@ def _count(scene: Scene, rng: Generator) -> Iterator[Question]:
 
 
 def _pose(scene: Scene, rng: Generator) -> Iterator[Question]:
-    for thing in _lasting(scene):
+    for thing in _shaped(scene):
         if thing.shape == "arrow":
             words = (
                 "Which way does the arrow point?",

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 96
+SMALL_RADIUS = 4.8
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "arrow")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -50,6 +51,39 @@ class Thing:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its shape is hard to see: it is less than a tenth of the frame high."""
+        return self.radius < SMALL_RADIUS
+
+
+@dataclass
+class Camera:
+    """How the camera moves over the background of a shot of n frames. ``offset``: (n, 2) px x, y; ``zoom``: (n,)."""
+
+    offset: NDArray[np.float64]
+    zoom: NDArray[np.float64]
+
+
+@dataclass
+class Haze:
+    """Soft waves over a background, on a layer of its own, which moves ``parallax`` times as far as the background.
+
+    ``waves``: (k, 4) x and y frequency in radians per px, phase, and amplitude in grey levels.
+    """
+
+    waves: NDArray[np.float64]
+    parallax: float
+
+
+@dataclass
+class Post:
+    """A grey post from top to bottom, in front of the objects. ``centre``: (T,) x; ``width``: px; ``grey``: level."""
+
+    centre: NDArray[np.float64]
+    width: float
+    grey: float
+
 
 @dataclass
 class Background:
@@ -69,13 +103,16 @@ class Background:
 class Shot:
     """Frames ``start`` to ``end`` (excluded) with one background.
 
-    ``elapsed``: frames cut off at the start of the shot; a drifting background has moved on by as many.
+    ``elapsed``: frames cut off at the start of the shot; a drifting background has moved on by as many. ``camera`` and
+    ``haze``: level 3 only; ``camera`` covers the whole shot, with the frames cut off.
     """
 
     start: int
     end: int
     background: Background
     elapsed: int = 0
+    camera: Camera | None = None
+    haze: Haze | None = None
 
     def stretch(self, start: int, end: int) -> Shot:
         """Return the part that is in frames ``start`` to ``end`` of the clip, counted from ``start``."""
@@ -85,7 +122,11 @@ class Shot:
 
 @dataclass
 class Scene:
-    """The content of a clip. ``fade``: (T,) brightness in [0, 1]. ``facts``: what questions may ask about the whole."""
+    """The content of a clip. ``fade``: (T,) brightness, 1 as drawn. ``facts``: what questions may ask about the whole.
+
+    ``posts``: drawn over all objects but the short-lived ones. ``noise``: the sensor's, in grey levels. ``frame_seeds``:
+    (T,) seed of the noise of each frame; empty without noise.
+    """
 
     num_frames: int
     fps: int
@@ -93,6 +134,9 @@ class Scene:
     things: list[Thing]
     fade: NDArray[np.float64]
     facts: dict[str, str | int] = field(default_factory=dict)
+    posts: list[Post] = field(default_factory=list)
+    noise: float = 0.0
+    frame_seeds: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def stretch(self, start: int, end: int) -> Scene:
         """Return frames ``start`` to ``end`` (excluded, cut at the clip's end) as a clip, with the facts of the whole."""
@@ -103,7 +147,11 @@ class Scene:
             for thing in self.things
         ]
         fade = self.fade[rows]
-        return replace(self, num_frames=len(fade), shots=shots, things=things, fade=fade)
+        posts = [replace(post, centre=post.centre[rows]) for post in self.posts]
+        seeds = self.frame_seeds[rows]
+        return replace(
+            self, num_frames=len(fade), shots=shots, things=things, fade=fade, posts=posts, frame_seeds=seeds
+        )
 
     def thing(self, name: str) -> Thing:
         """Return the object with a full name, such as ``red circle``."""

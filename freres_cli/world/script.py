@@ -7,12 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from freres_cli.world.scene import COLOURS, DIRECTIONS, SHAPES, SIDE, STEPS, TEXTURES, Background, Scene, Shot, Thing
+from freres_cli.world.background import random_background
+from freres_cli.world.footage import add_footage
+from freres_cli.world.scene import COLOURS, DIRECTIONS, SHAPES, SIDE, STEPS, Scene, Shot, Thing
 
 FPS = 8
 SECONDS = (4, 5)
 LONG_SECONDS, LONG_FPS = (6, 60), (12, 15, 24, 30)
+FOOTAGE_SECONDS, FOOTAGE_FPS = (4, 20), (8, 10, 12, 15, 20, 24, 25, 30)
 SWAY_SHARE, SWAY_PX = 0.5, 5.0
+SMALL_SHARE, SMALL_RADII, LARGE_RADII = 0.2, (1.44, 4.5), (5.5, 14.4)
 KINDS = ("motion", "cut", "hit", "order", "repeat")
 CORNERS = ((24.0, 24.0), (72.0, 24.0), (24.0, 72.0), (72.0, 72.0))
 
@@ -30,6 +34,14 @@ class Cast:
     """Objects that differ in shape and in colour, so that either names one. Those not taken serve as wrong options."""
 
     names: list[tuple[str, str]]
+    level: int = 1
+
+    def radius(self, rng: Generator, may_be_small: bool) -> float:
+        """Return the radius of a new object. At level 3 objects are 3 to 30 % of the frame's height."""
+        if self.level < 3:
+            return float(rng.uniform(9, 12.5))
+        is_small = may_be_small and rng.random() < SMALL_SHARE
+        return float(rng.uniform(*SMALL_RADII) if is_small else rng.uniform(*LARGE_RADII))
 
     def take(self) -> tuple[str, str]:
         """Return the shape and colour of an object that has not been taken yet."""
@@ -39,31 +51,37 @@ class Cast:
 def make_scene(seed: int, kind: str | None = None, level: int = 1) -> Scene:
     """Return the scene of a seed, the same one on every machine. ``kind``: one of ``KINDS``, by default a random one.
 
-    Level 1 is what the bundled model is trained on: 4 or 5 s at 8 frames per second. Level 2 has the same events in clips
-    of 6 to 60 s at 12 to 30 frames per second, with a camera that may sway, and is meant for stronger models.
+    Level 1 lasts 4 or 5 s at 8 frames per second. Level 2 has the same events in clips of 6 to 60 s at 12 to 30 frames
+    per second, with a camera that may sway. Level 3 looks like footage: 4 to 20 s at 8 to 30 frames per second, see
+    ``world/footage.py``.
     """
     rng = np.random.default_rng(seed)
     kind = kind or KINDS[rng.choice(len(KINDS), p=(0.28, 0.2, 0.22, 0.15, 0.15))]
     num_frames = FPS * int(rng.choice(SECONDS))
     finer = np.random.default_rng([seed, 4])
-    if level == 2:
-        num_frames = FPS * int(finer.integers(LONG_SECONDS[0], LONG_SECONDS[1] + 1))
-    cast = Cast(list(zip(rng.permutation(SHAPES).tolist(), rng.permutation(COLOURS).tolist(), strict=True)))
+    if level > 1:
+        low, high = LONG_SECONDS if level == 2 else FOOTAGE_SECONDS
+        num_frames = FPS * int(finer.integers(low, high + 1))
+    cast = Cast(list(zip(rng.permutation(SHAPES).tolist(), rng.permutation(COLOURS).tolist(), strict=True)), level)
     scene = Scene(num_frames, FPS, [], [], np.ones(num_frames), {"kind": kind})
     _MAKERS[kind](scene, cast, rng)
     if rng.random() < TRANSIENT_SHARE:
         _add_transient(scene, cast, rng)
     scene.facts["unseen"] = "|".join(f"{colour} {shape}" for shape, colour in cast.names)
-    return scene if level == 1 else _refine(scene, finer)
+    if level == 1:
+        return scene
+    rates = LONG_FPS if level == 2 else FOOTAGE_FPS
+    scene = _refine(scene, finer, int(rates[finer.integers(len(rates))]), SWAY_SHARE if level == 2 else 0.0)
+    return scene if level == 2 else add_footage(scene, finer)
 
 
-def _refine(scene: Scene, rng: Generator) -> Scene:
-    """The same events at a higher frame rate, with the transient object in 1 to 5 of its frames, under a swaying camera."""
-    fps = int(LONG_FPS[rng.integers(len(LONG_FPS))])
+def _refine(scene: Scene, rng: Generator, fps: int, sway_share: float) -> Scene:
+    """The same events at a higher frame rate, with the transient object in 1 to 5 of its frames, under a camera that
+    sways in ``sway_share`` of all clips."""
     ticks = np.arange(scene.num_frames * fps // FPS) * (FPS / fps)
     nearest = np.minimum(ticks.astype(int), scene.num_frames - 1)
     sway = np.zeros((len(ticks), 2))
-    if rng.random() < SWAY_SHARE:
+    if rng.random() < sway_share:
         periods = rng.uniform(40, 90, 2)
         sway = SWAY_PX * np.sin(ticks[:, None] * (2 * np.pi / periods) + rng.uniform(0, 2 * np.pi, 2))
     for thing in scene.things:
@@ -91,46 +109,26 @@ def _refine(scene: Scene, rng: Generator) -> Scene:
     return scene
 
 
-def random_background(rng: Generator) -> Background:
-    """Return a dull background with one of the textures, sometimes with a gradient, sometimes drifting."""
-    texture = TEXTURES[rng.integers(len(TEXTURES))]
-    base = rng.uniform(45, 85)
-    red, green, blue = (float(v) for v in base + rng.uniform(-15, 15, 3))
-    gradient = (0.0, 0.0) if rng.random() < 0.5 else _pair(rng, 25)
-    drift = _pair(rng, 0.8) if rng.random() < 0.25 else (0.0, 0.0)
-    return Background(
-        texture,
-        (red, green, blue),
-        float(rng.uniform(16, 26)),
-        float(rng.uniform(11, 15)),
-        bool(rng.random() < 0.5),
-        gradient,
-        drift,
-        rng.choice([-1.0, 0.0, 1.0], (48, 48)),
-    )
-
-
-def _pair(rng: Generator, most: float) -> tuple[float, float]:
-    """Two numbers between ``-most`` and ``most``."""
-    x, y = rng.uniform(-most, most, 2)
-    return float(x), float(y)
-
-
 def _one_shot(scene: Scene, rng: Generator) -> None:
     scene.shots = [Shot(0, scene.num_frames, random_background(rng))]
 
 
 def _thing(
-    scene: Scene, cast: Cast, rng: Generator, at: tuple[float, float], start: int = 0, end: int | None = None
+    scene: Scene,
+    cast: Cast,
+    rng: Generator,
+    at: tuple[float, float],
+    start: int = 0,
+    end: int | None = None,
+    may_be_small: bool = False,
 ) -> Thing:
     """Add a still object at ``at`` that is visible from frame ``start`` to ``end``."""
     shape, colour = cast.take()
     n = scene.num_frames
     visible = np.zeros(n, bool)
     visible[start : n if end is None else end] = True
-    thing = Thing(
-        shape, colour, float(rng.uniform(9, 12.5)), np.tile(np.asarray(at, float), (n, 1)), visible, np.zeros(n, bool)
-    )
+    radius = cast.radius(rng, may_be_small)
+    thing = Thing(shape, colour, radius, np.tile(np.asarray(at, float), (n, 1)), visible, np.zeros(n, bool))
     thing.turn = int(rng.integers(4)) if shape == "arrow" else 0
     scene.things.append(thing)
     return thing
@@ -203,7 +201,7 @@ def _make_motion(scene: Scene, cast: Cast, rng: Generator) -> None:
     _one_shot(scene, rng)
     count = int(rng.integers(1, 5))
     for at in _corners(rng, count):
-        thing = _thing(scene, cast, rng, at)
+        thing = _thing(scene, cast, rng, at, may_be_small=True)
         _move(thing, rng, int(rng.integers(1, scene.num_frames // 3)))
     scene.facts["num_objects"] = count
 
@@ -274,7 +272,7 @@ def _make_order(scene: Scene, cast: Cast, rng: Generator) -> None:
     times = np.sort(rng.choice(np.arange((n - 2) // 6), 3, replace=False)) * 6 + rng.integers(1, 3, 3)
     places = _corners(rng, 3)
     for rank, index in enumerate(rng.permutation(3)):
-        thing = _thing(scene, cast, rng, places[index], start=int(times[rank]))
+        thing = _thing(scene, cast, rng, places[index], start=int(times[rank]), may_be_small=True)
         thing.facts["rank"] = rank
         _place_fact(thing)
     rng.shuffle(scene.things)
@@ -286,7 +284,7 @@ def _make_repeat(scene: Scene, cast: Cast, rng: Generator) -> None:
     _one_shot(scene, rng)
     n, count = scene.num_frames, int(rng.integers(1, 4 + 1))
     for rank, at in enumerate(_corners(rng, int(rng.integers(1, 4)))):
-        thing = _thing(scene, cast, rng, at)
+        thing = _thing(scene, cast, rng, at, may_be_small=rank > 0)
         _place_fact(thing)
         if rank == 0:
             slots = np.sort(rng.choice(np.arange((n - 3) // 5), count, replace=False)) * 5 + rng.integers(1, 4)

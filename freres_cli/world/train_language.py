@@ -16,11 +16,13 @@ from numpy.random import Generator
 from torch import Tensor, nn
 
 from freres_cli.training.muon import Muon
+from freres_cli.training.precision import mixed_precision
 from freres_cli.training.state import put_back, read_state, save_state
 from freres_cli.world.draw import draw_scenes
 from freres_cli.world.labels import ALWAYS_KNOWN, TRACES, trace_labels
 from freres_cli.world.packing import Item, Pack, View, pack, pack_loss, run_pack, use_packed_attention
 from freres_cli.world.questions import Question, questions_of
+from freres_cli.world.scene import Scene
 from freres_cli.world.script import make_scene
 from freres_cli.world.train_tower import run_tower
 
@@ -29,8 +31,15 @@ FIRST_SEED = 10**7
 LEARNING_RATE = 2e-3
 MUON_FACTOR = 1
 WARM_UP_STEPS = 60
-NEW_CLIPS = 3  # per step
+NEW_CLIPS = 2  # per step
 CAPACITY = 1600  # clips in memory; each is seen a few times, in different views
+LEVELS_SHOWN = (3, 1, 3, 2, 3, 1, 3, 3, 1)
+LONGEST_CLIP = 420  # frames
+MOST_FRAMES = 110  # of a clip that are encoded
+LONGEST_TIMED = 48  # frames; in longer clips frame numbers are too large to learn
+MOST_TOKENS = 3000  # of a clip in a batch
+MOST_CLIPS, BATCH_TOKENS = 16, 6000  # of a batch
+STRETCH_TOKENS = (60, 500)  # roughly this many per clip in the views that are cut where something changes
 NOISE = 3.0  # grey levels
 LOG_EVERY, SAVE_EVERY = 20, 50
 # Motion is the hardest to learn, then counting flashes.
@@ -48,11 +57,14 @@ END_WEIGHT = 0.1  # of the end-of-turn token in the loss; it is nearly always ri
 
 @dataclass
 class EncodedClip:
-    """A clip in main memory. ``latents``: (T, cells, D) float16. ``present``: (T, cells), whether there is an object.
-    ``brief``: (T, cells), whether there is one that is visible or white only for a moment. ``traces``: (T, cells, 13),
-    ``labels.TRACES``, NaN where unknown."""
+    """A clip in main memory: n of its frames. ``level``: its difficulty. ``frames``: (n,), which frames, increasing.
+    ``latents``: (n, cells, D) float16. ``present``: (n, cells), whether there is an object. ``brief``: (n, cells), whether
+    there is one that is visible or white only for a moment. ``traces``: (n, cells, 13), ``labels.TRACES``, NaN where
+    unknown."""
 
     seed: int
+    level: int
+    frames: Tensor
     latents: Tensor
     present: Tensor
     brief: Tensor
@@ -61,39 +73,60 @@ class EncodedClip:
     questions: list[Question]
 
 
+def level_of(seed: int) -> int:
+    """Return the level that a training seed's clip has."""
+    return LEVELS_SHOWN[seed // len(KINDS_SHOWN) % len(LEVELS_SHOWN)]
+
+
+def make_training_scene(seed: int) -> Scene | None:
+    """Return the scene of a training seed, ``None`` if it is too long to train on."""
+    scene = make_scene(seed, KINDS_SHOWN[seed % len(KINDS_SHOWN)], level_of(seed))
+    return scene if scene.num_frames <= LONGEST_CLIP else None
+
+
+def choose_frames(scene: Scene) -> Tensor:
+    """Return the frames that are encoded: evenly spread ones, at most about ``MOST_FRAMES``, and all those in which
+    something is visible or white only for a moment."""
+    keep = np.zeros(scene.num_frames, bool)
+    keep[:: -(-scene.num_frames // MOST_FRAMES)] = True
+    for thing in scene.things:
+        keep |= thing.visible if thing.is_outlined else thing.is_white
+    return torch.from_numpy(keep.nonzero()[0])
+
+
 @torch.no_grad()
-def encode_clips(tower: Any, seeds: Sequence[int], grid: int, device: torch.device) -> list[EncodedClip]:
-    """Return the clips of some ``seeds``, drawn and encoded, with about as much noise as a video encoder leaves.
+def encode_clip(tower: Any, seed: int, scene: Scene, grid: int, device: torch.device) -> EncodedClip:
+    """Return the clip of a ``seed``, drawn and encoded, with about as much noise as a video encoder leaves.
 
-    ``tower``: the vision tower, on ``device``. ``grid``: tokens per side of a frame.
+    ``tower``: the vision tower, on ``device``. ``scene``: the seed's. ``grid``: tokens per side of a frame.
     """
-    scenes = [make_scene(seed, KINDS_SHOWN[seed % len(KINDS_SHOWN)]) for seed in seeds]
-    clips = []
-    for seed, scene, frames in zip(seeds, scenes, draw_scenes(scenes, device=device), strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        level = NOISE * torch.rand(1, generator=generator)
-        noise = (torch.randn(frames.shape, generator=generator) * level).to(device)
-        latents = run_tower(tower, (frames.float() + noise).clamp(0, 255)).flatten(1, 2).half().cpu()
-        traces, present, brief = (part.flatten(1, 2) for part in trace_labels(scene, grid))
-        traces[..., ALWAYS_KNOWN:][~present] = torch.nan
-        clips.append(EncodedClip(seed, latents, present, brief, traces, grid, questions_of(seed, scene)))
-    return clips
+    level, chosen = level_of(seed), choose_frames(scene)
+    frames = draw_scenes([scene], device=device)[0][chosen]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(frames.shape, generator=generator) * NOISE * torch.rand(1, generator=generator)
+    with mixed_precision(device):
+        latents = run_tower(tower, (frames.float() + noise.to(device)).clamp(0, 255)).flatten(1, 2).half().cpu()
+    traces, present, brief = (part.flatten(1, 2)[chosen] for part in trace_labels(scene, grid))
+    traces[..., ALWAYS_KNOWN:][~present] = torch.nan
+    if scene.num_frames > LONGEST_TIMED:
+        traces[..., [TRACES.index("frame"), TRACES.index("first")]] = torch.nan
+    return EncodedClip(seed, level, chosen, latents, present, brief, traces, grid, questions_of(seed, scene))
 
 
-# How a training example thins its clip, and how many clips make a batch of each.
-VIEWS = {"all": 6, "random": 10, "objects": 16, "frames": 10, "merged": 10, "pooled": 16}
+# How a training example thins its clip. Each method that freres compares has its like here.
+VIEWS = ("all", "random", "objects", "frames", "merged", "pooled", "stretches", "changed")
 BRIEF = ("moment", "instant", "briefly", "white")  # questions whose evidence may be in the frames left out
 
 
 def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
     """Return the tokens of a clip as some compression might leave them. Merged tokens are placed at their centres."""
-    t, cells, width = clip.latents.shape
+    n, cells, width = clip.latents.shape
     latents = clip.latents.float()
-    frame, cell = torch.meshgrid(torch.arange(t), torch.arange(cells), indexing="ij")
+    frame, cell = torch.meshgrid(clip.frames, torch.arange(cells), indexing="ij")
     positions = torch.stack([frame, cell // clip.grid, cell % clip.grid], -1).float()
     traces = clip.traces
     if name == "merged":
-        even = t - t % 2
+        even = n - n % 2
         latents = latents[:even].view(-1, 2, cells, width).mean(1)
         positions = positions[:even].view(-1, 2, cells, 3).mean(1)
         traces = torch.full((*positions.shape[:2], len(TRACES)), torch.nan)
@@ -108,11 +141,38 @@ def make_view(clip: EncodedClip, name: str, rng: Generator) -> View:
         share = rng.uniform(*OBJECT_TOKENS) / max(1, int(clip.present.sum()))
         keep = clip.present & torch.from_numpy(rng.random(keep.shape) < share)
         keep |= clip.brief
-        keep |= torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.02, 0.06))
+        keep |= torch.from_numpy(rng.random(keep.shape) < rng.uniform(0.01, 0.04))
     elif name == "frames":
-        keep &= torch.from_numpy(rng.random(t) < rng.uniform(0.3, 0.6))[:, None]
-        keep[int(rng.integers(t))] = True
-    return View(latents[keep], positions[keep], traces[keep])
+        keep &= torch.from_numpy(rng.random(n) < rng.uniform(0.2, 0.6) * min(1.0, 40 / n))[:, None]
+        keep[int(rng.integers(n))] = True
+    elif name in ("stretches", "changed"):
+        return _cut_where_it_changes(latents, positions, traces, name == "stretches", rng)
+    kept = keep.flatten().nonzero().squeeze(1)
+    if len(kept) > MOST_TOKENS:
+        kept = kept[torch.from_numpy(np.sort(rng.permutation(len(kept))[:MOST_TOKENS]))]
+    return View(latents.flatten(0, 1)[kept], positions.flatten(0, 1)[kept], traces.flatten(0, 1)[kept])
+
+
+def _cut_where_it_changes(latents: Tensor, positions: Tensor, traces: Tensor, mean: bool, rng: Generator) -> View:
+    """Cut each cell's time line before the frames that change most. Return the mean of each stretch, at its middle, or
+    its first token."""
+    change = (latents[1:] - latents[:-1]).square().sum(-1)
+    wanted = min(0.9, rng.uniform(*STRETCH_TOKENS) / change.numel())
+    starts = torch.ones(latents.shape[:2], dtype=torch.bool)
+    starts[1:] = change > change.flatten().kthvalue(max(1, round(change.numel() * (1 - wanted)))).values
+    by_cell = starts.T.flatten()
+    first = by_cell.nonzero().squeeze(1)
+    latents, positions, traces = (x.transpose(0, 1).flatten(0, 1) for x in (latents, positions, traces))
+    if mean:
+        stretch = by_cell.cumsum(0) - 1
+        size = stretch.bincount().float()[:, None]
+        means = [x.new_zeros(len(first), x.shape[1]).index_add_(0, stretch, x) / size for x in (latents, positions)]
+        latents, positions = means
+        traces = torch.where(size == 1, traces[first], torch.nan)
+    else:
+        latents, positions, traces = latents[first], positions[first], traces[first]
+    order = (positions[:, 0] * 10**4 + positions[:, 1] * 100 + positions[:, 2]).argsort(stable=True)
+    return View(latents[order], positions[order], traces[order])
 
 
 def _pool(x: Tensor, grid: int) -> Tensor:
@@ -149,20 +209,21 @@ def choose_questions(
 ) -> list[Item]:
     """Return up to ``count`` random questions about ``clip`` whose evidence the ``view`` holds.
 
-    At most ``SAME_CATEGORY`` of a category are asked, and one of a category in ``known``. ``rng``: picks them.
-    ``prompts``: turns them into ids.
+    At most ``SAME_CATEGORY`` of a category are asked, and one of a category in ``known``. ``known``: as level and category.
+    ``rng``: picks them. ``prompts``: turns them into ids.
     """
     by_category: dict[str, int] = defaultdict(int)
     items: list[Item] = []
     for index in rng.permutation(len(clip.questions)):
         question = clip.questions[index]
-        most = 1 if question.category in known else SAME_CATEGORY
+        name = f"{clip.level} {question.category}"
+        most = 1 if name in known else SAME_CATEGORY
         if by_category[question.category] == most or len(items) == count:
             continue
         if view == "frames" and any(word in question.question for word in BRIEF):
             continue
         by_category[question.category] += 1
-        items.append(Item(prompts.question(question.question), prompts.ids(question.answer), question.category))
+        items.append(Item(prompts.question(question.question), prompts.ids(question.answer), name))
     return items
 
 
@@ -206,7 +267,7 @@ class Tracer(nn.Module):
 class ClipBuffer:
     """The newest encoded clips. Each is seen a few times, in different views.
 
-    ``tower``, ``grid``, ``device``: as for ``encode_clips``. ``first_seed``: seed of the first clip; seeds count up.
+    ``tower``, ``grid``, ``device``: as for ``encode_clip``. ``first_seed``: seed of the first clip; seeds count up.
     """
 
     def __init__(self, tower: Any, grid: int, device: torch.device, first_seed: int) -> None:
@@ -215,27 +276,40 @@ class ClipBuffer:
 
     def add(self, count: int) -> None:
         """Encode ``count`` new clips. Beyond ``CAPACITY`` the oldest are dropped."""
-        seeds = range(self.next_seed, self.next_seed + count)
-        self.clips.extend(encode_clips(self.tower, seeds, self.grid, self.device))
-        self.next_seed += count
+        while count:
+            scene = make_training_scene(self.next_seed)
+            if scene is not None:
+                self.clips.append(encode_clip(self.tower, self.next_seed, scene, self.grid, self.device))
+                count -= 1
+            self.next_seed += 1
 
-    def draw(self, count: int, rng: Generator) -> list[EncodedClip]:
-        """Return ``count`` different random clips."""
-        return [self.clips[i] for i in rng.choice(len(self.clips), count, replace=False)]
+    def draw(self, view: str, rng: Generator) -> tuple[list[EncodedClip], list[View]]:
+        """Return different random clips, and a view of each, as many as fit into a batch."""
+        clips: list[EncodedClip] = []
+        views: list[View] = []
+        longest = 0
+        for i in rng.choice(len(self.clips), MOST_CLIPS, replace=False):
+            made = make_view(self.clips[i], view, rng)
+            longest = max(longest, len(made.latents))
+            if clips and longest * (len(clips) + 1) > BATCH_TOKENS:
+                break
+            clips.append(self.clips[i])
+            views.append(made)
+        return clips, views
 
 
 def view_shares(progress: float) -> tuple[float, ...]:
-    """Return how often each view is drawn: at first mostly short ones, later more and more whole clips."""
-    if progress < 0.3:
-        return (0.0, 0.0, 0.9, 0.1, 0.0, 0.0)
-    if progress < 0.75:
-        return (0.04, 0.08, 0.64, 0.1, 0.07, 0.07)
-    return (0.3, 0.15, 0.3, 0.1, 0.1, 0.05)
+    """Return how often each of ``VIEWS`` is drawn: at first mostly short ones, later more and more whole clips."""
+    if progress < 0.2:
+        return (0.0, 0.0, 0.6, 0.1, 0.0, 0.0, 0.15, 0.15)
+    if progress < 0.7:
+        return (0.05, 0.08, 0.4, 0.1, 0.07, 0.08, 0.11, 0.11)
+    return (0.18, 0.12, 0.2, 0.1, 0.08, 0.08, 0.12, 0.12)
 
 
 def questions_a_clip(progress: float) -> int:
     """Return the questions per clip: few while the traces are being learned, which most answers need."""
-    return 3 if progress < 0.1 else 8
+    return 3 if progress < 0.05 else 8
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -276,8 +350,7 @@ def train_language(
     state = put_back(read_state(checkpoint), both, optimizers)
     step = state.get("step", 0)
     buffer = ClipBuffer(tower, grid, device, max(FIRST_SEED * (seed + 1), state.get("next_seed", 0) - FIRST_CLIPS))
-    while len(buffer.clips) < FIRST_CLIPS:
-        buffer.add(20)
+    buffer.add(FIRST_CLIPS)
     scores: dict[str, deque[bool]] = defaultdict(lambda: deque(maxlen=SCORED))
     while step < num_steps:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -313,12 +386,13 @@ def _train_step(
     rng = np.random.default_rng([step, 3, seed])
     buffer.add(NEW_CLIPS)
     progress = step / num_steps
-    view = list(VIEWS)[rng.choice(len(VIEWS), p=view_shares(progress))]
-    clips = buffer.draw(VIEWS[view], rng)
-    views = [make_view(clip, view, rng) for clip in clips]
+    view = VIEWS[rng.choice(len(VIEWS), p=view_shares(progress))]
+    clips, views = buffer.draw(view, rng)
     items = [choose_questions(clip, view, questions_a_clip(progress), rng, prompts, known) for clip in clips]
     packed = pack(views, items, prompts.prefix, prompts.end, buffer.grid, END_WEIGHT).to(buffer.device)
-    loss, right = pack_loss(run_pack(decoder, packed), packed)
-    trace_loss = tracer.loss(packed)
+    with mixed_precision(buffer.device):
+        logits = run_pack(decoder, packed)
+        trace_loss = tracer.loss(packed)
+    loss, right = pack_loss(logits.float(), packed)
     (loss + TRACE_WEIGHT * trace_loss).backward()
     return loss.item(), trace_loss.item(), right

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
 from freres_cli.training.muon import Muon
+from freres_cli.training.precision import mixed_precision
 from freres_cli.training.state import put_back, read_state, save_state
 from freres_cli.world.draw import draw_scenes
 from freres_cli.world.labels import CLASSES, dense_labels, make_stills
 from freres_cli.world.scene import TEXTURES
 
 SCENES_A_STEP = 32  # of two frames each
+LEVELS = (1, 3, 3)  # of the scenes, in turn
 STEPS_A_SEED = 10**6
 LEARNING_RATE = 2e-3
 MUON_FACTOR = 4
@@ -112,7 +114,9 @@ def train_tower(
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * factor
         frames, labels = _make_batch(seed * STEPS_A_SEED + step, grid, device)
-        loss, scores = head.loss(run_tower(tower, frames), labels)
+        with mixed_precision(device):
+            tokens = run_tower(tower, frames)
+        loss, scores = head.loss(tokens.float(), labels)
         both.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -130,7 +134,7 @@ def train_tower(
 
 def _make_batch(step: int, grid: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """Noisy frames (n, h, w, 3) and their labels, the same ones for the same step."""
-    scenes = [make_stills(step * SCENES_A_STEP + i) for i in range(SCENES_A_STEP)]
+    scenes = [make_stills(step * SCENES_A_STEP + i, LEVELS[i % len(LEVELS)]) for i in range(SCENES_A_STEP)]
     frames = torch.cat(draw_scenes(scenes, device=device)).float()
     generator = torch.Generator().manual_seed(step)
     level = NOISE * torch.rand(len(frames), 1, 1, 1, generator=generator)

@@ -1,0 +1,258 @@
+"""Adaptive Fre-Res: latents go in frame by frame, stretches within the budget come out, and become tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from freres_cli.method.merging import Merger, add_up, merge_means
+from freres_cli.method.tokens import seconds_at
+from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.stretches import Stretches
+
+# Ours. At most twice as many stretches as this are in memory, or twice the budget if that is more. A clip with no more
+# latents than that is merged exactly; of a longer one, the cheapest merges are made as it arrives.
+MOST_STRETCHES = 16384
+# Ours. At a cut, half of the cells differ from the frame before as much as two tokens of the clip do in half the cases.
+CUT_SHARE = 0.5
+CURVE_STEPS_AN_OCTAVE = 8
+ANCHOR, DYNAMIC, _, SUMMARY = range(len(TOKEN_KINDS))
+
+
+class CutDetector:
+    """Finds hard cuts: the frames in which most cells change at once. A flash, or an object that appears, is no cut.
+
+    The measure is the median over cells of the squared distance to the frame before, in units of that between two random
+    tokens of the clip so far (ours: a global distance is ruled by the few cells with the largest latents).
+    """
+
+    def __init__(self) -> None:
+        self._previous: Tensor | None = None
+        self._sum: Tensor | float = 0.0
+        self._squares = 0.0
+        self._count = 0
+
+    def observe(self, latents: Tensor) -> bool:
+        """Take the next frame, (H, W, D). Return whether it is the first one after a cut."""
+        frame = latents.reshape(-1, latents.shape[-1]).to(torch.float32)
+        self._sum = self._sum + frame.sum(0, dtype=torch.float64)
+        self._squares += float(frame.square().sum(dtype=torch.float64))
+        self._count += frame.shape[0]
+        previous, self._previous = self._previous, frame
+        if previous is None:
+            return False
+        change = float((frame - previous).square().sum(-1).median())
+        return change > CUT_SHARE * 2 * self.energy / self._count
+
+    @property
+    def energy(self) -> float:
+        """Squared distance of all tokens so far from their mean, summed."""
+        if not self._count:
+            return 0.0
+        assert isinstance(self._sum, Tensor)
+        return max(0.0, self._squares - float(self._sum.square().sum()) / self._count)
+
+
+class StretchCompressor:
+    """Turns a stream of latents into stretches. Memory is bounded; the result does not depend on how frames are batched.
+
+    ``grid``: (H, W). ``width``: D. ``budget_tokens``: most stretches; ``None`` for no limit. ``quality``: share of the
+    latents' energy to keep, with as few stretches as possible; ``None`` to use the whole budget.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int], width: int, budget_tokens: int | None, quality: float | None = None
+    ) -> None:
+        if budget_tokens is not None and budget_tokens < 1:
+            raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+        self._grid, self._width = grid, width
+        self._budget, self._quality = budget_tokens, quality
+        self._most = max(MOST_STRETCHES, budget_tokens or 0)
+        self._detector = CutDetector()
+        self._merger: Merger | None = None
+        self._cuts: list[int] = []
+        self._seconds: list[float] = []
+
+    @property
+    def num_cuts_found(self) -> int:
+        return len(self._cuts)
+
+    def push(self, latents: Tensor, seconds: Iterable[float]) -> None:
+        """Take the next frames: ``latents`` (n, H, W, C) and their times in seconds."""
+        if tuple(latents.shape[1:3]) != self._grid:
+            raise ValueError(f"latents: expected a grid of {self._grid}, got {tuple(latents.shape[1:3])}")
+        for frame, second in zip(latents.cpu(), seconds, strict=True):
+            if self._merger is None:
+                self._merger = Merger(self._grid, latents.shape[-1], self._width, latents.dtype)
+            if self._detector.observe(frame[..., : self._width]):
+                self._cuts.append(len(self._seconds))
+            if len(self._merger) + frame.shape[0] * frame.shape[1] > 2 * self._most:
+                self._merger.merge_down(self._most)
+            self._merger.append(frame, len(self._seconds), len(self._cuts))
+            self._seconds.append(second)
+
+    def finish(self) -> Stretches:
+        """Return the stretches. Raises ``ValueError`` if there were no frames."""
+        if self._merger is None:
+            raise ValueError("no frames: expected at least 1")
+        merger, energy = self._merger, self._detector.energy
+        curve = _Curve(len(merger), merger.lost)
+        merger.on_merges = lambda a, b, loss: curve.add(loss)
+        if self._quality is not None:
+            merger.merge_down(1, (1 - self._quality) * energy)
+        if self._budget is not None:
+            merger.merge_down(self._budget)
+        values, boxes, lost = merger.values, merger.boxes, merger.lost
+        order = sequence_order(boxes)
+        merges = _Names(merger.slots[order])
+
+        def record(a: Tensor, b: Tensor, loss: Tensor) -> None:
+            curve.add(loss)
+            merges.add(a, b, loss)
+
+        merger.on_merges = record
+        merger.merge_down(1)
+        return Stretches(
+            width=self._width,
+            grid=(len(self._seconds), *self._grid),
+            frame_seconds=torch.tensor(self._seconds, dtype=torch.float64),
+            latents=values[order],
+            boxes=boxes[order],
+            merges=torch.tensor(merges.pairs, dtype=torch.int64).reshape(-1, 2),
+            merge_loss=torch.tensor(merges.losses, dtype=torch.float64),
+            energy=torch.tensor([energy, lost], dtype=torch.float64),
+            curve_tokens=torch.tensor(curve.tokens, dtype=torch.int64),
+            curve_loss=torch.tensor(curve.losses, dtype=torch.float64),
+            cut_frame=torch.tensor(self._cuts, dtype=torch.int64),
+        )
+
+
+class _Curve:
+    """The squared error at numbers of tokens that do not depend on the budget."""
+
+    def __init__(self, count: int, lost: float) -> None:
+        self._wanted = {round(2 ** (i / CURVE_STEPS_AN_OCTAVE)) for i in range(CURVE_STEPS_AN_OCTAVE * 32)}
+        self._count, self._lost = count, lost
+        self.tokens, self.losses = [count], [lost]
+
+    def add(self, loss: Tensor) -> None:
+        for value in loss.tolist():
+            self._count -= 1
+            self._lost += value
+            if self._count in self._wanted:
+                self.tokens.append(self._count)
+                self.losses.append(self._lost)
+
+
+class _Names:
+    """Merges as pairs of rows; the result of merge i is row S + i."""
+
+    def __init__(self, slots: Tensor) -> None:
+        self._row = {slot: row for row, slot in enumerate(slots.tolist())}
+        self._next = len(self._row)
+        self.pairs: list[tuple[int, int]] = []
+        self.losses: list[float] = []
+
+    def add(self, a: Tensor, b: Tensor, loss: Tensor) -> None:
+        for kept, merged, value in zip(a.tolist(), b.tolist(), loss.tolist(), strict=True):
+            self.pairs.append((self._row[kept], self._row.pop(merged)))
+            self.losses.append(value)
+            self._row[kept] = self._next
+            self._next += 1
+
+
+def sequence_order(boxes: Tensor) -> Tensor:
+    """Return the order of tokens in the prompt: by the middle of their time, then of their rows, then of their columns.
+
+    ``boxes``: (S, 6), disjoint, so no two middles are equal.
+    """
+    order = torch.arange(boxes.shape[0])
+    for low in (4, 2, 0):
+        order = order[(boxes[order, low] + boxes[order, low + 1]).argsort(stable=True)]
+    return order
+
+
+def count_for_quality(stretches: Stretches, quality: float) -> int:
+    """Return the fewest tokens, of all smaller budgets, that keep this share of the energy, or S if none does."""
+    lost = stretches.energy[1] + stretches.merge_loss.cumsum(0)
+    fits = lost <= (1 - quality) * float(stretches.energy[0])
+    return len(stretches) - int(fits.to(torch.int64).cumprod(0).sum())
+
+
+def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
+    """Return the stretches that compressing to ``budget_tokens`` gives, bit for bit, if the clip was merged exactly or
+    both budgets are at most ``MOST_STRETCHES``. Raises ``ValueError`` if the budget is below one."""
+    if budget_tokens < 1:
+        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    count = len(stretches)
+    steps = count - budget_tokens
+    if steps <= 0:
+        return stretches
+    pairs = stretches.merges[:steps]
+    values = torch.cat([stretches.latents, stretches.latents.new_empty(steps, stretches.latents.shape[1])])
+    boxes = torch.cat([stretches.boxes, stretches.boxes.new_empty(steps, 6)])
+    for part in _independent_runs(pairs, count):
+        rows = torch.arange(part.start, part.stop) + count
+        a, b = pairs[part].unbind(1)
+        values[rows] = merge_means(values[a], values[b], box_sizes(boxes[a]), box_sizes(boxes[b]))
+        low, high = torch.minimum(boxes[a], boxes[b]), torch.maximum(boxes[a], boxes[b])
+        boxes[rows] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
+    is_left = torch.ones(count + steps, dtype=torch.bool)
+    is_left[pairs.flatten()] = False
+    left = is_left.nonzero().squeeze(1)
+    order = sequence_order(boxes[left])
+    left = left[order]
+    later = torch.cat([torch.full((count + steps,), -1), torch.arange(len(stretches.merges) - steps) + budget_tokens])
+    later[left] = torch.arange(budget_tokens)
+    lost = add_up(stretches.merge_loss[:steps], float(stretches.energy[1]))
+    return replace(
+        stretches,
+        latents=values[left],
+        boxes=boxes[left],
+        merges=later[stretches.merges[steps:]],
+        merge_loss=stretches.merge_loss[steps:].clone(),
+        energy=torch.stack([stretches.energy[0], torch.tensor(lost, dtype=torch.float64)]),
+    )
+
+
+def _independent_runs(pairs: Tensor, count: int) -> list[slice]:
+    """Split merges into runs in which none needs the result of another."""
+    runs, start = [], 0
+    for index, latest in enumerate((pairs.amax(1) - count).tolist()):
+        if latest >= start:
+            runs.append(slice(start, index))
+            start = index
+    return [*runs, slice(start, len(pairs))]
+
+
+def box_sizes(boxes: Tensor) -> Tensor:
+    """Return how many latents each box (S, 6) covers: (S,) int64."""
+    return (boxes[:, 1::2] - boxes[:, ::2]).prod(1)
+
+
+def build_stretch_tokens(stretches: Stretches) -> VideoTokens:
+    """Return the visual tokens of a clip: each stretch at the middle of its time and its cells.
+
+    Kinds: ``anchor`` for a latent as encoded, ``dynamic`` for a stretch of one cell, ``summary`` for one of several cells.
+    """
+    boxes = stretches.boxes
+    middle = (boxes[:, ::2] + boxes[:, 1::2] - 1).to(torch.float32) / 2
+    kind = torch.full((len(stretches),), DYNAMIC, dtype=torch.uint8)
+    kind[box_sizes(boxes[:, 2:]) > 1] = SUMMARY
+    kind[box_sizes(boxes) == 1] = ANCHOR
+    shot = torch.searchsorted(stretches.cut_frame, boxes[:, 0].contiguous(), right=True)
+    return VideoTokens(
+        latents=stretches.latents,
+        positions=middle,
+        seconds=seconds_at(stretches.frame_seconds, middle[:, 0]),
+        kind=kind,
+        gop=shot,
+        energy=stretches.latents[:, : stretches.width].to(torch.float32).square().sum(-1),
+        grid=stretches.grid,
+        width=stretches.width,
+        frame_seconds=stretches.frame_seconds,
+        boxes=boxes,
+    )

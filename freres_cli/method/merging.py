@@ -1,0 +1,266 @@
+"""Adaptive Fre-Res: neighbouring latents merge, cheapest first, until the budget is met.
+
+A GoP of the paper has one length for all cells. Here each cell has its own: its time line is cut where it changes, and
+each stretch is one token, the mean of its latents. Where a whole neighbourhood moves together, cells merge as well. Ours,
+after Ward (1963): the paper's GoPs spend as much on cells that stand still as on cells that move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Ours. The cost of a merge is (n1 n2 / (n1 + n2))^a |m1 - m2|^2. At a = 1 this is the squared error it adds, which
+# undervalues what is brief; at a = 1/2 accuracy is better at a twentieth of the tokens and as good at a tenth.
+COST_EXPONENT = 0.5
+# Ours. In a round, merges that do not touch each other run together: those among this share of the cheapest that are the
+# cheapest for both sides.
+ROUND_SHARE = 0.04
+NONE = -1
+PAIRS_AT_ONCE = 8192  # bounds the memory of the distances
+
+
+# (slots that remain, slots merged into them, squared error added by each)
+OnMerges = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class CellTree:
+    """The rectangles of cells that tokens can stand for: halves of halves of the grid, down to single cells.
+
+    ``rectangles``: (K, 4) h0, h1, w0, w1, half-open. ``parent``, ``sibling``: (K,), -1 for the whole grid. ``leaves``:
+    (H*W,), the rectangle of each cell in raster order.
+    """
+
+    rectangles: Tensor
+    parent: Tensor
+    sibling: Tensor
+    leaves: Tensor
+
+
+def split_grid(grid_h: int, grid_w: int) -> CellTree:
+    """Return the tree of a grid. The longer side is halved; the first half is the larger one."""
+    rectangles, parent, sibling = [(0, grid_h, 0, grid_w)], [NONE], [NONE]
+    leaves = torch.empty(grid_h, grid_w, dtype=torch.int64)
+    index = 0
+    while index < len(rectangles):
+        h0, h1, w0, w1 = rectangles[index]
+        if (h1 - h0) * (w1 - w0) == 1:
+            leaves[h0, w0] = index
+        else:
+            if h1 - h0 >= w1 - w0:
+                middle = (h0 + h1 + 1) // 2
+                halves = [(h0, middle, w0, w1), (middle, h1, w0, w1)]
+            else:
+                middle = (w0 + w1 + 1) // 2
+                halves = [(h0, h1, w0, middle), (h0, h1, middle, w1)]
+            at = len(rectangles)
+            rectangles += halves
+            parent += [index, index]
+            sibling += [at + 1, at]
+        index += 1
+    return CellTree(torch.tensor(rectangles), torch.tensor(parent), torch.tensor(sibling), leaves.flatten())
+
+
+class Merger:
+    """The stretches of a clip, merged step by step.
+
+    ``grid``: (H, W). ``channels``: C. ``width``: D, the channels that costs are computed over. ``dtype``: of the latents.
+    A mean is rounded to it at every merge, so that a bundle can go on merging where compression stopped.
+    """
+
+    def __init__(self, grid: tuple[int, int], channels: int, width: int, dtype: torch.dtype) -> None:
+        self._tree = split_grid(*grid)
+        self._width = width
+        self._storage = torch.zeros(0, channels, dtype=dtype)
+        self._changed = torch.zeros(0, dtype=torch.bool)  # rows of the storage since costs were last computed
+        self._rows = _new_rows(torch.zeros(0, dtype=torch.int64), 0, 0, self._tree.leaves[:0])
+        self._pending: _Merges | None = None
+        self.lost = 0.0
+        self.on_merges: OnMerges | None = None
+
+    def __len__(self) -> int:
+        return self._rows.slot.shape[0]
+
+    @property
+    def slots(self) -> Tensor:
+        """The name of each stretch in ``on_merges``, (n,)."""
+        return self._rows.slot
+
+    @property
+    def values(self) -> Tensor:
+        """The means of the stretches, (n, C)."""
+        return self._storage[self._rows.slot]
+
+    @property
+    def boxes(self) -> Tensor:
+        """(n, 6) int64, the frames and cells each stretch stands for, t0, t1, h0, h1, w0, w1, half-open."""
+        return torch.cat([self._rows.time, self._tree.rectangles[self._rows.cell]], dim=1)
+
+    def append(self, latents: Tensor, frame: int, shot: int) -> None:
+        """Add a frame. ``latents``: (H, W, C). ``frame``: its index; ``shot``: number of cuts before it."""
+        count = self._tree.leaves.shape[0]
+        self._pending = None
+        if self._storage.shape[0] > 2 * len(self) + 2 * count:
+            self._storage = self.values
+            self._rows.slot = torch.arange(len(self))
+            self._changed = torch.ones(len(self), dtype=torch.bool)
+        first = self._storage.shape[0]
+        self._storage = torch.cat([self._storage, latents.reshape(count, -1).to(self._storage)])
+        self._changed = torch.cat([self._changed, torch.ones(count, dtype=torch.bool)])
+        new = _new_rows(torch.arange(first, first + count), frame, shot, self._tree.leaves)
+        self._rows = _Rows(*(torch.cat(pair) for pair in zip(self._rows.columns(), new.columns(), strict=True)))
+
+    def merge_down(self, count: int, most_lost: float = torch.inf) -> None:
+        """Merge until ``count`` >= 1 stretches are left, or one more merge would lose more than ``most_lost`` in all.
+
+        The merges and their order do not depend on where this stops, so that a smaller budget goes on from a larger one.
+        """
+        while len(self) > count:
+            if self._pending is None:
+                self._pending = self._choose()
+            fits = self._pending.loss.cumsum(0) + self.lost <= most_lost
+            taken = min(len(self) - count, int(fits.cummin(0).values.sum()))
+            self._merge(self._pending.take(slice(taken)))
+            is_done = taken == len(fits)
+            self._pending = None if is_done else self._pending.take(slice(taken, None))
+            if not is_done:
+                return
+
+    def _choose(self) -> _Merges:
+        """Return the merges of a round, cheapest first. They do not touch each other."""
+        rows = self._rows
+        partner = self._refresh()
+        a, kind = (partner != NONE).nonzero().unbind(1)
+        b = partner[a, kind]
+        crosses = rows.shots[a, 1] != rows.shots[b, 0]
+        tie = (rows.time[a, 0] * self._tree.rectangles.shape[0] + rows.cell[a]) * 2 + kind
+        order = tie.argsort()
+        for key in (rows.cost[a, kind], crosses):
+            order = order[key[order].argsort(stable=True)]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.shape[0])
+        best = torch.full((len(self),), order.shape[0])
+        for end in (a, b):
+            best.scatter_reduce_(0, end, rank, "amin")
+        order = order[: max(1, int(ROUND_SHARE * order.shape[0]))]
+        a, b, kind, rank = a[order], b[order], kind[order], rank[order]
+        chosen = (rank == best[a]) & (rank == best[b])
+        a, b, kind = a[chosen], b[chosen], kind[chosen]
+        return _Merges(rows.slot[a], rows.slot[b], kind, rows.loss[a, kind])
+
+    def _refresh(self) -> Tensor:
+        """Find each stretch's partners, and compute the costs that are out of date. Return (n, 2) rows, -1 for none."""
+        rows = self._rows
+        span = int(rows.time[:, 1].max()) + 1
+        keys, order = (rows.cell * span + rows.time[:, 0]).sort()
+
+        def find(cell: Tensor, frame: Tensor) -> Tensor:
+            wanted = cell * span + frame
+            at = torch.searchsorted(keys, wanted).clamp(max=len(self) - 1)
+            return torch.where(keys[at] == wanted, order[at], NONE)
+
+        after = find(rows.cell, rows.time[:, 1])
+        sibling = self._tree.sibling[rows.cell]
+        beside = find(sibling, rows.time[:, 0])
+        fits = (sibling > rows.cell) & (beside != NONE) & (rows.time[beside, 1] == rows.time[:, 1])
+        partner = torch.stack([after, torch.where(fits, beside, NONE)], dim=1)
+        slots = torch.where(partner == NONE, NONE, rows.slot[partner])
+        changed = self._changed[rows.slot]
+        stale = (slots != rows.partner) | changed[:, None] | ((partner != NONE) & changed[partner])
+        rows.partner = slots
+        a, kind = (stale & (partner != NONE)).nonzero().unbind(1)
+        b = partner[a, kind]
+        for part in torch.arange(a.shape[0]).split(PAIRS_AT_ONCE):
+            rows.cost[a[part], kind[part]], rows.loss[a[part], kind[part]] = self._price(a[part], b[part])
+        self._changed.fill_(False)
+        return partner
+
+    def _sizes(self, rows: Tensor) -> Tensor:
+        time, cells = self._rows.time[rows], self._tree.rectangles[self._rows.cell[rows]]
+        return (time[:, 1] - time[:, 0]) * (cells[:, 1] - cells[:, 0]) * (cells[:, 3] - cells[:, 2])
+
+    def _price(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost and added squared error, float64, of merging rows ``a`` and ``b``."""
+        x, y = (self._storage[self._rows.slot[rows], : self._width].to(torch.float32) for rows in (a, b))
+        distance = (x - y).square().sum(-1).to(torch.float64)
+        n, m = self._sizes(a).to(torch.float64), self._sizes(b).to(torch.float64)
+        weight = n * m / (n + m)
+        return weight**COST_EXPONENT * distance, weight * distance
+
+    def _merge(self, merges: _Merges) -> None:
+        rows = self._rows
+        row_of = torch.empty(self._storage.shape[0], dtype=torch.int64)
+        row_of[rows.slot] = torch.arange(len(self))
+        a, b = row_of[merges.a], row_of[merges.b]
+        means = merge_means(self._storage[merges.a], self._storage[merges.b], self._sizes(a), self._sizes(b))
+        self._storage[merges.a] = means
+        self._changed[merges.a] = True
+        self.lost = add_up(merges.loss, self.lost)
+        if self.on_merges is not None:
+            self.on_merges(merges.a, merges.b, merges.loss)
+        rows.time[a, 1] = rows.time[b, 1]
+        rows.cell[a] = torch.where(merges.kind == 0, rows.cell[a], self._tree.parent[rows.cell[a]])
+        rows.shots[a, 1] = torch.maximum(rows.shots[a, 1], rows.shots[b, 1])
+        keep = torch.ones(len(self), dtype=torch.bool)
+        keep[b] = False
+        self._rows = _Rows(*(column[keep] for column in rows.columns()))
+
+
+def add_up(losses: Tensor, start: float) -> float:
+    """Return ``start`` plus the losses, added one after the other: the same bits however they are split."""
+    return sum(losses.tolist(), start)
+
+
+def merge_means(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> Tensor:
+    """Return the means of ``x`` (k, C), of ``n`` (k,) latents each, and ``y``, of ``m`` each, in the dtype of ``x``."""
+    n, m = n.to(torch.float32)[:, None], m.to(torch.float32)[:, None]
+    return ((x.to(torch.float32) * n + y.to(torch.float32) * m) / (n + m)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Merges:
+    """Merges in order: slots ``b`` go into slots ``a``. ``kind``: 0 along time, 1 with the sibling cells. ``loss``: the
+    squared error that each adds."""
+
+    a: Tensor
+    b: Tensor
+    kind: Tensor
+    loss: Tensor
+
+    def take(self, part: slice) -> _Merges:
+        return _Merges(self.a[part], self.b[part], self.kind[part], self.loss[part])
+
+
+@dataclass
+class _Rows:
+    """One row a stretch: ``slot``, its place in the storage; ``time`` t0, t1; ``cell``, its rectangle; ``shots``, first and
+    last. For the two merges it may take part in as the first, along time and with the sibling cells: ``partner``, the
+    other's slot; ``cost``; ``loss``, the squared error added."""
+
+    slot: Tensor
+    time: Tensor
+    cell: Tensor
+    shots: Tensor
+    partner: Tensor
+    cost: Tensor
+    loss: Tensor
+
+    def columns(self) -> tuple[Tensor, ...]:
+        return self.slot, self.time, self.cell, self.shots, self.partner, self.cost, self.loss
+
+
+def _new_rows(slot: Tensor, frame: int, shot: int, cell: Tensor) -> _Rows:
+    count = slot.shape[0]
+    return _Rows(
+        slot,
+        torch.tensor([[frame, frame + 1]]).expand(count, 2),
+        cell,
+        torch.full((count, 2), shot),
+        torch.full((count, 2), NONE),
+        torch.full((count, 2), torch.inf, dtype=torch.float64),
+        torch.zeros(count, 2, dtype=torch.float64),
+    )

@@ -1,0 +1,52 @@
+"""What adaptive Fre-Res keeps of a clip: stretches of time of a cell, or of several, each with its mean latent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """S stretches in sequence order: by the middle of their time, then of their rows, then of their columns.
+
+    ``latents``: (S, C), each the mean of what it stands for, or a latent as encoded if that is a single one. ``boxes``:
+    (S, 6) int64, the sampled frames and the cells each stands for, t0, t1, h0, h1, w0, w1, half-open; together they cover
+    the clip once. ``merges``: (S-1, 2) int64, how merging goes on down to a single stretch: two rows, or S + i for the
+    result of merge i. ``merge_loss``: (S-1,) float64, the squared error that each merge adds. ``energy``: (2,) float64,
+    that of the clip's latents around their mean, and the squared error so far. ``curve_tokens`` (n,) int64,
+    ``curve_loss`` (n,) float64: squared error at some numbers of tokens, largest first. ``cut_frame``: (m,) int64, first
+    frame after each cut. ``grid``: (T, H, W). ``width``: D. ``frame_seconds``: (T,) float64.
+    """
+
+    width: int
+    grid: tuple[int, int, int]
+    frame_seconds: Tensor
+    latents: Tensor
+    boxes: Tensor
+    merges: Tensor
+    merge_loss: Tensor
+    energy: Tensor
+    curve_tokens: Tensor
+    curve_loss: Tensor
+    cut_frame: Tensor
+
+    def __len__(self) -> int:
+        return int(self.latents.shape[0])
+
+    @property
+    def quality(self) -> float:
+        """Share of the latents' energy that the stretches hold, in [0, 1]; 1 where there is none."""
+        return self.quality_at(float(self.energy[1]))
+
+    def quality_at(self, lost: float) -> float:
+        """Return the share of the energy that is left when ``lost`` of it, a squared error, is gone."""
+        total = float(self.energy[0])
+        return min(1.0, max(0.0, 1.0 - lost / total)) if total > 0 else 1.0
+
+    def without_deep_rows(self) -> Stretches:
+        """Return the same stretches with the main channels only."""
+        return replace(self, latents=self.latents[:, : self.width].contiguous())
