@@ -54,7 +54,7 @@ def keep_above(units: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def _search(units: Tensor, budget_tokens: int) -> Tensor:
-    """Return scores (T, N) whose highest are the tokens to keep: infinite for those above the threshold."""
+    """Return the changes (T, N) at the threshold that was found: those of kept tokens are above all others."""
     low, high = 0.0, MOST_CHANGE
     best = keep_above(units, high)
     for _ in range(NUM_HALVINGS):
@@ -66,8 +66,7 @@ def _search(units: Tensor, budget_tokens: int) -> Tensor:
             low = middle
         else:
             high, best = middle, tried
-    kept, change = best
-    return change.masked_fill(kept, torch.inf)
+    return best[1]
 
 
 METHOD = Method(
