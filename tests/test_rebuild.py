@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.fft import idct
+from scipy.fft import dct, idct
 
 from freres_cli.method.rebuild import rebuild_frames
 from freres_cli.method.residuals import pool_to_cells
@@ -112,6 +112,48 @@ def test_a_pooled_place_shows_the_means_that_were_kept():
     assert known
     for cell in known:
         torch.testing.assert_close(shown[0, places == cell], means[cell].expand(4, WIDTH), atol=1e-5, rtol=1e-5)
+
+
+def test_a_place_without_a_token_shows_the_mean_of_the_anchor_tokens_in_its_cell():
+    latents = noise_clip(1, (6, 6)).repeat(T, 1, 1, 1)
+    tracks, *_ = compress(latents, 30, anchors=1, pooled_side=3, static_per_gop=0, variant="anchors")
+    shown, kept = rebuild_frames(tracks)[0].reshape(6, 6, WIDTH), torch.zeros(36, dtype=torch.bool)
+    kept[tracks.anchor_cell[tracks.anchor_gop == 0]] = True
+    kept = kept.reshape(6, 6)
+    num_shown = 0
+    for h in range(0, 6, 2):
+        for w in range(0, 6, 2):
+            own, cell = kept[h : h + 2, w : w + 2], latents[0, h : h + 2, w : w + 2]
+            for value in shown[h : h + 2, w : w + 2][~own] if bool(own.any()) else ():
+                torch.testing.assert_close(value, cell[own].mean(0))
+                num_shown += 1
+    assert num_shown
+
+
+def test_a_summary_moves_with_its_low_bands():
+    """All cells are equal, so the mean over cells is the course of each, as far as its bands go."""
+    course = noise_clip(T, (1, 1))
+    tracks, *_ = compress(course.expand(T, SIDE, SIDE, WIDTH).contiguous(), 12, variant="temporal", static_per_gop=0)
+    num_bands = tracks.summary_spectrum.shape[1]
+    assert tracks.gop_anchor_frame.tolist() == [0] and num_bands == 2
+    bare = sorted(set(range(N)) - set(tracks.base_cell.tolist()))
+    spectrum = dct((course[1:] - course[0]).flatten(1).numpy(), axis=0, norm="ortho")
+    spectrum[num_bands:] = 0
+    expected = course[0].flatten() + torch.from_numpy(idct(spectrum, axis=0, norm="ortho"))
+    frames = rebuild_frames(tracks)
+    assert bare
+    for place in bare:
+        torch.testing.assert_close(frames[1:, place], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(frames[0, place], course[0].flatten())
+
+
+def test_long_gops_keep_the_scale_of_their_coefficients():
+    """More residual frames than time bins: a jump that stays is a lone DC coefficient, and comes back whole."""
+    before, after = noise_clip(2)
+    latents = torch.cat([before[None], after.expand(300, SIDE, SIDE, WIDTH)])
+    tracks, *_ = compress(latents, 2 * N + 1, anchors=1, max_coefficients=1, **EVERY_CELL)
+    assert tracks.gop_bin_frames.tolist() == [4] and tracks.coefficient_gop.shape[0] == N
+    torch.testing.assert_close(rebuild_frames(tracks), latents.flatten(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_more_tokens_lose_less_of_a_smooth_clip():
