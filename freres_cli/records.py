@@ -104,6 +104,10 @@ class VideoTokens:
     ``energy``: (S,) float32, squared L2 norm of what the token carries (0 where that is meaningless). ``grid``: (T, H, W)
     of the full sequence that these tokens stand for. ``width``: D. ``frame_seconds``: (T,) float64, time of every
     sampled frame, including those without a token: some families write it in the prompt.
+
+    ``boxes``: (S, 6) int64, what each token stands for: [t0, t1, h0, h1, w0, w1), half-open, in sampled frames and cells
+    of the grid; ``None`` if each token stands for its own cell at its own frame. The language model does not see them, and
+    bundles do not hold them.
     """
 
     latents: Tensor
@@ -115,6 +119,7 @@ class VideoTokens:
     grid: tuple[int, int, int]
     width: int
     frame_seconds: Tensor
+    boxes: Tensor | None = None
 
     def __post_init__(self) -> None:
         s = self.latents.shape[0]
@@ -128,6 +133,16 @@ class VideoTokens:
         for name in ("seconds", "kind", "gop", "energy"):
             _require(tuple(getattr(self, name).shape) == (s,), f"{name}: expected ({s},)")
         _require(tuple(self.frame_seconds.shape) == self.grid[:1], f"frame_seconds: expected {self.grid[:1]}")
+        if self.boxes is not None:
+            self._check_boxes(self.boxes)
+
+    def _check_boxes(self, boxes: Tensor) -> None:
+        s = self.latents.shape[0]
+        _require(tuple(boxes.shape) == (s, 6), f"boxes: expected ({s}, 6), got {tuple(boxes.shape)}")
+        _require(str(boxes.dtype) == "torch.int64", f"boxes: expected int64, got {boxes.dtype}")
+        first, stop = boxes[:, 0::2], boxes[:, 1::2]
+        inside = (first >= 0) & (first < stop) & (stop <= boxes.new_tensor(self.grid))
+        _require(bool(inside.all()), "boxes: expected at least one cell each, on the grid")
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])

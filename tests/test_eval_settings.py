@@ -77,7 +77,7 @@ def test_only_the_model_as_it_is_keeps_the_deep_rows(clip):
     channels = {name: clip.build_tokens(name, budgets.get(name, BUDGET)).latents.shape[1] for name in METHODS}
     assert channels == {**dict.fromkeys(channels, HIDDEN), "full": WHOLE}
     kept = clip.with_settings({"deepstack": "keep"})
-    for name in ("uniform", "lowres", "fre-res"):
+    for name in ("uniform", "lowres", "evs", "dtd", "fre-res"):
         whole, dropped = kept.build_tokens(name, BUDGET), clip.build_tokens(name, BUDGET)
         assert whole.latents.shape[1] == WHOLE and torch.equal(whole.latents[:, :HIDDEN], dropped.latents)
         assert torch.equal(whole.energy, dropped.energy)

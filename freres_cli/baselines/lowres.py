@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
@@ -20,8 +21,8 @@ def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
     """Return means of ``latents`` (T, H, W, C) over cells of every frame, at the cells' centres: min(B, T*H*W) tokens.
 
     B is ``budget_tokens``. All frames have the same number of cells, except that some, evenly spread, have one more. If B
-    is below one token per frame, B evenly spread frames are kept with one token each. ``frame_seconds``: (T,) float64.
-    ``width``: D. Raises ``ValueError`` if the budget is below one.
+    is below one token per frame, B evenly spread frames are kept with one token each. Boxes are set. ``frame_seconds``:
+    (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
@@ -32,37 +33,40 @@ def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
     num_cells = torch.full_like(frames, fewest)
     if num_finer:
         num_cells[spread(num_finer, frames.shape[0])] += 1
-    cells, positions = [], []
+    cells, spans = [], []
     for count in num_cells.unique().tolist():
         these = frames[num_cells == count]
-        means, centres = pool_cells(latents[these], count)
+        means, own = pool_cells(latents[these], count)
         cells.append(means.flatten(0, 1))
-        times = these.to(torch.float32).repeat_interleave(count)
-        positions.append(torch.cat([times[:, None], centres.repeat(these.shape[0], 1)], dim=1))
-    places = torch.cat(positions)
+        times = these.repeat_interleave(count)[:, None]
+        spans.append(torch.cat([times, times + 1, own.repeat(these.shape[0], 1)], dim=1))
+    boxes = torch.cat(spans)
     # Stable: within a frame cells stay in raster order.
-    order = places[:, 0].argsort(stable=True)
-    frame = places[order, 0].long()
+    order = boxes[:, 0].argsort(stable=True)
+    boxes = boxes[order]
+    # The middle of the cells that were averaged.
+    positions = (boxes[:, 0::2] + boxes[:, 1::2] - 1).to(torch.float32) / 2
     rows = torch.cat(cells)[order].to(latents.dtype)
-    return place_tokens(rows, places[order], frame, (num_frames, grid_h, grid_w), frame_seconds, width)
+    frame = boxes[:, 0].clone()
+    tokens = place_tokens(rows, positions, frame, (num_frames, grid_h, grid_w), frame_seconds, width)
+    return replace(tokens, boxes=boxes)
 
 
 def pool_cells(latents: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
-    """Return the means of ``latents`` (T, H, W, C) over ``num_cells`` cells of each frame, and the cells' centres.
+    """Return the means of ``latents`` (T, H, W, C) over ``num_cells`` cells of each frame, and what the cells span.
 
-    The shapes are (T, num_cells, C) and (num_cells, 2), both float32. Rows of cells have equal heights; some have one
-    cell more than others.
+    The shapes are (T, num_cells, C) float32 and (num_cells, 4) int64, [h0, h1, w0, w1). Rows of cells have equal heights;
+    some have one cell more than others. Where the grid does not divide evenly, neighbours share a row or column of tokens.
     """
     _, grid_h, grid_w, _ = latents.shape
     cells_of_row = choose_rows(grid_h, grid_w, num_cells)
     image = latents.to(torch.float32).movedim(-1, 1)
-    heights = _centres(grid_h, len(cells_of_row))
-    means, places = [], []
+    heights = _spans(grid_h, len(cells_of_row))
+    means, spans = [], []
     for row, columns in enumerate(cells_of_row):
         means.append(torch.nn.functional.adaptive_avg_pool2d(image, (len(cells_of_row), columns))[:, :, row])
-        widths = _centres(grid_w, columns)
-        places.append(torch.stack([heights[row].expand(columns), widths], dim=1))
-    return torch.cat(means, dim=-1).movedim(1, -1), torch.cat(places)
+        spans.append(torch.cat([heights[row].expand(columns, 2), _spans(grid_w, columns)], dim=1))
+    return torch.cat(means, dim=-1).movedim(1, -1), torch.cat(spans)
 
 
 def choose_rows(grid_h: int, grid_w: int, num_cells: int) -> list[int]:
@@ -82,11 +86,10 @@ def _aspect(grid_h: int, grid_w: int, rows: int, num_cells: int) -> float:
     return max(max(height / width, width / height) for width in widths)
 
 
-def _centres(size: int, num_cells: int) -> Tensor:
-    """Return the middle of each cell of ``adaptive_avg_pool2d`` on an axis of ``size`` tokens: (num_cells,) float32."""
+def _spans(size: int, num_cells: int) -> Tensor:
+    """Return first and stop of each cell of ``adaptive_avg_pool2d`` on an axis of ``size`` tokens: (num_cells, 2) int64."""
     index = torch.arange(num_cells)
-    first, stop = index * size // num_cells, -((index + 1) * -size // num_cells)
-    return (first + stop - 1).to(torch.float32) / 2
+    return torch.stack([index * size // num_cells, -((index + 1) * -size // num_cells)], dim=1)
 
 
 METHOD = Method(

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from freres_cli.baselines import blind, fre_res, full, lowres, uniform
+from freres_cli.baselines import blind, dtd, evs, fre_res, full, lowres, uniform
 from freres_cli.baselines.declaration import Method
 
 FRE_RES = fre_res.METHOD.name
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (full.METHOD, uniform.METHOD, lowres.METHOD, fre_res.METHOD, blind.METHOD)}
+    {
+        method.name: method
+        for method in (
+            full.METHOD,
+            uniform.METHOD,
+            lowres.METHOD,
+            evs.METHOD,
+            dtd.METHOD,
+            fre_res.METHOD,
+            blind.METHOD,
+        )
+    }
 )
 BUNDLE_METHODS = tuple(name for name, method in METHODS.items() if method.makes_bundles)

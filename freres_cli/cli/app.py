@@ -21,6 +21,7 @@ from freres_cli.cli import (
     demo,
     doctor,
     eval,
+    fidelity,
     inspect,
     methods,
     models,
@@ -46,6 +47,7 @@ app.command("compress")(compress.compress)
 app.command("ask")(ask.ask)
 app.command("profile")(profile.profile)
 app.command("eval")(eval.evaluate)
+app.command("fidelity")(fidelity.fidelity)
 app.command("ablate")(ablate.ablate)
 app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)

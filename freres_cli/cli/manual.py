@@ -88,6 +88,23 @@ eval:
       num_videos_resumed model settings notes environment
   defaults: {output: none (nothing is kept), limit: every question,
     adapter: "the bundled model's own, none for others"}
+fidelity:
+  examples:
+    freres fidelity video.mp4: What five methods keep at three budgets; no language model is loaded.
+    freres fidelity clips/ --methods dtd,fre-res --budgets 0.1 --json: Every video of a folder, with what each second loses.
+    freres fidelity video.mp4 --model Qwen/Qwen2-VL-7B-Instruct --plot kept.png: Another model's tower, and a picture.
+  output: >-
+    A table with a row for each method and budget: tokens and the share of energy that hold and linear keep, means over the
+    videos, each of which counts once. For several videos a second table lists each of them. A video that cannot be used
+    is a warning, and counts for no mean. In the JSON, `lost_by_second` has the share of the clip's energy that is lost in
+    each second after its first frame; it sums to 1 minus the share kept. `--plot` needs matplotlib: pip install
+    'freres[plot]'. It shows the seconds of at most 6 videos, at the smallest budget of each method, by the reader that
+    keeps more.
+  schemas:
+    freres.fidelity/1:
+      rows (method budget budget_tokens visual_tokens full_tokens kept_hold kept_linear) videos (video num_frames full_tokens
+      and rows with lost_by_second_hold lost_by_second_linear) failed (video message) plot model settings notes environment
+  defaults: {plot: none (nothing is drawn)}
 train:
   examples:
     freres train data.jsonl --model Qwen/Qwen2-VL-2B-Instruct: Write adapter.safetensors.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,17 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_method(incomplete: str) -> list[str]:
     """Complete the last method of a comma-separated list."""
+    return _complete_last(incomplete, METHODS)
+
+
+def complete_bundle_methods(incomplete: str) -> list[str]:
+    """Complete the last method of a comma-separated list of methods that make bundles."""
+    return _complete_last(incomplete, BUNDLE_METHODS)
+
+
+def _complete_last(incomplete: str, names: Iterable[str]) -> list[str]:
     before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in METHODS if name.startswith(last)]
+    return [f"{before}{comma}{name}" for name in names if name.startswith(last)]
 
 
 def complete_bundle_method(incomplete: str) -> list[str]:

@@ -71,6 +71,16 @@ class EncodedClip:
         """Number of frames that the settings name."""
         return len(self._baseline.pts_seconds)
 
+    @property
+    def latents(self) -> Tensor:
+        """Latents of the frames that the settings name: (T, H, W, C), on the CPU."""
+        return self._baseline.latents
+
+    @property
+    def pts_seconds(self) -> tuple[float, ...]:
+        """Time of each of these frames, in seconds."""
+        return self._baseline.pts_seconds
+
     def with_settings(self, changed: Mapping[str, Any]) -> EncodedClip:
         """Return the same clip with other settings. The latents are shared; the baseline keeps its frames."""
         clip = copy.copy(self)
@@ -85,8 +95,7 @@ class EncodedClip:
         equal cost. Only ``full``, the unchanged model, keeps the rows.
         """
         if method == FRE_RES:
-            plan = self._plan(budget_tokens)
-            tracks = self._reduce_tracks(plan)[0]
+            tracks = self.build_tracks(budget_tokens)
             with self._timer.stage("compress"), torch.no_grad():
                 return build_tokens(tracks, self._options.settings.variant, modules)
         settings = self._options.settings
@@ -98,6 +107,10 @@ class EncodedClip:
         tokens = reduce_latents(whole, plan, options, self._encoder.width, self._timer).content
         assert isinstance(tokens, VideoTokens)
         return tokens
+
+    def build_tracks(self, budget_tokens: int) -> Tracks:
+        """Return the tracks of Fre-Res. With ``track_density`` above 1 their frames may be denser than ``latents``."""
+        return self._reduce_tracks(self._plan(budget_tokens))[0]
 
     def make_bundle(self, budget_tokens: int) -> tuple[Tracks, dict[str, Any]]:
         """Return the tracks and the manifest of the bundle that ``freres compress`` would write at this budget."""

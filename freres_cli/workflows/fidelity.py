@@ -1,0 +1,163 @@
+"""videos -> how much of each clip the methods' tokens can rebuild. Each video is decoded and encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.baselines.registry import FRE_RES
+from freres_cli.bench.clock import StageTimer
+from freres_cli.devices import memory_errors_as
+from freres_cli.errors import FreresError, UsageError
+from freres_cli.evaluation.cells import Cell
+from freres_cli.evaluation.fidelity import READERS, lost_by_second, measure_energy, measure_loss, share_kept
+from freres_cli.evaluation.fidelity_plot import draw_fidelity, find_matplotlib
+from freres_cli.files import check_destination, write_atomically
+from freres_cli.method.rebuild import rebuild_frames
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.planning import CompressOptions
+
+PLOT_FLAG = "--plot"
+
+Rebuild = Callable[[slice], Tensor]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class FidelityRequest:
+    """What to measure.
+
+    ``videos``: the files. ``cells``: the methods and budgets to compare. ``options``: model, device and settings.
+    ``plot``: the PNG file to draw, if any. ``force``: replace an existing one.
+    """
+
+    videos: tuple[Path, ...]
+    cells: tuple[Cell, ...]
+    options: CompressOptions
+    plot: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class FidelityResult:
+    """What was measured.
+
+    ``rows``: means over the videos, one for each method and budget. ``videos``: the same for each video, with the share
+    that is lost in each second. ``failed``: videos that could not be used, which count for no mean. ``model``: the
+    encoder's fingerprint. ``dtype``: of the latents. ``notes``: what the user should know.
+    """
+
+    rows: list[dict[str, Any]]
+    videos: list[dict[str, Any]]
+    failed: list[dict[str, Any]]
+    model: dict[str, Any]
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+
+def measure_fidelity(
+    request: FidelityRequest, progress: Progress | None = None, models: Models | None = None
+) -> FidelityResult:
+    """Measure what each method keeps of each video at each budget, and draw the plot if one is asked for.
+
+    ``progress``: called with the number of videos done and the number of all videos. ``models``: a model that is already
+    loaded; only its tower is used. Raises ``UsageError`` for a plot that cannot be drawn, and the error of the first
+    video if none can be used.
+    """
+    if request.plot is not None:
+        check_plot(request)
+    encoder = (models or Models(request.options.model)).encoder
+    videos, failed, errors = [], [], []
+    for done, path in enumerate(request.videos):
+        if progress is not None:
+            progress(done, len(request.videos))
+        try:
+            with memory_errors_as(f"video {path}", "measure a shorter one, or use a smaller --dtype"):
+                timer = StageTimer(torch.device(request.options.model.device.name))
+                clip = EncodedClip(VideoSource(path), request.options, encoder, timer)
+                videos.append(measure_clip(clip, request.cells, encoder.width) | {"video": str(path)})
+        except FreresError as error:
+            errors.append(error)
+            failed.append({"video": str(path), "message": error.message})
+    if not videos:
+        first = errors[0]
+        if len(errors) > 1:
+            first = type(first)(f"none of {len(errors)} videos could be used: {first.message}", first.hint)
+        raise first
+    rows = average_rows([video["rows"] for video in videos])
+    notes = list(encoder.notes)
+    if request.plot is not None:
+        png, more = draw_fidelity(rows, videos)
+        write_atomically(request.plot, lambda file: file.write(png), force=request.force, flag=PLOT_FLAG)
+        notes += more
+    return FidelityResult(rows, videos, failed, dict(encoder.fingerprint), encoder.dtype, tuple(notes))
+
+
+def check_plot(request: FidelityRequest) -> None:
+    """Refuse, before any work is done, a plot that cannot be drawn or written. Raises ``UsageError``."""
+    assert request.plot is not None
+    find_matplotlib(PLOT_FLAG)
+    if request.plot.suffix.lower() != ".png":
+        raise UsageError(f"{PLOT_FLAG}: expected a file name ending in .png, got {request.plot}")
+    check_destination(request.plot, request.force, PLOT_FLAG)
+
+
+def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[str, Any]:
+    """Return what is measured of one clip: its frames and tokens, and a row for each of ``cells``. ``width``: D."""
+    energy = measure_energy(clip.latents, width)
+    rows = []
+    for cell in cells:
+        budget_tokens = clip.full_tokens if cell.budget is None else cell.budget.tokens(clip.full_tokens)
+        num_tokens, rebuilds = rebuild_clip(clip, cell.method, budget_tokens)
+        row: dict[str, Any] = {
+            "method": cell.method,
+            "budget": None if cell.budget is None else cell.budget.number,
+            "budget_tokens": budget_tokens,
+            "visual_tokens": num_tokens,
+            "full_tokens": clip.full_tokens,
+        }
+        for reader, rebuild in rebuilds.items():
+            lost = measure_loss(clip.latents, rebuild, width)
+            row[f"kept_{reader}"] = share_kept(float(lost.sum()), energy)
+            row[f"lost_by_second_{reader}"] = lost_by_second(lost, energy, clip.pts_seconds)
+        rows.append(row)
+    return {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens, "rows": rows}
+
+
+def rebuild_clip(clip: EncodedClip, method: str, budget_tokens: int) -> tuple[int, dict[str, Rebuild]]:
+    """Return how many tokens a method keeps of a clip, and the clip as each reader rebuilds it from them.
+
+    Fre-Res is rebuilt from its tracks, by either reader. If these are denser than the clip, each frame is compared with
+    the track's frame that is nearest in time.
+    """
+    if method == FRE_RES:
+        tracks = clip.build_tracks(budget_tokens)
+        frames = rebuild_frames(tracks)
+        nearest = _nearest(tracks.frame_seconds, torch.tensor(clip.pts_seconds, dtype=torch.float64))
+        return sum(tracks.num_tokens_by_kind().values()), dict.fromkeys(READERS, lambda part: frames[nearest[part]])
+    tokens = clip.build_tokens(method, budget_tokens)
+    return len(tokens), {name: read(tokens).frames for name, read in READERS.items()}
+
+
+def _nearest(times: Tensor, wanted: Tensor) -> Tensor:
+    """Return the index of the time nearest to each wanted one: (n,) int64. ``times`` increase."""
+    later = torch.searchsorted(times, wanted).clamp(max=times.shape[0] - 1)
+    earlier = (later - 1).clamp(min=0)
+    return torch.where((times[later] - wanted).abs() < (wanted - times[earlier]).abs(), later, earlier)
+
+
+def average_rows(videos: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the mean over videos of each row's figures; every video counts once."""
+    figures = ("budget_tokens", "visual_tokens", "full_tokens", *(f"kept_{reader}" for reader in READERS))
+    return [
+        {key: own[0][key] for key in ("method", "budget")}
+        | {key: sum(row[key] for row in own) / len(own) for key in figures}
+        for own in zip(*videos, strict=True)
+    ]
