@@ -95,6 +95,12 @@ class FrameSize:
 TOKEN_KINDS = ("anchor", "dynamic", "static", "summary")
 
 
+def nearest_frames(t: Tensor, num_frames: int) -> Tensor:
+    """Return the nearest of ``num_frames`` frames for positions on the frame axis: (S,) -> (S,) int64. Of a tie, the
+    later frame."""
+    return (t + 0.5).floor().long().clamp(0, num_frames - 1)
+
+
 @dataclass(frozen=True)
 class VideoTokens:
     """Visual tokens ready for the language model, in sequence order.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freres_cli.backbones.base import PromptRows
 from freres_cli.backbones.language import DecoderLanguageModel, join_rows
-from freres_cli.records import VideoTokens
+from freres_cli.records import VideoTokens, nearest_frames
 
 Ids = Sequence[int]
 
@@ -26,11 +26,6 @@ class FrameTexts:
     after: Sequence[Ids]
     intro: Ids = ()
     outro: Ids = ()
-
-
-def nearest_frames(video: VideoTokens) -> Tensor:
-    """The sampled frame that each token is assigned to, (S,) int64: the nearest one, or the later one of a tie."""
-    return (video.positions[:, 0] + 0.5).floor().long().clamp(0, video.grid[0] - 1)
 
 
 class FrameRunLanguageModel(DecoderLanguageModel):
@@ -78,7 +73,7 @@ class FrameRunLanguageModel(DecoderLanguageModel):
 
     def tokens_of_frames(self, video: VideoTokens) -> tuple[Tensor, ...]:
         """The indices of the tokens in the run of each of the T sampled frames."""
-        frames = nearest_frames(video)
+        frames = nearest_frames(video.positions[:, 0], video.grid[0])
         order = torch.argsort(frames, stable=True)
         return order.split(frames.bincount(minlength=video.grid[0]).tolist())
 
