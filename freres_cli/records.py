@@ -109,7 +109,9 @@ class VideoTokens:
     fractional. ``seconds``: (S,) float64. ``kind``: (S,) uint8 index into ``TOKEN_KINDS``. ``gop``: (S,) int64.
     ``energy``: (S,) float32, squared L2 norm of what the token carries (0 where that is meaningless). ``grid``: (T, H, W)
     of the full sequence that these tokens stand for. ``width``: D. ``frame_seconds``: (T,) float64, time of every
-    sampled frame, including those without a token: some families write it in the prompt.
+    sampled frame, including those without a token: some families write it in the prompt. ``stretches``: (S, 2) float32,
+    the stretch [from, to) of the frame axis that each token stands for, ``None`` if that is not known; only read for
+    tokens that are not anchors.
     """
 
     latents: Tensor
@@ -121,6 +123,7 @@ class VideoTokens:
     grid: tuple[int, int, int]
     width: int
     frame_seconds: Tensor
+    stretches: Tensor | None = None
 
     def __post_init__(self) -> None:
         s = self.latents.shape[0]
@@ -134,6 +137,7 @@ class VideoTokens:
         for name in ("seconds", "kind", "gop", "energy"):
             _require(tuple(getattr(self, name).shape) == (s,), f"{name}: expected ({s},)")
         _require(tuple(self.frame_seconds.shape) == self.grid[:1], f"frame_seconds: expected {self.grid[:1]}")
+        _require(self.stretches is None or tuple(self.stretches.shape) == (s, 2), f"stretches: expected ({s}, 2)")
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])

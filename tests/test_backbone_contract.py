@@ -16,7 +16,7 @@ from freres_cli.records import nearest_frames
 from tests import family_contract
 from tests.family_contract import STEPS, T, Tiny, difference
 from tests.tiny_families import FAMILY_CASES
-from tests.tiny_models import CPU, MERGE, open_checkpoint, open_recording_checkpoint, random_frames, video_tokens
+from tests.tiny_models import CPU, MERGE, open_checkpoint, open_recording_checkpoint, random_frames
 
 tiny, one_thread = family_contract.tiny, family_contract.one_thread
 

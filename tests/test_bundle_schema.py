@@ -51,7 +51,7 @@ def test_the_column_table_is_the_fields_of_tracks():
 
 def test_version_2_stores_the_columns_of_the_tables():
     assert {"tracks": tuple(COLUMNS), "tokens": tuple(TOKEN_COLUMNS)} == version_2.TENSORS
-    assert set(TOKEN_COLUMNS) == {field.name for field in fields(VideoTokens)} - {"grid", "width"}
+    assert set(TOKEN_COLUMNS) == {field.name for field in fields(VideoTokens)} - {"grid", "width", "stretches"}
     of_tables = {
         column.dtype for table in (COLUMNS, TOKEN_COLUMNS) for column in table.values() if not column.is_latent
     }

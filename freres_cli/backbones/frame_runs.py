@@ -43,6 +43,11 @@ class FrameRunLanguageModel(DecoderLanguageModel):
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
         """The text around the sampled frames in the full prompt."""
 
+    def text_per_frame(self, video: VideoTokens) -> Tensor:
+        """See ``base.LanguageModel``."""
+        texts = self.frame_texts(video)
+        return torch.tensor([len(before) + len(after) for before, after in zip(texts.before, texts.after, strict=True)])
+
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
         """See ``DecoderLanguageModel.video_rows``. Runs are in order of time.
 

@@ -15,11 +15,11 @@ from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import VideoError
 from freres_cli.method.fusion import FreResModules
-from freres_cli.method.tokens import build_tokens
 from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_frames
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks
 from freres_cli.video.decode import DecodeReport
@@ -88,7 +88,7 @@ class EncodedClip:
             plan = self._plan(budget_tokens)
             tracks = self._reduce_tracks(plan)[0]
             with self._timer.stage("compress"), torch.no_grad():
-                return build_tokens(tracks, self._options.settings.variant, modules)
+                return make_tokens(tracks, self._options.settings.variant, modules)
         settings = self._options.settings
         if method == "full":
             settings = settings.with_values("eval", deepstack="keep")
@@ -100,7 +100,8 @@ class EncodedClip:
         return tokens
 
     def make_bundle(self, budget_tokens: int) -> tuple[Tracks, dict[str, Any]]:
-        """Return the tracks and the manifest of the bundle that ``freres compress`` would write at this budget."""
+        """Return the tracks and the manifest of the bundle that ``freres compress`` would write at this budget, without the
+        counts of text."""
         plan = self._plan(budget_tokens)
         tracks, reduction = self._reduce_tracks(plan)
         options = self._options_for(budget_tokens)
