@@ -34,6 +34,7 @@ class FrameRunLanguageModel(DecoderLanguageModel):
     A token belongs to the run of its nearest sampled frame, at its place in that frame. Everything keeps its position
     from the prompt of all T frames. A frame that has no tokens is left out together with its text: to the model that is
     the full prompt with that text masked as well as the tokens, and the prompt never announces a frame without tokens.
+    ``pipeline.prompt_text`` chooses the frames of tokens that may move, so that there are not too many runs.
     ``counts_raster``: positions within a frame are raster indices, the same on every axis.
     """
 

@@ -109,8 +109,10 @@ def compress(
     if dry_run:
         if is_many(paths):
             raise UsageError("--dry-run: expected one video file", "name one of them")
+        from freres_cli.pipeline.prompt_text import bound_text
+
         plan = compressor.plan(paths[0])
-        _print_plan(plan, {**_plan_document(plan, chosen), **compressor.bound_text(plan)}, chosen, json)
+        _print_plan(plan, {**_plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
     elif is_many(paths) or (output is not None and _is_folder(output)):
         listing = list_videos(paths)
         print_notes(listing.notes, quiet)

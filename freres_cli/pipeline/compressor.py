@@ -24,7 +24,7 @@ from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.notes import describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
-from freres_cli.pipeline.prompt_text import PromptText, bound_text, read_prompt_text
+from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
 from freres_cli.pipeline.reduction import Reduction, reduce_latents
 from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.video.decode import DecodeReport
@@ -87,14 +87,6 @@ class Compressor:
         """Return what ``compress`` would do, without encoding anything. Arguments and errors as there."""
         source = VideoSource(_as_video(video, seconds))
         return plan_compression(self._options_for(source), self.models.encoder, source.info)
-
-    def bound_text(self, plan: CompressPlan) -> dict[str, int | None]:
-        """Return the most text tokens in the video and tokens in context, as ``prompt_text.bound_text`` does; ``None`` for
-        both if the tokenizer cannot be read."""
-        try:
-            return bound_text(plan, self.models.prompt_counter)
-        except BackboneError:
-            return {"text_overhead_tokens": None, "context_tokens": None}
 
     def compress(
         self,

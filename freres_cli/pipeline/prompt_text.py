@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
+from freres_cli.errors import BackboneError
 from freres_cli.method.instants import share_instants
+from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressPlan
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import TOKEN_KINDS, VideoTokens, nearest_frames
@@ -151,16 +153,20 @@ def describe_moves(moves: Moves | None) -> dict[str, Any]:
     }
 
 
-def bound_text(plan: CompressPlan, model: LanguageModel) -> dict[str, int | None]:
-    """Return the most text that the prompt of a planned bundle can have, under the first two names of ``COUNTS``.
+def bound_text(plan: CompressPlan, models: Models) -> dict[str, int | None]:
+    """Return the most text that the prompt of a planned bundle can have, under the first two names of ``COUNTS``; ``None``
+    for both if the tokenizer of ``models`` cannot be read.
 
     Which frames will hold tokens is not known yet. Fre-Res may have an anchor for each event; another method may have
-    tokens at every frame. ``model``: the language half, with or without weights.
+    tokens at every frame.
     """
     info, num_frames = plan.info, plan.num_frames
     visual = plan.budget.expected.total if plan.budget else min(plan.budget_tokens, plan.full_tokens)
     seconds = torch.linspace(info.start_s, info.start_s + info.duration_s, num_frames, dtype=torch.float64)
-    text = read_prompt_text(model, (num_frames, plan.size.grid_h, plan.size.grid_w), seconds)
+    try:
+        text = read_prompt_text(models.prompt_counter, (num_frames, plan.size.grid_h, plan.size.grid_w), seconds)
+    except BackboneError:
+        return dict.fromkeys(COUNTS[:2])
     longest, runs = int(text.per_frame.max()), min(num_frames, visual)
     most = runs * longest
     if plan.budget is not None and not plan.budget.is_lossless:
