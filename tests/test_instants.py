@@ -125,3 +125,4 @@ def test_fewer_candidates_cost_little(monkeypatch):
     frames = nearest_frames(t, 200)
     shifts = [float((nearest_frames(new, 200) - frames).abs().sum()) for new in (exact, rough)]
     assert shifts[0] <= shifts[1] < 1.2 * shifts[0]
+    assert torch.equal(share_instants(t, movable, 200, 200), t)

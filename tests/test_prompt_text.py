@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from freres_cli.backbones.engine import score_options
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import choose_device
 from freres_cli.method.compress import compress_latents
@@ -23,6 +25,7 @@ from freres_cli.pipeline.prompt_text import (
 from freres_cli.pipeline.session import AskRequest, Session, open_session
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import TOKEN_KINDS, nearest_frames
+from freres_cli.workflows.train_adapter import _Run
 from tests import family_contract
 from tests.clips import write_clip
 from tests.runner import run_freres
@@ -166,6 +169,27 @@ def test_a_session_reads_the_settled_tokens(tiny):
     session.ask(QUESTION, max_new_tokens=1)
     rows = len(tiny.model.splice(tiny.prompt.prefix, session.tokens))
     assert session.text_overhead_tokens == rows - len(tiny.prompt.prefix) - len(some)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl"])
+def test_an_adapter_is_trained_on_the_tokens_that_ask_reads(name, tmp_path):
+    case = next(case for case in FAMILY_CASES if case.name == name)
+    tiny = family_contract.Tiny(case, tmp_path)
+    plan, knobs = plan_of("bundled", 24, grid=f"{case.grid[0]}x{case.grid[1]}", budget_tokens=60, anchors=2)
+    frames = tiny.vision.encode(case.frames(24))
+    tracks = compress_latents(frames, [i / 4 for i in range(24)], plan, knobs, tiny.vision.width)
+    session = Session(tiny.model, make_tokens(tracks, "absorber"), 24 * 20, "max", 0.0)
+    assert session.moves is not None
+    ids, answers = tiny.model.prompt(QUESTION), [(97, 98), (99,)]
+    question = SimpleNamespace(prefix=ids.prefix, suffix=ids.suffix, answers=answers)
+    settings = SimpleNamespace(variant="absorber", text_after="max")
+    trainer = SimpleNamespace(
+        request=SimpleNamespace(options=SimpleNamespace(settings=settings)), model=tiny.model, modules=None
+    )
+    example = SimpleNamespace(questions=[question], tracks=lambda budget: tracks)
+    [trained] = _Run._scores(trainer, example, 0, [0])
+    prefix, suffix = session._prompt(QUESTION)
+    assert torch.allclose(trained, score_options(tiny.model, prefix, suffix, answers), atol=1e-3)
 
 
 # What the verbs report
