@@ -175,7 +175,7 @@ class _Store:
         if missing or not all(map(_is_whole, bundles)):
             timer = StageTimer(torch.device(self.options.model.device.name))
             clip = EncodedClip(VideoSource(questions[0].video), self.options, self.models.encoder, timer)
-            _write_bundles(clip, self.budgets, bundles)
+            _write_bundles(clip, self.budgets, bundles, self.model)
             taught |= _teach(clip, missing, self.model, self.options.settings.text_after)
             write_atomically(path, lambda file: file.write(json.dumps(taught).encode()), force=True)
         asked = []
@@ -243,10 +243,10 @@ def _read_teacher(path: Path) -> dict[str, list[float] | None]:
     return taught if isinstance(taught, dict) else {}
 
 
-def _write_bundles(clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequence[Path]) -> None:
+def _write_bundles(clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequence[Path], model: LanguageModel) -> None:
     for budget, path in zip(budgets, bundles, strict=True):
         if not _is_whole(path):
-            write_bundle(path, *clip.make_bundle(budget.tokens(clip.full_tokens)), force=True)
+            write_bundle(path, *clip.make_bundle(budget.tokens(clip.full_tokens), model), force=True)
 
 
 def _teach(
