@@ -95,6 +95,12 @@ class FrameSize:
 TOKEN_KINDS = ("anchor", "dynamic", "static", "summary")
 
 
+def nearest_frames(t: Tensor, num_frames: int) -> Tensor:
+    """Return the nearest of ``num_frames`` frames for positions on the frame axis: (S,) -> (S,) int64. Of a tie, the
+    later frame."""
+    return (t + 0.5).floor().long().clamp(0, num_frames - 1)
+
+
 @dataclass(frozen=True)
 class VideoTokens:
     """Visual tokens ready for the language model, in sequence order.
@@ -106,8 +112,9 @@ class VideoTokens:
     sampled frame, including those without a token: some families write it in the prompt.
 
     ``boxes``: (S, 6) int64, what each token stands for: [t0, t1, h0, h1, w0, w1), half-open, in sampled frames and cells
-    of the grid; ``None`` if each token stands for its own cell at its own frame. The language model does not see them, and
-    bundles do not hold them.
+    of the grid; ``None`` if each token stands for its own cell at its own frame. ``stretches``: (S, 2) float32, where only
+    the time that each token stands for is known, [from, to) on the frame axis. The language model sees neither, and bundles
+    do not hold them.
     """
 
     latents: Tensor
@@ -120,6 +127,7 @@ class VideoTokens:
     width: int
     frame_seconds: Tensor
     boxes: Tensor | None = None
+    stretches: Tensor | None = None
 
     def __post_init__(self) -> None:
         s = self.latents.shape[0]
@@ -135,6 +143,12 @@ class VideoTokens:
         _require(tuple(self.frame_seconds.shape) == self.grid[:1], f"frame_seconds: expected {self.grid[:1]}")
         if self.boxes is not None:
             self._check_boxes(self.boxes)
+        _require(self.stretches is None or tuple(self.stretches.shape) == (s, 2), f"stretches: expected ({s}, 2)")
+
+    @property
+    def spans(self) -> Tensor | None:
+        """The time that each token stands for, (S, 2) [from, to) on the frame axis; ``None`` if it is not known."""
+        return self.stretches if self.boxes is None else self.boxes[:, :2]
 
     def _check_boxes(self, boxes: Tensor) -> None:
         s = self.latents.shape[0]

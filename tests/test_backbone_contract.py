@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from freres_cli.backbones import attention, base, engine
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.registry import FAMILIES
+from freres_cli.records import nearest_frames
 from tests import family_contract
 from tests.family_contract import STEPS, T, Tiny, difference
 from tests.tiny_families import FAMILY_CASES
-from tests.tiny_models import CPU, MERGE, open_checkpoint, open_recording_checkpoint, random_frames, video_tokens
+from tests.tiny_models import CPU, MERGE, open_checkpoint, open_recording_checkpoint, random_frames
 
 tiny, one_thread = family_contract.tiny, family_contract.one_thread
 
@@ -280,11 +281,7 @@ def test_numbers_in_words():
 
 @pytest.mark.parametrize(("t", "frame"), [(0.4, 0), (0.5, 1), (2.49, 2), (3.0, 3), (3.7, 3)])
 def test_a_token_goes_to_its_nearest_frame(t, frame):
-    from freres_cli.backbones.frame_runs import nearest_frames
-
-    video = video_tokens(torch.zeros(4, 1, 1, 2), torch.tensor([0]))
-    video.positions[0, 0] = t
-    assert nearest_frames(video).tolist() == [frame]
+    assert nearest_frames(torch.tensor([t]), 4).tolist() == [frame]
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (1, 7), (2, 2), (6, 3)])

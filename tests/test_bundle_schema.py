@@ -51,7 +51,7 @@ def test_the_column_table_is_the_fields_of_tracks():
 
 def test_version_2_stores_the_columns_of_the_tables():
     assert {"tracks": tuple(COLUMNS), "tokens": tuple(TOKEN_COLUMNS)} == version_2.TENSORS
-    assert set(TOKEN_COLUMNS) == {field.name for field in fields(VideoTokens)} - {"grid", "width"}
+    assert set(TOKEN_COLUMNS) == {field.name for field in fields(VideoTokens)} - {"grid", "width", "stretches"}
     of_tables = {
         column.dtype for table in (COLUMNS, TOKEN_COLUMNS) for column in table.values() if not column.is_latent
     }
@@ -122,6 +122,12 @@ def test_a_setting_s_number_stored_as_text_is_refused(path, key):
         ("geometry", "grid", [40, 8], "geometry.grid: expected whole numbers, 3 of them"),
         ("geometry", "pooled_grid", [4, "4"], "geometry.pooled_grid: expected whole numbers, 2 of them"),
         ("geometry", "pooled_grid", None, "geometry.pooled_grid: expected 2 whole numbers, got null"),
+        ("geometry", "text_per_frame", [40], "geometry.text_per_frame: expected 40 frames in runs"),
+        ("geometry", "text_per_frame", [39, 9], "geometry.text_per_frame: expected 40 frames in runs"),
+        ("geometry", "text_per_frame", [20, 9, 1 << 62, 9], "geometry.text_per_frame: expected whole numbers"),
+        ("geometry", "text_in_video", "3", "geometry.text_in_video: expected a whole number or null"),
+        ("tokens", "context_tokens", 1.5, "tokens.context_tokens: expected a whole number or null"),
+        ("tokens", "mean_shift_s", "0", "tokens.mean_shift_s: expected a number or null"),
         ("tokens", "tokens_by_kind", {"anchor": "300"}, "tokens.tokens_by_kind: expected whole numbers by name"),
         ("tokens", "budget_tokens", True, "tokens.budget_tokens: expected a whole number"),
         ("tokens", "budget_tokens", 300.0, "tokens.budget_tokens: expected a whole number"),

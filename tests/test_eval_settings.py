@@ -66,8 +66,8 @@ def bundle(folder, options, models):
     return folder / "b.pt"
 
 
-def test_a_clip_without_deep_rows_gives_the_bundle_that_compress_writes(clip, bundle, tmp_path):
-    write_bundle(tmp_path / "b.pt", *clip.make_bundle(BUDGET))
+def test_a_clip_without_deep_rows_gives_the_bundle_that_compress_writes(clip, bundle, models, tmp_path):
+    write_bundle(tmp_path / "b.pt", *clip.make_bundle(BUDGET, models.language_model))
     assert (tmp_path / "b.pt").read_bytes() == bundle.read_bytes()
     assert read_bundle(bundle).tracks.anchor_latents.shape[1] == HIDDEN
 

@@ -281,7 +281,7 @@ def test_bundle_page_holds_the_tensors_of_tokens() -> None:
     rows = re.findall(r"(?m)^(\w+)\t(E|float64|float32|int64|uint8) \((.*?)\)", text)
     named = [name for name, _, _ in rows]
     assert named == [name for name in TOKEN_COLUMNS if name != "frame_seconds"] and "frame_seconds" in text
-    assert set(TOKEN_COLUMNS) == {f.name for f in fields(VideoTokens)} - {"width", "grid", "boxes"}
+    assert set(TOKEN_COLUMNS) == {f.name for f in fields(VideoTokens)} - {"width", "grid", "boxes", "stretches"}
 
 
 def test_bundle_page_holds_the_manifest_and_the_outer_keys() -> None:

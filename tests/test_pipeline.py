@@ -27,6 +27,7 @@ from freres_cli.pipeline.encoding import (
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.planning import plan_compression
+from freres_cli.pipeline.prompt_text import read_prompt_text
 from freres_cli.pipeline.reduction import reduce_latents
 from freres_cli.pipeline.session import AskRequest, open_session
 from freres_cli.records import Frames, FrameSize
@@ -90,7 +91,9 @@ def test_batches_do_not_change_the_bundle(clip, bundle, models, tmp_path, num_fr
     latents = LatentStream(encoder, CPU_TIMER, options.model.name).encode(frames)
     batches = ((batch.pts_seconds, rows) for batch, rows in latents)
     reduction = reduce_latents(batches, plan, options, encoder.width, CPU_TIMER)
-    manifest = build_manifest(source, options, plan, encoder, reduction, frames.report)
+    content = reduction.content
+    text = read_prompt_text(models.prompt_counter, content.grid, content.frame_seconds)
+    manifest = build_manifest(source, options, plan, encoder, reduction, frames.report, text)
     write_bundle(tmp_path / "b.pt", reduction.content, manifest)
     assert (tmp_path / "b.pt").read_bytes() == bundle.read_bytes()
 

@@ -137,6 +137,10 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def text_per_frame(self, video: VideoTokens) -> Tensor:
+        """How many text tokens the family writes around each of the T sampled frames if it holds tokens, (T,) int64."""
+        ...
+
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text as rows for the decoder. ``index``: number of rows before it. ``position``: position of its first token."""
         ...

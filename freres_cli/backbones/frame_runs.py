@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freres_cli.backbones.base import PromptRows
 from freres_cli.backbones.language import DecoderLanguageModel, join_rows
-from freres_cli.records import VideoTokens
+from freres_cli.records import VideoTokens, nearest_frames
 
 Ids = Sequence[int]
 
@@ -28,17 +28,13 @@ class FrameTexts:
     outro: Ids = ()
 
 
-def nearest_frames(video: VideoTokens) -> Tensor:
-    """The sampled frame that each token is assigned to, (S,) int64: the nearest one, or the later one of a tie."""
-    return (video.positions[:, 0] + 0.5).floor().long().clamp(0, video.grid[0] - 1)
-
-
 class FrameRunLanguageModel(DecoderLanguageModel):
     """A family that writes text around every frame.
 
     A token belongs to the run of its nearest sampled frame, at its place in that frame. Everything keeps its position
     from the prompt of all T frames. A frame that has no tokens is left out together with its text: to the model that is
     the full prompt with that text masked as well as the tokens, and the prompt never announces a frame without tokens.
+    ``pipeline.prompt_text`` chooses the frames of tokens that may move, so that there are not too many runs.
     ``counts_raster``: positions within a frame are raster indices, the same on every axis.
     """
 
@@ -47,6 +43,11 @@ class FrameRunLanguageModel(DecoderLanguageModel):
     @abstractmethod
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
         """The text around the sampled frames in the full prompt."""
+
+    def text_per_frame(self, video: VideoTokens) -> Tensor:
+        """See ``base.LanguageModel``."""
+        texts = self.frame_texts(video)
+        return torch.tensor([len(before) + len(after) for before, after in zip(texts.before, texts.after, strict=True)])
 
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
         """See ``DecoderLanguageModel.video_rows``. Runs are in order of time.
@@ -78,7 +79,7 @@ class FrameRunLanguageModel(DecoderLanguageModel):
 
     def tokens_of_frames(self, video: VideoTokens) -> tuple[Tensor, ...]:
         """The indices of the tokens in the run of each of the T sampled frames."""
-        frames = nearest_frames(video)
+        frames = nearest_frames(video.positions[:, 0], video.grid[0])
         order = torch.argsort(frames, stable=True)
         return order.split(frames.bincount(minlength=video.grid[0]).tolist())
 

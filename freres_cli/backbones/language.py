@@ -103,6 +103,18 @@ class DecoderLanguageModel(ABC):
         return cls(config, half, tokenizer, stop_ids, digests, notes, attention, choices_as)
 
     @classmethod
+    def load_without_weights(cls, checkpoint: Checkpoint) -> Self:
+        """The language half on torch's meta device, which holds no values: it can count the rows of prompts, not run.
+
+        Only the config and the tokenizer are read.
+        """
+        config = read_config(checkpoint, cls.files)
+        tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
+        with torch.device("meta"):
+            half, _ = cls.build_half(config, torch.float32)
+        return cls(config, half, tokenizer, frozenset(), {})
+
+    @classmethod
     def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
         """A decoder and head without weights, and the prefixes under which each is stored."""
         text = config.text_config
@@ -207,6 +219,10 @@ class DecoderLanguageModel(ABC):
         ``index``: number of rows before the video. ``position``: position of its first row. ``text_after``: the rule
         for the position of the text after it, as in ``splice``.
         """
+
+    def text_per_frame(self, video: VideoTokens) -> Tensor:
+        """See ``base.LanguageModel``. None, in a family whose visual tokens form one run."""
+        return torch.zeros(video.grid[0], dtype=torch.int64)
 
     def visual_rows(self, latents: Tensor, index: int, axes: Tensor, next_position: float) -> PromptRows:
         """Visual tokens as rows for the decoder.

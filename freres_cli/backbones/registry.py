@@ -150,6 +150,22 @@ def load_language_model(
     return _class_of(checkpoint, "language").load(checkpoint, device, dtype)
 
 
+def load_prompt_counter(
+    model: str,
+    device: Device,
+    dtype: str | None = None,
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> LanguageModel:
+    """Return the language half without weights: it counts the rows of prompts, and cannot run. Only config and tokenizer
+    are read.
+
+    See ``load_vision_encoder`` for the arguments; ``device`` and ``dtype`` have no effect.
+    """
+    checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
+    return _class_of(checkpoint, "language").load_without_weights(checkpoint)
+
+
 def _class_of(checkpoint: Checkpoint, half: str) -> Any:
     return import_half(checkpoint.model_type, half)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.bundle import version_1, version_2
-from freres_cli.bundle.checks import damaged
+from freres_cli.bundle.checks import Field, Fields, damaged, read_fields
 from freres_cli.errors import BundleError
 from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks, count_by_kind
@@ -25,6 +25,20 @@ FORMAT = "freres.bundle"
 READERS = {1: version_1, 2: version_2}
 MAX_DEPTH = 16
 SCHEMA_VERSION = 2  # that freres writes
+# Fields added since the versions were fixed. A bundle without one has null in it: not known.
+LATER_FIELDS: Fields = {
+    "geometry": {
+        "text_per_frame": Field("wholes", may_be_null=True, default=None, high=2**31),
+        **dict.fromkeys(("text_in_video", "text_around_video"), Field("whole", may_be_null=True, default=None)),
+    },
+    "tokens": {
+        **dict.fromkeys(
+            ("text_overhead_tokens", "context_tokens", "moved_tokens", "moved_outside"),
+            Field("whole", may_be_null=True, default=None),
+        ),
+        **dict.fromkeys(("mean_shift_s", "max_shift_s"), Field("number", may_be_null=True, default=None)),
+    },
+}
 SECTIONS = {
     "freres_version": str,
     **dict.fromkeys(("model", "source", "sampling", "geometry", "settings", "tokens", "tensors"), dict),
@@ -98,7 +112,7 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks |
     reader = READERS[version]
     stored = _decode_manifest(text, where)
     _check_tensors(tensors, stored["tensors"], reader.DTYPES, where)
-    manifest = reader.read_manifest(stored, where)
+    manifest = read_fields(reader.read_manifest(stored, where), LATER_FIELDS, where)
     content = reader.read_content(manifest, tensors, where)
     _check_facts(manifest, content, where)
     return version, manifest, content
@@ -113,6 +127,9 @@ def _check_facts(manifest: Mapping[str, Any], content: Tracks | VideoTokens, whe
     full_tokens = manifest["sampling"]["baseline_frames"] * grid_h * grid_w
     if told["full_tokens"] != full_tokens:
         raise damaged(where, f"tokens.full_tokens: expected {full_tokens}, got {told['full_tokens']}")
+    runs = manifest["geometry"]["text_per_frame"]
+    if runs is not None and (len(runs) % 2 or sum(runs[::2]) != content.grid[0]):
+        raise damaged(where, f"geometry.text_per_frame: expected {content.grid[0]} frames in runs")
     model, latents = manifest["model"], content.anchor_latents if isinstance(content, Tracks) else content.latents
     num_rows = 1 if manifest["settings"]["deepstack"]["value"] == "drop" else 1 + model["num_deep_layers"]
     if model["width"] != content.width or latents.shape[1] != content.width * num_rows:

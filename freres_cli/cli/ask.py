@@ -228,6 +228,7 @@ def _document(
     answer: Answer, session: Session, request: AskRequest, question: str, cold_ttft_s: float
 ) -> dict[str, Any]:
     from freres_cli.bench.report import describe_environment
+    from freres_cli.pipeline.prompt_text import describe_moves
 
     return {
         "bundle": str(request.bundle),
@@ -236,6 +237,8 @@ def _document(
         "choices": answer.choices,
         "visual_tokens": answer.num_visual_tokens,
         "context_tokens": answer.num_context_tokens,
+        "text_overhead_tokens": session.text_overhead_tokens,
+        **describe_moves(session.moves),
         "new_tokens": answer.num_new_tokens,
         "ttft_s": answer.ttft_s,
         "cold_ttft_s": cold_ttft_s,

@@ -109,7 +109,10 @@ def compress(
     if dry_run:
         if is_many(paths):
             raise UsageError("--dry-run: expected one video file", "name one of them")
-        _print_plan(compressor.plan(paths[0]), chosen, json)
+        from freres_cli.pipeline.prompt_text import bound_text
+
+        plan = compressor.plan(paths[0])
+        _print_plan(plan, {**_plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
     elif is_many(paths) or (output is not None and _is_folder(output)):
         listing = list_videos(paths)
         print_notes(listing.notes, quiet)
@@ -211,10 +214,11 @@ def make_options(
 def _summary(result: CompressResult) -> str:
     tokens = result.manifest["tokens"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
+    context = "" if tokens["context_tokens"] is None else f"{tokens['context_tokens']} tokens in context; "
     groups = "" if tokens["num_gops"] is None else f"{tokens['num_gops']} GoPs; "
     return (
         f"{tokens['visual_tokens']} visual tokens ({kinds}) of {tokens['full_tokens']}, "
-        f"{tokens['compression']:.2f}x; {groups}{format_bytes(result.bundle_bytes)}; "
+        f"{tokens['compression']:.2f}x; {context}{groups}{format_bytes(result.bundle_bytes)}; "
         f"{format_seconds(result.timings_s['total'])}, peak {format_bytes(result.peak_memory_bytes)}"
     )
 
@@ -247,17 +251,19 @@ def _row_document(row: Row, chosen: CompressOptions) -> dict[str, Any]:
     return {**facts, **_document(row.result, chosen)}
 
 
-def _print_plan(plan: CompressPlan, chosen: CompressOptions, json: bool) -> None:
+def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptions, json: bool) -> None:
     if json:
         from freres_cli.bench.report import describe_environment
 
-        document = _plan_document(plan, chosen)
-        print_json("freres.plan/1", {**document, "environment": describe_environment(chosen.model.device)})
+        print_json("freres.plan/1", {**facts, "environment": describe_environment(chosen.model.device)})
         return
-    facts = _plan_document(plan, chosen)
     print_result(f"frames read      {plan.num_frames} of {plan.size.grid_h}x{plan.size.grid_w} tokens")
     print_result(f"full tokens      {plan.full_tokens} ({plan.baseline_frames} frames)")
     print_result(f"visual tokens    {facts['visual_tokens']} of at most {facts['budget_tokens']}")
+    if facts["context_tokens"] is not None:
+        print_result(
+            f"context tokens   at most {facts['context_tokens']}, {facts['text_overhead_tokens']} of them text in the video"
+        )
     if plan.budget is None:
         return
     for kind, count in facts["tokens_by_kind"].items():

@@ -86,6 +86,7 @@ def _print_head(report: dict[str, Any]) -> None:
         f"{report['geometry']['grid'][1]}x{report['geometry']['grid'][2]}, {sampling['lost_s']:.2f} s lost to damage",
         "tokens": f"{report['visual_tokens']} of at most {report['budget_tokens']} ({kinds})",
         "full": f"{report['full_tokens']} tokens in {sampling['baseline_frames']} frames: {report['compression']:.2f}x",
+        "context": _describe_context(report),
         "size": f"{format_bytes(report['bundle_bytes'])}, {format_bytes(report['bytes_per_token'])} per token",
     }
     if report["cuts_found"] is not None:
@@ -96,6 +97,20 @@ def _print_head(report: dict[str, Any]) -> None:
         print_line(f"{name:<8} {text}")
     for note in [*source["notes"], *sampling["notes"]]:
         print_line(f"{'note':<8} {note}")
+
+
+def _describe_context(report: dict[str, Any]) -> str:
+    """Return what the prompt holds besides visual tokens, and what moved to keep that small."""
+    if report["context_tokens"] is None:
+        return "not counted"
+    text = f"{report['context_tokens']} tokens without a question, {report['text_overhead_tokens']} of them text in the video"
+    if not report["moved_tokens"]:
+        return text
+    outside = f", {report['moved_outside']} out of the time they stand for" if report["moved_outside"] else ""
+    return (
+        f"{text}; {report['moved_tokens']} tokens move{outside}: {report['mean_shift_s']:.2f} s on average, "
+        f"{report['max_shift_s']:.2f} s at most"
+    )
 
 
 def _describe_channels(report: dict[str, Any]) -> str:

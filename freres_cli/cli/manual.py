@@ -21,16 +21,24 @@ compress:
     freres compress video.mp4 --set temporal_share=0.4: Change one setting of the preset.
   output: >-
     The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, as does a warning for
-    each video that failed.
+    each video that failed. `context_tokens` are all tokens of the prompt without a question; `text_overhead_tokens` are
+    those inside the video that are not visual, such as the time of each frame. A family that writes text around every
+    frame gets at most 10 % of it: ask then moves tokens that stand for more than one frame to frames that they share, and
+    `moved_tokens`, `moved_outside` (those that leave the time they stand for), `mean_shift_s` and `max_shift_s` say how
+    far. Anchor tokens never move; if their frames alone need more text, it is counted as it is. All of these are null
+    if the model's tokenizer cannot be read. With `--dry-run`, the first two are upper bounds, because the frames that
+    will hold tokens are not known yet.
   schemas:
     freres.compress/1:
-      bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind grid timings_s
+      bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind
+      context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s grid timings_s
       peak_memory_bytes model source sampling settings notes environment
     freres.compress_many/1 lines with several videos:
       video status (done, skipped or failed) bundle; then the keys of freres.compress/1 if done, token counts if skipped,
       message and exit_status if failed
     freres.plan/1 with --dry-run:
-      method visual_tokens budget_tokens full_tokens compression tokens_by_kind frames baseline_frames grid num_gops
+      method visual_tokens budget_tokens full_tokens compression tokens_by_kind context_tokens text_overhead_tokens
+      frames baseline_frames grid num_gops
       num_coefficients pooled_grid max_events is_lossless settings environment
   defaults: {variant: the preset's, fps: the preset's sample, frames: the preset's sample, grid: the preset's,
     start: the beginning of the video, end: the end of the video,
@@ -44,10 +52,13 @@ ask:
     freres ask bundle.pt --questions questions.jsonl --json: Answer a file of questions from one prefill.
   output: >-
     The answer. `--choices` adds a line with the probability of each option; `--questions` prints one line for each
-    question. Costs go to stderr. A question with its options may have at most 16,384 bytes of UTF-8.
+    question. Costs go to stderr. `context_tokens` are all tokens of the prompt with the question; the other counts of text
+    are as in freres-compress(1), and a note says how many tokens moved. A question with its options may have at most
+    16,384 bytes of UTF-8.
   schemas:
     freres.ask/1:
-      bundle question answer choices visual_tokens context_tokens new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
+      bundle question answer choices visual_tokens context_tokens text_overhead_tokens moved_tokens
+      moved_outside mean_shift_s max_shift_s new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
       model text_after notes environment
     freres.answer/1 lines with --questions:
       id question answer choices visual_tokens context_tokens new_tokens finish_reason notes
@@ -137,13 +148,15 @@ inspect:
     freres inspect bundle.pt --tokens: With a row for each visual token.
     freres inspect bundle.pt --absorber out.png --adapter modules.safetensors: Draw what the absorber took, and from where.
   output: >-
-    Source, model, tokens, residual energy kept, GoPs and settings. The spectrum is shown with its null, the spectrum of
+    Source, model, tokens, context, residual energy kept, GoPs and settings. The counts of text are those that the bundle
+    records, as in freres-compress(1). The spectrum is shown with its null, the spectrum of
     independent noise frames. Bundles of methods other than Fre-Res have no energy or GoPs. `--absorber` adds a line about
     the picture, which shows at most 20 GoPs, those with the most energy; `--json` has the maps of all.
   schemas:
     freres.inspect/1:
       bundle bundle_bytes bytes_per_token schema_version visual_tokens budget_tokens full_tokens compression retention
-      tokens_by_kind model source sampling geometry settings history channels latents_dtype energy gops tokens
+      tokens_by_kind context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s model source
+      sampling geometry settings history channels latents_dtype energy gops tokens
       absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops) environment
   defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
 repack:
@@ -155,8 +168,8 @@ repack:
     tokens have no order of importance.
   schemas:
     freres.repack/1:
-      bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind notes
-      environment
+      bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind
+      context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s notes environment
   defaults: {budget: all tokens are kept, deepstack: unchanged}
 presets:
   examples:

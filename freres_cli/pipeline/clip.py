@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freres_cli.backbones.base import VisionEncoder
+from freres_cli.backbones.base import LanguageModel, VisionEncoder
 from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import VideoError
 from freres_cli.method.fusion import FreResModules
-from freres_cli.method.tokens import build_tokens
 from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_frames
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
+from freres_cli.pipeline.prompt_text import read_prompt_text
 from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks
 from freres_cli.video.decode import DecodeReport
@@ -97,7 +98,7 @@ class EncodedClip:
         if method == FRE_RES:
             tracks = self.build_tracks(budget_tokens)
             with self._timer.stage("compress"), torch.no_grad():
-                return build_tokens(tracks, self._options.settings.variant, modules)
+                return make_tokens(tracks, self._options.settings.variant, modules)
         settings = self._options.settings
         if method == "full":
             settings = settings.with_values("eval", deepstack="keep")
@@ -112,13 +113,17 @@ class EncodedClip:
         """Return the tracks of Fre-Res. With ``track_density`` above 1 their frames may be denser than ``latents``."""
         return self._reduce_tracks(self._plan(budget_tokens))[0]
 
-    def make_bundle(self, budget_tokens: int) -> tuple[Tracks, dict[str, Any]]:
-        """Return the tracks and the manifest of the bundle that ``freres compress`` would write at this budget."""
+    def make_bundle(self, budget_tokens: int, model: LanguageModel) -> tuple[Tracks, dict[str, Any]]:
+        """Return the tracks and the manifest of the bundle that ``freres compress`` would write at this budget.
+
+        ``model``: the language half, with or without weights, to count the text of the prompt.
+        """
         plan = self._plan(budget_tokens)
         tracks, reduction = self._reduce_tracks(plan)
         options = self._options_for(budget_tokens)
         report = self._view(plan).report
-        return tracks, build_manifest(self._source, options, plan, self._encoder, reduction, report)
+        text = read_prompt_text(model, tracks.grid, tracks.frame_seconds)
+        return tracks, build_manifest(self._source, options, plan, self._encoder, reduction, report, text)
 
     def _options_for(self, budget_tokens: int) -> CompressOptions:
         settings = self._options.settings.with_values("flag", budget_tokens=budget_tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as
-from freres_cli.errors import UsageError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.choices import as_number, as_whole, choose_preset, find_bundle_method
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
@@ -24,6 +24,7 @@ from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.notes import describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
+from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
 from freres_cli.pipeline.reduction import Reduction, reduce_latents
 from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.video.decode import DecodeReport
@@ -117,9 +118,11 @@ class Compressor:
         plan = plan_compression(options, encoder, source.info)
         with memory_errors_as(f"compressing {source.name}", "lower --budget or --grid, or use a smaller --dtype"):
             reduction, report = self.run_stages(source, options, plan, timer, progress)
-        manifest = build_manifest(source, options, plan, encoder, reduction, report)
+        text, untold = self._count_text(reduction)
+        manifest = build_manifest(source, options, plan, encoder, reduction, report, text)
         limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
-        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *describe_plan(plan, options, manifest))
+        planned = describe_plan(plan, options, manifest)
+        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *planned, *untold)
         timer.seconds["total"] = time.perf_counter() - start
         return Bundle(
             manifest,
@@ -153,6 +156,14 @@ class Compressor:
                 progress(done, max(done, total))
 
         return reduce_latents(batches, plan, options, encoder.width, timer, on_batch), frames.report
+
+    def _count_text(self, reduction: Reduction) -> tuple[PromptText | None, tuple[str, ...]]:
+        """Return the text of a prompt about the clip, or a note that it cannot be counted: that needs the tokenizer."""
+        content = reduction.content
+        try:
+            return read_prompt_text(self.models.prompt_counter, content.grid, content.frame_seconds), ()
+        except BackboneError as error:
+            return None, (f"the text in the model's prompt is not counted: {error.message}",)
 
     def _options_for(self, source: VideoSource, options: CompressOptions | None = None) -> CompressOptions:
         """Return the options for one video. If its frames are already decoded, all of them are used."""

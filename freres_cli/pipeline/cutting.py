@@ -13,6 +13,7 @@ from freres_cli.method.budget import MethodSettings
 from freres_cli.method.select import cut_tracks
 from freres_cli.pipeline.manifest import token_counts
 from freres_cli.pipeline.notes import describe_drop
+from freres_cli.pipeline.prompt_text import describe_text, recall_text
 from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks, count_by_kind
 
@@ -82,7 +83,8 @@ def _cut_manifest(
     """Return the manifest of the cut bundle, with one more step in its history."""
     recorded = before["tokens"]
     budget = recorded["budget_tokens"] if budget_tokens is None else budget_tokens
-    tokens = {**recorded, **token_counts(count_by_kind(content), budget, recorded["full_tokens"])}
+    counts = describe_text(content, before["settings"]["variant"]["value"], recall_text(before["geometry"]))
+    tokens = {**recorded, **token_counts(count_by_kind(content), budget, recorded["full_tokens"]), **counts}
     step = {"verb": "repack", "freres_version": __version__, "budget_tokens": budget}
     settings = before["settings"]
     if deepstack is not None:

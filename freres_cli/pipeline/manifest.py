@@ -12,6 +12,7 @@ from freres_cli.backbones.base import VisionEncoder
 from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
+from freres_cli.pipeline.prompt_text import PromptText, describe_text, record_text
 from freres_cli.pipeline.reduction import Reduction
 from freres_cli.tracks import Tracks, count_by_kind
 from freres_cli.video.decode import DecodeReport
@@ -25,16 +26,19 @@ def build_manifest(
     encoder: VisionEncoder,
     reduction: Reduction,
     report: DecodeReport,
+    text: PromptText | None = None,
 ) -> dict[str, Any]:
     """Return the manifest of a finished compression.
 
     ``source``: the video. ``options``: what was asked for. ``plan``: what was planned from that. ``encoder``: the tower.
-    ``reduction``: what was kept. ``report``: how decoding went.
+    ``reduction``: what was kept. ``report``: how decoding went. ``text``: that of the model's prompt about this clip, if
+    it could be counted.
     """
     num_frames = reduction.num_frames
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
     tokens = describe_tokens(plan, options, reduction)
     settings = options.settings
+    counts = describe_text(reduction.content, settings.variant, text)
     if not METHODS[options.method].has_budget:
         settings = settings.with_values(f"method {options.method}", budget_tokens=tokens["budget_tokens"])
     return {
@@ -67,12 +71,13 @@ def build_manifest(
             "grid": [num_frames, plan.size.grid_h, plan.size.grid_w],
             "pooled_grid": None if tracks is None else list(tracks.pooled_grid),
             **describe_frames(plan),
+            **record_text(text),
         },
         "settings": {
             "method": {"value": options.method, "source": "default" if options.method == FRE_RES else "flag"},
             **{key: {**setting, "source": as_text(setting["source"])} for key, setting in settings.record().items()},
         },
-        "tokens": tokens,
+        "tokens": {**tokens, **counts},
         "history": [{"verb": "compress", "freres_version": __version__}],
     }
 

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
-from freres_cli.backbones.registry import identify_vision_encoder, load_language_model, load_vision_encoder
+from freres_cli.backbones.registry import (
+    identify_vision_encoder,
+    load_language_model,
+    load_prompt_counter,
+    load_vision_encoder,
+)
 from freres_cli.devices import DTYPE_NAMES, Device, choose_device
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.choices import check_revision
@@ -89,6 +94,7 @@ class Models:
         self.source = source
         self._encoder = encoder
         self._language_model = language_model
+        self._prompt_counter: LanguageModel | None = None
         self._identity: EncoderIdentity | None = None
 
     @property
@@ -104,6 +110,15 @@ class Models:
         if self._language_model is None:
             self._language_model = self._from_checkpoint(load_language_model)
         return self._language_model
+
+    @property
+    def prompt_counter(self) -> LanguageModel:
+        """The language half to count the rows of prompts with: without its weights, if it is not loaded anyway."""
+        if self._language_model is not None:
+            return self._language_model
+        if self._prompt_counter is None:
+            self._prompt_counter = self._from_checkpoint(load_prompt_counter)
+        return self._prompt_counter
 
     @property
     def has_encoder(self) -> bool:

@@ -28,6 +28,7 @@ from freres_cli.evaluation.questions import (
 )
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.notes import describe_limits
+from freres_cli.pipeline.prompt_text import Moves, settle_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.records import Answer, VideoTokens
 
@@ -78,7 +79,8 @@ class AskRequest:
 class Session:
     """Visual tokens, their language model and the prefilled video: many questions, one prefill.
 
-    ``model``: the language half. ``tokens``: the video. ``full_tokens``: token count of the uncompressed clip.
+    ``model``: the language half. ``tokens``: the video, settled at the instants that the family's text allows; ``moves``
+    says how, ``None`` if nothing moved. ``full_tokens``: token count of the uncompressed clip.
     ``text_after``: position of the text after the video. ``load_s``: seconds spent loading bundle and model. ``notes``:
     what the user should know.
     """
@@ -89,7 +91,21 @@ class Session:
     text_after: str
     load_s: float
     notes: tuple[str, ...] = ()
+    moves: Moves | None = field(default=None, init=False)
     _prefixes: dict[Ids, VideoPrefix] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokens, self.moves = settle_tokens(self.tokens, self.model.text_per_frame(self.tokens))
+        if self.moves is not None:
+            self.notes = (*self.notes, self.moves.describe(len(self.tokens)))
+
+    @property
+    def text_overhead_tokens(self) -> int:
+        """Rows of the prefilled video that are no visual tokens. Available after the first question."""
+        if not self._prefixes:
+            raise UsageError("text_overhead_tokens: not known before the first question", "ask a question first")
+        ids, prefix = next(iter(self._prefixes.items()))
+        return prefix.num_tokens - len(ids) - prefix.num_visual_tokens
 
     @property
     def prefill_s(self) -> float:

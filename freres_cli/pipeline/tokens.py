@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from freres_cli.devices import memory_errors_as
+from freres_cli.method.fusion import FreResModules
 from freres_cli.method.tokens import build_tokens
 from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter, load_modules
 from freres_cli.pipeline.notes import describe_drop
-from freres_cli.records import VideoTokens
+from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.tracks import Tracks
 
 
@@ -54,7 +56,7 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
         if modules is None and variant == "concat":
             notes.append("variant concat without an adapter: coefficients enter the model raw")
         with torch.no_grad(), memory_errors_as(f"opening {bundle.path or 'bundle'}", "repack it to a smaller budget"):
-            tokens = build_tokens(content, variant, modules)
+            tokens = make_tokens(content, variant, modules)
     else:
         tokens = content
         if adapter not in (None, NO_ADAPTER):
@@ -63,6 +65,33 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
         tokens = with_deep_rows(tokens, model["num_deep_layers"])
         notes.append(cost)
     return LoadedTokens(tokens, tuple(notes))
+
+
+def make_tokens(tracks: Tracks, variant: str, modules: FreResModules | None = None) -> VideoTokens:
+    """Return the visual tokens of Fre-Res tracks, as ``method.tokens.build_tokens`` does, with their stretches."""
+    tokens = build_tokens(tracks, variant, modules)
+    return replace(tokens, stretches=find_stretches(tokens, tracks))
+
+
+def find_stretches(tokens: VideoTokens, tracks: Tracks) -> Tensor:
+    """Return the stretch of the frame axis that each token of these tracks stands for, (S, 2) float32.
+
+    That of a static or summary token is all residual frames of its GoP. The dynamic tokens of a cell divide them halfway
+    between one and the next (ours). For an anchor token, the row has no meaning.
+    """
+    start = tracks.gop_anchor_frame[tokens.gop].to(torch.float32) + 0.5
+    stretches = torch.stack([start, start + tracks.gop_num_residuals[tokens.gop]], dim=1)
+    order = (tokens.kind == TOKEN_KINDS.index("dynamic")).nonzero()[:, 0]
+    for key in (*tokens.positions.unbind(1), tokens.gop):
+        order = order[torch.argsort(key[order], stable=True)]
+    earlier, later = order[:-1], order[1:]
+    is_same = (tokens.positions[earlier, 1:] == tokens.positions[later, 1:]).all(1)
+    is_same &= tokens.gop[earlier] == tokens.gop[later]
+    earlier, later = earlier[is_same], later[is_same]
+    middle = (tokens.positions[earlier, 0] + tokens.positions[later, 0]) / 2
+    stretches[earlier, 1] = middle
+    stretches[later, 0] = middle
+    return stretches
 
 
 def with_deep_rows(tokens: VideoTokens, num_deep_layers: int) -> VideoTokens:

@@ -27,11 +27,11 @@ from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.files import check_destination
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import answer_loss, distillation_loss, total_loss
-from freres_cli.method.tokens import build_tokens
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.prompt_text import settle_tokens
 from freres_cli.pipeline.session import refuse_control_tokens
-from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.training.state import put_back, read_state, save_state
 from freres_cli.training.workers import Workers
 from freres_cli.workflows.training_data import Example, Progress, TrainingData, prepare_data, used_settings
@@ -268,7 +268,8 @@ class _Run:
     def _scores(self, example: Example, budget: int, picked: Sequence[int]) -> list[torch.Tensor]:
         """Return the log-likelihoods of the possible answers, (k,) for each question picked."""
         settings = self.request.options.settings
-        tokens = build_tokens(example.tracks(budget), settings.variant, self.modules)
+        tokens = make_tokens(example.tracks(budget), settings.variant, self.modules)
+        tokens, _ = settle_tokens(tokens, self.model.text_per_frame(tokens))
         tokens = with_deep_rows(tokens, self.model.num_deep_layers)
         found: dict[int, torch.Tensor] = {}
         # Questions about one video nearly always share the text before it.

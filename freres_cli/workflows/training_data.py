@@ -22,12 +22,12 @@ from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceE
 from freres_cli.evaluation.cells import Budget
 from freres_cli.evaluation.questions import Question, format_choices
 from freres_cli.files import make_folder, write_atomically
-from freres_cli.method.tokens import build_tokens
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
-from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.pipeline.prompt_text import settle_tokens
+from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks
 from freres_cli.video.probe import hash_file
@@ -175,7 +175,7 @@ class _Store:
         if missing or not all(map(_is_whole, bundles)):
             timer = StageTimer(torch.device(self.options.model.device.name))
             clip = EncodedClip(VideoSource(questions[0].video), self.options, self.models.encoder, timer)
-            _write_bundles(clip, self.budgets, bundles)
+            _write_bundles(clip, self.budgets, bundles, self.model)
             taught |= _teach(clip, missing, self.model, self.options.settings.text_after)
             write_atomically(path, lambda file: file.write(json.dumps(taught).encode()), force=True)
         asked = []
@@ -192,7 +192,9 @@ class _Store:
 
     def _largest(self, bundles: Sequence[Path]) -> VideoTokens:
         tracks = max((read_bundle(path).tracks for path in bundles), key=_num_tokens)
-        return with_deep_rows(build_tokens(tracks, self.options.settings.variant), self.model.num_deep_layers)
+        tokens = make_tokens(tracks, self.options.settings.variant)
+        tokens, _ = settle_tokens(tokens, self.model.text_per_frame(tokens))
+        return with_deep_rows(tokens, self.model.num_deep_layers)
 
     def _check_length(self, asked: Asked, tokens: VideoTokens) -> None:
         """Raise ``BackboneError`` for a question that exceeds the model's context at the largest budget."""
@@ -241,10 +243,10 @@ def _read_teacher(path: Path) -> dict[str, list[float] | None]:
     return taught if isinstance(taught, dict) else {}
 
 
-def _write_bundles(clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequence[Path]) -> None:
+def _write_bundles(clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequence[Path], model: LanguageModel) -> None:
     for budget, path in zip(budgets, bundles, strict=True):
         if not _is_whole(path):
-            write_bundle(path, *clip.make_bundle(budget.tokens(clip.full_tokens)), force=True)
+            write_bundle(path, *clip.make_bundle(budget.tokens(clip.full_tokens), model), force=True)
 
 
 def _teach(
