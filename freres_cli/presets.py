@@ -36,7 +36,16 @@ class Key:
 
 KEYS: dict[str, Key] = {
     "description": Key(str, "", "one line that 'freres presets' shows"),
+    "method": Key(str, "fre-res", "compression method, see freres methods"),
     "budget_tokens": Key(int, 1280, "maximum visual tokens given to the language model", low=1),
+    "quality": Key(
+        float,
+        None,
+        "share of the latents' energy to keep, in as few tokens as possible",
+        low=0.0,
+        high=1.0,
+        optional=True,
+    ),
     "sample": Key(str, "native", "which frames are read", choices=SAMPLES),
     "sample_fps": Key(float, None, "frames read per second, with sample: fps", low=1e-6, high=1000.0, optional=True),
     "sample_count": Key(int, None, "frames read from the clip, with sample: count", low=1, optional=True),
@@ -69,7 +78,9 @@ class Settings:
     ``flag``, ``preset NAME``, ``default``, or the verb that set it.
     """
 
+    method: str
     budget_tokens: int
+    quality: float | None
     sample: str
     sample_fps: float | None
     sample_count: int | None
@@ -95,6 +106,10 @@ class Settings:
         found = asdict(self)
         del found["sources"]
         return found
+
+    def is_named(self, key: str) -> bool:
+        """Return whether a value was given, and is no preset's."""
+        return not self.sources[key].startswith(("preset", "default"))
 
     def with_values(self, source: str, **values: Any) -> Settings:
         """Return these settings with some values changed. ``source``: where the new values come from."""

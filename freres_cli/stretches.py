@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from freres_cli.records import TOKEN_KINDS
+from freres_cli.tracks import COLUMNS, LATENT, Column
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# The tensors of a bundle that holds stretches.
+STRETCH_COLUMNS: dict[str, Column] = {
+    "frame_seconds": COLUMNS["frame_seconds"],
+    "latents": Column("stretch", LATENT, "the mean of what each stretch stands for", ("C",)),
+    "boxes": Column("stretch", "int64", "frames and cells: t0, t1, h0, h1, w0, w1, half-open", ("6",)),
+    "merges": Column("merge", "int64", "two stretches, or S + i for the result of merge i", ("2",)),
+    "merge_loss": Column("merge", "float64", "squared error that the merge adds"),
+    "energy": Column("clip", "float64", "that of the latents around their mean, and the squared error"),
+    "curve_tokens": Column("curve", "int64", "numbers of tokens, largest first"),
+    "curve_loss": Column("curve", "float64", "squared error at that number"),
+    "cut_frame": Column("cut", "int64", "first frame after each cut"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,24 @@ class Stretches:
     curve_loss: Tensor
     cut_frame: Tensor
 
+    def __post_init__(self) -> None:
+        count = self.latents.shape[0]
+        shapes = {
+            "frame_seconds": (self.grid[0],),
+            "latents": (count, self.latents.shape[-1]),
+            "boxes": (count, 6),
+            "merges": (count - 1, 2),
+            "merge_loss": (count - 1,),
+            "energy": (2,),
+            "curve_loss": tuple(self.curve_tokens.shape),
+        }
+        for name, shape in shapes.items():
+            got = tuple(getattr(self, name).shape)
+            if got != shape:
+                raise ValueError(f"{name}: expected {shape}, got {got}")
+        if self.latents.shape[1] % self.width or self.curve_tokens.ndim != 1 or self.cut_frame.ndim != 1:
+            raise ValueError("latents, curve_tokens, cut_frame: expected (S, C), C a multiple of D, and lists")
+
     def __len__(self) -> int:
         return int(self.latents.shape[0])
 
@@ -46,6 +82,16 @@ class Stretches:
         """Return the share of the energy that is left when ``lost`` of it, a squared error, is gone."""
         total = float(self.energy[0])
         return min(1.0, max(0.0, 1.0 - lost / total)) if total > 0 else 1.0
+
+    @property
+    def kind(self) -> Tensor:
+        """(S,) uint8 index into ``TOKEN_KINDS``: ``anchor`` if every latent of the clip is kept as encoded, else
+        ``dynamic`` for a stretch of one cell, ``summary`` for one of several cells."""
+        sides = self.boxes[:, 1::2] - self.boxes[:, ::2]
+        if len(self) == math.prod(self.grid):
+            return sides.new_zeros(len(self)).byte()
+        is_single = sides[:, 1] * sides[:, 2] == 1
+        return is_single.byte() * TOKEN_KINDS.index("dynamic") + (~is_single).byte() * TOKEN_KINDS.index("summary")
 
     def without_deep_rows(self) -> Stretches:
         """Return the same stretches with the main channels only."""

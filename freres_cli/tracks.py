@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.records import TOKEN_KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -240,14 +240,6 @@ def complete_columns(tensors: Mapping[str, Tensor], columns: Mapping[str, Column
         shape = [num_rows, *(latents.shape[-1] if axis == "C" else int(axis) for axis in column.shape)]
         complete[name] = latents.new_zeros(shape, dtype=latents.dtype if column.is_latent else dtypes[column.dtype])
     return complete
-
-
-def count_by_kind(content: Tracks | VideoTokens) -> dict[str, int]:
-    """Return how many visual tokens of each kind there are."""
-    if isinstance(content, Tracks):
-        return content.num_tokens_by_kind()
-    counts = content.kind.to("cpu").bincount(minlength=len(TOKEN_KINDS)).tolist()
-    return dict(zip(TOKEN_KINDS, counts, strict=True))
 
 
 def _require(condition: bool, what: str) -> None:

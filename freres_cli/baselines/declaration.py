@@ -25,11 +25,11 @@ class Method:
     ``name``: as given to ``--method``. ``summary``: one line for lists. ``source``: the paper, or why it is ours.
     ``training``: one of ``TRAININGS``. ``needs``: any of ``NEEDS``; a method that needs the question cannot make
     bundles. ``streams``: memory grows with the tokens kept, not with the frames. ``has_budget``: the budget decides how
-    many tokens are kept. ``makes_bundles``: ``freres compress`` accepts it. ``deviations``: how it differs from its
-    source.
+    many tokens are kept. ``has_quality``: a share of the latents' energy may decide it. ``makes_bundles``: ``freres
+    compress`` accepts it. ``deviations``: how it differs from its source.
 
     ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens``; ``None``
-    for Fre-Res, which takes frames one at a time (``method/compress.py``).
+    for Fre-Res and adaptive Fre-Res, which take frames one at a time (``method/compress.py``, ``method/adaptive.py``).
     """
 
     name: str
@@ -39,6 +39,7 @@ class Method:
     needs: tuple[str, ...] = ()
     streams: bool = False
     has_budget: bool = True
+    has_quality: bool = False
     makes_bundles: bool = True
     deviations: str = "none"
     compress: Callable[[Tensor, Tensor, int, int], VideoTokens] | None = None

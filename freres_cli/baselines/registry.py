@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from freres_cli.baselines import blind, dtd, evs, fre_res, full, lowres, uniform
+from freres_cli.baselines import adaptive, blind, dtd, evs, fre_res, full, lowres, uniform
 from freres_cli.baselines.declaration import Method
 
-FRE_RES = fre_res.METHOD.name
+FRE_RES, ADAPTIVE = fre_res.METHOD.name, adaptive.METHOD.name
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -20,6 +20,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             evs.METHOD,
             dtd.METHOD,
             fre_res.METHOD,
+            adaptive.METHOD,
             blind.METHOD,
         )
     }

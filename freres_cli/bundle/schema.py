@@ -15,16 +15,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from freres_cli.bundle import version_1, version_2
+from freres_cli.bundle import version_1, version_2, version_3
 from freres_cli.bundle.checks import Field, Fields, damaged, read_fields
+from freres_cli.content import Content, count_by_kind, kind_of, latents_of
 from freres_cli.errors import BundleError
-from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks, count_by_kind
 
 FORMAT = "freres.bundle"
-READERS = {1: version_1, 2: version_2}
+READERS = {1: version_1, 2: version_2, 3: version_3}
 MAX_DEPTH = 16
-SCHEMA_VERSION = 2  # that freres writes
+SCHEMA_VERSION = 3  # that freres writes
 # Fields added since the versions were fixed. A bundle without one has null in it: not known.
 LATER_FIELDS: Fields = {
     "geometry": {
@@ -36,6 +35,7 @@ LATER_FIELDS: Fields = {
             ("text_overhead_tokens", "context_tokens", "moved_tokens", "moved_outside"),
             Field("whole", may_be_null=True, default=None),
         ),
+        "quality": Field("number", may_be_null=True, default=None),
         **dict.fromkeys(("mean_shift_s", "max_shift_s"), Field("number", may_be_null=True, default=None)),
     },
 }
@@ -74,13 +74,12 @@ def encode_manifest(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def make_content(content: Tracks | VideoTokens, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def make_content(content: Content, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to pass to ``torch.save``: everything on the CPU, each tensor stored alone."""
-    tensors = {name: _pack(tensor) for name, tensor in version_2.tensors_of(content).items()}
+    tensors = {name: _pack(tensor) for name, tensor in version_3.tensors_of(content).items()}
     # A view would drag its whole storage into the file.
     tensors = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
-    kind = "tracks" if isinstance(content, Tracks) else "tokens"
-    text = encode_manifest({**manifest, "content": kind, "tensors": describe_tensors(tensors)})
+    text = encode_manifest({**manifest, "content": kind_of(content), "tensors": describe_tensors(tensors)})
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -90,7 +89,7 @@ def make_content(content: Tracks | VideoTokens, manifest: Mapping[str, Any]) -> 
     }
 
 
-def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks | VideoTokens]:
+def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Content]:
     """Return the schema version, manifest and content of what ``torch.load`` gave, and check every byte of it.
 
     ``where``: the file. Raises ``BundleError``.
@@ -118,7 +117,7 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Tracks |
     return version, manifest, content
 
 
-def _check_facts(manifest: Mapping[str, Any], content: Tracks | VideoTokens, where: str) -> None:
+def _check_facts(manifest: Mapping[str, Any], content: Content, where: str) -> None:
     """What the manifest says of the tensors is true of them."""
     told, by_kind = manifest["tokens"], count_by_kind(content)
     if told["tokens_by_kind"] != by_kind or told["visual_tokens"] != sum(by_kind.values()):
@@ -130,7 +129,7 @@ def _check_facts(manifest: Mapping[str, Any], content: Tracks | VideoTokens, whe
     runs = manifest["geometry"]["text_per_frame"]
     if runs is not None and (len(runs) % 2 or sum(runs[::2]) != content.grid[0]):
         raise damaged(where, f"geometry.text_per_frame: expected {content.grid[0]} frames in runs")
-    model, latents = manifest["model"], content.anchor_latents if isinstance(content, Tracks) else content.latents
+    model, latents = manifest["model"], latents_of(content)
     num_rows = 1 if manifest["settings"]["deepstack"]["value"] == "drop" else 1 + model["num_deep_layers"]
     if model["width"] != content.width or latents.shape[1] != content.width * num_rows:
         expected = f"{num_rows} rows of {model['width']} channels"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from freres_cli.bundle.schema import make_content, read_content
+from freres_cli.content import Content, kind_of
 from freres_cli.errors import BundleError
 from freres_cli.files import check_destination, write_atomically
-from freres_cli.records import VideoTokens
 from freres_cli.tracks import Tracks
 
 _PICKLE_HINT = "a bundle holds tensors and text only; do not trust where this file came from"
@@ -28,7 +28,7 @@ class StoredBundle:
     path: Path
     schema_version: int
     manifest: dict[str, Any]
-    content: Tracks | VideoTokens
+    content: Content
     num_bytes: int
 
     @property
@@ -36,12 +36,12 @@ class StoredBundle:
         """The tracks of a Fre-Res bundle. Raises ``BundleError`` for a bundle of another method."""
         if not isinstance(self.content, Tracks):
             method = self.manifest["settings"]["method"]["value"]
-            raise BundleError(f"{self.path}: made by method {method}: it holds tokens, not tracks")
+            raise BundleError(f"{self.path}: made by method {method}: it holds {kind_of(self.content)}, not tracks")
         return self.content
 
 
 def write_bundle(
-    path: Path, content: Tracks | VideoTokens, manifest: Mapping[str, Any], *, force: bool = False, flag: str = "-o"
+    path: Path, content: Content, manifest: Mapping[str, Any], *, force: bool = False, flag: str = "-o"
 ) -> int:
     """Write a bundle and return its size in bytes. The same content and manifest give the same bytes.
 

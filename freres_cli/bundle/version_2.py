@@ -1,4 +1,4 @@
-"""Schema version 2, which freres writes: the tracks of Fre-Res, or the tokens of any other method.
+"""Schema version 2: the tracks of Fre-Res, or the tokens of any other method.
 
 Every bundle of this version has the fields and settings listed here. Later additions are not listed; a bundle without one
 has its default.
@@ -67,10 +67,7 @@ def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
     if manifest.get("content") not in CONTENTS:
         raise damaged(where, f"content: expected {' or '.join(CONTENTS)}, got {manifest.get('content')!r}")
     read = read_fields(manifest, FIELDS, where)
-    if manifest["content"] == "tracks" and read["geometry"]["pooled_grid"] is None:
-        raise damaged(where, "geometry.pooled_grid: expected 2 whole numbers, got null")
-    if read["tokens"]["full_tokens"] < 1 or read["tokens"]["visual_tokens"] < 1:
-        raise damaged(where, "tokens: expected at least 1 visual token of at least 1")
+    check_counts(read, where)
     later = later_settings(SETTINGS)
     defaults = {key: rule.default for key, rule in later.items()}
     settings = read_settings(read["settings"], {**SETTINGS, **later}, defaults, where)
@@ -78,6 +75,14 @@ def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
     if (method == "fre-res") != (manifest["content"] == "tracks"):
         raise damaged(where, f"content: method {method} does not make {manifest['content']}")
     return read | {"settings": settings}
+
+
+def check_counts(manifest: Mapping[str, Any], where: str) -> None:
+    """Refuse a clip without tokens, or tracks without cells. ``where``: the file. Raises ``BundleError``."""
+    if manifest["content"] == "tracks" and manifest["geometry"]["pooled_grid"] is None:
+        raise damaged(where, "geometry.pooled_grid: expected 2 whole numbers, got null")
+    if manifest["tokens"]["full_tokens"] < 1 or manifest["tokens"]["visual_tokens"] < 1:
+        raise damaged(where, "tokens: expected at least 1 visual token of at least 1")
 
 
 def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Tracks | VideoTokens:
@@ -90,10 +95,11 @@ def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
     check_finite(tensors, where)
     if manifest["content"] == "tracks":
         return build_tracks(manifest, tensors, where)
-    return _build_tokens(manifest, tensors, where)
+    return build_tokens(manifest, tensors, where)
 
 
-def _build_tokens(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> VideoTokens:
+def build_tokens(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> VideoTokens:
+    """Return the tokens made of these tensors. ``where``: the file. Raises ``BundleError`` if they are not tokens."""
     for name, column in TOKEN_COLUMNS.items():
         _check_column(name, column, tensors[name], where)
     geometry = manifest["geometry"]
@@ -118,10 +124,3 @@ def _check_column(name: str, column: Column, tensor: Tensor, where: str) -> None
     limit = int(column.limit or 0)
     if limit and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
         raise damaged(where, f"{name}: expected 0..{limit - 1}")
-
-
-def tensors_of(content: Tracks | VideoTokens) -> dict[str, Tensor]:
-    """Return the tensors that a bundle with this content holds, by name, in order."""
-    if isinstance(content, Tracks):
-        return content.tensors()
-    return {name: getattr(content, name) for name in TENSORS["tokens"]}

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES
+from freres_cli.baselines.registry import BUNDLE_METHODS
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
     format_seconds,
+    format_share,
     print_json,
     print_json_line,
     print_notes,
@@ -40,18 +41,19 @@ def compress(
         list[str], typer.Argument(metavar="VIDEO", help="Video files, folders of videos, or .txt lists of paths.")
     ],
     budget: options.Budget = None,
+    quality: options.Quality = None,
     preset: options.PresetName = None,
     model: options.Model = None,
     revision: options.Revision = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--method",
             metavar="NAME",
-            help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
+            help=f"Compression method: {', '.join(BUNDLE_METHODS)}; the default is the preset's.",
             autocompletion=options.complete_bundle_method,
         ),
-    ] = FRE_RES,
+    ] = None,
     variant: Annotated[
         str | None, typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat or idct.")
     ] = None,
@@ -84,9 +86,11 @@ def compress(
 ) -> None:
     """Compress a video into a bundle, or many into a folder of bundles.
 
-    Decodes the video, encodes its frames with the model's frozen vision tower, keeps sparse full-detail anchor frames
-    and a few temporal DCT coefficients of the rest, and writes at most --budget visual tokens. The video is not needed
-    again. Prints the bundle's path. The other choices of --method are baselines: see freres methods.
+    Decodes the video, encodes its frames with the model's frozen vision tower, and writes at most --budget visual tokens.
+    Method fre-res keeps sparse full-detail anchor frames and a few temporal DCT coefficients of the rest. Method adaptive
+    cuts each cell's time line where it changes, and keeps the mean of each stretch; it also takes --quality in place of
+    --budget. The other choices of --method are baselines: see freres methods. The video is not needed again. Prints the
+    bundle's path.
 
     For several videos, a folder (searched recursively) or a .txt list (one path per line, relative to the list), the
     model is loaded only once. Bundles are named after their videos. An existing bundle is skipped if it is intact and was
@@ -99,7 +103,7 @@ def compress(
     paths = [options.check_path(video, "VIDEO") for video in videos]
     place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
-    named |= {"deepstack": deepstack}
+    named |= {"deepstack": deepstack, "quality": quality}
     chosen = make_options(
         gather_flags(assignments, named), preset, model, revision, method, start, end, strict, device, dtype, attn
     )
@@ -187,7 +191,7 @@ def make_options(
     preset: str | None,
     model: str | None,
     revision: str | None = None,
-    method: str = FRE_RES,
+    method: str | None = None,
     start: float | None = None,
     end: float | None = None,
     strict: bool = False,
@@ -200,10 +204,12 @@ def make_options(
     ``flags``: settings that were given. ``preset``, ``model``, ``revision``, ``method``, ``start``, ``end``, ``strict``,
     ``device``, ``dtype``, ``attn``: the flags with these names. Raises ``UsageError`` or ``PresetError``.
     """
-    find_bundle_method(method)
     chosen = model or BUNDLED
+    if method is not None:
+        find_bundle_method(method)
     check_revision(chosen, revision)
     settings = load_settings(preset or choose_preset(chosen), flags)
+    method = find_bundle_method(method or settings.method).name
     from freres_cli.pipeline.models import make_source
     from freres_cli.pipeline.planning import CompressOptions
 
@@ -216,9 +222,10 @@ def _summary(result: CompressResult) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
     context = "" if tokens["context_tokens"] is None else f"{tokens['context_tokens']} tokens in context; "
     groups = "" if tokens["num_gops"] is None else f"{tokens['num_gops']} GoPs; "
+    quality = "" if tokens["quality"] is None else f"{format_share(tokens['quality'])} of the energy; "
     return (
         f"{tokens['visual_tokens']} visual tokens ({kinds}) of {tokens['full_tokens']}, "
-        f"{tokens['compression']:.2f}x; {context}{groups}{format_bytes(result.bundle_bytes)}; "
+        f"{tokens['compression']:.2f}x; {quality}{context}{groups}{format_bytes(result.bundle_bytes)}; "
         f"{format_seconds(result.timings_s['total'])}, peak {format_bytes(result.peak_memory_bytes)}"
     )
 

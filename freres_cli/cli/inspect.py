@@ -58,6 +58,9 @@ def inspect(
         print_json("freres.inspect/1", {**report, "environment": describe_environment(choose_device("cpu"))})
         return
     _print_head(report)
+    if report["stretches"] is not None:
+        print_result("")
+        _print_stretches(report["stretches"], report["visual_tokens"])
     if report["energy"] is not None:
         _print_energy(report["energy"])
         print_result("")
@@ -123,6 +126,27 @@ def _describe_channels(report: dict[str, Any]) -> str:
     if report["settings"]["deepstack"]["value"] == "drop":
         return f"{text}; the rows of {num_deep} DeepStack layers were dropped, so answers change"
     return f"{text}: {model['width']} and the rows of {num_deep} DeepStack layers"
+
+
+# Budgets at which the curve is printed, as shares of the largest one on it.
+CURVE_SHARES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
+
+
+def _print_stretches(stretches: dict[str, Any], num_tokens: int) -> None:
+    curve = stretches["curve"]
+    print_result(
+        f"quality  {format_share(stretches['quality'])} of the latents' energy in {num_tokens} stretches, on average "
+        f"{stretches['frames_mean']:.1f} frames of {stretches['cells_mean']:.1f} cells; the largest {stretches['frames_max']} "
+        f"frames, {stretches['cells_max']} cells; {stretches['num_single']} single latents; {stretches['num_cuts']} cuts"
+    )
+    wanted = [share * curve[0]["visual_tokens"] for share in CURVE_SHARES]
+    points = [min(curve, key=lambda point: abs(point["visual_tokens"] - count)) for count in wanted]
+    points = list({point["visual_tokens"]: point for point in (curve[0], *points)}.values())
+    print_result("         quality at other budgets (all of them: --json):")
+    print_table(
+        ("         tokens", *[str(point["visual_tokens"]) for point in points]),
+        [("         quality", *[format_share(point["quality"]) for point in points])],
+    )
 
 
 def _print_energy(energy: dict[str, Any]) -> None:

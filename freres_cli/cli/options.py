@@ -97,6 +97,16 @@ PresetName = Annotated[
     ),
 ]
 Budget = Annotated[int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Upper limit on visual tokens.")]
+Quality = Annotated[
+    float | None,
+    typer.Option(
+        "--quality",
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+        help="Keep this share of the latents' energy, in as few tokens as possible (method adaptive).",
+    ),
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set any preset key; use again to set more. See freres-preset(5)."),

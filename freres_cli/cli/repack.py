@@ -17,23 +17,26 @@ def repack(
     bundle: options.BundlePath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The bundle to write.")],
     budget: options.Budget = None,
+    quality: options.Quality = None,
     deepstack: options.DeepStack = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Cut a bundle to a smaller budget, or drop its DeepStack rows.
+    """Cut a bundle to a smaller budget or quality, or drop its DeepStack rows.
 
-    Needs neither the video nor the vision tower. The most important tokens of each kind are kept. Prints the new bundle's
-    path.
+    Needs neither the video nor the vision tower. A bundle of method adaptive becomes what compressing to that budget, or
+    that quality, would have given; of a fre-res bundle the most important tokens of each kind are kept. Prints the new
+    bundle's path.
     """
-    if budget is None and deepstack is None:
-        raise UsageError("--budget, --deepstack: expected at least one, got neither")
+    if budget is None and quality is None and deepstack is None:
+        raise UsageError("--budget, --quality, --deepstack: expected at least one, got none")
     if deepstack not in (None, *DEEPSTACK):
         raise UsageError(f"--deepstack: expected one of {', '.join(DEEPSTACK)}, got {deepstack}")
+    from freres_cli.pipeline.cutting import Cut
     from freres_cli.workflows.repack import repack_bundle
 
-    result = repack_bundle(bundle, output, budget, deepstack, force=force)
+    result = repack_bundle(bundle, output, Cut(budget, quality, deepstack), force=force)
     print_notes(result.notes, quiet)
     if json:
         from freres_cli.bench.report import describe_environment

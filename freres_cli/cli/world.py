@@ -29,7 +29,10 @@ def make(
     level: Annotated[
         int,
         typer.Option(
-            "--level", min=1, max=3, help="1: 4 to 5 s, 8 fps. 2: 6 to 60 s, 12 to 30 fps, camera sways. 3: like footage, 4 to 20 s, 8 to 30 fps."
+            "--level",
+            min=1,
+            max=3,
+            help="1: 4 or 5 s, 8 fps. 2: 6 to 60 s, 12 to 30 fps. 3: 4 to 20 s, as footage.",
         ),
     ] = 1,
     questions: Annotated[

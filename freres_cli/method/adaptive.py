@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freres_cli.method.merging import Merger, add_up, merge_means
 from freres_cli.method.tokens import seconds_at
-from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.records import VideoTokens
 from freres_cli.stretches import Stretches
 
 # Ours. At most twice as many stretches as this are in memory, or twice the budget if that is more. A clip with no more
@@ -19,7 +19,6 @@ MOST_STRETCHES = 16384
 # Ours. At a cut, half of the cells differ from the frame before as much as two tokens of the clip do in half the cases.
 CUT_SHARE = 0.5
 CURVE_STEPS_AN_OCTAVE = 8
-ANCHOR, DYNAMIC, _, SUMMARY = range(len(TOKEN_KINDS))
 
 
 class CutDetector:
@@ -234,21 +233,15 @@ def box_sizes(boxes: Tensor) -> Tensor:
 
 
 def build_stretch_tokens(stretches: Stretches) -> VideoTokens:
-    """Return the visual tokens of a clip: each stretch at the middle of its time and its cells.
-
-    Kinds: ``anchor`` for a latent as encoded, ``dynamic`` for a stretch of one cell, ``summary`` for one of several cells.
-    """
+    """Return the visual tokens of a clip: each stretch at the middle of its time and its cells."""
     boxes = stretches.boxes
     middle = (boxes[:, ::2] + boxes[:, 1::2] - 1).to(torch.float32) / 2
-    kind = torch.full((len(stretches),), DYNAMIC, dtype=torch.uint8)
-    kind[box_sizes(boxes[:, 2:]) > 1] = SUMMARY
-    kind[box_sizes(boxes) == 1] = ANCHOR
     shot = torch.searchsorted(stretches.cut_frame, boxes[:, 0].contiguous(), right=True)
     return VideoTokens(
         latents=stretches.latents,
         positions=middle,
         seconds=seconds_at(stretches.frame_seconds, middle[:, 0]),
-        kind=kind,
+        kind=stretches.kind,
         gop=shot,
         energy=stretches.latents[:, : stretches.width].to(torch.float32).square().sum(-1),
         grid=stretches.grid,

@@ -8,28 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from freres_cli.bundle.store import read_bundle, write_bundle
+from freres_cli.content import Content
 from freres_cli.devices import Device
-from freres_cli.pipeline.choices import as_whole, check_revision
-from freres_cli.pipeline.cutting import cut_content
+from freres_cli.errors import UsageError
+from freres_cli.pipeline.choices import as_number, as_whole, check_revision
+from freres_cli.pipeline.cutting import Cut, cut_content
 from freres_cli.pipeline.models import Models, find_device, find_dtype
 from freres_cli.pipeline.session import AskRequest, Session, open_bundle
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks
 
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
     """What is kept of one video.
 
-    ``manifest``: where it comes from and how it was made, see freres-bundle(5). ``content``: the tracks of Fre-Res, or
-    the tokens of another method. ``path``: its file, ``None`` before it is saved. ``notes``: what the user should know.
-    ``timings_s``, ``peak_memory_bytes``: cost of the compression, in seconds by stage and bytes; empty and ``None`` for a
-    bundle that was read from a file.
+    ``manifest``: where it comes from and how it was made, see freres-bundle(5). ``content``: the stretches of adaptive
+    Fre-Res, the tracks of Fre-Res, or the tokens of another method. ``path``: its file, ``None`` before it is saved.
+    ``notes``: what the user should know. ``timings_s``, ``peak_memory_bytes``: cost of the compression, in seconds by
+    stage and bytes; empty and ``None`` for a bundle that was read from a file.
     """
 
     manifest: Mapping[str, Any]
-    content: Tracks | VideoTokens
+    content: Content
     path: Path | None = None
     notes: tuple[str, ...] = ()
     timings_s: Mapping[str, float] = field(default_factory=dict)
@@ -91,14 +92,17 @@ class Bundle:
         request = AskRequest(self.path or Path(self.name), place, model, revision, precision, adapter, text_after)
         return open_bundle(self, request, models)
 
-    def repack(self, budget_tokens: int) -> Bundle:
+    def repack(self, budget_tokens: int | None = None, *, quality: float | None = None) -> Bundle:
         """Return the same clip in at most ``budget_tokens``, without the video or the tower.
 
-        Raises ``UsageError`` for an illegal budget, or a method whose tokens cannot be cut.
+        ``quality``: share of the latents' energy to keep, in as few tokens as possible; needs a bundle of adaptive
+        Fre-Res. Raises ``UsageError`` for an illegal budget or quality, or a method whose tokens cannot be cut.
         """
-        content, manifest, notes = cut_content(
-            self.content, self.manifest, as_whole(budget_tokens, "budget_tokens"), None, self.name
-        )
+        if budget_tokens is None and quality is None:
+            raise UsageError("repack: expected budget_tokens or quality, got neither")
+        budget = None if budget_tokens is None else as_whole(budget_tokens, "budget_tokens")
+        cut = Cut(budget, as_number(quality, "quality"))
+        content, manifest, notes = cut_content(self.content, self.manifest, cut, self.name)
         return Bundle(manifest, content, notes=notes)
 
 

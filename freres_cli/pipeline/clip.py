@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
-from freres_cli.baselines.registry import FRE_RES
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import VideoError
+from freres_cli.method.adaptive import MOST_STRETCHES, cut_stretches
 from freres_cli.method.fusion import FreResModules
 from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_frames
 from freres_cli.pipeline.manifest import build_manifest
@@ -22,6 +23,7 @@ from freres_cli.pipeline.prompt_text import read_prompt_text
 from freres_cli.pipeline.reduction import Reduction, reduce_latents
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import VideoTokens
+from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 from freres_cli.video.decode import DecodeReport
 from freres_cli.video.sampling import Sampling
@@ -60,6 +62,7 @@ class EncodedClip:
         self._options = replace(options, method=FRE_RES)
         self._latents = LatentStream(encoder, timer, options.model.name, keeps_all=True)
         self._views: dict[Sampling, View] = {}
+        self._merged: dict[Sampling, tuple[Stretches, float]] = {}
         self._baseline = self._view(self._plan(FULL_BUDGET))
 
     @property
@@ -95,6 +98,8 @@ class EncodedClip:
         With ``deepstack: drop`` tokens have D channels, as a bundle would store them, so all methods are compared at
         equal cost. Only ``full``, the unchanged model, keeps the rows.
         """
+        if method == ADAPTIVE:
+            return make_tokens(self._cut_stretches(budget_tokens))
         if method == FRE_RES:
             tracks = self.build_tracks(budget_tokens)
             with self._timer.stage("compress"), torch.no_grad():
@@ -108,6 +113,25 @@ class EncodedClip:
         tokens = reduce_latents(whole, plan, options, self._encoder.width, self._timer).content
         assert isinstance(tokens, VideoTokens)
         return tokens
+
+    def _cut_stretches(self, budget_tokens: int) -> Stretches:
+        """Return the stretches of adaptive Fre-Res. A clip is merged once for all budgets; the timer gets that time at
+        every budget."""
+        options = replace(self._options_for(budget_tokens), method=ADAPTIVE)
+        plan = plan_compression(options, self._encoder, self._source.info)
+        if plan.sampling not in self._merged:
+            before = self._timer.seconds.get("compress", 0.0)
+            batches = self._view(plan).batches(count_batch_frames(plan), torch.device("cpu"))
+            whole = replace(plan, budget_tokens=MOST_STRETCHES)
+            reduction = reduce_latents(batches, whole, options, self._encoder.width, self._timer)
+            assert isinstance(reduction.content, Stretches)
+            self._merged[plan.sampling] = reduction.content, self._timer.seconds["compress"] - before
+            self._timer.seconds["compress"] = before
+        stretches, merge_s = self._merged[plan.sampling]
+        with self._timer.stage("compress"), torch.no_grad():
+            cut = cut_stretches(stretches, budget_tokens)
+        self._timer.seconds["compress"] += merge_s
+        return cut
 
     def build_tracks(self, budget_tokens: int) -> Tracks:
         """Return the tracks of Fre-Res. With ``track_density`` above 1 their frames may be denser than ``latents``."""

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
@@ -39,9 +38,9 @@ class Compressor:
 
     ``model``: ``bundled``, a folder, or a hub id. ``preset``: settings to start from, a name or a .yaml file; the default
     is that of ``freres compress``. ``budget_tokens``: maximum visual tokens of a bundle. ``method``: a name that
-    ``freres methods`` lists. ``device``, ``dtype``, ``revision``, ``attention``: as ``models.make_source`` takes them.
-    ``strict``: refuse a video that is damaged anywhere. ``models``: a model that is already loaded. Further keyword
-    arguments are settings by name, see freres-preset(5).
+    ``freres methods`` lists; by default the preset's. ``device``, ``dtype``, ``revision``, ``attention``: as
+    ``models.make_source`` takes them. ``strict``: refuse a video that is damaged anywhere. ``models``: a model that is
+    already loaded. Further keyword arguments are settings by name, see freres-preset(5), such as ``quality``.
 
     Raises ``PresetError`` for an unknown or illegal setting, ``UsageError`` or ``ResourceError`` for a method or a device
     that cannot be used.
@@ -53,7 +52,7 @@ class Compressor:
         *,
         preset: str | Path | None = None,
         budget_tokens: int | None = None,
-        method: str = FRE_RES,
+        method: str | None = None,
         device: str | Device | None = None,
         dtype: str | None = None,
         revision: str | None = None,
@@ -67,12 +66,11 @@ class Compressor:
             if budget_tokens is None
             else {**settings, "budget_tokens": as_whole(budget_tokens, "budget_tokens")}
         )
-        find_bundle_method(method)
         if models is not None and model not in (None, models.source.name):
             raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
         source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
-        self.options = CompressOptions(source, chosen, method, strict=strict)
+        self.options = CompressOptions(source, chosen, find_bundle_method(method or chosen.method).name, strict=strict)
         self.models = models or Models(source)
 
     @classmethod

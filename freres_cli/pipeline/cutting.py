@@ -3,58 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from freres_cli import __version__
-from freres_cli.baselines.registry import METHODS
+from freres_cli.baselines.registry import ADAPTIVE, METHODS
+from freres_cli.content import Content, count_by_kind, without_deep_rows
 from freres_cli.errors import UsageError
+from freres_cli.method.adaptive import count_for_quality, cut_stretches
 from freres_cli.method.budget import MethodSettings
 from freres_cli.method.select import cut_tracks
 from freres_cli.pipeline.manifest import token_counts
 from freres_cli.pipeline.notes import describe_drop
 from freres_cli.pipeline.prompt_text import describe_text, recall_text
-from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks, count_by_kind
+from freres_cli.stretches import Stretches
+from freres_cli.tracks import Tracks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What to cut a bundle to.
+
+    ``budget_tokens``: maximum visual tokens; ``None`` keeps all. ``quality``: share of the latents' energy to keep, in as
+    few tokens as possible. ``deepstack``: ``drop`` removes the DeepStack rows of all tokens; ``None`` leaves them
+    unchanged.
+    """
+
+    budget_tokens: int | None = None
+    quality: float | None = None
+    deepstack: str | None = None
 
 
 def cut_content(
-    content: Tracks | VideoTokens,
-    manifest: Mapping[str, Any],
-    budget_tokens: int | None,
-    deepstack: str | None,
-    name: str,
-) -> tuple[Tracks | VideoTokens, dict[str, Any], tuple[str, ...]]:
-    """Return content, manifest and notes of a smaller bundle, in which each kind keeps its most important tokens.
+    content: Content, manifest: Mapping[str, Any], cut: Cut, name: str
+) -> tuple[Content, dict[str, Any], tuple[str, ...]]:
+    """Return content, manifest and notes of a smaller bundle.
 
-    ``content``, ``manifest``: those of the bundle. ``budget_tokens``: maximum visual tokens; ``None`` keeps all.
-    ``deepstack``: ``drop`` removes the DeepStack rows of all tokens; ``None`` leaves them unchanged. ``name``: the
-    bundle's, for messages. Raises ``UsageError`` for an illegal budget, for tokens that cannot be cut, or if rows to keep
-    were dropped before.
+    ``content``, ``manifest``: those of the bundle. ``cut``: what to cut it to. ``name``: the bundle's, for messages.
+    Raises ``UsageError`` for an illegal budget or quality, for tokens that cannot be cut, or if rows to keep were dropped
+    before.
     """
-    if budget_tokens is not None and budget_tokens < 1:
-        raise UsageError(f"budget_tokens: expected at least 1, got {budget_tokens}")
-    if deepstack == "keep" and manifest["settings"]["deepstack"]["value"] == "drop":
+    if cut.budget_tokens is not None and cut.budget_tokens < 1:
+        raise UsageError(f"budget_tokens: expected at least 1, got {cut.budget_tokens}")
+    if cut.deepstack == "keep" and manifest["settings"]["deepstack"]["value"] == "drop":
         raise UsageError("--deepstack: the rows were dropped and cannot come back", "compress the video again")
     notes = []
-    if budget_tokens is not None:
-        before = sum(count_by_kind(content).values())
-        if budget_tokens >= before:
-            notes.append(
-                f"the bundle already fits: {before} tokens, budget {budget_tokens}; for more, compress the video again"
-            )
-        else:
-            content = _cut(content, manifest, budget_tokens, name)
-    if deepstack == "drop":
-        content = _without_deep_rows(content)
+    before = sum(count_by_kind(content).values())
+    budget = before if cut.budget_tokens is None else cut.budget_tokens
+    if cut.quality is not None:
+        budget = min(budget, _count_for_quality(content, manifest, cut.quality, name))
+    if budget < before:
+        content = _cut(content, manifest, budget, name)
+    elif cut.budget_tokens is not None:
+        notes.append(
+            f"the bundle already fits: {before} tokens, budget {cut.budget_tokens}; for more, compress the video again"
+        )
+    elif cut.quality is not None:
+        assert isinstance(content, Stretches)
+        notes.append(
+            f"the bundle is unchanged: it keeps {content.quality:.4f} of the energy, and one token less would keep less "
+            f"than {cut.quality:g}; for more, compress the video again"
+        )
+    if cut.deepstack == "drop":
+        content = without_deep_rows(content)
         num_deep = manifest["model"]["num_deep_layers"]
         notes.append(describe_drop(num_deep) or "deepstack has no effect: the bundle's model has no such rows")
-    return content, _cut_manifest(manifest, content, budget_tokens, deepstack), tuple(notes)
+    return content, _cut_manifest(manifest, content, cut), tuple(notes)
 
 
-def _cut(
-    content: Tracks | VideoTokens, manifest: Mapping[str, Any], budget_tokens: int, name: str
-) -> Tracks | VideoTokens:
+def _count_for_quality(content: Content, manifest: Mapping[str, Any], quality: float, name: str) -> int:
+    if not 0 <= quality <= 1:
+        raise UsageError(f"quality: expected 0 to 1, got {quality:g}")
+    if not isinstance(content, Stretches):
+        method = manifest["settings"]["method"]["value"]
+        raise UsageError(
+            f"{name}: made by method {method}: only bundles of method {ADAPTIVE} can be cut to a quality",
+            "cut it to a --budget",
+        )
+    return count_for_quality(content, quality)
+
+
+def _cut(content: Content, manifest: Mapping[str, Any], budget_tokens: int, name: str) -> Content:
+    if isinstance(content, Stretches):
+        return cut_stretches(content, budget_tokens)
     if not isinstance(content, Tracks):
         method = manifest["settings"]["method"]["value"]
         has_budget = method in METHODS and METHODS[method].has_budget
@@ -71,24 +102,23 @@ def _cut(
     return cut_tracks(content, MethodSettings(**values), budget_tokens)
 
 
-def _without_deep_rows(content: Tracks | VideoTokens) -> Tracks | VideoTokens:
-    if isinstance(content, Tracks):
-        return content.without_deep_rows()
-    return replace(content, latents=content.latents[:, : content.width].contiguous())
-
-
-def _cut_manifest(
-    before: Mapping[str, Any], content: Tracks | VideoTokens, budget_tokens: int | None, deepstack: str | None
-) -> dict[str, Any]:
+def _cut_manifest(before: Mapping[str, Any], content: Content, cut: Cut) -> dict[str, Any]:
     """Return the manifest of the cut bundle, with one more step in its history."""
     recorded = before["tokens"]
-    budget = recorded["budget_tokens"] if budget_tokens is None else budget_tokens
+    by_kind = count_by_kind(content)
+    budget = recorded["budget_tokens"] if cut.budget_tokens is None else cut.budget_tokens
+    if cut.quality is not None and cut.budget_tokens is None:
+        budget = sum(by_kind.values())
     counts = describe_text(content, before["settings"]["variant"]["value"], recall_text(before["geometry"]))
-    tokens = {**recorded, **token_counts(count_by_kind(content), budget, recorded["full_tokens"]), **counts}
+    tokens = {**recorded, **token_counts(by_kind, budget, recorded["full_tokens"]), **counts}
+    if isinstance(content, Stretches):
+        tokens["quality"] = content.quality
     step = {"verb": "repack", "freres_version": __version__, "budget_tokens": budget}
+    if cut.quality is not None:
+        step |= {"quality": cut.quality}
     settings = before["settings"]
-    if deepstack is not None:
-        step |= {"deepstack": deepstack}
-        settings = {**settings, "deepstack": {"value": deepstack, "source": "flag"}}
+    if cut.deepstack is not None:
+        step |= {"deepstack": cut.deepstack}
+        settings = {**settings, "deepstack": {"value": cut.deepstack, "source": "flag"}}
     rest = {key: value for key, value in before.items() if key != "tensors"}
     return {**rest, "settings": settings, "tokens": tokens, "history": [*before["history"], step]}

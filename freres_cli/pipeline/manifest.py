@@ -9,12 +9,14 @@ from typing import Any
 
 from freres_cli import __version__
 from freres_cli.backbones.base import VisionEncoder
-from freres_cli.baselines.registry import FRE_RES, METHODS
+from freres_cli.baselines.registry import METHODS
+from freres_cli.content import count_by_kind, kind_of
 from freres_cli.pipeline.encoding import VideoSource
-from freres_cli.pipeline.planning import CompressOptions, CompressPlan
+from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan
 from freres_cli.pipeline.prompt_text import PromptText, describe_text, record_text
 from freres_cli.pipeline.reduction import Reduction
-from freres_cli.tracks import Tracks, count_by_kind
+from freres_cli.stretches import Stretches
+from freres_cli.tracks import Tracks
 from freres_cli.video.decode import DecodeReport
 from freres_cli.video.frames import FrameArray
 
@@ -38,12 +40,14 @@ def build_manifest(
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
     tokens = describe_tokens(plan, options, reduction)
     settings = options.settings
+    if settings.method != options.method:
+        settings = settings.with_values("flag", method=options.method)
     counts = describe_text(reduction.content, settings.variant, text)
-    if not METHODS[options.method].has_budget:
+    if _has_no_budget(plan, options):
         settings = settings.with_values(f"method {options.method}", budget_tokens=tokens["budget_tokens"])
     return {
         "freres_version": __version__,
-        "content": "tokens" if tracks is None else "tracks",
+        "content": kind_of(reduction.content),
         "model": {
             **encoder.fingerprint,
             # Its name alone is not enough to find a folder again.
@@ -74,8 +78,7 @@ def build_manifest(
             **record_text(text),
         },
         "settings": {
-            "method": {"value": options.method, "source": "default" if options.method == FRE_RES else "flag"},
-            **{key: {**setting, "source": as_text(setting["source"])} for key, setting in settings.record().items()},
+            key: {**setting, "source": as_text(setting["source"])} for key, setting in settings.record().items()
         },
         "tokens": {**tokens, **counts},
         "history": [{"verb": "compress", "freres_version": __version__}],
@@ -120,15 +123,21 @@ def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Red
     per_frame = plan.size.num_tokens
     full = min(plan.baseline_frames, reduction.num_frames) * per_frame
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
-    has_budget = METHODS[options.method].has_budget
+    budget_tokens = sum(by_kind.values()) if _has_no_budget(plan, options) else plan.budget_tokens
     return {
-        **token_counts(by_kind, plan.budget_tokens if has_budget else sum(by_kind.values()), full),
+        **token_counts(by_kind, budget_tokens, full),
+        "quality": reduction.content.quality if isinstance(reduction.content, Stretches) else None,
         "encoded_tokens": reduction.num_frames * per_frame,
         "num_gops": None if tracks is None else int(tracks.gop_anchor_frame.shape[0]),
         "num_coefficients": None if plan.budget is None else plan.budget.num_coefficients,
         "cuts_found": reduction.num_cuts_found,
         "cuts_not_honoured": reduction.num_cuts_not_honoured,
     }
+
+
+def _has_no_budget(plan: CompressPlan, options: CompressOptions) -> bool:
+    """Whether the method, or a quality without a budget, decides how many tokens there are."""
+    return not METHODS[options.method].has_budget or (plan.quality is not None and plan.budget_tokens >= FULL_BUDGET)
 
 
 def token_counts(by_kind: Mapping[str, int], budget_tokens: int, full_tokens: int) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def find_differences(
         "method": (manifest["settings"]["method"]["value"], options.method),
     }
     values = options.settings.values()
-    if not METHODS[options.method].has_budget:
+    del values["method"]  # the options' own decides
+    has_quality = values["quality"] is not None and not options.settings.is_named("budget_tokens")
+    if has_quality or not METHODS[options.method].has_budget:
         del values["budget_tokens"]
     pairs |= {key: (manifest["settings"][key]["value"], value) for key, value in values.items()}
     found = [name for name, (stored, wanted) in pairs.items() if stored != wanted]

@@ -42,6 +42,8 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
             f"the budget of {plan.budget_tokens} tokens fits all {plan.full_tokens} tokens of the clip: all are kept "
             "unchanged"
         )
+    elif plan.quality is not None:
+        yield from _describe_quality(plan, tokens)
     elif method.has_budget and tokens["visual_tokens"] < FULL_SHARE * plan.budget_tokens:
         yield f"{tokens['visual_tokens']} of {plan.budget_tokens} tokens used: the clip has no more distinct ones"
     if tokens["cuts_not_honoured"]:
@@ -54,3 +56,14 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         yield "track_density has no effect with sample: native"
     if settings.deepstack == "drop":
         yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"
+
+
+def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a note if the quality that was asked for was not reached."""
+    if tokens["quality"] >= (plan.quality or 0.0):
+        return
+    if tokens["visual_tokens"] >= plan.budget_tokens:
+        why = f"the budget of {plan.budget_tokens} tokens allows no more"
+    else:
+        why = f"of a clip this long, {tokens['visual_tokens']} stretches are kept while it is read"
+    yield f"quality {tokens['quality']:.4f} in place of {plan.quality:g}: {why}"

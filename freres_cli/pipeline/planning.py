@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.baselines.declaration import Method
-from freres_cli.baselines.registry import FRE_RES, METHODS
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.pipeline.models import ModelSource
@@ -38,7 +38,8 @@ class CompressPlan:
     """The plan for one video.
 
     ``num_frames``: frames that will be read. ``baseline_frames``: frames that the full-token model would read.
-    ``budget``: how Fre-Res allocates the budget; ``None`` for other methods.
+    ``budget``: how Fre-Res allocates the budget; ``None`` for other methods. ``quality``: share of the latents' energy to
+    keep in as few tokens as possible; ``None`` to use the budget.
     """
 
     info: VideoInfo
@@ -48,6 +49,7 @@ class CompressPlan:
     baseline_frames: int
     budget_tokens: int
     budget: BudgetPlan | None
+    quality: float | None = None
 
     @property
     def full_tokens(self) -> int:
@@ -57,7 +59,9 @@ class CompressPlan:
     @property
     def is_lossless(self) -> bool:
         """Whether the budget fits every token, so all are kept unchanged."""
-        return self.budget_tokens >= self.full_tokens if self.budget is None else self.budget.is_lossless
+        if self.budget is not None:
+            return self.budget.is_lossless
+        return self.quality is None and self.budget_tokens >= self.full_tokens
 
 
 def method_settings(settings: Settings) -> MethodSettings:
@@ -69,16 +73,25 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
     """Choose frames and frame size, and allocate the budget. Raises ``UsageError``."""
     settings = options.settings
     size = encoder.frame_size(info.width_px, info.height_px, parse_grid(settings.grid), settings.tokens_per_frame)
-    budget_tokens = settings.budget_tokens
+    budget_tokens, quality = settings.budget_tokens, settings.quality
+    if quality is not None:
+        if not METHODS[options.method].has_quality:
+            able = ", ".join(name for name, method in METHODS.items() if method.has_quality)
+            raise UsageError(f"--quality: method {options.method} has none: expected {able}", "use --budget instead")
+        # A budget that comes with a preset is not meant for a clip whose quality is named.
+        budget_tokens = budget_tokens if settings.is_named("budget_tokens") else FULL_BUDGET
     sampling = choose_sampling(options, 1)
     num_frames = baseline = _count_frames(sampling, info)
-    if options.method != FRE_RES:
+    if options.method not in (FRE_RES, ADAPTIVE):
         budget_tokens = _budget_of(METHODS[options.method], options, baseline * size.num_tokens)
         return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None)
     # A budget for every token of the named frames leaves nothing for a denser track to add.
-    if budget_tokens < baseline * size.num_tokens and settings.track_density > 1:
+    is_reduced = quality is not None or budget_tokens < baseline * size.num_tokens
+    if is_reduced and settings.track_density > 1:
         sampling = choose_sampling(options, settings.track_density)
         num_frames = _count_frames(sampling, info)
+    if options.method == ADAPTIVE:
+        return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None, quality)
     budget = plan_budget(num_frames, (size.grid_h, size.grid_w), method_settings(settings), budget_tokens)
     return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, budget)
 
@@ -89,10 +102,10 @@ def _count_frames(sampling: Sampling, info: VideoInfo) -> int:
 
 def _budget_of(method: Method, options: CompressOptions, full_tokens: int) -> int:
     """Return the budget of a method other than Fre-Res. A method without a budget keeps every token."""
-    budget_tokens, source = options.settings.budget_tokens, options.settings.sources["budget_tokens"]
+    budget_tokens = options.settings.budget_tokens
     if method.has_budget:
         return budget_tokens
-    if budget_tokens < full_tokens and not source.startswith(("preset", "default")):
+    if budget_tokens < full_tokens and options.settings.is_named("budget_tokens"):
         raise UsageError(
             f"--budget: method {method.name} keeps all {full_tokens} tokens: expected at least that many, got "
             f"{budget_tokens}",

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
+from freres_cli.content import Content
 from freres_cli.errors import BackboneError
 from freres_cli.method.instants import share_instants
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressPlan
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import TOKEN_KINDS, VideoTokens, nearest_frames
-from freres_cli.tracks import Tracks
 
 # Most text tokens around frames for each visual token, where tokens can move so that fewer frames hold any. Ours.
 TEXT_SHARE = 0.1
@@ -124,14 +124,14 @@ def read_prompt_text(model: LanguageModel, grid: tuple[int, int, int], frame_sec
     return PromptText(model.text_per_frame(empty), in_video, len(ids.prefix) + len(ids.suffix))
 
 
-def describe_text(content: Tracks | VideoTokens, variant: str, text: PromptText | None) -> dict[str, Any]:
+def describe_text(content: Content, variant: str, text: PromptText | None) -> dict[str, Any]:
     """Return the counts that a manifest has under ``COUNTS``; each is ``None`` if ``text`` is.
 
     ``content``: of the bundle. ``variant``: one of ``presets.VARIANTS``. ``text``: that of the model's prompt.
     """
     if text is None:
         return dict.fromkeys(COUNTS)
-    tokens = make_tokens(content, variant) if isinstance(content, Tracks) else content
+    tokens = make_tokens(content, variant)
     tokens, moves = settle_tokens(tokens, text.per_frame)
     overhead = text.count_overhead(tokens)
     return {

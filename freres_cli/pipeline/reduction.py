@@ -1,4 +1,4 @@
-"""Latents -> what any method keeps of a clip. Fre-Res takes latents as they arrive, the other methods all at once."""
+"""Latents -> what any method keeps of a clip. Both forms of Fre-Res take latents as they arrive, the others all at once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from freres_cli.baselines.registry import METHODS
+from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.bench.clock import StageTimer
+from freres_cli.content import Content
 from freres_cli.errors import BackboneError, VideoError
+from freres_cli.method.adaptive import StretchCompressor
 from freres_cli.method.compress import StreamingCompressor
-from freres_cli.pipeline.planning import CompressOptions, CompressPlan, method_settings
-from freres_cli.records import VideoTokens
+from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, method_settings
 from freres_cli.tracks import Tracks
 
 LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
@@ -21,9 +22,9 @@ LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
 
 @dataclass(frozen=True)
 class Reduction:
-    """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Only Fre-Res counts cuts."""
+    """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Both forms of Fre-Res count cuts."""
 
-    content: Tracks | VideoTokens
+    content: Content
     num_frames: int
     num_cuts_found: int | None = None
     num_cuts_not_honoured: int | None = None
@@ -43,7 +44,10 @@ def reduce_latents(
     ``width``: D. ``timer``: records the stage ``compress``. ``on_batch``: called with the number of frames done. Raises
     ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
     """
-    reduce = _reduce_by_fre_res if plan.budget is not None else _reduce_by_peer
+    if options.method == ADAPTIVE:
+        reduce = _reduce_by_merging
+    else:
+        reduce = _reduce_by_fre_res if plan.budget is not None else _reduce_by_peer
     reduction = reduce(_counted(batches, on_batch), plan, options, width, timer)
     _check_finite(reduction.content, options)
     return reduction
@@ -77,6 +81,24 @@ def _reduce_by_fre_res(
     return Reduction(tracks, num_frames, compressor.num_cuts_found, compressor.num_cuts_not_honoured)
 
 
+def _reduce_by_merging(
+    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
+) -> Reduction:
+    budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
+    compressor = StretchCompressor((plan.size.grid_h, plan.size.grid_w), width, budget_tokens, plan.quality)
+    num_frames = 0
+    for seconds, latents in batches:
+        with timer.stage("compress"):
+            compressor.push(latents, seconds)
+        num_frames += len(seconds)
+    _check_any(num_frames, plan)
+    with timer.stage("compress"):
+        stretches = compressor.finish()
+        if options.settings.deepstack == "drop":
+            stretches = stretches.without_deep_rows()
+    return Reduction(stretches, num_frames, compressor.num_cuts_found, 0)
+
+
 def _reduce_by_peer(
     batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
 ) -> Reduction:
@@ -95,7 +117,7 @@ def _reduce_by_peer(
     return Reduction(tokens, len(times))
 
 
-def _check_finite(content: Tracks | VideoTokens, options: CompressOptions) -> None:
+def _check_finite(content: Content, options: CompressOptions) -> None:
     """Refuse values that overflowed. A coefficient sums many frames, so in float16 it may overflow when no latent does."""
     tensors = content.tensors() if isinstance(content, Tracks) else {"latents": content.latents}
     for name, tensor in tensors.items():

@@ -10,12 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from freres_cli.content import Content
 from freres_cli.devices import memory_errors_as
+from freres_cli.method.adaptive import build_stretch_tokens
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.tokens import build_tokens
 from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter, load_modules
 from freres_cli.pipeline.notes import describe_drop
 from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 
 
@@ -31,7 +34,7 @@ class AnyBundle(Protocol):
     """A bundle, read from a file or just made."""
 
     @property
-    def content(self) -> Tracks | VideoTokens: ...
+    def content(self) -> Content: ...
 
     @property
     def manifest(self) -> Mapping[str, Any]: ...
@@ -58,7 +61,7 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
         with torch.no_grad(), memory_errors_as(f"opening {bundle.path or 'bundle'}", "repack it to a smaller budget"):
             tokens = make_tokens(content, variant, modules)
     else:
-        tokens = content
+        tokens = make_tokens(content)
         if adapter not in (None, NO_ADAPTER):
             notes.append(f"the adapter has no effect: method {settings['method']['value']} has no trained modules")
     if settings["deepstack"]["value"] == "drop" and (cost := describe_drop(model["num_deep_layers"])) is not None:
@@ -67,10 +70,15 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
     return LoadedTokens(tokens, tuple(notes))
 
 
-def make_tokens(tracks: Tracks, variant: str, modules: FreResModules | None = None) -> VideoTokens:
-    """Return the visual tokens of Fre-Res tracks, as ``method.tokens.build_tokens`` does, with their stretches."""
-    tokens = build_tokens(tracks, variant, modules)
-    return replace(tokens, stretches=find_stretches(tokens, tracks))
+def make_tokens(content: Content, variant: str = "absorber", modules: FreResModules | None = None) -> VideoTokens:
+    """Return the visual tokens of any content, with the time that each stands for.
+
+    ``variant``, ``modules``: for the tracks of Fre-Res, as ``method.tokens.build_tokens`` takes them.
+    """
+    if isinstance(content, Tracks):
+        tokens = build_tokens(content, variant, modules)
+        return replace(tokens, stretches=find_stretches(tokens, content))
+    return build_stretch_tokens(content) if isinstance(content, Stretches) else content
 
 
 def find_stretches(tokens: VideoTokens, tracks: Tracks) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from freres_cli.bundle.store import read_bundle
+from freres_cli.content import latents_of
 from freres_cli.method.energy import EnergyReport, report_energy
 from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.stretches import Stretches
 from freres_cli.tracks import GOP_STARTS, Tracks
 from freres_cli.workflows.absorption import PictureRequest, check_picture, draw_absorption
 
@@ -28,7 +30,7 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
     content, manifest = bundle.content, bundle.manifest
     # Without an adapter, these are the bundle's own tokens.
     tokens = load_tokens(bundle, NO_ADAPTER).tokens
-    latents = content.anchor_latents if isinstance(content, Tracks) else content.latents
+    latents = latents_of(content)
     report: dict[str, Any] = {
         "bundle": str(path),
         "bundle_bytes": bundle.num_bytes,
@@ -41,6 +43,7 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
         "schema_version": bundle.schema_version,
         "energy": None,
         "gops": None,
+        "stretches": describe_stretches(content) if isinstance(content, Stretches) else None,
     }
     if isinstance(content, Tracks):
         energy = report_energy(content)
@@ -61,6 +64,24 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
     if picture is not None:
         report["absorber"] = draw_absorption(bundle, picture)
     return report
+
+
+def describe_stretches(stretches: Stretches) -> dict[str, Any]:
+    """Return what adaptive Fre-Res kept: the share of the energy, that at other budgets, and how long stretches are."""
+    sides = stretches.boxes[:, 1::2] - stretches.boxes[:, ::2]
+    frames, cells = sides[:, 0], sides[:, 1] * sides[:, 2]
+    curve = zip(stretches.curve_tokens.tolist(), stretches.curve_loss.tolist(), strict=True)
+    return {
+        "quality": stretches.quality,
+        "curve": [{"visual_tokens": count, "quality": stretches.quality_at(lost)} for count, lost in curve],
+        "num_cuts": stretches.cut_frame.shape[0],
+        "cuts_s": stretches.frame_seconds[stretches.cut_frame].tolist(),
+        "frames_mean": float(frames.double().mean()),
+        "frames_max": int(frames.max()),
+        "cells_mean": float(cells.double().mean()),
+        "cells_max": int(cells.max()),
+        "num_single": int(((frames == 1) & (cells == 1)).sum()),
+    }
 
 
 def _describe_energy(energy: EnergyReport) -> dict[str, Any]:

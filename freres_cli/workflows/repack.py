@@ -8,7 +8,7 @@ from typing import Any
 
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.files import check_destination
-from freres_cli.pipeline.cutting import cut_content
+from freres_cli.pipeline.cutting import Cut, cut_content
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,15 @@ class RepackResult:
     notes: tuple[str, ...]
 
 
-def repack_bundle(
-    source: Path, output: Path, budget_tokens: int | None, deepstack: str | None = None, *, force: bool = False
-) -> RepackResult:
-    """Cut a bundle to a smaller budget. Each kind keeps its most important tokens.
+def repack_bundle(source: Path, output: Path, cut: Cut, *, force: bool = False) -> RepackResult:
+    """Cut a bundle to a smaller budget.
 
-    ``source``, ``output``: the bundle, and the one to write. ``budget_tokens``: maximum visual tokens; ``None`` keeps all.
-    ``deepstack``: ``drop`` removes the DeepStack rows of all tokens; ``None`` leaves them unchanged. ``force``: replace an
-    existing file. Raises ``BundleError`` for a bad bundle, ``UsageError`` for a cut that is not possible or a file that
+    ``source``, ``output``: the bundle, and the one to write. ``cut``: what to cut it to. ``force``: replace an existing
+    file. Raises ``BundleError`` for a bad bundle, ``UsageError`` for a cut that is not possible or a file that
     cannot be written.
     """
     check_destination(output, force)
     bundle = read_bundle(source)
-    content, manifest, notes = cut_content(bundle.content, bundle.manifest, budget_tokens, deepstack, str(source))
+    content, manifest, notes = cut_content(bundle.content, bundle.manifest, cut, str(source))
     num_bytes = write_bundle(output, content, manifest, force=force)
     return RepackResult(output, num_bytes, manifest, notes)

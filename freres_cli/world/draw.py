@@ -111,7 +111,9 @@ def _haze(haze: Haze, axis: Tensor, offset: Tensor) -> Tensor:
     for fx, fy, phase, amplitude in haze.waves.tolist():
         along = fx * (axis[None] + haze.parallax * offset[:, :1])
         across = fy * (axis[None] + haze.parallax * offset[:, 1:]) + phase
-        total += amplitude * (across.sin()[:, :, None] * along.cos()[:, None] + across.cos()[:, :, None] * along.sin()[:, None])
+        total += amplitude * (
+            across.sin()[:, :, None] * along.cos()[:, None] + across.cos()[:, :, None] * along.sin()[:, None]
+        )
     return total
 
 

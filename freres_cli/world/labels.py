@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from freres_cli.world.background import random_background
 from freres_cli.world.footage import add_footage
 from freres_cli.world.scene import COLOURS, SHAPES, SIDE, TEXTURES, Scene, Shot, Thing
 from freres_cli.world.script import LARGE_RADII, SMALL_RADII
-from freres_cli.world.background import random_background
 
 STILLS = 2
 MAX_THINGS = 5

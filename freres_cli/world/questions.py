@@ -64,7 +64,9 @@ def _named(thing: Thing, scene: Scene, rng: Generator) -> str:
     """The full name of an object, its shape or its colour. Each is unique in the clip. A small object's shape is hard to
     see, so it goes by its colour."""
     which = rng.integers(3)
-    return f"{thing.colour} object" if thing.is_small else (thing.name, f"{thing.shape}", f"{thing.colour} object")[which]
+    return (
+        f"{thing.colour} object" if thing.is_small else (thing.name, f"{thing.shape}", f"{thing.colour} object")[which]
+    )
 
 
 def _lasting(scene: Scene) -> list[Thing]:
