@@ -19,6 +19,9 @@ GOP_STARTS = ("uniform", "event", "demoted")
 NUM_SEGMENTS = 8  # lost energy is reported for each eighth of a GoP
 NUM_REPORTED_BANDS = 8
 MAX_BANDS = 1 << 16
+# Zero is what every bundle of schema version 1 or 2 did. Later tracks weight the energies of cells by their areas.
+RECIPES = ("plain", "weighted")
+PLAIN, WEIGHTED = range(len(RECIPES))
 LATENT = "E"  # the dtype the frames were encoded in
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -60,6 +63,7 @@ COLUMNS: dict[str, Column] = {
     "gop_pooled_energy": Column("gop", "float32", "the same over cells"),
     "gop_band_energy": Column("gop", "float32", "of the first bands", (str(NUM_REPORTED_BANDS),)),
     "gop_segment_energy": Column("gop", "float32", "of segments", (str(NUM_SEGMENTS),)),
+    "gop_recipe": Column("gop", "int64", "0 plain, 1 weighted", limit=str(len(RECIPES))),
     "anchor_latents": Column("anchor", LATENT, "anchor tokens", ("C",)),
     "anchor_gop": Column("anchor", "int64", limit="G"),
     "anchor_cell": Column("anchor", "int64", "raster index in H x W", limit="N"),
@@ -100,6 +104,7 @@ class Tracks:
     ``width``: D. ``grid``: (T, H, W). ``pooled_grid``: cells (rows, columns). Every other field is a column of
     ``COLUMNS``, with one row for each row of its table; the GoP table has G. ``gop_num_residuals`` is L. A GoP's energies
     are over all tokens (``residual``), over cells (``pooled``), of its first bands (G, 8) and of its eighths (G, 8).
+    ``gop_recipe``: which rules made its numbers, an index into ``RECIPES``.
 
     ``anchor_cell`` is the raster index of an anchor token in the grid. Each coefficient has its GoP, cell, band, energy
     and ``coefficient_segments``, its inner product with the residual in each eighth. ``base_latents`` are the pooled
@@ -123,6 +128,7 @@ class Tracks:
     gop_pooled_energy: Tensor
     gop_band_energy: Tensor
     gop_segment_energy: Tensor
+    gop_recipe: Tensor
     anchor_latents: Tensor
     anchor_gop: Tensor
     anchor_cell: Tensor

@@ -72,12 +72,13 @@ def test_all_coefficients_of_a_gop_keep_all_energy_and_give_the_residuals_back(l
     assert np.abs(back - residuals.numpy()).max() < 1e-5
 
 
-def test_energies_are_those_of_the_main_channels():
+def test_energies_are_those_of_the_main_channels_and_of_all_tokens_of_a_cell():
     frames = make_frames(16, (6, 5))
     closed = close_gop(frames, (2, 3), 16, width=2)
     spectrum = scipy_dct(pooled_residuals(frames, (2, 3)).numpy(), type=2, norm="ortho", axis=0)
     assert np.abs(closed.coefficients.numpy() - spectrum).max() < 1e-5, "every channel is transformed"
-    energies = torch.from_numpy(spectrum[..., :2]).square().sum(-1)
+    areas = cell_areas(6, 5, 2, 3)
+    energies = torch.from_numpy(spectrum[..., :2]).square().sum(-1) * areas / areas.mean()
     assert torch.allclose(closed.energies, energies, rtol=1e-4)
     assert torch.allclose(closed.band_energy, energies.sum(1)[:8], rtol=1e-4)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from freres_cli.method.dct import dct_basis, null_energy_share
 from freres_cli.method.gop import segment_of_bin, sum_by_segment
+from freres_cli.method.residuals import cell_weights
 from freres_cli.method.tokens import seconds_at
-from freres_cli.tracks import NUM_SEGMENTS, Tracks
+from freres_cli.tracks import NUM_SEGMENTS, WEIGHTED, Tracks
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,13 @@ def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:
     num_bins = int(tracks.gop_num_bins[gop])
     if not rows.numel():
         return torch.zeros(NUM_SEGMENTS)
-    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
     num_bands = int(tracks.coefficient_band[rows].max()) + 1
-    dense = torch.zeros(cells, num_bands, tracks.width)
+    dense = torch.zeros(tracks.num_cells, num_bands, tracks.width)
     values = tracks.coefficient_values[rows, : tracks.width].to(torch.float32)
     dense[tracks.coefficient_cell[rows], tracks.coefficient_band[rows]] = values
-    gram = torch.einsum("pkd,pjd->kj", dense, dense)
+    is_weighted = int(tracks.gop_recipe[gop]) == WEIGHTED
+    weights = cell_weights(*tracks.grid[1:], *tracks.pooled_grid) if is_weighted else torch.ones(tracks.num_cells)
+    gram = torch.einsum("pkd,pjd->kj", dense * weights[:, None, None], dense)
     basis = dct_basis(num_bins, num_bands)
     per_bin = torch.einsum("kb,jb,kj->b", basis, basis, gram)
     return sum_by_segment(per_bin[:, None]).squeeze(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.dct import dct_basis
-from freres_cli.method.residuals import ResidualTrajectory, cell_areas, pool_to_cells
+from freres_cli.method.residuals import ResidualTrajectory, cell_weights, pool_to_cells
 from freres_cli.tracks import NUM_REPORTED_BANDS, NUM_SEGMENTS
 
 
@@ -18,7 +18,8 @@ class ClosedGop:
 
     ``anchor``: (H, W, C) as encoded, or ``None`` for an event whose anchor found no room. ``base``: (P, C) float32,
     pooled anchor. ``coefficients`` (K, P, C), ``energies`` (K, P) and ``segments`` (8, K, P), the inner product of
-    residual and coefficient wave in each eighth, are float32 and empty if the GoP has no residual frames.
+    residual and coefficient wave in each eighth, are float32 and empty if the GoP has no residual frames. Energies and
+    inner products are weighted by ``cell_weights``.
     """
 
     anchor_frame: int
@@ -84,8 +85,8 @@ class OpenGop:
         self.start = start
         self.event_distance = distance
         self._width = width
-        self._pooled = pooled
         self._base = pool_to_cells(anchor, *pooled)
+        self._weights = cell_weights(anchor.shape[0], anchor.shape[1], *pooled)
         self._trajectory = ResidualTrajectory()
         self._residual_energy = 0.0
 
@@ -94,7 +95,8 @@ class OpenGop:
         residual = cells - self._base
         difference = latents[..., : self._width].to(torch.float32) - self.anchor[..., : self._width].to(torch.float32)
         self._residual_energy += float(difference.square().sum())
-        self._trajectory.append(residual, float(residual[..., : self._width].square().sum()))
+        per_cell = residual[..., : self._width].square().sum(-1)
+        self._trajectory.append(residual, float((per_cell * self._weights.to(per_cell.device)).sum()))
 
     def close(self, num_coefficients: int) -> ClosedGop:
         """Return the reduced GoP with its first ``num_coefficients`` coefficients, or as many as it has time bins."""
@@ -107,12 +109,11 @@ class OpenGop:
         pooled_energy = 0.0
         if k:
             coefficients, band_energy, segments = self._transform(k)
-            energies = coefficients[..., : self._width].square().sum(-1)
+            energies = coefficients[..., : self._width].square().sum(-1) * self._weights
             bin_energy = self._trajectory.bin_energies()
             segment_energy = sum_by_segment(bin_energy[:, None]).squeeze(1)
             pooled_energy = float(bin_energy.sum())
-        areas = cell_areas(self.anchor.shape[0], self.anchor.shape[1], *self._pooled)
-        weights = (areas / areas.sum())[:, None]
+        weights = (self._weights / self._weights.sum())[:, None]
         base = self._base.cpu()
         return ClosedGop(
             anchor_frame=self.anchor_frame,
@@ -147,9 +148,9 @@ class OpenGop:
         basis = dct_basis(num_bins, max(num_coefficients, reported), bins.device)
         spectrum = torch.einsum("kb,bpc->kpc", basis, bins) * root
         band_energy = torch.zeros(NUM_REPORTED_BANDS)
-        band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum((1, 2)).cpu()
+        band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum(-1).cpu() @ self._weights
         coefficients = spectrum[:num_coefficients].clone()
         main = slice(0, self._width)
         inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
         inner = inner * (basis[:num_coefficients].T * root)[..., None]
-        return coefficients.cpu(), band_energy, sum_by_segment(inner.cpu())
+        return coefficients.cpu(), band_energy, sum_by_segment(inner.cpu() * self._weights)
