@@ -127,6 +127,15 @@ def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained):
     check_failure(run_command(folder, trained), 2, "settings (not recorded)")
 
 
+def test_an_adapter_with_the_absorber_of_an_earlier_release_is_refused(folder, trained):
+    path = trained / "absorber.safetensors"
+    weights, header = read_adapter(path, loaded_models().language_model.fingerprint)
+    del header["shape"]["values"]
+    write_adapter(path, weights, header)
+    with fails(2, "differs in absorber (an earlier release's)"):
+        run_ablate(folder, trained)
+
+
 def test_the_sweep_of_coefficients_is_trained_for_whatever_the_preset(folder, trained):
     """The default preset has the most of the sweep, so adapters for fewer are the same."""
     fewer = {"max_coefficients": 2}

@@ -150,10 +150,11 @@ def test_nothing_is_absorbed_where_nothing_was_kept_nor_with_gamma_zero():
 def test_attention_of_each_token_sums_to_one_over_its_kept_neighbours():
     tracks, modules = clip_tracks(), listening(16)
     runs = order_dynamic(tracks)
-    tokens, coefficients, slots = modules.absorber_inputs(evaluate_dynamic(tracks, runs), tracks, runs.gop, runs.cell)
+    inputs = modules.absorber_inputs(evaluate_dynamic(tracks, runs), tracks, runs.gop, runs.cell)
+    tokens, slots = inputs[0], inputs[3]
     with torch.no_grad():
-        added, weights = modules.absorber.attend(tokens, coefficients, slots)
-        assert torch.equal(modules.absorber(tokens, coefficients, slots), tokens + added)
+        added, weights = modules.absorber.attend(*inputs)
+        assert torch.equal(modules.absorber(*inputs), tokens + added)
     assert weights.shape == slots.shape and (weights[slots < 0] == 0).all() and (weights >= 0).all()
     assert torch.allclose(weights.sum((1, 2)), torch.ones(len(tokens)), atol=1e-5)
     assert (slots < 0).any() and (weights.flatten(1) > 0).sum(1).max() > 1

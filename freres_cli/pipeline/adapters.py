@@ -39,9 +39,9 @@ def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
     """Read an adapter for the backbone that ``model`` describes. Raises ``BackboneError``."""
     weights, header = read_adapter(path, model)
     try:
-        modules = FreResModules(ModuleShape(**header["shape"]))
+        modules = FreResModules(ModuleShape.from_dict(header["shape"]))
         modules.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
     return Adapter(path, modules.eval().requires_grad_(False), header.get("training") or {})
 

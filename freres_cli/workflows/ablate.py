@@ -12,6 +12,7 @@ from freres_cli.baselines.registry import FRE_RES
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.cells import Budget, Cell
 from freres_cli.evaluation.questions import QuestionFile
+from freres_cli.method.absorber import AMPLITUDE
 from freres_cli.pipeline.adapters import load_adapter
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
@@ -143,9 +144,12 @@ def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, A
 
     Raises ``UsageError`` if that differs from what was asked for, or is not recorded.
     """
-    made = load_adapter(request.output, models.language_model.fingerprint).training
+    adapter = load_adapter(request.output, models.language_model.fingerprint)
+    made = adapter.training
     wanted = {"recipe": request.recipe.facts(), "data_sha256": request.data.sha256}
     differing = [key for key, value in wanted.items() if made.get(key) != value]
+    if adapter.modules.shape.values != AMPLITUDE:
+        differing.append("absorber (an earlier release's)")
     known = made.get("settings")
     if not isinstance(known, dict):
         differing.append("settings (not recorded)")
