@@ -19,9 +19,10 @@ GOP_STARTS = ("uniform", "event", "demoted")
 NUM_SEGMENTS = 8  # lost energy is reported for each eighth of a GoP
 NUM_REPORTED_BANDS = 8
 MAX_BANDS = 1 << 16
-# Zero is what every bundle of schema version 1 or 2 did. Later tracks weight the energies of cells by their areas.
-RECIPES = ("plain", "weighted")
-PLAIN, WEIGHTED = range(len(RECIPES))
+# Zero is what every bundle of schema version 1 or 2 did: energies of cells ignore their areas, and the tokens of a cell lie
+# at evenly spaced instants. Today energies are weighted, and instants are those of ``dct.choose_instants``.
+RECIPES = ("plain", "refined")
+PLAIN, REFINED = range(len(RECIPES))
 LATENT = "E"  # the dtype the frames were encoded in
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,7 +64,7 @@ COLUMNS: dict[str, Column] = {
     "gop_pooled_energy": Column("gop", "float32", "the same over cells"),
     "gop_band_energy": Column("gop", "float32", "of the first bands", (str(NUM_REPORTED_BANDS),)),
     "gop_segment_energy": Column("gop", "float32", "of segments", (str(NUM_SEGMENTS),)),
-    "gop_recipe": Column("gop", "int64", "0 plain, 1 weighted", limit=str(len(RECIPES))),
+    "gop_recipe": Column("gop", "int64", "0 plain, 1 refined", limit=str(len(RECIPES))),
     "anchor_latents": Column("anchor", LATENT, "anchor tokens", ("C",)),
     "anchor_gop": Column("anchor", "int64", limit="G"),
     "anchor_cell": Column("anchor", "int64", "raster index in H x W", limit="N"),

@@ -11,7 +11,7 @@ from freres_cli.method.dct import dct_basis, null_energy_share
 from freres_cli.method.gop import segment_of_bin, sum_by_segment
 from freres_cli.method.residuals import cell_weights
 from freres_cli.method.tokens import seconds_at
-from freres_cli.tracks import NUM_SEGMENTS, WEIGHTED, Tracks
+from freres_cli.tracks import NUM_SEGMENTS, REFINED, Tracks
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:
     dense = torch.zeros(tracks.num_cells, num_bands, tracks.width)
     values = tracks.coefficient_values[rows, : tracks.width].to(torch.float32)
     dense[tracks.coefficient_cell[rows], tracks.coefficient_band[rows]] = values
-    is_weighted = int(tracks.gop_recipe[gop]) == WEIGHTED
+    is_weighted = int(tracks.gop_recipe[gop]) == REFINED
     weights = cell_weights(*tracks.grid[1:], *tracks.pooled_grid) if is_weighted else torch.ones(tracks.num_cells)
     gram = torch.einsum("pkd,pjd->kj", dense * weights[:, None, None], dense)
     basis = dct_basis(num_bins, num_bands)

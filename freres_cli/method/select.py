@@ -13,7 +13,7 @@ from freres_cli.method.anchors import prune_order, spread_order
 from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings, allocate_budget, num_static_cells
 from freres_cli.method.gop import ClosedGop
 from freres_cli.method.residuals import cell_centres
-from freres_cli.tracks import COLUMNS, GOP_STARTS, NUM_SEGMENTS, TABLE_OF_KIND, WEIGHTED, Tracks
+from freres_cli.tracks import COLUMNS, GOP_STARTS, NUM_SEGMENTS, TABLE_OF_KIND, REFINED, Tracks
 
 # A coefficient below this share of a mean anchor token's energy is rounding noise, not motion (the paper drops near-zero
 # cells; the value is ours).
@@ -256,5 +256,5 @@ def _gop_table(gops: list[ClosedGop]) -> dict[str, Tensor]:
         "gop_pooled_energy": torch.tensor([gop.pooled_energy for gop in gops], dtype=torch.float32),
         "gop_band_energy": torch.stack([gop.band_energy for gop in gops]),
         "gop_segment_energy": torch.stack([gop.segment_energy for gop in gops]),
-        "gop_recipe": torch.full((len(gops),), WEIGHTED),
+        "gop_recipe": torch.full((len(gops),), REFINED),
     }

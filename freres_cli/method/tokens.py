@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.anchors import spread_order
-from freres_cli.method.dct import dct_basis_at
+from freres_cli.method.dct import choose_instants, dct_basis_at
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.residuals import cell_centres
 from freres_cli.records import TOKEN_KINDS, VideoTokens
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import PLAIN, Tracks
 
 ANCHOR, DYNAMIC, STATIC, SUMMARY = range(len(TOKEN_KINDS))
 VARIANTS_WITHOUT_ABSORBER = ("concat", "idct")
@@ -131,7 +131,7 @@ class DynamicRuns:
     """The kept coefficients (n,) in runs of one cell of one GoP, lowest band first. Each gives one token.
 
     ``order``: rows of the coefficient table. ``group``: run of each; ``index``: place in its run; ``sizes``: length of
-    each run. ``gop``, ``cell``: of each. ``instants``: float64, in residual frames of the GoP, spread evenly over it.
+    each run. ``gop``, ``cell``: of each. ``instants``: float64, in residual frames of the GoP, increasing in each run.
     """
 
     order: Tensor
@@ -153,8 +153,22 @@ def order_dynamic(tracks: Tracks) -> DynamicRuns:
     index = torch.arange(order.shape[0]) - (sizes.cumsum(0) - sizes)[group]
     gop, cell = tracks.coefficient_gop[order], tracks.coefficient_cell[order]
     length = tracks.gop_num_residuals[gop].to(torch.float64)
-    instants = (index + 0.5) * length / sizes[group] - 0.5
+    place, count = _places(tracks.coefficient_band[order], group, index, sizes)
+    is_even = tracks.gop_recipe[gop] == PLAIN
+    place, count = torch.where(is_even, index, place), torch.where(is_even, sizes[group], count)
+    instants = (place + 0.5) * length / count - 0.5
     return DynamicRuns(order, group, index, sizes, gop, cell, instants)
+
+
+def _places(band: Tensor, group: Tensor, index: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """For each coefficient, which of how many evenly spaced instants its token has: two (n,) int64."""
+    bands = torch.full((sizes.shape[0], int(sizes.max())), -1)
+    bands[group, index] = band
+    kinds, kind = torch.unique(bands, dim=0, return_inverse=True)
+    places = torch.full_like(kinds, -1)
+    for row, own in zip(places, kinds, strict=True):
+        row[: int((own >= 0).sum())] = choose_instants(own[own >= 0])
+    return places[kind[group], index], kinds.amax(1)[kind[group]] + 1
 
 
 def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -> list[_Rows]:
