@@ -191,7 +191,7 @@ def test_the_tokens_of_a_cell_tell_its_coefficients_whichever_bands_are_kept(len
     for cell in range(1, 256):
         mine = runs.cell == cell
         bands, instants = tracks.coefficient_band[runs.order[mine]], runs.instants[mine]
-        assert (instants.diff() > 0).all() and 0 <= instants[0] + 0.5 and instants[-1] + 0.5 <= length
+        assert (instants.diff() > 0).all() and instants[0] + 0.5 >= 0 and instants[-1] + 0.5 <= length
         waves = torch.cos(torch.pi * bands * (2 * instants[:, None] + 1) / (2 * samples)) * (2 / samples) ** 0.5
         waves[:, bands == 0] /= 2**0.5
         strength = torch.linalg.svdvals(waves * (samples / len(bands)) ** 0.5)

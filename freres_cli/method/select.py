@@ -13,7 +13,7 @@ from freres_cli.method.anchors import prune_order, spread_order
 from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings, allocate_budget, num_static_cells
 from freres_cli.method.gop import ClosedGop
 from freres_cli.method.residuals import cell_centres
-from freres_cli.tracks import COLUMNS, GOP_STARTS, NUM_SEGMENTS, TABLE_OF_KIND, REFINED, Tracks
+from freres_cli.tracks import COLUMNS, GOP_STARTS, NUM_SEGMENTS, REFINED, TABLE_OF_KIND, Tracks
 
 # A coefficient below this share of a mean anchor token's energy is rounding noise, not motion (the paper drops near-zero
 # cells; the value is ours).
