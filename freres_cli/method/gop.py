@@ -90,6 +90,10 @@ class OpenGop:
         self._trajectory = ResidualTrajectory()
         self._residual_energy = 0.0
 
+    @property
+    def num_residuals(self) -> int:
+        return self._trajectory.num_frames
+
     def append(self, latents: Tensor, cells: Tensor) -> None:
         """Add a residual frame: its latents (H, W, C), and the same pooled to cells (P, C) float32."""
         residual = cells - self._base
