@@ -101,10 +101,12 @@ class EventDetector:
         previous, self._previous = self._previous, frame
         if previous is None:
             return 0.0, False
-        distance, threshold = self._distance(frame, previous), self.threshold()
+        distance, threshold = _distance(frame, previous, self._mean), self.threshold()
         is_long = distance > threshold
         stands_out = is_long and (self._tau is not None or self._stands_out(distance))
-        is_event = stands_out or (is_long and self._is_return(frame, threshold))
+        before = self._before_run
+        is_return = is_long and before is not None and _distance(frame, before, self._mean) <= threshold
+        is_event = stands_out or is_return
         if stands_out:
             self._before_run = previous
         elif is_event or not is_long:
@@ -113,10 +115,8 @@ class EventDetector:
         self._history.append(distance)
         return distance, is_event
 
-    def _distance(self, frame: Tensor, other: Tensor) -> float:
-        a, b = frame - self._mean, other - self._mean
-        norm = float(a.norm() * b.norm())
-        return 1.0 - float((a * b).sum()) / norm if norm > 1e-12 else 0.0
 
-    def _is_return(self, frame: Tensor, threshold: float) -> bool:
-        return self._before_run is not None and self._distance(frame, self._before_run) <= threshold
+def _distance(frame: Tensor, other: Tensor, mean: Tensor) -> float:
+    a, b = frame - mean, other - mean
+    norm = float(a.norm() * b.norm())
+    return 1.0 - float((a * b).sum()) / norm if norm > 1e-12 else 0.0

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 # Ours: candidate coefficients for each dynamic token that the budget allows, so that ranking by energy has a choice. A
 # value of 1 is the paper's own cap on K (F.1), which contradicts its compact case (K = 3 needs 384 candidates for 285).
 CANDIDATES_PER_DYNAMIC_TOKEN = 4
-# Ours: an anchor with less than a quarter of its tokens is no longer full detail; fewer anchors are kept instead.
-MIN_ANCHOR_SHARE = 0.25
+# Ours: a smaller budget makes anchors thinner before it makes them fewer, as repacking does. What an anchor frame shows in
+# few tokens is worth more than detail: GoPs stay short, so what is brief is near an anchor. Only an anchor with less than
+# this share of its tokens is given up.
+MIN_ANCHOR_SHARE = 0.2
+# Ours: but no thin anchor is kept for a GoP of fewer frames, because there would be no trajectory to transform.
+MIN_GOP_FRAMES = 3
 # Ours: each shot whose anchor found no room gives one summary token, from at most this share of the temporal budget.
 DEMOTED_SUMMARY_SHARE = 0.25
 
@@ -17,9 +21,9 @@ DEMOTED_SUMMARY_SHARE = 0.25
 class MethodSettings:
     """The settings of the method, under the names that presets use.
 
-    ``variant``: one of ``presets.VARIANTS``. ``anchors``: number of uniform anchors at ``reference_budget_tokens``; it
-    scales with the budget, so GoPs grow or shrink and anchors keep their detail. ``keep_per_block``: tokens kept of the 9
-    in each 3x3 block. ``temporal_share``: least share of the budget for residual tokens. ``pooled_side``: g.
+    ``variant``: one of ``presets.VARIANTS``. ``anchors``: number of uniform anchors at ``reference_budget_tokens``. A larger
+    budget has more of them; a smaller one has thinner ones, then fewer. ``keep_per_block``: tokens kept of the 9 in each
+    3x3 block. ``temporal_share``: least share of the budget for residual tokens. ``pooled_side``: g.
     ``max_coefficients``: K_max. ``tau``: event threshold, ``None`` for automatic.
     """
 
@@ -168,9 +172,9 @@ def _anchor_target(num_anchors: int, tokens: int, settings: MethodSettings, budg
 def _choose_num_anchors(
     num_frames: int, tokens: int, pooled: tuple[int, int], settings: MethodSettings, budget_tokens: int
 ) -> int:
-    """Scale the preset's anchors to the budget, drop those that would be too thin, add more until the budget is used."""
+    """Scale the preset's anchors up to the budget, drop those that would be too thin, add more until the budget is used."""
     scaled = round(settings.anchors * budget_tokens / settings.reference_budget_tokens)
-    num_anchors = min(num_frames, max(1, scaled))
+    num_anchors = min(num_frames, max(1, scaled, min(settings.anchors, num_frames // MIN_GOP_FRAMES)))
     if settings.variant == "temporal":
         return min(num_anchors, max(1, num_frames // 2))
     thinnest = max(1, int(tokens * MIN_ANCHOR_SHARE))
