@@ -11,7 +11,16 @@ import torch
 from freres_cli.method.absorber import NORMED, VALUES, SpatialGuidedAbsorber, neighbours_of
 from freres_cli.method.compress import compress_latents
 from freres_cli.method.fusion import FreResModules, ModuleShape
-from freres_cli.method.tokens import ANCHOR, DYNAMIC, SUMMARY, build_tokens, evaluate_dynamic, order_dynamic
+from freres_cli.method.residuals import pool_to_cells
+from freres_cli.method.tokens import (
+    ANCHOR,
+    DYNAMIC,
+    SUMMARY,
+    build_tokens,
+    dynamic_latents,
+    evaluate_dynamic,
+    order_dynamic,
+)
 from freres_cli.presets import VARIANTS
 from tests.compressed_clips import compress, smooth_clip
 
@@ -132,6 +141,44 @@ def test_an_adapter_of_an_earlier_release_adds_what_it_was_trained_to():
     assert half == pytest.approx(float(whole), rel=0.1)
     with pytest.raises(ValueError, match="expected normed or amplitude, got 'later'"):
         ModuleShape(16, 4, 8, "later")
+
+
+def listening_modules():
+    torch.manual_seed(1)
+    modules = FreResModules(SHAPE)
+    torch.nn.init.ones_(modules.absorber.gamma)
+    torch.nn.init.normal_(modules.adapters[DYNAMIC].up.weight)
+    return modules
+
+
+@torch.no_grad()
+def test_the_sparse_inverse_dct_is_the_absorber_without_attention():
+    tracks, _, _ = compress(smooth_clip(40, (8, 8)), 300)
+    modules = listening_modules()
+    sparse, whole = (build_tokens(tracks, variant, modules) for variant in ("sparse-idct", "absorber"))
+    assert (sparse.latents - whole.latents)[sparse.kind == DYNAMIC].abs().amax(1).min() > 0
+    torch.nn.init.zeros_(modules.absorber.gamma)
+    assert torch.equal(build_tokens(tracks, "absorber", modules).latents, sparse.latents)
+    assert torch.equal(whole.positions, sparse.positions)
+
+
+@torch.no_grad()
+def test_i_token_queries_are_the_pooled_anchor_and_know_nothing_else():
+    clip = smooth_clip(40, (8, 8))
+    tracks, _, _ = compress(clip, 300)
+    tokens, runs = build_tokens(tracks, "iquery"), order_dynamic(tracks)
+    pooled = pool_to_cells(clip, 4, 4)[tracks.gop_anchor_frame]
+    i_tokens = pooled[runs.gop, runs.cell]
+    assert torch.allclose(dynamic_latents(tracks, runs, "iquery"), i_tokens, atol=1e-5)
+    found = tokens.latents[tokens.kind == DYNAMIC]
+    assert torch.cdist(found, pooled.flatten(0, 1)).amin(1).max() < 1e-2
+    assert torch.equal(tokens.positions, build_tokens(tracks, "absorber").positions)
+    modules = listening_modules()
+    added = modules.absorb(i_tokens, tracks, runs.gop, runs.cell) - i_tokens
+    assert added.norm(dim=1).min() > 0 and runs.sizes.max() > 1
+    for run in range(len(runs.sizes)):
+        alike = added[runs.group == run]
+        assert torch.allclose(alike, alike[:1].expand_as(alike), atol=1e-5), "the same question has the same answer"
 
 
 def test_gradients_reach_every_part_that_the_variant_uses():

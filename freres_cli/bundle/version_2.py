@@ -52,8 +52,13 @@ _REQUIRED = {  # optional in version 1
     },
 }
 FIELDS: Fields = {section: {**fields, **_REQUIRED.get(section, {})} for section, fields in FIELDS_1.items()}
-# ``budget_tokens`` and the like keep the ranges of version 1; the method may be any word.
-SETTINGS: dict[str, Key] = {**SETTINGS_1, "method": Key(str, "fre-res", "")}
+# ``budget_tokens`` and the like keep the ranges of version 1; the method may be any word, and there are more variants.
+VARIANTS = (*(SETTINGS_1["variant"].choices or ()), "iquery", "sparse-idct")
+SETTINGS: dict[str, Key] = {
+    **SETTINGS_1,
+    "method": Key(str, "fre-res", ""),
+    "variant": Key(str, "absorber", "", choices=VARIANTS),
+}
 
 TENSORS = {
     "tracks": TENSORS_1,

@@ -16,7 +16,7 @@ from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.tracks import PLAIN, Tracks
 
 ANCHOR, DYNAMIC, STATIC, SUMMARY = range(len(TOKEN_KINDS))
-VARIANTS_WITHOUT_ABSORBER = ("concat", "idct")
+VARIANTS_WITHOUT_ABSORBER = ("concat", "idct", "sparse-idct")
 CELLS_AT_ONCE = 512  # bounds the memory of the inverse transform
 
 
@@ -183,8 +183,8 @@ def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -
         if modules is not None:
             latents = modules.adapt_concat(latents, tracks.width)
     else:
-        latents = evaluate_dynamic(tracks, runs)
-        if modules is not None:
+        latents = dynamic_latents(tracks, runs, variant)
+        if modules is not None and variant not in VARIANTS_WITHOUT_ABSORBER:
             latents = modules.absorb(latents, tracks, runs.gop, runs.cell)
     return [_Rows(DYNAMIC, latents, positions, runs.gop, tracks.coefficient_energy[runs.order])]
 
@@ -204,13 +204,27 @@ def _basis(tracks: Tracks, gop: Tensor, instants: Tensor, band: Tensor) -> Tenso
     return (value / (num_bins * tracks.gop_bin_frames[gop]).sqrt()).to(torch.float32)
 
 
+def dynamic_latents(tracks: Tracks, runs: DynamicRuns, variant: str) -> Tensor:
+    """Return the dynamic tokens of a ``variant`` before any module, (n, C): what the absorber takes as queries.
+
+    With ``iquery`` they are I-tokens, as in the paper (section 3.4): the pooled anchor of the cell, once for each kept
+    coefficient. Everything about the motion then comes from attention, and the tokens of a cell differ only in position.
+    """
+    if variant == "iquery":
+        return tracks.base_latents[_base_rows(tracks, runs.gop, runs.cell)]
+    return evaluate_dynamic(tracks, runs)
+
+
+def _base_rows(tracks: Tracks, gop: Tensor, cell: Tensor) -> Tensor:
+    return torch.searchsorted(tracks.base_gop * tracks.num_cells + tracks.base_cell, gop * tracks.num_cells + cell)
+
+
 def evaluate_dynamic(tracks: Tracks, runs: DynamicRuns) -> Tensor:
-    """Return the dynamic tokens before any module, (n, C): base plus kept coefficients at each token's instant."""
+    """Return the I-token of each dynamic token plus its cell's kept coefficients at its instant, (n, C)."""
     order, index, sizes, gop = runs.order, runs.index, runs.sizes, runs.gop
     num_groups, widest = sizes.shape[0], int(sizes.max())
-    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
     starts = sizes.cumsum(0) - sizes
-    base_row = torch.searchsorted(tracks.base_gop * cells + tracks.base_cell, (gop * cells + runs.cell)[starts])
+    base_row = _base_rows(tracks, gop[starts], runs.cell[starts])
     values = tracks.coefficient_values
     out = torch.empty(order.shape[0], values.shape[1], dtype=values.dtype)
     for low in range(0, num_groups, CELLS_AT_ONCE):
