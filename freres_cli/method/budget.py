@@ -93,7 +93,7 @@ def plan_budget(num_frames: int, grid: tuple[int, int], settings: MethodSettings
         )
     num_anchors = _choose_num_anchors(num_frames, tokens, pooled, settings, budget_tokens)
     target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
-    num_coefficients = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens - target)
+    num_coefficients = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens, target)
     trajectories = min(num_anchors, num_frames - num_anchors)
     num_gops = num_anchors if settings.variant == "temporal" else trajectories
     expected = allocate_budget(
@@ -182,7 +182,7 @@ def _choose_num_anchors(
     num_anchors = max(1, min(num_anchors, target // thinnest))
     while num_anchors < num_frames:
         target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
-        k = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens - target)
+        k = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens, target)
         room = num_anchors * tokens
         if settings.variant != "anchors":
             room += min(num_anchors, num_frames - num_anchors) * (1 + num_static_cells(pooled, settings))
@@ -194,9 +194,20 @@ def _choose_num_anchors(
 
 
 def _choose_num_coefficients(
-    num_anchors: int, num_frames: int, pooled: tuple[int, int], settings: MethodSettings, temporal_tokens: int
+    num_anchors: int,
+    num_frames: int,
+    pooled: tuple[int, int],
+    settings: MethodSettings,
+    budget_tokens: int,
+    anchor_target: int,
 ) -> int:
-    """K = min(K_max, L, c * B_temporal / (G * P)), at least 1 (paper F.1; c is ours, see above)."""
+    """K = min(K_max, L, c * B_temporal / (G * P)), at least 1 (paper F.1; c is ours, see above).
+
+    Below the preset's own budget, B_temporal is what it would be there: a smaller budget ranks the same candidates, as
+    repacking does (ours).
+    """
+    scale = max(1.0, settings.reference_budget_tokens / budget_tokens)
+    temporal_tokens = int((budget_tokens - anchor_target) * scale)
     reserved = num_anchors * (1 + settings.static_per_gop)
     candidates = CANDIDATES_PER_DYNAMIC_TOKEN * max(0, temporal_tokens - reserved)
     longest = max(1, -(-num_frames // num_anchors) - 1)
