@@ -19,6 +19,9 @@ GOP_STARTS = ("uniform", "event", "demoted")
 NUM_SEGMENTS = 8  # lost energy is reported for each eighth of a GoP
 NUM_REPORTED_BANDS = 8
 MAX_BANDS = 1 << 16
+# A band from here on is no wave: IMPULSE + b is the residual itself in time bin b, for what lasts a moment (ours, because a
+# spike has only K / L of its energy in K of L bands).
+IMPULSE = 1 << 15
 # Zero is what every bundle of schema version 1 or 2 did: energies of cells ignore their areas, and the tokens of a cell lie
 # at evenly spaced instants. Today energies are weighted, and instants are those of ``dct.choose_instants``.
 RECIPES = ("plain", "refined")
@@ -68,10 +71,10 @@ COLUMNS: dict[str, Column] = {
     "anchor_latents": Column("anchor", LATENT, "anchor tokens", ("C",)),
     "anchor_gop": Column("anchor", "int64", limit="G"),
     "anchor_cell": Column("anchor", "int64", "raster index in H x W", limit="N"),
-    "coefficient_values": Column("coefficient", LATENT, "orthonormal DCT-II", ("C",)),
+    "coefficient_values": Column("coefficient", LATENT, "orthonormal DCT-II, or a residual", ("C",)),
     "coefficient_gop": Column("coefficient", "int64", limit="G"),
     "coefficient_cell": Column("coefficient", "int64", "raster index in P", limit="P"),
-    "coefficient_band": Column("coefficient", "int64", "0 is DC", limit=str(MAX_BANDS)),
+    "coefficient_band": Column("coefficient", "int64", "0 is DC; 32768 + b: impulse", limit=str(MAX_BANDS)),
     "coefficient_energy": Column("coefficient", "float32", "squared norm over D"),
     "coefficient_segments": Column("coefficient", "float32", "inner product with residual", (str(NUM_SEGMENTS),)),
     "base_latents": Column("base", LATENT, "pooled anchor of the cell", ("C",)),
@@ -164,6 +167,17 @@ class Tracks:
         """P, the cells of the pooled grid."""
         return self.pooled_grid[0] * self.pooled_grid[1]
 
+    @property
+    def is_impulse(self) -> Tensor:
+        """Which rows of the coefficient table are impulses: (n,) bool."""
+        return self.coefficient_band >= IMPULSE
+
+    @property
+    def num_bands(self) -> int:
+        """The highest band kept plus one, 0 without any. Impulses have none."""
+        waves = self.coefficient_band[~self.is_impulse]
+        return int(waves.max()) + 1 if waves.numel() else 0
+
     def _check_column(self, name: str, column: Column) -> None:
         """A column has the dtype, shape and range that ``COLUMNS`` gives it."""
         tensor: Tensor = getattr(self, name)
@@ -201,7 +215,7 @@ class Tracks:
         is_legal = (bins >= 0) & (bins <= length) & (bin_frames >= 1) & (bin_frames <= self.grid[0])
         covers = bins * bin_frames >= length
         _require(bool((is_legal & covers).all()), "gop_num_bins: expected bins that cover the residual frames")
-        within = self.coefficient_band < bins[self.coefficient_gop]
+        within = self.coefficient_band % IMPULSE < bins[self.coefficient_gop]
         _require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
 
     def _check_bases(self) -> None:

@@ -11,7 +11,19 @@ from scipy.fft import idct as scipy_idct
 
 from freres_cli.method.energy import report_energy
 from freres_cli.method.residuals import cell_edges, pool_to_cells
+from freres_cli.tracks import IMPULSE
 from tests.compressed_clips import compress, smooth_clip
+
+
+def rebuild(tracks, gop, length):
+    """What the kept coefficients and impulses of 16 cells hold of a GoP's residual frames: (length, 16, 6)."""
+    dense = torch.zeros(length, 16, 6)
+    waves = (tracks.coefficient_gop == gop) & ~tracks.is_impulse
+    dense[tracks.coefficient_band[waves], tracks.coefficient_cell[waves]] = tracks.coefficient_values[waves]
+    rebuilt = torch.from_numpy(scipy_idct(dense.numpy(), type=2, norm="ortho", axis=0))
+    sharp = (tracks.coefficient_gop == gop) & tracks.is_impulse
+    rebuilt[tracks.coefficient_band[sharp] - IMPULSE, tracks.coefficient_cell[sharp]] = tracks.coefficient_values[sharp]
+    return rebuilt
 
 
 def test_the_loss_of_every_second_is_the_reconstruction_error():
@@ -23,16 +35,13 @@ def test_the_loss_of_every_second_is_the_reconstruction_error():
     for gop, (low, high) in enumerate(itertools.pairwise(edges)):
         residual = pooled[low + 1 : high] - pooled[low]
         length = residual.shape[0]
-        dense = torch.zeros(length, 16, 6)
-        mine = tracks.coefficient_gop == gop
-        dense[tracks.coefficient_band[mine], tracks.coefficient_cell[mine]] = tracks.coefficient_values[mine]
-        rebuilt = torch.from_numpy(scipy_idct(dense.numpy(), type=2, norm="ortho", axis=0))
+        rebuilt = rebuild(tracks, gop, length)
         error = (residual - rebuilt).square().sum((1, 2))
         total_error += float(error.sum())
     told = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in report.losses)
     assert told == pytest.approx(total_error, rel=1e-3)
-    kept = float(tracks.coefficient_energy.sum())
-    assert kept / (kept + total_error) == pytest.approx(report.clip_kept, rel=1e-3)
+    assert 1 - total_error / float(tracks.gop_pooled_energy.sum()) == pytest.approx(report.clip_kept, rel=1e-3)
+    assert 0 < tracks.is_impulse.sum() < len(tracks.is_impulse), "some of each kind"
     rates = [loss.lost_energy_per_s for loss in report.losses]
     assert rates == sorted(rates, reverse=True)
 
@@ -75,11 +84,8 @@ def test_energies_and_losses_count_every_token_of_uneven_cells():
     error, total, edges = 0.0, 0.0, [*tracks.gop_anchor_frame.tolist(), 24]
     heights, widths = torch.tensor(cell_edges(7, 4)).diff(), torch.tensor(cell_edges(13, 4)).diff()
     for gop, (low, high) in enumerate(itertools.pairwise(edges)):
-        dense = torch.zeros(high - low - 1, 16, 6)
-        mine = tracks.coefficient_gop == gop
-        dense[tracks.coefficient_band[mine], tracks.coefficient_cell[mine]] = tracks.coefficient_values[mine]
-        rebuilt = torch.from_numpy(scipy_idct(dense.numpy(), type=2, norm="ortho", axis=0)).unflatten(1, (4, 4))
-        spread = rebuilt.repeat_interleave(heights, 1).repeat_interleave(widths, 2)
+        rebuilt = rebuild(tracks, gop, high - low - 1)
+        spread = rebuilt.unflatten(1, (4, 4)).repeat_interleave(heights, 1).repeat_interleave(widths, 2)
         residual = latents[low + 1 : high] - latents[low]
         error += float((residual - spread).square().sum()) / mean_area
         total += float(residual.square().sum()) / mean_area

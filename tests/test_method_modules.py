@@ -163,15 +163,27 @@ def test_the_sparse_inverse_dct_is_the_absorber_without_attention():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_impulses_are_not_listened_to():
+    tracks, _, _ = compress(smooth_clip(40, (8, 8)), 300)
+    keep = tracks.is_impulse
+    columns = {name: t[keep] for name, t in tracks.tensors().items() if name.startswith("coefficient")}
+    alone, modules = replace(tracks, **columns), listening_modules()
+    assert keep.any() and alone.num_bands == 0
+    runs = order_dynamic(alone)
+    plain = evaluate_dynamic(alone, runs)
+    assert torch.equal(modules.absorb(plain, alone, runs.gop, runs.cell), plain)
+
+
 def test_i_token_queries_are_the_pooled_anchor_and_know_nothing_else():
     clip = smooth_clip(40, (8, 8))
     tracks, _, _ = compress(clip, 300)
     tokens, runs = build_tokens(tracks, "iquery"), order_dynamic(tracks)
     pooled = pool_to_cells(clip, 4, 4)[tracks.gop_anchor_frame]
-    i_tokens = pooled[runs.gop, runs.cell]
-    assert torch.allclose(dynamic_latents(tracks, runs, "iquery"), i_tokens, atol=1e-5)
+    i_tokens, waves = pooled[runs.gop, runs.cell], ~tracks.is_impulse[runs.order]
+    assert torch.allclose(dynamic_latents(tracks, runs, "iquery")[waves], i_tokens[waves], atol=1e-5)
     found = tokens.latents[tokens.kind == DYNAMIC]
-    assert torch.cdist(found, pooled.flatten(0, 1)).amin(1).max() < 1e-2
+    assert (torch.cdist(found, pooled.flatten(0, 1)).amin(1) < 1e-2).sum() == waves.sum() > 0
     assert torch.equal(tokens.positions, build_tokens(tracks, "absorber").positions)
     modules = listening_modules()
     added = modules.absorb(i_tokens, tracks, runs.gop, runs.cell) - i_tokens

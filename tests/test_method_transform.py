@@ -85,6 +85,20 @@ def test_energies_are_those_of_the_main_channels_and_of_all_tokens_of_a_cell():
     assert torch.allclose(closed.band_energy, energies.sum(1)[:8], rtol=1e-4)
 
 
+@pytest.mark.parametrize("pooled", [(6, 5), (2, 3)])
+def test_impulses_are_the_frames_that_the_coefficients_miss_most(pooled):
+    frames = make_frames(16, (6, 5))
+    residuals, areas = pooled_residuals(frames, pooled), cell_areas(6, 5, *pooled)
+    spectrum = scipy_dct(residuals.numpy(), type=2, norm="ortho", axis=0)
+    spectrum[5:] = 0
+    missed = (residuals - torch.from_numpy(scipy_idct(spectrum, type=2, norm="ortho", axis=0))).square().sum(-1)
+    closed = close_gop(frames, pooled, 5, width=6)
+    assert torch.equal(closed.impulse_bins, missed.argmax(0))
+    assert torch.allclose(closed.impulse_energies, missed.amax(0) * areas / areas.mean(), rtol=1e-4)
+    assert torch.equal(closed.impulses, residuals[closed.impulse_bins, torch.arange(len(areas))])
+    assert not close_gop(frames, pooled, 16, width=6).impulse_bins.numel(), "all coefficients miss nothing"
+
+
 def test_a_gop_has_no_more_coefficients_than_residual_frames():
     assert close_gop(make_frames(3, (2, 2)), (2, 2), 4, width=6).coefficients.shape == (3, 4, 6)
     assert close_gop(make_frames(0, (2, 2)), (2, 2), 4, width=6).coefficients.shape == (0, 4, 6)
@@ -125,7 +139,7 @@ def test_null_spectrum_is_that_of_independent_frames():
 
 
 def compress_with_coefficients(frames: torch.Tensor, pooled: tuple[int, int], count: int) -> Tracks:
-    """The tracks of one GoP with the first ``count`` coefficients of every cell, and without static tokens."""
+    """The tracks of one GoP with the first ``count`` coefficients of every cell, and without static tokens or impulses."""
     num_frames, *grid, channels = frames.shape
     anchor, dynamic = grid[0] * grid[1], count * pooled[0] * pooled[1]
     plan = BudgetPlan(
@@ -140,7 +154,7 @@ def compress_with_coefficients(frames: torch.Tensor, pooled: tuple[int, int], co
         expected=Allocation(anchor, dynamic, 0, 1),
         is_lossless=False,
     )
-    return compress_latents(frames, range(num_frames), plan, make_settings(static_per_gop=0), channels)
+    return compress_latents(frames, range(num_frames), plan, make_settings(static_per_gop=0, variant="idct"), channels)
 
 
 @pytest.mark.parametrize(("grid", "pooled"), GRIDS)

@@ -223,8 +223,10 @@ def num_static_cells(pooled: tuple[int, int], settings: MethodSettings) -> int:
 def _num_candidates(
     num_anchors: int, num_frames: int, pooled: tuple[int, int], num_coefficients: int, settings: MethodSettings
 ) -> int:
-    """Coefficients that uniform GoPs offer: a GoP of L residual frames has at most L in each moving cell."""
+    """Coefficients and impulses that uniform GoPs offer: a GoP of L residual frames has at most L in each moving cell."""
     short, num_longer = divmod(num_frames, num_anchors)
+    if settings.variant != "idct":
+        num_coefficients += 1
     cells = pooled[0] * pooled[1] - num_static_cells(pooled, settings)
     per_cell = num_longer * min(num_coefficients, short) + (num_anchors - num_longer) * min(num_coefficients, short - 1)
     return cells * per_cell

@@ -141,12 +141,13 @@ class StreamingCompressor:
 def _choose_reach(plan: BudgetPlan) -> int:
     """Return how many frames after a uniform anchor a cut may still move it, 0 for none.
 
-    A GoP that starts that much later must still have as many residual frames as coefficients, or tokens would be lost.
+    A GoP that starts that much later must still have a residual frame for each coefficient and an impulse, or tokens would
+    be lost.
     """
     if not plan.max_events:
         return 0
     length = plan.num_frames // plan.num_anchors
-    return max(0, min(max(1, int(length * MOVE_SHARE)), length - 1 - plan.num_coefficients))
+    return max(0, min(max(1, int(length * MOVE_SHARE)), length - 2 - plan.num_coefficients))
 
 
 def _strength(gop: OpenGop | ClosedGop) -> tuple[float, int]:

@@ -113,30 +113,31 @@ class FreResModules(nn.Module):
         ``latents``, ``tracks``, ``gop``, ``cell``: as in ``absorb``. Raises ``ValueError`` if a band is beyond those the
         absorber knows.
         """
-        num_bands = int(tracks.coefficient_band.max()) + 1
+        # Impulses are tokens, but nothing to listen to: they are no waves.
+        waves, num_bands = ~tracks.is_impulse, tracks.num_bands
         if num_bands > self.shape.num_bands:
             raise ValueError(f"coefficient band: expected at most {self.shape.num_bands - 1}, got {num_bands - 1}")
         table = neighbour_table(
-            tracks.coefficient_gop,
-            tracks.coefficient_cell,
-            tracks.coefficient_band,
+            tracks.coefficient_gop[waves],
+            tracks.coefficient_cell[waves],
+            tracks.coefficient_band[waves],
             tracks.gop_anchor_frame.shape[0],
             tracks.pooled_grid,
             num_bands,
         )
         around = neighbours_of(cell, tracks.pooled_grid)
         slots = torch.where((around < 0)[..., None], -1, table[gop[:, None], around.clamp(min=0)])
-        coefficients = tracks.coefficient_values[:, : tracks.width].to(torch.float32)
-        return latents[:, : tracks.width].to(torch.float32), coefficients, _amplitude_scale(tracks), slots
+        coefficients = tracks.coefficient_values[waves, : tracks.width].to(torch.float32)
+        scale = _amplitude_scale(tracks, tracks.coefficient_gop[waves])
+        return latents[:, : tracks.width].to(torch.float32), coefficients, scale, slots
 
 
-def _amplitude_scale(tracks: Tracks) -> Tensor:
-    """What turns each coefficient into the amplitude of its wave, in units of a token: (m,) float32.
+def _amplitude_scale(tracks: Tracks, gop: Tensor) -> Tensor:
+    """What turns coefficients of these GoPs, (m,), into amplitudes of their waves in units of a token: (m,) float32.
 
     A wave over n frames has amplitude c / sqrt(n). The unit is the root mean square of a channel of the clip's pooled
     anchors: one number for the clip, so that what moves little stays small beside what moves much.
     """
-    gop = tracks.coefficient_gop
     num_frames = (tracks.gop_num_bins[gop] * tracks.gop_bin_frames[gop]).to(torch.float32)
     unit = tracks.base_latents[:, : tracks.width].to(torch.float32).square().mean().sqrt()
     return 1.0 / (unit.clamp(min=SMALLEST_UNIT) * num_frames.sqrt())

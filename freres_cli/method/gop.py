@@ -20,6 +20,9 @@ class ClosedGop:
     pooled anchor. ``coefficients`` (K, P, C), ``energies`` (K, P) and ``segments`` (8, K, P), the inner product of
     residual and coefficient wave in each eighth, are float32 and empty if the GoP has no residual frames. Energies and
     inner products are weighted by ``cell_weights``.
+
+    ``impulses`` (P, C) is the residual of each cell in the one bin, ``impulse_bins`` (P,), that the coefficients miss most;
+    ``impulse_energies`` (P,) is the energy that they miss there. Empty if the coefficients miss nothing.
     """
 
     anchor_frame: int
@@ -37,6 +40,9 @@ class ClosedGop:
     coefficients: Tensor
     energies: Tensor
     segments: Tensor
+    impulses: Tensor
+    impulse_bins: Tensor
+    impulse_energies: Tensor
     summary_base: Tensor
     summary_spectrum: Tensor
 
@@ -50,6 +56,8 @@ class ClosedGop:
         # Copies: an empty view would keep the whole storage alive.
         self.coefficients, self.energies = self.coefficients[:0].clone(), self.energies[:0].clone()
         self.segments, self.base = self.segments[:, :0].clone(), self.base[:0].clone()
+        self.impulses, self.impulse_bins = self.impulses[:0].clone(), self.impulse_bins[:0].clone()
+        self.impulse_energies = self.impulse_energies[:0].clone()
 
 
 def segment_of_bin(num_bins: int) -> Tensor:
@@ -117,6 +125,7 @@ class OpenGop:
             bin_energy = self._trajectory.bin_energies()
             segment_energy = sum_by_segment(bin_energy[:, None]).squeeze(1)
             pooled_energy = float(bin_energy.sum())
+        impulses, impulse_bins, impulse_energies = self._find_impulses(coefficients)
         weights = (self._weights / self._weights.sum())[:, None]
         base = self._base.cpu()
         return ClosedGop(
@@ -135,6 +144,9 @@ class OpenGop:
             coefficients=coefficients,
             energies=energies,
             segments=segments,
+            impulses=impulses,
+            impulse_bins=impulse_bins,
+            impulse_energies=impulse_energies,
             summary_base=(base * weights).sum(0),
             summary_spectrum=(coefficients * weights).sum(1),
         )
@@ -158,3 +170,17 @@ class OpenGop:
         inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
         inner = inner * (basis[:num_coefficients].T * root)[..., None]
         return coefficients.cpu(), band_energy, sum_by_segment(inner.cpu() * self._weights)
+
+    def _find_impulses(self, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual (P, C) of each cell in the bin where ``coefficients`` (K, P, C) miss most, the bin and the
+        energy missed, (P,) each, on the CPU; nothing if there is a coefficient for every bin."""
+        num_bins, num_coefficients = self._trajectory.num_bins(), coefficients.shape[0]
+        if num_coefficients == num_bins:
+            return coefficients.new_zeros(0, coefficients.shape[2]), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        bins = self._trajectory.bins()
+        waves = dct_basis(num_bins, num_coefficients, bins.device) / self._trajectory.bin_frames**0.5
+        main = slice(0, self._width)
+        missed = bins[..., main] - torch.einsum("kb,kpc->bpc", waves, coefficients[..., main].to(bins.device))
+        energy, at = missed.square().sum(-1).max(0)
+        cells = torch.arange(at.shape[0], device=at.device)
+        return bins[at, cells].cpu(), at.cpu(), energy.cpu() * self._weights * self._trajectory.bin_frames

@@ -54,8 +54,7 @@ def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: 
     """
     adapter = load_adapter(path, model)
     check_variant(adapter, variant)
-    bands = int(tracks.coefficient_band.max()) + 1 if tracks.coefficient_band.numel() else 0
-    check_shape(adapter, tracks.width, bands)
+    check_shape(adapter, tracks.width, tracks.num_bands)
     return adapter.modules
 
 
