@@ -15,7 +15,7 @@ from freres_cli.errors import PresetError
 
 # The model that ships with freres, and its preset.
 BUNDLED = "bundled"
-VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct")
+VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct", "iquery", "sparse-idct")
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")
 DEEPSTACK = ("keep", "drop")

@@ -19,6 +19,13 @@ GOP_STARTS = ("uniform", "event", "demoted")
 NUM_SEGMENTS = 8  # lost energy is reported for each eighth of a GoP
 NUM_REPORTED_BANDS = 8
 MAX_BANDS = 1 << 16
+# A band from here on is no wave: IMPULSE + b is the residual itself in time bin b, for what lasts a moment (ours, because a
+# spike has only K / L of its energy in K of L bands).
+IMPULSE = 1 << 15
+# Zero is what every bundle of schema version 1 or 2 did: energies of cells ignore their areas, and the tokens of a cell lie
+# at evenly spaced instants. Today energies are weighted, and instants are those of ``dct.choose_instants``.
+RECIPES = ("plain", "refined")
+PLAIN, REFINED = range(len(RECIPES))
 LATENT = "E"  # the dtype the frames were encoded in
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -60,13 +67,14 @@ COLUMNS: dict[str, Column] = {
     "gop_pooled_energy": Column("gop", "float32", "the same over cells"),
     "gop_band_energy": Column("gop", "float32", "of the first bands", (str(NUM_REPORTED_BANDS),)),
     "gop_segment_energy": Column("gop", "float32", "of segments", (str(NUM_SEGMENTS),)),
+    "gop_recipe": Column("gop", "int64", "0 plain, 1 refined", limit=str(len(RECIPES))),
     "anchor_latents": Column("anchor", LATENT, "anchor tokens", ("C",)),
     "anchor_gop": Column("anchor", "int64", limit="G"),
     "anchor_cell": Column("anchor", "int64", "raster index in H x W", limit="N"),
-    "coefficient_values": Column("coefficient", LATENT, "orthonormal DCT-II", ("C",)),
+    "coefficient_values": Column("coefficient", LATENT, "orthonormal DCT-II, or a residual", ("C",)),
     "coefficient_gop": Column("coefficient", "int64", limit="G"),
     "coefficient_cell": Column("coefficient", "int64", "raster index in P", limit="P"),
-    "coefficient_band": Column("coefficient", "int64", "0 is DC", limit=str(MAX_BANDS)),
+    "coefficient_band": Column("coefficient", "int64", "0 is DC; 32768 + b: impulse", limit=str(MAX_BANDS)),
     "coefficient_energy": Column("coefficient", "float32", "squared norm over D"),
     "coefficient_segments": Column("coefficient", "float32", "inner product with residual", (str(NUM_SEGMENTS),)),
     "base_latents": Column("base", LATENT, "pooled anchor of the cell", ("C",)),
@@ -100,6 +108,7 @@ class Tracks:
     ``width``: D. ``grid``: (T, H, W). ``pooled_grid``: cells (rows, columns). Every other field is a column of
     ``COLUMNS``, with one row for each row of its table; the GoP table has G. ``gop_num_residuals`` is L. A GoP's energies
     are over all tokens (``residual``), over cells (``pooled``), of its first bands (G, 8) and of its eighths (G, 8).
+    ``gop_recipe``: which rules made its numbers, an index into ``RECIPES``.
 
     ``anchor_cell`` is the raster index of an anchor token in the grid. Each coefficient has its GoP, cell, band, energy
     and ``coefficient_segments``, its inner product with the residual in each eighth. ``base_latents`` are the pooled
@@ -123,6 +132,7 @@ class Tracks:
     gop_pooled_energy: Tensor
     gop_band_energy: Tensor
     gop_segment_energy: Tensor
+    gop_recipe: Tensor
     anchor_latents: Tensor
     anchor_gop: Tensor
     anchor_cell: Tensor
@@ -156,6 +166,17 @@ class Tracks:
     def num_cells(self) -> int:
         """P, the cells of the pooled grid."""
         return self.pooled_grid[0] * self.pooled_grid[1]
+
+    @property
+    def is_impulse(self) -> Tensor:
+        """Which rows of the coefficient table are impulses: (n,) bool."""
+        return self.coefficient_band >= IMPULSE
+
+    @property
+    def num_bands(self) -> int:
+        """The highest band kept plus one, 0 without any. Impulses have none."""
+        waves = self.coefficient_band[~self.is_impulse]
+        return int(waves.max()) + 1 if waves.numel() else 0
 
     def _check_column(self, name: str, column: Column) -> None:
         """A column has the dtype, shape and range that ``COLUMNS`` gives it."""
@@ -194,7 +215,7 @@ class Tracks:
         is_legal = (bins >= 0) & (bins <= length) & (bin_frames >= 1) & (bin_frames <= self.grid[0])
         covers = bins * bin_frames >= length
         _require(bool((is_legal & covers).all()), "gop_num_bins: expected bins that cover the residual frames")
-        within = self.coefficient_band < bins[self.coefficient_gop]
+        within = self.coefficient_band % IMPULSE < bins[self.coefficient_gop]
         _require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
 
     def _check_bases(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.baselines.uniform import sample_uniform_frames
+from freres_cli.bundle import version_1
 from freres_cli.bundle.schema import FORMAT, SCHEMA_VERSION, describe_tensors, encode_manifest
 from freres_cli.bundle.store import write_bundle
 from freres_cli.method.budget import plan_budget
@@ -20,7 +21,7 @@ from freres_cli.method.compress import compress_latents
 from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import load_settings
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks, count_by_kind
+from freres_cli.tracks import COLUMNS, Tracks, count_by_kind
 
 BUDGET = 300
 WIDTH = 16
@@ -128,7 +129,12 @@ def forge(
     version: int = SCHEMA_VERSION,
     **sections: Any,
 ) -> None:
-    """Write a bundle of these ``tensors``, described as ``content`` would be, with other ``sections`` in its manifest."""
+    """Write a bundle of these ``tensors``, described as ``content`` would be, with other ``sections`` in its manifest.
+
+    Version 1 has none of the columns that were added since.
+    """
+    if version == 1:
+        tensors = {name: t for name, t in tensors.items() if name in version_1.TENSORS or name not in COLUMNS}
     kind = "tracks" if isinstance(content, Tracks) else "tokens"
     manifest = {**manifest_for(content, **sections), "content": kind, "tensors": describe_tensors(tensors)}
     _sign(path, {"format": FORMAT, "schema_version": version, "tensors": dict(tensors)}, encode_manifest(manifest))

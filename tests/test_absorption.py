@@ -15,7 +15,7 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.cli.compress import make_options
 from freres_cli.method.absorption import map_absorption
 from freres_cli.method.fusion import FreResModules, ModuleShape
-from freres_cli.method.tokens import evaluate_dynamic, order_dynamic
+from freres_cli.method.tokens import dynamic_latents, evaluate_dynamic, order_dynamic
 from freres_cli.pipeline.adapters import load_modules
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.video.picture import SCALE_RGB, draw_maps, encode_png
@@ -121,14 +121,15 @@ def clip_tracks():
     return compress(smooth_clip(40, (8, 8)), 300)[0]
 
 
-def test_a_map_sums_to_what_the_tokens_received():
+@pytest.mark.parametrize("variant", ["absorber", "iquery"])
+def test_a_map_sums_to_what_the_tokens_received(variant):
     tracks, modules = clip_tracks(), listening(16)
     runs = order_dynamic(tracks)
-    plain = evaluate_dynamic(tracks, runs)
+    plain = dynamic_latents(tracks, runs, variant)
     with torch.no_grad():
         received = (modules.absorb(plain, tracks, runs.gop, runs.cell) - plain).norm(dim=1).double()
     expected = torch.zeros(len(tracks.gop_anchor_frame), dtype=torch.float64).index_add_(0, runs.gop, received)
-    maps = map_absorption(tracks, modules)
+    maps = map_absorption(tracks, modules, variant)
     assert expected.sum() > 0 and torch.allclose(maps.absorbed.sum((1, 2)), expected, rtol=1e-4)
     assert maps.energy.sum() == pytest.approx(float(tracks.coefficient_energy.sum()), rel=1e-5)
 
@@ -150,10 +151,11 @@ def test_nothing_is_absorbed_where_nothing_was_kept_nor_with_gamma_zero():
 def test_attention_of_each_token_sums_to_one_over_its_kept_neighbours():
     tracks, modules = clip_tracks(), listening(16)
     runs = order_dynamic(tracks)
-    tokens, coefficients, slots = modules.absorber_inputs(evaluate_dynamic(tracks, runs), tracks, runs.gop, runs.cell)
+    inputs = modules.absorber_inputs(evaluate_dynamic(tracks, runs), tracks, runs.gop, runs.cell)
+    tokens, slots = inputs[0], inputs[3]
     with torch.no_grad():
-        added, weights = modules.absorber.attend(tokens, coefficients, slots)
-        assert torch.equal(modules.absorber(tokens, coefficients, slots), tokens + added)
+        added, weights = modules.absorber.attend(*inputs)
+        assert torch.equal(modules.absorber(*inputs), tokens + added)
     assert weights.shape == slots.shape and (weights[slots < 0] == 0).all() and (weights >= 0).all()
     assert torch.allclose(weights.sum((1, 2)), torch.ones(len(tokens)), atol=1e-5)
     assert (slots < 0).any() and (weights.flatten(1) > 0).sum(1).max() > 1
@@ -174,7 +176,10 @@ def test_what_is_absorbed_counts_for_the_cell_it_came_from():
     with torch.no_grad():
         received = (modules.absorb(plain, tracks, runs.gop, runs.cell) - plain).norm(dim=1)
     rows, columns = tracks.pooled_grid
-    num_kept = Counter(zip(tracks.coefficient_gop.tolist(), tracks.coefficient_cell.tolist(), strict=True))
+    waves = ~tracks.is_impulse
+    num_kept = Counter(
+        zip(tracks.coefficient_gop[waves].tolist(), tracks.coefficient_cell[waves].tolist(), strict=True)
+    )
     expected, looked_right = torch.zeros(len(tracks.gop_anchor_frame), rows, columns), 0
     for gop, cell, norm in zip(runs.gop.tolist(), runs.cell.tolist(), received.tolist(), strict=True):
         h, w = divmod(cell, columns)
@@ -202,7 +207,8 @@ def test_inspect_draws_the_maps_and_gives_them_as_numbers(bundle, adapter, tmp_p
     assert torch.allclose(torch.tensor([gop["absorbed"] for gop in drawn["gops"]]).double(), maps.absorbed)
     assert torch.allclose(torch.tensor([gop["energy"] for gop in drawn["gops"]]).double(), maps.energy)
     text = run_freres("inspect", bundle, "--absorber", tmp_path / "again.png", "--adapter", adapter)
-    assert f"{drawn['width_px']}x{drawn['height_px']} px: 1 of 1 GoPs" in text.out and text.err == ""
+    num_gops = len(drawn["gops"])
+    assert f"{drawn['width_px']}x{drawn['height_px']} px: {num_gops} of {num_gops} GoPs" in text.out and text.err == ""
     assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
 
 
@@ -277,7 +283,13 @@ def test_what_cannot_be_drawn_is_one_line_and_nothing_is_written(bundle, adapter
 
 
 @pytest.mark.parametrize(
-    ("variant", "text"), [("concat", "no absorber"), ("idct", "no absorber"), ("anchors", "no coefficient kept")]
+    ("variant", "text"),
+    [
+        ("concat", "no absorber"),
+        ("sparse-idct", "no absorber"),
+        ("idct", "no absorber"),
+        ("anchors", "no coefficient kept"),
+    ],
 )
 def test_a_bundle_without_anything_to_absorb_is_refused(clip, adapter, tmp_path, variant, text):
     path, out = compress_clip(clip, tmp_path / "b.pt", 40, variant=variant), tmp_path / "out.png"

@@ -128,6 +128,7 @@ def test_a_changed_manifest_or_tensor_is_refused(bundle, tracks):
         ("gop_bin_frames", 0),
         ("gop_start", 3),
         ("coefficient_band", 77),
+        ("coefficient_band", (1 << 15) + 77),
         ("base_cell", 15),
     ],
 )

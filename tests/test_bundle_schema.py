@@ -7,10 +7,11 @@ from dataclasses import fields
 import pytest
 import torch
 
-from freres_cli.bundle import version_2
+from freres_cli.bundle import version_2, version_3
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import ExitStatus
 from freres_cli.records import VideoTokens
+from freres_cli.stretches import STRETCH_COLUMNS, Stretches
 from freres_cli.tracks import COLUMNS, LATENT_DTYPES, TOKEN_COLUMNS, Tracks
 from tests.forged_bundles import edit_manifest, forge, make_tokens, manifest_for, smooth_latents
 from tests.forged_bundles import tracks as tracks
@@ -49,9 +50,13 @@ def test_the_column_table_is_the_fields_of_tracks():
     assert [field.name for field in fields(Tracks)] == ["width", "grid", "pooled_grid", *COLUMNS]
 
 
-def test_version_2_stores_the_columns_of_the_tables():
-    assert {"tracks": tuple(COLUMNS), "tokens": tuple(TOKEN_COLUMNS)} == version_2.TENSORS
-    assert set(TOKEN_COLUMNS) == {field.name for field in fields(VideoTokens)} - {"grid", "width", "stretches"}
+def test_version_3_stores_the_columns_of_the_tables():
+    tables = {"tracks": COLUMNS, "tokens": TOKEN_COLUMNS, "stretches": STRETCH_COLUMNS}
+    assert {name: set(table) for name, table in tables.items()} == {n: set(t) for n, t in version_3.TENSORS.items()}
+    assert set(version_3.TENSORS["tracks"]) - set(version_2.TENSORS["tracks"]) == {"gop_recipe"}
+    hidden = {"grid", "width", "boxes", "stretches"}
+    assert set(TOKEN_COLUMNS) == {field.name for field in fields(VideoTokens)} - hidden
+    assert set(STRETCH_COLUMNS) == {field.name for field in fields(Stretches)} - {"grid", "width"}
     of_tables = {
         column.dtype for table in (COLUMNS, TOKEN_COLUMNS) for column in table.values() if not column.is_latent
     }

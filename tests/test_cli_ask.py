@@ -88,6 +88,9 @@ def test_adapters_are_used_and_foreign_ones_refused(bundle, tmp_path):
     assert run_freres("ask", bundle, *flags, "--adapter", tmp_path / "zero.safetensors").json["choices"] == plain
     assert run_freres("ask", bundle, *flags, "--adapter", tmp_path / "loud.safetensors").json["choices"] != plain
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "other.safetensors"), 5, "another model")
+    later = {**header, "shape": {**header["shape"], "values": "later"}}
+    write_adapter(tmp_path / "later.safetensors", modules.state_dict(), later)
+    check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "later.safetensors"), 5, "absorber values")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "bad.safetensors"), 5, "damaged adapter")
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "none"), 5, "no such adapter")

@@ -82,6 +82,29 @@ def test_still_frames_are_not_events_and_among_cuts_none_stands_out():
     assert sum(noise) <= 1
 
 
+def flash_at(frame, clip, strength, seed=11):
+    """The clip with something over the whole of one frame."""
+    light = torch.randn(clip.shape[1:], generator=torch.Generator().manual_seed(seed))
+    return torch.cat([clip[:frame], (clip[frame] + strength * light)[None], clip[frame + 1 :]])
+
+
+@pytest.mark.parametrize("strength", [0.8, 1.0, 1.5, 5.0])
+def test_the_return_from_a_flash_is_an_event_too(strength):
+    detector = EventDetector(None)
+    clip = flash_at(20, smooth_clip(40, (6, 6)) - 3.0, strength)
+    distances, events = zip(*(detector.observe(frame) for frame in clip), strict=True)
+    assert min(distances[20:22]) > 0.15 and [i for i, is_event in enumerate(events) if is_event] == [20, 21]
+
+
+def test_a_light_that_goes_on_and_off_with_every_frame_is_not_a_series_of_events():
+    detector = EventDetector(None)
+    clip = smooth_clip(40, (6, 6)) - 3.0
+    for frame in range(20, 40, 2):
+        clip = flash_at(frame, clip, 1.0)
+    events = [i for i, frame in enumerate(clip) if detector.observe(frame)[1]]
+    assert events == [20, 21]
+
+
 def test_a_whip_pan_is_one_event():
     detector = EventDetector(None)
     background = 1.5 * (smooth_clip(1, (6, 6), seed=9)[0] - 3.0)

@@ -15,7 +15,7 @@ from freres_cli.method.residuals import MAX_TIME_BINS, cell_centres, pool_to_cel
 from freres_cli.method.select import cut_tracks
 from freres_cli.method.tokens import ANCHOR, DYNAMIC, STATIC, SUMMARY, build_tokens
 from freres_cli.presets import VARIANTS
-from tests.compressed_clips import compress, make_settings, smooth_clip
+from tests.compressed_clips import close_gop, compress, make_settings, smooth_clip
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
@@ -115,6 +115,54 @@ def test_coefficients_are_ordered_by_energy_and_the_best_are_kept():
     assert report_energy(tracks).clip_kept >= 0.9
 
 
+def spiked_clip(frame=23, cell=(0, 7), size=2.0):
+    """Something in one corner in a single frame; the middle of the grid drifts all the time, with more energy."""
+    latents = smooth_clip(40, (8, 8))
+    latents[(frame, *cell)] += size * torch.randn(16, generator=torch.Generator().manual_seed(8))
+    return latents
+
+
+def test_what_is_there_for_one_frame_is_kept_as_it_was():
+    """A wave holds a small share of a spike; an impulse is ranked by nearly all of its energy, and shows it whole."""
+    latents = spiked_clip(size=1.2)
+    tracks, _, _ = compress(latents, 130, pooled_side=8, static_per_gop=0)
+    tokens = build_tokens(tracks)
+    at = (tokens.kind == DYNAMIC) & (tokens.positions == torch.tensor([23.0, 0.0, 7.0])).all(1)
+    assert at.sum() == 1 and torch.allclose(tokens.latents[at], latents[23, 0, 7], atol=1e-5)
+    spike = float((latents[23, 0, 7] - latents[22, 0, 7]).square().sum())
+    there = tracks.is_impulse & (tracks.coefficient_cell == 7)
+    assert 0.3 * spike < float(tracks.coefficient_energy[there]) < spike
+    assert tracks.coefficient_energy[~there].max() > spike, "the drift has more energy"
+
+
+def test_the_cell_of_a_spike_is_no_background():
+    """It moves more than any other cell of its GoP, but in its first coefficients it moves least."""
+    still, way, spike = torch.randn(3, 8, 8, 16, generator=torch.Generator().manual_seed(1))
+    speed = (0.7 / sum(t**2 for t in range(1, 10))) ** 0.5
+    latents = still + speed * torch.arange(40)[:, None, None, None] * way[0, 0] / way[0, 0].norm()
+    latents[:, :2, 6:] = still[:2, 6:]
+    latents[24, :2, 6:] += spike[:1, 6:7] / spike[0, 6].norm()
+    tracks, plan, _ = compress(latents, 300, reference_budget_tokens=300)
+    assert plan.num_coefficients == 4 and tracks.gop_anchor_frame.tolist() == [0, 10, 20, 30]
+    background = {gop: tracks.static_cell[tracks.static_gop == gop].tolist() for gop in range(4)}
+    assert 3 not in background[2] and all(3 in background[gop] for gop in (0, 1, 3))
+
+
+def test_an_inverse_transform_of_whole_frames_has_no_impulses():
+    assert compress(spiked_clip(), 300)[0].is_impulse.any()
+    assert not compress(spiked_clip(), 300, variant="idct")[0].is_impulse.any()
+
+
+def test_impulses_of_binned_gops_lie_in_their_bins():
+    latents = 0.01 * smooth_clip(3, (3, 3), width=4)[:1].repeat(400, 1, 1, 1)
+    latents[301, 1, 1] += 5.0
+    tracks, _, _ = compress(latents, 15, anchors=1, reference_budget_tokens=15, static_per_gop=0)
+    tokens = build_tokens(tracks)
+    assert tracks.gop_bin_frames.tolist() == [4] and tracks.is_impulse.sum() == 1
+    t, h, w = tokens.positions[tokens.kind == DYNAMIC][tokens.energy[tokens.kind == DYNAMIC].argmax()].tolist()
+    assert (h, w) == (1, 1) and abs(t - 301) <= 2
+
+
 def test_identical_frames_give_no_dynamic_tokens_and_no_division_by_zero():
     latents = smooth_clip(1, (8, 8)).expand(30, -1, -1, -1)
     tracks, _, _ = compress(latents, 300)
@@ -160,8 +208,10 @@ def test_a_budget_of_one_token_is_legal():
 
 
 @pytest.mark.parametrize("events", [False, True])
-def test_chunks_give_what_the_whole_gives(events):
-    latents = torch.cat([smooth_clip(33, (6, 6), seed=1), smooth_clip(20, (6, 6), seed=2)])
+@pytest.mark.parametrize("cut", [27, 33])
+def test_chunks_give_what_the_whole_gives(events, cut):
+    """A cut far from any uniform anchor, and one that moves an anchor."""
+    latents = torch.cat([smooth_clip(33, (6, 6), seed=1)[:cut], smooth_clip(53 - cut, (6, 6), seed=2)])
     settings = make_settings(events=events)
     plan = plan_budget(53, (6, 6), settings, 200)
     whole = compress_latents(latents, range(53), plan, settings, 16)
@@ -191,6 +241,47 @@ def test_no_residual_crosses_a_cut_and_the_strongest_cuts_win():
     assert honoured.min() >= refused.max()
     assert not set(tracks.anchor_gop.tolist()) & set((tracks.gop_start == 2).nonzero().squeeze(1).tolist())
     assert len(build_tokens(tracks)) <= 60
+
+
+@pytest.mark.parametrize("strength", [1.0, 5.0])
+def test_a_flash_leaves_no_energy_behind(strength):
+    """Neither the flash nor the return from it is a residual: both frames are anchors."""
+    clip = smooth_clip(40, (8, 8)) - 3.0
+    quiet = float(compress(clip, 400, events=True)[0].gop_residual_energy.sum())
+    light = torch.randn(8, 8, 16, generator=torch.Generator().manual_seed(11))
+    clip[22] += strength * light
+    tracks = compress(clip, 400, events=True)[0]
+    assert {22, 23} <= set(tracks.gop_anchor_frame.tolist())
+    assert tracks.gop_residual_energy.sum() < 1.1 * quiet < 0.1 * float((strength * light).square().sum()) + quiet
+
+
+def gop_ends(tracks):
+    return (tracks.gop_anchor_frame + tracks.gop_num_residuals + 1).tolist()
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_uniform_anchor_moves_to_a_cut_right_after_it(late):
+    """The shot before takes the frames that it had, as if the anchor had never been there."""
+    cut = 20 + late
+    latents = torch.cat([smooth_clip(60, (6, 6), seed=1)[:cut], smooth_clip(40 - cut, (6, 6), seed=2)])
+    tracks, plan, _ = compress(latents, 300, events=True, reference_budget_tokens=300)
+    assert anchor_schedule(40, plan.num_anchors) == [0, 10, 20, 30]
+    assert tracks.gop_anchor_frame.tolist() == [0, 10, cut, 30] and not tracks.gop_start.any()
+    assert gop_ends(tracks) == [10, cut, 30, 40]
+    longer = close_gop(latents[10:cut], (4, 4), plan.num_coefficients, 16)
+    assert float(tracks.gop_residual_energy[1]) == pytest.approx(longer.residual_energy, rel=1e-5)
+    assert torch.allclose(tracks.gop_band_energy[1], longer.band_energy, rtol=1e-4)
+    mine = (tracks.coefficient_gop == 1) & ~tracks.is_impulse
+    values = longer.coefficients[tracks.coefficient_band[mine], tracks.coefficient_cell[mine]]
+    assert mine.any() and torch.allclose(tracks.coefficient_values[mine], values, atol=1e-5)
+
+
+def test_a_uniform_anchor_stays_where_the_cut_is_far_or_the_first_frame_would_be_lost():
+    for cut, anchors in ((24, [0, 10, 20, 24, 30]), (1, [0, 1, 10, 20, 30]), (20, [0, 10, 20, 30])):
+        latents = torch.cat([smooth_clip(60, (6, 6), seed=1)[:cut], smooth_clip(40 - cut, (6, 6), seed=2)])
+        tracks, _, _ = compress(latents, 300, events=True, tau=0.4, reference_budget_tokens=300)
+        assert tracks.gop_anchor_frame.tolist() == anchors
+        assert gop_ends(tracks) == [*anchors[1:], 40]
 
 
 def test_memory_of_a_gop_does_not_grow_with_its_length():

@@ -10,8 +10,20 @@ from scipy.fft import dct as scipy_dct
 from scipy.fft import idct as scipy_idct
 
 from freres_cli.method.energy import report_energy
-from freres_cli.method.residuals import pool_to_cells
+from freres_cli.method.residuals import cell_edges, pool_to_cells
+from freres_cli.tracks import IMPULSE
 from tests.compressed_clips import compress, smooth_clip
+
+
+def rebuild(tracks, gop, length):
+    """What the kept coefficients and impulses of 16 cells hold of a GoP's residual frames: (length, 16, 6)."""
+    dense = torch.zeros(length, 16, 6)
+    waves = (tracks.coefficient_gop == gop) & ~tracks.is_impulse
+    dense[tracks.coefficient_band[waves], tracks.coefficient_cell[waves]] = tracks.coefficient_values[waves]
+    rebuilt = torch.from_numpy(scipy_idct(dense.numpy(), type=2, norm="ortho", axis=0))
+    sharp = (tracks.coefficient_gop == gop) & tracks.is_impulse
+    rebuilt[tracks.coefficient_band[sharp] - IMPULSE, tracks.coefficient_cell[sharp]] = tracks.coefficient_values[sharp]
+    return rebuilt
 
 
 def test_the_loss_of_every_second_is_the_reconstruction_error():
@@ -23,16 +35,13 @@ def test_the_loss_of_every_second_is_the_reconstruction_error():
     for gop, (low, high) in enumerate(itertools.pairwise(edges)):
         residual = pooled[low + 1 : high] - pooled[low]
         length = residual.shape[0]
-        dense = torch.zeros(length, 16, 6)
-        mine = tracks.coefficient_gop == gop
-        dense[tracks.coefficient_band[mine], tracks.coefficient_cell[mine]] = tracks.coefficient_values[mine]
-        rebuilt = torch.from_numpy(scipy_idct(dense.numpy(), type=2, norm="ortho", axis=0))
+        rebuilt = rebuild(tracks, gop, length)
         error = (residual - rebuilt).square().sum((1, 2))
         total_error += float(error.sum())
     told = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in report.losses)
     assert told == pytest.approx(total_error, rel=1e-3)
-    kept = float(tracks.coefficient_energy.sum())
-    assert kept / (kept + total_error) == pytest.approx(report.clip_kept, rel=1e-3)
+    assert 1 - total_error / float(tracks.gop_pooled_energy.sum()) == pytest.approx(report.clip_kept, rel=1e-3)
+    assert 0 < tracks.is_impulse.sum() < len(tracks.is_impulse), "some of each kind"
     rates = [loss.lost_energy_per_s for loss in report.losses]
     assert rates == sorted(rates, reverse=True)
 
@@ -47,3 +56,53 @@ def test_the_reported_spectrum_is_that_of_the_pooled_residuals():
         energies += torch.tensor((spectrum**2).sum((1, 2))[:8])
     total = float(tracks.gop_pooled_energy.sum())
     assert report_energy(tracks).spectrum == pytest.approx((energies.cumsum(0) / total).tolist(), rel=1e-4)
+
+
+def blocks_that_move(num_frames, grid, pooled, width=6):
+    """Every token of a cell moves alike, so that pooling loses nothing, whatever the sizes of the cells."""
+    generator = torch.Generator().manual_seed(3)
+    still = torch.randn(*grid, width, generator=generator)
+    moves = torch.randn(num_frames, *pooled, width, generator=generator).cumsum(0)
+    heights, widths = (torch.tensor(cell_edges(size, count)).diff() for size, count in zip(grid, pooled, strict=True))
+    return still + moves.repeat_interleave(heights, 1).repeat_interleave(widths, 2)
+
+
+def test_where_pooling_loses_nothing_all_energy_is_left_whatever_the_areas_of_cells():
+    """A share above one is reported as one, so only what moves most in the large cells shows an error."""
+    latents = blocks_that_move(24, (7, 13), (4, 4))
+    latents[:, :5] = latents[:1, :5]
+    latents[:, :, :9] = latents[:1, :, :9]
+    tracks, _, _ = compress(latents, 300, anchors=2, reference_budget_tokens=300)
+    assert report_energy(tracks).pooling_kept == pytest.approx(1.0, abs=1e-5)
+
+
+def test_energies_and_losses_count_every_token_of_uneven_cells():
+    """Energies are those of the tokens that the cells stand for, in units of a cell of mean area."""
+    latents = blocks_that_move(24, (7, 13), (4, 4))
+    tracks, _, _ = compress(latents, 150, anchors=2, reference_budget_tokens=150)
+    mean_area = 7 * 13 / 16
+    error, total, edges = 0.0, 0.0, [*tracks.gop_anchor_frame.tolist(), 24]
+    heights, widths = torch.tensor(cell_edges(7, 4)).diff(), torch.tensor(cell_edges(13, 4)).diff()
+    for gop, (low, high) in enumerate(itertools.pairwise(edges)):
+        rebuilt = rebuild(tracks, gop, high - low - 1)
+        spread = rebuilt.unflatten(1, (4, 4)).repeat_interleave(heights, 1).repeat_interleave(widths, 2)
+        residual = latents[low + 1 : high] - latents[low]
+        error += float((residual - spread).square().sum()) / mean_area
+        total += float(residual.square().sum()) / mean_area
+    report = report_energy(tracks, num_losses=1000)
+    told = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in report.losses)
+    assert told == pytest.approx(error, rel=1e-3)
+    assert report.clip_kept == pytest.approx(1 - error / total, rel=1e-3)
+
+
+def test_of_two_cells_that_move_alike_the_larger_is_kept_first():
+    latents = torch.zeros(9, 3, 3, 4)  # in 2x2 cells of 1, 2, 2 and 4 tokens
+    latents[:, 0, 0] = latents[:, 2, 2] = torch.randn(9, 4, generator=torch.Generator().manual_seed(5))
+    latents[:, 1:, 1:] = latents[:, 2:, 2:]
+    tracks, _, _ = compress(latents, 14, anchors=1, reference_budget_tokens=14, pooled_side=2, static_per_gop=0)
+    assert tracks.coefficient_cell.tolist()[:1] == [3]
+    assert cells_of_band(tracks, 0).index(3) < cells_of_band(tracks, 0).index(0)
+
+
+def cells_of_band(tracks, band):
+    return tracks.coefficient_cell[tracks.coefficient_band == band].tolist()

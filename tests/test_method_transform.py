@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -72,14 +74,29 @@ def test_all_coefficients_of_a_gop_keep_all_energy_and_give_the_residuals_back(l
     assert np.abs(back - residuals.numpy()).max() < 1e-5
 
 
-def test_energies_are_those_of_the_main_channels():
+def test_energies_are_those_of_the_main_channels_and_of_all_tokens_of_a_cell():
     frames = make_frames(16, (6, 5))
     closed = close_gop(frames, (2, 3), 16, width=2)
     spectrum = scipy_dct(pooled_residuals(frames, (2, 3)).numpy(), type=2, norm="ortho", axis=0)
     assert np.abs(closed.coefficients.numpy() - spectrum).max() < 1e-5, "every channel is transformed"
-    energies = torch.from_numpy(spectrum[..., :2]).square().sum(-1)
+    areas = cell_areas(6, 5, 2, 3)
+    energies = torch.from_numpy(spectrum[..., :2]).square().sum(-1) * areas / areas.mean()
     assert torch.allclose(closed.energies, energies, rtol=1e-4)
     assert torch.allclose(closed.band_energy, energies.sum(1)[:8], rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooled", [(6, 5), (2, 3)])
+def test_impulses_are_the_frames_that_the_coefficients_miss_most(pooled):
+    frames = make_frames(16, (6, 5))
+    residuals, areas = pooled_residuals(frames, pooled), cell_areas(6, 5, *pooled)
+    spectrum = scipy_dct(residuals.numpy(), type=2, norm="ortho", axis=0)
+    spectrum[5:] = 0
+    missed = (residuals - torch.from_numpy(scipy_idct(spectrum, type=2, norm="ortho", axis=0))).square().sum(-1)
+    closed = close_gop(frames, pooled, 5, width=6)
+    assert torch.equal(closed.impulse_bins, missed.argmax(0))
+    assert torch.allclose(closed.impulse_energies, missed.amax(0) * areas / areas.mean(), rtol=1e-4)
+    assert torch.equal(closed.impulses, residuals[closed.impulse_bins, torch.arange(len(areas))])
+    assert not close_gop(frames, pooled, 16, width=6).impulse_bins.numel(), "all coefficients miss nothing"
 
 
 def test_a_gop_has_no_more_coefficients_than_residual_frames():
@@ -122,7 +139,7 @@ def test_null_spectrum_is_that_of_independent_frames():
 
 
 def compress_with_coefficients(frames: torch.Tensor, pooled: tuple[int, int], count: int) -> Tracks:
-    """The tracks of one GoP with the first ``count`` coefficients of every cell, and without static tokens."""
+    """The tracks of one GoP with the first ``count`` coefficients of every cell, and without static tokens or impulses."""
     num_frames, *grid, channels = frames.shape
     anchor, dynamic = grid[0] * grid[1], count * pooled[0] * pooled[1]
     plan = BudgetPlan(
@@ -137,7 +154,7 @@ def compress_with_coefficients(frames: torch.Tensor, pooled: tuple[int, int], co
         expected=Allocation(anchor, dynamic, 0, 1),
         is_lossless=False,
     )
-    return compress_latents(frames, range(num_frames), plan, make_settings(static_per_gop=0), channels)
+    return compress_latents(frames, range(num_frames), plan, make_settings(static_per_gop=0, variant="idct"), channels)
 
 
 @pytest.mark.parametrize(("grid", "pooled"), GRIDS)
@@ -169,6 +186,45 @@ def test_dynamic_tokens_of_a_binned_gop_follow_its_bin_means():
     inverse = torch.from_numpy(scipy_idct(spectrum, type=2, norm="ortho", axis=0)) * (5 / 100) ** 0.5
     tokens = evaluate_dynamic(tracks, order_dynamic(tracks)).unflatten(0, (-1, 5))
     assert (tokens - (frames[0].flatten(0, 1) + inverse).transpose(0, 1)).abs().max() < 1e-5
+
+
+def keep_bands(tracks: Tracks, keep: torch.Tensor) -> Tracks:
+    """Tracks without the other coefficients. ``keep``: (n,) bool."""
+    return replace(tracks, **{name: t[keep] for name, t in tracks.tensors().items() if name.startswith("coefficient")})
+
+
+@pytest.mark.parametrize("length", [8, 11, 40, MAX_TIME_BINS + 72])
+def test_the_tokens_of_a_cell_tell_its_coefficients_whichever_bands_are_kept(length):
+    """One cell for each set of the first eight bands: m tokens minus the I-token give the m coefficients back."""
+    frames = make_frames(length, (16, 16), channels=3)
+    tracks = compress_with_coefficients(frames, (16, 16), 8)
+    tracks = keep_bands(tracks, (tracks.coefficient_cell >> tracks.coefficient_band) & 1 == 1)
+    runs = order_dynamic(tracks)
+    residuals = evaluate_dynamic(tracks, runs).double() - pool_to_cells(frames, 16, 16)[0][runs.cell]
+    samples = int(tracks.gop_num_bins[0] * tracks.gop_bin_frames[0])
+    for cell in range(1, 256):
+        mine = runs.cell == cell
+        bands, instants = tracks.coefficient_band[runs.order[mine]], runs.instants[mine]
+        assert (instants.diff() > 0).all() and instants[0] + 0.5 >= 0 and instants[-1] + 0.5 <= length
+        waves = torch.cos(torch.pi * bands * (2 * instants[:, None] + 1) / (2 * samples)) * (2 / samples) ** 0.5
+        waves[:, bands == 0] /= 2**0.5
+        strength = torch.linalg.svdvals(waves * (samples / len(bands)) ** 0.5)
+        assert strength[-1] > 0.1 * strength[0], bands.tolist()
+        values = tracks.coefficient_values[runs.order[mine]].double()
+        assert torch.allclose(torch.linalg.solve(waves, residuals[mine]), values, atol=1e-3), bands.tolist()
+
+
+def test_a_lone_band_never_gives_the_i_token():
+    frames = make_frames(16, (4, 4))
+    whole = compress_with_coefficients(frames, (4, 4), 8)
+    for band in range(8):
+        tracks = keep_bands(whole, whole.coefficient_band == band)
+        runs = order_dynamic(tracks)
+        moved = (evaluate_dynamic(tracks, runs) - pool_to_cells(frames, 4, 4)[0][runs.cell]).norm(dim=1)
+        energy = tracks.coefficient_energy[runs.order]
+        assert (moved > 0.8 * (energy / 16).sqrt()).all(), "a wave's mean strength over its GoP"
+        plain = replace(tracks, gop_recipe=torch.zeros_like(tracks.gop_recipe))
+        assert order_dynamic(plain).instants.unique().tolist() == [7.5], "bundles of versions 1 and 2: in the middle"
 
 
 # --- pooling, residuals -----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from freres_cli.errors import PresetError
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
+from freres_cli.method.select import cut_tracks
 from freres_cli.method.tokens import build_tokens
 from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import (
@@ -68,6 +69,37 @@ def test_the_token_arithmetic_of_the_paper_comes_out(name):
 def test_mvbench_compact_holds_for_short_clips(num_frames):
     plan, _ = plan_of("mvbench-compact", num_frames)
     assert plan.expected.total == 1280
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.2])
+def test_a_smaller_budget_has_the_anchors_and_bands_that_repacking_keeps(share):
+    """It thins anchors before it drops them, and drops them only where repacking would leave less than a fifth."""
+    latents = torch.randn(32, 6, 6, 8, generator=torch.Generator().manual_seed(1)).cumsum(0)
+    tracks = {}
+    for budget in (576, int(share * 576)):
+        plan, settings = plan_of("bundled", 32, budget_tokens=budget)
+        tracks[budget] = compress_latents(latents, range(32), replace(plan, max_events=0), settings, 8)
+    repacked, direct = cut_tracks(tracks[576], settings, budget), tracks[budget]
+    num_kept = len(repacked.anchor_gop.unique())
+    assert len(direct.anchor_gop.unique()) >= min(num_kept, int(len(repacked.anchor_gop) / (36 * 0.2)))
+    assert int(direct.coefficient_band.max()) >= int(repacked.coefficient_band.max())
+
+
+@pytest.mark.parametrize("name", ["bundled", *TABLE])
+def test_anchors_fall_more_slowly_than_the_budget_until_they_are_thin(name):
+    num_frames = 32 if name == "bundled" else TABLE[name][0]
+    reference = merge_settings(load_preset(name), {}).budget_tokens
+    for share in (0.7, 0.4, 0.2, 0.1):
+        plan, settings = plan_of(name, num_frames, budget_tokens=int(share * reference))
+        thinnest = plan.num_tokens_per_frame * 0.2
+        is_thin = plan.anchor_target_tokens < (plan.num_anchors + 1) * thinnest
+        assert plan.num_anchors >= settings.anchors or is_thin, share
+
+
+def test_short_clips_keep_frames_between_anchors():
+    """At a small budget, not every frame of a short clip becomes a thin anchor."""
+    plan, _ = plan_of("bundled", 9, budget_tokens=60)
+    assert plan.num_anchors == 3
 
 
 def test_the_paper_s_other_numbers():

@@ -151,7 +151,7 @@ def test_the_teacher_is_the_model_with_every_token(folder, adapter, tmp_path):
 
 def test_training_moves_what_it_trains(adapter):
     weights, _ = read_adapter(adapter[0], model_facts(adapter[0]))
-    start = FreResModules(ModuleShape(**read_adapter(adapter[0], model_facts(adapter[0]))[1]["shape"]))
+    start = FreResModules(ModuleShape.from_dict(read_adapter(adapter[0], model_facts(adapter[0]))[1]["shape"]))
     assert adapter[1]["best_step"]
     assert not torch.equal(weights["type_embedding"], start.type_embedding)
     assert float(weights["absorber.gamma"]) != 0

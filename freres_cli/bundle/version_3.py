@@ -31,7 +31,7 @@ SETTINGS: dict[str, Key] = {
     "variant": Key(str, "absorber", "", choices=VARIANTS),
     "quality": Key(float, None, "", low=0.0, high=1.0, optional=True),
 }
-TENSORS = {**TENSORS_2, "tracks": (*TENSORS_2["tracks"],), "stretches": tuple(STRETCH_COLUMNS)}
+TENSORS = {**TENSORS_2, "tracks": (*TENSORS_2["tracks"], "gop_recipe"), "stretches": tuple(STRETCH_COLUMNS)}
 # Which methods make which content; every other method makes tokens.
 CONTENT_OF_METHOD = {"fre-res": "tracks", "adaptive": "stretches"}
 

@@ -49,8 +49,9 @@ def ablate(
     """Measure what each part of Fre-Res contributes, at equal tokens.
 
     Every row has the same budget, and every trained row the same data, steps and seed. Tables: components (anchors
-    only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6), coefficients kept per
-    trajectory, frames read (one in 2 or one in 4, at 8 per second) and anchors (Table 5).
+    only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6; and the two parts of our
+    absorber: attention with I-token queries, and the sparse inverse DCT), coefficients kept per trajectory, frames read
+    (one in 2 or one in 4, at 8 per second) and anchors (Table 5).
 
     A stopped run resumes when you start it again: finished adapters and answers in DIR are reused. Adapters trained on
     different data, with different settings or by a different recipe are refused.

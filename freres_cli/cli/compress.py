@@ -55,7 +55,8 @@ def compress(
         ),
     ] = None,
     variant: Annotated[
-        str | None, typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat or idct.")
+        str | None,
+        typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat, idct, iquery or sparse-idct."),
     ] = None,
     output: Annotated[
         str | None,

@@ -136,8 +136,9 @@ def _print_stretches(stretches: dict[str, Any], num_tokens: int) -> None:
     curve = stretches["curve"]
     print_result(
         f"quality  {format_share(stretches['quality'])} of the latents' energy in {num_tokens} stretches, on average "
-        f"{stretches['frames_mean']:.1f} frames of {stretches['cells_mean']:.1f} cells; the largest {stretches['frames_max']} "
-        f"frames, {stretches['cells_max']} cells; {stretches['num_single']} single latents; {stretches['num_cuts']} cuts"
+        f"{stretches['frames_mean']:.1f} frames of {stretches['cells_mean']:.1f} cells; the largest "
+        f"{stretches['frames_max']} frames, {stretches['cells_max']} cells; {stretches['num_single']} single latents; "
+        f"{stretches['num_cuts']} cuts"
     )
     wanted = [share * curve[0]["visual_tokens"] for share in CURVE_SHARES]
     points = [min(curve, key=lambda point: abs(point["visual_tokens"] - count)) for count in wanted]

@@ -248,7 +248,12 @@ def preset_page() -> str:
         page += line(f"Example: `{name}: {KEY_EXAMPLES[name]}`")
     page += ".SH NOTES\n" + line(
         "`sample: fps` needs `sample_fps`, and `sample: count` needs `sample_count`. `anchors` is the number at the preset's "
-        "own budget; it scales with the requested budget. If `grid` is ROWSxCOLUMNS, `tokens_per_frame` has no effect."
+        "own budget. A larger budget has more; a smaller one has thinner anchors, and fewer only where they would keep less "
+        "than a fifth of their tokens. If `grid` is ROWSxCOLUMNS, `tokens_per_frame` has no effect. "
+        "Variants: `absorber` evaluates a cell's coefficients at instants and adds what the "
+        "absorber hears around it; `sparse-idct` is the same without the absorber; `iquery` gives the absorber the anchor "
+        "alone to ask with, as the paper does; `idct` rebuilds whole frames of cells; `concat` appends coefficients; "
+        "`anchors` and `temporal` keep one of the two tracks."
     )
     page += ".SH EXAMPLE\n" + line("A preset of your own, lectures.yaml:") + code(EXAMPLE_PRESET) + ".PP\n"
     page += line("and how to use it:") + code("freres compress talk.mp4 --preset lectures.yaml")

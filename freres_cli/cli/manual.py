@@ -135,7 +135,7 @@ train:
   defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
 ablate:
   examples:
-    freres ablate questions.jsonl -o out --train data.jsonl: Train three adapters, fill all tables at a quarter of the tokens.
+    freres ablate questions.jsonl -o out --train data.jsonl: Train five adapters, fill all tables at a quarter of the tokens.
     freres ablate questions.jsonl -o out --tables anchors --budgets 0.5,0.25: One table without training.
   output: >-
     The tables of freres eval, with a row for each setting; `--json` has the paired difference between any two rows at equal

@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 NEIGHBOURHOOD = 3  # paper section 3.4 asks for a spatial neighbourhood mask; the 3x3 size is ours
 QUERIES_AT_ONCE = 1024  # bounds the memory of the gathered keys
+# What a coefficient brings once it is attended to: itself in units of a token (``amplitude``), or only its direction
+# (``normed``). Adapters of earlier releases were trained with the second, which adds as much for a tremor as for a jump.
+VALUES = ("normed", "amplitude")
+NORMED, AMPLITUDE = VALUES
 
 
 def neighbour_table(
@@ -37,11 +41,17 @@ class SpatialGuidedAbsorber(nn.Module):
     """Adds to each token what it reads from the kept coefficients of its GoP in the 3x3 cells around it.
 
     ``output = token + gamma * CrossAttention(token; coefficients, band and offset embeddings)`` (paper section 3.4,
-    H.2). ``gamma`` starts at zero, so untrained tokens pass through unchanged (ours). ``dim``: width of queries and keys.
+    H.2). ``gamma`` starts at zero, so untrained tokens pass through unchanged (ours). Keys are normed, so a token looks
+    for a kind of motion. Values are not: what is added goes to zero with the motion, as in the paper's Figure 4 (the form
+    is ours).
+
+    ``width``: D. ``dim``: width of queries and keys. ``num_bands``: bands with an embedding. ``values``: one of
+    ``VALUES``.
     """
 
-    def __init__(self, width: int, dim: int, num_bands: int) -> None:
+    def __init__(self, width: int, dim: int, num_bands: int, values: str = AMPLITUDE) -> None:
         super().__init__()
+        self.values = values
         self.query_norm = nn.LayerNorm(width)
         self.key_norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, dim, bias=False)
@@ -52,21 +62,23 @@ class SpatialGuidedAbsorber(nn.Module):
         self.offset = nn.Parameter(torch.zeros(NEIGHBOURHOOD**2, dim))
         self.gamma = nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens: Tensor, coefficients: Tensor, slots: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, coefficients: Tensor, scale: Tensor, slots: Tensor) -> Tensor:
         """Return the tokens after absorption, (n, D). A token without neighbours passes through unchanged.
 
-        ``tokens``: (n, D). ``coefficients``: (m, D). ``slots``: (n, 9, K), row of each neighbouring coefficient, -1 =
-        masked.
+        ``tokens``: (n, D). ``coefficients``: (m, D). ``scale``: (m,), what makes each an amplitude in units of a token.
+        ``slots``: (n, 9, K), row of each neighbouring coefficient, -1 = masked.
         """
-        return tokens + self.attend(tokens, coefficients, slots)[0]
+        return tokens + self.attend(tokens, coefficients, scale, slots)[0]
 
-    def attend(self, tokens: Tensor, coefficients: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is added to each token, (n, D), and its attention weights, (n, 9, K). Arguments as in ``forward``.
+    def attend(self, tokens: Tensor, coefficients: Tensor, scale: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is added to each token, (n, D), and its attention weights, (n, 9, K).
 
-        A token's weights sum to 1 over its kept neighbours and are 0 where masked. Without neighbours all are 0.
+        ``tokens``, ``coefficients``, ``scale``, ``slots``: as in ``forward``. A token's weights sum to 1 over
+        its kept neighbours and are 0 where masked. Without neighbours all are 0.
         """
         keyed = self.key_norm(coefficients)
-        keys, values = self.key(keyed), self.value(keyed)
+        keys = self.key(keyed)
+        values = self.value(keyed if self.values == NORMED else coefficients * scale[:, None])
         queries = self.query(self.query_norm(tokens))
         chunks = [
             self._attend(q, keys, values, s)

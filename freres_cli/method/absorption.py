@@ -9,7 +9,7 @@ from torch import Tensor
 
 from freres_cli.method.absorber import neighbours_of
 from freres_cli.method.fusion import FreResModules
-from freres_cli.method.tokens import evaluate_dynamic, order_dynamic
+from freres_cli.method.tokens import dynamic_latents, order_dynamic
 from freres_cli.tracks import Tracks
 
 
@@ -26,17 +26,18 @@ class AbsorptionMaps:
 
 
 @torch.no_grad()
-def map_absorption(tracks: Tracks, modules: FreResModules) -> AbsorptionMaps:
+def map_absorption(tracks: Tracks, modules: FreResModules, variant: str = "absorber") -> AbsorptionMaps:
     """Return maps of where the absorber's additions came from. The tracks must hold at least one coefficient.
 
     A token's attention over cells and bands sums to 1. It is weighted by the L2 norm of what the token received,
     ``|gamma * output|``, and summed over tokens and bands. So a GoP's map sums to everything added in that GoP, and an
     absorber that adds nothing gives an empty map. The paper shows the bare weights; the weighting is ours, because a
     token's weights sum to 1 even if it receives next to nothing. Adapters and gates after the absorber are left out.
+    ``variant``: one with an absorber; it decides the queries.
     Raises ``ValueError`` if a band is beyond those the absorber knows.
     """
     runs = order_dynamic(tracks)
-    inputs = modules.absorber_inputs(evaluate_dynamic(tracks, runs), tracks, runs.gop, runs.cell)
+    inputs = modules.absorber_inputs(dynamic_latents(tracks, runs, variant), tracks, runs.gop, runs.cell)
     added, weights = modules.absorber.attend(*inputs)
     from_cell = (weights.sum(2) * added.norm(dim=1, keepdim=True)).to(torch.float64)
     # Cells outside the grid have weight 0, so any index will do for them.

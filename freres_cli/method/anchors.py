@@ -61,6 +61,10 @@ class EventDetector:
     The measure is the cosine distance between the latents of consecutive frames, with the running mean token subtracted:
     raw latents share a large common component that hides cuts (ours). ``tau``: a fixed threshold, or ``None`` for the
     running median plus 6 MAD.
+
+    A return is an event too (ours): a frame that ends a run of long steps and shows what was seen before the run. The step
+    back from a flash is as long as the step into it, so it does not stand out; without an anchor of its own, what follows
+    the flash would be told as residuals of the flash.
     """
 
     def __init__(self, tau: float | None) -> None:
@@ -69,6 +73,7 @@ class EventDetector:
         self._mean: Tensor | None = None
         self._num_frames = 0
         self._previous: Tensor | None = None
+        self._before_run: Tensor | None = None
 
     def threshold(self) -> float:
         """Return the distance above which the next frame is an event."""
@@ -96,10 +101,22 @@ class EventDetector:
         previous, self._previous = self._previous, frame
         if previous is None:
             return 0.0, False
-        a, b = frame - self._mean, previous - self._mean
-        norm = float(a.norm() * b.norm())
-        distance = 1.0 - float((a * b).sum()) / norm if norm > 1e-12 else 0.0
-        is_event = distance > self.threshold() and (self._tau is not None or self._stands_out(distance))
+        distance, threshold = _distance(frame, previous, self._mean), self.threshold()
+        is_long = distance > threshold
+        stands_out = is_long and (self._tau is not None or self._stands_out(distance))
+        before = self._before_run
+        is_return = is_long and before is not None and _distance(frame, before, self._mean) <= threshold
+        is_event = stands_out or is_return
+        if stands_out:
+            self._before_run = previous
+        elif is_event or not is_long:
+            self._before_run = None
         # Cuts enter the history too: in a sparse sample, where every step is a cut, none stands out.
         self._history.append(distance)
         return distance, is_event
+
+
+def _distance(frame: Tensor, other: Tensor, mean: Tensor) -> float:
+    a, b = frame - mean, other - mean
+    norm = float(a.norm() * b.norm())
+    return 1.0 - float((a * b).sum()) / norm if norm > 1e-12 else 0.0

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 # Ours: candidate coefficients for each dynamic token that the budget allows, so that ranking by energy has a choice. A
 # value of 1 is the paper's own cap on K (F.1), which contradicts its compact case (K = 3 needs 384 candidates for 285).
 CANDIDATES_PER_DYNAMIC_TOKEN = 4
-# Ours: an anchor with less than a quarter of its tokens is no longer full detail; fewer anchors are kept instead.
-MIN_ANCHOR_SHARE = 0.25
+# Ours: a smaller budget makes anchors thinner before it makes them fewer, as repacking does. What an anchor frame shows in
+# few tokens is worth more than detail: GoPs stay short, so what is brief is near an anchor. Only an anchor with less than
+# this share of its tokens is given up.
+MIN_ANCHOR_SHARE = 0.2
+# Ours: but no thin anchor is kept for a GoP of fewer frames, because there would be no trajectory to transform.
+MIN_GOP_FRAMES = 3
 # Ours: each shot whose anchor found no room gives one summary token, from at most this share of the temporal budget.
 DEMOTED_SUMMARY_SHARE = 0.25
 
@@ -17,9 +21,9 @@ DEMOTED_SUMMARY_SHARE = 0.25
 class MethodSettings:
     """The settings of the method, under the names that presets use.
 
-    ``variant``: one of ``presets.VARIANTS``. ``anchors``: number of uniform anchors at ``reference_budget_tokens``; it
-    scales with the budget, so GoPs grow or shrink and anchors keep their detail. ``keep_per_block``: tokens kept of the 9
-    in each 3x3 block. ``temporal_share``: least share of the budget for residual tokens. ``pooled_side``: g.
+    ``variant``: one of ``presets.VARIANTS``. ``anchors``: number of uniform anchors at ``reference_budget_tokens``. A larger
+    budget has more of them; a smaller one has thinner ones, then fewer. ``keep_per_block``: tokens kept of the 9 in each
+    3x3 block. ``temporal_share``: least share of the budget for residual tokens. ``pooled_side``: g.
     ``max_coefficients``: K_max. ``tau``: event threshold, ``None`` for automatic.
     """
 
@@ -89,7 +93,7 @@ def plan_budget(num_frames: int, grid: tuple[int, int], settings: MethodSettings
         )
     num_anchors = _choose_num_anchors(num_frames, tokens, pooled, settings, budget_tokens)
     target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
-    num_coefficients = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens - target)
+    num_coefficients = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens, target)
     trajectories = min(num_anchors, num_frames - num_anchors)
     num_gops = num_anchors if settings.variant == "temporal" else trajectories
     expected = allocate_budget(
@@ -168,9 +172,9 @@ def _anchor_target(num_anchors: int, tokens: int, settings: MethodSettings, budg
 def _choose_num_anchors(
     num_frames: int, tokens: int, pooled: tuple[int, int], settings: MethodSettings, budget_tokens: int
 ) -> int:
-    """Scale the preset's anchors to the budget, drop those that would be too thin, add more until the budget is used."""
+    """Scale the preset's anchors up to the budget, drop those that would be too thin, add more until the budget is used."""
     scaled = round(settings.anchors * budget_tokens / settings.reference_budget_tokens)
-    num_anchors = min(num_frames, max(1, scaled))
+    num_anchors = min(num_frames, max(1, scaled, min(settings.anchors, num_frames // MIN_GOP_FRAMES)))
     if settings.variant == "temporal":
         return min(num_anchors, max(1, num_frames // 2))
     thinnest = max(1, int(tokens * MIN_ANCHOR_SHARE))
@@ -178,7 +182,7 @@ def _choose_num_anchors(
     num_anchors = max(1, min(num_anchors, target // thinnest))
     while num_anchors < num_frames:
         target = _anchor_target(num_anchors, tokens, settings, budget_tokens)
-        k = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens - target)
+        k = _choose_num_coefficients(num_anchors, num_frames, pooled, settings, budget_tokens, target)
         room = num_anchors * tokens
         if settings.variant != "anchors":
             room += min(num_anchors, num_frames - num_anchors) * (1 + num_static_cells(pooled, settings))
@@ -190,9 +194,20 @@ def _choose_num_anchors(
 
 
 def _choose_num_coefficients(
-    num_anchors: int, num_frames: int, pooled: tuple[int, int], settings: MethodSettings, temporal_tokens: int
+    num_anchors: int,
+    num_frames: int,
+    pooled: tuple[int, int],
+    settings: MethodSettings,
+    budget_tokens: int,
+    anchor_target: int,
 ) -> int:
-    """K = min(K_max, L, c * B_temporal / (G * P)), at least 1 (paper F.1; c is ours, see above)."""
+    """K = min(K_max, L, c * B_temporal / (G * P)), at least 1 (paper F.1; c is ours, see above).
+
+    Below the preset's own budget, B_temporal is what it would be there: a smaller budget ranks the same candidates, as
+    repacking does (ours).
+    """
+    scale = max(1.0, settings.reference_budget_tokens / budget_tokens)
+    temporal_tokens = int((budget_tokens - anchor_target) * scale)
     reserved = num_anchors * (1 + settings.static_per_gop)
     candidates = CANDIDATES_PER_DYNAMIC_TOKEN * max(0, temporal_tokens - reserved)
     longest = max(1, -(-num_frames // num_anchors) - 1)
@@ -208,8 +223,10 @@ def num_static_cells(pooled: tuple[int, int], settings: MethodSettings) -> int:
 def _num_candidates(
     num_anchors: int, num_frames: int, pooled: tuple[int, int], num_coefficients: int, settings: MethodSettings
 ) -> int:
-    """Coefficients that uniform GoPs offer: a GoP of L residual frames has at most L in each moving cell."""
+    """Coefficients and impulses that uniform GoPs offer: a GoP of L residual frames has at most L in each moving cell."""
     short, num_longer = divmod(num_frames, num_anchors)
+    if settings.variant != "idct":
+        num_coefficients += 1
     cells = pooled[0] * pooled[1] - num_static_cells(pooled, settings)
     per_cell = num_longer * min(num_coefficients, short) + (num_anchors - num_longer) * min(num_coefficients, short - 1)
     return cells * per_cell

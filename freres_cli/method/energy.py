@@ -9,8 +9,9 @@ from torch import Tensor
 
 from freres_cli.method.dct import dct_basis, null_energy_share
 from freres_cli.method.gop import segment_of_bin, sum_by_segment
+from freres_cli.method.residuals import cell_weights
 from freres_cli.method.tokens import seconds_at
-from freres_cli.tracks import NUM_SEGMENTS, Tracks
+from freres_cli.tracks import IMPULSE, NUM_SEGMENTS, REFINED, Tracks
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ def report_energy(tracks: Tracks, num_losses: int = 5) -> EnergyReport:
     num_gops = tracks.gop_anchor_frame.shape[0]
     pooled = tracks.gop_pooled_energy.to(torch.float64)
     kept = torch.zeros(num_gops, dtype=torch.float64)
-    kept.index_add_(0, tracks.coefficient_gop, tracks.coefficient_energy.to(torch.float64))
+    gains = _impulse_gains(tracks)
+    energy = tracks.coefficient_energy.to(torch.float64)
+    kept.index_add_(0, tracks.coefficient_gop, torch.where(tracks.is_impulse, gains, energy))
     areas = tracks.grid[1] * tracks.grid[2] / (tracks.pooled_grid[0] * tracks.pooled_grid[1])
     spectrum, null = _spectra(tracks)
-    losses = sorted(_losses(tracks), key=lambda loss: -loss.lost_energy_per_s)
+    losses = sorted(_losses(tracks, gains), key=lambda loss: -loss.lost_energy_per_s)
     return EnergyReport(
         gop_kept=tuple(_share(float(k), float(e)) for k, e in zip(kept, pooled, strict=True)),
         clip_kept=_share(float(kept.sum()), float(pooled.sum())),
@@ -78,14 +81,20 @@ def _spectra(tracks: Tracks) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(cumulative.tolist()), tuple(null)
 
 
-def _losses(tracks: Tracks) -> list[Loss]:
-    """Energy of residual minus reconstruction in each eighth of each GoP: E - 2 <r, r'> + |r'|^2, exact per bin."""
+def _losses(tracks: Tracks, gains: Tensor) -> list[Loss]:
+    """Energy of residual minus reconstruction in each eighth of each GoP: E - 2 <r, r'> + |r'|^2, exact per bin.
+
+    ``gains``: what each impulse takes from that.
+    """
     losses = []
     for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
         mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
+        impulses, mine = mine[tracks.is_impulse[mine]], mine[~tracks.is_impulse[mine]]
         lost = tracks.gop_segment_energy[gop] - 2 * tracks.coefficient_segments[mine].sum(0)
-        lost = (lost + _kept_by_segment(tracks, gop, mine)).clamp(min=0)
+        lost = lost + _kept_by_segment(tracks, gop, mine)
         num_bins, bin_frames = int(tracks.gop_num_bins[gop]), int(tracks.gop_bin_frames[gop])
+        at = segment_of_bin(num_bins)[tracks.coefficient_band[impulses] % IMPULSE]
+        lost = lost.index_add(0, at, -gains[impulses].to(torch.float32)).clamp(min=0)
         first = int(tracks.gop_anchor_frame[gop]) + 1
         segments = segment_of_bin(num_bins)
         for segment in segments.unique().tolist():
@@ -111,12 +120,41 @@ def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:
     num_bins = int(tracks.gop_num_bins[gop])
     if not rows.numel():
         return torch.zeros(NUM_SEGMENTS)
-    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
-    num_bands = int(tracks.coefficient_band[rows].max()) + 1
-    dense = torch.zeros(cells, num_bands, tracks.width)
-    values = tracks.coefficient_values[rows, : tracks.width].to(torch.float32)
-    dense[tracks.coefficient_cell[rows], tracks.coefficient_band[rows]] = values
-    gram = torch.einsum("pkd,pjd->kj", dense, dense)
-    basis = dct_basis(num_bins, num_bands)
+    dense = _dense(tracks, rows)
+    gram = torch.einsum("pkd,pjd->kj", dense * _weights(tracks, gop)[:, None, None], dense)
+    basis = dct_basis(num_bins, dense.shape[1])
     per_bin = torch.einsum("kb,jb,kj->b", basis, basis, gram)
     return sum_by_segment(per_bin[:, None]).squeeze(1)
+
+
+def _dense(tracks: Tracks, rows: Tensor) -> Tensor:
+    """The coefficients in these rows of one GoP, zero where none was kept: (P, K, D) float32."""
+    dense = torch.zeros(tracks.num_cells, tracks.num_bands, tracks.width)
+    values = tracks.coefficient_values[rows, : tracks.width].to(torch.float32)
+    dense[tracks.coefficient_cell[rows], tracks.coefficient_band[rows]] = values
+    return dense
+
+
+def _weights(tracks: Tracks, gop: int) -> Tensor:
+    """The weight of each cell in the energies of this GoP: (P,) float32."""
+    is_weighted = int(tracks.gop_recipe[gop]) == REFINED
+    return cell_weights(*tracks.grid[1:], *tracks.pooled_grid) if is_weighted else torch.ones(tracks.num_cells)
+
+
+def _impulse_gains(tracks: Tracks) -> Tensor:
+    """Energy that each impulse adds to what the kept coefficients of its cell hold: (n,) float64, zero for coefficients.
+
+    It ends the error in its bin, which is the residual there minus the kept waves.
+    """
+    gains = torch.zeros(tracks.coefficient_gop.shape[0], dtype=torch.float64)
+    for gop in tracks.coefficient_gop[tracks.is_impulse].unique().tolist():
+        mine = tracks.coefficient_gop == gop
+        impulses = (mine & tracks.is_impulse).nonzero().squeeze(1)
+        dense = _dense(tracks, (mine & ~tracks.is_impulse).nonzero().squeeze(1))
+        cell, at = tracks.coefficient_cell[impulses], tracks.coefficient_band[impulses] % IMPULSE
+        bin_frames = int(tracks.gop_bin_frames[gop])
+        waves = dct_basis(int(tracks.gop_num_bins[gop]), dense.shape[1])[:, at] / bin_frames**0.5
+        held = torch.einsum("kn,nkd->nd", waves, dense[cell])
+        missed = tracks.coefficient_values[impulses, : tracks.width].to(torch.float32) - held
+        gains[impulses] = (missed.square().sum(1) * _weights(tracks, gop)[cell] * bin_frames).to(torch.float64)
+    return gains

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from freres_cli.method.absorber import SpatialGuidedAbsorber, neighbour_table, neighbours_of
+from freres_cli.method.absorber import (
+    AMPLITUDE,
+    NORMED,
+    VALUES,
+    SpatialGuidedAbsorber,
+    neighbour_table,
+    neighbours_of,
+)
 from freres_cli.records import TOKEN_KINDS
 from freres_cli.tracks import Tracks
 
 RAW_BRANCH, TEMPORAL_BRANCH = 0, 1
+SMALLEST_UNIT = 1e-6  # of a token's channels; a clip of zeros has no unit
 ANCHOR = TOKEN_KINDS.index("anchor")
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """Sizes of the trainable modules: ``width`` D, ``rank`` of all bottlenecks, ``num_bands`` known to the absorber."""
+    """Sizes of the trainable modules: ``width`` D, ``rank`` of all bottlenecks, ``num_bands`` known to the absorber.
+
+    ``values``: what the absorber reads from a coefficient, one of ``absorber.VALUES``. Raises ``ValueError`` for another.
+    """
 
     width: int
     rank: int
     num_bands: int
+    values: str = AMPLITUDE
 
-    def to_dict(self) -> dict[str, int]:
+    def __post_init__(self) -> None:
+        if self.values not in VALUES:
+            raise ValueError(f"absorber values: expected {' or '.join(VALUES)}, got {self.values!r}")
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> ModuleShape:
+        """Return the shape that an adapter records. Earlier releases had only normed values and did not say so."""
+        return cls(**{"values": NORMED, **stored})
+
+    def to_dict(self) -> dict[str, int | str]:
         return asdict(self)
 
 
@@ -55,7 +78,7 @@ class FreResModules(nn.Module):
         self.concat_down = nn.Linear(shape.width, shape.rank, bias=False)
         self.concat_up = nn.Linear(shape.rank, shape.width, bias=False)
         nn.init.zeros_(self.concat_up.weight)
-        self.absorber = SpatialGuidedAbsorber(shape.width, shape.rank, shape.num_bands)
+        self.absorber = SpatialGuidedAbsorber(shape.width, shape.rank, shape.num_bands, shape.values)
         self.type_embedding = nn.Parameter(torch.zeros(len(TOKEN_KINDS), shape.width))
         self.gates = nn.Parameter(torch.ones(2))
 
@@ -83,27 +106,41 @@ class FreResModules(nn.Module):
 
     def absorber_inputs(
         self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the absorber takes for these tokens: main channels (n, D), coefficients (m, D), slots (n, 9, K).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the absorber takes: main channels of the tokens (n, D), coefficients (m, D), their scale (m,) and
+        slots (n, 9, K).
 
         ``latents``, ``tracks``, ``gop``, ``cell``: as in ``absorb``. Raises ``ValueError`` if a band is beyond those the
         absorber knows.
         """
-        num_bands = int(tracks.coefficient_band.max()) + 1
+        # Impulses are tokens, but nothing to listen to: they are no waves.
+        waves, num_bands = ~tracks.is_impulse, tracks.num_bands
         if num_bands > self.shape.num_bands:
             raise ValueError(f"coefficient band: expected at most {self.shape.num_bands - 1}, got {num_bands - 1}")
         table = neighbour_table(
-            tracks.coefficient_gop,
-            tracks.coefficient_cell,
-            tracks.coefficient_band,
+            tracks.coefficient_gop[waves],
+            tracks.coefficient_cell[waves],
+            tracks.coefficient_band[waves],
             tracks.gop_anchor_frame.shape[0],
             tracks.pooled_grid,
             num_bands,
         )
         around = neighbours_of(cell, tracks.pooled_grid)
         slots = torch.where((around < 0)[..., None], -1, table[gop[:, None], around.clamp(min=0)])
-        coefficients = tracks.coefficient_values[:, : tracks.width].to(torch.float32)
-        return latents[:, : tracks.width].to(torch.float32), coefficients, slots
+        coefficients = tracks.coefficient_values[waves, : tracks.width].to(torch.float32)
+        scale = _amplitude_scale(tracks, tracks.coefficient_gop[waves])
+        return latents[:, : tracks.width].to(torch.float32), coefficients, scale, slots
+
+
+def _amplitude_scale(tracks: Tracks, gop: Tensor) -> Tensor:
+    """What turns coefficients of these GoPs, (m,), into amplitudes of their waves in units of a token: (m,) float32.
+
+    A wave over n frames has amplitude c / sqrt(n). The unit is the root mean square of a channel of the clip's pooled
+    anchors: one number for the clip, so that what moves little stays small beside what moves much.
+    """
+    num_frames = (tracks.gop_num_bins[gop] * tracks.gop_bin_frames[gop]).to(torch.float32)
+    unit = tracks.base_latents[:, : tracks.width].to(torch.float32).square().mean().sqrt()
+    return 1.0 / (unit.clamp(min=SMALLEST_UNIT) * num_frames.sqrt())
 
 
 def _with_main(latents: Tensor, main: Tensor) -> Tensor:

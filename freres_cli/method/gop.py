@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.dct import dct_basis
-from freres_cli.method.residuals import ResidualTrajectory, cell_areas, pool_to_cells
+from freres_cli.method.residuals import ResidualTrajectory, cell_weights, pool_to_cells
 from freres_cli.tracks import NUM_REPORTED_BANDS, NUM_SEGMENTS
 
 
@@ -18,7 +18,11 @@ class ClosedGop:
 
     ``anchor``: (H, W, C) as encoded, or ``None`` for an event whose anchor found no room. ``base``: (P, C) float32,
     pooled anchor. ``coefficients`` (K, P, C), ``energies`` (K, P) and ``segments`` (8, K, P), the inner product of
-    residual and coefficient wave in each eighth, are float32 and empty if the GoP has no residual frames.
+    residual and coefficient wave in each eighth, are float32 and empty if the GoP has no residual frames. Energies and
+    inner products are weighted by ``cell_weights``.
+
+    ``impulses`` (P, C) is the residual of each cell in the one bin, ``impulse_bins`` (P,), that the coefficients miss most;
+    ``impulse_energies`` (P,) is the energy that they miss there. Empty if the coefficients miss nothing.
     """
 
     anchor_frame: int
@@ -36,6 +40,9 @@ class ClosedGop:
     coefficients: Tensor
     energies: Tensor
     segments: Tensor
+    impulses: Tensor
+    impulse_bins: Tensor
+    impulse_energies: Tensor
     summary_base: Tensor
     summary_spectrum: Tensor
 
@@ -49,6 +56,8 @@ class ClosedGop:
         # Copies: an empty view would keep the whole storage alive.
         self.coefficients, self.energies = self.coefficients[:0].clone(), self.energies[:0].clone()
         self.segments, self.base = self.segments[:, :0].clone(), self.base[:0].clone()
+        self.impulses, self.impulse_bins = self.impulses[:0].clone(), self.impulse_bins[:0].clone()
+        self.impulse_energies = self.impulse_energies[:0].clone()
 
 
 def segment_of_bin(num_bins: int) -> Tensor:
@@ -84,17 +93,22 @@ class OpenGop:
         self.start = start
         self.event_distance = distance
         self._width = width
-        self._pooled = pooled
         self._base = pool_to_cells(anchor, *pooled)
+        self._weights = cell_weights(anchor.shape[0], anchor.shape[1], *pooled)
         self._trajectory = ResidualTrajectory()
         self._residual_energy = 0.0
+
+    @property
+    def num_residuals(self) -> int:
+        return self._trajectory.num_frames
 
     def append(self, latents: Tensor, cells: Tensor) -> None:
         """Add a residual frame: its latents (H, W, C), and the same pooled to cells (P, C) float32."""
         residual = cells - self._base
         difference = latents[..., : self._width].to(torch.float32) - self.anchor[..., : self._width].to(torch.float32)
         self._residual_energy += float(difference.square().sum())
-        self._trajectory.append(residual, float(residual[..., : self._width].square().sum()))
+        per_cell = residual[..., : self._width].square().sum(-1)
+        self._trajectory.append(residual, float((per_cell * self._weights.to(per_cell.device)).sum()))
 
     def close(self, num_coefficients: int) -> ClosedGop:
         """Return the reduced GoP with its first ``num_coefficients`` coefficients, or as many as it has time bins."""
@@ -107,12 +121,12 @@ class OpenGop:
         pooled_energy = 0.0
         if k:
             coefficients, band_energy, segments = self._transform(k)
-            energies = coefficients[..., : self._width].square().sum(-1)
+            energies = coefficients[..., : self._width].square().sum(-1) * self._weights
             bin_energy = self._trajectory.bin_energies()
             segment_energy = sum_by_segment(bin_energy[:, None]).squeeze(1)
             pooled_energy = float(bin_energy.sum())
-        areas = cell_areas(self.anchor.shape[0], self.anchor.shape[1], *self._pooled)
-        weights = (areas / areas.sum())[:, None]
+        impulses, impulse_bins, impulse_energies = self._find_impulses(coefficients)
+        weights = (self._weights / self._weights.sum())[:, None]
         base = self._base.cpu()
         return ClosedGop(
             anchor_frame=self.anchor_frame,
@@ -130,6 +144,9 @@ class OpenGop:
             coefficients=coefficients,
             energies=energies,
             segments=segments,
+            impulses=impulses,
+            impulse_bins=impulse_bins,
+            impulse_energies=impulse_energies,
             summary_base=(base * weights).sum(0),
             summary_spectrum=(coefficients * weights).sum(1),
         )
@@ -147,9 +164,23 @@ class OpenGop:
         basis = dct_basis(num_bins, max(num_coefficients, reported), bins.device)
         spectrum = torch.einsum("kb,bpc->kpc", basis, bins) * root
         band_energy = torch.zeros(NUM_REPORTED_BANDS)
-        band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum((1, 2)).cpu()
+        band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum(-1).cpu() @ self._weights
         coefficients = spectrum[:num_coefficients].clone()
         main = slice(0, self._width)
         inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
         inner = inner * (basis[:num_coefficients].T * root)[..., None]
-        return coefficients.cpu(), band_energy, sum_by_segment(inner.cpu())
+        return coefficients.cpu(), band_energy, sum_by_segment(inner.cpu() * self._weights)
+
+    def _find_impulses(self, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual (P, C) of each cell in the bin where ``coefficients`` (K, P, C) miss most, the bin and the
+        energy missed, (P,) each, on the CPU; nothing if there is a coefficient for every bin."""
+        num_bins, num_coefficients = self._trajectory.num_bins(), coefficients.shape[0]
+        if num_coefficients == num_bins:
+            return coefficients.new_zeros(0, coefficients.shape[2]), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        bins = self._trajectory.bins()
+        waves = dct_basis(num_bins, num_coefficients, bins.device) / self._trajectory.bin_frames**0.5
+        main = slice(0, self._width)
+        missed = bins[..., main] - torch.einsum("kb,kpc->bpc", waves, coefficients[..., main].to(bins.device))
+        energy, at = missed.square().sum(-1).max(0)
+        cells = torch.arange(at.shape[0], device=at.device)
+        return bins[at, cells].cpu(), at.cpu(), energy.cpu() * self._weights * self._trajectory.bin_frames

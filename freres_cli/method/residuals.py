@@ -38,6 +38,16 @@ def cell_areas(grid_h: int, grid_w: int, rows: int, columns: int) -> Tensor:
     return (heights[:, None] * widths[None, :]).reshape(-1)
 
 
+def cell_weights(grid_h: int, grid_w: int, rows: int, columns: int) -> Tensor:
+    """Return the area of each cell over the mean area: (P,) float32, all one where cells are equal.
+
+    Ours: a cell of twice the tokens stands for twice the energy, so energies of cells are weighted before they are compared
+    or added. Arguments as in ``cell_areas``: ``grid_h``, ``grid_w``, ``rows``, ``columns``.
+    """
+    areas = cell_areas(grid_h, grid_w, rows, columns)
+    return areas / areas.mean()
+
+
 def cell_centres(grid_h: int, grid_w: int, rows: int, columns: int) -> Tensor:
     """Return the centre (h, w) of each of ``rows`` x ``columns`` cells on a ``grid_h`` x ``grid_w`` token grid.
 

@@ -13,7 +13,7 @@ from freres_cli.method.anchors import prune_order, spread_order
 from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings, allocate_budget, num_static_cells
 from freres_cli.method.gop import ClosedGop
 from freres_cli.method.residuals import cell_centres
-from freres_cli.tracks import COLUMNS, GOP_STARTS, NUM_SEGMENTS, TABLE_OF_KIND, Tracks
+from freres_cli.tracks import COLUMNS, GOP_STARTS, IMPULSE, NUM_SEGMENTS, REFINED, TABLE_OF_KIND, Tracks
 
 # A coefficient below this share of a mean anchor token's energy is rounding noise, not motion (the paper drops near-zero
 # cells; the value is ours).
@@ -26,7 +26,10 @@ def select_tracks(
     """Return the tracks that fit ``plan.budget_tokens``.
 
     The coefficients of largest energy in the whole clip are kept: for an orthonormal transform that is the best choice
-    (method section 4, ours). ``gops``: every GoP of the clip, in time order. ``plan``: from ``plan_budget`` with the same
+    (method section 4, ours). Impulses compete with them, each with the energy that the coefficients of its cell miss there.
+    An inverse transform of whole frames (``idct``) has none.
+
+    ``gops``: every GoP of the clip, in time order. ``plan``: from ``plan_budget`` with the same
     ``settings``. ``width``: D. ``seconds``: time of each sampled frame.
     """
     moving = [i for i, gop in enumerate(gops) if gop.coefficients.shape[0]]
@@ -43,7 +46,7 @@ def select_tracks(
     }
     allocation = allocate_budget(plan.budget_tokens, settings, **rules, dynamic_available=0)
     static = _static_cells(gops, moving, plan, settings, allocation.static)
-    order = _coefficient_order(gops, moving, width, static)
+    order = _coefficient_order(gops, moving, width, static, settings.variant != "idct")
     dynamic_available = 0 if plan.is_lossless else order.shape[0]
     allocation = allocate_budget(plan.budget_tokens, settings, **rules, dynamic_available=dynamic_available)
     kept = order[: allocation.dynamic]
@@ -88,7 +91,9 @@ def cut_tracks(tracks: Tracks, settings: MethodSettings, budget_tokens: int) -> 
     return replace(tracks, **cut)
 
 
-def _coefficient_order(gops: list[ClosedGop], moving: list[int], width: int, static: list[tuple[int, int]]) -> Tensor:
+def _coefficient_order(
+    gops: list[ClosedGop], moving: list[int], width: int, static: list[tuple[int, int]], with_impulses: bool
+) -> Tensor:
     """Return (n, 3) int64 rows (gop, band, cell) of every coefficient that is not near zero, largest energy first.
 
     Cells that give a static token give no coefficients.
@@ -103,8 +108,12 @@ def _coefficient_order(gops: list[ClosedGop], moving: list[int], width: int, sta
         bands, cells = gops[i].energies.shape
         grid = torch.cartesian_prod(torch.arange(bands), torch.arange(cells)).reshape(-1, 2)
         rows.append(torch.cat([torch.full((grid.shape[0], 1), i), grid], dim=1))
-        calm = [cell for gop, cell in static if gop == i]
-        energies.append(gops[i].energies.index_fill(1, torch.tensor(calm, dtype=torch.int64), 0.0).flatten())
+        calm = torch.tensor([cell for gop, cell in static if gop == i], dtype=torch.int64)
+        energies.append(gops[i].energies.index_fill(1, calm, 0.0).flatten())
+        if with_impulses and gops[i].impulse_bins.numel():
+            own = torch.arange(cells)
+            rows.append(torch.stack([torch.full_like(own, i), IMPULSE + gops[i].impulse_bins, own], dim=1))
+            energies.append(gops[i].impulse_energies.index_fill(0, calm, 0.0))
     energy = torch.cat(energies)
     order = torch.argsort(energy, descending=True, stable=True)
     return torch.cat(rows)[order[energy[order] > NEAR_ZERO_SHARE * anchor_energy]]
@@ -122,7 +131,10 @@ def _static_cells(
         return []
     centres = cell_centres(*plan.grid, *plan.pooled_grid)
     per_gop = num_static_cells(plan.pooled_grid, settings)
-    picks = {i: _spread_cells(centres, gops[i].energies.sum(0), per_gop) for i in moving}
+    # What happens for a moment only makes a cell no background.
+    moved = {i: gops[i].energies.sum(0) for i in moving}
+    moved |= {i: moved[i] + gops[i].impulse_energies for i in moving if gops[i].impulse_bins.numel()}
+    picks = {i: _spread_cells(centres, moved[i], per_gop) for i in moving}
     turns = [moving[i] for i in spread_order(len(moving))]
     return [(i, picks[i][n]) for n in range(per_gop) for i in turns][:wanted]
 
@@ -182,13 +194,17 @@ def _gather(
         anchor_latents=anchor_latents,
         anchor_gop=anchor_gop,
         anchor_cell=anchor_cell,
-        coefficient_values=_pick(gops, gop, lambda g, at: g.coefficients[band[at], cell[at]], dtype, channels),
+        coefficient_values=_pick(
+            gops, gop, lambda g, at: _read(g.coefficients, g.impulses, band[at], cell[at]), dtype, channels
+        ),
         coefficient_gop=gop.clone(),
         coefficient_cell=cell.clone(),
         coefficient_band=band.clone(),
-        coefficient_energy=_pick(gops, gop, lambda g, at: g.energies[band[at], cell[at]], torch.float32),
+        coefficient_energy=_pick(
+            gops, gop, lambda g, at: _read(g.energies, g.impulse_energies, band[at], cell[at]), torch.float32
+        ),
         coefficient_segments=_pick(
-            gops, gop, lambda g, at: g.segments[:, band[at], cell[at]].T, torch.float32, NUM_SEGMENTS
+            gops, gop, lambda g, at: _read_segments(g, band[at], cell[at]), torch.float32, NUM_SEGMENTS
         ),
         base_latents=_pick(gops, bases[:, 0], lambda g, at: g.base[bases[at, 1]], dtype, channels),
         base_gop=bases[:, 0].clone(),
@@ -200,6 +216,20 @@ def _gather(
         summary_spectrum=rows([_padded(gops[i].summary_spectrum, num_bands) for i in summary], num_bands, channels),
         summary_gop=torch.tensor(summary, dtype=torch.int64),
     )
+
+
+def _read(of_waves: Tensor, of_impulses: Tensor, band: Tensor, cell: Tensor) -> Tensor:
+    """Return ``of_waves[band, cell]``, or ``of_impulses[cell]`` where the band is an impulse."""
+    is_impulse = band >= IMPULSE
+    read = of_waves[band.masked_fill(is_impulse, 0), cell]
+    read[is_impulse] = of_impulses[cell[is_impulse]]
+    return read
+
+
+def _read_segments(gop: ClosedGop, band: Tensor, cell: Tensor) -> Tensor:
+    """Return the inner products of coefficients with the residual in each eighth; zero for impulses, which need none."""
+    no_segments = torch.zeros(gop.impulse_bins.shape[0], NUM_SEGMENTS)
+    return _read(gop.segments.permute(1, 2, 0), no_segments, band, cell)
 
 
 def time_mean(gop: ClosedGop) -> Tensor:
@@ -256,4 +286,5 @@ def _gop_table(gops: list[ClosedGop]) -> dict[str, Tensor]:
         "gop_pooled_energy": torch.tensor([gop.pooled_energy for gop in gops], dtype=torch.float32),
         "gop_band_energy": torch.stack([gop.band_energy for gop in gops]),
         "gop_segment_energy": torch.stack([gop.segment_energy for gop in gops]),
+        "gop_recipe": torch.full((len(gops),), REFINED),
     }

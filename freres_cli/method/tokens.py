@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.anchors import spread_order
-from freres_cli.method.dct import dct_basis_at
+from freres_cli.method.dct import choose_instants, dct_basis_at
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.residuals import cell_centres
 from freres_cli.records import TOKEN_KINDS, VideoTokens
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import IMPULSE, PLAIN, Tracks
 
 ANCHOR, DYNAMIC, STATIC, SUMMARY = range(len(TOKEN_KINDS))
-VARIANTS_WITHOUT_ABSORBER = ("concat", "idct")
+VARIANTS_WITHOUT_ABSORBER = ("concat", "idct", "sparse-idct")
 CELLS_AT_ONCE = 512  # bounds the memory of the inverse transform
 
 
@@ -130,8 +130,10 @@ def _summary_rows(tracks: Tracks) -> _Rows:
 class DynamicRuns:
     """The kept coefficients (n,) in runs of one cell of one GoP, lowest band first. Each gives one token.
 
+    An impulse is a run of its own.
+
     ``order``: rows of the coefficient table. ``group``: run of each; ``index``: place in its run; ``sizes``: length of
-    each run. ``gop``, ``cell``: of each. ``instants``: float64, in residual frames of the GoP, spread evenly over it.
+    each run. ``gop``, ``cell``: of each. ``instants``: float64, in residual frames of the GoP, increasing in each run.
     """
 
     order: Tensor
@@ -145,16 +147,34 @@ class DynamicRuns:
 
 def order_dynamic(tracks: Tracks) -> DynamicRuns:
     """Return the runs of the kept coefficients. The tracks must hold at least one."""
-    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
-    key = tracks.coefficient_gop * cells + tracks.coefficient_cell
+    key = 2 * (tracks.coefficient_gop * tracks.num_cells + tracks.coefficient_cell) + tracks.is_impulse
     order = torch.argsort(tracks.coefficient_band, stable=True)
     order = order[torch.argsort(key[order], stable=True)]
     _, group, sizes = torch.unique_consecutive(key[order], return_inverse=True, return_counts=True)
     index = torch.arange(order.shape[0]) - (sizes.cumsum(0) - sizes)[group]
     gop, cell = tracks.coefficient_gop[order], tracks.coefficient_cell[order]
     length = tracks.gop_num_residuals[gop].to(torch.float64)
-    instants = (index + 0.5) * length / sizes[group] - 0.5
+    is_impulse, band = tracks.is_impulse[order], tracks.coefficient_band[order]
+    place, count = _places(band.masked_fill(is_impulse, 0), group, index, sizes)
+    is_even = tracks.gop_recipe[gop] == PLAIN
+    place, count = torch.where(is_even, index, place), torch.where(is_even, sizes[group], count)
+    instants = (place + 0.5) * length / count - 0.5
+    # An impulse lies in the middle of the frames of its bin.
+    first = (band % IMPULSE) * tracks.gop_bin_frames[gop]
+    after = torch.minimum(first + tracks.gop_bin_frames[gop], tracks.gop_num_residuals[gop])
+    instants = torch.where(is_impulse, (first + after - 1) / 2.0, instants)
     return DynamicRuns(order, group, index, sizes, gop, cell, instants)
+
+
+def _places(band: Tensor, group: Tensor, index: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """For each coefficient, which of how many evenly spaced instants its token has: two (n,) int64."""
+    bands = torch.full((sizes.shape[0], int(sizes.max())), -1)
+    bands[group, index] = band
+    kinds, kind = torch.unique(bands, dim=0, return_inverse=True)
+    places = torch.full_like(kinds, -1)
+    for row, own in zip(places, kinds, strict=True):
+        row[: int((own >= 0).sum())] = choose_instants(own[own >= 0])
+    return places[kind[group], index], kinds.amax(1)[kind[group]] + 1
 
 
 def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -> list[_Rows]:
@@ -169,8 +189,8 @@ def _dynamic_rows(tracks: Tracks, variant: str, modules: FreResModules | None) -
         if modules is not None:
             latents = modules.adapt_concat(latents, tracks.width)
     else:
-        latents = evaluate_dynamic(tracks, runs)
-        if modules is not None:
+        latents = dynamic_latents(tracks, runs, variant)
+        if modules is not None and variant not in VARIANTS_WITHOUT_ABSORBER:
             latents = modules.absorb(latents, tracks, runs.gop, runs.cell)
     return [_Rows(DYNAMIC, latents, positions, runs.gop, tracks.coefficient_energy[runs.order])]
 
@@ -186,17 +206,35 @@ def _basis(tracks: Tracks, gop: Tensor, instants: Tensor, band: Tensor) -> Tenso
     at = _bin_coordinate(tracks, gop, instants)
     # Up to its scale, the basis of length n at x depends only on (2x + 1) / n: read all lengths from length 1.
     phase = (2 * at + 1) / num_bins
-    value = dct_basis_at((phase - 1) / 2, 1, band).to(torch.float64)
-    return (value / (num_bins * tracks.gop_bin_frames[gop]).sqrt()).to(torch.float32)
+    value = dct_basis_at((phase - 1) / 2, 1, band).to(torch.float64) / (num_bins * tracks.gop_bin_frames[gop]).sqrt()
+    # An impulse is a residual already.
+    return torch.where(band >= IMPULSE, 1.0, value).to(torch.float32)
+
+
+def dynamic_latents(tracks: Tracks, runs: DynamicRuns, variant: str) -> Tensor:
+    """Return the dynamic tokens of a ``variant`` before any module, (n, C): what the absorber takes as queries.
+
+    With ``iquery`` they are I-tokens, as in the paper (section 3.4): the pooled anchor of the cell, once for each kept
+    coefficient. Everything about the motion then comes from attention, and the tokens of a cell differ only in position.
+    Impulses are no coefficients and stay as they are.
+    """
+    evaluated = evaluate_dynamic(tracks, runs)
+    if variant == "iquery":
+        i_tokens = tracks.base_latents[_base_rows(tracks, runs.gop, runs.cell)]
+        return torch.where(tracks.is_impulse[runs.order][:, None], evaluated, i_tokens)
+    return evaluated
+
+
+def _base_rows(tracks: Tracks, gop: Tensor, cell: Tensor) -> Tensor:
+    return torch.searchsorted(tracks.base_gop * tracks.num_cells + tracks.base_cell, gop * tracks.num_cells + cell)
 
 
 def evaluate_dynamic(tracks: Tracks, runs: DynamicRuns) -> Tensor:
-    """Return the dynamic tokens before any module, (n, C): base plus kept coefficients at each token's instant."""
+    """Return the I-token of each dynamic token plus its cell's kept coefficients at its instant, (n, C)."""
     order, index, sizes, gop = runs.order, runs.index, runs.sizes, runs.gop
     num_groups, widest = sizes.shape[0], int(sizes.max())
-    cells = tracks.pooled_grid[0] * tracks.pooled_grid[1]
     starts = sizes.cumsum(0) - sizes
-    base_row = torch.searchsorted(tracks.base_gop * cells + tracks.base_cell, (gop * cells + runs.cell)[starts])
+    base_row = _base_rows(tracks, gop[starts], runs.cell[starts])
     values = tracks.coefficient_values
     out = torch.empty(order.shape[0], values.shape[1], dtype=values.dtype)
     for low in range(0, num_groups, CELLS_AT_ONCE):

@@ -39,9 +39,9 @@ def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
     """Read an adapter for the backbone that ``model`` describes. Raises ``BackboneError``."""
     weights, header = read_adapter(path, model)
     try:
-        modules = FreResModules(ModuleShape(**header["shape"]))
+        modules = FreResModules(ModuleShape.from_dict(header["shape"]))
         modules.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
     return Adapter(path, modules.eval().requires_grad_(False), header.get("training") or {})
 
@@ -54,8 +54,7 @@ def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: 
     """
     adapter = load_adapter(path, model)
     check_variant(adapter, variant)
-    bands = int(tracks.coefficient_band.max()) + 1 if tracks.coefficient_band.numel() else 0
-    check_shape(adapter, tracks.width, bands)
+    check_shape(adapter, tracks.width, tracks.num_bands)
     return adapter.modules
 
 

@@ -71,7 +71,7 @@ def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, 
     if adapter is None:
         raise UsageError(f"{FLAG}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
     modules = load_modules(adapter, model, tracks, variant)
-    maps = map_absorption(tracks, modules)
+    maps = map_absorption(tracks, modules, variant)
     if not maps.absorbed.isfinite().all():
         raise BackboneError(f"{adapter}: damaged adapter: what its absorber adds is not finite")
     energy_of_gop = maps.energy.sum((1, 2))
