@@ -83,7 +83,7 @@ def draw_background(
 ) -> Tensor:
     """Return the background at frames ``times`` (n,) of its shot: (n, H, W, 3) float32, ``scale`` px per design px.
 
-    ``camera``, ``haze``: those of the shot, if it has them.
+    ``background``: what to draw. ``camera``, ``haze``: those of the shot, if it has them.
     """
     side = SIDE * scale
     axis = (torch.arange(side, dtype=torch.float32, device=times.device) + 0.5) / scale
