@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 # The tensors of a bundle that holds stretches.
 STRETCH_COLUMNS: dict[str, Column] = {
     "frame_seconds": COLUMNS["frame_seconds"],
-    "latents": Column("stretch", LATENT, "the mean of what each stretch stands for", ("C",)),
-    "boxes": Column("stretch", "int64", "frames and cells: t0, t1, h0, h1, w0, w1, half-open", ("6",)),
-    "merges": Column("merge", "int64", "two stretches, or S + i for the result of merge i", ("2",)),
+    "latents": Column("stretch", LATENT, "mean of each stretch", ("C",)),
+    "boxes": Column("stretch", "int64", "t0, t1, h0, h1, w0, w1; half-open", ("6",)),
+    "merges": Column("merge", "int64", "two rows; S + i: result of merge i", ("2",)),
     "merge_loss": Column("merge", "float64", "squared error that the merge adds"),
-    "energy": Column("clip", "float64", "that of the latents around their mean, and the squared error"),
+    "energy": Column("clip", "float64", "of the clip; squared error so far"),
     "curve_tokens": Column("curve", "int64", "numbers of tokens, largest first"),
     "curve_loss": Column("curve", "float64", "squared error at that number"),
     "cut_frame": Column("cut", "int64", "first frame after each cut"),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-
 import pytest
 import torch
 
@@ -128,11 +125,6 @@ def test_inspect_prints_quality_and_curve_and_nothing_of_gops(path):
     quality = read_bundle(path).content.quality
     assert f"quality  {100 * quality:.1f} % of the latents' energy in {BUDGET} stretches" in run.out
     assert "cuts     1 found\n" in run.out and "GoP" not in run.out and "without an anchor" not in run.out
-    rows = [line.split() for line in run.out.splitlines()]
-    tokens, shares = (
-        next(row[1:] for row in rows if row[:1] == [name] and len(row) > 4) for name in ("tokens", "quality")
-    )
-    del tokens, shares
     curve = next(line for line in run.out.splitlines() if line.split()[:2] == ["tokens", str(FULL_TOKENS)])
     assert [int(count) for count in curve.split()[1:]] == sorted(map(int, curve.split()[1:]), reverse=True)
 
@@ -256,25 +248,10 @@ def test_deepstack_rows_are_dropped(clip, deep, tmp_path):
 
 def test_a_family_that_writes_text_around_frames_gets_little_of_it(clip, deep, tmp_path):
     out = tmp_path / "b.pt"
-    flags = (
-        "--method",
-        "adaptive",
-        "--model",
-        deep,
-        "--frames",
-        30,
-        "--grid",
-        "4x5",
-        "--budget",
-        100,
-        "-o",
-        out,
-        "--json",
-    )
-    tokens = run_freres("compress", clip, *flags).json
-    assert (
-        tokens["text_overhead_tokens"] - read_bundle(out).manifest["geometry"]["text_in_video"]
-        <= math.ceil(0.1 * 100) + 12
-    )
+    flags = ("--method", "adaptive", "--model", deep, "--frames", 30, "--grid", "4x5", "--budget", 100)
+    tokens = run_freres("compress", clip, *flags, "-o", out, "--json").json
+    geometry = read_bundle(out).manifest["geometry"]
+    around_frames = tokens["text_overhead_tokens"] - geometry["text_in_video"]
+    assert 0 < around_frames <= max(10, *geometry["text_per_frame"][1::2]) and tokens["moved_tokens"] > 0
     cut = run_freres("repack", out, "--budget", 40, "-o", tmp_path / "r.pt", "--json").json
-    assert cut["context_tokens"] < tokens["context_tokens"] and json.dumps(cut["moved_tokens"]).isdigit()
+    assert cut["context_tokens"] < tokens["context_tokens"]

@@ -278,10 +278,33 @@ def test_bundle_page_holds_the_tensors_of_tokens() -> None:
     from freres_cli.tracks import TOKEN_COLUMNS
 
     text = section("man5/freres-bundle.5", "TENSORS").partition(".SS Content tokens")[2]
+    assert ".SS" not in text, "nothing else follows"
     rows = re.findall(r"(?m)^(\w+)\t(E|float64|float32|int64|uint8) \((.*?)\)", text)
     named = [name for name, _, _ in rows]
     assert named == [name for name in TOKEN_COLUMNS if name != "frame_seconds"] and "frame_seconds" in text
     assert set(TOKEN_COLUMNS) == {f.name for f in fields(VideoTokens)} - {"width", "grid", "boxes", "stretches"}
+
+
+def test_bundle_page_holds_the_tensors_of_stretches() -> None:
+    import torch
+
+    from freres_cli.method.adaptive import StretchCompressor
+    from freres_cli.stretches import STRETCH_COLUMNS
+
+    compressor = StretchCompressor((3, 3), 4, 40)
+    compressor.push(torch.randn(12, 3, 3, 4, generator=torch.Generator().manual_seed(0)), range(12))
+    stretches = compressor.finish()
+    text = section("man5/freres-bundle.5", "TENSORS").partition(".SS Content stretches")[2].partition(".SS ")[0]
+    rows = re.findall(r"(?m)^(\w+)\t(E|float64|float32|int64|uint8) \((.*?)\)", text)
+    assert [row[0] for row in rows] == [name for name in STRETCH_COLUMNS if name != "frame_seconds"]
+    assert "frame_seconds" in text
+    sizes = {"S": 40, "S-1": 39, "C": 4, "2": 2, "6": 6}
+    for name, dtype, shape in rows:
+        tensor, letters = getattr(stretches, name), shape.split(", ")
+        assert str(tensor.dtype) == f"torch.{'float32' if dtype == 'E' else dtype}", name
+        assert [sizes.get(letter, size) for letter, size in zip(letters, tensor.shape, strict=True)] == list(
+            tensor.shape
+        )
 
 
 def test_bundle_page_holds_the_manifest_and_the_outer_keys() -> None:

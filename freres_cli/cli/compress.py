@@ -50,7 +50,7 @@ def compress(
         typer.Option(
             "--method",
             metavar="NAME",
-            help=f"Compression method: {', '.join(BUNDLE_METHODS)}; the default is the preset's.",
+            help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
             autocompletion=options.complete_bundle_method,
         ),
     ] = None,

@@ -16,6 +16,7 @@ compress:
     freres compress clips/ -o bundles/: Compress every video in a folder. Run it again to resume after a stop.
     freres compress a.mp4 b.mp4 more.txt -o bundles/ --json: Files and a list of paths; one JSON line for each video.
     freres compress video.mp4 --start 60 --end 90 --fps 10 -o part.pt: Half a minute, 10 frames a second.
+    freres compress video.mp4 --method adaptive --quality 0.95: As few tokens as keep 95 % of the energy.
     freres compress video.mp4 --method uniform --budget 1280: A baseline in place of Fre-Res.
     freres compress video.mp4 --budget 1280 --dry-run: Show the token allocation; encode nothing.
     freres compress video.mp4 --set temporal_share=0.4: Change one setting of the preset.
@@ -27,21 +28,23 @@ compress:
     `moved_tokens`, `moved_outside` (those that leave the time they stand for), `mean_shift_s` and `max_shift_s` say how
     far. Anchor tokens never move; if their frames alone need more text, it is counted as it is. All of these are null
     if the model's tokenizer cannot be read. With `--dry-run`, the first two are upper bounds, because the frames that
-    will hold tokens are not known yet.
+    will hold tokens are not known yet. With `--quality`, the number of visual tokens is known only once the frames are
+    encoded: `--dry-run` has null for it. Method adaptive records `quality`, the share of energy that its bundle keeps; a
+    note says so if it is below the one asked for. It is null for other methods.
   schemas:
     freres.compress/1:
-      bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind
+      bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
       context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s grid timings_s
       peak_memory_bytes model source sampling settings notes environment
     freres.compress_many/1 lines with several videos:
       video status (done, skipped or failed) bundle; then the keys of freres.compress/1 if done, token counts if skipped,
       message and exit_status if failed
     freres.plan/1 with --dry-run:
-      method visual_tokens budget_tokens full_tokens compression tokens_by_kind context_tokens text_overhead_tokens
+      method quality visual_tokens budget_tokens full_tokens compression tokens_by_kind context_tokens text_overhead_tokens
       frames baseline_frames grid num_gops
       num_coefficients pooled_grid max_events is_lossless settings environment
-  defaults: {variant: the preset's, fps: the preset's sample, frames: the preset's sample, grid: the preset's,
-    start: the beginning of the video, end: the end of the video,
+  defaults: {method: the preset's, variant: the preset's, fps: the preset's sample, frames: the preset's sample,
+    grid: the preset's, start: the beginning of the video, end: the end of the video,
     output: "bundle.pt, or the folder bundles for several videos"}
 ask:
   examples:
@@ -150,27 +153,32 @@ inspect:
   output: >-
     Source, model, tokens, context, residual energy kept, GoPs and settings. The counts of text are those that the bundle
     records, as in freres-compress(1). The spectrum is shown with its null, the spectrum of
-    independent noise frames. Bundles of methods other than Fre-Res have no energy or GoPs. `--absorber` adds a line about
+    independent noise frames. Bundles of other methods have no residual energy or GoPs. Those of method adaptive have
+    `stretches` in their place: the quality, that at other budgets (`curve`, to which a cut would lead), how many frames and
+    cells a stretch covers, and the cuts. `--absorber` adds a line about
     the picture, which shows at most 20 GoPs, those with the most energy; `--json` has the maps of all.
   schemas:
     freres.inspect/1:
       bundle bundle_bytes bytes_per_token schema_version visual_tokens budget_tokens full_tokens compression retention
       tokens_by_kind context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s model source
-      sampling geometry settings history channels latents_dtype energy gops tokens
+      sampling geometry settings history channels latents_dtype quality energy gops tokens
+      stretches (quality curve num_cuts cuts_s frames_mean frames_max cells_mean cells_max num_single)
       absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops) environment
   defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
 repack:
   examples:
     freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.
+    freres repack bundle.pt --quality 0.9 -o small.pt: As few tokens as keep 90 % of the energy (method adaptive).
     freres repack bundle.pt --deepstack drop -o small.pt: Leave out the DeepStack rows; answers change.
   output: >-
-    The new bundle's path. Token counts go to stderr. A bundle of a method other than Fre-Res cannot be cut, because its
-    tokens have no order of importance.
+    The new bundle's path. Token counts go to stderr. Bundles of methods other than fre-res and adaptive cannot be cut,
+    because their tokens have no order of importance. With `--budget` and `--quality`, the cut bundle keeps to the budget,
+    and a note says if its quality is below the one asked for. A bundle that keeps less already is left unchanged.
   schemas:
     freres.repack/1:
-      bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind
+      bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
       context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s notes environment
-  defaults: {budget: all tokens are kept, deepstack: unchanged}
+  defaults: {budget: all tokens are kept, quality: none, deepstack: unchanged}
 presets:
   examples:
     freres presets: List the presets.
@@ -188,7 +196,8 @@ methods:
   output: A table of methods, then a line for each with what it keeps and how it differs from its source.
   schemas:
     freres.methods/1:
-      methods (name summary source training needs is_question_blind streams has_budget makes_bundles deviations)
+      methods (name summary source training needs is_question_blind streams has_budget has_quality makes_bundles
+      deviations)
 doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."
