@@ -80,4 +80,4 @@ def test_low_resolution_cells_are_not_strips():
 
 
 def test_every_method_is_offered():
-    assert set(METHODS) == {"full", "uniform", "lowres", "evs", "dtd", "fre-res", "blind"}
+    assert set(METHODS) == {"full", "uniform", "lowres", "evs", "dtd", "fre-res", "adaptive", "blind"}
