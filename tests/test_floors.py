@@ -21,6 +21,8 @@ FLOORS = (
     ("pipeline",),
     ("world",),
     ("video", "backbones", "method", "baselines", "bundle", "evaluation", "training", "bench"),
+    ("content",),
+    ("stretches",),
     ("tracks",),
     ("records", "presets", "devices", "files"),
     ("errors",),
