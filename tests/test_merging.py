@@ -100,7 +100,10 @@ def test_rounds_of_merges_lose_hardly_more_than_one_at_a_time(monkeypatch):
 def test_the_way_does_not_depend_on_the_stops():
     clip = walk(16, 3, 3).bfloat16()
     for count in (100, 61, 10, 1):
-        direct, with_stops = merge(clip, count), merge(clip, *(stop for stop in (140, 139, 103, 61) if stop > count), count)
+        direct, with_stops = (
+            merge(clip, count),
+            merge(clip, *(stop for stop in (140, 139, 103, 61) if stop > count), count),
+        )
         assert torch.equal(direct.values, with_stops.values) and torch.equal(direct.boxes, with_stops.boxes)
         assert direct.lost == with_stops.lost
 
