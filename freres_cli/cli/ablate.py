@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.compress import gather_flags, make_options
 from freres_cli.cli.eval import describe_result, print_failures, print_rows, print_totals, run_notes
@@ -71,7 +72,7 @@ def ablate(
     if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
         raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
     file = read_questions(questions, limit)
-    chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype)
+    chosen = make_options(flags, preset, model, revision, FRE_RES, device=device, dtype=dtype)
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation

@@ -187,7 +187,13 @@ def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[floa
     options, video = request.options, request.video
     assert options is not None and video is not None
     if method == "full":
-        full = {"budget_tokens": FULL_BUDGET, "track_density": 1, "variant": "absorber", "deepstack": "keep"}
+        full = {
+            "budget_tokens": FULL_BUDGET,
+            "track_density": 1,
+            "variant": "absorber",
+            "deepstack": "keep",
+            "quality": None,
+        }
         options = replace(options, method=FRE_RES, settings=options.settings.with_values("full", **full))
     compressor = Compressor.from_options(options)
     timer = StageTimer(torch.device(request.device.name))
