@@ -15,7 +15,8 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.method.adaptive import build_stretch_tokens
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.tokens import build_tokens
-from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter, load_modules
+from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter_for, has_other_weights, load_modules
+from freres_cli.pipeline.models import describe_model
 from freres_cli.pipeline.notes import describe_drop
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
@@ -54,8 +55,10 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
     notes = []
     if isinstance(content, Tracks):
         variant = settings["variant"]["value"]
-        path = choose_adapter(adapter, model["model_id"], variant)
+        path = choose_adapter_for(adapter, model, variant)
         modules = None if path is None else load_modules(path, model, content, variant)
+        if adapter is None and variant == "absorber" and has_other_weights(model):
+            notes.append(f"opened without an adapter: the one that ships does not fit {describe_model(model)}")
         if modules is None and variant == "concat":
             notes.append("variant concat without an adapter: coefficients enter the model raw")
         with torch.no_grad(), memory_errors_as(f"opening {bundle.path or 'bundle'}", "repack it to a smaller budget"):
