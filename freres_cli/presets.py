@@ -111,6 +111,10 @@ class Settings:
         """Return whether a value was given, and is no preset's."""
         return not self.sources[key].startswith(("preset", "default"))
 
+    def name_of(self, key: str) -> str:
+        """Return the name of a setting in messages, with the preset that it came from."""
+        return key if self.is_named(key) else f"{self.sources[key]}: {key}"
+
     def with_values(self, source: str, **values: Any) -> Settings:
         """Return these settings with some values changed. ``source``: where the new values come from."""
         return replace(self, **values, sources={**self.sources, **dict.fromkeys(values, source)})

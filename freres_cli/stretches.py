@@ -67,6 +67,8 @@ class Stretches:
             got = tuple(getattr(self, name).shape)
             if got != shape:
                 raise ValueError(f"{name}: expected {shape}, got {got}")
+        if min(*self.grid, self.width, count) < 1:
+            raise ValueError("grid, width, latents: expected at least 1")
         if self.latents.shape[1] % self.width or self.curve_tokens.ndim != 1 or self.cut_frame.ndim != 1:
             raise ValueError("latents, curve_tokens, cut_frame: expected (S, C), C a multiple of D, and lists")
 

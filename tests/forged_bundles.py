@@ -16,12 +16,15 @@ from freres_cli.baselines.uniform import sample_uniform_frames
 from freres_cli.bundle import version_1
 from freres_cli.bundle.schema import FORMAT, SCHEMA_VERSION, describe_tensors, encode_manifest
 from freres_cli.bundle.store import write_bundle
+from freres_cli.content import Content, count_by_kind, kind_of
+from freres_cli.method.adaptive import StretchCompressor
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import load_settings
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import COLUMNS, Tracks, count_by_kind
+from freres_cli.stretches import Stretches
+from freres_cli.tracks import COLUMNS, Tracks
 
 BUDGET = 300
 WIDTH = 16
@@ -106,7 +109,14 @@ def make_tokens(latents: Tensor, budget_tokens: int = BUDGET) -> VideoTokens:
     return sample_uniform_frames(latents, torch.arange(len(latents), dtype=torch.float64) / 10, budget_tokens, WIDTH)
 
 
-def manifest_for(content: Tracks | VideoTokens, **sections: Any) -> dict[str, Any]:
+def make_stretches(latents: Tensor, budget_tokens: int = BUDGET) -> Stretches:
+    """The same clip's stretches."""
+    compressor = StretchCompressor(tuple(latents.shape[1:3]), WIDTH, budget_tokens)
+    compressor.push(latents, [i / 10 for i in range(len(latents))])
+    return compressor.finish()
+
+
+def manifest_for(content: Content, **sections: Any) -> dict[str, Any]:
     """``MANIFEST`` with the geometry of this content, and with other ``sections``."""
     geometry = {"width": content.width, "grid": list(content.grid), "pooled_grid": None, **FRAMES}
     by_kind = count_by_kind(content)
@@ -117,14 +127,17 @@ def manifest_for(content: Tracks | VideoTokens, **sections: Any) -> dict[str, An
         geometry["pooled_grid"] = list(content.pooled_grid)
     else:
         only_tracks = ("num_gops", "num_coefficients", "cuts_found", "cuts_not_honoured")
-        manifest["settings"] = {**MANIFEST["settings"], "method": {"value": "uniform", "source": "flag"}}
+        method = "adaptive" if isinstance(content, Stretches) else "uniform"
+        manifest["settings"] = {**MANIFEST["settings"], "method": {"value": method, "source": "flag"}}
         manifest["tokens"] |= dict.fromkeys(only_tracks)
+    if isinstance(content, Stretches):
+        manifest["tokens"]["quality"] = content.quality
     return {**manifest, **sections}
 
 
 def forge(
     path: Path,
-    content: Tracks | VideoTokens,
+    content: Content,
     tensors: Mapping[str, Tensor],
     version: int = SCHEMA_VERSION,
     **sections: Any,
@@ -135,8 +148,7 @@ def forge(
     """
     if version == 1:
         tensors = {name: t for name, t in tensors.items() if name in version_1.TENSORS or name not in COLUMNS}
-    kind = "tracks" if isinstance(content, Tracks) else "tokens"
-    manifest = {**manifest_for(content, **sections), "content": kind, "tensors": describe_tensors(tensors)}
+    manifest = {**manifest_for(content, **sections), "content": kind_of(content), "tensors": describe_tensors(tensors)}
     _sign(path, {"format": FORMAT, "schema_version": version, "tensors": dict(tensors)}, encode_manifest(manifest))
 
 

@@ -85,10 +85,10 @@ def test_missing_files_folders_and_strangers_are_refused(tmp_path):
         read_bundle(tmp_path / "zip.pt")
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", "2", True, None])
+@pytest.mark.parametrize("version", [0, 4, "1", "3", True, None])
 def test_another_schema_version_is_refused_by_name(bundle, version):
     rewrite(bundle, schema_version=version)
-    with pytest.raises(BundleError, match="schema: expected version 1 or 2, got"):
+    with pytest.raises(BundleError, match="schema: expected version 1 or 2 or 3, got"):
         read_bundle(bundle)
 
 
@@ -113,7 +113,7 @@ def test_a_changed_manifest_or_tensor_is_refused(bundle, tracks):
         read_bundle(bundle)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize(
     ("name", "value"),
     [

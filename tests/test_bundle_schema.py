@@ -24,12 +24,12 @@ REAL_TRACKS = [name for name, column in COLUMNS.items() if column.dtype != "int6
 REAL_TOKENS = [name for name, column in TOKEN_COLUMNS.items() if column.dtype not in ("int64", "uint8")]
 NUMBERS = [
     (section, name)
-    for section, kinds in version_2.FIELDS.items()
+    for section, kinds in version_3.FIELDS.items()
     for name, field in kinds.items()
     if field.kind in ("whole", "number")
 ]
-SETTINGS = [key for key, rule in version_2.SETTINGS.items() if rule.kind in (int, float)]
-SECTIONS = [*version_2.FIELDS, "settings", "tensors"]
+SETTINGS = [key for key, rule in version_3.SETTINGS.items() if rule.kind in (int, float)]
+SECTIONS = [*version_3.FIELDS, "settings", "tensors"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_version_3_stores_the_columns_of_the_tables():
     of_tables = {
         column.dtype for table in (COLUMNS, TOKEN_COLUMNS) for column in table.values() if not column.is_latent
     }
-    assert set(version_2.DTYPES) == of_tables | set(LATENT_DTYPES)
+    assert set(version_3.DTYPES) == of_tables | set(LATENT_DTYPES)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -78,15 +78,16 @@ def check_not_finite(path, content, tensors, name, version):
     check_failure(run_freres("inspect", path), ExitStatus.BUNDLE, text)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("name", REAL_TRACKS)
 def test_a_real_column_of_tracks_is_finite(tmp_path, tracks, name, version):
     check_not_finite(tmp_path / "b.pt", tracks, tracks.tensors(), name, version)
 
 
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("name", REAL_TOKENS)
-def test_a_real_column_of_tokens_is_finite(tmp_path, tokens, name):
-    check_not_finite(tmp_path / "b.pt", tokens, version_2.tensors_of(tokens), name, 2)
+def test_a_real_column_of_tokens_is_finite(tmp_path, tokens, name, version):
+    check_not_finite(tmp_path / "b.pt", tokens, version_3.tensors_of(tokens), name, version)
 
 
 def test_there_are_real_columns_of_every_table():
@@ -109,7 +110,7 @@ def test_a_number_stored_as_text_is_refused(path, section, name):
 
 
 def test_numbers_stored_as_text_are_tried_in_every_section():
-    assert {section for section, _ in NUMBERS} == set(version_2.FIELDS) and len(NUMBERS) > 25
+    assert {section for section, _ in NUMBERS} == set(version_3.FIELDS) and len(NUMBERS) > 25
 
 
 @pytest.mark.parametrize("key", SETTINGS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from freres_cli.baselines.declaration import NEEDS, TRAININGS
-from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES, METHODS
+from freres_cli.baselines.registry import ADAPTIVE, BUNDLE_METHODS, FRE_RES, METHODS
 from freres_cli.cli.options import complete_bundle_method, complete_method
 from tests.runner import check_failure, run_freres
 
@@ -34,7 +34,7 @@ def test_a_declaration_is_whole(method):
     assert method.summary and method.source and method.deviations
     assert method.training in TRAININGS and set(method.needs) <= set(NEEDS)
     assert method.is_question_blind == ("question" not in method.needs)
-    assert (method.compress is None) == (method.name == FRE_RES)
+    assert (method.compress is None) == (method.name in (FRE_RES, ADAPTIVE))
     assert method.is_question_blind or not method.makes_bundles
 
 
@@ -74,6 +74,7 @@ def test_help_and_manual_name_every_method():
 
 def test_completion():
     assert complete_bundle_method("") == list(BUNDLE_METHODS) and complete_bundle_method("f") == ["full", "fre-res"]
+    assert complete_bundle_method("a") == [ADAPTIVE]
     assert complete_method("uniform,f") == ["uniform,full", "uniform,fre-res"]
 
 

@@ -19,6 +19,7 @@ from freres_cli.bundle import version_1, version_2, version_3
 from freres_cli.bundle.checks import Field, Fields, damaged, read_fields
 from freres_cli.content import Content, count_by_kind, kind_of, latents_of
 from freres_cli.errors import BundleError
+from freres_cli.stretches import Stretches
 
 FORMAT = "freres.bundle"
 READERS = {1: version_1, 2: version_2, 3: version_3}
@@ -126,6 +127,9 @@ def _check_facts(manifest: Mapping[str, Any], content: Content, where: str) -> N
     full_tokens = manifest["sampling"]["baseline_frames"] * grid_h * grid_w
     if told["full_tokens"] != full_tokens:
         raise damaged(where, f"tokens.full_tokens: expected {full_tokens}, got {told['full_tokens']}")
+    quality = content.quality if isinstance(content, Stretches) else None
+    if told["quality"] != quality:
+        raise damaged(where, f"tokens.quality: expected {quality}, got {told['quality']}")
     runs = manifest["geometry"]["text_per_frame"]
     if runs is not None and (len(runs) % 2 or sum(runs[::2]) != content.grid[0]):
         raise damaged(where, f"geometry.text_per_frame: expected {content.grid[0]} frames in runs")

@@ -6,14 +6,13 @@ has its default.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from freres_cli.bundle.checks import check_finite, check_names, damaged, later_settings, read_fields, read_settings
+from freres_cli.bundle.stretch_checks import check_stretches
 from freres_cli.bundle.version_1 import build_tracks
 from freres_cli.bundle.version_2 import DTYPES as DTYPES
 from freres_cli.bundle.version_2 import FIELDS, build_tokens, check_counts
@@ -76,47 +75,10 @@ def _build_stretches(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor],
     num_frames, grid_h, grid_w = geometry["grid"]
     try:
         made = Stretches(width=geometry["width"], grid=(num_frames, grid_h, grid_w), **tensors)
-        _check_boxes(made)
-        _check_merges(made)
-        _check_energy(made)
+        check_stretches(made)
     except (ValueError, RuntimeError, IndexError, OverflowError) as error:
         raise damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
     return made
-
-
-def _check_boxes(made: Stretches) -> None:
-    first, stop = made.boxes[:, ::2], made.boxes[:, 1::2]
-    _require(
-        bool(((first >= 0) & (first < stop) & (stop <= first.new_tensor(made.grid))).all()), "boxes: expected cells"
-    )
-    _require(int((stop - first).prod(1).sum()) == math.prod(made.grid), "boxes: expected to cover the clip once")
-    middles = (first + stop).tolist()
-    _require(
-        all(a < b for a, b in zip(middles, middles[1:], strict=False)), "boxes: expected the order of the sequence"
-    )
-    cuts = made.cut_frame.tolist()
-    _require(all(a < b for a, b in zip([0, *cuts], [*cuts, made.grid[0]], strict=True)), "cut_frame: expected frames")
-
-
-def _check_merges(made: Stretches) -> None:
-    count = len(made)
-    later = torch.arange(count - 1)[:, None] + count
-    is_known = bool(((made.merges >= 0) & (made.merges < later)).all())
-    _require(is_known and made.merges.unique().numel() == made.merges.numel(), "merges: expected each row once")
-    _require(bool((made.merge_loss >= 0).all()), "merge_loss: expected 0 or more")
-
-
-def _check_energy(made: Stretches) -> None:
-    _require(bool((made.energy >= 0).all()), "energy: expected 0 or more")
-    tokens, loss = made.curve_tokens.tolist(), made.curve_loss.tolist()
-    is_curve = len(tokens) == len(loss) >= 1 and all(a > b for a, b in zip(tokens, [*tokens[1:], 0], strict=True))
-    is_rising = all(a <= b for a, b in zip([0.0, *loss], loss, strict=False))
-    _require(is_curve and is_rising, "curve_tokens, curve_loss: expected fewer tokens and more loss from row to row")
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(what)
 
 
 def tensors_of(content: Content) -> dict[str, Tensor]:

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.eval import describe_result, print_failures, print_rows, print_totals, run_notes
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
@@ -72,7 +71,7 @@ def ablate(
     if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
         raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
     file = read_questions(questions, limit)
-    chosen = make_options(flags, preset, model, revision, FRE_RES, device=device, dtype=dtype)
+    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "ablate", trains=True)
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS
+from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
@@ -25,7 +25,7 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.errors import UsageError
-from freres_cli.pipeline.choices import check_revision, choose_preset, find_bundle_method
+from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
 if TYPE_CHECKING:
@@ -210,12 +210,28 @@ def make_options(
         find_bundle_method(method)
     check_revision(chosen, revision)
     settings = load_settings(preset or choose_preset(chosen), flags)
-    method = find_bundle_method(method or settings.method).name
+    method = choose_method(method, settings)
     from freres_cli.pipeline.models import make_source
     from freres_cli.pipeline.planning import CompressOptions
 
     source = make_source(chosen, device, dtype, revision, attn)
     return CompressOptions(source, settings, method, start, end, strict)
+
+
+def at_budgets(chosen: CompressOptions, verb: str, *, trains: bool = False) -> CompressOptions:
+    """Return the options of a verb that names its budgets itself.
+
+    ``chosen``: the options. ``verb``: its name. ``trains``: it makes an adapter. Raises ``UsageError`` if the settings
+    name a quality, or a method that has no adapter.
+    """
+    settings = chosen.settings
+    if settings.quality is not None:
+        raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
+    if trains and chosen.method != FRE_RES:
+        raise UsageError(
+            f"{settings.name_of('method')}: {verb} trains adapters of {FRE_RES}, got {chosen.method}", "leave it out"
+        )
+    return chosen
 
 
 def _summary(result: CompressResult) -> str:
@@ -267,7 +283,13 @@ def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptio
         return
     print_result(f"frames read      {plan.num_frames} of {plan.size.grid_h}x{plan.size.grid_w} tokens")
     print_result(f"full tokens      {plan.full_tokens} ({plan.baseline_frames} frames)")
-    print_result(f"visual tokens    {facts['visual_tokens']} of at most {facts['budget_tokens']}")
+    if plan.quality is None:
+        print_result(f"visual tokens    {facts['visual_tokens']} of at most {facts['budget_tokens']}")
+    else:
+        print_result(
+            f"visual tokens    at most {facts['budget_tokens']}, as few as keep {plan.quality:g} of the "
+            "energy: known only once the frames are encoded"
+        )
     if facts["context_tokens"] is not None:
         print_result(
             f"context tokens   at most {facts['context_tokens']}, {facts['text_overhead_tokens']} of them text in the video"
@@ -283,13 +305,15 @@ def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptio
 
 def _plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]:
     budget = plan.budget
-    visual = min(plan.budget_tokens, plan.full_tokens) if budget is None else budget.expected.total
+    most = min(plan.budget_tokens, plan.full_tokens)
+    visual = None if plan.quality is not None else most if budget is None else budget.expected.total
     return {
         "method": chosen.method,
+        "quality": plan.quality,
         "visual_tokens": visual,
-        "budget_tokens": min(plan.budget_tokens, plan.full_tokens) if budget is None else plan.budget_tokens,
+        "budget_tokens": most if budget is None else plan.budget_tokens,
         "full_tokens": plan.full_tokens,
-        "compression": plan.full_tokens / visual,
+        "compression": None if visual is None else plan.full_tokens / visual,
         "tokens_by_kind": None if budget is None else vars(budget.expected),
         "frames": plan.num_frames,
         "baseline_frames": plan.baseline_frames,
@@ -299,5 +323,5 @@ def _plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any
         "pooled_grid": None if budget is None else list(budget.pooled_grid),
         "max_events": None if budget is None else budget.max_events,
         "is_lossless": plan.is_lossless,
-        "settings": chosen.settings.record(),
+        "settings": chosen.recorded_settings.record(),
     }

@@ -10,7 +10,7 @@ import typer
 
 from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.output import (
     format_seconds,
     print_json,
@@ -92,7 +92,7 @@ def evaluate(
         raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
     file = read_questions(questions, limit)
     path = None if output is None else results_path(output, questions)
-    chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype)
+    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval")
     from freres_cli.pipeline.adapters import choose_adapter
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation

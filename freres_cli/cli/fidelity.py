@@ -8,7 +8,7 @@ import typer
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.output import (
     format_share,
     print_json,
@@ -92,7 +92,7 @@ def fidelity(
         raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
     listing = list_videos(paths)
     print_notes(listing.notes, quiet)
-    chosen = make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn)
+    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "fidelity")
     from freres_cli.workflows.fidelity import FidelityRequest, measure_fidelity
 
     request = FidelityRequest(tuple(video for video, _ in listing.videos), cells, chosen, picture, force)

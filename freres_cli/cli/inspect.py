@@ -93,9 +93,9 @@ def _print_head(report: dict[str, Any]) -> None:
         "size": f"{format_bytes(report['bundle_bytes'])}, {format_bytes(report['bytes_per_token'])} per token",
     }
     if report["cuts_found"] is not None:
-        lines["cuts"] = (
-            f"{report['cuts_found']} found, {report['cuts_not_honoured']} without an anchor for lack of budget"
-        )
+        lines["cuts"] = f"{report['cuts_found']} found"
+        if report["gops"] is not None:
+            lines["cuts"] += f", {report['cuts_not_honoured']} without an anchor for lack of budget"
     for name, text in lines.items():
         print_line(f"{name:<8} {text}")
     for note in [*source["notes"], *sampling["notes"]]:
@@ -137,8 +137,7 @@ def _print_stretches(stretches: dict[str, Any], num_tokens: int) -> None:
     print_result(
         f"quality  {format_share(stretches['quality'])} of the latents' energy in {num_tokens} stretches, on average "
         f"{stretches['frames_mean']:.1f} frames of {stretches['cells_mean']:.1f} cells; the largest "
-        f"{stretches['frames_max']} frames, {stretches['cells_max']} cells; {stretches['num_single']} single latents; "
-        f"{stretches['num_cuts']} cuts"
+        f"{stretches['frames_max']} frames, {stretches['cells_max']} cells; {stretches['num_single']} single latents"
     )
     wanted = [share * curve[0]["visual_tokens"] for share in CURVE_SHARES]
     points = [min(curve, key=lambda point: abs(point["visual_tokens"] - count)) for count in wanted]

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.output import print_json, print_notes, print_result, print_warning, progress_bar
 from freres_cli.errors import UsageError
 from freres_cli.files import check_destination
@@ -90,7 +89,7 @@ def train(
         raise UsageError("--set budget_tokens: the adapter is trained for the sizes in --budgets", "use --budgets")
     sizes = parse_budgets(budgets)
     file = read_questions(data, is_named=False)
-    chosen = make_options(flags, preset, model, revision, FRE_RES, device=device, dtype=dtype)
+    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "train", trains=True)
     from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
 
     recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)

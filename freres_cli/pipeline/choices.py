@@ -8,7 +8,7 @@ from pathlib import Path
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.errors import UsageError
-from freres_cli.presets import BUNDLED
+from freres_cli.presets import BUNDLED, Settings
 
 
 def as_whole(value: object, name: str) -> int:
@@ -41,9 +41,16 @@ def check_revision(model: str | None, revision: str | None) -> None:
         )
 
 
-def find_bundle_method(name: str) -> Method:
-    """Return a method that can make bundles. Raises ``UsageError``."""
+def choose_method(named: str | None, settings: Settings) -> str:
+    """Return the method to use: ``named``, if there is one, else that of the settings. Raises ``UsageError``."""
+    if named is not None:
+        return find_bundle_method(named).name
+    return find_bundle_method(settings.method, settings.name_of("method")).name
+
+
+def find_bundle_method(name: str, where: str = "--method") -> Method:
+    """Return a method that can make bundles. ``where``: what named it. Raises ``UsageError``."""
     if name not in BUNDLE_METHODS:
         hint = f"{name} is for freres eval" if name in METHODS else "see: freres methods"
-        raise UsageError(f"--method: expected one of {', '.join(BUNDLE_METHODS)}, got {name}", hint)
+        raise UsageError(f"{where}: expected one of {', '.join(BUNDLE_METHODS)}, got {name}", hint)
     return METHODS[name]

@@ -63,7 +63,7 @@ class EncodedClip:
         self._options = replace(options, method=FRE_RES, settings=settings)
         self._latents = LatentStream(encoder, timer, options.model.name, keeps_all=True)
         self._views: dict[Sampling, View] = {}
-        self._merged: dict[Sampling, tuple[Stretches, float]] = {}
+        self._merged: dict[tuple[Sampling, int], tuple[Stretches, float]] = {}
         self._baseline = self._view(self._plan(FULL_BUDGET))
 
     @property
@@ -116,19 +116,20 @@ class EncodedClip:
         return tokens
 
     def _cut_stretches(self, budget_tokens: int) -> Stretches:
-        """Return the stretches of adaptive Fre-Res. A clip is merged once for all budgets; the timer gets that time at
-        every budget."""
+        """Return the stretches of adaptive Fre-Res. A clip is merged once for all budgets that give the same stretches, and
+        the timer gets that time at each of them."""
         options = replace(self._options_for(budget_tokens), method=ADAPTIVE)
         plan = plan_compression(options, self._encoder, self._source.info)
-        if plan.sampling not in self._merged:
+        most = max(MOST_STRETCHES, budget_tokens)
+        if (plan.sampling, most) not in self._merged:
             before = self._timer.seconds.get("compress", 0.0)
             batches = self._view(plan).batches(count_batch_frames(plan), torch.device("cpu"))
-            whole = replace(plan, budget_tokens=MOST_STRETCHES)
+            whole = replace(plan, budget_tokens=most)
             reduction = reduce_latents(batches, whole, options, self._encoder.width, self._timer)
             assert isinstance(reduction.content, Stretches)
-            self._merged[plan.sampling] = reduction.content, self._timer.seconds["compress"] - before
+            self._merged[plan.sampling, most] = reduction.content, self._timer.seconds["compress"] - before
             self._timer.seconds["compress"] = before
-        stretches, merge_s = self._merged[plan.sampling]
+        stretches, merge_s = self._merged[plan.sampling, most]
         with self._timer.stage("compress"), torch.no_grad():
             cut = cut_stretches(stretches, budget_tokens)
         self._timer.seconds["compress"] += merge_s

@@ -17,7 +17,7 @@ from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.bundle import Bundle
-from freres_cli.pipeline.choices import as_number, as_whole, choose_preset, find_bundle_method
+from freres_cli.pipeline.choices import as_number, as_whole, choose_method, choose_preset
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source
@@ -70,7 +70,7 @@ class Compressor:
             raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
         source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
-        self.options = CompressOptions(source, chosen, find_bundle_method(method or chosen.method).name, strict=strict)
+        self.options = CompressOptions(source, chosen, choose_method(method, chosen), strict=strict)
         self.models = models or Models(source)
 
     @classmethod

@@ -54,6 +54,10 @@ def cut_content(
         budget = min(budget, _count_for_quality(content, manifest, cut.quality, name))
     if budget < before:
         content = _cut(content, manifest, budget, name)
+        if cut.quality is not None and isinstance(content, Stretches) and content.quality < cut.quality:
+            notes.append(
+                f"quality {content.quality:.4f} in place of {cut.quality:g}: the budget of {budget} tokens allows no more"
+            )
     elif cut.budget_tokens is not None:
         notes.append(
             f"the bundle already fits: {before} tokens, budget {cut.budget_tokens}; for more, compress the video again"

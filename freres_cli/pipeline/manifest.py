@@ -39,9 +39,7 @@ def build_manifest(
     num_frames = reduction.num_frames
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
     tokens = describe_tokens(plan, options, reduction)
-    settings = options.settings
-    if settings.method != options.method:
-        settings = settings.with_values("flag", method=options.method)
+    settings = options.recorded_settings
     counts = describe_text(reduction.content, settings.variant, text)
     if _has_no_budget(plan, options):
         settings = settings.with_values(f"method {options.method}", budget_tokens=tokens["budget_tokens"])

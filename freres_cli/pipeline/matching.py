@@ -7,7 +7,7 @@ from typing import Any
 
 from freres_cli.backbones.base import EncoderIdentity
 from freres_cli.baselines.registry import METHODS
-from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.planning import CompressOptions, has_budget
 
 MODEL_FACTS = ("revision", "config_sha256", "projector_sha256")
 
@@ -37,10 +37,13 @@ def find_differences(
     }
     values = options.settings.values()
     del values["method"]  # the options' own decides
-    has_quality = values["quality"] is not None and not options.settings.is_named("budget_tokens")
-    if has_quality or not METHODS[options.method].has_budget:
-        del values["budget_tokens"]
-    pairs |= {key: (manifest["settings"][key]["value"], value) for key, value in values.items()}
+    stored = {key: setting["value"] for key, setting in manifest["settings"].items()}
+    # Where no budget limits the tokens, a bundle records how many there are, and that the method decided it.
+    if manifest["settings"]["budget_tokens"]["source"].startswith("method "):
+        stored["budget_tokens"] = None
+    if not (METHODS[options.method].has_budget and has_budget(options.settings)):
+        values["budget_tokens"] = None
+    pairs |= {key: (stored[key], value) for key, value in values.items()}
     found = [name for name, (stored, wanted) in pairs.items() if stored != wanted]
     if any(step.get("verb") != "compress" for step in manifest["history"]):
         found.append("history")

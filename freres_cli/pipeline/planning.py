@@ -23,6 +23,8 @@ class CompressOptions:
 
     ``model``: its tower encodes the frames. ``method``: a name in ``baselines.registry``. ``start_s``, ``end_s``: the
     part of each video to read, in seconds after its first frame. ``strict``: refuse a video that is damaged anywhere.
+
+    Raises ``UsageError`` if the settings name a quality and the method has none.
     """
 
     model: ModelSource
@@ -31,6 +33,20 @@ class CompressOptions:
     start_s: float | None = None
     end_s: float | None = None
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.settings.quality is not None and not METHODS[self.method].has_quality:
+            able = ", ".join(name for name, method in METHODS.items() if method.has_quality)
+            raise UsageError(
+                f"{self.settings.name_of('quality')}: method {self.method} has none: expected method {able}",
+                "name a budget in its place",
+            )
+
+    @property
+    def recorded_settings(self) -> Settings:
+        """The settings, with the method that is used."""
+        same = self.settings.method == self.method
+        return self.settings if same else self.settings.with_values("flag", method=self.method)
 
 
 @dataclass(frozen=True)
@@ -73,13 +89,8 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
     """Choose frames and frame size, and allocate the budget. Raises ``UsageError``."""
     settings = options.settings
     size = encoder.frame_size(info.width_px, info.height_px, parse_grid(settings.grid), settings.tokens_per_frame)
-    budget_tokens, quality = settings.budget_tokens, settings.quality
-    if quality is not None:
-        if not METHODS[options.method].has_quality:
-            able = ", ".join(name for name, method in METHODS.items() if method.has_quality)
-            raise UsageError(f"--quality: method {options.method} has none: expected {able}", "use --budget instead")
-        # A budget that comes with a preset is not meant for a clip whose quality is named.
-        budget_tokens = budget_tokens if settings.is_named("budget_tokens") else FULL_BUDGET
+    quality = settings.quality
+    budget_tokens = settings.budget_tokens if has_budget(settings) else FULL_BUDGET
     sampling = choose_sampling(options, 1)
     num_frames = baseline = _count_frames(sampling, info)
     if options.method not in (FRE_RES, ADAPTIVE):
@@ -94,6 +105,15 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
         return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None, quality)
     budget = plan_budget(num_frames, (size.grid_h, size.grid_w), method_settings(settings), budget_tokens)
     return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, budget)
+
+
+def has_budget(settings: Settings) -> bool:
+    """Return whether the settings' budget limits the tokens. It does not where it comes with the preset, or by default,
+    and the quality was named apart from it: it was not meant for a clip with that quality."""
+    sources = settings.sources
+    return (
+        settings.quality is None or settings.is_named("budget_tokens") or sources["budget_tokens"] == sources["quality"]
+    )
 
 
 def _count_frames(sampling: Sampling, info: VideoInfo) -> int:

@@ -187,14 +187,9 @@ def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[floa
     options, video = request.options, request.video
     assert options is not None and video is not None
     if method == "full":
-        full = {
-            "budget_tokens": FULL_BUDGET,
-            "track_density": 1,
-            "variant": "absorber",
-            "deepstack": "keep",
-            "quality": None,
-        }
-        options = replace(options, method=FRE_RES, settings=options.settings.with_values("full", **full))
+        full = {"budget_tokens": FULL_BUDGET, "track_density": 1, "variant": "absorber", "deepstack": "keep"}
+        settings = options.settings.with_values("full", quality=None, **full)
+        options = replace(options, method=FRE_RES, settings=settings)
     compressor = Compressor.from_options(options)
     timer = StageTimer(torch.device(request.device.name))
     with timer.stage("load"):

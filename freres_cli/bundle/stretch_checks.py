@@ -1,0 +1,75 @@
+"""Whether stretches that were read from a file can be those of a clip."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from freres_cli.stretches import Stretches
+
+MOST_LATENTS = 2**62  # counts of them fit in int64
+
+
+def check_stretches(made: Stretches) -> None:
+    """Refuse stretches that no clip has. ``ValueError`` names the tensor.
+
+    Takes time and memory in proportion to their number, whatever the size of the grid.
+    """
+    _require(math.prod(made.grid) < MOST_LATENTS, "boxes: expected a grid with fewer cells")
+    _check_boxes(made)
+    _check_merges(made)
+    _check_energy(made)
+    cuts = made.cut_frame.tolist()
+    _require(all(a < b for a, b in zip([0, *cuts], [*cuts, made.grid[0]], strict=True)), "cut_frame: expected frames")
+
+
+def _check_boxes(made: Stretches) -> None:
+    first, stop = made.boxes[:, ::2], made.boxes[:, 1::2]
+    is_inside = (first >= 0) & (first < stop) & (stop <= first.new_tensor(made.grid))
+    _require(bool(is_inside.all()), "boxes: expected at least one cell each, on the grid")
+    middles = (first + stop).tolist()
+    is_ordered = all(a < b for a, b in zip(middles, middles[1:], strict=False))
+    _require(is_ordered, "boxes: expected the order of the sequence")
+
+
+def _check_merges(made: Stretches) -> None:
+    """Every merge joins two boxes that lie side by side into one, down to the whole clip: so they cover the clip once."""
+    count = len(made)
+    later = torch.arange(count - 1)[:, None] + count
+    is_known = bool(((made.merges >= 0) & (made.merges < later)).all())
+    _require(is_known and made.merges.unique().numel() == made.merges.numel(), "merges: expected each row once")
+    boxes = made.boxes.tolist()
+    for a, b in made.merges.tolist():
+        boxes.append(_join(boxes[a], boxes[b]))
+    whole = [edge for size in made.grid for edge in (0, size)]
+    _require(boxes[-1] == whole, "boxes: expected to cover the clip once")
+    is_sum = bool((made.merge_loss >= 0).all()) and bool(made.merge_loss.sum().isfinite())
+    _require(is_sum, "merge_loss: expected 0 or more, with a finite sum")
+
+
+def _join(a: list[int], b: list[int]) -> list[int]:
+    """Return the box that two boxes make, of which the second goes on where the first stops."""
+    for low in (0, 2, 4):
+        if a[low + 1] == b[low]:
+            joined = [*a[: low + 1], b[low + 1], *a[low + 2 :]]
+            _require(joined == [*b[:low], a[low], *b[low + 1 :]], "merges: expected two that make a box")
+            return joined
+    raise ValueError("merges: expected two that lie side by side")
+
+
+def _check_energy(made: Stretches) -> None:
+    _require(bool((made.energy >= 0).all()), "energy: expected 0 or more")
+    tokens, loss = made.curve_tokens.tolist(), made.curve_loss.tolist()
+    _require(
+        len(made) <= max(tokens, default=0) <= math.prod(made.grid) and tokens[-1] == 1,
+        "curve_tokens: expected from at least as many as there are down to 1",
+    )
+    _require(all(a > b for a, b in zip(tokens, tokens[1:], strict=False)), "curve_tokens: expected fewer in each row")
+    is_rising = all(a <= b for a, b in zip([0.0, *loss], loss, strict=False))
+    _require(is_rising, "curve_loss: expected 0 or more, and more in each row")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(what)
