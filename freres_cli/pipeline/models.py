@@ -146,5 +146,8 @@ class Models:
         return self._identity
 
     def _from_checkpoint(self, load: Callable[[str, Device, str | None, str | None, Path | None], T]) -> T:
-        source = self.source
-        return load(source.name, source.device, source.dtype, source.revision, bundled_model_dir())
+        source, revision = self.source, self.source.revision
+        if self._encoder is not None:
+            # A branch may move: both halves come from the commit that it was when the first was loaded.
+            revision = self._encoder.fingerprint.get("revision") or revision
+        return load(source.name, source.device, source.dtype, revision, bundled_model_dir())

@@ -88,20 +88,23 @@ def find_stretches(tokens: VideoTokens, tracks: Tracks) -> Tensor:
     """Return the stretch of the frame axis that each token of these tracks stands for, (S, 2) float32.
 
     That of a static or summary token is all residual frames of its GoP. The dynamic tokens of a cell divide them halfway
-    between one and the next (ours). For an anchor token, the row has no meaning.
+    between one instant and the next (ours). For an anchor token, the row has no meaning.
     """
     start = tracks.gop_anchor_frame[tokens.gop].to(torch.float32) + 0.5
     stretches = torch.stack([start, start + tracks.gop_num_residuals[tokens.gop]], dim=1)
     order = (tokens.kind == TOKEN_KINDS.index("dynamic")).nonzero()[:, 0]
     for key in (*tokens.positions.unbind(1), tokens.gop):
         order = order[torch.argsort(key[order], stable=True)]
-    earlier, later = order[:-1], order[1:]
-    is_same = (tokens.positions[earlier, 1:] == tokens.positions[later, 1:]).all(1)
-    is_same &= tokens.gop[earlier] == tokens.gop[later]
-    earlier, later = earlier[is_same], later[is_same]
-    middle = (tokens.positions[earlier, 0] + tokens.positions[later, 0]) / 2
-    stretches[earlier, 1] = middle
-    stretches[later, 0] = middle
+    # An impulse may lie at the instant of another token of its cell; both stand for the same time.
+    places = torch.cat([tokens.gop[:, None].to(tokens.positions.dtype), tokens.positions], dim=1)[order]
+    places, run = torch.unique_consecutive(places, dim=0, return_inverse=True)
+    ends = torch.empty(places.shape[0], 2).index_copy_(0, run, stretches[order])
+    gop, t, h, w = places.unbind(1)
+    is_same = (gop[:-1] == gop[1:]) & (h[:-1] == h[1:]) & (w[:-1] == w[1:])
+    middle = (t[:-1] + t[1:])[is_same] / 2
+    ends[:-1][is_same, 1] = middle
+    ends[1:][is_same, 0] = middle
+    stretches[order] = ends[run]
     return stretches
 
 
