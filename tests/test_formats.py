@@ -11,21 +11,22 @@ import pytest
 import torch
 
 from freres_cli import load_bundle
-from freres_cli.bundle import schema, version_1, version_2
+from freres_cli.bundle import schema, version_1, version_2, version_3
 from freres_cli.bundle.checks import later_settings
 from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError, UsageError
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.presets import KEYS, Key
-from freres_cli.tracks import COLUMNS, LATENT, Column, Tracks, complete_columns
+from freres_cli.stretches import Stretches
+from freres_cli.tracks import COLUMNS, LATENT, REFINED, Column, Tracks, complete_columns
 from tests.runner import run_freres
 
 FOLDER = Path(__file__).parent / "formats"
 ANSWERS = json.loads((FOLDER / "answers.json").read_text())
 QUESTION, CHOICES = "what moves?", ("a square", "a ring", "nothing")
 # Of every file: once written, it must stay as it is.
-SHA256_OF_ALL = "ec47c81aa73e8bd78de655b2972031770cf2cfc087345d625f30e222aacd3bbb"
+SHA256_OF_ALL = "83f827d4bc2c9c4ec94c801f2935e6a599e864487cffeea78fb3542f7086e783"
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,8 @@ def test_a_bundle_written_again_is_read_as_the_same_one(name, models, tmp_path):
     assert {k: v for k, v in after.manifest.items() if k not in drop} == {
         k: v for k, v in before.manifest.items() if k not in drop
     }
-    for key, tensor in version_2.tensors_of(before.content).items():
-        assert torch.equal(tensor, version_2.tensors_of(after.content)[key])
+    for key, tensor in version_3.tensors_of(before.content).items():
+        assert torch.equal(tensor, version_3.tensors_of(after.content)[key])
 
 
 def test_the_command_opens_it(name):
@@ -103,14 +104,22 @@ def test_what_version_1_lacks_has_its_default():
     assert manifest["source"]["made_by_world"] is False
 
 
-@pytest.mark.parametrize("name", ["1-first", "1-absorber", "2-absorber", "2-uniform"])
+def test_the_files_hold_what_their_version_brought():
+    tracks, adaptive = (read_bundle(FOLDER / f"3-{name}.pt").content for name in ("absorber", "adaptive"))
+    assert tracks.gop_recipe.tolist() == [REFINED] * len(tracks.gop_recipe) and tracks.is_impulse.any()
+    assert tracks.num_bands > 1 and not tracks.is_impulse.all(), "the recipe has a say where waves lie"
+    assert not read_bundle(FOLDER / "2-absorber.pt").content.gop_recipe.any()
+    assert isinstance(adaptive, Stretches) and len(adaptive.cut_frame) and len(adaptive.kind.unique()) == 2
+
+
+@pytest.mark.parametrize("name", ["1-first", "1-absorber", "2-absorber", "2-uniform", "3-adaptive"])
 def test_a_setting_that_is_added_later_has_its_default(name, monkeypatch):
     monkeypatch.setitem(KEYS, "shutter", Key(float, 0.5, "a setting of a later release"))
     settings = read_bundle(FOLDER / f"{name}.pt").manifest["settings"]
     assert settings["shutter"] == {"value": 0.5, "source": "default"}
 
 
-@pytest.mark.parametrize("name", ["1-first", "2-absorber"])
+@pytest.mark.parametrize("name", ["1-first", "2-absorber", "3-absorber"])
 def test_ranges_are_those_of_the_version_and_not_of_today(name, monkeypatch):
     for key in ("temporal_share", "anchors"):
         monkeypatch.setitem(KEYS, key, replace(KEYS[key], low=0.9, high=0.91))
@@ -121,7 +130,8 @@ def test_readers_know_every_setting_of_today():
     """A setting that is added goes to neither list: ``later_settings`` finds it. This fails when one is taken away."""
     today = set(KEYS) - {"description"}
     assert set(version_1.SETTINGS) - {"method", "reference_budget_tokens"} <= today
-    assert set(later_settings(version_2.SETTINGS)) == today - set(version_2.SETTINGS)
+    for version in (version_2, version_3):
+        assert set(later_settings(version.SETTINGS)) == today - set(version.SETTINGS)
 
 
 def test_the_digest_of_the_rules_of_version_1():
@@ -137,9 +147,9 @@ def test_the_digest_of_the_rules_of_version_1():
 
 
 def test_a_future_version_is_refused_by_name(tmp_path):
-    content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 3}
+    content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 4}
     torch.save(content, tmp_path / "later.pt")
-    with pytest.raises(BundleError, match="expected version 1 or 2, got 3"):
+    with pytest.raises(BundleError, match="expected version 1 or 2 or 3, got 4"):
         read_bundle(tmp_path / "later.pt")
 
 

@@ -101,7 +101,7 @@ class StretchCompressor:
         curve = _Curve(len(merger), merger.lost)
         merger.on_merges = lambda a, b, loss: curve.add(loss)
         if self._quality is not None:
-            merger.merge_down(1, (1 - self._quality) * energy)
+            merger.merge_down(1, _most_lost(self._quality, energy))
         if self._budget is not None:
             merger.merge_down(self._budget)
         values, boxes, lost = merger.values, merger.boxes, merger.lost
@@ -174,10 +174,16 @@ def sequence_order(boxes: Tensor) -> Tensor:
     return order
 
 
+def _most_lost(quality: float, energy: float) -> float:
+    """Return the squared error that a quality allows. Summed by merges, that of a single token may exceed the energy by a
+    rounding error, and quality 0 allows any."""
+    return (1 - quality) * energy if quality > 0 else torch.inf
+
+
 def count_for_quality(stretches: Stretches, quality: float) -> int:
     """Return the fewest tokens, of all smaller budgets, that keep this share of the energy, or S if none does."""
     lost = stretches.energy[1] + stretches.merge_loss.cumsum(0)
-    fits = lost <= (1 - quality) * float(stretches.energy[0])
+    fits = lost <= _most_lost(quality, float(stretches.energy[0]))
     return len(stretches) - int(fits.to(torch.int64).cumprod(0).sum())
 
 
