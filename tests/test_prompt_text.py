@@ -114,8 +114,9 @@ def test_a_stretch_is_the_share_of_its_gop(preset):
     assert bool(((low <= t) & (t < high)).all())
     keys = [tuple(row) for row in torch.cat([tokens.gop[:, None], tokens.positions[:, 1:]], dim=1)[dynamic].tolist()]
     total: dict[tuple[float, ...], float] = {}
-    for key, length in zip(keys, (high - low).tolist(), strict=True):
-        total[key] = total.get(key, 0.0) + length
+    lengths_at = zip(keys, t.tolist(), (high - low).tolist(), strict=True)
+    for key, length in {(key, at): length for key, at, length in lengths_at}.items():
+        total[key[0]] = total.get(key[0], 0.0) + length
     lengths = dict(zip(keys, (ends[:, 1] - ends[:, 0])[dynamic].tolist(), strict=True))
     assert total == pytest.approx(lengths, abs=1e-2) and max(map(keys.count, keys[:200])) > 1
 

@@ -10,5 +10,5 @@ METHOD = Method(
     source="Fre-Res, arXiv 2605.16366",
     training="optional",
     streams=True,
-    deviations="event-aware anchors, coefficients ranked over the whole clip, tokens evaluated at instants: see freres(7)",
+    deviations="event-aware anchors; coefficients and impulses ranked over the whole clip; tokens at instants: see freres(7)",
 )

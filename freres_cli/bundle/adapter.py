@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,17 @@ def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str
     write_atomically(path, lambda file: file.write(content), force=True)
 
 
-def read_adapter(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _name(model: Mapping[str, Any]) -> str:
+    return str(model.get("model_id"))
+
+
+def read_adapter(
+    path: Path, model: Mapping[str, Any], name_model: Callable[[Mapping[str, Any]], str] = _name
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights and header of an adapter for the backbone that ``model`` describes.
 
-    Raises ``BackboneError`` if the file is missing, damaged, or made for another backbone.
+    ``name_model``: what the message calls a backbone with given facts, by default its id. Raises ``BackboneError`` if the
+    file is missing, damaged, or made for another backbone.
     """
     if not path.is_file():
         raise BackboneError(f"{path}: no such adapter file")
@@ -42,7 +49,7 @@ def read_adapter(path: Path, model: Mapping[str, Any]) -> tuple[dict[str, Tensor
         raise BackboneError(f"{path}: not a freres adapter")
     if any(header["model"].get(fact) != model.get(fact) for fact in MODEL_FACTS):
         raise BackboneError(
-            f"{path}: adapter for another model: expected {model.get('model_id')}, got {header['model'].get('model_id')}",
+            f"{path}: adapter for another model: expected {name_model(model)}, got {name_model(header['model'])}",
             "name an adapter that was trained for the bundle's model",
         )
     return weights, header

@@ -27,7 +27,7 @@ from freres_cli.bundle.version_1 import TENSORS as TENSORS_1
 from freres_cli.bundle.version_1 import build_tracks
 from freres_cli.presets import Key
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import COLUMNS, LATENT_DTYPES, TOKEN_COLUMNS, Column, Tracks
+from freres_cli.tracks import LATENT_DTYPES, TOKEN_COLUMNS, Column, Tracks
 
 CONTENTS = ("tracks", "tokens")
 _REQUIRED = {  # optional in version 1
@@ -52,13 +52,8 @@ _REQUIRED = {  # optional in version 1
     },
 }
 FIELDS: Fields = {section: {**fields, **_REQUIRED.get(section, {})} for section, fields in FIELDS_1.items()}
-# ``budget_tokens`` and the like keep the ranges of version 1; the method may be any word, and there are more variants.
-VARIANTS = (*(SETTINGS_1["variant"].choices or ()), "iquery", "sparse-idct")
-SETTINGS: dict[str, Key] = {
-    **SETTINGS_1,
-    "method": Key(str, "fre-res", ""),
-    "variant": Key(str, "absorber", "", choices=VARIANTS),
-}
+# ``budget_tokens`` and the like keep the ranges of version 1; the method may be any word.
+SETTINGS: dict[str, Key] = {**SETTINGS_1, "method": Key(str, "fre-res", "")}
 
 TENSORS = {
     "tracks": TENSORS_1,
@@ -96,9 +91,7 @@ def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
     ``manifest``: as ``read_manifest`` returns it. ``where``: the file. Raises ``BundleError`` if names, shapes or indices
     do not fit together, or a number is not finite.
     """
-    # Columns added since; a release that lacks them refuses the bundle.
-    later = (name for name in COLUMNS if name not in TENSORS_1 and name in tensors)
-    check_names(tensors, (*TENSORS[manifest["content"]], *later), where)
+    check_names(tensors, TENSORS[manifest["content"]], where)
     check_finite(tensors, where)
     if manifest["content"] == "tracks":
         return build_tracks(manifest, tensors, where)

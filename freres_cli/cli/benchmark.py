@@ -23,6 +23,7 @@ import torch
 from freres_cli.bench.report import describe_environment, summarize_runs
 from freres_cli.cli.output import print_result
 from freres_cli.devices import choose_device
+from freres_cli.method.adaptive import StretchCompressor, build_stretch_tokens
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.method.tokens import build_tokens
@@ -76,9 +77,17 @@ def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
     def compress() -> None:
         build_tokens(compress_latents(latents, range(num_frames), plan, settings, encoder.width))
 
-    compress()
-    after = [seconds / num_frames for seconds in time_runs(compress, repeat)]
-    share = summarize_runs(after)["median"] / summarize_runs(encode)["median"]
+    def merge() -> None:
+        compressor = StretchCompressor(GRID, encoder.width, chosen.budget_tokens)
+        compressor.push(latents, range(num_frames))
+        build_stretch_tokens(compressor.finish())
+
+    rows = {}
+    for name, run in (("fre-res", compress), ("adaptive", merge)):
+        run()
+        after = [seconds / num_frames for seconds in time_runs(run, repeat)]
+        share = summarize_runs(after)["median"] / summarize_runs(encode)["median"]
+        rows[name] = {"method_s_per_frame": summarize_runs(after), "method_share_of_encoding": share}
     return {
         "tower": TOWER,
         "grid": GRID,
@@ -88,8 +97,7 @@ def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
         "runs": repeat,
         "dtype": "float32",
         "encode_s_per_frame": summarize_runs(encode),
-        "method_s_per_frame": summarize_runs(after),
-        "method_share_of_encoding": share,
+        "methods": rows,
     }
 
 
@@ -135,17 +143,24 @@ def measure_decode(folder: Path, repeat: int = 5) -> dict[str, Any]:
 
 def measure_memory(folder: Path, repeat: int = 1) -> dict[str, Any]:
     """Measure peak memory of ``freres compress`` on one and ten minutes of 30 fps video, each in a fresh process."""
+    videos = {
+        minutes: write_video(folder / f"{minutes}min.mp4", num_frames=minutes * 1800, side=(288, 288))
+        for minutes in (1, 10)
+    }
+    return {method: _measure_peaks(folder, videos, method, repeat) for method in ("fre-res", "adaptive")}
+
+
+def _measure_peaks(folder: Path, videos: dict[int, Path], method: str, repeat: int) -> dict[str, Any]:
     peaks: dict[str, list[int]] = {}
     documents = {}
-    for minutes in (1, 10):
-        path = write_video(folder / f"{minutes}min.mp4", num_frames=minutes * 1800, side=(288, 288))
+    for minutes, path in videos.items():
         for _ in range(repeat):
-            output = ("-o", str(folder / "b.pt"), "--force", "--json")
+            output = ("--method", method, "-o", str(folder / "b.pt"), "--force", "--json")
             documents[minutes] = json.loads(run_command(str(path), "--budget", "6600", *output))
             peaks.setdefault(f"{minutes}_min", []).append(documents[minutes]["peak_memory_bytes"])
     ratio = summarize_runs(peaks["10_min"])["median"] / summarize_runs(peaks["1_min"])["median"]
     return {
-        "command": "freres compress VIDEO --budget 6600 --json",
+        "command": f"freres compress VIDEO --method {method} --budget 6600 --json",
         "runs": repeat,
         "visual_tokens": {f"{m}_min": d["visual_tokens"] for m, d in documents.items()},
         "full_tokens": {f"{m}_min": d["full_tokens"] for m, d in documents.items()},

@@ -40,7 +40,7 @@ def evaluate(
             help=f"Any of {', '.join(METHODS)}.",
             autocompletion=options.complete_method,
         ),
-    ] = "full,uniform,fre-res",
+    ] = "full,uniform,fre-res,adaptive",
     budgets: Annotated[
         str,
         typer.Option(
@@ -78,9 +78,9 @@ def evaluate(
     Methods: full, every token; uniform, evenly spaced whole frames, thinned to exactly the budget; lowres, every frame
     averaged in space to as many cells as the budget holds; evs, the tokens that changed most since the frame before; dtd,
     those that differ most from the last kept token of their cell; fre-res, as in freres compress, with the adapter;
-    adaptive, each cell's time line cut where it changes, and the mean of each stretch; blind, the question without visual
-    tokens. See freres methods. full and blind have one row each, whatever the budgets. fre-res uses at most the budget,
-    the others exactly the budget. With deepstack: drop, only full keeps the DeepStack rows.
+    adaptive, as in freres compress; blind, the question without visual tokens. See freres methods. full and blind have one
+    row each, whatever the budgets. fre-res uses at most the budget, the others exactly the budget. With deepstack: drop,
+    only full keeps the DeepStack rows.
     """
     from freres_cli.evaluation.cells import parse_cells
     from freres_cli.evaluation.questions import read_questions

@@ -57,7 +57,8 @@ ask:
     The answer. `--choices` adds a line with the probability of each option; `--questions` prints one line for each
     question. Costs go to stderr. `context_tokens` are all tokens of the prompt with the question; the other counts of text
     are as in freres-compress(1), and a note says how many tokens moved. A question with its options may have at most
-    16,384 bytes of UTF-8.
+    16,384 bytes of UTF-8. A bundle made with the embedded weights of another release opens with --model and a folder of
+    those.
   schemas:
     freres.ask/1:
       bundle question answer choices visual_tokens context_tokens text_overhead_tokens moved_tokens
@@ -219,7 +220,7 @@ world train:
   examples:
     freres world train -o my-model: Train a model from scratch; run it again to resume after a stop.
     freres world train -o better --start bundled --tower-steps 0 --steps 500: Continue from the shipped weights.
-  output: The folder, to use with --model. Progress goes to stderr.
+  output: The folder, to use with --model. Its name is that of the weights. Progress goes to stderr.
   schemas: {freres.world_train/1: model tower_steps language_steps train_seeds start choices_as train_s environment}
   defaults: {start: random weights}
 """)

@@ -217,8 +217,9 @@ def add_up(losses: Tensor, start: float) -> float:
 
 def merge_means(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> Tensor:
     """Return the means of ``x`` (k, C), of ``n`` (k,) latents each, and ``y``, of ``m`` each, in the dtype of ``x``."""
-    n, m = n.to(torch.float32)[:, None], m.to(torch.float32)[:, None]
-    return ((x.to(torch.float32) * n + y.to(torch.float32) * m) / (n + m)).to(x.dtype)
+    start, stop = x.to(torch.float32), y.to(torch.float32)
+    # In this form the mean of equal latents is that latent, bit for bit.
+    return (start + (stop - start) * (m / (n + m))[:, None]).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from freres_cli.method.dct import dct_basis_at
 from freres_cli.method.residuals import cell_edges
-from freres_cli.tracks import Tracks
+from freres_cli.tracks import IMPULSE, Tracks
 
 
 def rebuild_frames(tracks: Tracks) -> Tensor:
@@ -17,9 +17,10 @@ def rebuild_frames(tracks: Tracks) -> Tensor:
 
     A place shows what its GoP holds of it, the first of: its anchor token, the pooled anchor of its cell, the mean of the
     anchor tokens in its cell, the static token of its cell, and the GoP's summary with its own wave. To that the residual
-    frames add the inverse DCT of the cell's kept coefficients. A place that its GoP holds nothing of shows the last frame
-    of the GoP before it that does, else the first frame of the one after, and the mean of all that is known if there is
-    neither. Ours: it measures what the tracks hold, which is more than tokens show a language model.
+    frames add the inverse DCT of the cell's kept coefficients; where an impulse was kept it is the residual. A place that
+    its GoP holds nothing of shows the last frame of the GoP before it that does, else the first frame of the one after,
+    and the mean of all that is known if there is neither. Ours: it measures what the tracks hold, which is more than
+    tokens show a language model.
     """
     num_frames, grid_h, grid_w = tracks.grid
     frames = torch.zeros(num_frames, grid_h * grid_w, tracks.width)
@@ -97,15 +98,22 @@ def _waves(tracks: Tracks, gop: int, bands: Tensor) -> Tensor:
 
 
 def _residuals(tracks: Tracks, gop: int) -> Tensor:
-    """Return the inverse DCT of the kept coefficients of a GoP: (L, P, D) float32."""
+    """Return the residual frames of a GoP, from its kept coefficients and impulses: (L, P, D) float32."""
     length = int(tracks.gop_num_residuals[gop])
     mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
     if not mine.numel():
         return torch.zeros(length, tracks.num_cells, tracks.width)
-    bands = tracks.coefficient_band[mine]
-    spectrum = torch.zeros(int(bands.max()) + 1, tracks.num_cells, tracks.width)
-    spectrum[bands, tracks.coefficient_cell[mine]] = _main(tracks.coefficient_values[mine], tracks)
-    return torch.einsum("lk,kpc->lpc", _waves(tracks, gop, torch.arange(spectrum.shape[0])), spectrum)
+    is_impulse = tracks.is_impulse[mine]
+    waves, impulses = mine[~is_impulse], mine[is_impulse]
+    spectrum = torch.zeros(tracks.num_bands, tracks.num_cells, tracks.width)
+    values = _main(tracks.coefficient_values, tracks)
+    spectrum[tracks.coefficient_band[waves], tracks.coefficient_cell[waves]] = values[waves]
+    frames = torch.einsum("lk,kpc->lpc", _waves(tracks, gop, torch.arange(spectrum.shape[0])), spectrum)
+    # An impulse is the whole residual of its time bin.
+    time_bin = torch.arange(length) // int(tracks.gop_bin_frames[gop])
+    for row in impulses.tolist():
+        frames[time_bin == int(tracks.coefficient_band[row]) - IMPULSE, int(tracks.coefficient_cell[row])] = values[row]
+    return frames
 
 
 def _summary_wave(tracks: Tracks, gop: int) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 from freres_cli.bundle.adapter import read_adapter
 from freres_cli.errors import BackboneError
 from freres_cli.method.fusion import FreResModules, ModuleShape
+from freres_cli.pipeline.models import describe_model
 from freres_cli.presets import BUNDLED
 from freres_cli.tracks import Tracks
-from freres_cli.world.bundled_model import bundled_adapter
+from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 
 NO_ADAPTER = "none"
 
@@ -35,9 +36,22 @@ def choose_adapter(named: str | None, model_id: str | None, variant: str) -> Pat
     return path if model_id == BUNDLED and variant == "absorber" and path.exists() else None
 
 
+def choose_adapter_for(named: str | None, model: Mapping[str, Any], variant: str) -> Path | None:
+    """Return the adapter file to use for a bundle, as ``choose_adapter`` does. ``model``: the manifest's facts about its
+    backbone. The adapter that ships fits only the weights that are embedded today."""
+    return choose_adapter(named, None if has_other_weights(model) else model["model_id"], variant)
+
+
+def has_other_weights(model: Mapping[str, Any]) -> bool:
+    """Whether the ``model`` of a manifest has embedded weights other than today's."""
+    if model["model_id"] != BUNDLED:
+        return False
+    return name_weights(model["projector_sha256"]) != bundled_model_info()["weights"]
+
+
 def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
     """Read an adapter for the backbone that ``model`` describes. Raises ``BackboneError``."""
-    weights, header = read_adapter(path, model)
+    weights, header = read_adapter(path, model, describe_model)
     try:
         modules = FreResModules(ModuleShape.from_dict(header["shape"]))
         modules.load_state_dict(weights)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.registry import (
@@ -18,7 +18,7 @@ from freres_cli.devices import DTYPE_NAMES, Device, choose_device
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import BUNDLED, environment_value
-from freres_cli.world.bundled_model import bundled_model_dir
+from freres_cli.world.bundled_model import bundled_model_dir, name_weights
 
 T = TypeVar("T")
 
@@ -41,6 +41,18 @@ class ModelSource:
         """The absolute path of a local folder; ``None`` for the bundled model and for hub models."""
         folder = Path(self.name).expanduser()
         return str(folder.resolve()) if self.name != BUNDLED and folder.is_dir() else None
+
+
+def describe_model(model: Mapping[str, Any]) -> str:
+    """Return what messages call the model with these facts. All embedded weights share one id, so they go by their own
+    names."""
+    is_embedded = model.get("model_id") == BUNDLED
+    return f"embedded weights {describe_weights(model)}" if is_embedded else str(model.get("model_id"))
+
+
+def describe_weights(model: Mapping[str, Any]) -> str:
+    """Return what messages call the embedded weights of a model with these facts."""
+    return name_weights(model.get("projector_sha256")) or "unknown to this release"
 
 
 def make_source(
@@ -134,5 +146,8 @@ class Models:
         return self._identity
 
     def _from_checkpoint(self, load: Callable[[str, Device, str | None, str | None, Path | None], T]) -> T:
-        source = self.source
-        return load(source.name, source.device, source.dtype, source.revision, bundled_model_dir())
+        source, revision = self.source, self.source.revision
+        if self._encoder is not None:
+            # A branch may move: both halves come from the commit that it was when the first was loaded.
+            revision = self._encoder.fingerprint.get("revision") or revision
+        return load(source.name, source.device, source.dtype, revision, bundled_model_dir())

@@ -26,10 +26,11 @@ from freres_cli.evaluation.questions import (
     find_control_token,
     format_choices,
 )
-from freres_cli.pipeline.models import Models, ModelSource
+from freres_cli.pipeline.models import Models, ModelSource, describe_model, describe_weights
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
+from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer, VideoTokens
 
 # Limits on questions answered together: each has its own copy of the video's cache.
@@ -332,12 +333,19 @@ def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, n
     the bundle's, for messages. Raises ``BackboneError``.
     """
     differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
-    if differing or width != model.width:
+    if not differing and width == model.width:
+        return
+    made, given = describe_weights(recorded), describe_weights(model.fingerprint)
+    if made != given and recorded.get("model_id") == model.fingerprint.get("model_id") == BUNDLED:
         raise BackboneError(
-            f"{name}: made for another model: expected {recorded.get('model_id')}, "
-            f"got {model.fingerprint.get('model_id')} (differs in {', '.join(differing) or 'width'})",
-            "name the model that made the bundle with --model, or compress the video again",
+            f"{name}: made with embedded weights {made}, these are {given}",
+            "a folder of the old weights opens it with --model FOLDER, or compress the video again",
         )
+    raise BackboneError(
+        f"{name}: made for another model: expected {describe_model(recorded)}, got {describe_model(model.fingerprint)} "
+        f"(differs in {', '.join(differing) or 'width'})",
+        "name the model that made the bundle with --model, or compress the video again",
+    )
 
 
 def _by_prefix(prefixes: Sequence[VideoPrefix]) -> Iterator[tuple[VideoPrefix, list[int]]]:

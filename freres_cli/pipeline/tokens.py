@@ -15,7 +15,8 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.method.adaptive import build_stretch_tokens
 from freres_cli.method.fusion import FreResModules
 from freres_cli.method.tokens import build_tokens
-from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter, load_modules
+from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter_for, has_other_weights, load_modules
+from freres_cli.pipeline.models import describe_model
 from freres_cli.pipeline.notes import describe_drop
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
@@ -54,8 +55,10 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
     notes = []
     if isinstance(content, Tracks):
         variant = settings["variant"]["value"]
-        path = choose_adapter(adapter, model["model_id"], variant)
+        path = choose_adapter_for(adapter, model, variant)
         modules = None if path is None else load_modules(path, model, content, variant)
+        if adapter is None and variant == "absorber" and has_other_weights(model):
+            notes.append(f"opened without an adapter: the one that ships does not fit {describe_model(model)}")
         if modules is None and variant == "concat":
             notes.append("variant concat without an adapter: coefficients enter the model raw")
         with torch.no_grad(), memory_errors_as(f"opening {bundle.path or 'bundle'}", "repack it to a smaller budget"):
@@ -85,20 +88,23 @@ def find_stretches(tokens: VideoTokens, tracks: Tracks) -> Tensor:
     """Return the stretch of the frame axis that each token of these tracks stands for, (S, 2) float32.
 
     That of a static or summary token is all residual frames of its GoP. The dynamic tokens of a cell divide them halfway
-    between one and the next (ours). For an anchor token, the row has no meaning.
+    between one instant and the next (ours). For an anchor token, the row has no meaning.
     """
     start = tracks.gop_anchor_frame[tokens.gop].to(torch.float32) + 0.5
     stretches = torch.stack([start, start + tracks.gop_num_residuals[tokens.gop]], dim=1)
     order = (tokens.kind == TOKEN_KINDS.index("dynamic")).nonzero()[:, 0]
     for key in (*tokens.positions.unbind(1), tokens.gop):
         order = order[torch.argsort(key[order], stable=True)]
-    earlier, later = order[:-1], order[1:]
-    is_same = (tokens.positions[earlier, 1:] == tokens.positions[later, 1:]).all(1)
-    is_same &= tokens.gop[earlier] == tokens.gop[later]
-    earlier, later = earlier[is_same], later[is_same]
-    middle = (tokens.positions[earlier, 0] + tokens.positions[later, 0]) / 2
-    stretches[earlier, 1] = middle
-    stretches[later, 0] = middle
+    # An impulse may lie at the instant of another token of its cell; both stand for the same time.
+    places = torch.cat([tokens.gop[:, None].to(tokens.positions.dtype), tokens.positions], dim=1)[order]
+    places, run = torch.unique_consecutive(places, dim=0, return_inverse=True)
+    ends = torch.empty(places.shape[0], 2).index_copy_(0, run, stretches[order])
+    gop, t, h, w = places.unbind(1)
+    is_same = (gop[:-1] == gop[1:]) & (h[:-1] == h[1:]) & (w[:-1] == w[1:])
+    middle = (t[:-1] + t[1:])[is_same] / 2
+    ends[:-1][is_same, 1] = middle
+    ends[1:][is_same, 0] = middle
+    stretches[order] = ends[run]
     return stretches
 
 

@@ -14,7 +14,7 @@ from freres_cli.errors import BackboneError, BundleError, UsageError
 from freres_cli.files import check_destination, write_atomically
 from freres_cli.method.absorption import map_absorption
 from freres_cli.method.tokens import VARIANTS_WITHOUT_ABSORBER
-from freres_cli.pipeline.adapters import choose_adapter, load_modules
+from freres_cli.pipeline.adapters import choose_adapter_for, load_modules
 from freres_cli.video.picture import draw_maps, encode_png
 
 FLAG = "--absorber"
@@ -67,7 +67,7 @@ def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, 
             "compress a video that moves with --variant absorber, or with a larger --budget",
         )
     model = bundle.manifest["model"]
-    adapter = choose_adapter(request.adapter, model.get("model_id"), variant)
+    adapter = choose_adapter_for(request.adapter, model, variant)
     if adapter is None:
         raise UsageError(f"{FLAG}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
     modules = load_modules(adapter, model, tracks, variant)

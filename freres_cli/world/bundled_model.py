@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
 INFO_FILE = "MODEL_INFO.json"
+# All weights that freres has ever embedded, by the SHA-256 of their projector, so that what was made with them can be
+# named. New weights add a row, with the name in their MODEL_INFO.json.
+EMBEDDED_WEIGHTS = {"398066178e877a6fc584fb77c48ad90d2b3b7de4c2fadbd5041e64ed49fa65c4": "drawn-1"}
+RANDOM_WEIGHTS = "random"  # the name of untrained ones
 
 FRAME_PX = 96
 PATCH_PX = 8
@@ -45,13 +49,18 @@ def bundled_model_info() -> dict[str, Any]:
     return info
 
 
+def name_weights(projector_sha256: str | None) -> str | None:
+    """Return the name of embedded weights, of any release, that have this projector; ``None`` if no such are known."""
+    return EMBEDDED_WEIGHTS.get(projector_sha256 or "")
+
+
 def make_checkpoint(
     directory: Path, tower: Mapping[str, Tensor] | None = None, decoder: Mapping[str, Tensor] | None = None, **info: Any
 ) -> None:
     """Write the bundled model and its tokenizer to ``directory``, in bfloat16, as transformers' own class saves it.
 
     ``tower``, ``decoder``: trained weights of the two halves; without them the weights are random, but always the same.
-    ``info``: more facts about the weights, for ``MODEL_INFO.json``.
+    ``info``: more facts about the weights, for ``MODEL_INFO.json``. Trained weights are named after their folder.
     """
     import torch
     from transformers import Qwen2VLForConditionalGeneration
@@ -71,7 +80,8 @@ def make_checkpoint(
     (directory / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(directory)
     _write_json(directory / "preprocessor_config.json", _preprocessor_config())
-    facts = {"freres_trained": tower is not None, "num_parameters": num_parameters, **info}
+    weights = RANDOM_WEIGHTS if tower is None else directory.resolve().name
+    facts = {"freres_trained": tower is not None, "num_parameters": num_parameters, "weights": weights, **info}
     _write_json(directory / INFO_FILE, facts)
 
 
@@ -100,7 +110,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [8, 8, 8]}
     return Qwen2VLConfig(
         vision_config={
-            "depth": 6,
+            "depth": 4,
             "embed_dim": 128,
             "hidden_size": WIDTH,
             "num_heads": 4,

@@ -81,9 +81,9 @@ def _backgrounds(scene: Scene, scale: int, device: str | torch.device) -> Tensor
 def draw_background(
     background: Background, times: Tensor, scale: int, camera: Camera | None = None, haze: Haze | None = None
 ) -> Tensor:
-    """Return the background at frames ``times`` (n,) of its shot: (n, H, W, 3) float32, ``scale`` px per design px.
+    """Return a ``background`` at frames ``times`` (n,) of its shot: (n, H, W, 3) float32.
 
-    ``background``: what to draw. ``camera``, ``haze``: those of the shot, if it has them.
+    ``scale``: px per design px. ``camera``, ``haze``: those of the shot, if it has them.
     """
     side = SIDE * scale
     axis = (torch.arange(side, dtype=torch.float32, device=times.device) + 0.5) / scale

@@ -54,7 +54,8 @@ def dense_labels(scene: Scene, grid: int) -> dict[str, Tensor]:
     shape = (scene.num_frames, grid, grid)
     labels = {name: torch.zeros(shape, dtype=torch.long) for name in CLASSES}
     present, place = torch.zeros(shape, dtype=torch.bool), torch.zeros(*shape, 2)
-    for thing in scene.things:
+    # In the order in which they are drawn.
+    for thing in sorted(scene.things, key=lambda thing: thing.is_outlined):
         dx, dy, near = _reach(thing, shape, cell)
         present |= near
         white = torch.from_numpy(thing.is_white)[:, None, None]

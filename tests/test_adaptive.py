@@ -1,0 +1,176 @@
+"""Adaptive Fre-Res from latents to tokens: streaming, budgets, quality, cutting, cuts."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from freres_cli.method import adaptive
+from freres_cli.method.adaptive import (
+    CutDetector,
+    StretchCompressor,
+    box_sizes,
+    build_stretch_tokens,
+    count_for_quality,
+    cut_stretches,
+)
+from tests.test_merging import D, walk
+
+
+def compress(clip, budget_tokens=None, quality=None, batch=None, width=D):
+    compressor = StretchCompressor(tuple(clip.shape[1:3]), width, budget_tokens, quality)
+    seconds = torch.arange(len(clip)).double() / 8
+    for part, times in zip(clip.split(batch or len(clip)), seconds.split(batch or len(clip)), strict=True):
+        compressor.push(part, times.tolist())
+    return compressor.finish()
+
+
+def assert_equal(a, b):
+    for field in fields(a):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, field.name
+
+
+def lost(clip, stretches):
+    shown = torch.empty_like(clip)
+    for value, (t0, t1, h0, h1, w0, w1) in zip(stretches.latents, stretches.boxes.tolist(), strict=True):
+        shown[t0:t1, h0:h1, w0:w1] = value
+    return float((clip - shown).double().square().sum())
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_the_result_does_not_depend_on_batches(batch, monkeypatch):
+    monkeypatch.setattr(adaptive, "MOST_STRETCHES", 40)
+    clip = walk(20, 3, 3)
+    assert_equal(compress(clip, 17), compress(clip, 17, batch=batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cutting_equals_compressing_anew_bit_for_bit(dtype):
+    clip = walk(16, 3, 4).to(dtype)
+    budgets = (192, 150, 97, 40, 12, 5, 1)
+    for larger in budgets:
+        for smaller in budgets:
+            if smaller < larger:
+                assert_equal(cut_stretches(compress(clip, larger), smaller), compress(clip, smaller))
+
+
+def test_cutting_twice_equals_cutting_once():
+    whole = compress(walk(16, 3, 4), 120)
+    assert_equal(cut_stretches(cut_stretches(whole, 60), 13), cut_stretches(whole, 13))
+
+
+def test_a_budget_for_everything_keeps_every_latent_in_place():
+    clip = walk(6, 3, 5)
+    tokens = build_stretch_tokens(compress(clip, 6 * 15))
+    assert torch.equal(tokens.latents, clip.flatten(0, 2))
+    t, h, w = torch.meshgrid(torch.arange(6), torch.arange(3), torch.arange(5), indexing="ij")
+    assert torch.equal(tokens.positions, torch.stack([t, h, w], -1).flatten(0, 2).float())
+    assert set(tokens.kind.tolist()) == {0}
+
+
+@pytest.mark.parametrize("budget", [1, 2, 8, 9, 31, 95, 96, 10**6])
+def test_the_budget_is_met_exactly_and_the_error_is_told(budget):
+    clip = walk(8, 3, 4)
+    stretches = compress(clip, budget)
+    assert len(stretches) == min(budget, 96)
+    total = float((clip - clip.mean((0, 1, 2))).double().square().sum())
+    assert stretches.energy.tolist() == pytest.approx([total, lost(clip, stretches)], rel=1e-4, abs=1e-4)
+    assert stretches.quality == pytest.approx(1 - lost(clip, stretches) / total, abs=1e-5)
+
+
+@pytest.mark.parametrize("quality", [0.05, 0.5, 0.9, 0.99, 1.0])
+def test_quality_is_kept_with_the_fewest_tokens(quality):
+    clip = walk(16, 3, 4)
+    stretches = compress(clip, quality=quality)
+    assert stretches.quality >= quality
+    assert len(stretches) == 1 or cut_stretches(stretches, len(stretches) - 1).quality < quality
+    whole = compress(clip, 10**6)
+    assert count_for_quality(whole, quality) == len(stretches)
+    assert_equal(cut_stretches(whole, len(stretches)), stretches)
+
+
+def test_the_curve_is_the_quality_at_other_budgets_and_does_not_depend_on_the_budget():
+    clip = walk(16, 3, 4)
+    small, large = compress(clip, 10), compress(clip, 150)
+    assert torch.equal(small.curve_tokens, large.curve_tokens) and torch.equal(small.curve_loss, large.curve_loss)
+    for count, loss in zip(small.curve_tokens.tolist(), small.curve_loss.tolist(), strict=True):
+        assert loss == pytest.approx(float(compress(clip, count).energy[1]))
+    assert small.curve_tokens[0] == 16 * 12 and small.curve_tokens[-1] == 1
+
+
+def test_memory_is_bounded_and_little_is_lost_by_it(monkeypatch):
+    clip = walk(400, 3, 4)
+    exact = compress(clip, 60)
+    monkeypatch.setattr(adaptive, "MOST_STRETCHES", 256)
+    most = 0
+    compressor = StretchCompressor((3, 4), D, 60)
+    for frame in clip.split(1):
+        compressor.push(frame, [0.0])
+        assert compressor._merger is not None
+        most = max(most, compressor._merger._storage.shape[0])
+    bounded = compressor.finish()
+    assert most <= 5 * 256 < clip[..., 0].numel()
+    assert bounded.quality == pytest.approx(exact.quality, abs=0.02)
+    assert_equal(cut_stretches(compress(clip, 200), 60), compress(clip, 60))
+
+
+def scene(seed, num_frames=10):
+    torch.manual_seed(seed)
+    return torch.randn(1, 4, 4, D).repeat(num_frames, 1, 1, 1) + 0.01 * torch.randn(num_frames, 4, 4, D)
+
+
+def test_a_hard_cut_is_found_and_no_stretch_crosses_it():
+    clip = torch.cat([scene(0), scene(1)])
+    for budget in (320, 60, 33, 8):
+        stretches = compress(clip, budget)
+        assert stretches.cut_frame.tolist() == [10]
+        assert not ((stretches.boxes[:, 0] < 10) & (stretches.boxes[:, 1] > 10)).any()
+
+
+def test_a_flash_in_a_few_cells_is_no_cut():
+    clip = scene(0, 20)
+    clip[8, :1, :3] += 9
+    stretches = compress(clip, 25)
+    assert not stretches.cut_frame.numel()
+    flashes = stretches.boxes[(stretches.boxes[:, 0] == 8) & (stretches.boxes[:, 1] == 9)]
+    assert int(box_sizes(flashes).sum()) == 3  # and it is kept
+
+
+def test_noise_is_no_cut():
+    detector = CutDetector()
+    torch.manual_seed(0)
+    assert not any(detector.observe(frame) for frame in 5 + 0.3 * torch.randn(50, 1, 1, D) + torch.randn(1, 6, 6, D))
+
+
+def test_tokens_lie_in_the_middle_of_what_they_stand_for():
+    clip = walk(16, 3, 4)
+    tokens = build_stretch_tokens(compress(clip, 20))
+    assert tokens.boxes is not None
+    middle = (tokens.boxes[:, ::2] + tokens.boxes[:, 1::2] - 1) / 2
+    assert torch.equal(tokens.positions, middle.float())
+    assert torch.allclose(tokens.seconds, middle[:, 0].double() / 8)
+    keys = tokens.positions.tolist()
+    assert keys == sorted(keys) and len({tuple(key) for key in keys}) == 20
+    single_cell = box_sizes(tokens.boxes[:, 2:]) == 1
+    assert torch.equal(tokens.kind == 1, single_cell) and torch.equal(tokens.kind == 3, ~single_cell)
+
+
+def test_deepstack_rows_go_along_and_can_be_dropped():
+    clip = walk(10, 2, 2, channels=3 * D)
+    stretches = compress(clip, 9)
+    assert stretches.latents.shape[1] == 3 * D
+    assert_equal(stretches.without_deep_rows(), compress(clip[..., :D].contiguous(), 9))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="budget: expected at least 1"):
+        StretchCompressor((2, 2), D, 0)
+    with pytest.raises(ValueError, match="no frames"):
+        StretchCompressor((2, 2), D, 4).finish()
+    with pytest.raises(ValueError, match="expected a grid"):
+        StretchCompressor((2, 2), D, 4).push(torch.zeros(1, 3, 2, D), [0.0])
+    with pytest.raises(ValueError, match="budget: expected at least 1"):
+        cut_stretches(compress(walk(4, 2, 2), 8), 0)

@@ -1,0 +1,168 @@
+"""Merging neighbouring latents: the error is exact, the order does not depend on where it stops, cuts are respected."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from freres_cli.method import merging
+from freres_cli.method.merging import Merger, merge_means, split_grid
+
+D = 8
+
+
+def walk(num_frames, grid_h, grid_w, seed=0, channels=D):
+    """Latents that drift, with a jump in some cells: (T, H, W, C) float32."""
+    torch.manual_seed(seed)
+    clip = 0.2 * torch.randn(num_frames, grid_h, grid_w, channels).cumsum(0)
+    clip = clip + 3 * torch.randn(1, grid_h, grid_w, channels)
+    clip[num_frames // 2 :, 0] += 2
+    return clip
+
+
+def merge(clip, *counts, shots=None, width=D):
+    merger = Merger(clip.shape[1:3], clip.shape[-1], width, clip.dtype)
+    for frame, latents in enumerate(clip):
+        merger.append(latents, frame, shots[frame] if shots else 0)
+    for count in counts:
+        merger.merge_down(count)
+    return merger
+
+
+def rebuild(merger, clip):
+    """Every latent as the stretch that stands for it shows it."""
+    shown = torch.full_like(clip, torch.nan)
+    for value, (t0, t1, h0, h1, w0, w1) in zip(merger.values, merger.boxes.tolist(), strict=True):
+        assert shown[t0:t1, h0:h1, w0:w1].isnan().all()  # no two stretches overlap
+        shown[t0:t1, h0:h1, w0:w1] = value
+    return shown
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3), (3, 5), (7, 4)])
+@pytest.mark.parametrize("share", [1, 0.5, 0.1, 0.02, 0])
+def test_the_error_is_exact_and_the_clip_is_covered_once(grid, share):
+    clip = walk(12, *grid)
+    count = max(1, int(share * clip[..., 0].numel()))
+    merger = merge(clip, count)
+    assert len(merger) == count
+    shown = rebuild(merger, clip)
+    assert not shown.isnan().any()
+    assert merger.lost == pytest.approx(float((clip - shown).square().sum()), rel=1e-4, abs=1e-4)
+
+
+def test_without_merges_the_latents_stay_bit_for_bit():
+    clip = walk(5, 2, 3).bfloat16()
+    merger = merge(clip, 100)
+    assert torch.equal(rebuild(merger, clip), clip) and merger.lost == 0
+
+
+def test_one_stretch_is_the_mean_of_all():
+    clip = walk(9, 3, 4)
+    merger = merge(clip, 1)
+    assert torch.allclose(merger.values[0], clip.mean((0, 1, 2)), atol=1e-4)
+    assert merger.lost == pytest.approx(float((clip - clip.mean((0, 1, 2))).square().sum()), rel=1e-4)
+
+
+def greedy(line, count, exponent):
+    """Ward's merging of one time line, one pair at a time, as its definition reads: the starts of the stretches."""
+    parts = [[value] for value in line]
+
+    def cost(a, b):
+        n, m = len(a), len(b)
+        distance = (torch.stack(a).mean(0) - torch.stack(b).mean(0)).square().sum()
+        return float((n * m / (n + m)) ** exponent * distance)
+
+    while len(parts) > count:
+        costs = [cost(a, b) for a, b in itertools.pairwise(parts)]
+        at = costs.index(min(costs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [0, *itertools.accumulate(len(part) for part in parts)][:-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_merge_a_round_is_the_greedy_of_the_definition(monkeypatch, seed):
+    monkeypatch.setattr(merging, "ROUND_SHARE", 0)
+    clip = walk(24, 1, 1, seed)
+    for count in (16, 9, 4, 1):
+        starts = sorted(merge(clip, count).boxes[:, 0].tolist())
+        assert starts == greedy(clip.flatten(1), count, merging.COST_EXPONENT)
+
+
+def test_rounds_of_merges_lose_hardly_more_than_one_at_a_time(monkeypatch):
+    clip = walk(32, 4, 4)
+    in_rounds = merge(clip, 51).lost
+    monkeypatch.setattr(merging, "ROUND_SHARE", 0)
+    assert in_rounds == pytest.approx(merge(clip, 51).lost, rel=0.03)
+
+
+def test_the_way_does_not_depend_on_the_stops():
+    clip = walk(16, 3, 3).bfloat16()
+    for count in (100, 61, 10, 1):
+        direct, with_stops = (
+            merge(clip, count),
+            merge(clip, *(stop for stop in (140, 139, 103, 61) if stop > count), count),
+        )
+        assert torch.equal(direct.values, with_stops.values) and torch.equal(direct.boxes, with_stops.boxes)
+        assert direct.lost == with_stops.lost
+
+
+def test_a_limit_on_the_loss_gives_the_fewest_that_keep_it():
+    clip = walk(16, 3, 3)
+    limited = merge(clip)
+    limited.merge_down(1, most_lost=50.0)
+    assert limited.lost <= 50.0 < merge(clip, len(limited) - 1).lost
+    assert torch.equal(limited.boxes, merge(clip, len(limited)).boxes)
+
+
+def test_a_clip_that_stands_still_loses_nothing_at_one_token_a_cell():
+    clip = walk(1, 3, 4).repeat(20, 1, 1, 1)
+    merger = merge(clip, 12)
+    assert merger.lost == 0 and torch.equal(rebuild(merger, clip), clip)
+    assert set(merger.boxes[:, 1].tolist()) == {20}
+
+
+def test_frames_without_detail_merge_in_space_first():
+    clip = torch.randn(6, 1, 1, D).repeat(1, 4, 4, 1)
+    merger = merge(clip, 6)
+    assert merger.lost == 0 and torch.equal(rebuild(merger, clip), clip)
+
+
+def test_no_stretch_crosses_a_cut_while_another_merge_is_left():
+    clip = walk(1, 2, 2).repeat(12, 1, 1, 1)  # nothing changes, so merging over the cut would be free
+    shots = [0] * 5 + [1] * 7
+    assert set(merge(clip, 2, shots=shots).boxes[:, :2].flatten().tolist()) == {0, 5, 12}
+    assert len(merge(clip, 1, shots=shots)) == 1
+
+
+def test_only_the_main_channels_decide_and_all_are_averaged():
+    clip = walk(10, 2, 2, channels=3 * D)
+    loud = clip.clone()
+    loud[..., D:] *= 100
+    quiet, merger = merge(clip[..., :D].contiguous(), 7), merge(loud, 7)
+    assert torch.equal(quiet.boxes, merger.boxes) and quiet.lost == merger.lost
+    order = merger.boxes[:, 0]
+    for value, (t0, t1, h0, h1, w0, w1) in zip(merger.values, merger.boxes.tolist(), strict=True):
+        assert torch.allclose(value, loud[t0:t1, h0:h1, w0:w1].mean((0, 1, 2)), rtol=1e-3, atol=1e-2)
+    assert order.numel() == 7
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (6, 6), (13, 24)])
+def test_the_tree_halves_the_grid_down_to_cells(grid):
+    tree = split_grid(*grid)
+    h0, h1, w0, w1 = tree.rectangles.unbind(1)
+    sizes = (h1 - h0) * (w1 - w0)
+    assert sizes[0] == grid[0] * grid[1] and (sizes[tree.leaves] == 1).all()
+    assert (h0[tree.leaves] * grid[1] + w0[tree.leaves]).tolist() == list(range(grid[0] * grid[1]))
+    inner = (sizes > 1).nonzero().squeeze(1)
+    for node in inner.tolist():
+        children = (tree.parent == node).nonzero().squeeze(1)
+        assert children.numel() == 2 and sizes[children].sum() == sizes[node]
+        assert tree.sibling[children].tolist() == children.flip(0).tolist()
+
+
+def test_means_are_weighted_and_keep_the_dtype():
+    x, y = torch.tensor([[1.0, 3.0]]).bfloat16(), torch.tensor([[5.0, 3.0]]).bfloat16()
+    mean = merge_means(x, y, torch.tensor([3]), torch.tensor([1]))
+    assert mean.tolist() == [[2.0, 3.0]] and mean.dtype == torch.bfloat16
