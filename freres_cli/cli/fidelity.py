@@ -37,7 +37,7 @@ def fidelity(
             help=f"Any of {', '.join(BUNDLE_METHODS)}.",
             autocompletion=options.complete_bundle_methods,
         ),
-    ] = "uniform,lowres,evs,dtd,fre-res",
+    ] = "adaptive,fre-res,uniform,lowres,evs,dtd",
     budgets: Annotated[
         str,
         typer.Option(
