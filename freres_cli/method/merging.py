@@ -76,7 +76,8 @@ class Merger:
         self._tree = split_grid(*grid)
         self._width = width
         self._storage = torch.zeros(0, channels, dtype=dtype)
-        self._changed = torch.zeros(0, dtype=torch.bool)  # rows of the storage since costs were last computed
+        self._used = 0  # rows of the storage
+        self._changed = torch.zeros(0, dtype=torch.bool)  # since costs were last computed
         self._rows = _new_rows(torch.zeros(0, dtype=torch.int64), 0, 0, self._tree.leaves[:0])
         self._pending: _Merges | None = None
         self.lost = 0.0
@@ -104,15 +105,24 @@ class Merger:
         """Add a frame. ``latents``: (H, W, C). ``frame``: its index; ``shot``: number of cuts before it."""
         count = self._tree.leaves.shape[0]
         self._pending = None
-        if self._storage.shape[0] > 2 * len(self) + 2 * count:
-            self._storage = self.values
-            self._rows.slot = torch.arange(len(self))
-            self._changed = torch.ones(len(self), dtype=torch.bool)
-        first = self._storage.shape[0]
-        self._storage = torch.cat([self._storage, latents.reshape(count, -1).to(self._storage)])
-        self._changed = torch.cat([self._changed, torch.ones(count, dtype=torch.bool)])
-        new = _new_rows(torch.arange(first, first + count), frame, shot, self._tree.leaves)
+        self._make_room(count)
+        slot = torch.arange(self._used, self._used + count)
+        self._used += count
+        self._storage[slot] = latents.reshape(count, -1).to(self._storage)
+        self._changed[slot] = True
+        new = _new_rows(slot, frame, shot, self._tree.leaves)
         self._rows = _Rows(*(torch.cat(pair) for pair in zip(self._rows.columns(), new.columns(), strict=True)))
+
+    def _make_room(self, count: int) -> None:
+        """Make room in the storage for ``count`` more rows: drop those that were merged away, or grow."""
+        if self._used + count <= self._storage.shape[0]:
+            return
+        alive = len(self)
+        size = max(self._storage.shape[0], 2 * (alive + count))
+        storage = self._storage.new_empty(size, self._storage.shape[1])
+        storage[:alive] = self.values
+        self._storage, self._changed = storage, torch.ones(size, dtype=torch.bool)
+        self._rows.slot, self._used = torch.arange(alive), alive
 
     def merge_down(self, count: int, most_lost: float = torch.inf) -> None:
         """Merge until ``count`` >= 1 stretches are left, or one more merge would lose more than ``most_lost`` in all.
