@@ -12,11 +12,13 @@ from freres_cli.bundle.adapter import read_adapter, write_adapter
 from freres_cli.bundle.store import read_bundle
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.pipeline import models
+from freres_cli.pipeline.session import check_model
 from freres_cli.world import bundled_model
 from freres_cli.world.bundled_model import EMBEDDED_WEIGHTS, bundled_adapter, bundled_model_dir, bundled_model_info
+from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
-from tests.runner import check_failure, run_freres
+from tests.runner import check_failure, fails, run_freres
 from tests.tiny_models import CPU
 
 ASKED = ("what moves?", "--choices", "a|b", "--json")
@@ -76,6 +78,14 @@ def test_a_bundle_of_earlier_weights_is_refused_by_name(old_bundle, named):
 def test_weights_without_a_name_are_refused_as_well(old_bundle):
     text = f"made with embedded weights unknown to this release, these are {NOW}"
     check_failure(run_freres("ask", old_bundle[0], *ASKED), 5, text)
+
+
+def test_another_config_around_the_same_weights_is_refused_as_another_model(bundle):
+    model = loaded_models().language_model
+    recorded = {**read_bundle(bundle).manifest["model"], "config_sha256": "0"}
+    text = f"expected embedded weights {NOW}, got embedded weights {NOW} (differs in config_sha256)"
+    with fails(5, text):
+        check_model(recorded, model.width, model, "bundle.pt")
 
 
 def test_a_folder_of_the_earlier_weights_opens_the_bundle(old_bundle, old, named):

@@ -211,6 +211,23 @@ def test_pixels_are_where_the_labels_say():
     assert checked >= 20
 
 
+def test_labels_are_of_the_object_in_front():
+    scene = make_stills(0)
+    back, front = scene.things[:2]
+    back.is_outlined, front.is_outlined = False, True
+    for thing in (back, front):
+        thing.centre, thing.visible = np.full((STILLS, 2), SIDE / 2), np.ones(STILLS, bool)
+        thing.is_white = ~thing.visible
+    back.radius = front.radius = 12.0
+    for order in ([back, front], [front, back]):
+        scene.things = order
+        labels, middle = dense_labels(scene, 6), draw_scenes([scene])[0][0, SIDE // 2, SIDE // 2].double()
+        assert (labels["rim"][:, 2:4, 2:4] == 1).all()
+        assert (labels["colour"][:, 2:4, 2:4] == COLOURS.index(front.colour)).all()
+        wanted = torch.tensor(COLOUR_RGB[front.colour]).double() * scene.fade[0]
+        assert front.shape != "ring" and (middle - wanted).abs().max() < 2
+
+
 def test_a_clip_drawn_by_stretches_is_the_clip_drawn_whole():
     drifted = cut_apart = 0
     for seed in range(16):
