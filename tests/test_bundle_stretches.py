@@ -151,6 +151,15 @@ def test_boxes_that_overlap_or_leave_a_gap_are_refused_even_if_their_sizes_sum_u
     check_refused(path, stretches, {"boxes": forged[order], "merges": merges}, "merges: expected two that")
 
 
+@pytest.mark.parametrize("column", [2, 3, 4, 5])
+def test_a_gap_at_the_edge_of_a_box_is_refused(path, column):
+    """The last merge of all seems to give the whole clip, but one of its two halves is smaller than the other."""
+    made = make_stretches(smooth_latents(), 2)
+    assert made.merges.tolist() == [[0, 1]] and made.boxes[:, 2:].tolist() == [[0, 8, 0, 8]] * 2
+    changes = changed(made, "boxes", set_to((1, column), 1 if column % 2 == 0 else 7))
+    check_refused(path, made, changes, "merges: expected two that make a box")
+
+
 def test_boxes_out_of_order_are_refused(path, stretches):
     swapped = [1, 0, *range(2, len(stretches))]
     names = torch.tensor([*swapped, *range(len(stretches), 2 * len(stretches))])

@@ -131,9 +131,7 @@ def test_the_manifest_and_inspect_report_the_setting(bundles):
 def test_dropped_rows_do_not_come_back(bundles, tmp_path):
     run = run_freres("repack", bundles["drop"], "--deepstack", "keep", "-o", tmp_path / "b.pt")
     check_failure(run, 2, "cannot come back")
-    check_failure(
-        run_freres("repack", bundles["keep"], "-o", tmp_path / "b.pt"), 2, "expected at least one, got none"
-    )
+    check_failure(run_freres("repack", bundles["keep"], "-o", tmp_path / "b.pt"), 2, "expected at least one, got none")
     check_failure(run_freres("repack", bundles["keep"], "--deepstack", "no", "-o", tmp_path / "b.pt"), 2, "keep, drop")
     both = run_freres(
         "repack", bundles["keep"], "--deepstack", "drop", "--budget", 30, "-o", tmp_path / "b.pt", "--json"
