@@ -21,12 +21,16 @@ NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 REAL = [name for name, column in STRETCH_COLUMNS.items() if column.dtype != "int64"]
 
 
+def latents_with_a_cut():
+    latents = smooth_latents()
+    latents[20:] = smooth_latents().flip(2)[20:] - 9.0
+    return latents
+
+
 @pytest.fixture(scope="module")
 def stretches():
     """A clip of 40 frames of 8x8 tokens with a cut, in 120 stretches."""
-    latents = smooth_latents()
-    latents[20:] = smooth_latents().flip(2)[20:] - 9.0
-    made = make_stretches(latents, BUDGET)
+    made = make_stretches(latents_with_a_cut(), BUDGET)
     sides = (made.boxes[:, 1::2] - made.boxes[:, ::2]).amax(0)
     assert made.cut_frame.tolist() == [20] and sides[0] > 1 and sides[1:].max() > 1
     return made
@@ -149,6 +153,15 @@ def test_boxes_that_overlap_or_leave_a_gap_are_refused_even_if_their_sizes_sum_u
     names = torch.empty(BUDGET, dtype=torch.int64).scatter_(0, torch.tensor(order), torch.arange(BUDGET))
     merges = torch.cat([names, torch.arange(BUDGET, 2 * BUDGET)])[stretches.merges]
     check_refused(path, stretches, {"boxes": forged[order], "merges": merges}, "merges: expected two that")
+
+
+@pytest.mark.parametrize("column", [2, 3, 4, 5])
+def test_a_gap_at_the_edge_of_a_box_is_refused(path, column):
+    """The last merge of all seems to give the whole clip, but one of its two halves is smaller than the other."""
+    made = make_stretches(latents_with_a_cut(), 2)
+    assert made.merges.tolist() == [[0, 1]] and made.boxes[:, 2:].tolist() == [[0, 8, 0, 8]] * 2
+    changes = changed(made, "boxes", set_to((1, column), 1 if column % 2 == 0 else 7))
+    check_refused(path, made, changes, "merges: expected two that make a box")
 
 
 def test_boxes_out_of_order_are_refused(path, stretches):
