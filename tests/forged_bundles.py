@@ -144,9 +144,9 @@ def forge(
 ) -> None:
     """Write a bundle of these ``tensors``, described as ``content`` would be, with other ``sections`` in its manifest.
 
-    Version 1 has none of the columns that were added since.
+    Versions 1 and 2 have none of the columns that were added since.
     """
-    if version == 1:
+    if version < SCHEMA_VERSION:
         tensors = {name: t for name, t in tensors.items() if name in version_1.TENSORS or name not in COLUMNS}
     manifest = {**manifest_for(content, **sections), "content": kind_of(content), "tensors": describe_tensors(tensors)}
     _sign(path, {"format": FORMAT, "schema_version": version, "tensors": dict(tensors)}, encode_manifest(manifest))

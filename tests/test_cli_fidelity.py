@@ -105,7 +105,7 @@ def test_the_tower_of_another_model_is_measured(folder, tiny):
         "fidelity", folder / "clip0.mp4", "--model", tiny[0], "--preset", "bundled", "--json", "--set", "grid=3x3"
     )
     assert run.status == 0, run.err
-    assert len(run.json["rows"]) == 15 and run.json["model"]["model_id"] != "bundled"
+    assert len(run.json["rows"]) == 18 and run.json["model"]["model_id"] != "bundled"
     assert all(row["kept_hold"] <= 1 for row in run.json["rows"])
 
 

@@ -59,8 +59,7 @@ class EncodedClip:
         self, source: VideoSource, options: CompressOptions, encoder: VisionEncoder, timer: StageTimer
     ) -> None:
         self._source, self._encoder, self._timer = source, encoder, timer
-        settings = options.settings.with_values("eval", quality=None)  # the budgets decide
-        self._options = replace(options, method=FRE_RES, settings=settings)
+        self._options = replace(options, method=FRE_RES)
         self._latents = LatentStream(encoder, timer, options.model.name, keeps_all=True)
         self._views: dict[Sampling, View] = {}
         self._merged: dict[tuple[Sampling, int], tuple[Stretches, float]] = {}
