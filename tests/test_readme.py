@@ -17,7 +17,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "freres_cli" / "bench" / "results"
 POINTS_PER_MARK = 2.5
-NAMES = {"fre-res": "Fre-Res", "lowres": "low-res", "uniform": "uniform"}
+NAMES = {
+    "adaptive": "adaptive",
+    "fre-res": "Fre-Res",
+    "dtd": "DTD",
+    "evs": "EVS",
+    "uniform": "uniform",
+    "lowres": "low-res",
+}
 COMMANDS: Any = leaf_commands(typer.main.get_command(app))
 
 
