@@ -39,7 +39,7 @@ class CompressOptions:
             able = ", ".join(name for name, method in METHODS.items() if method.has_quality)
             raise UsageError(
                 f"{self.settings.name_of('quality')}: method {self.method} has none: expected method {able}",
-                "name a budget in its place",
+                f"choose method {able}, or name a budget in its place",
             )
 
     @property
