@@ -100,6 +100,23 @@ def test_denser_tracks_are_compared_at_the_times_of_the_clip(folder):
     assert float(measure_loss(clip.latents, lambda part: frames[part], frames.shape[2]).sum()) < float(still.sum())
 
 
+def test_stretches_of_a_denser_clip_are_compared_at_the_times_of_the_clip(folder):
+    options = options_for(sample="count", sample_count=3, track_density=2, grid="3x3")
+    clip = encode_clip(folder / "clip2.mp4", options)
+    tokens = clip.build_tokens("adaptive", 20)
+    assert tokens.grid[0] == 6 and tokens.boxes is not None
+    rebuilds = rebuild_clip(clip, "adaptive", 20)[1]
+    frames = rebuilds["hold"](slice(None))
+    assert frames.shape == (3, 9, tokens.width)
+    for frame, second in zip(frames, clip.pts_seconds, strict=True):
+        dense = int((tokens.frame_seconds - second).abs().argmin())
+        for latent, (t0, t1, h0, h1, w0, w1) in zip(tokens.latents, tokens.boxes.tolist(), strict=True):
+            if t0 <= dense < t1:
+                shown = frame.view(3, 3, -1)[h0:h1, w0:w1]
+                assert torch.equal(shown, latent[: tokens.width].float().expand(shown.shape))
+    assert rebuilds["linear"](slice(1, 3)).shape == (2, 9, tokens.width)
+
+
 def test_the_tower_of_another_model_is_measured(folder, tiny):
     run = run_freres(
         "fidelity", folder / "clip0.mp4", "--model", tiny[0], "--preset", "bundled", "--json", "--set", "grid=3x3"

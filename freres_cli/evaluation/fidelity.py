@@ -26,8 +26,8 @@ class Reading:
     after: Tensor
     share: Tensor | None
 
-    def frames(self, part: slice) -> Tensor:
-        """Return some of the rebuilt frames: (n, N, D) float32."""
+    def frames(self, part: slice | Tensor) -> Tensor:
+        """Return some of the rebuilt frames: (n, N, D) float32. ``part``: a slice of them, or their indices (n,)."""
         shown = self.rows[self.before[part]]
         if self.share is None:
             return shown
@@ -127,6 +127,13 @@ def lost_by_second(lost: Tensor, energy: float, seconds: Sequence[float]) -> lis
     return (sums / energy if energy > 0 else torch.zeros_like(sums)).tolist()
 
 
+def find_nearest(values: Tensor, wanted: Tensor) -> Tensor:
+    """Return the index of the value nearest to each wanted one, the earlier of two: (n,) int64. ``values`` increase."""
+    later = torch.searchsorted(values, wanted).clamp(max=values.shape[0] - 1)
+    earlier = (later - 1).clamp(min=0)
+    return torch.where((values[later] - wanted).abs() < (wanted - values[earlier]).abs(), later, earlier)
+
+
 def _parts(tokens: Tensor) -> Sequence[Tensor]:
     return tokens.split(max(1, CHUNK_VALUES // tokens.shape[1]))
 
@@ -203,9 +210,6 @@ def _show_means(tokens: VideoTokens, shown: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(num_frames, tokens.width, dtype=torch.float64).index_add_(0, frame, rows[row].to(torch.float64))
     counts = torch.bincount(frame, minlength=num_frames)
     held = counts.nonzero().squeeze(1)
-    wanted = torch.arange(num_frames)
-    later = torch.searchsorted(held, wanted).clamp(max=held.shape[0] - 1)
-    earlier = (later - 1).clamp(min=0)
-    nearest = torch.where((held[later] - wanted).abs() < (wanted - held[earlier]).abs(), later, earlier)
+    nearest = find_nearest(held, torch.arange(num_frames))
     means = (sums[held] / counts[held, None]).to(torch.float32)
     return torch.cat([rows, means]), torch.where(is_bare, rows.shape[0] + nearest[:, None], shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, UsageError
 from freres_cli.evaluation.cells import Cell
-from freres_cli.evaluation.fidelity import READERS, lost_by_second, measure_energy, measure_loss, share_kept
+from freres_cli.evaluation.fidelity import (
+    READERS,
+    Reading,
+    find_nearest,
+    lost_by_second,
+    measure_energy,
+    measure_loss,
+    share_kept,
+)
 from freres_cli.evaluation.fidelity_plot import draw_fidelity, find_matplotlib
 from freres_cli.files import check_destination, write_atomically
 from freres_cli.method.rebuild import rebuild_frames
@@ -134,23 +143,25 @@ def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[s
 def rebuild_clip(clip: EncodedClip, method: str, budget_tokens: int) -> tuple[int, dict[str, Rebuild]]:
     """Return how many tokens a method keeps of a clip, and the clip as each reader rebuilds it from them.
 
-    Fre-Res is rebuilt from its tracks, by either reader. If these are denser than the clip, each frame is compared with
-    the track's frame that is nearest in time.
+    Fre-Res is rebuilt from its tracks, by either reader. If a method reads frames more densely than the clip, each frame
+    is compared with the one of them that is nearest in time.
     """
+    times = torch.tensor(clip.pts_seconds, dtype=torch.float64)
     if method == FRE_RES:
         tracks = clip.build_tracks(budget_tokens)
         frames = rebuild_frames(tracks)
-        nearest = _nearest(tracks.frame_seconds, torch.tensor(clip.pts_seconds, dtype=torch.float64))
+        nearest = find_nearest(tracks.frame_seconds, times)
         return sum(tracks.num_tokens_by_kind().values()), dict.fromkeys(READERS, lambda part: frames[nearest[part]])
     tokens = clip.build_tokens(method, budget_tokens)
-    return len(tokens), {name: read(tokens).frames for name, read in READERS.items()}
+    readings = {name: read(tokens) for name, read in READERS.items()}
+    if tokens.grid[0] == clip.num_frames:
+        return len(tokens), {name: reading.frames for name, reading in readings.items()}
+    near = find_nearest(tokens.frame_seconds, times)
+    return len(tokens), {name: partial(_frames_at, reading, near) for name, reading in readings.items()}
 
 
-def _nearest(times: Tensor, wanted: Tensor) -> Tensor:
-    """Return the index of the time nearest to each wanted one: (n,) int64. ``times`` increase."""
-    later = torch.searchsorted(times, wanted).clamp(max=times.shape[0] - 1)
-    earlier = (later - 1).clamp(min=0)
-    return torch.where((times[later] - wanted).abs() < (wanted - times[earlier]).abs(), later, earlier)
+def _frames_at(reading: Reading, frames: Tensor, part: slice) -> Tensor:
+    return reading.frames(frames[part])
 
 
 def average_rows(videos: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
