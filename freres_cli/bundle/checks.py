@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from freres_cli.errors import BundleError, PresetError
 from freres_cli.presets import KEYS, Key, check_rule
+from freres_cli.tracks import LATENT_DTYPES, Column
 
 REQUIRED = object()
 MAX_WHOLE = 2**63 - 1
@@ -130,6 +132,27 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise damaged(where, f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def check_column(name: str, column: Column, tensor: Tensor, where: str) -> None:
+    """Refuse a ``tensor`` that has not the dtype or the range of its ``column``. ``name``: the tensor's. ``where``: the file.
+    Raises ``BundleError``."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    allowed = LATENT_DTYPES if column.is_latent else (column.dtype,)
+    if dtype not in allowed:
+        raise damaged(where, f"{name}: expected {' or '.join(allowed)}, got {dtype}")
+    limit = int(column.limit or 0)
+    if limit and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
+        raise damaged(where, f"{name}: expected 0..{limit - 1}")
+
+
+@contextmanager
+def errors_as_damage(where: str) -> Iterator[None]:
+    """Turn what building content from bad tensors raises into the error for a damaged bundle. ``where``: the file."""
+    try:
+        yield
+    except (ValueError, RuntimeError, IndexError, OverflowError) as error:
+        raise damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 def damaged(where: str, what: str) -> BundleError:

@@ -12,6 +12,7 @@ from freres_cli.bundle.checks import (
     check_finite,
     check_names,
     damaged,
+    errors_as_damage,
     later_settings,
     read_fields,
     read_settings,
@@ -152,15 +153,13 @@ def build_tracks(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
     geometry = manifest["geometry"]
     rows, columns = geometry["pooled_grid"]
     num_frames, grid_h, grid_w = geometry["grid"]
-    try:
+    with errors_as_damage(where):
         complete = complete_columns(tensors)
         tracks = Tracks(
             width=geometry["width"], grid=(num_frames, grid_h, grid_w), pooled_grid=(rows, columns), **complete
         )
         if manifest["settings"]["variant"]["value"] == "idct":
             _check_dense_bases(tracks)
-    except (ValueError, RuntimeError, IndexError, OverflowError) as error:
-        raise damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
     return tracks
 
 

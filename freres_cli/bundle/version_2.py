@@ -14,9 +14,11 @@ from torch import Tensor
 from freres_cli.bundle.checks import (
     Field,
     Fields,
+    check_column,
     check_finite,
     check_names,
     damaged,
+    errors_as_damage,
     later_settings,
     read_fields,
     read_settings,
@@ -27,9 +29,10 @@ from freres_cli.bundle.version_1 import TENSORS as TENSORS_1
 from freres_cli.bundle.version_1 import build_tracks
 from freres_cli.presets import Key
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import LATENT_DTYPES, TOKEN_COLUMNS, Column, Tracks
+from freres_cli.tracks import TOKEN_COLUMNS, Tracks
 
-CONTENTS = ("tracks", "tokens")
+# Which methods make which content; every other method makes tokens.
+CONTENT_OF_METHOD = {"fre-res": "tracks"}
 _REQUIRED = {  # optional in version 1
     "model": {"attention": Field("text", may_be_null=True)},
     "source": {
@@ -64,20 +67,32 @@ DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "uint8")
 
 def read_manifest(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the manifest with every field and all current settings. ``where``: the file. Raises ``BundleError``."""
-    if manifest.get("content") not in CONTENTS:
-        raise damaged(where, f"content: expected {' or '.join(CONTENTS)}, got {manifest.get('content')!r}")
+    return read_with(manifest, SETTINGS, CONTENT_OF_METHOD, where)
+
+
+def read_with(
+    manifest: Mapping[str, Any], rules: Mapping[str, Key], content_of_method: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """Return the ``manifest`` of a bundle of any version that has the fields of this one.
+
+    ``rules``: the settings of the version. ``content_of_method``: as ``CONTENT_OF_METHOD``. ``where``: the file. Raises
+    ``BundleError``.
+    """
+    contents = (*content_of_method.values(), "tokens")
+    if manifest.get("content") not in contents:
+        raise damaged(where, f"content: expected {' or '.join(contents)}, got {manifest.get('content')!r}")
     read = read_fields(manifest, FIELDS, where)
-    check_counts(read, where)
-    later = later_settings(SETTINGS)
+    _check_counts(read, where)
+    later = later_settings(rules)
     defaults = {key: rule.default for key, rule in later.items()}
-    settings = read_settings(read["settings"], {**SETTINGS, **later}, defaults, where)
+    settings = read_settings(read["settings"], {**rules, **later}, defaults, where)
     method = settings["method"]["value"]
-    if (method == "fre-res") != (manifest["content"] == "tracks"):
+    if content_of_method.get(method, "tokens") != manifest["content"]:
         raise damaged(where, f"content: method {method} does not make {manifest['content']}")
     return read | {"settings": settings}
 
 
-def check_counts(manifest: Mapping[str, Any], where: str) -> None:
+def _check_counts(manifest: Mapping[str, Any], where: str) -> None:
     """Refuse a clip without tokens, or tracks without cells. ``where``: the file. Raises ``BundleError``."""
     if manifest["content"] == "tracks" and manifest["geometry"]["pooled_grid"] is None:
         raise damaged(where, "geometry.pooled_grid: expected 2 whole numbers, got null")
@@ -101,26 +116,14 @@ def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
 def build_tokens(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> VideoTokens:
     """Return the tokens made of these tensors. ``where``: the file. Raises ``BundleError`` if they are not tokens."""
     for name, column in TOKEN_COLUMNS.items():
-        _check_column(name, column, tensors[name], where)
+        check_column(name, column, tensors[name], where)
     geometry = manifest["geometry"]
     num_frames, grid_h, grid_w = geometry["grid"]
-    try:
+    with errors_as_damage(where):
         if min(num_frames, grid_h, grid_w, geometry["width"]) < 1:
             raise ValueError("grid and width: expected at least 1")
         tokens = VideoTokens(grid=(num_frames, grid_h, grid_w), width=geometry["width"], **tensors)
         last = tokens.positions.new_tensor([num_frames - 1, grid_h - 1, grid_w - 1])
         if bool(((tokens.positions < 0) | (tokens.positions > last)).any()):
             raise ValueError("positions: expected places on the grid")
-    except (ValueError, RuntimeError, IndexError, OverflowError) as error:
-        raise damaged(where, " ".join(str(error).split()) or type(error).__name__) from error
     return tokens
-
-
-def _check_column(name: str, column: Column, tensor: Tensor, where: str) -> None:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    allowed = LATENT_DTYPES if column.is_latent else (column.dtype,)
-    if dtype not in allowed:
-        raise damaged(where, f"{name}: expected {' or '.join(allowed)}, got {dtype}")
-    limit = int(column.limit or 0)
-    if limit and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
-        raise damaged(where, f"{name}: expected 0..{limit - 1}")

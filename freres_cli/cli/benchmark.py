@@ -1,13 +1,15 @@
 """Measure the figures in the README: ``python -m freres_cli.cli.benchmark -o FILE [PART ...]`` writes one JSON file.
 
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
-``memory`` (one and ten minutes of 30 fps video), ``many`` (20 short clips with one command against 20 commands) and
-``questions`` (32 questions together against one at a time). Takes about 20 minutes on two cores.
+``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
+against merging it exactly), ``many`` (20 short clips with one command against 20 commands) and ``questions`` (32 questions
+together against one at a time). Takes about 20 minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -20,14 +22,18 @@ from typing import Any
 import av
 import torch
 
+from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
 from freres_cli.cli.output import print_result
 from freres_cli.devices import choose_device
+from freres_cli.method import adaptive
 from freres_cli.method.adaptive import StretchCompressor, build_stretch_tokens
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.method.tokens import build_tokens
+from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.planning import method_settings
 from freres_cli.pipeline.session import Query, Session
 from freres_cli.presets import load_settings
@@ -36,7 +42,8 @@ from freres_cli.video.decode import decode_frames
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
 from freres_cli.world.clip import draw_frame
-from freres_cli.world.make import make_set
+from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
+from freres_cli.world.script import make_scene
 
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
@@ -170,6 +177,50 @@ def _measure_peaks(folder: Path, videos: dict[int, Path], method: str, repeat: i
     }
 
 
+def measure_bounded(folder: Path, count: int = 3, num_frames: int = 360) -> dict[str, Any]:
+    """Compare the quality of stretches merged in bounded memory with that of the same clips merged exactly.
+
+    ``count``: level 3 clips with at least ``num_frames`` frames.
+    """
+    compressor = Compressor()
+    rows: list[dict[str, Any]] = []
+    seeds = (clip_seed("validation", index) for index in itertools.count())
+    long = (seed for seed in seeds if make_scene(seed, level=3).num_frames >= num_frames)
+    for seed in itertools.islice(long, count):
+        path = folder / f"{seed}.mp4"
+        encode_scene(path, make_scene(seed, level=3), *CODECS[0][1:])
+        clip = EncodedClip(
+            VideoSource(path), compressor.options, compressor.models.encoder, StageTimer(torch.device("cpu"))
+        )
+        for share, part in itertools.product((0.05, 0.02), (4, 8, 16)):
+            budget_tokens = int(share * clip.full_tokens)
+            exact, bounded = (
+                _merge_in(clip, budget_tokens, most) for most in (clip.full_tokens, clip.full_tokens // part)
+            )
+            rows.append(
+                {"seed": seed, "latents": clip.full_tokens, "budget_tokens": budget_tokens, "memory_share": 2 / part}
+            )
+            rows[-1] |= {"quality_exact": exact, "quality_bounded": bounded}
+    worst = max(row["quality_exact"] - row["quality_bounded"] for row in rows)
+    return {
+        "clips": f"{count} of level 3, H.264, the first with at least {num_frames} frames",
+        "rows": rows,
+        "most_lost": worst,
+    }
+
+
+def _merge_in(clip: EncodedClip, budget_tokens: int, most: int) -> float:
+    """Return the quality of a clip merged with at most 2 * ``most`` stretches in memory."""
+    usual, adaptive.MOST_STRETCHES = adaptive.MOST_STRETCHES, most
+    try:
+        grid_h, grid_w, width = clip.latents.shape[1:]
+        compressor = StretchCompressor((grid_h, grid_w), width, budget_tokens)
+        compressor.push(clip.latents, clip.pts_seconds)
+    finally:
+        adaptive.MOST_STRETCHES = usual
+    return compressor.finish().quality
+
+
 def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, Any]:
     """Time ``freres compress`` on short clips: one command for all of them, in turn with one command per clip.
 
@@ -263,7 +314,9 @@ def main() -> None:
     """Run the named parts and write their results; the file keeps the results it has for other parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("parts", nargs="*", default=[], help="method, decode, memory, many; default: all")
+    parser.add_argument(
+        "parts", nargs="*", default=[], help="method, decode, memory, bounded, many, questions; default: all"
+    )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -271,6 +324,7 @@ def main() -> None:
             "method": measure_method,
             "decode": lambda: measure_decode(Path(folder)),
             "memory": lambda: measure_memory(Path(folder)),
+            "bounded": lambda: measure_bounded(Path(folder)),
             "many": lambda: measure_many(Path(folder)),
             "questions": lambda: measure_questions(Path(folder)),
         }

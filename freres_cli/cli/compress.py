@@ -187,6 +187,14 @@ def gather_flags(assignments: list[str] | None, named: dict[str, Any]) -> dict[s
     return dict(parse_assignment(text) for text in assignments or []) | given
 
 
+def gather_flags_at_budgets(assignments: list[str] | None) -> dict[str, Any]:
+    """Return the settings given to a verb that names its budgets itself. Raises ``UsageError`` for a budget."""
+    flags = gather_flags(assignments, {})
+    if "budget_tokens" in flags:
+        raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
+    return flags
+
+
 def make_options(
     flags: dict[str, Any],
     preset: str | None,

@@ -10,7 +10,7 @@ import typer
 
 from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import at_budgets, gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
 from freres_cli.cli.output import (
     format_seconds,
     print_json,
@@ -20,7 +20,6 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
-from freres_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from freres_cli.workflows.evaluate import EvalRequest, EvalResult
@@ -41,14 +40,7 @@ def evaluate(
             autocompletion=options.complete_method,
         ),
     ] = "full,uniform,fre-res,adaptive",
-    budgets: Annotated[
-        str,
-        typer.Option(
-            "--budgets",
-            metavar="SIZE,...",
-            help="Shares of the full tokens (with a decimal point: 0.25, 1.0) or counts (without: 640).",
-        ),
-    ] = "1.0,0.5,0.25,0.1",
+    budgets: options.Budgets = "1.0,0.5,0.25,0.1",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, so a stopped run can resume."),
@@ -87,9 +79,7 @@ def evaluate(
     from freres_cli.evaluation.results import results_path
 
     cells = parse_cells(methods, budgets, {name: method.has_budget for name, method in METHODS.items()})
-    flags = gather_flags(assignments, {})
-    if "budget_tokens" in flags:
-        raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
+    flags = gather_flags_at_budgets(assignments)
     file = read_questions(questions, limit)
     path = None if output is None else results_path(output, questions)
     chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval")

@@ -8,7 +8,7 @@ import typer
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import at_budgets, gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
 from freres_cli.cli.output import (
     format_share,
     print_json,
@@ -38,14 +38,7 @@ def fidelity(
             autocompletion=options.complete_bundle_methods,
         ),
     ] = "adaptive,fre-res,uniform,lowres,evs,dtd",
-    budgets: Annotated[
-        str,
-        typer.Option(
-            "--budgets",
-            metavar="SIZE,...",
-            help="Shares of the full tokens (with a decimal point: 0.25, 1.0) or counts (without: 640).",
-        ),
-    ] = "0.25,0.1,0.05",
+    budgets: options.Budgets = "0.25,0.1,0.05",
     plot: Annotated[
         str | None,
         typer.Option("--plot", metavar="FILE", help="Draw a PNG of what is kept, and of what each second loses."),
@@ -71,8 +64,8 @@ def fidelity(
     hold shows each token over the frames and cells that it stands for, and then until the next token of its cell; linear
     runs in a straight line from one token of a cell to the next. A cell without any token shows the mean of the nearest
     frame that has some. In both columns fre-res is rebuilt from its tracks: anchors where they are kept, else pooled
-    ones, plus the inverse DCT. That is more than its tokens show a language model, so its figure is generous. Adapters
-    have no part in it.
+    ones, plus the inverse DCT and the impulses. That is more than its tokens show a language model, so its figure is
+    generous. Adapters have no part in it.
 
     This is not accuracy. It does not say what a language model makes of the tokens, whether it can use tokens that were
     averaged or moved, or what their text costs. Every unit of energy counts alike: small or brief things and written text
@@ -87,9 +80,7 @@ def fidelity(
     cells = parse_cells(methods, budgets, {name: METHODS[name].has_budget for name in BUNDLE_METHODS})
     if force and picture is None:
         raise UsageError("--force: expected --plot as well, got none", "name the picture with --plot FILE")
-    flags = gather_flags(assignments, {})
-    if "budget_tokens" in flags:
-        raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
+    flags = gather_flags_at_budgets(assignments)
     listing = list_videos(paths)
     print_notes(listing.notes, quiet)
     chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "fidelity")

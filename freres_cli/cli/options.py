@@ -97,6 +97,14 @@ PresetName = Annotated[
     ),
 ]
 Budget = Annotated[int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Upper limit on visual tokens.")]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        "--budgets",
+        metavar="SIZE,...",
+        help="Shares of the full tokens (with a decimal point: 0.25, 1.0) or counts (without: 640).",
+    ),
+]
 Quality = Annotated[
     float | None,
     typer.Option(

@@ -91,7 +91,7 @@ def train(
 ) -> None:
     """Train a bundled model from scratch, to use with --model.
 
-    Takes two hours on two CPU cores. A stopped run resumes from its last state, in DIR/training, when you start it again
+    Takes hours on two CPU cores. A stopped run resumes from its last state, in DIR/training, when you start it again
     with the same arguments.
     """
     if start not in (None, BUNDLED) and not Path(start).is_dir():

@@ -16,7 +16,7 @@ from freres_cli.stretches import Stretches
 # Ours. At most twice as many stretches as this are in memory, or twice the budget if that is more. A clip with no more
 # latents than that is merged exactly; of a longer one, the cheapest merges are made as it arrives.
 MOST_STRETCHES = 16384
-# Ours. At a cut, half of the cells differ from the frame before as much as two tokens of the clip do in half the cases.
+# Ours. At a cut, half of the cells change by more than this share of the mean squared distance between two tokens.
 CUT_SHARE = 0.5
 CURVE_STEPS_AN_OCTAVE = 8
 
@@ -30,7 +30,7 @@ class CutDetector:
 
     def __init__(self) -> None:
         self._previous: Tensor | None = None
-        self._sum: Tensor | float = 0.0
+        self._sum = torch.zeros((), dtype=torch.float64)
         self._squares = 0.0
         self._count = 0
 
@@ -49,10 +49,7 @@ class CutDetector:
     @property
     def energy(self) -> float:
         """Squared distance of all tokens so far from their mean, summed."""
-        if not self._count:
-            return 0.0
-        assert isinstance(self._sum, Tensor)
-        return max(0.0, self._squares - float(self._sum.square().sum()) / self._count)
+        return max(0.0, self._squares - float(self._sum.square().sum()) / max(1, self._count))
 
 
 class StretchCompressor:
@@ -85,7 +82,7 @@ class StretchCompressor:
             raise ValueError(f"latents: expected a grid of {self._grid}, got {tuple(latents.shape[1:3])}")
         for frame, second in zip(latents.cpu(), seconds, strict=True):
             if self._merger is None:
-                self._merger = Merger(self._grid, latents.shape[-1], self._width, latents.dtype)
+                self._merger = Merger(self._grid, latents.shape[-1], self._width, latents.dtype, 2 * self._most)
             if self._detector.observe(frame[..., : self._width]):
                 self._cuts.append(len(self._seconds))
             if len(self._merger) + frame.shape[0] * frame.shape[1] > 2 * self._most:

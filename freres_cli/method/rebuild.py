@@ -103,16 +103,16 @@ def _residuals(tracks: Tracks, gop: int) -> Tensor:
     mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
     if not mine.numel():
         return torch.zeros(length, tracks.num_cells, tracks.width)
-    is_impulse = tracks.is_impulse[mine]
-    waves, impulses = mine[~is_impulse], mine[is_impulse]
+    bands, cells = tracks.coefficient_band[mine], tracks.coefficient_cell[mine]
+    values = _main(tracks.coefficient_values[mine], tracks)
+    is_wave = bands < IMPULSE
     spectrum = torch.zeros(tracks.num_bands, tracks.num_cells, tracks.width)
-    values = _main(tracks.coefficient_values, tracks)
-    spectrum[tracks.coefficient_band[waves], tracks.coefficient_cell[waves]] = values[waves]
+    spectrum[bands[is_wave], cells[is_wave]] = values[is_wave]
     frames = torch.einsum("lk,kpc->lpc", _waves(tracks, gop, torch.arange(spectrum.shape[0])), spectrum)
     # An impulse is the whole residual of its time bin.
     time_bin = torch.arange(length) // int(tracks.gop_bin_frames[gop])
-    for row in impulses.tolist():
-        frames[time_bin == int(tracks.coefficient_band[row]) - IMPULSE, int(tracks.coefficient_cell[row])] = values[row]
+    for row in (~is_wave).nonzero().squeeze(1).tolist():
+        frames[time_bin == int(bands[row]) - IMPULSE, int(cells[row])] = values[row]
     return frames
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from freres_cli import __version__
 from freres_cli.backbones.base import VisionEncoder
-from freres_cli.baselines.registry import METHODS
 from freres_cli.content import count_by_kind, kind_of
 from freres_cli.pipeline.encoding import VideoSource
-from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.pipeline.prompt_text import PromptText, describe_text, record_text
 from freres_cli.pipeline.reduction import Reduction
 from freres_cli.stretches import Stretches
@@ -41,7 +40,7 @@ def build_manifest(
     tokens = describe_tokens(plan, options, reduction)
     settings = options.recorded_settings
     counts = describe_text(reduction.content, settings.variant, text)
-    if _has_no_budget(plan, options):
+    if not options.has_budget:
         settings = settings.with_values(f"method {options.method}", budget_tokens=tokens["budget_tokens"])
     return {
         "freres_version": __version__,
@@ -121,7 +120,7 @@ def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Red
     per_frame = plan.size.num_tokens
     full = min(plan.baseline_frames, reduction.num_frames) * per_frame
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
-    budget_tokens = sum(by_kind.values()) if _has_no_budget(plan, options) else plan.budget_tokens
+    budget_tokens = plan.budget_tokens if options.has_budget else sum(by_kind.values())
     return {
         **token_counts(by_kind, budget_tokens, full),
         "quality": reduction.content.quality if isinstance(reduction.content, Stretches) else None,
@@ -131,11 +130,6 @@ def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Red
         "cuts_found": reduction.num_cuts_found,
         "cuts_not_honoured": reduction.num_cuts_not_honoured,
     }
-
-
-def _has_no_budget(plan: CompressPlan, options: CompressOptions) -> bool:
-    """Whether the method, or a quality without a budget, decides how many tokens there are."""
-    return not METHODS[options.method].has_budget or (plan.quality is not None and plan.budget_tokens >= FULL_BUDGET)
 
 
 def token_counts(by_kind: Mapping[str, int], budget_tokens: int, full_tokens: int) -> dict[str, Any]:

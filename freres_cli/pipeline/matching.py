@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from freres_cli.backbones.base import EncoderIdentity
-from freres_cli.baselines.registry import METHODS
-from freres_cli.pipeline.planning import CompressOptions, has_budget
+from freres_cli.pipeline.planning import CompressOptions
 
 MODEL_FACTS = ("revision", "config_sha256", "projector_sha256")
 
@@ -41,7 +40,7 @@ def find_differences(
     # Where no budget limits the tokens, a bundle records how many there are, and that the method decided it.
     if manifest["settings"]["budget_tokens"]["source"].startswith("method "):
         stored["budget_tokens"] = None
-    if not (METHODS[options.method].has_budget and has_budget(options.settings)):
+    if not options.has_budget:
         values["budget_tokens"] = None
     pairs |= {key: (stored[key], value) for key, value in values.items()}
     found = [name for name, (stored, wanted) in pairs.items() if stored != wanted]

@@ -43,6 +43,15 @@ class CompressOptions:
             )
 
     @property
+    def has_budget(self) -> bool:
+        """Whether the settings' budget limits the tokens. It does not if the method keeps every token, or where the budget
+        comes with the preset, or by default, and the quality was named apart from it: it was not meant for a clip with
+        that quality."""
+        settings, sources = self.settings, self.settings.sources
+        is_meant = settings.is_named("budget_tokens") or sources["budget_tokens"] == sources["quality"]
+        return METHODS[self.method].has_budget and (settings.quality is None or is_meant)
+
+    @property
     def recorded_settings(self) -> Settings:
         """The settings, with the method that is used."""
         same = self.settings.method == self.method
@@ -90,7 +99,7 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
     settings = options.settings
     size = encoder.frame_size(info.width_px, info.height_px, parse_grid(settings.grid), settings.tokens_per_frame)
     quality = settings.quality
-    budget_tokens = settings.budget_tokens if has_budget(settings) else FULL_BUDGET
+    budget_tokens = settings.budget_tokens if options.has_budget else FULL_BUDGET
     sampling = choose_sampling(options, 1)
     num_frames = baseline = _count_frames(sampling, info)
     if options.method not in (FRE_RES, ADAPTIVE):
@@ -105,15 +114,6 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
         return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None, quality)
     budget = plan_budget(num_frames, (size.grid_h, size.grid_w), method_settings(settings), budget_tokens)
     return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, budget)
-
-
-def has_budget(settings: Settings) -> bool:
-    """Return whether the settings' budget limits the tokens. It does not where it comes with the preset, or by default,
-    and the quality was named apart from it: it was not meant for a clip with that quality."""
-    sources = settings.sources
-    return (
-        settings.quality is None or settings.is_named("budget_tokens") or sources["budget_tokens"] == sources["quality"]
-    )
 
 
 def _count_frames(sampling: Sampling, info: VideoInfo) -> int:

@@ -15,6 +15,7 @@ from freres_cli.errors import BackboneError, VideoError
 from freres_cli.method.adaptive import StretchCompressor
 from freres_cli.method.compress import StreamingCompressor
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, method_settings
+from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 
 LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
@@ -67,17 +68,8 @@ def _reduce_by_fre_res(
 ) -> Reduction:
     assert plan.budget is not None
     compressor = StreamingCompressor(plan.budget, method_settings(options.settings), width)
-    num_frames = 0
-    for seconds, latents in batches:
-        with timer.stage("compress"):
-            compressor.push(latents, seconds)
-        num_frames += len(seconds)
-    _check_any(num_frames, plan)
-    with timer.stage("compress"):
-        tracks = compressor.finish()
-        # At the end, so the other values are bit for bit those of a bundle that keeps the rows.
-        if options.settings.deepstack == "drop":
-            tracks = tracks.without_deep_rows()
+    num_frames = _push_all(compressor, batches, plan, timer)
+    tracks = _finish(compressor, options, timer)
     return Reduction(tracks, num_frames, compressor.num_cuts_found, compressor.num_cuts_not_honoured)
 
 
@@ -86,17 +78,31 @@ def _reduce_by_merging(
 ) -> Reduction:
     budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
     compressor = StretchCompressor((plan.size.grid_h, plan.size.grid_w), width, budget_tokens, plan.quality)
+    num_frames = _push_all(compressor, batches, plan, timer)
+    stretches = _finish(compressor, options, timer)
+    return Reduction(stretches, num_frames, compressor.num_cuts_found, 0)
+
+
+def _push_all(
+    compressor: StreamingCompressor | StretchCompressor, batches: LatentBatches, plan: CompressPlan, timer: StageTimer
+) -> int:
+    """Return the number of frames."""
     num_frames = 0
     for seconds, latents in batches:
         with timer.stage("compress"):
             compressor.push(latents, seconds)
         num_frames += len(seconds)
     _check_any(num_frames, plan)
+    return num_frames
+
+
+def _finish(
+    compressor: StreamingCompressor | StretchCompressor, options: CompressOptions, timer: StageTimer
+) -> Tracks | Stretches:
     with timer.stage("compress"):
-        stretches = compressor.finish()
-        if options.settings.deepstack == "drop":
-            stretches = stretches.without_deep_rows()
-    return Reduction(stretches, num_frames, compressor.num_cuts_found, 0)
+        content = compressor.finish()
+        # At the end, so the other values are bit for bit those of a bundle that keeps the rows.
+        return content.without_deep_rows() if options.settings.deepstack == "drop" else content
 
 
 def _reduce_by_peer(
