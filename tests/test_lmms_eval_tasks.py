@@ -1,8 +1,10 @@
-"""Letters read by our rules and by lmms-eval's own code: the same on made-up answers. Needs lmms-eval."""
+"""Our prompts and rules against lmms-eval's own code: equal on small copies and on made-up answers. Needs lmms-eval."""
 
 from __future__ import annotations
 
+import csv
 import importlib
+import json
 import random
 import sys
 from types import ModuleType
@@ -10,6 +12,8 @@ from types import ModuleType
 import pytest
 
 from freres_cli.evaluation.readers.letters import read_egoschema, read_longvideobench, read_mvbench, read_nextqa
+from freres_cli.evaluation.readers.registry import read_any_questions
+from tests.benchmark_copies import MAKERS
 
 pytestmark = pytest.mark.slow
 NUM_ANSWERS = 20_000
@@ -31,6 +35,7 @@ def load_task(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         stand_in = ModuleType(missing)
         stand_in.VideoReader = stand_in.cpu = Unreadable  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, missing, sys.modules.get(missing, stand_in))
+    monkeypatch.setenv("HF_HOME", "unused")
     return importlib.import_module(f"lmms_eval.tasks.{name}.utils")
 
 
@@ -82,3 +87,38 @@ def test_longvideobench(monkeypatch):
     task = load_task("longvideobench", monkeypatch)
     monkeypatch.setattr(task.random, "choice", no_choice)
     check(read_longvideobench, lambda said: task.parse_multi_choice_response(said, LETTERS, {}))
+
+
+def test_prompts(monkeypatch, tmp_path):
+    def prompts(name: str) -> list[str]:
+        (tmp_path / name).mkdir()
+        return [question.prompt for question in read_any_questions(MAKERS[name](tmp_path / name)).questions]
+
+    def entries(name: str, file: str) -> list[dict]:
+        return json.loads((tmp_path / name / file).read_text())
+
+    direct = "Answer with the option's letter from the given choices directly."
+    ours, task = prompts("mvbench"), load_task("mvbench", monkeypatch)
+    only_best = {"post_prompt": "Only give the best option.\n"}
+    first = entries("mvbench", "json/action_sequence.json")
+    assert ours[:2] == [task.mvbench_doc_to_text(doc, only_best) for doc in first]
+
+    ours, task = prompts("nextqa"), load_task("nextqa", monkeypatch)
+    with (tmp_path / "nextqa/test.csv").open(newline="") as file:
+        assert ours == [task.nextqa_doc_to_text_mc(doc) for doc in csv.DictReader(file)]
+
+    ours, task = prompts("egoschema"), load_task("egoschema", monkeypatch)
+    docs = [
+        {**doc, "option": [f"{letter}. {doc[f'option {i}']}" for i, letter in enumerate(LETTERS)]}
+        for doc in entries("egoschema", "questions.json")
+        if doc["q_uid"] in ("u-1", "u-3")
+    ]
+    assert ours == [task.egoschema_doc_to_text(doc, {"post_prompt": f"\n{direct}"}) for doc in docs]
+
+    ours, task = prompts("longvideobench"), load_task("longvideobench", monkeypatch)
+    docs = [
+        {**doc, **{f"option{i}": option for i, option in enumerate([*doc["candidates"], "N/A"])}}
+        for doc in entries("longvideobench", "lvb_val.json")
+    ]
+    plain = {"pre_prompt": "", "post_prompt": f"{direct}\n"}
+    assert ours == [task.longvideobench_doc_to_text(doc, plain) for doc in docs]
