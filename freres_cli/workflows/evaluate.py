@@ -99,7 +99,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     if all(row["status"] == "failed" for row in rows):
         raise VideoError(
             f"{request.questions.path}: none of {len(rows)} videos could be used: {rows[0]['message']}",
-            "paths of videos are relative to the questions file",
+            "paths of videos are relative to the questions file"
+            if request.questions.protocol is None
+            else "compare the folder with freres-benchmarks(7)",
         )
     summary = summarize(request.questions, rows, request.cells)
     # This opens every file again, so it is done only for the bundled model.
