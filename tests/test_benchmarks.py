@@ -109,6 +109,12 @@ def test_the_prompt_is_the_published_one_and_the_right_letter_is_right(copies, n
     assert evaluate(request, models=loaded_models()).summary["rows"][0]["accuracy"] == 0.0
 
 
+def test_answers_are_the_letters_of_the_published_ones(copies):
+    found = {name: "".join(q.answer for q in read_any_questions(copies[name]).questions) for name in MAKERS}
+    mvbench = "AA" + "B" * 19
+    assert found == {"mvbench": mvbench, "nextqa": "CCC", "egoschema": "AE", "longvideobench": "BA", "video-mme": "CC"}
+
+
 def test_categories_and_chance_are_those_of_the_benchmark(copies):
     found = {name: [q.category for q in read_any_questions(copies[name]).questions] for name in MAKERS}
     assert found["nextqa"] == ["CH", "TN", "TN"]
