@@ -16,7 +16,7 @@ PACKAGE = "freres_cli"
 # the Python API that it opens stands on the pipeline.
 API = "the API"
 FLOORS = (
-    ("cli",),
+    ("cli", "integrations"),
     ("workflows", API),
     ("pipeline",),
     ("world",),

@@ -20,6 +20,7 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
+from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
 
 if TYPE_CHECKING:
     from freres_cli.workflows.evaluate import EvalRequest, EvalResult
@@ -29,7 +30,11 @@ SHOWN_FAILURES = 10
 
 def evaluate(
     questions: Annotated[
-        Path, typer.Argument(metavar="QUESTIONS", help="JSON lines: id, video, category, question, choices, answer.")
+        Path,
+        typer.Argument(
+            metavar="QUESTIONS",
+            help="JSON lines: id, video, category, question, choices, answer; or the folder of a benchmark.",
+        ),
     ],
     methods: Annotated[
         str,
@@ -41,6 +46,14 @@ def evaluate(
         ),
     ] = "full,uniform,fre-res,adaptive",
     budgets: options.Budgets = "1.0,0.5,0.25,0.1",
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            "--benchmark",
+            metavar="NAME[:PART]",
+            help=f"What the folder holds: {', '.join(BENCHMARKS)}. PART is a task, split or length.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, so a stopped run can resume."),
@@ -67,6 +80,9 @@ def evaluate(
     QUESTIONS holds one JSON object per line with the keys id, video (relative to that file), category, question, choices
     (2 to 26 options; none for a free answer) and answer (the text of the right option). Other keys are ignored.
 
+    A folder is a local copy of a public benchmark, in its own layout: see freres-benchmarks(7). The model answers the
+    benchmark's prompt greedily, and the option is read from its words by the benchmark's rule, not by probability.
+
     Methods: full, every token; uniform, evenly spaced whole frames, thinned to exactly the budget; lowres, every frame
     averaged in space to as many cells as the budget holds; evs, the tokens that changed most since the frame before; dtd,
     those that differ most from the last kept token of their cell; fre-res, as in freres compress, with the adapter;
@@ -75,12 +91,11 @@ def evaluate(
     only full keeps the DeepStack rows.
     """
     from freres_cli.evaluation.cells import parse_cells
-    from freres_cli.evaluation.questions import read_questions
     from freres_cli.evaluation.results import results_path
 
     cells = parse_cells(methods, budgets, {name: method.has_budget for name, method in METHODS.items()})
     flags = gather_flags_at_budgets(assignments)
-    file = read_questions(questions, limit)
+    file = read_any_questions(questions, benchmark, limit)
     path = None if output is None else results_path(output, questions)
     chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval")
     from freres_cli.pipeline.adapters import choose_adapter
@@ -127,6 +142,7 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
 
     return {
         **result.summary,
+        "scoring": request.questions.describe_scoring(),
         "results_file": None if request.output is None else str(request.output),
         "num_videos_resumed": result.num_resumed,
         "model": result.run["model"],

@@ -218,7 +218,9 @@ def overview_page(path: Path, verbs: Iterable[str]) -> str:
         "PRESETS": ".SH PRESETS\n"
         + "".join(tagged(f".B {escape(p.name)}", f"{p.values['description']}.") for p in presets),
         "EXIT STATUS": exit_status(),
-        "SEE ALSO": see_also("freres(1)", "freres(3)", *(f"{page_name(name)}(1)" for name in verbs)),
+        "SEE ALSO": see_also(
+            "freres(1)", "freres(3)", "freres-benchmarks(7)", *(f"{page_name(name)}(1)" for name in verbs)
+        ),
     }
     _, *sections = re.split(r"(?m)^\.SH (?!NAME)", path.read_text(encoding="utf-8"))
     kept = (fresh.pop(section.partition("\n")[0], f".SH {section}") for section in sections)

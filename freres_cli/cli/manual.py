@@ -83,6 +83,8 @@ eval:
     freres eval questions.jsonl: The bundled model, three methods at four budgets.
     freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
     freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to resume after a stop.
+    freres eval MVBench/ --budgets 1280: A local copy of a public benchmark, scored by its own prompt and rule.
+    freres eval NExT-QA/ --benchmark nextqa:val: The validation split of another.
   output: >-
     Tables: a row for each method and budget, accuracy by category, and the differences between methods at equal budgets,
     paired by video. A paired difference can separate methods whose own intervals overlap (`differences` in the JSON has
@@ -92,7 +94,8 @@ eval:
     width if all answers are right, or all are wrong, and is null for a single video. Tokens are means over videos (`_max`
     is the largest), times are medians: `compress_s` from latents to tokens, `ttft_s` for a video's first question with its
     prefill, `next_ttft_s` for the others. The `--output` file has a header and a line for each video. A file from a
-    different run is refused, and failed videos are tried again.
+    different run is refused, and failed videos are tried again. `scoring` says how answers were made and read: of a
+    benchmark, which prompt and rule were used.
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
@@ -100,8 +103,8 @@ eval:
       visual_tokens_max accuracy ci_low ci_high retention chance num_questions mean_over_categories by_category
       compress_s prefill_s ttft_s next_ttft_s)
       differences (method minus budget difference ci_low ci_high mean_over_categories) results_file
-      num_videos_resumed model settings notes environment
-  defaults: {output: none (nothing is kept), limit: every question,
+      scoring (benchmark answers prompt extraction) num_videos_resumed model settings notes environment
+  defaults: {output: none (nothing is kept), limit: every question, benchmark: "by the files in the folder; none for a file",
     adapter: "the bundled model's own, none for others"}
 fidelity:
   examples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,7 +20,13 @@ MAX_TEXT_BYTES = 16384
 @dataclass(frozen=True)
 class Question:
     """A row of a questions file. ``video_name``: as written there, without ``./``; ``video``: its path. Without
-    ``choices`` the answer is free text. ``line``: counted from 1."""
+    ``choices`` the answer is free text. ``line``: counted from 1.
+
+    Of a benchmark, ``prompt`` is the whole text that is asked, options included, and ``answer`` the letter of the right
+    option; ``video_name`` also names the part of the video. ``place``: where the question stands, if not in a line of the
+    file. ``start_s``, ``end_s``: the part of the video that it is about, in seconds after the first frame, ``None`` for
+    all of it. ``problem``: why the video cannot be used, if its reader knows.
+    """
 
     id: str
     video_name: str
@@ -30,15 +36,57 @@ class Question:
     choices: tuple[str, ...]
     answer: str
     line: int
+    prompt: str = ""
+    place: str = ""
+    start_s: float | None = None
+    end_s: float | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a benchmark asks, and reads answers.
+
+    ``benchmark``: its name. ``prompt``, ``extraction``: where these come from, for reports. ``max_new_tokens``: most tokens
+    of an answer. ``extract``: (answer, options) -> the letter in the answer, or ``""``. ``stop``: an answer ends before this
+    text. ``guesses``: an answer without a letter counts as a guess. The originals draw it at random; ours is drawn from
+    the id of the question, so that a run can be repeated.
+    """
+
+    benchmark: str
+    prompt: str
+    extraction: str
+    max_new_tokens: int
+    extract: Callable[[str, Sequence[str]], str]
+    stop: str = ""
+    guesses: bool = False
+
+    def read_letter(self, text: str, question: Question) -> str:
+        """Return the letter in an answer, ``""`` if there is none."""
+        return self.extract(text.partition(self.stop)[0] if self.stop else text, question.choices)
+
+    def is_right(self, text: str, question: Question) -> bool:
+        """Return whether the answer, or the guess in its place, is the right option."""
+        letter = self.read_letter(text, question)
+        if not letter and self.guesses:
+            draw = int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:8])
+            letter = chr(ord("A") + draw % len(question.choices))
+        return letter == question.answer
 
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """The questions of a file, in order, and the SHA-256 of its bytes."""
+    """The questions of a file, in order, and the SHA-256 of its bytes.
+
+    Of a benchmark, ``path`` is the folder of the copy, the digest is that of the annotations that were read, ``protocol``
+    says how answers are scored, and ``notes`` what the user should know.
+    """
 
     path: Path
     sha256: str
     questions: tuple[Question, ...]
+    protocol: Protocol | None = None
+    notes: tuple[str, ...] = ()
 
     def by_video(self) -> dict[str, list[Question]]:
         """Return the questions of each video, in the order of the file."""
@@ -50,7 +98,28 @@ class QuestionFile:
     def places(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Yield where each question stands, as FILE:LINE, and its texts."""
         for question in self.questions:
-            yield f"{self.path}:{question.line}", (question.question, *question.choices, question.answer)
+            place = question.place or f"{self.path}:{question.line}"
+            yield place, (question.prompt or question.question, *question.choices, question.answer)
+
+    def is_right(self, text: str, question: Question) -> bool:
+        """Return whether a text answers the question, by the protocol if there is one, else as ``is_right`` does."""
+        return is_right(text, question) if self.protocol is None else self.protocol.is_right(text, question)
+
+    def describe_scoring(self) -> dict[str, str | int | None]:
+        """Return how answers are made and read, for the ``--json`` document."""
+        if self.protocol is None:
+            return {
+                "benchmark": None,
+                "answers": "options by their probabilities; free answers greedily",
+                "prompt": "freres",
+                "extraction": "none",
+            }
+        return {
+            "benchmark": self.protocol.benchmark,
+            "answers": f"greedily, at most {self.protocol.max_new_tokens} tokens",
+            "prompt": self.protocol.prompt,
+            "extraction": self.protocol.extraction,
+        }
 
 
 class _BadRow(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError
 from freres_cli.evaluation.cells import Cell
-from freres_cli.evaluation.questions import Question, QuestionFile, is_right
+from freres_cli.evaluation.questions import Question, QuestionFile
 from freres_cli.evaluation.results import REMEDY, ResultsFile
 from freres_cli.evaluation.scores import summarize
 from freres_cli.method.fusion import FreResModules
@@ -28,6 +28,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.session import Session, refuse_control_tokens
 from freres_cli.pipeline.tokens import with_deep_rows
 from freres_cli.presets import BUNDLED
+from freres_cli.records import Answer
 from freres_cli.video.probe import hash_file
 from freres_cli.world.make import is_world_clip
 
@@ -98,7 +99,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     if all(row["status"] == "failed" for row in rows):
         raise VideoError(
             f"{request.questions.path}: none of {len(rows)} videos could be used: {rows[0]['message']}",
-            "paths of videos are relative to the questions file",
+            "paths of videos are relative to the questions file"
+            if request.questions.protocol is None
+            else "compare the folder with freres-benchmarks(7)",
         )
     summary = summarize(request.questions, rows, request.cells)
     # This opens every file again, so it is done only for the bundled model.
@@ -107,6 +110,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     )
     limits = describe_limits(request.options.model.name, is_known)
     notes = (*limits, *_describe_drop(request, model), *encoder.notes, *model.notes)
+    notes = (*request.questions.notes, *_describe_unread(request.questions, rows), *notes)
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
 
 
@@ -131,7 +135,9 @@ def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
     """Return everything that decides the answers. A results file is continued only if all of it is equal."""
     settings = request.options.settings.values()
     del settings["budget_tokens"]  # each cell has its own
+    protocol = request.questions.protocol
     return {
+        **({} if protocol is None else {"scoring": request.questions.describe_scoring()}),
         "freres_version": __version__,
         "questions_sha256": request.questions.sha256,
         "methods": [[cell.name, dict(cell.settings), cell.adapter_sha256] for cell in request.cells],
@@ -139,7 +145,7 @@ def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
         "device": request.options.model.device.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "settings": settings,
-        "max_answer_tokens": request.max_answer_tokens,
+        "max_answer_tokens": request.max_answer_tokens if protocol is None else protocol.max_new_tokens,
     }
 
 
@@ -155,13 +161,17 @@ def evaluate_video(
     ``request``: what the run asks for. ``name``: the video's name in the questions file. ``questions``: the questions
     about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path.
     """
-    video = questions[0].video
+    first = questions[0]
+    video = first.video
+    options = replace(request.options, start_s=first.start_s, end_s=first.end_s)
     timer = StageTimer(torch.device(request.options.model.device.name))
     row: dict[str, Any] = {"video": name, "status": "ok", "message": None}
     try:
         with memory_errors_as(f"video {name}", "evaluate it on a machine with more memory, or with a smaller --dtype"):
+            if first.problem:
+                raise VideoError(first.problem)
             row["video_sha256"] = hash_file(video)
-            clip = EncodedClip(VideoSource(video), request.options, models.encoder, timer)
+            clip = EncodedClip(VideoSource(video), options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
                 _ask_cell(cell, clip, request, questions, models.language_model, modules, timer)
@@ -196,9 +206,9 @@ def _ask_cell(
     session = Session(model, tokens, clip.full_tokens, request.options.settings.text_after, load_s=0.0)
     answers: dict[str, tuple[str, bool, float]] = {}
     for question in questions:
-        said = session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
+        said = _ask(session, question, request)
         assert said.ttft_s is not None
-        answers[question.id] = (said.text, is_right(said.text, question), said.ttft_s)
+        answers[question.id] = (said.text, request.questions.is_right(said.text, question), said.ttft_s)
     return {
         "method": cell.method,
         "budget": None if cell.budget is None else cell.budget.number,
@@ -208,6 +218,29 @@ def _ask_cell(
         "prefill_s": session.prefill_s,
         "answers": answers,
     }
+
+
+def _ask(session: Session, question: Question, request: EvalRequest) -> Answer:
+    """Ask one question: a benchmark's prompt is answered in words, as its protocol has it."""
+    protocol = request.questions.protocol
+    if protocol is not None:
+        return session.ask(question.prompt, max_new_tokens=protocol.max_new_tokens)
+    return session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
+
+
+def _describe_unread(file: QuestionFile, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return a note on answers in which a benchmark's protocol finds no letter, if there are any."""
+    if file.protocol is None:
+        return ()
+    by_id = {question.id: question for question in file.questions}
+    answers = [
+        item for row in rows for cell in row.get("cells", ()) for item in cell["answers"].items() if item[0] in by_id
+    ]
+    unread = sum(not file.protocol.read_letter(answer[0], by_id[own_id]) for own_id, answer in answers)
+    if not unread:
+        return ()
+    counted = "each counts as a guess" if file.protocol.guesses else "each counts as wrong"
+    return (f"answers that name no option: {unread} of {len(answers)}; {counted}",)
 
 
 def _describe_drop(request: EvalRequest, model: LanguageModel) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Local copies of public benchmarks, in their own layouts -> questions; knows no model, no torch."""

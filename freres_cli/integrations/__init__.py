@@ -1,0 +1,1 @@
+"""freres inside other programs: each file is loaded by the program that it is for."""

@@ -1,0 +1,152 @@
+"""The model ``freres`` of lmms-eval: any method at any budget answers the tasks that generate text about one video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+
+from freres_cli.backbones.generation import Sampling
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
+from freres_cli.bench.clock import StageTimer
+from freres_cli.devices import memory_errors_as
+from freres_cli.errors import UsageError, VideoError
+from freres_cli.evaluation.cells import parse_budget
+from freres_cli.method.fusion import FreResModules
+from freres_cli.pipeline.adapters import check_shape, check_variant, choose_adapter, load_adapter
+from freres_cli.pipeline.choices import choose_preset
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.session import Session
+from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.presets import BUNDLED, load_settings
+
+MAX_NEW_TOKENS = 128  # where a task sets no limit, as in lmms-eval's Qwen2-VL
+
+
+class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where types are checked
+    """Answers with the tokens of one method at one budget. A video is decoded, encoded and prefilled once for all its
+    questions.
+
+    ``pretrained``: ``bundled``, a folder, or a hub id. ``method``: a name that ``freres methods`` lists. ``budget``: as in
+    ``freres eval --budgets``, a share of the tokens (0.1) or a count (1280). ``preset``, ``revision``, ``device``,
+    ``dtype``, ``adapter``: as the flags of freres eval. ``batch_size`` and ``max_batch_size`` come from lmms-eval; questions
+    are asked one at a time. ``models``: a model that is already loaded. Further arguments are settings by name, see
+    freres-preset(5).
+
+    Raises ``UsageError``, ``PresetError``, ``BackboneError`` or ``ResourceError``, as the command would.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = BUNDLED,
+        method: str = ADAPTIVE,
+        budget: str | float = "0.1",
+        preset: str | None = None,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        adapter: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | str | None = None,
+        models: Models | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if str(batch_size) not in ("1", "auto") or str(max_batch_size or 1) != "1":
+            raise UsageError(f"batch_size: expected 1, got {batch_size}", "questions are asked one at a time")
+        if method not in METHODS:
+            raise UsageError(f"method: expected one of {', '.join(METHODS)}, got {method}", "see: freres methods")
+        self._method, self._budget = method, parse_budget(str(budget), "budget")
+        source = models.source if models else make_source(pretrained, device, dtype, revision)
+        chosen = load_settings(str(preset or choose_preset(source.name)), settings, "model_args")
+        if chosen.quality is not None:
+            raise UsageError("quality: expected none: the budget decides", "leave it out")
+        self._options = CompressOptions(source, chosen)
+        self._models = models or Models(source)
+        self._timer = StageTimer(torch.device(source.device.name))
+        self._modules = self._load_modules(adapter) if method == FRE_RES else None
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Return the answers, in the order of the requests. Raises ``VideoError`` for a video that cannot be used, before
+        anything is encoded if it is missing: an empty answer would count as a wrong one, or for some tasks not at all."""
+        by_video: dict[Path, list[int]] = {}
+        for place, request in enumerate(requests):
+            by_video.setdefault(self._find_video(request), []).append(place)
+        missing = [video for video in by_video if not video.is_file()]
+        if missing:
+            raise VideoError(f"{missing[0]}: no such file; videos missing: {len(missing)} of {len(by_video)}")
+        answers: dict[int, GenerationResult] = {}
+        for video, places in by_video.items():
+            with memory_errors_as(f"video {video}", "use a smaller dtype, or a machine with more memory"):
+                session = self._open(video)
+                for place in places:
+                    answers[place] = _answer(session, requests[place])
+                    self.cache_hook.add_partial("generate_until", requests[place].args, answers[place].text)
+        return [answers[place] for place in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Raises ``UsageError``: lmms-eval's interface asks for log-likelihoods, but its tasks pick the smallest value, as if
+        it were a loss, so no answer is right for both."""
+        raise UsageError("loglikelihood: not supported", "choose a task with output_type generate_until")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Raises ``UsageError``: each question is asked on its own."""
+        raise UsageError("generate_until_multi_round: not supported", "choose a task with output_type generate_until")
+
+    def _load_modules(self, named: str | None) -> FreResModules | None:
+        settings, model = self._options.settings, self._models.language_model
+        path = choose_adapter(named, self._options.model.name, settings.variant)
+        if path is None:
+            return None
+        adapter = load_adapter(path, model.fingerprint)
+        check_variant(adapter, settings.variant)
+        check_shape(adapter, model.width, settings.max_coefficients)
+        return adapter.modules.to(model.device)
+
+    def _find_video(self, request: Instance) -> Path:
+        """Return the video of a request. Raises ``UsageError`` unless there is exactly one, given as a path."""
+        _, _, doc_to_visual, doc_id, task, split = request.args
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        if not isinstance(visuals, list) or len(visuals) != 1 or not isinstance(visuals[0], str | Path):
+            kinds = ", ".join(type(item).__name__ for item in visuals) if isinstance(visuals, list) else visuals
+            raise UsageError(f"{task}, document {doc_id}: expected the path of one video, got {kinds or 'nothing'}")
+        return Path(visuals[0])
+
+    def _open(self, video: Path) -> Session:
+        model, options = self._models.language_model, self._options
+        clip = EncodedClip(VideoSource(video), options, self._models.encoder, self._timer)
+        fixed = {"full": clip.full_tokens, "blind": 0}
+        budget_tokens = fixed.get(self._method, self._budget.tokens(clip.full_tokens))
+        tokens = with_deep_rows(clip.build_tokens(self._method, budget_tokens, self._modules), model.num_deep_layers)
+        return Session(model, tokens, clip.full_tokens, options.settings.text_after, load_s=0.0)
+
+
+def _answer(session: Session, request: Instance) -> GenerationResult:
+    question, wanted = request.args[0], request.args[1]
+    limit = int(wanted.get("max_new_tokens") or MAX_NEW_TOKENS)
+    said = session.ask(question.replace("<image>", ""), max_new_tokens=limit, sampling=_choose_sampling(wanted))
+    stops = wanted.get("until") or []
+    text = said.text
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.partition(stop)[0] if stop else text
+    return GenerationResult(text, TokenCounts(said.num_context_tokens, said.num_new_tokens))
+
+
+def _choose_sampling(wanted: Mapping[str, Any]) -> Sampling | None:
+    """Return how tokens are picked; ``None`` for greedily. Raises ``UsageError`` for a search over several beams."""
+    beams = wanted.get("num_beams") or 1
+    if beams != 1:
+        raise UsageError(f"num_beams: expected 1, got {beams}", "run with --gen_kwargs num_beams=1")
+    temperature = float(wanted.get("temperature") or 0.0)
+    if temperature == 0 or wanted.get("do_sample") is False:
+        return None
+    return Sampling(temperature, float(wanted.get("top_p") or 1.0))

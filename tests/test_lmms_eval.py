@@ -1,0 +1,185 @@
+"""The model ``freres`` inside the real lmms-eval, on a small local task with the bundled model. Needs lmms-eval."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from freres_cli.baselines.registry import METHODS
+from freres_cli.errors import FreresError, PresetError, UsageError, VideoError
+from freres_cli.pipeline.compressor import Compressor
+from tests.clips import write_clip
+from tests.loaded_models import CountingEncoder, loaded_models, models_with
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+IS_LISTED = "freres" in entry_points(group="lmms_eval.models").names
+QUESTIONS = ("What moves first?", "How many things are there?")
+FRAMES = 8
+TOKENS = 6
+TASK = """\
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function tiny_visual.doc_to_visual
+doc_to_text: "{{question}}"
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 3, temperature: 0, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two clips, and two questions about each, so that questions about one video do not follow each other."""
+    folder = tmp_path_factory.mktemp("lmms")
+    for name in ("a", "b"):
+        write_clip(folder / f"{name}.mp4", FRAMES, fps=4)
+    docs = [{"video": str(folder / f"{n}.mp4"), "question": q, "answer": "x"} for q in QUESTIONS for n in ("a", "b")]
+    (folder / "tiny.json").write_text(json.dumps(docs))
+    (folder / "tiny.yaml").write_text(TASK.replace("DATA", str(folder / "tiny.json")))
+    (folder / "tiny_visual.py").write_text("def doc_to_visual(doc):\n    return [doc['video']]\n")
+    return folder
+
+
+def ask_alone(video: Path, question: str, **more) -> str:
+    """What freres answers through its own API, at the same budget."""
+    session = Compressor(budget_tokens=TOKENS, method="adaptive", device="cpu").compress(video).open(device="cpu")
+    return session.ask(question, max_new_tokens=3, **more).text
+
+
+def make_requests(folder, docs=None, visuals=None, **wanted):
+    """The requests that lmms-eval's task makes, and its documents."""
+    from lmms_eval.api.instance import Instance
+
+    docs = docs or json.loads((folder / "tiny.json").read_text())
+    shown = visuals or (lambda doc: [doc["video"]])
+    wanted = {"max_new_tokens": 3, "until": ["\n\n"], **wanted}
+    meta = {"task": "tiny", "repeats": 1}
+    requests = [
+        Instance("generate_until", (doc["question"], dict(wanted), shown, i, "tiny", "test"), 0, {**meta, "doc_id": i})
+        for i, doc in enumerate(docs)
+    ]
+    return requests, {"tiny": {"test": docs}}
+
+
+def make_model(models=None, **arguments):
+    from freres_cli.integrations.lmms_eval import FreRes
+
+    return FreRes(budget=TOKENS, models=models or loaded_models(), **arguments)
+
+
+def answer(model, requests, task_dict):
+    model.task_dict = task_dict
+    return [result.text for result in model.generate_until(requests)]
+
+
+@pytest.mark.skipif(not IS_LISTED, reason="freres is not installed with its entry points")
+def test_the_command_of_lmms_eval_gives_the_answers_of_freres(folder):
+    flags = ["--model", "freres", "--model_args", f"pretrained=bundled,method=adaptive,budget={TOKENS},device=cpu"]
+    flags += ["--tasks", "tiny", "--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples"]
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *flags], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (samples,) = (folder / "out").rglob("*samples_tiny.jsonl")
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    docs = json.loads((folder / "tiny.json").read_text())
+    assert [row["filtered_resps"] for row in rows] == [
+        ask_alone(Path(doc["video"]), doc["question"]).strip() for doc in docs
+    ]
+    (results,) = (folder / "out").rglob("*results.json")
+    assert json.loads(results.read_text())["results"]["tiny"]["exact_match,none"] == 0.0
+
+
+def test_a_video_is_encoded_once_and_answers_keep_their_order(folder):
+    encoder = CountingEncoder(loaded_models().encoder)
+    requests, docs = make_requests(folder)
+    found = answer(make_model(models_with(encoder)), requests, docs)
+    assert sum(encoder.num_frames) == 2 * FRAMES
+    assert found == [ask_alone(Path(doc["video"]), doc["question"]) for doc in docs["tiny"]["test"]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_answers_within_its_budget(folder, method):
+    requests, docs = make_requests(folder)
+    counts = []
+    for own in (method, "blind"):
+        model = make_model(method=own)
+        model.task_dict = docs
+        counts.append(model.generate_until(requests[:1])[0].token_counts.input_tokens)
+    most = {"full": FRAMES * 36, "blind": 0}.get(method, TOKENS)
+    visual = counts[0] - counts[1]
+    assert visual == most if method in ("full", "blind", "uniform", "adaptive") else 0 < visual <= most
+
+
+def test_a_share_is_of_the_full_tokens(folder):
+    from freres_cli.integrations.lmms_eval import FreRes
+
+    requests, docs = make_requests(folder)
+    counts = []
+    for budget in (1.0, "0.5", FRAMES * 36 // 2):  # lmms-eval reads numbers out of model_args
+        model = FreRes(budget=budget, method="uniform", models=loaded_models())
+        model.task_dict = docs
+        counts.append(model.generate_until(requests[:1])[0].token_counts.input_tokens)
+    assert counts[0] - counts[1] == FRAMES * 36 // 2 and counts[1] == counts[2]
+
+
+def test_an_answer_ends_before_a_stop_text(folder):
+    requests, docs = make_requests(folder)
+    (whole,) = answer(make_model(), requests[:1], docs)
+    assert len(whole) > 1
+    requests, docs = make_requests(folder, until=[whole[1:]])
+    assert answer(make_model(), requests[:1], docs) == [whole.partition(whole[1:])[0]]
+
+
+def test_sampling_is_seeded_and_beams_are_refused(folder):
+    requests, docs = make_requests(folder, temperature=2.0, do_sample=True)
+    assert answer(make_model(), requests, docs) == answer(make_model(), requests, docs)
+    requests, docs = make_requests(folder, num_beams=2)
+    with pytest.raises(UsageError, match="num_beams: expected 1, got 2"):
+        answer(make_model(), requests, docs)
+
+
+def test_missing_videos_stop_the_run_before_anything_is_encoded(folder):
+    docs = [*json.loads((folder / "tiny.json").read_text()), {"video": "gone.mp4", "question": "q?", "answer": "x"}]
+    encoder = CountingEncoder(loaded_models().encoder)
+    with pytest.raises(VideoError, match=r"gone\.mp4: no such file; videos missing: 1 of 3"):
+        answer(make_model(models_with(encoder)), *make_requests(folder, docs))
+    assert encoder.num_frames == []
+
+
+@pytest.mark.parametrize(
+    "visuals", [lambda doc: [], lambda doc: [doc["video"]] * 2, lambda doc: [1.5], lambda doc: None]
+)
+def test_anything_but_one_video_is_refused(folder, visuals):
+    with pytest.raises(UsageError, match="tiny, document 0: expected the path of one video"):
+        answer(make_model(), *make_requests(folder, visuals=visuals))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"method": "magic"}, UsageError, "method: expected one of"),
+        ({"bugdet_tokens": 4}, PresetError, "bugdet_tokens"),
+        ({"quality": 0.9}, FreresError, "quality"),
+        ({"batch_size": 8}, UsageError, "batch_size: expected 1"),
+    ],
+)
+def test_model_args_that_cannot_be_carried_out(arguments, error, text):
+    with pytest.raises(error, match=text):
+        make_model(**arguments)
+
+
+def test_log_likelihoods_are_refused_by_name():
+    with pytest.raises(UsageError, match="loglikelihood: not supported"):
+        make_model().loglikelihood([])
