@@ -24,29 +24,33 @@ def merge_similar_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: 
 
     B is ``budget_tokens``. In a round, groups of frames form pairs, at first single frames: (0, 1), (2, 3) and so on. Each
     token of the later group is linked to the most similar token of the earlier one, by the cosine of their means over the
-    first D channels. The half of all links that is most similar is merged, or as many as the budget still asks for, into
-    means weighted by the tokens that they hold. Each pair is one group in the next round. When a single group is left,
-    every second of its tokens is linked to one of the others. Ties go to the first in sequence.
+    first D channels. The most similar links are merged, into means weighted by the tokens that they hold, and each pair is
+    one group in the next round. Every round reduces the clip by the same ratio, so that B is met when one group is left, or
+    merges all its links if that is not enough. Then every second token of that group is linked to one of the others, until
+    B is met. Ties go to the first in sequence.
 
-    Time grows with T and with the square of H*W, times the logarithm of T; below about T^-0.4 of the tokens also with the
-    square of those left. Memory beyond the latents grows with B. ``frame_seconds``: (T,) float64. ``width``: D. Raises
-    ``ValueError`` if the budget is below one.
+    Time grows with T times the square of H*W, and in the last rounds with the square of B. Memory beyond the latents grows
+    with B. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
     num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
-    owner = torch.arange(num_frames * per_frame).reshape(num_frames, per_frame)
-    span = 1
+    num_tokens = num_frames * per_frame
+    owner = torch.arange(num_tokens).reshape(num_frames, per_frame)
+    num_rounds = (num_frames - 1).bit_length()
+    done = 0
     while (num_left := int(owner.max()) + 1) > budget_tokens:
-        links = list(_link(latents, owner, span, width))
+        links = list(_link(latents, owner, 2**done, width))
         later, earlier = torch.cat([link[0] for link in links]), torch.cat([link[1] for link in links])
         likeness = torch.cat([link[2] for link in links])
-        count = min(num_left - budget_tokens, -(-likeness.shape[0] // 2))
-        best = likeness.argsort(descending=True, stable=True)[:count]
+        done += 1
+        goal = budget_tokens
+        if done < num_rounds:
+            goal = max(goal, int(num_tokens * (budget_tokens / num_tokens) ** (done / num_rounds)))
+        best = likeness.argsort(descending=True, stable=True)[: max(0, num_left - goal)]
         into = torch.arange(num_left)
         into[later[best]] = earlier[best]
         owner = into[owner].unique(return_inverse=True)[1]
-        span *= 2
     return place_groups(latents, frame_seconds, owner.flatten(), width)
 
 
@@ -137,6 +141,6 @@ METHOD = Method(
     summary="tokens of neighbouring frames merged in rounds, the most similar first, at their mean positions",
     source="ToMe, arXiv 2210.09461, its bipartite matching over time",
     deviations="merges once, after the tower, by the likeness of latents, not in every layer by that of attention keys; "
-    "links later frames to earlier ones, not every second token to the others; a round merges at most half of its links",
+    "links later frames to earlier ones, not every second token to the others; every round reduces by the same ratio",
     compress=merge_similar_tokens,
 )
