@@ -91,6 +91,15 @@ def test_the_same_clip_gives_the_same_tokens_to_the_bit(reduce):
         assert torch.equal(one.seconds, two.seconds) and torch.equal(one.energy, two.energy)
 
 
+@pytest.mark.parametrize("budget", [1, 5, 12, 13, 50, 83])
+def test_no_latent_is_kept_twice(reduce, budget):
+    """In a clip that moves, in one that stands still, and in one where every token is zero."""
+    for latents in (drifting_clip((7, 3, 4)), random_clip((1, 3, 4)).expand(7, 3, 4, D), torch.zeros(7, 3, 4, D)):
+        tokens = reduce(latents, budget)
+        if tokens.boxes is None:
+            assert len(tokens.positions.unique(dim=0)) == budget
+
+
 def test_the_latents_that_are_given_are_not_changed(reduce):
     latents = drifting_clip()
     before = latents.clone()

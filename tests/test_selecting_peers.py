@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from freres_cli.baselines.divprune import choose_diverse, keep_diverse_tokens
 from freres_cli.baselines.dycoke import drop_similar_tokens, find_reference
 from freres_cli.baselines.ktv import choose_frames, keep_key_tokens, score_tokens
-from freres_cli.baselines.ts_llava import sample_with_thumbnail
+from freres_cli.baselines.ts_llava import sample_with_thumbnail, spread_to_ends
 from freres_cli.baselines.vidcom2 import find_calm_channels, keep_unusual_tokens, measure_likeness, share_budget
 from tests.test_change_baselines import H, N, W, drifting_clip, kept_indices, one_minus_cosine
 
@@ -61,6 +62,9 @@ def test_dycoke_doubles_its_windows_only_when_it_must():
         assert [t for t, count in enumerate(kept) if count == N] == list(range(0, 16, window))
         others = [count for t, count in enumerate(kept) if t % window]
         assert max(others) - min(others) <= 1 and sum(kept) == budget
+    # The three tokens that are left over go to frames all over the clip.
+    kept = kept_of_frames(drop_similar_tokens(latents, seconds, 4 * N + 3, D))
+    assert [t for t, count in enumerate(kept) if count == 1] == [3, 9, 14]
     assert [find_reference(t) for t in range(1, 16)] == [0, 0, 2, 0, 4, 4, 6, 0, 8, 8, 10, 8, 12, 12, 14]
 
 
@@ -144,7 +148,10 @@ def test_divprune_takes_repeats_last_however_long_they_are():
     which = torch.randint(9, (200,), generator=torch.Generator().manual_seed(4))
     which[:9] = torch.arange(9)
     tokens = distinct[which] * 2.0 ** torch.randint(-3, 4, (200, 1), generator=torch.Generator().manual_seed(5))
-    assert sorted(which[choose_diverse(tokens, 9)].tolist()) == list(range(9))
+    chosen = choose_diverse(tokens, 60).tolist()
+    assert sorted(which[chosen[:9]].tolist()) == list(range(9))
+    left = [index for index in range(200) if index not in chosen[:9]]
+    assert chosen[9:] == left[:51]
 
 
 def test_ktv_shows_every_scene():
@@ -212,6 +219,14 @@ def test_ts_llava_is_a_thumbnail_of_six_frames_and_samples_from_end_to_end():
 def kept_indices_of(positions, grid):
     t, h, w = positions.long().unbind(1)
     return ((t * grid[1] + h) * grid[2] + w).tolist()
+
+
+def test_steps_from_end_to_end_are_those_of_a_rounded_line():
+    for size in (1, 2, 7, 16, 100):
+        for count in range(2, size + 1):
+            exact = [Fraction(i * (size - 1), count - 1) for i in range(count)]
+            assert spread_to_ends(count, size).tolist() == [math.floor(value + Fraction(1, 2)) for value in exact]
+    assert spread_to_ends(1, 9).tolist() == [0] and spread_to_ends(0, 9).tolist() == []
 
 
 def test_the_thumbnail_never_takes_more_than_half():
