@@ -125,12 +125,19 @@ def test_tome_makes_one_picture_of_a_still_clip(frames):
 
 def test_groups_that_fill_a_box_have_it_and_others_their_time():
     latents, seconds = random_clip(3, 2, 2)
-    # One cell over time, a row of one frame, a corner over two frames with a gap, and the rest.
-    owner = torch.tensor([[[0, 1], [2, 2]], [[0, 3], [4, 5]], [[0, 1], [6, 5]]]).flatten()
+    # A cell over time, a cell with a gap, a row of a frame, and two corners of frames that follow each other.
+    owner = torch.tensor([[[0, 1], [2, 2]], [[0, 3], [4, 5]], [[0, 1], [3, 5]]]).flatten()
     tokens = place_groups(latents, seconds, owner, D)
-    boxes = {tuple(box) for box in tokens.boxes.tolist()}
-    assert {(0, 3, 0, 1, 0, 1), (0, 1, 1, 2, 0, 2), (0, 3, 0, 1, 1, 2), (1, 3, 1, 2, 1, 2)} <= boxes
-    assert tokens.positions.tolist() == sorted(tokens.positions.tolist()) and len(tokens) == 7
+    boxes = {tuple(place): box for place, box in zip(tokens.positions.tolist(), tokens.boxes.tolist(), strict=True)}
+    assert boxes == {
+        (1, 0, 0): [0, 3, 0, 1, 0, 1],
+        (1, 0, 1): [0, 3, 0, 1, 1, 2],
+        (0, 1, 0.5): [0, 1, 1, 2, 0, 2],
+        (1.5, 0.5, 0.5): [1, 3, 1, 2, 1, 2],
+        (1, 1, 0): [1, 2, 1, 2, 0, 1],
+        (1.5, 1, 1): [1, 3, 1, 2, 1, 2],
+    }
+    assert tokens.positions.tolist() == sorted(tokens.positions.tolist())
 
 
 def test_apet_samples_its_basis_farthest_point_first():

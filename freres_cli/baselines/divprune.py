@@ -15,6 +15,7 @@ else:
     torch = lazy_module("torch")
 
 CHUNK_VALUES = 2**22  # values in float32 at a time
+COPY_VALUES = 2**26  # latents of up to this many values are copied to float32
 BLOCK_TOKENS = 1024  # tokens whose distances to all others are taken at a time
 SAME = 1e-6  # distances below are rounding
 
@@ -41,6 +42,9 @@ def choose_diverse(tokens: Tensor, count: int) -> Tensor:
     The first is the token whose nearest other token is farthest. Each further one is farthest from the nearest of those
     chosen. Distance is 1 - cos, ties go to the first token.
     """
+    if tokens.numel() <= COPY_VALUES:
+        # Every choice reads all tokens, and converting them takes longer than the products.
+        tokens = tokens.to(torch.float32)
     scale = _inverse_norms(tokens)
     chosen = torch.empty(count, dtype=torch.int64)
     chosen[0] = _nearest_others(tokens, scale).argmax()
