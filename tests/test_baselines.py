@@ -80,4 +80,6 @@ def test_low_resolution_cells_are_not_strips():
 
 
 def test_every_method_is_offered():
-    assert set(METHODS) == {"full", "uniform", "lowres", "evs", "dtd", "fre-res", "adaptive", "blind"}
+    selecting = {"uniform", "evs", "dtd", "vidcom2", "dycoke", "divprune", "ktv"}
+    mixing = {"lowres", "fourier", "fourier-raw", "ts-llava", "tome", "apet"}
+    assert set(METHODS) == {"full", "blind", "fre-res", "adaptive"} | selecting | mixing

@@ -26,6 +26,8 @@ PEERS = {
     "lowres": (("--budget", BUDGET), BUDGET),
     "evs": (("--budget", BUDGET), BUDGET),
     "dtd": (("--budget", BUDGET), BUDGET),
+    # Its positions are fractions on all axes.
+    "tome": (("--budget", BUDGET), BUDGET),
     "full": ((), FULL_TOKENS),
 }
 DEEP = next(case for case in FAMILY_CASES if case.name == "qwen3_vl")
@@ -72,7 +74,7 @@ def test_what_is_read_is_what_was_compressed(clip, path, method):
     read = read_bundle(path)
     same_tokens(read.content, made.content)
     same_tokens(made.tokens(), read.content)
-    assert read.content.boxes is None and (made.content.boxes is not None) == (method == "lowres")
+    assert read.content.boxes is None and (made.content.boxes is not None) == (method in ("lowres", "tome"))
     assert read.schema_version == 3 and read.manifest["content"] == "tokens"
     sections = ("model", "source", "sampling", "geometry", "tokens", "history")
     assert {key: read.manifest[key] for key in sections} == {key: made.manifest[key] for key in sections}
@@ -89,7 +91,7 @@ def test_the_counts_are_the_method_s(path, method):
 
 
 @pytest.mark.parametrize("budget", [1, 7, 35, 37, 101, 288, 1000])
-@pytest.mark.parametrize("method", ["uniform", "lowres", "evs", "dtd"])
+@pytest.mark.parametrize("method", ["uniform", "lowres", "evs", "dtd", "tome", "fourier"])
 def test_the_budget_is_used_to_the_last_token(clip, method, budget, tmp_path):
     compressor = Compressor(method=method, models=loaded_models(), budget_tokens=budget, sample_count=8)
     read = read_bundle(compressor.compress(clip).save(tmp_path / "b.pt").path)

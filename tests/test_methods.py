@@ -73,9 +73,10 @@ def test_help_and_manual_name_every_method():
 
 
 def test_completion():
-    assert complete_bundle_method("") == list(BUNDLE_METHODS) and complete_bundle_method("f") == ["full", "fre-res"]
-    assert complete_bundle_method("a") == [ADAPTIVE]
-    assert complete_method("uniform,f") == ["uniform,full", "uniform,fre-res"]
+    assert complete_bundle_method("") == list(BUNDLE_METHODS) and complete_bundle_method("fre") == ["fre-res"]
+    assert complete_bundle_method("ad") == [ADAPTIVE]
+    assert complete_bundle_method("fourier") == ["fourier", "fourier-raw"]
+    assert complete_method("uniform,fu") == ["uniform,full"]
 
 
 def test_an_unknown_method_is_refused():

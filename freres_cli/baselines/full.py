@@ -58,6 +58,14 @@ def place_tokens(
     )
 
 
+def raster_order(positions: Tensor) -> Tensor:
+    """Return the order of ``positions`` (S, 3) by time, then row, then column: (S,) int64. Ties keep their order."""
+    order = torch.arange(positions.shape[0])
+    for axis in (2, 1, 0):
+        order = order[positions[order, axis].argsort(stable=True)]
+    return order
+
+
 METHOD = Method(
     name="full",
     summary="every token of every frame",

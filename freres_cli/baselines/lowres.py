@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,39 +17,59 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
+CHUNK_VALUES = 2**24  # values in float32 at a time
+
 
 def pool_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
     """Return means of ``latents`` (T, H, W, C) over cells of every frame, at the cells' centres: min(B, T*H*W) tokens.
 
-    B is ``budget_tokens``. All frames have the same number of cells, except that some, evenly spread, have one more. If B
-    is below one token per frame, B evenly spread frames are kept with one token each. Boxes are set. ``frame_seconds``:
-    (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
+    B is ``budget_tokens``; the cells are those of ``shrink_frames``. ``frame_seconds``: (T,) float64. ``width``: D. Raises
+    ``ValueError`` if the budget is below one.
+    """
+    return shrink_frames(latents, frame_seconds, budget_tokens, width, pool_cells)
+
+
+def shrink_frames(
+    latents: Tensor,
+    frame_seconds: Tensor,
+    budget_tokens: int,
+    width: int,
+    shrink: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+) -> VideoTokens:
+    """Return one token for each of some cells of every frame of ``latents`` (T, H, W, C), at the cells' centres.
+
+    There are min(B, T*H*W) of them, B is ``budget_tokens``. All frames have the same number of cells, except that some,
+    evenly spread, have one more. If B is below one token per frame, B evenly spread frames are kept with one token each.
+    Boxes are set. ``frame_seconds``: (T,) float64. ``width``: D. ``shrink``: takes some frames and the number of cells,
+    and returns as ``pool_cells`` does. Raises ``ValueError`` if the budget is below one.
     """
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
-    num_frames, grid_h, grid_w, _ = latents.shape
+    num_frames, grid_h, grid_w, num_channels = latents.shape
     num_tokens = min(budget_tokens, num_frames * grid_h * grid_w)
     frames = spread(min(num_frames, num_tokens), num_frames)
     fewest, num_finer = divmod(num_tokens, frames.shape[0])
     num_cells = torch.full_like(frames, fewest)
     if num_finer:
         num_cells[spread(num_finer, frames.shape[0])] += 1
+    step = max(1, CHUNK_VALUES // (grid_h * grid_w * num_channels))
     cells, spans = [], []
     for count in num_cells.unique().tolist():
-        these = frames[num_cells == count]
-        means, own = pool_cells(latents[these], count)
-        cells.append(means.flatten(0, 1))
-        times = these.repeat_interleave(count)[:, None]
-        spans.append(torch.cat([times, times + 1, own.repeat(these.shape[0], 1)], dim=1))
+        # A few frames at a time, so that no float32 copy of the clip is made.
+        for these in frames[num_cells == count].split(step):
+            values, own = shrink(latents[these], count)
+            cells.append(values.to(latents.dtype).flatten(0, 1))
+            times = these.repeat_interleave(count)[:, None]
+            spans.append(torch.cat([times, times + 1, own.repeat(these.shape[0], 1)], dim=1))
     boxes = torch.cat(spans)
     # Stable: within a frame cells stay in raster order.
     order = boxes[:, 0].argsort(stable=True)
     boxes = boxes[order]
     # The middle of the cells that were averaged.
     positions = (boxes[:, 0::2] + boxes[:, 1::2] - 1).to(torch.float32) / 2
-    rows = torch.cat(cells)[order].to(latents.dtype)
     frame = boxes[:, 0].clone()
-    tokens = place_tokens(rows, positions, frame, (num_frames, grid_h, grid_w), frame_seconds, width)
+    grid = (num_frames, grid_h, grid_w)
+    tokens = place_tokens(torch.cat(cells)[order], positions, frame, grid, frame_seconds, width)
     return replace(tokens, boxes=boxes)
 
 
@@ -61,11 +82,11 @@ def pool_cells(latents: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     _, grid_h, grid_w, _ = latents.shape
     cells_of_row = choose_rows(grid_h, grid_w, num_cells)
     image = latents.to(torch.float32).movedim(-1, 1)
-    heights = _spans(grid_h, len(cells_of_row))
+    heights = split_axis(grid_h, len(cells_of_row))
     means, spans = [], []
     for row, columns in enumerate(cells_of_row):
         means.append(torch.nn.functional.adaptive_avg_pool2d(image, (len(cells_of_row), columns))[:, :, row])
-        spans.append(torch.cat([heights[row].expand(columns, 2), _spans(grid_w, columns)], dim=1))
+        spans.append(torch.cat([heights[row].expand(columns, 2), split_axis(grid_w, columns)], dim=1))
     return torch.cat(means, dim=-1).movedim(1, -1), torch.cat(spans)
 
 
@@ -86,7 +107,7 @@ def _aspect(grid_h: int, grid_w: int, rows: int, num_cells: int) -> float:
     return max(max(height / width, width / height) for width in widths)
 
 
-def _spans(size: int, num_cells: int) -> Tensor:
+def split_axis(size: int, num_cells: int) -> Tensor:
     """Return first and stop of each cell of ``adaptive_avg_pool2d`` on an axis of ``size`` tokens: (num_cells, 2) int64."""
     index = torch.arange(num_cells)
     return torch.stack([index * size // num_cells, -((index + 1) * -size // num_cells)], dim=1)

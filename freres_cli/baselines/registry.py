@@ -5,7 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from freres_cli.baselines import adaptive, blind, dtd, evs, fre_res, full, lowres, uniform
+from freres_cli.baselines import (
+    adaptive,
+    apet,
+    blind,
+    divprune,
+    dtd,
+    dycoke,
+    evs,
+    fourier,
+    fourier_raw,
+    fre_res,
+    full,
+    ktv,
+    lowres,
+    tome,
+    ts_llava,
+    uniform,
+    vidcom2,
+)
 from freres_cli.baselines.declaration import Method
 
 FRE_RES, ADAPTIVE = fre_res.METHOD.name, adaptive.METHOD.name
@@ -19,6 +37,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             lowres.METHOD,
             evs.METHOD,
             dtd.METHOD,
+            vidcom2.METHOD,
+            dycoke.METHOD,
+            divprune.METHOD,
+            apet.METHOD,
+            tome.METHOD,
+            fourier.METHOD,
+            fourier_raw.METHOD,
+            ts_llava.METHOD,
+            ktv.METHOD,
             fre_res.METHOD,
             adaptive.METHOD,
             blind.METHOD,

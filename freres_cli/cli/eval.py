@@ -83,12 +83,8 @@ def evaluate(
     A folder is a local copy of a public benchmark, in its own layout: see freres-benchmarks(7). The model answers the
     benchmark's prompt greedily, and the option is read from its words by the benchmark's rule, not by probability.
 
-    Methods: full, every token; uniform, evenly spaced whole frames, thinned to exactly the budget; lowres, every frame
-    averaged in space to as many cells as the budget holds; evs, the tokens that changed most since the frame before; dtd,
-    those that differ most from the last kept token of their cell; fre-res, as in freres compress, with the adapter;
-    adaptive, as in freres compress; blind, the question without visual tokens. See freres methods. full and blind have one
-    row each, whatever the budgets. fre-res uses at most the budget, the others exactly the budget. With deepstack: drop,
-    only full keeps the DeepStack rows.
+    freres methods says what each method keeps. full and blind have one row each, whatever the budgets. fre-res uses at most
+    the budget, the others exactly the budget. With deepstack: drop, only full keeps the DeepStack rows.
     """
     from freres_cli.evaluation.cells import parse_cells
     from freres_cli.evaluation.results import results_path
