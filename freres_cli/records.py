@@ -8,7 +8,7 @@ LM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -160,6 +160,12 @@ class VideoTokens:
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])
+
+    def pick(self, keep: Tensor) -> VideoTokens:
+        """Return some of the tokens, each unchanged. ``keep``: (n,) their indices, increasing."""
+        names = ("latents", "positions", "seconds", "kind", "gop", "energy", "boxes", "stretches")
+        rows = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if own is None else own[keep] for name, own in rows.items()})
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from freres_cli.baselines import adaptive, blind, dtd, evs, fre_res, full, lowres, uniform
+from freres_cli.baselines import (
+    adaptive,
+    blind,
+    cdpruner,
+    dpp,
+    dtd,
+    evs,
+    fastv,
+    framefusion_prune,
+    fre_res,
+    full,
+    lowres,
+    uniform,
+)
 from freres_cli.baselines.declaration import Method
 
 FRE_RES, ADAPTIVE = fre_res.METHOD.name, adaptive.METHOD.name
@@ -19,6 +32,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             lowres.METHOD,
             evs.METHOD,
             dtd.METHOD,
+            dpp.METHOD,
+            cdpruner.METHOD,
+            fastv.METHOD,
+            framefusion_prune.METHOD,
             fre_res.METHOD,
             adaptive.METHOD,
             blind.METHOD,
