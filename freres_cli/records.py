@@ -163,9 +163,17 @@ class VideoTokens:
 
     def pick(self, keep: Tensor) -> VideoTokens:
         """Return some of the tokens, each unchanged. ``keep``: (n,) their indices, increasing."""
-        names = ("latents", "positions", "seconds", "kind", "gop", "energy", "boxes", "stretches")
-        rows = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if own is None else own[keep] for name, own in rows.items()})
+        return replace(
+            self,
+            latents=self.latents[keep],
+            positions=self.positions[keep],
+            seconds=self.seconds[keep],
+            kind=self.kind[keep],
+            gop=self.gop[keep],
+            energy=self.energy[keep],
+            boxes=None if self.boxes is None else self.boxes[keep],
+            stretches=None if self.stretches is None else self.stretches[keep],
+        )
 
 
 @dataclass(frozen=True)

@@ -80,4 +80,5 @@ def test_low_resolution_cells_are_not_strips():
 
 
 def test_every_method_is_offered():
-    assert set(METHODS) == {"full", "uniform", "lowres", "evs", "dtd", "fre-res", "adaptive", "blind"}
+    blind = {"full", "uniform", "lowres", "evs", "dtd", "dpp", "fre-res", "adaptive", "blind"}
+    assert set(METHODS) == blind | {"cdpruner", "fastv", "framefusion-prune"}

@@ -49,9 +49,7 @@ class PromptRows:
 
     def pick(self, rows: Tensor | slice) -> PromptRows:
         """Some of these rows, at their positions. ``rows``: a slice, indices, or a mask (L,)."""
-        return PromptRows(
-            self.embeds[rows], self.positions[..., rows], self.next_position, self.visual_mask[rows]
-        )
+        return PromptRows(self.embeds[rows], self.positions[..., rows], self.next_position, self.visual_mask[rows])
 
     def split(self, num_rows: int) -> Iterator[PromptRows]:
         """These rows, ``num_rows`` at a time."""

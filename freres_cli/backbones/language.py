@@ -15,7 +15,7 @@ from transformers import AutoModel, DynamicCache
 from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
-from freres_cli.backbones.base import PromptIds, PromptRows, join_rows
+from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
 from freres_cli.devices import Device, choose_dtype, fit_attention

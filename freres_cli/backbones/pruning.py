@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freres_cli.backbones.base import LanguageModel, PromptRows, join_rows
+from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.errors import BackboneError
 
 

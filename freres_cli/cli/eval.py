@@ -69,10 +69,14 @@ def evaluate(
 
     Methods: full, every token; uniform, evenly spaced whole frames, thinned to exactly the budget; lowres, every frame
     averaged in space to as many cells as the budget holds; evs, the tokens that changed most since the frame before; dtd,
-    those that differ most from the last kept token of their cell; fre-res, as in freres compress, with the adapter;
+    those that differ most from the last kept token of their cell; dpp, those that differ most from one another; cdpruner,
+    the same weighted by nearness to the question; fastv and framefusion-prune, those that the question attends to in the
+    first decoder layers, which see all of them; fre-res, as in freres compress, with the adapter;
     adaptive, as in freres compress; blind, the question without visual tokens. See freres methods. full and blind have one
     row each, whatever the budgets. fre-res uses at most the budget, the others exactly the budget. With deepstack: drop,
-    only full keeps the DeepStack rows.
+    only full keeps the DeepStack rows. cdpruner picks and prefills its tokens for each question, and the time to the first
+    token includes this. For fastv and framefusion-prune the budget counts the visual tokens in the later layers;
+    context_tokens counts all those of the first layers.
     """
     from freres_cli.evaluation.cells import parse_cells
     from freres_cli.evaluation.questions import read_questions
