@@ -85,7 +85,7 @@ class ByHand:
         later = self.positions[..., -1:] + 1 + torch.arange(len(tokens))
         positions = torch.cat([self.positions, later], dim=-1)
         visual = torch.cat([self.visual, torch.zeros(len(tokens), dtype=torch.bool)])
-        hidden, weights, left = embeds, [], torch.arange(embeds.shape[1])
+        hidden, weights, left, kept = embeds, [], torch.arange(embeds.shape[1]), torch.arange(int(visual.sum()))
         for number, layer in enumerate(self.decoder.layers):
             seen = []
             hook = layer.self_attn.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[1]))
@@ -94,8 +94,7 @@ class ByHand:
             hidden = layer(hidden, position_embeddings=cos_sin, attention_mask=mask)
             hook.remove()
             if number < len(self.deep):
-                rows = self.deep[number] if len(left) == len(visual) else self.deep[number][kept]
-                hidden[0, visual[left]] += rows
+                hidden[0, visual[left]] += self.deep[number][kept]
             if number < self.method.num_full_layers:
                 weights.append(seen[0][0, :, self.length - 1].mean(0))
             if number == self.method.num_full_layers - 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.backbones.pruning import Pruning
+from freres_cli.backbones.pruning import Pruning, check_pruning
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import METHODS
 from freres_cli.method.fusion import FreResModules
@@ -44,3 +46,13 @@ def make_pruning(method: Method, budget_tokens: int) -> Pruning | None:
     if method.pick_attended is None:
         return None
     return Pruning(method.num_full_layers, budget_tokens, method.pick_attended, method.name)
+
+
+def check_methods(methods: Iterable[str], model: LanguageModel) -> None:
+    """Refuse a method that prunes in the decoder, for a model whose decoder cannot be pruned, before any video is read.
+
+    Raises ``BackboneError``, which names both.
+    """
+    for name in methods:
+        if (pruning := make_pruning(METHODS[name], 1)) is not None:
+            check_pruning(model, pruning, model.new_cache())

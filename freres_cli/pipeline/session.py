@@ -280,7 +280,7 @@ class Session:
         else of the question."""
         ids, start = self.model.prompt(text or query.question), time.perf_counter()
         tokens = self.tokens if refine is None else refine_tokens(self.tokens, self.model, query.question, refine)
-        refine_s = time.perf_counter() - start
+        refine_s = 0.0 if tokens is self.tokens else time.perf_counter() - start
         prefix = self._prefixes.get(ids.prefix) if tokens is self.tokens else None
         if prefix is None:
             prefix = prefill_video(self.model, ids.prefix, tokens, self.text_after, pruning=self.pruning)

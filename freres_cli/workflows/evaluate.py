@@ -22,7 +22,7 @@ from freres_cli.method.fusion import FreResModules
 from freres_cli.pipeline.adapters import check_shape, check_variant, load_adapter
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
-from freres_cli.pipeline.method_session import make_method_session
+from freres_cli.pipeline.method_session import check_methods, make_method_session
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
@@ -77,11 +77,13 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
 
     A video that cannot be used becomes a failed row, and its questions count for no method. ``progress``: called with
     the number of videos done and the number of all videos. ``models``: a model that is already loaded. Raises
-    ``VideoError`` if no video could be used, and ``UsageError`` for a question that holds a control token of the model.
+    ``VideoError`` if no video could be used, ``UsageError`` for a question that holds a control token of the model, and
+    ``BackboneError`` for a method that cannot prune its decoder.
     """
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
     refuse_control_tokens(request.questions.places(), model)
+    check_methods((cell.method for cell in request.cells), model)
     modules = load_all_modules(request, model)
     run = describe_run(request, model)
     results = ResultsFile(request.output, run, request.force, request.remedy)
