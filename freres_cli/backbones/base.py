@@ -182,7 +182,7 @@ class LanguageModel(Protocol):
     def decode_layers(
         self, rows: PromptRows, cache: Any, layers: range, attended: list[Tensor] | None = None
     ) -> Tensor:
-        """Run rows through some of the layers only, on top of the cache, which grows in these layers.
+        """Run rows through some of the ``layers`` only, on top of ``cache``, which grows in these layers.
 
         ``rows``: what the layer before the first of ``layers`` gave, (L, D), followed by the DeepStack channels that are
         still to be added. ``attended``: gets what the last row attends to in each layer, (heads, rows in the cache).
