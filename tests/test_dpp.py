@@ -48,6 +48,14 @@ def test_picks_are_distinct_and_as_many_as_asked(count):
     assert len(picks) == len(set(picks)) == min(count, 40) and min(picks) >= 0 and max(picks) < 40
 
 
+def test_once_every_direction_is_spent_the_search_starts_over():
+    units, relevance = random_units(30, 6, 7), torch.rand(30, generator=torch.Generator().manual_seed(7)) + 0.5
+    first, later = pick_diverse(units, relevance, 12).split(6)
+    assert first.tolist() == pick_by_determinants(units, relevance, 6)
+    rest = torch.tensor([i for i in range(30) if i not in first.tolist()])
+    assert later.tolist() == rest[pick_by_determinants(units[rest], relevance[rest], 6)].tolist()
+
+
 def test_a_repeated_frame_adds_nothing_until_the_first_is_spent():
     frame = torch.eye(6).view(1, 2, 3, 6)
     tokens = keep_diverse_tokens(frame.repeat(4, 1, 1, 1), torch.arange(4, dtype=torch.float64), 9, 6)

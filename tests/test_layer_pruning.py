@@ -57,6 +57,13 @@ def test_with_every_token_kept_nothing_changes(tiny, method):
         assert torch.equal(*logits)
 
 
+def test_rows_of_a_prompt_know_which_are_visual_tokens(tiny):
+    """Not the family's own text, nor a row that ends every video."""
+    video = tiny.tokens()
+    rows = tiny.whole_prompt(video)
+    assert torch.equal(rows.embeds[rows.visual_mask], video.latents) and len(rows.visual_mask) == len(rows)
+
+
 @pytest.mark.parametrize("case", HYBRIDS, ids=lambda case: case.name)
 def test_layers_with_a_state_are_refused(case, tmp_path):
     hybrid = Tiny(case, tmp_path)
