@@ -8,7 +8,7 @@ LM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -162,6 +162,20 @@ class VideoTokens:
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])
+
+    def pick(self, keep: Tensor) -> VideoTokens:
+        """Return some of the tokens, each unchanged. ``keep``: (n,) their indices, increasing."""
+        return replace(
+            self,
+            latents=self.latents[keep],
+            positions=self.positions[keep],
+            seconds=self.seconds[keep],
+            kind=self.kind[keep],
+            gop=self.gop[keep],
+            energy=self.energy[keep],
+            boxes=None if self.boxes is None else self.boxes[keep],
+            stretches=None if self.stretches is None else self.stretches[keep],
+        )
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def test_low_resolution_cells_are_not_strips():
 
 
 def test_every_method_is_offered():
-    selecting = {"uniform", "evs", "dtd", "vidcom2", "dycoke", "divprune", "ktv"}
+    selecting = {"uniform", "evs", "dtd", "vidcom2", "dycoke", "divprune", "ktv", "dpp"}
+    asking = {"cdpruner", "fastv", "framefusion-prune"}
     mixing = {"lowres", "fourier", "fourier-raw", "ts-llava", "tome", "apet"}
-    assert set(METHODS) == {"full", "blind", "fre-res", "adaptive"} | selecting | mixing
+    assert set(METHODS) == {"full", "blind", "fre-res", "adaptive"} | selecting | mixing | asking

@@ -28,6 +28,7 @@ PEERS = {
     "dtd": (("--budget", BUDGET), BUDGET),
     # Its positions are fractions on all axes.
     "tome": (("--budget", BUDGET), BUDGET),
+    "dpp": (("--budget", BUDGET), BUDGET),
     "full": ((), FULL_TOKENS),
 }
 DEEP = next(case for case in FAMILY_CASES if case.name == "qwen3_vl")
@@ -91,7 +92,7 @@ def test_the_counts_are_the_method_s(path, method):
 
 
 @pytest.mark.parametrize("budget", [1, 7, 35, 37, 101, 288, 1000])
-@pytest.mark.parametrize("method", ["uniform", "lowres", "evs", "dtd", "tome", "fourier"])
+@pytest.mark.parametrize("method", ["uniform", "lowres", "evs", "dtd", "tome", "fourier", "dpp"])
 def test_the_budget_is_used_to_the_last_token(clip, method, budget, tmp_path):
     compressor = Compressor(method=method, models=loaded_models(), budget_tokens=budget, sample_count=8)
     read = read_bundle(compressor.compress(clip).save(tmp_path / "b.pt").path)

@@ -34,7 +34,10 @@ def test_a_declaration_is_whole(method):
     assert method.summary and method.source and method.deviations
     assert method.training in TRAININGS and set(method.needs) <= set(NEEDS)
     assert method.is_question_blind == ("question" not in method.needs)
-    assert (method.compress is None) == (method.name in (FRE_RES, ADAPTIVE))
+    functions = [method.compress, method.pick_for_question, method.pick_attended]
+    assert sum(function is not None for function in functions) == (method.name not in (FRE_RES, ADAPTIVE))
+    assert method.is_question_blind == (method.compress is not None or method.name in (FRE_RES, ADAPTIVE))
+    assert ("decoder layers" in method.needs) == (method.pick_attended is not None) == (method.num_full_layers > 0)
     assert method.is_question_blind or not method.makes_bundles
 
 
@@ -76,7 +79,7 @@ def test_completion():
     assert complete_bundle_method("") == list(BUNDLE_METHODS) and complete_bundle_method("fre") == ["fre-res"]
     assert complete_bundle_method("ad") == [ADAPTIVE]
     assert complete_bundle_method("fourier") == ["fourier", "fourier-raw"]
-    assert complete_method("uniform,fu") == ["uniform,full"]
+    assert complete_method("uniform,fu") == ["uniform,full"] and "uniform,fre-res" in complete_method("uniform,f")
 
 
 def test_an_unknown_method_is_refused():

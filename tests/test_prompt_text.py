@@ -22,7 +22,7 @@ from freres_cli.pipeline.prompt_text import (
     record_text,
     settle_tokens,
 )
-from freres_cli.pipeline.session import AskRequest, Session, open_session
+from freres_cli.pipeline.session import AskRequest, Query, Session, open_session
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import TOKEN_KINDS, nearest_frames
 from freres_cli.workflows.train_adapter import _Run
@@ -189,7 +189,7 @@ def test_an_adapter_is_trained_on_the_tokens_that_ask_reads(name, tmp_path):
     )
     example = SimpleNamespace(questions=[question], tracks=lambda budget: tracks)
     [trained] = _Run._scores(trainer, example, 0, [0])
-    prefix, suffix = session._prompt(QUESTION)
+    prefix, suffix = session._prompt(Query(QUESTION))
     assert torch.allclose(trained, score_options(tiny.model, prefix, suffix, answers), atol=1e-3)
 
 

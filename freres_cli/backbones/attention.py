@@ -88,17 +88,30 @@ def batch_attention(
     scaling: float | None = None,
     kernel: str = "sdpa",
     is_last_of_keys: bool = True,
+    attended: list[Tensor] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of a batch without padding: causal if ``is_last_of_keys``, else from every query to every key.
 
     ``query``: (n, heads, q, d). ``key`` and ``value``: (n, kv_heads, kv, d). With ``is_last_of_keys`` the queries are
     the last q of the kv positions. ``scaling``: factor of the scores, by default 1/sqrt(d). ``kernel``: sdpa, flash or
-    eager. ``module`` and ``attention_mask`` are part of transformers' interface and not used. Returns (n, q, heads, d)
-    and None.
+    eager. ``attended``: gets the weights of the last query, as ``attend_last`` gives them; no others are computed.
+    ``module`` and ``attention_mask`` are part of transformers' interface and not used. Returns (n, q, heads, d) and None.
     """
+    if attended is not None:
+        attended.append(attend_last(query, key, scaling))
     out = _KERNELS[kernel](query, key, value, scaling, is_last_of_keys)
     return out.transpose(1, 2).contiguous(), None
+
+
+def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+    """Return the attention weights of the last query of the first sequence, (heads, kv) float32.
+
+    ``query``: (n, heads, q, d). ``key``: (n, kv_heads, kv, d). ``scaling``: factor of the scores, by default 1/sqrt(d).
+    """
+    row = query[0, :, -1].unflatten(0, (key.shape[1], -1))  # (kv_heads, heads of each, d)
+    scores = row @ key[0].mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return scores.softmax(-1, dtype=torch.float32).flatten(0, 1)
 
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:

@@ -9,7 +9,7 @@ prompt; the others are the rows that the family adds to it after its first langu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,22 +25,46 @@ class PromptRows:
 
     ``embeds``: (L, C); the DeepStack channels of text rows are zero. ``positions``: (R, 1, L) float32, where R = 4 for
     M-RoPE families (plain index, t, h, w) and 1 for the others. ``next_position``: the position of the next text token.
+    ``is_visual``: (L,) bool, which rows are tokens of the video; ``None`` if none is.
     """
 
     embeds: Tensor
     positions: Tensor
     next_position: float
+    is_visual: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.embeds.shape[0])
 
     def then(self, other: PromptRows) -> PromptRows:
         """These rows followed by those of ``other``."""
-        return PromptRows(
-            torch.cat([self.embeds, other.embeds]),
-            torch.cat([self.positions, other.positions], dim=-1),
-            other.next_position,
-        )
+        return join_rows([self, other], other.next_position)
+
+    @property
+    def visual_mask(self) -> Tensor:
+        """``is_visual``, also where none is: (L,) bool."""
+        if self.is_visual is None:
+            return torch.zeros(len(self), dtype=torch.bool, device=self.embeds.device)
+        return self.is_visual
+
+    def pick(self, rows: Tensor | slice) -> PromptRows:
+        """Some of these rows, at their positions. ``rows``: a slice, indices, or a mask (L,)."""
+        return PromptRows(self.embeds[rows], self.positions[..., rows], self.next_position, self.visual_mask[rows])
+
+    def split(self, num_rows: int) -> Iterator[PromptRows]:
+        """These rows, ``num_rows`` at a time."""
+        for start in range(0, len(self), num_rows):
+            yield self.pick(slice(start, start + num_rows))
+
+
+def join_rows(parts: Sequence[PromptRows], next_position: float) -> PromptRows:
+    """Parts of the prompt one after the other, with a single copy."""
+    return PromptRows(
+        torch.cat([part.embeds for part in parts]),
+        torch.cat([part.positions for part in parts], dim=-1),
+        next_position,
+        torch.cat([part.visual_mask for part in parts]),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,7 @@ class LanguageModel(Protocol):
 
     family: str
     width: int
+    num_layers: int
     num_deep_layers: int
     dtype: torch.dtype
     device: torch.device
@@ -152,6 +177,17 @@ class LanguageModel(Protocol):
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
         """Run rows through the decoder on top of the cache, extending it. Returns the last hidden states (L, D)."""
+        ...
+
+    def decode_layers(
+        self, rows: PromptRows, cache: Any, layers: range, attended: list[Tensor] | None = None
+    ) -> Tensor:
+        """Run rows through some of the ``layers`` only, on top of ``cache``, which grows in these layers.
+
+        ``rows``: what the layer before the first of ``layers`` gave, (L, D), followed by the DeepStack channels that are
+        still to be added. ``attended``: gets what the last row attends to in each layer, (heads, rows in the cache).
+        Returns the hidden states (L, D), normalized if the last layer is among ``layers``.
+        """
         ...
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:

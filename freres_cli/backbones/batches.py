@@ -127,6 +127,8 @@ def extend(model: LanguageModel, branches: Branches, rows: Sequence[PromptRows])
 @contextmanager
 def _lend(model: LanguageModel, prefix: VideoPrefix, num_tokens: Sequence[int]) -> Iterator[Branches]:
     """The prefix as a single branch to start from. ``num_tokens``: the most tokens that each question adds."""
+    if prefix.pruned is not None:
+        raise BackboneError("questions: expected one at a time, because each prunes the video in its own way")
     check_context(model, prefix.num_tokens + max(num_tokens, default=0), prefix.next_position)
     with lend_cache(prefix) as cache:
         yield Branches(cache, torch.ones(1, prefix.num_tokens, dtype=torch.bool, device=model.device))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
+from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
 from freres_cli.devices import memory_errors_as, synchronize
 from freres_cli.errors import BackboneError
 from freres_cli.records import VideoTokens
@@ -32,6 +33,8 @@ class VideoPrefix:
 
     ``num_tokens``: rows in the cache. ``next_position``: position of the question's first token. ``prefill_s``: how
     long the prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time.
+    ``pruned``: if only some visual tokens reach the later layers, what the first layers made of all of them; the later
+    layers then run once for each question.
     """
 
     cache: Any
@@ -40,7 +43,13 @@ class VideoPrefix:
     next_position: float
     prefill_s: float
     notes: tuple[str, ...] = ()
+    pruned: PrunedVideo | None = None
     is_lent: bool = field(default=False, init=False)
+
+    @property
+    def num_answering_tokens(self) -> int:
+        """Visual tokens that reach the last layer."""
+        return self.num_visual_tokens if self.pruned is None else self.pruned.num_kept
 
 
 def prefill_video(
@@ -49,21 +58,29 @@ def prefill_video(
     video: VideoTokens,
     text_after: str = "max",
     chunk_tokens: int | None = None,
+    pruning: Pruning | None = None,
 ) -> VideoPrefix:
     """Run the text before the video, ``prefix_ids``, and the visual tokens, ``video``, through ``model``.
 
     ``text_after`` is the rule for the positions of later text, as in ``base.LanguageModel.splice``; ``chunk_tokens`` is
-    the number of rows per forward pass, by default ``choose_chunk(model)``. Raises BackboneError if the prefix alone
-    exceeds the model's context, ResourceError if it does not fit in memory.
+    the number of rows per forward pass, by default ``choose_chunk(model)``. With a ``pruning``, only the first layers run
+    now. Raises BackboneError if the prefix alone exceeds the model's context or the model's layers cannot be pruned,
+    ResourceError if it does not fit in memory.
     """
     synchronize(model.device)
     start_s = time.perf_counter()
     rows = model.splice(prefix_ids, video, text_after)
     notes = check_context(model, len(rows), rows.next_position)
-    cache = model.new_cache()
-    prefill(model, rows, cache, chunk_tokens)
+    cache, pruned = model.new_cache(), None
+    if pruning is None:
+        prefill(model, rows, cache, chunk_tokens)
+    else:
+        check_pruning(model, pruning, cache)
+        with memory_of(model, len(rows)):
+            pruned = run_first_layers(model, rows, cache, pruning, chunk_tokens or choose_chunk(model))
     synchronize(model.device)
-    return VideoPrefix(cache, len(rows), len(video), rows.next_position, time.perf_counter() - start_s, notes)
+    spent_s = time.perf_counter() - start_s
+    return VideoPrefix(cache, len(rows), len(video), rows.next_position, spent_s, notes, pruned)
 
 
 def check_context(model: LanguageModel, num_tokens: int, next_position: float) -> tuple[str, ...]:
@@ -102,11 +119,24 @@ def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: in
     num_cached = cache.get_seq_length()
     chunk_tokens = chunk_tokens or choose_chunk(model)
     with memory_of(model, num_cached + len(rows)):
-        for start in range(0, len(rows), chunk_tokens):
-            stop = min(start + chunk_tokens, len(rows))
-            part = PromptRows(rows.embeds[start:stop], rows.positions[..., start:stop], rows.next_position)
+        for part in rows.split(chunk_tokens):
             hidden = model.decode(part, cache)
     return hidden[-1:]
+
+
+def read_question(model: LanguageModel, prefix: VideoPrefix, suffix_ids: Sequence[int], cache: Any) -> Tensor:
+    """Run the text after the video, ``suffix_ids``, through ``model`` on top of ``cache``, which ``prefix`` lends.
+
+    If the video is pruned, this is where the tokens for the later layers are picked, and run through them. Returns the
+    last hidden state, (1, D). Raises as ``prefill``.
+    """
+    rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
+    if prefix.pruned is None:
+        return prefill(model, rows, cache)
+    if not len(rows):
+        raise BackboneError("prompt: expected at least one token after the video, got none")
+    with memory_of(model, prefix.num_tokens + len(rows)):
+        return read_pruned(model, prefix.pruned, rows, cache)
 
 
 @contextmanager
@@ -128,13 +158,14 @@ def branch(cache: Any) -> Iterator[Any]:
     if not getattr(cache, "is_croppable", True):
         yield copy.deepcopy(cache)
         return
-    num_tokens = cache.get_seq_length()
+    # Layers may differ in length: those after a pruning hold fewer rows.
+    lengths = [layer.get_seq_length() for layer in cache.layers]
     try:
         yield cache
     finally:
         # Crop each layer by its own excess: a pass that failed half-way extended only some. A negative crop removes rows.
-        for layer in cache.layers:
-            if (num_added := layer.get_seq_length() - num_tokens) > 0:
+        for layer, length in zip(cache.layers, lengths, strict=True):
+            if (num_added := layer.get_seq_length() - length) > 0:
                 layer.crop(-num_added)
 
 
@@ -157,13 +188,12 @@ def score_options(
     check_context(model, longest, prefix.next_position)
     scores = []
     with lend_cache(prefix) as cache:
-        rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
-        first = model.logits(prefill(model, rows, cache)).log_softmax(-1)
-        num_prompt = prefix.num_tokens + len(rows)
+        first = model.logits(read_question(model, prefix, suffix_ids, cache)).log_softmax(-1)
+        num_prompt, position = prefix.num_tokens + len(suffix_ids), prefix.next_position + len(suffix_ids)
         for option in options:
             log_probs = first
             if len(option) > 1:
-                continuation = model.text_rows(option[:-1], num_prompt, rows.next_position)
+                continuation = model.text_rows(option[:-1], num_prompt, position)
                 with memory_of(model, num_prompt + len(option)), branch(cache) as scratch:
                     later = model.logits(model.decode(continuation, scratch)).log_softmax(-1)
                 log_probs = torch.cat([first, later])

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from freres_cli.backbones.base import PromptRows
-from freres_cli.backbones.language import DecoderLanguageModel, join_rows
+from freres_cli.backbones.base import PromptRows, join_rows
+from freres_cli.backbones.language import DecoderLanguageModel
 from freres_cli.records import VideoTokens, nearest_frames
 
 Ids = Sequence[int]

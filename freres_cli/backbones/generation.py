@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, prefill
+from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, prefill, read_question
 from freres_cli.devices import synchronize
 from freres_cli.errors import UsageError
 
@@ -102,10 +102,10 @@ def _pieces(
     picker = torch.Generator().manual_seed(sampling.seed)
     stream = TextStream(model.tokenizer)
     with lend_cache(prefix) as cache:
-        rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
         step_s, later_s = start_s, 0.0
-        while result.finish_reason is None:
-            logits = check_scores(model.logits(prefill(model, rows, cache))[0])
+        hidden, position = read_question(model, prefix, suffix_ids, cache), prefix.next_position + len(suffix_ids)
+        while True:
+            logits = check_scores(model.logits(hidden)[0])
             token = pick_token(logits, sampling, picker)
             synchronize(model.device)
             spent_s = time.perf_counter() - step_s
@@ -123,9 +123,12 @@ def _pieces(
             result.text += piece
             if piece:
                 yield piece
+            if result.finish_reason:
+                break
             # The time the caller spends between two pieces does not count as the model's.
             step_s = time.perf_counter()
-            rows = model.text_rows([token], cache.get_seq_length(), rows.next_position)
+            rows = model.text_rows([token], cache.get_seq_length(), position)
+            hidden, position = prefill(model, rows, cache), rows.next_position
     if len(result.ids) > 1:
         result.tpot_s = later_s / (len(result.ids) - 1)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -79,6 +79,7 @@ class DecoderLanguageModel(ABC):
         self.fingerprint = fingerprint
         self.notes = notes
         self.width = int(half.decoder.config.hidden_size)
+        self.num_layers = len(half.decoder.layers)
         self.num_deep_layers = self.count_deep_layers(config)
         self.max_context_tokens = int(half.decoder.config.max_position_embeddings)
 
@@ -238,7 +239,8 @@ class DecoderLanguageModel(ABC):
         """
         embeds = latents.to(device=self.device, dtype=self.dtype)
         axes = axes.to(device=self.device, dtype=torch.float32)
-        return PromptRows(embeds, self._positions(axes, index), next_position)
+        is_visual = torch.ones(len(embeds), dtype=torch.bool, device=self.device)
+        return PromptRows(embeds, self._positions(axes, index), next_position, is_visual)
 
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text tokens as rows, all axes counting up from ``position``, and the plain index from ``index``."""
@@ -262,12 +264,23 @@ class DecoderLanguageModel(ABC):
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
         """Run rows on top of the cache. Returns the last hidden states, (L, D)."""
+        return self._run(rows, cache)
+
+    def decode_layers(
+        self, rows: PromptRows, cache: Any, layers: range, attended: list[Tensor] | None = None
+    ) -> Tensor:
+        """See ``base.LanguageModel``."""
+        with only_layers(self.decoder, layers):
+            return self._run(rows, cache, **({} if attended is None else {"attended": attended}))
+
+    def _run(self, rows: PromptRows, cache: Any, **of_attention: Any) -> Tensor:
         out = self.decoder(
             inputs_embeds=rows.embeds[None, :, : self.width],
             position_ids=rows.positions if self.num_axes > 1 else rows.positions[0],
             past_key_values=cache,
             use_cache=True,
             **self.deep_inputs(rows.embeds),
+            **of_attention,
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
@@ -304,10 +317,14 @@ def _rope_notes(text_config: Any) -> tuple[str, ...]:
     )
 
 
-def join_rows(parts: Sequence[PromptRows], next_position: float) -> PromptRows:
-    """Parts of the prompt one after the other, with a single copy."""
-    return PromptRows(
-        torch.cat([part.embeds for part in parts]),
-        torch.cat([part.positions for part in parts], dim=-1),
-        next_position,
-    )
+@contextmanager
+def only_layers(decoder: Any, layers: range) -> Iterator[None]:
+    """Leave a decoder only some consecutive layers inside the block, and its last norm only if its last layer is among
+    them."""
+    every, norm = decoder.layers, decoder.norm
+    try:
+        decoder.layers = every[layers.start : layers.stop]
+        decoder.norm = norm if layers.stop == len(every) else nn.Identity()
+        yield
+    finally:
+        decoder.layers, decoder.norm = every, norm

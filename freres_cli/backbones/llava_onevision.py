@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from freres_cli.backbones.base import PromptRows
+from freres_cli.backbones.base import PromptRows, join_rows
 from freres_cli.backbones.halves import FamilyFiles
-from freres_cli.backbones.language import DecoderLanguageModel, LanguageHalf, join_rows
+from freres_cli.backbones.language import DecoderLanguageModel, LanguageHalf
 from freres_cli.backbones.square_vision import SquareVisionEncoder
 from freres_cli.backbones.vision import PixelRule
 from freres_cli.records import VideoTokens
@@ -92,4 +93,4 @@ class LlavaOnevisionLanguageModel(DecoderLanguageModel):
         end = position + num_frames * grid_h * grid_w
         visual = self.visual_rows(video.latents, index, raster[None] + position, end)
         newline = self.visual_rows(self.newline[None], index + len(visual), torch.tensor([[end]]), end + 1)
-        return join_rows([visual, newline], end + 1)
+        return join_rows([visual, replace(newline, is_visual=None)], end + 1)

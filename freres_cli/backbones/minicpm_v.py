@@ -18,11 +18,10 @@ from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6Mode
 from transformers.models.minicpmv4_7.modeling_minicpmv4_7 import MiniCPMV4_7Model
 
 from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
-from freres_cli.backbones.base import PromptIds, PromptRows
+from freres_cli.backbones.base import PromptIds, PromptRows, join_rows
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.frame_runs import FrameRunLanguageModel, FrameTexts
 from freres_cli.backbones.halves import FamilyFiles
-from freres_cli.backbones.language import join_rows
 from freres_cli.backbones.qwen_vision import fit_grid
 from freres_cli.backbones.vision import FrameEncoder, PixelRule, build_without_decoder, refuse_frames
 from freres_cli.errors import BackboneError

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from freres_cli.records import VideoTokens
 
+    PickForQuestion = Callable[[Tensor, Tensor, int], Tensor]
+    PickAttended = Callable[[Tensor, int], Tensor]
+
 # What a method may need besides the latents.
 NEEDS = ("question", "tower attention", "decoder layers")
 TRAININGS = ("none", "optional", "required")
@@ -29,7 +32,11 @@ class Method:
     compress`` accepts it. ``deviations``: how it differs from its source.
 
     ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens``; ``None``
-    for Fre-Res and adaptive Fre-Res, which take frames one at a time (``method/compress.py``, ``method/adaptive.py``).
+    for Fre-Res and adaptive Fre-Res, which take frames one at a time (``method/compress.py``, ``method/adaptive.py``), and
+    for methods that need the question. Those have one of two functions, both of which return the indices of the tokens to
+    keep, (n,) int64, increasing. ``pick_for_question``: (tokens (S, D), the question's embeddings (Q, D), n), before the
+    decoder. ``pick_attended``: (attention (k, heads, S), n), after the first k = ``num_full_layers`` layers of the decoder:
+    what the prompt's last token attends to in each of them.
     """
 
     name: str
@@ -43,6 +50,9 @@ class Method:
     makes_bundles: bool = True
     deviations: str = "none"
     compress: Callable[[Tensor, Tensor, int, int], VideoTokens] | None = None
+    pick_for_question: PickForQuestion | None = None
+    pick_attended: PickAttended | None = None
+    num_full_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.makes_bundles and not self.is_question_blind:

@@ -54,6 +54,10 @@ def ask(
         float, typer.Option("--top-p", help="Sample from the most likely tokens that add up to this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed for sampling.")] = 0,
+    refine: Annotated[
+        int | None,
+        typer.Option("--refine", metavar="B", min=1, help="Use only the B visual tokens that each question needs."),
+    ] = None,
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
@@ -76,6 +80,12 @@ def ask(
 
     With --questions, all questions in a file are answered from one prefill, several at a time, and printed in file
     order, one line each. A row is a JSON object with the key question and, optionally, choices (2 to 26 options) and id.
+
+    With --refine, each question keeps exactly B of the bundle's visual tokens: those that differ most from one another and
+    are nearest to the question (the method cdpruner; see freres methods). They keep their positions and times. The video
+    is then prefilled again for each question, and the time to the first token includes this, so refining pays where the
+    bundle is large and the question is the only one. Questions of a file are then answered one at a time. If B is the
+    number of tokens in the bundle or more, all are used, as without it.
     """
     started = time.perf_counter()
     text = None if questions is not None else _read_question(question, json)
@@ -97,19 +107,22 @@ def ask(
 
     sampling = Sampling(temperature, top_p, seed)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
+    manner["refine"] = refine
     rows = None if questions is None else read_queries(questions)
     request = AskRequest(bundle, find_device(device, attn), model, revision, find_dtype(dtype), adapter, text_after)
     session = open_session(request)
     print_notes(session.notes, quiet)
     if rows is not None:
-        _answer_rows(session, rows, max_new_tokens, sampling, json, quiet)
+        del manner["choices"]
+        _answer_rows(session, rows, manner, json, quiet)
         return
     if text is None:
         _loop(session, manner, quiet)
     elif json:
         asked = time.perf_counter()
         answer = session.ask(text, **manner)
-        print_json("freres.ask/1", _document(answer, session, request, text, asked - started + (answer.ttft_s or 0.0)))
+        cold_ttft_s = asked - started + (answer.ttft_s or 0.0)
+        print_json("freres.ask/1", _document(answer, session, request, text, cold_ttft_s, refine))
     else:
         _answer(session, text, manner, quiet)
 
@@ -153,13 +166,12 @@ def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool
     print_notes([*answer.notes, _cost(answer)], quiet)
 
 
-def _answer_rows(
-    session: Session, rows: list[AskedRow], max_new_tokens: int, sampling: Any, json: bool, quiet: bool
-) -> None:
+def _answer_rows(session: Session, rows: list[AskedRow], manner: dict[str, Any], json: bool, quiet: bool) -> None:
     """Print one answer per line, in file order."""
     from freres_cli.workflows.ask import answer_rows
 
     started, done = time.perf_counter(), 0
+    refined = _count_refined(session, manner["refine"])
 
     with progress_bar("ask", quiet or json, "questions") as progress:
 
@@ -169,26 +181,32 @@ def _answer_rows(
             if progress is not None:
                 progress(done, len(rows))
             if json:
-                print_json_line("freres.answer/1", _row_document(row, answer))
+                print_json_line("freres.answer/1", _row_document(row, answer, refined))
             else:
                 print_line(" ".join(answer.text.split()))
 
-        answers = answer_rows(session, rows, max_new_tokens, sampling, on_answer)
+        answers = answer_rows(session, rows, **manner, on_answer=on_answer)
     seconds = time.perf_counter() - started
     notes = dict.fromkeys(note for answer in answers for note in answer.notes)
-    cost = (
-        f"{len(rows)} questions, one prefill of {format_seconds(session.prefill_s)}, {format_seconds(seconds)} in all"
-    )
-    print_notes([*notes, cost], quiet)
+    prefills = f"one prefill of {format_seconds(session.prefill_s)}"
+    if refined is not None:
+        prefills = "a prefill for each"
+    print_notes([*notes, f"{len(rows)} questions, {prefills}, {format_seconds(seconds)} in all"], quiet)
 
 
-def _row_document(row: AskedRow, answer: Answer) -> dict[str, Any]:
+def _count_refined(session: Session, refine: int | None) -> int | None:
+    """Return how many tokens each question keeps of the bundle, ``None`` if it keeps all."""
+    return refine if refine is not None and refine < len(session.tokens) else None
+
+
+def _row_document(row: AskedRow, answer: Answer, refined: int | None) -> dict[str, Any]:
     return {
         "id": row.id,
         "question": row.query.question,
         "answer": answer.text,
         "choices": answer.choices,
         "visual_tokens": answer.num_visual_tokens,
+        "refined_tokens": refined,
         "context_tokens": answer.num_context_tokens,
         "new_tokens": answer.num_new_tokens,
         "finish_reason": answer.finish_reason,
@@ -225,7 +243,7 @@ def _cost(answer: Answer) -> str:
 
 
 def _document(
-    answer: Answer, session: Session, request: AskRequest, question: str, cold_ttft_s: float
+    answer: Answer, session: Session, request: AskRequest, question: str, cold_ttft_s: float, refine: int | None
 ) -> dict[str, Any]:
     from freres_cli.bench.report import describe_environment
     from freres_cli.pipeline.prompt_text import describe_moves
@@ -236,6 +254,7 @@ def _document(
         "answer": answer.text,
         "choices": answer.choices,
         "visual_tokens": answer.num_visual_tokens,
+        "refined_tokens": _count_refined(session, refine),
         "context_tokens": answer.num_context_tokens,
         "text_overhead_tokens": session.text_overhead_tokens,
         **describe_moves(session.moves),

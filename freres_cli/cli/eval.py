@@ -84,7 +84,9 @@ def evaluate(
     benchmark's prompt greedily, and the option is read from its words by the benchmark's rule, not by probability.
 
     freres methods says what each method keeps. full and blind have one row each, whatever the budgets. fre-res uses at most
-    the budget, the others exactly the budget. With deepstack: drop, only full keeps the DeepStack rows.
+    the budget, the others exactly the budget. With deepstack: drop, only full keeps the DeepStack rows. cdpruner
+    picks and prefills its tokens for each question, and the time to the first token includes this. For fastv and
+    framefusion-prune the budget counts the visual tokens in the later layers; context_tokens counts all those of the first.
     """
     from freres_cli.evaluation.cells import parse_cells
     from freres_cli.evaluation.results import results_path

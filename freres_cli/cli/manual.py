@@ -53,21 +53,24 @@ ask:
     freres ask bundle.pt: Read questions line by line; the video is prefilled once.
     freres ask bundle.pt - --json < question.txt: Read the question from stdin; print one document.
     freres ask bundle.pt --questions questions.jsonl --json: Answer a file of questions from one prefill.
+    freres ask bundle.pt "what moves first?" --refine 64: Only the 64 visual tokens that this question needs.
   output: >-
     The answer. `--choices` adds a line with the probability of each option; `--questions` prints one line for each
     question. Costs go to stderr. `context_tokens` are all tokens of the prompt with the question; the other counts of text
     are as in freres-compress(1), and a note says how many tokens moved. A question with its options may have at most
     16,384 bytes of UTF-8. A bundle made with the embedded weights of another release opens with --model and a folder of
-    those.
+    those. With --refine, `visual_tokens` and the counts of text are those of the question, and `refined_tokens` is B, or null
+    if all tokens are kept.
   schemas:
     freres.ask/1:
-      bundle question answer choices visual_tokens context_tokens text_overhead_tokens moved_tokens
+      bundle question answer choices visual_tokens refined_tokens context_tokens text_overhead_tokens moved_tokens
       moved_outside mean_shift_s max_shift_s new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
       model text_after notes environment
     freres.answer/1 lines with --questions:
-      id question answer choices visual_tokens context_tokens new_tokens finish_reason notes
-  defaults: {choices: none (a free answer), questions: none, adapter: "the bundled model's own, none for others",
-    model: the bundle's, revision: the bundle's, text_after: the bundle's}
+      id question answer choices visual_tokens refined_tokens context_tokens new_tokens finish_reason notes
+  defaults: {choices: none (a free answer), questions: none, refine: none (every token),
+    adapter: "the bundled model's own, none for others", model: the bundle's,
+    revision: the bundle's, text_after: the bundle's}
 profile:
   examples:
     freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle and of the full-token run.
@@ -100,7 +103,7 @@ eval:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
       rows (method label settings adapter adapter_sha256 budget budget_tokens budget_tokens_max visual_tokens
-      visual_tokens_max accuracy ci_low ci_high retention chance num_questions mean_over_categories by_category
+      visual_tokens_max context_tokens accuracy ci_low ci_high retention chance num_questions mean_over_categories by_category
       compress_s prefill_s ttft_s next_ttft_s)
       differences (method minus budget difference ci_low ci_high mean_over_categories) results_file
       scoring (benchmark answers prompt extraction) num_videos_resumed model settings notes environment
@@ -201,7 +204,7 @@ methods:
   schemas:
     freres.methods/1:
       methods (name summary source training needs is_question_blind streams has_budget has_quality makes_bundles
-      deviations)
+      deviations num_full_layers)
 doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."

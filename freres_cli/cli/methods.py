@@ -10,6 +10,8 @@ from freres_cli.baselines.registry import METHODS
 from freres_cli.cli import options
 from freres_cli.cli.output import print_json, print_result, print_table
 
+FUNCTIONS = ("compress", "pick_for_question", "pick_attended")
+
 
 def methods(json: options.Json = False) -> None:
     """List the compression methods.
@@ -40,7 +42,7 @@ def methods(json: options.Json = False) -> None:
 
 
 def _describe(method: Method) -> dict[str, Any]:
-    facts = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "compress"}
+    facts = {field.name: getattr(method, field.name) for field in fields(method) if field.name not in FUNCTIONS}
     return {**facts, "needs": list(method.needs), "is_question_blind": method.is_question_blind}
 
 

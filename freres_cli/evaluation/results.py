@@ -127,7 +127,12 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
 def _is_whole_cell(cell: Mapping[str, Any]) -> bool:
     answers = cell.get("answers")
     return (
-        all(map(_is_number, map(cell.get, ("budget_tokens", "visual_tokens", "compress_s", "prefill_s"))))
+        all(
+            map(
+                _is_number,
+                map(cell.get, ("budget_tokens", "visual_tokens", "context_tokens", "compress_s", "prefill_s")),
+            )
+        )
         and isinstance(answers, dict)
         and all(
             isinstance(answer, list)

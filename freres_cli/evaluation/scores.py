@@ -106,6 +106,7 @@ def _summarize_cell(
         "budget_tokens_max": max(budgets),
         "visual_tokens": _mean(visual),
         "visual_tokens_max": max(visual),
+        "context_tokens": _mean([part["context_tokens"] for part in parts]),
         "num_questions": len(questions),
         **_describe(estimates.overall),
         "chance": _chance(questions),

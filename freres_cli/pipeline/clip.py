@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
-from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
 from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import VideoError
 from freres_cli.method.adaptive import MOST_STRETCHES, cut_stretches
@@ -96,7 +96,8 @@ class EncodedClip:
         trained modules for Fre-Res.
 
         With ``deepstack: drop`` tokens have D channels, as a bundle would store them, so all methods are compared at
-        equal cost. Only ``full``, the unchanged model, keeps the rows.
+        equal cost. Only ``full``, the unchanged model, keeps the rows. A method that needs the question gets every token:
+        see ``method_session``.
         """
         if method == ADAPTIVE:
             return make_tokens(self._cut_stretches(budget_tokens))
@@ -107,6 +108,8 @@ class EncodedClip:
         settings = self._options.settings
         if method == "full":
             settings = settings.with_values("eval", deepstack="keep")
+        if not METHODS[method].is_question_blind:
+            method, budget_tokens = "full", self.full_tokens
         plan = replace(self._plan(FULL_BUDGET), budget=None, budget_tokens=budget_tokens)
         options = replace(self._options, method=method, settings=settings)
         whole = self._baseline.batches(self.num_frames, torch.device("cpu"))

@@ -15,7 +15,7 @@ from freres_cli.backbones.registry import (
     load_vision_encoder,
 )
 from freres_cli.devices import DTYPE_NAMES, Device, choose_device
-from freres_cli.errors import UsageError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import BUNDLED, environment_value
 from freres_cli.world.bundled_model import bundled_model_dir, name_weights
@@ -151,3 +151,27 @@ class Models:
             # A branch may move: both halves come from the commit that it was when the first was loaded.
             revision = self._encoder.fingerprint.get("revision") or revision
         return load(source.name, source.device, source.dtype, revision, bundled_model_dir())
+
+
+def find_model(
+    recorded: Mapping[str, Any],
+    bundle: str,
+    device: Device,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+) -> ModelSource:
+    """Return where to find a bundle's own model, unless another one is named.
+
+    ``recorded``: the manifest's facts about the model. ``bundle``: its name, for messages. ``model``: the named one, if
+    there is one. ``device``, ``revision``, ``dtype``: as ``ModelSource`` has them. Raises ``BackboneError``.
+    """
+    name, folder = model or recorded["model_id"], recorded["folder"]
+    if model is None and folder is not None:
+        if not Path(folder).is_dir():
+            raise BackboneError(
+                f"{bundle}: made with a model in {folder}: no such folder here",
+                "name that model's folder with --model",
+            )
+        name = folder
+    return ModelSource(name, device, revision or recorded["revision"], dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.batches import answer_batch, score_options_batch
 from freres_cli.backbones.engine import VideoPrefix, check_scores, prefill_video, score_options
 from freres_cli.backbones.generation import Sampling, TextStream, generate
+from freres_cli.backbones.pruning import Pruning
 from freres_cli.bundle.adapter import MODEL_FACTS
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device
@@ -26,9 +27,10 @@ from freres_cli.evaluation.questions import (
     find_control_token,
     format_choices,
 )
-from freres_cli.pipeline.models import Models, ModelSource, describe_model, describe_weights
+from freres_cli.pipeline.models import Models, describe_model, describe_weights, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
+from freres_cli.pipeline.refining import AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer, VideoTokens
@@ -83,7 +85,8 @@ class Session:
     ``model``: the language half. ``tokens``: the video, settled at the instants that the family's text allows; ``moves``
     says how, ``None`` if nothing moved. ``full_tokens``: token count of the uncompressed clip.
     ``text_after``: position of the text after the video. ``load_s``: seconds spent loading bundle and model. ``notes``:
-    what the user should know.
+    what the user should know. ``refine``: that of ``ask``, where it has none of its own. ``pruning``: which tokens reach
+    the later layers of the decoder; ``None`` for all.
     """
 
     model: LanguageModel
@@ -92,8 +95,11 @@ class Session:
     text_after: str
     load_s: float
     notes: tuple[str, ...] = ()
+    refine: int | None = None
+    pruning: Pruning | None = None
     moves: Moves | None = field(default=None, init=False)
     _prefixes: dict[Ids, VideoPrefix] = field(default_factory=dict)
+    _facts: AskedFacts | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.tokens, self.moves = settle_tokens(self.tokens, self.model.text_per_frame(self.tokens))
@@ -103,21 +109,27 @@ class Session:
     @property
     def text_overhead_tokens(self) -> int:
         """Rows of the prefilled video that are no visual tokens. Available after the first question."""
-        if not self._prefixes:
-            raise UsageError("text_overhead_tokens: not known before the first question", "ask a question first")
-        ids, prefix = next(iter(self._prefixes.items()))
-        return prefix.num_tokens - len(ids) - prefix.num_visual_tokens
+        return self._facts_of("text_overhead_tokens").overhead_tokens
 
     @property
     def prefill_s(self) -> float:
-        """Seconds that the prefill of [system + video] took. Available after the first question."""
-        if not self._prefixes:
-            raise UsageError("prefill_s: not known before the first question", "ask a question first")
-        return next(iter(self._prefixes.values())).prefill_s
+        """Seconds that the prefill of [system + video] for the last question took. Available after the first question."""
+        return self._facts_of("prefill_s").prefill_s
+
+    @property
+    def refine_s(self) -> float:
+        """Seconds that picking tokens for the last question took, 0 if all were used. Available after the first question."""
+        return self._facts_of("refine_s").refine_s
+
+    def _facts_of(self, name: str) -> AskedFacts:
+        if self._facts is None:
+            raise UsageError(f"{name}: not known before the first question", "ask a question first")
+        return self._facts
 
     def forget_prefix(self) -> None:
         """Drop the prefilled video, so the next question pays for it again."""
         self._prefixes.clear()
+        self._facts = None
 
     def ask(
         self,
@@ -127,25 +139,29 @@ class Session:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
+        refine: int | None = None,
     ) -> Answer:
         """Answer a question. TTFT counts from this call, with bundle and model loaded.
 
         ``question``: the text. ``choices``: the answer is the option whose letter or words are most likely (the model's
         ``choices_as`` decides which). ``max_new_tokens``: limit for a free answer. ``sampling``: how its tokens are
-        picked, greedily by default. ``on_text``: called with each piece of text. Raises ``UsageError`` or
-        ``BackboneError``.
+        picked, greedily by default. ``on_text``: called with each piece of text. ``refine``: only use this many visual
+        tokens, those that the question needs, as CDPruner picks them; they are prefilled for this question alone. Raises
+        ``UsageError`` or ``BackboneError``.
         """
         submitted = time.perf_counter()
-        query = Query(question, choices)
+        query, refine = Query(question, choices), check_refine(self.refine if refine is None else refine)
         self._check(query)
+        told = describe_refine(refine, len(self.tokens))
         if query.choices:
-            prefix, suffix, options = self._encode_choices(query)
+            prefix, suffix, options = self._encode_choices(query, refine)
             scores = score_options(self.model, prefix, suffix, options)
             answer = self._chosen(query, prefix, suffix, scores, time.perf_counter() - submitted)
+            answer = replace(answer, notes=(*answer.notes, *told))
             if on_text is not None:
                 on_text(answer.text)
             return answer
-        prefix, suffix = self._prompt(question)
+        prefix, suffix = self._prompt(query, refine)
         generation = generate(self.model, prefix, suffix, max_new_tokens, sampling, submitted)
         for piece in generation:
             if on_text is not None:
@@ -153,13 +169,13 @@ class Session:
         assert generation.ttft_s is not None
         return Answer(
             text=generation.text,
-            num_visual_tokens=len(self.tokens),
+            num_visual_tokens=prefix.num_answering_tokens,
             num_context_tokens=generation.num_context_tokens,
             num_new_tokens=generation.num_new_tokens,
             ttft_s=generation.ttft_s,
             tpot_s=generation.tpot_s,
             finish_reason=generation.finish_reason or "length",
-            notes=prefix.notes,
+            notes=(*prefix.notes, *told),
         )
 
     def ask_many(
@@ -168,12 +184,14 @@ class Session:
         *,
         max_new_tokens: int = 64,
         on_answer: Callable[[int, Answer], None] | None = None,
+        refine: int | None = None,
     ) -> list[Answer]:
         """Answer several questions at a time, greedily. Answers are those of ``ask``, except for rounding.
 
         In float32, logits move by about 1e-5. ``queries``: questions, or queries with their options. ``max_new_tokens``:
         limit for each free answer. ``on_answer``: called with the index of each query and its answer as batches finish.
-        Raises ``UsageError`` or ``BackboneError``.
+        ``refine``: as in ``ask``; unless all tokens are kept, the questions are then answered one at a time, because each
+        has its own prefill. Raises ``UsageError`` or ``BackboneError``.
         """
         if isinstance(queries, str):
             raise UsageError("queries: expected a list, got one text", "pass [question], or use ask")
@@ -181,6 +199,16 @@ class Session:
         for query in asked:
             self._check(query)
         answers: dict[int, Answer] = {}
+        refine = check_refine(self.refine if refine is None else refine)
+        told = describe_refine(refine, len(self.tokens))
+        if self.pruning is not None or (refine is not None and refine < len(self.tokens)):
+            for place, query in enumerate(asked):
+                answers[place] = self.ask(
+                    query.question, choices=query.choices, max_new_tokens=max_new_tokens, refine=refine
+                )
+                if on_answer is not None:
+                    on_answer(place, answers[place])
+            return list(answers.values())
         for with_choices in (True, False):
             mine = [place for place, query in enumerate(asked) if bool(query.choices) == with_choices]
             while mine:
@@ -188,14 +216,14 @@ class Session:
                 batch = [asked[place] for place in part]
                 made = self._choose_batch(batch) if with_choices else self._answer_batch(batch, max_new_tokens)
                 for place, answer in zip(part, made, strict=True):
-                    answers[place] = answer
+                    answers[place] = replace(answer, notes=(*answer.notes, *told))
                     if on_answer is not None:
-                        on_answer(place, answer)
+                        on_answer(place, answers[place])
                 mine = mine[len(part) :]
         return [answers[place] for place in range(len(asked))]
 
     def _batch_size(self, query: Query) -> int:
-        prefix, _ = self._prompt(query.question)
+        prefix, _ = self._prompt(query)
         each = max(1, prefix.num_tokens * self.model.kv_bytes_per_token)
         return max(1, min(MAX_BATCH, MAX_BATCH_BYTES // each))
 
@@ -212,7 +240,7 @@ class Session:
     def _answer_batch(self, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        prompts = [self._prompt(query.question) for query in queries]
+        prompts = [self._prompt(query) for query in queries]
         found: dict[int, Answer] = {}
         for prefix, mine in _by_prefix([prefix for prefix, _ in prompts]):
             suffixes = [prompts[place][1] for place in mine]
@@ -228,7 +256,7 @@ class Session:
         text = "".join([*map(stream.add, ids[:-1] if is_stopped else ids), stream.flush()])
         return Answer(
             text=text,
-            num_visual_tokens=len(self.tokens),
+            num_visual_tokens=prefix.num_answering_tokens,
             num_context_tokens=prefix.num_tokens + len(suffix),
             num_new_tokens=len(ids),
             ttft_s=None,
@@ -247,21 +275,29 @@ class Session:
             check_choices(query.choices, "choices", "commas")
         refuse_control_tokens([("question", query.texts)], self.model)
 
-    def _prompt(self, question: str) -> tuple[VideoPrefix, Ids]:
-        """Return the prefilled [system + video], computed once, and the question's ids after it."""
-        ids = self.model.prompt(question)
-        if ids.prefix not in self._prefixes:
-            self._prefixes[ids.prefix] = prefill_video(self.model, ids.prefix, self.tokens, self.text_after)
-        return self._prefixes[ids.prefix], ids.suffix
+    def _prompt(self, query: Query, refine: int | None = None, text: str | None = None) -> tuple[VideoPrefix, Ids]:
+        """Return the prefilled [system + video], computed once unless refined, and the ids after it: those of ``text``, or
+        else of the question."""
+        ids, start = self.model.prompt(text or query.question), time.perf_counter()
+        tokens = self.tokens if refine is None else refine_tokens(self.tokens, self.model, query.question, refine)
+        refine_s = 0.0 if tokens is self.tokens else time.perf_counter() - start
+        prefix = self._prefixes.get(ids.prefix) if tokens is self.tokens else None
+        if prefix is None:
+            prefix = prefill_video(self.model, ids.prefix, tokens, self.text_after, pruning=self.pruning)
+        if tokens is self.tokens:
+            self._prefixes[ids.prefix] = prefix
+        overhead = prefix.num_tokens - len(ids.prefix) - prefix.num_visual_tokens
+        self._facts = AskedFacts(overhead, prefix.prefill_s, refine_s)
+        return prefix, ids.suffix
 
-    def _encode_choices(self, query: Query) -> tuple[VideoPrefix, Ids, list[Ids]]:
+    def _encode_choices(self, query: Query, refine: int | None = None) -> tuple[VideoPrefix, Ids, list[Ids]]:
         """Return the prefilled video, the question's ids after it, and those of each option."""
         encode, end = self.model.tokenizer.encode, self.model.tokenizer.eos_token_id
         if self.model.choices_as == "words":
-            prefix, suffix = self._prompt(query.question)
+            prefix, suffix = self._prompt(query, refine)
             # With the end of the turn, no option gains from being a prefix of another.
             return prefix, suffix, [(*encode(choice, add_special_tokens=False), end) for choice in query.choices]
-        prefix, suffix = self._prompt(format_choices(query.question, query.choices))
+        prefix, suffix = self._prompt(query, refine, format_choices(query.question, query.choices))
         letters = check_choices(query.choices)
         return prefix, suffix, [tuple(encode(letter, add_special_tokens=False)) for letter in letters]
 
@@ -269,7 +305,7 @@ class Session:
         probabilities = torch.softmax(scores.to(torch.float64), 0).tolist()
         return Answer(
             text=query.choices[int(scores.argmax())],
-            num_visual_tokens=len(self.tokens),
+            num_visual_tokens=prefix.num_answering_tokens,
             num_context_tokens=prefix.num_tokens + len(suffix),
             num_new_tokens=0,
             ttft_s=ttft_s,
@@ -315,7 +351,9 @@ def open_bundle(
     start = time.perf_counter() if start is None else start
     manifest = bundle.manifest
     recorded = manifest["model"]
-    models = models or Models(_model_source(request, recorded))
+    if models is None:
+        own = (request.model, request.revision, request.dtype)
+        models = Models(find_model(recorded, str(request.bundle), request.device, *own))
     model = models.language_model
     check_model(recorded, bundle.content.width, model, str(request.bundle))
     loaded = load_tokens(bundle, request.adapter)
@@ -353,16 +391,3 @@ def _by_prefix(prefixes: Sequence[VideoPrefix]) -> Iterator[tuple[VideoPrefix, l
     the text before it."""
     for prefix in {id(prefix): prefix for prefix in prefixes}.values():
         yield prefix, [place for place, own in enumerate(prefixes) if own is prefix]
-
-
-def _model_source(request: AskRequest, recorded: Mapping[str, Any]) -> ModelSource:
-    """Return where to find the bundle's own model, unless another one is named."""
-    name, folder = request.model or recorded["model_id"], recorded["folder"]
-    if request.model is None and folder is not None:
-        if not Path(folder).is_dir():
-            raise BackboneError(
-                f"{request.bundle}: made with a model in {folder}: no such folder here",
-                "name that model's folder with --model",
-            )
-        name = folder
-    return ModelSource(name, request.device, request.revision or recorded["revision"], request.dtype)

@@ -77,12 +77,13 @@ def answer_rows(
     max_new_tokens: int,
     sampling: Sampling,
     on_answer: Callable[[AskedRow, Answer], None] | None = None,
+    refine: int | None = None,
 ) -> list[Answer]:
-    """Answer every question from one prefill: several together, or one at a time if tokens are sampled.
+    """Answer every question from one prefill: several together, or one at a time if tokens are sampled or refined.
 
     ``session``: the open bundle. ``rows``: the questions. ``max_new_tokens``: limit for each free answer. ``sampling``:
-    how its tokens are picked. ``on_answer``: called with each row and its answer, in the order of the rows. Raises
-    ``UsageError`` or ``BackboneError``.
+    how its tokens are picked. ``on_answer``: called with each row and its answer, in the order of the rows. ``refine``:
+    as ``Session.ask`` takes it, with a prefill for each question. Raises ``UsageError`` or ``BackboneError``.
     """
     refuse_control_tokens(((row.where, row.query.texts) for row in rows), session.model)
     if sampling.temperature > 0:
@@ -93,6 +94,7 @@ def answer_rows(
                 choices=row.query.choices,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
+                refine=refine,
             )
             answers.append(answer)
             if on_answer is not None:
@@ -109,4 +111,5 @@ def answer_rows(
                 on_answer(rows[told], known[told])
             told += 1
 
-    return session.ask_many([row.query for row in rows], max_new_tokens=max_new_tokens, on_answer=keep)
+    queries = [row.query for row in rows]
+    return session.ask_many(queries, max_new_tokens=max_new_tokens, on_answer=keep, refine=refine)

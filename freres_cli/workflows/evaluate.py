@@ -22,11 +22,11 @@ from freres_cli.method.fusion import FreResModules
 from freres_cli.pipeline.adapters import check_shape, check_variant, load_adapter
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.method_session import check_methods, make_method_session
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
-from freres_cli.pipeline.session import Session, refuse_control_tokens
-from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.pipeline.session import refuse_control_tokens
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
 from freres_cli.video.probe import hash_file
@@ -78,11 +78,13 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
 
     A video that cannot be used becomes a failed row, and its questions count for no method. ``progress``: called with
     the number of videos done and the number of all videos. ``models``: a model that is already loaded. Raises
-    ``VideoError`` if no video could be used, and ``UsageError`` for a question that holds a control token of the model.
+    ``VideoError`` if no video could be used, ``UsageError`` for a question that holds a control token of the model, and
+    ``BackboneError`` for a method that cannot prune its decoder.
     """
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
     refuse_control_tokens(request.questions.places(), model)
+    check_methods((cell.method for cell in request.cells), model)
     modules = load_all_modules(request, model)
     run = describe_run(request, model)
     results = ResultsFile(request.output, run, request.force, request.remedy)
@@ -201,9 +203,8 @@ def _ask_cell(
     assert budget_tokens is not None
     timer.seconds.pop("compress", None)
     own = clip.with_settings(dict(cell.settings)) if cell.settings else clip
-    tokens = own.build_tokens(cell.method, budget_tokens, modules.get(cell.adapter))
-    tokens = with_deep_rows(tokens, model.num_deep_layers)
-    session = Session(model, tokens, clip.full_tokens, request.options.settings.text_after, load_s=0.0)
+    text_after = request.options.settings.text_after
+    session = make_method_session(own, cell.method, budget_tokens, model, text_after, modules.get(cell.adapter))
     answers: dict[str, tuple[str, bool, float]] = {}
     for question in questions:
         said = _ask(session, question, request)
@@ -213,8 +214,9 @@ def _ask_cell(
         "method": cell.method,
         "budget": None if cell.budget is None else cell.budget.number,
         "budget_tokens": budget_tokens,
-        "visual_tokens": len(tokens),
-        "compress_s": timer.seconds["compress"],
+        "visual_tokens": said.num_visual_tokens,
+        "context_tokens": said.num_context_tokens,
+        "compress_s": timer.seconds["compress"] + session.refine_s,
         "prefill_s": session.prefill_s,
         "answers": answers,
     }

@@ -1,0 +1,58 @@
+"""An encoded clip and any method -> a session to ask, whether the method picks tokens before the question or for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.backbones.pruning import Pruning, check_pruning
+from freres_cli.baselines.declaration import Method
+from freres_cli.baselines.registry import METHODS
+from freres_cli.method.fusion import FreResModules
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.refining import REFINER
+from freres_cli.pipeline.session import Session
+from freres_cli.pipeline.tokens import with_deep_rows
+
+
+def make_method_session(
+    clip: EncodedClip,
+    method: str,
+    budget_tokens: int,
+    model: LanguageModel,
+    text_after: str,
+    modules: FreResModules | None = None,
+) -> Session:
+    """Return a session about a clip in which ``method`` decides the visual tokens.
+
+    A method that needs the question gets every token of the clip, and the session picks ``budget_tokens`` of them for
+    each question. ``clip``: the encoded clip. ``model``: the language half. ``text_after``: as in ``Session``.
+    ``modules``: trained modules for Fre-Res.
+    """
+    tokens = clip.build_tokens(method, budget_tokens, modules)
+    return Session(
+        model,
+        with_deep_rows(tokens, model.num_deep_layers),
+        clip.full_tokens,
+        text_after,
+        load_s=0.0,
+        refine=budget_tokens if method == REFINER else None,
+        pruning=make_pruning(METHODS[method], budget_tokens),
+    )
+
+
+def make_pruning(method: Method, budget_tokens: int) -> Pruning | None:
+    """Return how a method prunes in the decoder; ``None`` for the others."""
+    if method.pick_attended is None:
+        return None
+    return Pruning(method.num_full_layers, budget_tokens, method.pick_attended, method.name)
+
+
+def check_methods(methods: Iterable[str], model: LanguageModel) -> None:
+    """Refuse a method that prunes in the decoder, for a model whose decoder cannot be pruned, before any video is read.
+
+    Raises ``BackboneError``, which names both.
+    """
+    for name in methods:
+        if (pruning := make_pruning(METHODS[name], 1)) is not None:
+            check_pruning(model, pruning, model.new_cache())
