@@ -44,17 +44,17 @@ def merge_windows(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, wi
     is_low = num_tokens <= LARGEST_LOW_SHARE * num_frames * per_frame
     still_pairs = change[1:] < 1 - (LOW_THRESHOLD if is_low else HIGH_THRESHOLD)
     windows = find_windows(still_pairs)
-    is_still = torch.stack([still_pairs[first : stop - 1].all(0) & (stop - first > 1) for first, stop in windows])
+    alike = torch.stack([still_pairs[first : stop - 1].all(0) & (stop - first > 1) for first, stop in windows])
     worst = torch.stack(
         [change[first + 1 : stop].amax(0) if stop - first > 1 else change[0] for first, stop in windows]
     )
-    is_still = release_cells(is_still, -worst, windows, num_tokens)
+    is_still = release_cells(alike, -worst, windows, num_tokens)
+    # What was released to have enough tokens is no reason to drop others.
+    shares = share_sets(is_still, windows, num_tokens, keeps_still=not torch.equal(is_still, alike))
     holder, joined = torch.full((2, num_frames, per_frame), -1)
     boxes, numbers = [], []
     done = 0
-    for (first, stop), still, num_still, num_moving in zip(
-        windows, is_still, *share_sets(is_still, windows, num_tokens), strict=True
-    ):
+    for (first, stop), still, num_still, num_moving in zip(windows, is_still, *shares, strict=True):
         if num_still:
             cells = still.nonzero().squeeze(1)
             means = average_window(latents[first:stop], cells, width)

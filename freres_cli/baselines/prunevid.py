@@ -38,12 +38,13 @@ def merge_still_cells(latents: Tensor, frame_seconds: Tensor, budget_tokens: int
     num_tokens = clamp_budget(latents, budget_tokens)
     segments = cut_by_clusters(mean_frames(latents, width))
     likeness = torch.stack([measure_likeness(latents[first:stop], width) for first, stop in segments])
-    is_still = release_cells(likeness > STILL_THRESHOLD, likeness, segments, num_tokens)
+    alike = likeness > STILL_THRESHOLD
+    is_still = release_cells(alike, likeness, segments, num_tokens)
+    # What was released to have enough tokens is no reason to drop others.
+    shares = share_sets(is_still, segments, num_tokens, keeps_still=not torch.equal(is_still, alike))
     owner = torch.full((num_frames, per_frame), -1)
     done = 0
-    for (first, stop), still, num_still, num_moving in zip(
-        segments, is_still, *share_sets(is_still, segments, num_tokens), strict=True
-    ):
+    for (first, stop), still, num_still, num_moving in zip(segments, is_still, *shares, strict=True):
         if num_still:
             cells = still.nonzero().squeeze(1)
             cluster = find_clusters(average_window(latents[first:stop], cells, width), num_still, NUM_NEIGHBOURS)[1]

@@ -32,16 +32,24 @@ def release_cells(is_still: Tensor, likeness: Tensor, windows: list[Span], fewes
     return is_still.flatten().index_fill(0, released, False).reshape(is_still.shape)
 
 
-def share_sets(is_still: Tensor, windows: list[Span], budget_tokens: int) -> tuple[list[int], list[list[int]]]:
+def share_sets(
+    is_still: Tensor, windows: list[Span], budget_tokens: int, keeps_still: bool
+) -> tuple[list[int], list[list[int]]]:
     """Return how many of ``budget_tokens`` the still cells of each window get, and the moving cells of each of its frames.
 
-    They are in proportion to their numbers. ``is_still``: (n, N) bool. ``windows``: n spans of frames.
+    They are in proportion to their numbers; if ``keeps_still``, every still cell gets one, and the rest is for the moving.
+    ``is_still``: (n, N) bool. ``windows``: n spans of frames.
     """
-    sizes = []
-    for (first, stop), still in zip(windows, is_still, strict=True):
-        sizes += [int(still.sum())] + [int((~still).sum())] * (stop - first)
+    num_still = is_still.sum(1)
+    num_moving = is_still.shape[1] - num_still
+    sizes, is_set_still = [], []
+    for (first, stop), still, moving in zip(windows, num_still.tolist(), num_moving.tolist(), strict=True):
+        sizes += [still] + [moving] * (stop - first)
+        is_set_still += [True] + [False] * (stop - first)
     counts = torch.tensor(sizes)
-    shares = iter(share_budget(budget_tokens, counts, counts).tolist())
+    fixed = counts * torch.tensor(is_set_still) if keeps_still else torch.zeros_like(counts)
+    rest = share_budget(budget_tokens - int(fixed.sum()), counts - fixed, counts - fixed)
+    shares = iter((fixed + rest).tolist())
     split = [(next(shares), [next(shares) for _ in range(stop - first)]) for first, stop in windows]
     return [still for still, _ in split], [moving for _, moving in split]
 
