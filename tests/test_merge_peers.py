@@ -203,6 +203,8 @@ def test_quadtree_children_partition_their_node(size):
             child for child, above in zip(tree.boxes.tolist(), tree.parent.tolist(), strict=True) if above == node
         ]
         cells = [(h, w) for a, b, c, d in inside for h in range(a, b) for w in range(c, d)]
+        for a, b, c, d in inside:
+            assert 2 * (b - a) <= h1 - h0 + 1 and 2 * (d - c) <= w1 - w0 + 1
         if (h1 - h0) * (w1 - w0) > 1:
             assert sorted(cells) == [(h, w) for h in range(h0, h1) for w in range(w0, w1)]
         else:
@@ -229,6 +231,15 @@ def test_sttm_leaves_of_one_frame_partition_it(budget):
         assert place == [0, (h0 + h1 - 1) / 2, (w0 + w1 - 1) / 2]
         covered[h0:h1, w0:w1] += 1
     assert bool((covered == 1).all())
+
+
+def test_sttm_keeps_the_least_alike_pairs_apart():
+    """One cell turns by a growing angle from frame to frame: the largest turns separate tokens."""
+    angle = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.5])
+    latents = torch.stack([angle.cos(), angle.sin()], -1)[:, None, None]
+    for budget in range(1, 6):
+        starts = compress("sttm", latents, budget).boxes[:, 0].tolist()
+        assert starts == [0, *range(6 - budget, 5)]
 
 
 def test_sttm_joins_a_still_clip_over_time():
@@ -281,6 +292,9 @@ def test_as_few_cells_are_released_as_the_budget_needs():
         assert (fewest <= 27 - 12) == (len(released) == 0)
         if len(released):
             assert float(released.max()) < float(likeness[kept].min() if bool(kept.any()) else 1)
+            # Without the last of them there would be too few.
+            window = int((likeness == released.max()).any(1).nonzero())
+            assert left - (windows[window][1] - windows[window][0] - 1) < fewest
 
 
 def saved_by(pairs, cuts):
