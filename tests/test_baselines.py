@@ -83,4 +83,6 @@ def test_every_method_is_offered():
     selecting = {"uniform", "evs", "dtd", "vidcom2", "dycoke", "divprune", "ktv", "dpp"}
     asking = {"cdpruner", "fastv", "framefusion-prune"}
     mixing = {"lowres", "fourier", "fourier-raw", "ts-llava", "tome", "apet"}
-    assert set(METHODS) == {"full", "blind", "fre-res", "adaptive"} | selecting | mixing | asking
+    merging = {"framefusion", "sttm", "prunevid", "flashvid-div", "todre"}
+    by_norm = {"aot-norm", "fastvid-norm", "visionzip-norm", "holitom-norm", "prumerge-norm"}
+    assert set(METHODS) == {"full", "blind", "fre-res", "adaptive"} | selecting | mixing | asking | merging | by_norm

@@ -28,14 +28,21 @@ def keep_changed_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
     per_frame = latents.shape[1] * latents.shape[2]
     if budget_tokens < per_frame:
         return gather_tokens(latents, frame_seconds, thin_first_frame(per_frame, budget_tokens), width)
-    change = torch.full((latents.shape[0], per_frame), torch.inf)
+    change = measure_changes(latents, width)
+    return gather_tokens(latents, frame_seconds, pick_highest(change, budget_tokens), width)
+
+
+def measure_changes(latents: Tensor, width: int) -> Tensor:
+    """Return 1 - cos of each token of ``latents`` (T, H, W, C) to that of its cell one frame earlier, over the first
+    ``width`` channels: (T, H*W) float32; infinite in the first frame."""
+    change = torch.full((latents.shape[0], latents.shape[1] * latents.shape[2]), torch.inf)
     before = unit_tokens(latents[0], width)
     # Frame by frame, so that no float32 copy of the clip is made.
     for frame in range(1, latents.shape[0]):
         now = unit_tokens(latents[frame], width)
         change[frame] = measure_change(now, before)
         before = now
-    return gather_tokens(latents, frame_seconds, pick_highest(change, budget_tokens), width)
+    return change
 
 
 def unit_tokens(latents: Tensor, width: int) -> Tensor:

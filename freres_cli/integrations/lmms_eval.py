@@ -21,10 +21,10 @@ from freres_cli.pipeline.adapters import check_shape, check_variant, choose_adap
 from freres_cli.pipeline.choices import choose_preset
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.method_session import check_methods, make_method_session
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.session import Session
-from freres_cli.pipeline.tokens import with_deep_rows
 from freres_cli.presets import BUNDLED, load_settings
 
 MAX_NEW_TOKENS = 128  # where a task sets no limit, as in lmms-eval's Qwen2-VL
@@ -72,6 +72,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
             raise UsageError("quality: expected none: the budget decides", "leave it out")
         self._options = CompressOptions(source, chosen)
         self._models = models or Models(source)
+        check_methods([method], self._models.language_model)
         self._timer = StageTimer(torch.device(source.device.name))
         self._modules = self._load_modules(adapter) if method == FRE_RES else None
 
@@ -126,8 +127,8 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         clip = EncodedClip(VideoSource(video), options, self._models.encoder, self._timer)
         fixed = {"full": clip.full_tokens, "blind": 0}
         budget_tokens = fixed.get(self._method, self._budget.tokens(clip.full_tokens))
-        tokens = with_deep_rows(clip.build_tokens(self._method, budget_tokens, self._modules), model.num_deep_layers)
-        return Session(model, tokens, clip.full_tokens, options.settings.text_after, load_s=0.0)
+        text_after = options.settings.text_after
+        return make_method_session(clip, self._method, budget_tokens, model, text_after, self._modules)
 
 
 def _answer(session: Session, request: Instance) -> GenerationResult:

@@ -1,0 +1,167 @@
+"""Peers that pick by norm or by distance: what each keeps follows from its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from freres_cli.baselines.aot import absorb, count_anchors, find_plan, pick_anchors
+from freres_cli.baselines.fastvid import keep_own_share
+from freres_cli.baselines.flashvid import find_trees, pick_far_apart
+from freres_cli.baselines.prumerge import count_outliers, merge_frame
+from freres_cli.baselines.todre import pick_diverse
+from tests.test_baselines import some_latents
+from tests.test_change_baselines import kept_indices
+from tests.test_merge_peers import compress, unit
+
+# --- FlashVID, FastVID, ToDRE -----------------------------------------------------------------------------------------
+
+
+def test_flashvid_picks_are_far_apart_by_greedy_search():
+    units = unit(torch.randn(11, 5, generator=torch.Generator().manual_seed(0))).float()
+    distance = (1 - units.double() @ units.double().T).numpy()
+    others = [min(distance[i, j] for j in range(11) if j != i) for i in range(11)]
+    expected = [int(np.argmax(others))]
+    while len(expected) < 11:
+        free = [i for i in range(11) if i not in expected]
+        expected.append(max(free, key=lambda i: min(distance[i, j] for j in expected)))
+    for count in range(1, 12):
+        assert pick_far_apart(units, count).tolist() == expected[:count]
+
+
+def test_flashvid_follows_what_moves():
+    """Each frame is the one before moved by a cell: every tree runs along the motion, and breaks at a new segment."""
+    row = torch.eye(8)
+    latents = torch.stack([row.roll(t, 0) for t in range(6)])[:, None]
+    is_picked = torch.zeros(6, 8, dtype=torch.bool)
+    roots = find_trees(latents, is_picked, [0, 3], 0, 8).reshape(6, 8)
+    cells = torch.arange(8)
+    for frame in range(6):
+        start = 0 if frame < 3 else 3
+        assert torch.equal(roots[frame], start * 8 + (cells - (frame - start)) % 8)
+    is_picked[1, 2] = True
+    assert int(find_trees(latents, is_picked, [0, 3], 0, 8)[10]) == -1
+    undone = find_trees(latents, ~torch.ones_like(is_picked), [0, 3], 21, 8)
+    assert len(undone.unique()) == 21
+
+
+def test_flashvid_keeps_seventy_percent_as_encoded():
+    latents, _ = some_latents((6, 3, 4))
+    tokens = compress("flashvid-div", latents, 40)
+    same = (tokens.latents[:, None] == latents.flatten(0, 2)).all(-1).any(1)
+    assert int(same.sum()) >= 28
+
+
+def test_fastvid_keeps_the_salient_and_averages_the_rest():
+    """One segment: the largest tokens stay; every other goes into a context token, of which 0.6 at least is its own."""
+    latents = (some_latents((1, 3, 4))[0] * 0.1 + 1).repeat(3, 1, 1, 1)
+    latents[:, 0, 1] *= 3
+    tokens = compress("fastvid-norm", latents, 5 * 3)
+    kept = kept_indices(tokens)
+    assert {1, 13, 25} <= set(kept)
+    assert keep_own_share(torch.tensor([0, 1, 9])).tolist() == pytest.approx([1, 0.6, 0.6])
+    assert bool((tokens.stretches[:, 0] <= tokens.positions[:, 0]).all())
+
+
+def test_todre_picks_the_least_similar_sum():
+    units = unit(torch.randn(12, 5, generator=torch.Generator().manual_seed(0))).float()
+    expected = [4]
+    while len(expected) < 12:
+        free = [i for i in range(12) if i not in expected]
+        expected.append(min(free, key=lambda i: sum(float(units[i] @ units[j]) for j in expected)))
+    assert pick_diverse(units, 4, 12).tolist() == expected
+
+
+def test_todre_starts_at_the_largest_token_and_shares_parts(monkeypatch):
+    latents, _ = some_latents((6, 2, 2))
+    assert kept_indices(compress("todre", latents, 1)) == [int(latents.flatten(0, 2).norm(dim=1).argmax())]
+    monkeypatch.setattr("freres_cli.baselines.todre.MOST_TOKENS", 8)
+    parts = [int(index) // 8 for index in kept_indices(compress("todre", latents, 9))]
+    assert [parts.count(part) for part in range(3)] == [3, 3, 3]
+
+
+# --- by norm: VisionZip and PruMerge ----------------------------------------------------------------------------------
+
+
+def test_visionzip_keeps_the_largest_norms_and_halves_context_with_what_joined():
+    latents, _ = some_latents((1, 3, 4))
+    flat = latents.flatten(0, 2)
+    tokens = compress("visionzip-norm", latents, 8)
+    order = flat.norm(dim=1).argsort(descending=True)
+    dominant, rest = set(order[:7].tolist()), sorted(order[7:].tolist())
+    target, *others = rest
+    assert kept_indices(tokens) == sorted(dominant | {target})
+    for index, row in zip(kept_indices(tokens), tokens.latents, strict=True):
+        mixed = flat[index] if index in dominant else (flat[target] + flat[others].mean(0)) / 2
+        torch.testing.assert_close(row, mixed)
+
+
+def test_prumerge_outliers_lie_beyond_the_quartiles():
+    norms = torch.rand(4, 50, generator=torch.Generator().manual_seed(0))
+    norms[1, 7], norms[2, [3, 9]] = 5, 9
+    low, high = np.quantile(norms.numpy(), [0.25, 0.75], axis=1)
+    assert count_outliers(norms).tolist() == (norms.numpy() > (high + 1.5 * (high - low))[:, None]).sum(1).tolist()
+    assert count_outliers(norms).tolist() == [0, 1, 2, 0]
+
+
+def test_prumerge_mixes_by_weight_and_loses_nothing():
+    tokens = some_latents((1, 6, 6), 5)[0].flatten(0, 2)
+    norms, kept = tokens.norm(dim=1), torch.tensor([0, 8, 20])
+    merged = merge_frame(tokens, norms, kept, 4, 5)
+    weights = norms / norms.sum()
+    cosines = unit(tokens) @ unit(tokens).T - 2 * torch.eye(36)
+    for row, index in zip(merged, kept.tolist(), strict=False):
+        near = cosines[index].argsort(descending=True)[:2]
+        mixed = tokens[index] + (weights[near, None] * tokens[near]).sum(0)
+        torch.testing.assert_close(row, mixed / (1 + weights[near].sum()))
+    rest = torch.tensor([i for i in range(36) if i not in kept.tolist()])
+    torch.testing.assert_close(merged[3], (weights[rest, None] * tokens[rest]).sum(0) / weights[rest].sum())
+
+
+def test_prumerge_gives_more_tokens_to_frames_with_outliers():
+    latents = some_latents((2, 4, 6))[0] * 0.01 + 1
+    latents[1, 2, 3] *= 9
+    frames = compress("prumerge-norm", latents, 12).positions[:, 0].tolist()
+    assert (frames.count(0), frames.count(1)) == (2, 10)
+
+
+# --- AOT --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_sources", "num_targets"), [(1, 1), (7, 3), (3, 7), (20, 20)])
+def test_aot_plan_gives_and_takes_equal_shares(num_sources, num_targets):
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randn(num_sources, 6, generator=generator)
+    targets = torch.randn(num_targets, 6, generator=generator)
+    plan = find_plan(sources, targets).double()
+    np.testing.assert_allclose(plan.sum(1), 1 / num_sources, rtol=1e-4)
+    np.testing.assert_allclose(plan.sum(0), 1 / num_targets, rtol=2e-2)
+    assert bool((plan >= 0).all())
+
+
+def test_aot_plan_carries_each_token_to_its_like():
+    targets = torch.eye(5)
+    plan = find_plan(targets.flip(0), targets)
+    assert plan.argmax(1).tolist() == [4, 3, 2, 1, 0] and float(plan.max(1).values.min()) > 0.19
+    mixed = absorb(torch.ones(5, 2), torch.full((5, 2), 3.0), plan)
+    torch.testing.assert_close(mixed, torch.full((5, 2), (1 + 0.2 * 3) / 1.2), atol=1e-4, rtol=0)
+
+
+def test_aot_anchors_are_large_and_in_every_window():
+    norms = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    norms[:16] += 1
+    anchors = pick_anchors(norms, 8, 32)
+    assert len(anchors.unique()) == 32 and set(range(16)) <= set(anchors.tolist())
+    windows = anchors // 16 * 4 + anchors % 8 // 2
+    assert torch.bincount(windows, minlength=16)[4:].min() >= 1
+    assert [count_anchors(196, share) for share in (0.1, 0.2, 0.5)] == [126, 196, 196]
+
+
+def test_aot_keeps_what_appears_in_a_clip():
+    """Two frames alike but for tokens that match no anchor: these are kept."""
+    first = torch.eye(6)[None, None]
+    second = first.clone()
+    second[0, 0, 2] = 1.0
+    tokens = compress("aot-norm", torch.cat([first, second]), 7)
+    assert kept_indices(tokens) == [0, 1, 2, 3, 4, 5, 8]
