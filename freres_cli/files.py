@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -43,6 +44,19 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
         )
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{path}: folder {path.parent.resolve()} is not writable", f"name another file with {flag}")
+
+
+def explain_no_file(path: str | Path) -> str:
+    """Return the path, and why it is no regular file: ``PATH: no such file``, or a URL, a folder, a pipe or a device."""
+    name = str(path)
+    if os.path.isdir(name):  # noqa: PTH112 (os.path takes names too long for the system)
+        return f"{name}: is a folder"
+    if os.path.exists(name):  # noqa: PTH110
+        return f"{name}: is a pipe or device, not a file"
+    if (url := re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", name, re.IGNORECASE | re.DOTALL)) is not None:
+        # A path has lost one of the two slashes.
+        return f"{url[1]}://{url[2]}: is a URL, not a file: download it first"
+    return f"{name}: no such file"
 
 
 def _force(flag: str) -> str:

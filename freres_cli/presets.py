@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from freres_cli.errors import PresetError
+from freres_cli.files import explain_no_file
 
 # The model that ships with freres, and its preset.
 BUNDLED = "bundled"
@@ -190,7 +191,7 @@ def load_preset(name_or_path: str) -> Preset:
                 or f"shipped presets: {', '.join(preset_names())}; or name a .yaml file",
             )
     if not os.path.isfile(path):  # noqa: PTH113 (a name too long for the system is not a file either)
-        raise PresetError(f"preset {name_or_path}: no such file", f"shipped presets: {', '.join(preset_names())}")
+        raise PresetError(f"preset {explain_no_file(name_or_path)}", f"shipped presets: {', '.join(preset_names())}")
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_YAML_CHARACTERS + 1)

@@ -36,7 +36,7 @@ EMPTY_MP4 = _box(b"ftyp", b"isom" + bytes(4) + b"isom") + _box(
 
 REFUSALS = {
     "missing": (lambda d: d / "missing.mp4", "no such file"),
-    "directory": (lambda d: d, "is a directory"),
+    "directory": (lambda d: d, "is a folder"),
     "pipe": (lambda d: _made(d / "pipe.mp4", os.mkfifo), "pipe or device"),
     "empty": (lambda d: _written(d / "empty.mp4", b""), "the file is empty"),
     "text": (lambda d: _written(d / "text.mp4", b"not a video\n" * 20), "not a video"),

@@ -26,6 +26,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from freres_cli.errors import VideoError
+from freres_cli.files import explain_no_file
 from freres_cli.records import VideoInfo
 
 GUESSED_FPS = 25.0
@@ -67,17 +68,14 @@ def _require_regular_file(path: str) -> None:
     try:
         status = Path(path).stat()
         if stat.S_ISDIR(status.st_mode):
-            raise VideoError(f"{path}: is a directory", hint="name one video file")
+            raise VideoError(explain_no_file(path), hint="name one video file")
         # Opening a pipe could block for ever, so the kind of file is checked first.
         if not stat.S_ISREG(status.st_mode):
-            raise VideoError(
-                f"{path}: is a pipe or device, not a file",
-                hint="save the video to a file first: it is read more than once",
-            )
+            raise VideoError(explain_no_file(path), hint="save the video to a file first: it is read more than once")
         with Path(path).open("rb"):
             pass
     except FileNotFoundError as error:
-        raise VideoError(f"{path}: no such file", hint="check the path") from error
+        raise VideoError(explain_no_file(path), hint="check the path") from error
     except PermissionError as error:
         raise VideoError(f"{path}: permission denied", hint="make the file readable by this user") from error
     except OSError as error:
