@@ -71,3 +71,11 @@ class ResourceError(FreresError):
     """Not enough memory or disk, or a device that is not there."""
 
     exit_status = ExitStatus.RESOURCE
+
+
+def find_interruption(error: BaseException | None) -> BaseException | None:
+    """Return the interruption that ``error`` came from: a ``SystemExit`` or ``KeyboardInterrupt`` that was being handled
+    when cleaning up failed, as torch's writer does when it is stopped half way."""
+    while error is not None and isinstance(error, Exception):
+        error = error.__context__
+    return error

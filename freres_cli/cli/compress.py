@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,16 +117,12 @@ def compress(
 
         plan = compressor.plan(paths[0])
         _print_plan(plan, {**_plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
-    elif is_many(paths) or (output is not None and _is_folder(output)):
+    elif is_many(paths) or (output is not None and options.is_folder(output)):
         listing = list_videos(paths)
         print_notes(listing.notes, quiet)
         _compress_many(compressor, listing.videos, place or BUNDLES, force, json, quiet)
     else:
         _compress_one(compressor, paths[0], place or BUNDLE, force, json, quiet)
-
-
-def _is_folder(output: str) -> bool:
-    return output.endswith(os.sep) or os.path.isdir(output)  # noqa: PTH112 (os.path takes names too long for the system)
 
 
 def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, json: bool, quiet: bool) -> None:
