@@ -8,17 +8,19 @@ import struct
 import time
 import tracemalloc
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 
 from freres_cli.bundle import store
 from freres_cli.bundle.archive import MAX_INSTRUCTIONS, MAX_PICKLE_BYTES
-from freres_cli.bundle.store import read_bundle
+from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import ExitStatus
 from tests.forged_bundles import bundle as bundle
+from tests.forged_bundles import make_stretches, manifest_for, smooth_latents
 from tests.forged_bundles import tracks as tracks
-from tests.runner import fails
+from tests.runner import check_failure, fails, run_freres
 
 MIB = 2**20
 
@@ -116,3 +118,14 @@ def test_a_bundle_written_again_record_by_record_is_read(bundle, tracks):
         data = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
     replace_pickle(bundle, data)
     assert torch.equal(read_bundle(bundle).tracks.anchor_latents, tracks.anchor_latents)
+
+
+@pytest.mark.parametrize("budget", [200, 20, 1])
+def test_latents_that_overflow_when_cut_are_refused_and_nothing_is_written(tmp_path, budget):
+    """Means of latents near the end of float32 are not finite."""
+    stretches = make_stretches(smooth_latents())
+    loud = replace(stretches, latents=stretches.latents.sign() * 3e38)
+    write_bundle(tmp_path / "loud.pt", loud, manifest_for(loud))
+    run = run_freres("repack", tmp_path / "loud.pt", "--budget", budget, "-o", tmp_path / "cut.pt")
+    check_failure(run, ExitStatus.BUNDLE, "latents: expected finite numbers")
+    assert [path.name for path in tmp_path.iterdir()] == ["loud.pt"]

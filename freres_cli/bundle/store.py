@@ -45,10 +45,15 @@ def write_bundle(
     """Write a bundle and return its size in bytes. The same content and manifest give the same bytes.
 
     ``path``: the file, written atomically. ``content``, ``manifest``: what it holds. ``force``: replace an existing file.
-    ``flag``: the flag, or the argument, that named ``path``. Raises ``UsageError`` or ``ResourceError``.
+    ``flag``: the flag, or the argument, that named ``path``. Raises ``UsageError`` or ``ResourceError``, and
+    ``BundleError`` for numbers that its reader would refuse.
     """
     check_destination(path, force, flag)
     made = make_content(content, manifest)
+    for name, tensor in made["tensors"].items():
+        if not bool(tensor.isfinite().all()):
+            hint = "the numbers it was made from are too large for their type: compress the video again"
+            raise BundleError(f"{path}: not written: {name}: expected finite numbers, got NaN or infinity", hint)
     write_atomically(path, lambda file: torch.save(made, file), force=force, flag=flag)
     return path.stat().st_size
 

@@ -11,7 +11,7 @@ import stat
 import statistics
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
@@ -30,8 +30,8 @@ from freres_cli.files import explain_no_file
 from freres_cli.records import VideoInfo
 
 GUESSED_FPS = 25.0
-# A file that ends this much earlier than its header says is cut; less is rounding, or sound longer than the picture.
-CUT_S = 0.5
+# A file that ends this much earlier than its header says, or by this share of it, is cut; less is rounding.
+CUT_S, CUT_SHARE = 0.5, 0.05
 # A single damaged timestamp can put a frame years away; the timestamps of such a file are not used.
 MOST_SECONDS_PER_FRAME = 600.0
 # FFmpeg renders plain text as a video of a terminal, which nobody wants here.
@@ -200,10 +200,16 @@ def _read_packet_table(path: str, stream_index: int, _size: int, _mtime_ns: int)
             is_cut = True
         # Some containers count time from the first packet, others from 0: take the reading with less missing.
         held = max(file_end, file_end - file_start) if file_start < float("inf") else float("inf")
-        missing = max(0.0, _promised_s(container, stream) - held)
-        # Matroska writes the duration when the file is finished, so a duration that is too long means a cut file.
-        is_cut = is_cut or ("matroska" in container.format.name and missing > CUT_S)
-        return _build_table(path, stream, stamps, durations, missing, is_cut)
+        promised = _promised_s(container, stream)
+        table = _build_table(path, stream, stamps, durations, max(0.0, promised - held), is_cut)
+        return replace(table, is_cut=is_cut or table.missing_s > _tolerated_s(table, promised))
+
+
+def _tolerated_s(table: PacketTable, promised_s: float) -> float:
+    """How much earlier than ``promised_s`` a whole file may end. Many containers do not store how long the last frame is
+    shown; it may be as long as any other."""
+    longest = max((b - a for a, b in pairwise(table.stamps_s)), default=0.0)
+    return max(2 * table.gap_s, longest, min(CUT_S, CUT_SHARE * promised_s))
 
 
 def _promised_s(container: InputContainer, stream: VideoStream) -> float:
@@ -248,8 +254,9 @@ def _describe_oddities(container: InputContainer, stream: VideoStream, table: Pa
     held, rate = len(table.stamps_s), _measure_fps(table)
     if stream.frames and stream.frames != held:
         yield f"header promises {stream.frames} frames, the file holds {held}"
-    if table.missing_s > max(CUT_S, 2 * table.gap_s):
-        yield f"header promises {_promised_s(container, stream):.2f} s, the file ends {table.missing_s:.2f} s earlier"
+    promised = _promised_s(container, stream)
+    if table.missing_s > _tolerated_s(table, promised):
+        yield f"header promises {promised:.2f} s, the file ends {table.missing_s:.2f} s earlier"
     header_rate = stream.average_rate
     if table.has_timestamps and rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
         yield f"header says {float(header_rate):.2f} frames per second, the timestamps say {rate:.2f}"
