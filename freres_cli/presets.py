@@ -209,7 +209,9 @@ def load_preset(name_or_path: str) -> Preset:
 def check_value(key: str, value: Any, where: str) -> Any:
     """Return ``value`` converted to the type of ``key``. Raises ``PresetError``, which names ``where``."""
     if key not in KEYS:
-        raise PresetError(f"{where}: unknown setting {_shown(key)}", _near(key[:40], list(KEYS)) or f"settings: {', '.join(KEYS)}")
+        raise PresetError(
+            f"{where}: unknown setting {_shown(key)}", _near(key[:40], list(KEYS)) or f"settings: {', '.join(KEYS)}"
+        )
     return check_rule(key, KEYS[key], value, where)
 
 
@@ -241,7 +243,9 @@ def parse_grid(text: str, where: str = "grid") -> tuple[int, int] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 256 for part in parts):
-        raise PresetError(f"{where}: grid: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or auto, got {_shown(text)}")
+        raise PresetError(
+            f"{where}: grid: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or auto, got {_shown(text)}"
+        )
     return int(parts[0]), int(parts[1])
 
 

@@ -13,14 +13,14 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import av
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import ArgumentError, FFmpegError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
@@ -34,8 +34,13 @@ GUESSED_FPS = 25.0
 CUT_S, CUT_SHARE = 0.5, 0.05
 # A single damaged timestamp can put a frame years away; the timestamps of such a file are not used.
 MOST_SECONDS_PER_FRAME = 600.0
-# FFmpeg renders plain text as a video of a terminal, which nobody wants here.
-NOT_VIDEO_FORMATS = frozenset({"tty", "lavfi"})
+# Formats of text: lists of other files, which would be opened with the rights of whoever runs freres, whatever they are;
+# scripts; and plain text, which FFmpeg renders as a video of a terminal. A file name that is a pattern is image2.
+REFUSED_FORMATS = frozenset(
+    ("avisynth", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtsp", "sdp", "svg_pipe", "tty", "vapoursynth")
+    + ("vobsub", "webm_dash_manifest")
+)
+SNIFFED_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -90,19 +95,32 @@ def open_video(path: str) -> InputContainer:
     # FFmpeg's log is turned off. Sent to Python's logging instead, it deadlocks with threaded decoding (PyAV 18.1).
     av.logging.set_level(None)
     try:
-        # An absolute path cannot be mistaken for a URL, and a playlist must not access the network.
-        container = av.open(
-            str(Path(path).absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"}
+        # An absolute path cannot be mistaken for a URL. Formats are refused before FFmpeg opens what a playlist names.
+        return av.open(
+            str(Path(path).absolute()),
+            metadata_errors="replace",
+            options={"protocol_whitelist": "file", "format_whitelist": _allowed_formats()},
         )
     except FFmpegError as error:
+        if isinstance(error, ArgumentError) and _is_text(path):
+            raise VideoError(
+                f"{path}: is text, such as a playlist, not a video",
+                hint="name a video file; other files that it lists are not opened",
+            ) from error
         raise VideoError(
             f"{path}: not a video that FFmpeg can read: {error.strerror}",
             hint="the file may be cut short, damaged, or not a video: try to play it, or download it again",
         ) from error
-    if container.format.name in NOT_VIDEO_FORMATS:
-        container.close()
-        raise VideoError(f"{path}: is text, not a video", hint="name a video file")
-    return container
+
+
+@cache
+def _allowed_formats() -> str:
+    return ",".join(sorted(av.formats_available - REFUSED_FORMATS))
+
+
+def _is_text(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return b"\0" not in file.read(SNIFFED_BYTES)
 
 
 def _real_video_streams(container: InputContainer) -> list[VideoStream]:
