@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -60,19 +59,6 @@ def _is_in_kernel(path: Path) -> bool:
     """Whether a path leads through a place that the kernel makes up, such as /proc/self/fd or /dev/stdout."""
     places = (os.path.abspath(path), os.path.realpath(path))  # noqa: PTH100
     return any(place.startswith(KERNEL_PLACES) for place in places)
-
-
-def explain_no_file(path: str | Path) -> str:
-    """Return the path, and why it is no regular file: ``PATH: no such file``, or a URL, a folder, a pipe or a device."""
-    name = str(path)
-    if os.path.isdir(name):  # noqa: PTH112 (os.path takes names too long for the system)
-        return f"{name}: is a folder"
-    if os.path.exists(name):  # noqa: PTH110
-        return f"{name}: is a pipe or device, not a file"
-    if (url := re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", name, re.IGNORECASE | re.DOTALL)) is not None:
-        # A path has lost one of the two slashes.
-        return f"{url[1]}://{url[2]}: is a URL, not a file: download it first"
-    return f"{name}: no such file"
 
 
 def _force(flag: str) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from freres_cli.errors import PresetError
-from freres_cli.files import explain_no_file
+from freres_cli.errors import PresetError, explain_no_file
 
 # The model that ships with freres, and its preset.
 BUNDLED = "bundled"

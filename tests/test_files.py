@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -189,7 +190,7 @@ def test_a_pipe_or_a_link_with_the_name_of_a_temporary_file_is_left_alone(tmp_pa
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("name", ["/proc/b.pt", "/proc/self/b.pt", "/sys/b.pt", "/dev/fd/b.pt", "/dev/stdout"])
 def test_places_of_the_kernel_are_no_destinations(name, force):
-    with pytest.raises(UsageError, match="kernel|not a regular file"):
+    with pytest.raises(UsageError, match=r"kernel|not a regular file"):
         check_destination(Path(name), force=force)
 
 
@@ -214,7 +215,8 @@ def test_a_bad_place_is_refused_before_the_video_is_read(tmp_path):
 @pytest.mark.parametrize("verb", ["compress", "repack", "eval"])
 def test_a_dash_is_no_file(verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "q.jsonl").write_text('{"id": "1", "video": "a", "category": "x", "question": "b", "choices": ["c", "d"], "answer": "c"}\n')
+    row = {"id": "1", "video": "a", "category": "x", "question": "b", "choices": ["c", "d"], "answer": "c"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
     arguments = {"compress": ["a.mp4"], "repack": ["b.pt", "--budget", 5], "eval": ["q.jsonl"]}[verb]
     check_failure(run_freres(verb, *arguments, "-o", "-"), ExitStatus.USAGE, "standard output is not supported")
     check_failure(run_freres("compress", "a.mp4", "b.mp4", "-o", "-"), ExitStatus.USAGE, "standard output")

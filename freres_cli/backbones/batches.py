@@ -127,7 +127,8 @@ def extend(model: LanguageModel, branches: Branches, rows: Sequence[PromptRows])
 @contextmanager
 def _lend(model: LanguageModel, prefix: VideoPrefix, num_tokens: Sequence[int]) -> Iterator[Branches]:
     """The prefix as a single branch to start from. ``num_tokens``: the most tokens that each question adds."""
-    check_context(model, prefix.num_tokens + max(num_tokens, default=0), prefix.next_position)
+    longest = prefix.num_tokens + max(num_tokens, default=0)
+    check_context(model, longest, prefix.next_position, prefix.num_tokens)
     with lend_cache(prefix) as cache:
         yield Branches(cache, torch.ones(1, prefix.num_tokens, dtype=torch.bool, device=model.device))
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from freres_cli.errors import BackboneError
-from freres_cli.files import explain_no_file, write_atomically
+from freres_cli.errors import BackboneError, explain_no_file
+from freres_cli.files import write_atomically
 
 HEADER = "freres.adapter/1"
 MODEL_FACTS = ("config_sha256", "projector_sha256")

@@ -24,13 +24,30 @@ HINT = "a bundle holds tensors and text only; do not trust where this file came 
 _ENDING = struct.Struct("<4s36xQQ 4s4xQ4x 4s18x")
 _SIGNATURES = (b"PK\6\6", b"PK\6\7", b"PK\5\6")
 _GLOBALS = frozenset(
-    ("torch._utils _rebuild_tensor_v2", "collections OrderedDict")
-    + tuple(f"torch {kind}Storage" for kind in ("Double", "Float", "BFloat16", "Half", "Long", "Byte"))
+    (
+        "torch._utils _rebuild_tensor_v2",
+        "collections OrderedDict",
+        *(f"torch {kind}Storage" for kind in ("Double", "Float", "BFloat16", "Half", "Long", "Byte")),
+    )
 )
 _MAKERS = frozenset(("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "REDUCE"))
 _OTHERS = frozenset(
-    ("PROTO", "STOP", "MARK", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NONE", "NEWTRUE")
-    + ("NEWFALSE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "BINPERSID", "SETITEM", "SETITEMS")
+    (
+        *(
+            "PROTO",
+            "STOP",
+            "MARK",
+            "BINUNICODE",
+            "BININT",
+            "BININT1",
+            "BININT2",
+            "LONG1",
+            "BINFLOAT",
+            "NONE",
+            "NEWTRUE",
+        ),
+        *("NEWFALSE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "BINPERSID", "SETITEM", "SETITEMS"),
+    )
 )
 
 

@@ -15,8 +15,8 @@ import torch
 from freres_cli.bundle.archive import HINT, check_archive
 from freres_cli.bundle.schema import make_content, read_content
 from freres_cli.content import Content, kind_of
-from freres_cli.errors import BundleError
-from freres_cli.files import check_destination, explain_no_file, write_atomically
+from freres_cli.errors import BundleError, explain_no_file
+from freres_cli.files import check_destination, write_atomically
 from freres_cli.tracks import Tracks
 
 

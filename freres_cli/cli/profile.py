@@ -22,8 +22,7 @@ from freres_cli.cli.output import (
     print_result,
     print_table,
 )
-from freres_cli.errors import UsageError, VideoError
-from freres_cli.files import explain_no_file
+from freres_cli.errors import UsageError, VideoError, explain_no_file
 from freres_cli.presets import BUNDLED
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import typer
 
 from freres_cli.cli import options
 from freres_cli.cli.output import format_bytes, print_json, print_notes, print_path
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.files import make_folder
 from freres_cli.presets import DEEPSTACK
 
@@ -61,5 +61,7 @@ def repack(
         return
     tokens = result.manifest["tokens"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
-    print_notes([f"{tokens['visual_tokens']} visual tokens ({kinds}), {format_bytes(result.bundle_bytes)}"], quiet)
+    print_notes(
+        [f"{count_of(tokens['visual_tokens'], 'visual token')} ({kinds}), {format_bytes(result.bundle_bytes)}"], quiet
+    )
     print_path(result.bundle)

@@ -25,8 +25,7 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from freres_cli.errors import VideoError
-from freres_cli.files import explain_no_file
+from freres_cli.errors import VideoError, count_of, explain_no_file
 from freres_cli.records import VideoInfo
 
 GUESSED_FPS = 25.0
@@ -37,8 +36,10 @@ MOST_SECONDS_PER_FRAME = 600.0
 # Formats of text: lists of other files, which would be opened with the rights of whoever runs freres, whatever they are;
 # scripts; and plain text, which FFmpeg renders as a video of a terminal. A file name that is a pattern is image2.
 REFUSED_FORMATS = frozenset(
-    ("avisynth", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtsp", "sdp", "svg_pipe", "tty", "vapoursynth")
-    + ("vobsub", "webm_dash_manifest")
+    (
+        *("avisynth", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtsp", "sdp", "svg_pipe", "tty"),
+        *("vapoursynth", "vobsub", "webm_dash_manifest"),
+    )
 )
 SNIFFED_BYTES = 4096
 
@@ -271,7 +272,7 @@ def _build_table(
 def _describe_oddities(container: InputContainer, stream: VideoStream, table: PacketTable) -> Iterator[str]:
     held, rate = len(table.stamps_s), _measure_fps(table)
     if stream.frames and stream.frames != held:
-        yield f"header promises {stream.frames} frames, the file holds {held}"
+        yield f"header promises {count_of(stream.frames, 'frame')}, the file holds {held}"
     promised = _promised_s(container, stream)
     if table.missing_s > _tolerated_s(table, promised):
         yield f"header promises {promised:.2f} s, the file ends {table.missing_s:.2f} s earlier"
