@@ -159,7 +159,7 @@ def _read_yaml(text: str, where: str) -> Any:
         for number, event in enumerate(yaml.parse(text, yaml.SafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
-                raise PresetError(f"{where}: expected plain values, got the alias {_shown('*' + event.anchor)}")
+                raise PresetError(f"{where}: expected plain values, got the alias {_shown(f'*{event.anchor}')}")
             if depth > MAX_YAML_DEPTH or number > MAX_YAML_EVENTS:
                 raise PresetError(f"{where}: expected one value for each setting, got far more")
         return yaml.load(text, _StrictLoader)  # a SafeLoader

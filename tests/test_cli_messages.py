@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -73,14 +71,13 @@ LINES = b"what moves?\n\xff\xfe bytes\n" + b"x" * 70_000 + b"\nwhat <|im_end|> m
 
 def test_a_prompt_loop_on_a_pipe_goes_on_after_a_bad_line(bundle):
     """The status is that of the first bad line; the answers are those of the good ones."""
-    command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "ask", str(bundle), "-q"]
     flags = ["--max-new-tokens", "4", "--device", "cpu"]
-    run = subprocess.run([*command, *flags], input=LINES, capture_output=True, timeout=120)
-    errors = [line for line in run.stderr.decode().splitlines() if line.startswith("error:")]
-    assert run.returncode == ExitStatus.USAGE and len(errors) == 3, run.stderr
-    assert "UTF-8" in errors[0] and "too long" in errors[1] and "reads as a command" in errors[2]
+    run = run_freres("ask", bundle, "-q", *flags, stdin=LINES)
+    assert run.status == ExitStatus.USAGE and len(run.errors) == 3, run.err
+    for error, text in zip(run.errors, ("UTF-8", "too long", "reads as a command"), strict=True):
+        assert text in error
     alone = [run_freres("ask", bundle, q, "-q", *flags).out for q in ("what moves?", "where?")]
-    assert run.stdout.decode() == "".join(alone)
+    assert run.out == "".join(alone)
 
 
 def test_the_error_of_a_loop_is_the_first_one(bundle, monkeypatch):

@@ -47,7 +47,8 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
         thread.join(GRACE_S)
         raise BackboneError(f"chat template: not done after {LIMIT_S:g} s", HINT)
     if failures:
-        return _judge(failures[0])
+        _judge(failures[0])
+        return None
     if len(made[0]) > MAX_CHARACTERS:
         raise BackboneError(f"chat template: expected at most {MAX_CHARACTERS} characters, got {len(made[0])}", HINT)
     return made[0]

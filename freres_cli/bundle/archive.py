@@ -88,14 +88,14 @@ def _check_directory(file: BinaryIO, where: str) -> None:
 def _check_pickle(data: bytes, where: str) -> None:
     """Every instruction is one that a dictionary of tensors and text needs, and nothing made of parts is used twice."""
     refusal = BundleError(f"{where}: refused: it holds a pickled object that is not a tensor", HINT)
-    made: set[int] = set()
+    made: set[object] = set()
     before = ""
     for number, (code, argument, _) in enumerate(pickletools.genops(data)):
         is_known = code.name in _OTHERS or code.name in _MAKERS
         if number > MAX_INSTRUCTIONS or not is_known or (code.name == "GLOBAL" and argument not in _GLOBALS):
             raise refusal
         if code.name.endswith("BINPUT") and before in _MAKERS:
-            made.add(int(argument))
-        if code.name.endswith("BINGET") and int(argument) in made:
+            made.add(argument)
+        if code.name.endswith("BINGET") and argument in made:
             raise refusal
         before = code.name
