@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from freres_cli.errors import ResourceError, UsageError
+from freres_cli.errors import ResourceError, UsageError, count_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def _choose_place(requested: str | None) -> Device:
 def _cpu_device(why: str) -> Device:
     import torch
 
-    description = f"CPU, {torch.get_num_threads()} threads"
+    description = f"CPU, {count_of(torch.get_num_threads(), 'thread')}"
     return Device("cpu", description, "sdpa", f"device cpu ({description}): {why}")
 
 

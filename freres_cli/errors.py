@@ -1,8 +1,14 @@
-"""Every failure freres reports: one line saying what is wrong, one hint saying what to do, one exit status."""
+"""Every failure freres reports: one line saying what is wrong, one hint saying what to do, one exit status.
+
+And the words that several messages share.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitStatus(IntEnum):
@@ -71,3 +77,29 @@ class ResourceError(FreresError):
     """Not enough memory or disk, or a device that is not there."""
 
     exit_status = ExitStatus.RESOURCE
+
+
+def find_interruption(error: BaseException | None) -> BaseException | None:
+    """Return the interruption that ``error`` came from: a ``SystemExit`` or ``KeyboardInterrupt`` that was being handled
+    when cleaning up failed, as torch's writer does when it is stopped half way."""
+    while error is not None and isinstance(error, Exception):
+        error = error.__context__
+    return error
+
+
+def explain_no_file(path: str | Path) -> str:
+    """Return the path, and why it is no regular file: ``PATH: no such file``, or a URL, a folder, a pipe or a device."""
+    name = str(path)
+    if os.path.isdir(name):  # noqa: PTH112 (os.path takes names too long for the system)
+        return f"{name}: is a folder"
+    if os.path.exists(name):  # noqa: PTH110
+        return f"{name}: is a pipe or device, not a file"
+    if (url := re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", name, re.IGNORECASE | re.DOTALL)) is not None:
+        # A path has lost one of the two slashes.
+        return f"{url[1]}://{url[2]}: is a URL, not a file: download it first"
+    return f"{name}: no such file"
+
+
+def count_of(count: int, noun: str) -> str:
+    """Return a count with its noun: ``1 token``, ``2 tokens``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

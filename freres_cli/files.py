@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from freres_cli.errors import ResourceError, UsageError
+from freres_cli.errors import ResourceError, UsageError, find_interruption
 
 MAX_NAME_BYTES = 255
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".freres-", ".tmp"
+
+KERNEL_PLACES = ("/proc/", "/sys/", "/dev/fd/", "/dev/std")
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -29,20 +31,34 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     ``UsageError``.
     """
     another = f"name a file with {flag}"
+    if str(path) == "-":
+        raise UsageError(f"{path}: standard output is not supported: expected a file name", another)
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
         raise UsageError(f"{path.name[:40]}...: name too long: expected at most {MAX_NAME_BYTES} bytes")
     if os.path.isdir(path):  # noqa: PTH112 (os.path takes names too long for the system)
         raise UsageError(f"{path}: is a folder: expected a file name", another)
     if path.exists() and not path.is_file():
         raise UsageError(f"{path}: not a regular file: expected a file name", another)
+    if _is_in_kernel(path):
+        raise UsageError(f"{path}: is in a file system of the kernel, which holds no files of users", another)
+    if os.path.islink(path) and not path.exists():  # noqa: PTH114
+        raise UsageError(f"{path}: is a link to a file that does not exist", f"remove the link, or {another}")
     if not os.path.isdir(path.parent):  # noqa: PTH112
         raise UsageError(f"{path}: folder {path.parent} does not exist", "make the folder first")
     if path.exists() and not force:
         raise UsageError(
             f"{path}: already exists", f"name another file with {flag}, or overwrite it with {_force(flag)}"
         )
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{path}: folder {path.parent.resolve()} is not writable", f"name another file with {flag}")
+    # A link is followed: the file is written where it points.
+    folder = Path(os.path.realpath(path)).parent
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{path}: folder {folder} is not writable", f"name another file with {flag}")
+
+
+def _is_in_kernel(path: Path) -> bool:
+    """Whether a path leads through a place that the kernel makes up, such as /proc/self/fd or /dev/stdout."""
+    places = (os.path.abspath(path), os.path.realpath(path))  # noqa: PTH100
+    return any(place.startswith(KERNEL_PLACES) for place in places)
 
 
 def _force(flag: str) -> str:
@@ -52,6 +68,8 @@ def _force(flag: str) -> str:
 
 def make_folder(path: Path, flag: str = "-o") -> None:
     """Make a folder and its parents, unless they exist. ``flag``: the flag that named it. Raises ``UsageError``."""
+    if str(path) == "-":
+        raise UsageError(f"{path}: standard output is not supported: expected a folder", f"name one with {flag}")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,6 +93,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
             os.fsync(file.fileno())
             _move(temporary, path, force, flag)
     except (OSError, RuntimeError) as error:
+        if (interruption := find_interruption(error)) is not None:
+            raise interruption from None
         # torch reports a short write as RuntimeError, the cause behind it.
         cause = error if isinstance(error, OSError) else error.__context__
         is_short_write = isinstance(error, RuntimeError) and (isinstance(cause, OSError) or "write" in str(error))

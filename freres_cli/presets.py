@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from freres_cli.errors import PresetError
+from freres_cli.errors import PresetError, explain_no_file
 
 # The model that ships with freres, and its preset.
 BUNDLED = "bundled"
@@ -72,6 +72,11 @@ KEYS: dict[str, Key] = {
     "deepstack": Key(str, "keep", "whether DeepStack families keep the extra rows of each token", choices=DEEPSTACK),
 }
 
+
+# Far more than a preset needs: it is a few dozen lines, each a key and a value.
+MAX_YAML_CHARACTERS, MAX_YAML_EVENTS, MAX_YAML_DEPTH = 65_536, 1000, 8
+MAX_WHOLE = 2**63 - 1
+MAX_SHOWN = 80  # characters of a bad value in a message
 
 # Not a preset key: the preset's own budget, for which ``anchors`` was chosen.
 REFERENCE = "reference_budget_tokens"
@@ -152,6 +157,24 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _read_yaml(text: str, where: str) -> Any:
+    """Return what YAML says, unless it says more than settings need: a few bytes of aliases make gigabytes of values, and
+    deep nesting exhausts the stack. Raises ``PresetError``, which names ``where``."""
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise PresetError(f"{where}: expected at most {MAX_YAML_CHARACTERS} characters, got more")
+    depth = 0
+    try:
+        for number, event in enumerate(yaml.parse(text, yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise PresetError(f"{where}: expected plain values, got the alias {_shown(f'*{event.anchor}')}")
+            if depth > MAX_YAML_DEPTH or number > MAX_YAML_EVENTS:
+                raise PresetError(f"{where}: expected one value for each setting, got far more")
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise PresetError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
 def presets_dir() -> Path:
     """Return the folder of the shipped presets: inside the package once installed, else beside it."""
     installed = Path(__file__).parent / "presets_data"
@@ -175,13 +198,15 @@ def load_preset(name_or_path: str) -> Preset:
                 or f"shipped presets: {', '.join(preset_names())}; or name a .yaml file",
             )
     if not os.path.isfile(path):  # noqa: PTH113 (a name too long for the system is not a file either)
-        raise PresetError(f"preset {name_or_path}: no such file", f"shipped presets: {', '.join(preset_names())}")
+        raise PresetError(f"preset {explain_no_file(name_or_path)}", f"shipped presets: {', '.join(preset_names())}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML_CHARACTERS + 1)
     except OSError as error:
         raise PresetError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise PresetError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise PresetError(f"{path}: not UTF-8 text") from error
+    data = _read_yaml(text, str(path))
     if not isinstance(data, dict):
         raise PresetError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
     values = {str(key): check_value(str(key), value, str(path)) for key, value in data.items()}
@@ -191,7 +216,9 @@ def load_preset(name_or_path: str) -> Preset:
 def check_value(key: str, value: Any, where: str) -> Any:
     """Return ``value`` converted to the type of ``key``. Raises ``PresetError``, which names ``where``."""
     if key not in KEYS:
-        raise PresetError(f"{where}: unknown setting {key!r}", _near(key, list(KEYS)) or f"settings: {', '.join(KEYS)}")
+        raise PresetError(
+            f"{where}: unknown setting {_shown(key)}", _near(key[:40], list(KEYS)) or f"settings: {', '.join(KEYS)}"
+        )
     return check_rule(key, KEYS[key], value, where)
 
 
@@ -204,12 +231,14 @@ def check_rule(key: str, rule: Key, value: Any, where: str) -> Any:
         return None
     fits = isinstance(value, (int, float)) if rule.kind is float else isinstance(value, rule.kind)
     if not fits or (isinstance(value, bool) and rule.kind is not bool):
-        raise PresetError(f"{where}: {key}: expected {_type_name(rule)}, got {value!r}")
+        raise PresetError(f"{where}: {key}: expected {_type_name(rule)}, got {_shown(value)}")
     if rule.choices is not None and value not in rule.choices:
-        raise PresetError(f"{where}: {key}: expected one of {', '.join(rule.choices)}, got {value!r}")
+        raise PresetError(f"{where}: {key}: expected one of {', '.join(rule.choices)}, got {_shown(value)}")
+    if rule.kind is int and abs(value) > MAX_WHOLE:
+        raise PresetError(f"{where}: {key}: expected at most {MAX_WHOLE}, got a larger number")
     if (rule.low is not None and not value >= rule.low) or (rule.high is not None and not value <= rule.high):
         limits = f"at least {rule.low:g}" if rule.high is None else f"{rule.low:g} to {rule.high:g}"
-        raise PresetError(f"{where}: {key}: expected {limits}, got {value!r}")
+        raise PresetError(f"{where}: {key}: expected {limits}, got {_shown(value)}")
     if key == "grid":
         parse_grid(value, where)
     return float(value) if rule.kind is float else value
@@ -221,7 +250,9 @@ def parse_grid(text: str, where: str = "grid") -> tuple[int, int] | None:
         return None
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 256 for part in parts):
-        raise PresetError(f"{where}: grid: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or auto, got {text!r}")
+        raise PresetError(
+            f"{where}: grid: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or auto, got {_shown(text)}"
+        )
     return int(parts[0]), int(parts[1])
 
 
@@ -230,10 +261,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise PresetError(f"--set {text}: expected KEY=VALUE")
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise PresetError(f"--set {text}: not a value: {_one_line(error)}") from error
+    parsed = _read_yaml(value, f"--set {text[:MAX_SHOWN]}")
     if KEYS.get(key.strip(), KEYS["description"]).kind is str and not isinstance(parsed, str):
         parsed = value
     return key.strip(), check_value(key.strip(), parsed, "--set")
@@ -269,6 +297,9 @@ def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag
     sources[REFERENCE] = f"preset {preset.name}"
     needed = {"fps": "sample_fps", "count": "sample_count"}.get(values["sample"])
     if needed and values[needed] is None:
+        if "sample" in given:
+            flag = {"sample_fps": "--fps", "sample_count": "--frames"}[needed]
+            raise PresetError(f"sample: {values['sample']} needs {needed}", f"name it with {flag}, or {needed}=NUMBER")
         raise PresetError(f"{preset.path}: sample: {values['sample']} needs {needed}")
     return Settings(**values, sources=sources)
 
@@ -283,13 +314,15 @@ def environment_value(name: str) -> str | None:
     return os.environ.get(f"FRERES_{name.upper()}") or None
 
 
+def _shown(value: Any) -> str:
+    """Return a bad value for a message."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
 def _near(word: str, words: list[str]) -> str | None:
     close = difflib.get_close_matches(word, words, n=1)
     return f"did you mean {close[0]!r}?" if close else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _type_name(rule: Key) -> str:

@@ -32,13 +32,13 @@ class Run:
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 
 
-def run_freres(*arguments: object, stdin: str = "") -> Run:
-    """Run ``freres`` with these arguments in this process."""
+def run_freres(*arguments: object, stdin: str | bytes = "") -> Run:
+    """Run ``freres`` with these arguments in this process. ``stdin``: what it reads; bytes are decoded as from a pipe."""
     from freres_cli.cli.app import main
 
     out, err = io.StringIO(), io.StringIO()
     argv, previous_stdin = sys.argv, sys.stdin
-    sys.argv, sys.stdin = ["freres", *map(str, arguments)], io.StringIO(stdin)
+    sys.argv, sys.stdin = ["freres", *map(str, arguments)], _open_stdin(stdin)
     status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -48,6 +48,12 @@ def run_freres(*arguments: object, stdin: str = "") -> Run:
     finally:
         sys.argv, sys.stdin = argv, previous_stdin
     return Run(status, out.getvalue(), err.getvalue())
+
+
+def _open_stdin(content: str | bytes) -> io.TextIOBase:
+    if isinstance(content, str):
+        return io.StringIO(content)
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
 
 
 def check_failure(run: Run, status: int, text: str = "") -> None:

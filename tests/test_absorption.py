@@ -272,7 +272,7 @@ def test_what_cannot_be_drawn_is_one_line_and_nothing_is_written(bundle, adapter
         (("--adapter", adapter), 2, "--adapter: expected --absorber"),
         (("--force",), 2, "--force: expected --absorber"),
         (("--absorber", "no/such/folder.png", "--adapter", adapter), 2, "does not exist"),
-        (("--absorber", "out.png", "--adapter", "gone"), 5, "no such adapter"),
+        (("--absorber", "out.png", "--adapter", "gone"), 5, "no such file: expected an adapter"),
         (("--absorber", "out.png", "--adapter", "none"), 2, "expected trained modules"),
     ):
         check_failure(run_freres("inspect", bundle, *arguments), status, text)

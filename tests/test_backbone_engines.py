@@ -140,6 +140,6 @@ def test_a_batch_is_refused_as_a_single_is(tiny):
     prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, tiny.tokens(tiny.keep))
     with pytest.raises(BackboneError, match="at least one token each"):
         batches.score_options_batch(tiny.model, prefix, [(1, 2)], [[()]])
-    with pytest.raises(BackboneError, match="more tokens than the model's context"):
+    with pytest.raises(BackboneError, match="question: too long for the model's context"):
         batches.answer_batch(tiny.model, prefix, [(1, 2)], 5000)
     assert batches.answer_batch(tiny.model, prefix, [], 5) == []

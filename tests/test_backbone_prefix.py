@@ -81,7 +81,7 @@ def test_the_context_is_a_limit(tmp_path):
     few = video_tokens(torch.zeros(90, 1, 1, 48), torch.tensor([0, 89]))
     prefix = engine.prefill_video(model, tuple(range(30)), few)
     assert prefix.notes == ("positions reach 120, beyond the model's context of 100",)
-    with pytest.raises(BackboneError, match="more tokens than the model's context"):
+    with pytest.raises(BackboneError, match="question: too long for the model"):
         generate(model, prefix, (1, 2), 90)
 
 

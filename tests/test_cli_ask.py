@@ -93,7 +93,9 @@ def test_adapters_are_used_and_foreign_ones_refused(bundle, tmp_path):
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "later.safetensors"), 5, "absorber values")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "bad.safetensors"), 5, "damaged adapter")
-    check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "none"), 5, "no such adapter")
+    check_failure(
+        run_freres("ask", bundle, "x", "--adapter", tmp_path / "none"), 5, "no such file: expected an adapter"
+    )
 
 
 def test_control_tokens_and_other_bytes_in_a_question_are_refused(bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -184,3 +185,88 @@ def test_a_pipe_or_a_link_with_the_name_of_a_temporary_file_is_left_alone(tmp_pa
     (tmp_path / ".freres-link.tmp").symlink_to("theirs")
     write_atomically(tmp_path / "ours", lambda file: file.write(b"whole"), force=False)
     assert len(temporaries(tmp_path)) == 2 and (tmp_path / "theirs").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["/proc/b.pt", "/proc/self/b.pt", "/sys/b.pt", "/dev/fd/b.pt", "/dev/stdout"])
+def test_places_of_the_kernel_are_no_destinations(name, force):
+    with pytest.raises(UsageError, match=r"kernel|not a regular file"):
+        check_destination(Path(name), force=force)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("target", ["gone/b.pt", "gone.pt", "link.pt"])
+def test_a_link_to_nothing_is_no_destination(tmp_path, target, force):
+    """Nor is a link to itself, or one that leads to a place of the kernel."""
+    (tmp_path / "link.pt").symlink_to(target)
+    with pytest.raises(UsageError, match=r"link\.pt: is a link to a file that does not exist"):
+        check_destination(tmp_path / "link.pt", force=force)
+    (tmp_path / "other").symlink_to("/proc")
+    with pytest.raises(UsageError, match="kernel"):
+        check_destination(tmp_path / "other" / "b.pt", force=force)
+
+
+def test_a_bad_place_is_refused_before_the_video_is_read(tmp_path):
+    (tmp_path / "link.pt").symlink_to("gone/b.pt")
+    for place in (tmp_path / "link.pt", "/proc/b.pt", "-"):
+        check_failure(run_freres("compress", tmp_path / "missing.mp4", "-o", place, "--force"), ExitStatus.USAGE)
+
+
+@pytest.mark.parametrize("verb", ["compress", "repack", "eval"])
+def test_a_dash_is_no_file(verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"id": "1", "video": "a", "category": "x", "question": "b", "choices": ["c", "d"], "answer": "c"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = {"compress": ["a.mp4"], "repack": ["b.pt", "--budget", 5], "eval": ["q.jsonl"]}[verb]
+    check_failure(run_freres(verb, *arguments, "-o", "-"), ExitStatus.USAGE, "standard output is not supported")
+    check_failure(run_freres("compress", "a.mp4", "b.mp4", "-o", "-"), ExitStatus.USAGE, "standard output")
+    assert {path.name for path in tmp_path.iterdir()} == {"q.jsonl"}
+
+
+INTERRUPTED = """
+import os, signal, sys, torch
+from pathlib import Path
+from freres_cli.cli.app import main
+from freres_cli.files import write_atomically
+
+class Interrupted:
+    def __init__(self, file):
+        self.file, self.parts = file, 0
+    def write(self, data):
+        self.parts += 1
+        if self.parts == 3:
+            os.kill(os.getpid(), getattr(signal, sys.argv.pop()))
+        return self.file.write(data)
+    def flush(self):
+        self.file.flush()
+
+tensors = {"x": torch.zeros(100), "y": torch.ones(100)}
+def run(*_, **__):
+    write_atomically(Path(sys.argv[1]), lambda file: torch.save(tensors, Interrupted(file)), force=False)
+import freres_cli.cli.app as app
+app.app = run
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_an_interruption_while_writing_is_no_bug_and_leaves_nothing(tmp_path, name, status):
+    """torch turns what interrupts its writer into a RuntimeError."""
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "b.pt"), name]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (status, "") and list(tmp_path.iterdir()) == []
+
+
+def test_repack_and_compress_take_the_same_outputs(tmp_path, monkeypatch):
+    """A file, a folder that exists, and a new folder, which is named with a slash at its end."""
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "clip.mp4", 3, fps=4)
+    (tmp_path / "there").mkdir()
+    flags = ("--budget", 10, "-q", "-o")
+    assert run_freres("compress", "clip.mp4", *flags, "clip.pt", "--device", "cpu").status == 0
+    for verb, source in (("compress", "clip.mp4"), ("repack", "clip.pt")):
+        for place, expected in (("there", "there/clip.pt"), (f"{verb}/", f"{verb}/clip.pt"), (f"{verb}.pt", None)):
+            run = run_freres(verb, source, *flags, place, "--force")
+            assert run.status == 0 and run.out == f"{expected or place}\n", run.err
+            assert (tmp_path / (expected or place)).is_file()
+        check_failure(run_freres(verb, source, *flags, ""), ExitStatus.USAGE, "expected a path")

@@ -151,7 +151,7 @@ def test_the_command_compresses_a_folder(clips, tmp_path):
     run = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
     assert run.status == 3 and "1 of 4 videos failed" in run.errors[0]
     assert run.out.split() == [str(tmp_path / "out" / "deep" / f"clip{i}.pt") for i in range(3)]
-    assert "warning: failed:" in run.err and "skipped 1 files without a video suffix" in run.err
+    assert "warning: failed:" in run.err and "skipped 1 file without a video suffix" in run.err
     (tmp_path / "in" / "a.mp4").unlink()
     again = run_freres("compress", tmp_path / "in", "-o", tmp_path / "out", *FLAGS)
     assert again.status == 0 and again.err.count("already exists") == 3 and again.out == run.out

@@ -155,3 +155,36 @@ def test_nothing_is_written_to_stderr(tmp_path, capfd):
         decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
         list(decoder)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("index_first.mp4", {"container_options": {"movflags": "faststart"}}),
+        ("short.mkv", {}),
+        ("sound.mkv", {"audio": "last"}),
+        ("short.webm", {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}}),
+        ("old.avi", {"codec": "mpeg4"}),
+        ("flash.flv", {}),
+    ],
+)
+def test_a_short_clip_cut_by_a_tenth_is_not_whole(tmp_path, name, options):
+    """The loss is far below half a second, and the cut is between two packets, so nothing fails to decode."""
+    path = clips.write_clip(tmp_path / name, 72, fps=30, **options)
+    assert decode(path, strict=True)[4].lost_s == 0
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(path.read_bytes()[: places[64]])
+    shown, *_, report = decode(path)
+    assert len(shown) < 66 and report.lost_s == pytest.approx(8 / 30, abs=0.05)
+    assert any("are lost" in note for note in report.notes)
+    assert any("promises" in note for note in probe_video(path).notes)
+    with pytest.raises(VideoError, match="damaged"):
+        list(decode_frames(path, probe_video(path), NATIVE, SMALL, strict=True))
+
+
+@pytest.mark.parametrize("name", ["slides.mkv", "slides.mp4", "slides.avi"])
+def test_a_last_frame_that_stays_long_is_no_loss(tmp_path, name):
+    """Few containers store how long the last frame is shown."""
+    path = clips.write_clip(tmp_path / name, 6, fps=2, codec="mpeg4")
+    assert decode(path, strict=True)[4].lost_s == 0

@@ -7,8 +7,10 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 
 from freres_cli.errors import VideoError
+from freres_cli.video.picture import encode_png
 from freres_cli.video.probe import probe_video
 from tests import clips, decoding
 
@@ -29,6 +31,13 @@ def _made(path: Path, make) -> Path:
     return path
 
 
+def _listed(folder: Path, name: str, text: str) -> Path:
+    """A list that names a real clip beside it, which FFmpeg would open."""
+    clip = clips.write_clip(folder / "secret.ts", 12)
+    return _written(folder / name, text.format(clip.name).encode())
+
+
+PLAYLIST = "is text, such as a playlist, not a video"
 # An mp4 whose index has a movie header and no tracks.
 EMPTY_MP4 = _box(b"ftyp", b"isom" + bytes(4) + b"isom") + _box(
     b"moov", _box(b"mvhd", bytes(12) + b"\0\0\3\xe8" + bytes(84))
@@ -36,11 +45,16 @@ EMPTY_MP4 = _box(b"ftyp", b"isom" + bytes(4) + b"isom") + _box(
 
 REFUSALS = {
     "missing": (lambda d: d / "missing.mp4", "no such file"),
-    "directory": (lambda d: d, "is a directory"),
+    "directory": (lambda d: d, "is a folder"),
     "pipe": (lambda d: _made(d / "pipe.mp4", os.mkfifo), "pipe or device"),
     "empty": (lambda d: _written(d / "empty.mp4", b""), "the file is empty"),
     "text": (lambda d: _written(d / "text.mp4", b"not a video\n" * 20), "not a video"),
     "terminal text": (lambda d: _written(d / "notes.txt", b"not a video\n" * 20), "not a video"),
+    "playlist": (
+        lambda d: _listed(d, "list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n"),
+        PLAYLIST,
+    ),
+    "list of files": (lambda d: _listed(d, "list.mp4", "ffconcat version 1.0\nfile {}\n"), PLAYLIST),
     "index missing": (
         lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5),
         "not a video that FFmpeg can read",
@@ -78,3 +92,13 @@ def test_permission_is_named(plain_clip, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)  # root, who runs tests in containers, may read everything
     with pytest.raises(VideoError, match="permission denied"):
         probe_video(plain_clip)
+
+
+def test_a_name_that_is_a_pattern_opens_no_other_files(tmp_path):
+    """To FFmpeg, a%d.png is every numbered picture beside it."""
+    picture = encode_png(torch.zeros(8, 8, 3, dtype=torch.uint8))
+    (tmp_path / "a%d.png").write_bytes(picture)
+    (tmp_path / "a0.png").write_bytes(picture)
+    with pytest.raises(VideoError, match="not a video"):
+        probe_video(tmp_path / "a%d.png")
+    assert probe_video(tmp_path / "a0.png").num_packets == 1

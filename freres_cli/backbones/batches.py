@@ -129,7 +129,8 @@ def _lend(model: LanguageModel, prefix: VideoPrefix, num_tokens: Sequence[int]) 
     """The prefix as a single branch to start from. ``num_tokens``: the most tokens that each question adds."""
     if prefix.pruned is not None:
         raise BackboneError("questions: expected one at a time, because each prunes the video in its own way")
-    check_context(model, prefix.num_tokens + max(num_tokens, default=0), prefix.next_position)
+    longest = prefix.num_tokens + max(num_tokens, default=0)
+    check_context(model, longest, prefix.next_position, prefix.num_tokens)
     with lend_cache(prefix) as cache:
         yield Branches(cache, torch.ones(1, prefix.num_tokens, dtype=torch.bool, device=model.device))
 

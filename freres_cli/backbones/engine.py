@@ -18,7 +18,7 @@ from torch import Tensor
 from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
 from freres_cli.devices import memory_errors_as, synchronize
-from freres_cli.errors import BackboneError
+from freres_cli.errors import BackboneError, count_of
 from freres_cli.records import VideoTokens
 
 # Rows per forward pass of a prefill: enough to keep the device busy, and more where their activations are small, because
@@ -83,17 +83,26 @@ def prefill_video(
     return VideoPrefix(cache, len(rows), len(video), rows.next_position, spent_s, notes, pruned)
 
 
-def check_context(model: LanguageModel, num_tokens: int, next_position: float) -> tuple[str, ...]:
-    """Check a prompt of this many tokens, followed by text at ``next_position``, and return notes about it.
+def check_context(
+    model: LanguageModel, num_tokens: int, next_position: float, num_before: int | None = None
+) -> tuple[str, ...]:
+    """Check a prompt of ``num_tokens``, followed by text at ``next_position``, and return notes about it.
 
-    Raises BackboneError for more tokens than the model's context. Positions beyond it are allowed, because the tokens
-    kept from a long video keep the positions they had in the full grid; they result in a note.
+    ``model``: whose context it must fit. ``num_before``: how many of them come before the question and its answer; ``None``
+    if there is no question yet. Raises BackboneError for more tokens than the model's context. Positions beyond it are
+    allowed, because the tokens kept from a long video keep the positions they had in the full grid; they result in a note.
     """
     limit = model.max_context_tokens
+    if num_before is not None and num_tokens > limit:
+        raise BackboneError(
+            f"question: too long for the model's context of {limit} tokens: expected at most {limit - num_before} with its "
+            f"answer, got {num_tokens - num_before}",
+            "shorten it, or allow fewer new tokens",
+        )
     if num_tokens > limit:
         raise BackboneError(
             f"prompt: more tokens than the model's context: expected at most {limit}, got {num_tokens}",
-            "lower the token budget, the number of frames or the number of new tokens",
+            "lower the token budget or the number of frames",
         )
     if next_position > limit:
         return (f"positions reach {next_position:.0f}, beyond the model's context of {limit}",)
@@ -185,7 +194,7 @@ def score_options(
     if not options or not all(options):
         raise BackboneError("options: expected at least one token in each option, got none")
     longest = prefix.num_tokens + len(suffix_ids) + max(map(len, options))
-    check_context(model, longest, prefix.next_position)
+    check_context(model, longest, prefix.next_position, prefix.num_tokens)
     scores = []
     with lend_cache(prefix) as cache:
         first = model.logits(read_question(model, prefix, suffix_ids, cache)).log_softmax(-1)
@@ -215,5 +224,5 @@ def check_scores(scores: Tensor) -> Tensor:
 def memory_of(model: LanguageModel, num_tokens: int) -> Any:
     """A context that turns running out of memory into a ResourceError naming this many cached tokens."""
     num_bytes = num_tokens * model.kv_bytes_per_token
-    what = f"{num_tokens} tokens, {num_bytes} bytes of KV cache ({num_bytes / 2**30:.2f} GiB)"
+    what = f"{count_of(num_tokens, 'token')}, {num_bytes} bytes of KV cache ({num_bytes / 2**30:.2f} GiB)"
     return memory_errors_as(what, "lower the token budget, or use a smaller dtype or a device with more memory")

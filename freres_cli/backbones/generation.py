@@ -83,7 +83,7 @@ def generate(
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     num_context = prefix.num_tokens + len(suffix_ids)
-    check_context(model, num_context + max_new_tokens, prefix.next_position)
+    check_context(model, num_context + max_new_tokens, prefix.next_position, prefix.num_tokens)
     result = Generation(num_context)
     result.pieces = _pieces(model, prefix, suffix_ids, max_new_tokens, sampling or Sampling(), submitted_s, result)
     return result

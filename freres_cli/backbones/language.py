@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModel, DynamicCache
@@ -18,6 +17,7 @@ from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding
 from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
+from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import Device, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
 from freres_cli.presets import TEXT_AFTER
@@ -169,21 +169,15 @@ class DecoderLanguageModel(ABC):
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
         """The chat prompt around one video and one question, from the tokenizer's template or else the family's own.
 
-        Raises BackboneError unless the prompt contains the video's placeholder exactly once; a question that contains
-        it adds another.
+        Raises BackboneError unless the prompt contains the video's placeholder exactly once (a question that contains
+        it adds another), and for a template that fails or does not end.
         """
         content = [{"type": "video"}, {"type": "text", "text": question}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         place = self.tokenizer.convert_ids_to_tokens(self.video_token_id)
-        text = None
-        if getattr(self.tokenizer, "chat_template", None):
-            try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except (TypeError, TemplateError):
-                # A text-only template cannot handle a message in parts: fall back to the family's own prompt.
-                text = None
+        text = render_chat(self.tokenizer, messages)
         if text is None or place not in text:
             text = self.plain_prompt(question, system, place)
         return self.split_prompt(text)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from freres_cli.errors import BackboneError
+from freres_cli.errors import BackboneError, explain_no_file
 from freres_cli.files import write_atomically
 
 HEADER = "freres.adapter/1"
@@ -38,7 +38,7 @@ def read_adapter(
     file is missing, damaged, or made for another backbone.
     """
     if not path.is_file():
-        raise BackboneError(f"{path}: no such adapter file")
+        raise BackboneError(f"{explain_no_file(path)}: expected an adapter")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "null"))

@@ -16,6 +16,7 @@ from freres_cli.tracks import LATENT_DTYPES, Column
 
 REQUIRED = object()
 MAX_WHOLE = 2**63 - 1
+CLOCK_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,31 @@ def check_column(name: str, column: Column, tensor: Tensor, where: str) -> None:
     limit = int(column.limit or 0)
     if limit and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
         raise damaged(where, f"{name}: expected 0..{limit - 1}")
+
+
+def check_times(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse times that run backwards, begin before the video does, or lie outside the frames'. ``where``: the file. Raises
+    ``BundleError``."""
+    frames, tokens = tensors["frame_seconds"], tensors.get("seconds")
+    if not frames.numel():
+        return
+    if bool((frames.diff() < 0).any()):
+        raise damaged(where, "frame_seconds: expected times that never decrease")
+    # The clock of a few files starts below zero.
+    first = min(0.0, float(manifest["source"]["start_s"]))
+    if float(frames[0]) < first - CLOCK_S:
+        raise damaged(where, f"frame_seconds: expected {first:g} s or more, got {float(frames[0]):g}")
+    if tokens is not None and bool(((tokens < frames[0] - CLOCK_S) | (tokens > frames[-1] + CLOCK_S)).any()):
+        raise damaged(where, "seconds: expected times within those of the frames")
+
+
+def check_order(positions: Tensor, where: str) -> None:
+    """Refuse tokens that are not in the order of their ``positions``, or two at the same one. ``where``: the file. Raises
+    ``BundleError``."""
+    t, h, w = positions.diff(dim=0).unbind(1)
+    is_later = (t > 0) | ((t == 0) & ((h > 0) | ((h == 0) & (w > 0))))
+    if not bool(is_later.all()):
+        raise damaged(where, "positions: expected each once, by time, then row, then column")
 
 
 @contextmanager

@@ -100,12 +100,14 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Content]
     version = loaded.get("schema_version")
     if isinstance(version, bool) or not isinstance(version, int) or version not in READERS:
         raise BundleError(
-            f"{where}: bundle schema: expected version {' or '.join(map(str, READERS))}, got {version!r}",
+            f"{where}: bundle schema: expected version {' or '.join(map(str, READERS))}, got {_shown(version)}",
             "use the freres release that wrote it, or compress the video again",
         )
     text, tensors = loaded.get("manifest"), loaded.get("tensors")
     if not isinstance(text, str) or not isinstance(tensors, dict):
         raise damaged(where, "manifest or tensors are missing")
+    if not all(isinstance(name, str) for name in tensors):
+        raise damaged(where, "tensors: expected names")
     # Text that is not valid Unicode cannot match any checksum.
     if loaded.get("manifest_sha256") != hashlib.sha256(text.encode(errors="replace")).hexdigest():
         raise damaged(where, "the manifest's checksum does not match")
@@ -116,6 +118,10 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Content]
     content = reader.read_content(manifest, tensors, where)
     _check_facts(manifest, content, where)
     return version, manifest, content
+
+
+def _shown(version: Any) -> str:
+    return repr(version)[:40] if isinstance(version, int | float | str) else type(version).__name__
 
 
 def _check_facts(manifest: Mapping[str, Any], content: Content, where: str) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from freres_cli.bundle.archive import HINT, check_archive
 from freres_cli.bundle.schema import make_content, read_content
 from freres_cli.content import Content, kind_of
-from freres_cli.errors import BundleError
+from freres_cli.errors import BundleError, explain_no_file
 from freres_cli.files import check_destination, write_atomically
 from freres_cli.tracks import Tracks
-
-_PICKLE_HINT = "a bundle holds tensors and text only; do not trust where this file came from"
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,15 @@ def write_bundle(
     """Write a bundle and return its size in bytes. The same content and manifest give the same bytes.
 
     ``path``: the file, written atomically. ``content``, ``manifest``: what it holds. ``force``: replace an existing file.
-    ``flag``: the flag, or the argument, that named ``path``. Raises ``UsageError`` or ``ResourceError``.
+    ``flag``: the flag, or the argument, that named ``path``. Raises ``UsageError`` or ``ResourceError``, and
+    ``BundleError`` for numbers that its reader would refuse.
     """
     check_destination(path, force, flag)
     made = make_content(content, manifest)
+    for name, tensor in made["tensors"].items():
+        if not bool(tensor.isfinite().all()):
+            hint = "the numbers it was made from are too large for their type: compress the video again"
+            raise BundleError(f"{path}: not written: {name}: expected finite numbers, got NaN or infinity", hint)
     write_atomically(path, lambda file: torch.save(made, file), force=force, flag=flag)
     return path.stat().st_size
 
@@ -57,14 +61,14 @@ def write_bundle(
 def read_bundle(path: Path) -> StoredBundle:
     """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``."""
     if not os.path.isfile(path):  # noqa: PTH113 (os.path takes names too long for the system)
-        problem = "is a folder" if os.path.isdir(path) else "no such file"  # noqa: PTH112
-        raise BundleError(f"{path}: {problem}: expected a bundle", "make one with: freres compress VIDEO")
+        raise BundleError(f"{explain_no_file(path)}: expected a bundle", "make one with: freres compress VIDEO")
     try:
         if not zipfile.is_zipfile(path):
             raise BundleError(f"{path}: not a freres bundle", "make one with: freres compress VIDEO")
+        check_archive(path)
         loaded = _load(path)
     except pickle.UnpicklingError as error:
-        raise BundleError(f"{path}: refused: it holds a pickled object that is not a tensor", _PICKLE_HINT) from error
+        raise BundleError(f"{path}: refused: it holds a pickled object that is not a tensor", HINT) from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from error
     except BundleError:

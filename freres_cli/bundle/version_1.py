@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from freres_cli.bundle.checks import (
     Field,
     check_finite,
     check_names,
+    check_times,
     damaged,
     errors_as_damage,
     later_settings,
@@ -158,9 +160,23 @@ def build_tracks(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
         tracks = Tracks(
             width=geometry["width"], grid=(num_frames, grid_h, grid_w), pooled_grid=(rows, columns), **complete
         )
+        _check_places(tracks)
         if manifest["settings"]["variant"]["value"] == "idct":
             _check_dense_bases(tracks)
+    check_times(manifest, tensors, where)
     return tracks
+
+
+def _check_places(tracks: Tracks) -> None:
+    """Refuse two tokens of one kind at the same place. (Coefficients: see ``Tracks``.)"""
+    places = {
+        "anchor_cell": torch.stack([tracks.anchor_gop, tracks.anchor_cell]),
+        "static_cell": torch.stack([tracks.static_gop, tracks.static_cell]),
+        "summary_gop": tracks.summary_gop[None],
+    }
+    for name, place in places.items():
+        if place.unique(dim=1).shape != place.shape:
+            raise ValueError(f"{name}: expected each place once in a GoP")
 
 
 def _check_dense_bases(tracks: Tracks) -> None:

@@ -17,6 +17,8 @@ from freres_cli.bundle.checks import (
     check_column,
     check_finite,
     check_names,
+    check_order,
+    check_times,
     damaged,
     errors_as_damage,
     later_settings,
@@ -126,4 +128,6 @@ def build_tokens(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
         last = tokens.positions.new_tensor([num_frames - 1, grid_h - 1, grid_w - 1])
         if bool(((tokens.positions < 0) | (tokens.positions > last)).any()):
             raise ValueError("positions: expected places on the grid")
+    check_order(tokens.positions, where)
+    check_times(manifest, tensors, where)
     return tokens

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from freres_cli.bundle.checks import check_column, check_finite, check_names, errors_as_damage
+from freres_cli.bundle.checks import check_column, check_finite, check_names, check_times, errors_as_damage
 from freres_cli.bundle.stretch_checks import check_stretches
 from freres_cli.bundle.version_1 import build_tracks
 from freres_cli.bundle.version_2 import DTYPES as DTYPES
@@ -63,6 +63,7 @@ def _build_stretches(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor],
     with errors_as_damage(where):
         made = Stretches(width=geometry["width"], grid=(num_frames, grid_h, grid_w), **tensors)
         check_stretches(made)
+    check_times(manifest, tensors, where)
     return made
 
 

@@ -32,7 +32,7 @@ from freres_cli.cli import (
     world,
 )
 from freres_cli.cli.output import print_error, print_result
-from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError
+from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError, find_interruption
 
 app = typer.Typer(
     name="freres",
@@ -121,6 +121,11 @@ def _run() -> None:
             _fail_unexpected(error)
         _fail(UsageError(f"{str(error.filename)[:60]}...: file name too long", "name a shorter one"), error)
     except Exception as error:
+        interruption = find_interruption(error)
+        if isinstance(interruption, SystemExit):
+            raise interruption from None
+        if interruption is not None:
+            sys.exit(ExitStatus.INTERRUPTED)
         _fail_unexpected(error)
 
 

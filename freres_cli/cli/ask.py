@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from freres_cli.cli.output import (
     print_text,
     progress_bar,
 )
-from freres_cli.errors import FreresError, UsageError
+from freres_cli.errors import FreresError, UsageError, count_of
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
 
@@ -149,12 +150,20 @@ def check_text(text: str, name: str) -> str:
 
 
 def _read_stdin(line: bool = False) -> str:
+    """Return all of standard input, or a line of it, but no more than shows that it is too long. Bytes that are not UTF-8
+    become what ``check_text`` refuses, so that the lines after them can still be read."""
+    from freres_cli.evaluation.questions import MAX_TEXT_BYTES
+
     if sys.stdin is None:
         raise UsageError("question: standard input is closed", "give the question as an argument")
-    try:
-        return sys.stdin.readline() if line else sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UsageError("question: expected UTF-8 text on standard input, got other bytes") from error
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if not line:
+        return sys.stdin.read(MAX_TEXT_BYTES + 1)
+    text = part = sys.stdin.readline(MAX_TEXT_BYTES + 1)
+    while len(part) > MAX_TEXT_BYTES and not part.endswith("\n"):
+        part = sys.stdin.readline(MAX_TEXT_BYTES + 1)
+    return text
 
 
 def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool) -> None:
@@ -191,7 +200,8 @@ def _answer_rows(session: Session, rows: list[AskedRow], manner: dict[str, Any],
     prefills = f"one prefill of {format_seconds(session.prefill_s)}"
     if refined is not None:
         prefills = "a prefill for each"
-    print_notes([*notes, f"{len(rows)} questions, {prefills}, {format_seconds(seconds)} in all"], quiet)
+    asked = count_of(len(rows), "question")
+    print_notes([*notes, f"{asked}, {prefills}, {format_seconds(seconds)} in all"], quiet)
 
 
 def _count_refined(session: Session, refine: int | None) -> int | None:
@@ -215,27 +225,29 @@ def _row_document(row: AskedRow, answer: Answer, refined: int | None) -> dict[st
 
 
 def _loop(session: Session, manner: dict[str, Any], quiet: bool) -> None:
-    """Answer one question per line until the input ends."""
+    """Answer one question per line until the input ends. A line that cannot be answered is reported, and the others still
+    are; unless someone is typing, the exit status is then that of the first such line."""
+    failed: FreresError | None = None
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
         line = _read_stdin(line=True)
         if not line:
-            return
+            break
         if not line.strip():
             continue
         try:
             _answer(session, check_text(line.strip(), "question"), manner, quiet)
         except FreresError as error:
-            # One question that does not fit must not end the conversation on a terminal.
-            if not is_terminal:
-                raise
             print_error(error)
+            failed = failed or error
+    if failed is not None and not is_terminal:
+        raise typer.Exit(failed.exit_status)
 
 
 def _cost(answer: Answer) -> str:
-    text = f"{answer.num_visual_tokens} visual tokens, {answer.num_context_tokens} in context, "
+    text = f"{count_of(answer.num_visual_tokens, 'visual token')}, {answer.num_context_tokens} in context, "
     text += f"first token after {format_seconds(answer.ttft_s)}"
     if answer.tpot_s is not None:
         text += f", then {format_seconds(answer.tpot_s)} each"

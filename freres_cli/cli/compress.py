@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +23,7 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
@@ -118,16 +117,12 @@ def compress(
 
         plan = compressor.plan(paths[0])
         _print_plan(plan, {**_plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
-    elif is_many(paths) or (output is not None and _is_folder(output)):
+    elif is_many(paths) or (output is not None and options.is_folder(output)):
         listing = list_videos(paths)
         print_notes(listing.notes, quiet)
         _compress_many(compressor, listing.videos, place or BUNDLES, force, json, quiet)
     else:
         _compress_one(compressor, paths[0], place or BUNDLE, force, json, quiet)
-
-
-def _is_folder(output: str) -> bool:
-    return output.endswith(os.sep) or os.path.isdir(output)  # noqa: PTH112 (os.path takes names too long for the system)
 
 
 def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, json: bool, quiet: bool) -> None:
@@ -176,7 +171,9 @@ def _compress_many(
     counts = {status: sum(row.status == status for row in rows) for status in ("done", "skipped", "failed")}
     failed = next((row.error for row in rows if row.error is not None), None)
     if failed is not None:
-        raise type(failed)(f"{counts['failed']} of {len(rows)} videos failed: {failed.message}", failed.hint)
+        raise type(failed)(
+            f"{counts['failed']} of {count_of(len(rows), 'video')} failed: {failed.message}", failed.hint
+        )
     if not json:
         print_notes([f"{counts['done']} compressed, {counts['skipped']} skipped"], quiet)
 
@@ -245,11 +242,11 @@ def at_budgets(chosen: CompressOptions, verb: str, *, trains: bool = False) -> C
 def _summary(result: CompressResult) -> str:
     tokens = result.manifest["tokens"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
-    context = "" if tokens["context_tokens"] is None else f"{tokens['context_tokens']} tokens in context; "
-    groups = "" if tokens["num_gops"] is None else f"{tokens['num_gops']} GoPs; "
+    context = "" if tokens["context_tokens"] is None else f"{count_of(tokens['context_tokens'], 'token')} in context; "
+    groups = "" if tokens["num_gops"] is None else f"{count_of(tokens['num_gops'], 'GoP')}; "
     quality = "" if tokens["quality"] is None else f"{format_share(tokens['quality'])} of the energy; "
     return (
-        f"{tokens['visual_tokens']} visual tokens ({kinds}) of {tokens['full_tokens']}, "
+        f"{count_of(tokens['visual_tokens'], 'visual token')} ({kinds}) of {tokens['full_tokens']}, "
         f"{tokens['compression']:.2f}x; {quality}{context}{groups}{format_bytes(result.bundle_bytes)}; "
         f"{format_seconds(result.timings_s['total'])}, peak {format_bytes(result.peak_memory_bytes)}"
     )
@@ -290,7 +287,7 @@ def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptio
         print_json("freres.plan/1", {**facts, "environment": describe_environment(chosen.model.device)})
         return
     print_result(f"frames read      {plan.num_frames} of {plan.size.grid_h}x{plan.size.grid_w} tokens")
-    print_result(f"full tokens      {plan.full_tokens} ({plan.baseline_frames} frames)")
+    print_result(f"full tokens      {plan.full_tokens} ({count_of(plan.baseline_frames, 'frame')})")
     if plan.quality is None:
         print_result(f"visual tokens    {facts['visual_tokens']} of at most {facts['budget_tokens']}")
     else:

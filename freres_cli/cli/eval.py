@@ -20,6 +20,7 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
+from freres_cli.errors import count_of
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ def print_totals(summary: dict[str, Any]) -> None:
     """Print what the tables are based on."""
     print_result("")
     print_result(
-        f"{summary['num_questions']} questions on {summary['num_videos']} videos, {len(summary['failed'])} failed; "
+        f"{count_of(summary['num_questions'], 'question')} on {count_of(summary['num_videos'], 'video')}, "
+        f"{len(summary['failed'])} failed; "
         f"{summary['full_tokens']:.0f} full tokens per video"
     )
     print_result(

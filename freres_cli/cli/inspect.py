@@ -17,7 +17,7 @@ from freres_cli.cli.output import (
     print_result,
     print_table,
 )
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 
 
 def inspect(
@@ -88,7 +88,8 @@ def _print_head(report: dict[str, Any]) -> None:
         "frames": f"{sampling['num_frames']} read ({sampling['mode']}), grid "
         f"{report['geometry']['grid'][1]}x{report['geometry']['grid'][2]}, {sampling['lost_s']:.2f} s lost to damage",
         "tokens": f"{report['visual_tokens']} of at most {report['budget_tokens']} ({kinds})",
-        "full": f"{report['full_tokens']} tokens in {sampling['baseline_frames']} frames: {report['compression']:.2f}x",
+        "full": f"{count_of(report['full_tokens'], 'token')} in {count_of(sampling['baseline_frames'], 'frame')}: "
+        f"{report['compression']:.2f}x",
         "context": _describe_context(report),
         "size": f"{format_bytes(report['bundle_bytes'])}, {format_bytes(report['bytes_per_token'])} per token",
     }
@@ -106,7 +107,10 @@ def _describe_context(report: dict[str, Any]) -> str:
     """Return what the prompt holds besides visual tokens, and what moved to keep that small."""
     if report["context_tokens"] is None:
         return "not counted"
-    text = f"{report['context_tokens']} tokens without a question, {report['text_overhead_tokens']} of them text in the video"
+    text = (
+        f"{count_of(report['context_tokens'], 'token')} without a question, "
+        f"{report['text_overhead_tokens']} of them text in the video"
+    )
     if not report["moved_tokens"]:
         return text
     outside = f", {report['moved_outside']} out of the time they stand for" if report["moved_outside"] else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,11 @@ def check_path(text: str, name: str) -> Path:
     if not text:
         raise UsageError(f"{name}: expected a path, got an empty text")
     return Path(text)
+
+
+def is_folder(output: str) -> bool:
+    """Whether an output names a folder: one that exists, or any name with a slash at its end."""
+    return output.endswith(os.sep) or os.path.isdir(output)  # noqa: PTH112 (os.path takes names too long for the system)
 
 
 def complete_preset(incomplete: str) -> list[str]:

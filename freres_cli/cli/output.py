@@ -67,7 +67,7 @@ def _encode_json(schema: str, document: Mapping[str, Any], indent: int | None) -
     text = json.dumps({"schema": schema, **_finite(document)}, indent=indent, ensure_ascii=False, allow_nan=False)
     # JSON allows these unescaped, but a terminal would obey them; bytes of a name that are not UTF-8 are not JSON.
     return re.sub(
-        r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text
+        r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text
     )
 
 

@@ -22,7 +22,7 @@ from freres_cli.cli.output import (
     print_result,
     print_table,
 )
-from freres_cli.errors import UsageError, VideoError
+from freres_cli.errors import UsageError, VideoError, explain_no_file
 from freres_cli.presets import BUNDLED
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def profile(
 
     chosen = find_device(device, attn)
     if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
-        raise VideoError(f"{target}: no such file", "name a video or a bundle")
+        raise VideoError(explain_no_file(target), "name a video or a bundle")
     with tempfile.TemporaryDirectory() if target is None else nullcontext() as folder:
         subject = make_clip(Path(folder) / "clip.mp4") if folder else target
         assert subject is not None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from freres_cli.cli import options
 from freres_cli.cli.output import format_bytes, print_json, print_notes, print_path
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
+from freres_cli.files import make_folder
 from freres_cli.presets import DEEPSTACK
 
 
 def repack(
     bundle: options.BundlePath,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The bundle to write.")],
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FILE|DIR", help="The bundle to write, or a folder for it."),
+    ],
     budget: options.Budget = None,
     quality: options.Quality = None,
     deepstack: options.DeepStack = None,
@@ -31,12 +34,16 @@ def repack(
     """
     if budget is None and quality is None and deepstack is None:
         raise UsageError("--budget, --quality, --deepstack: expected at least one, got none")
+    place = options.check_path(output, "-o")
     if deepstack not in (None, *DEEPSTACK):
         raise UsageError(f"--deepstack: expected one of {', '.join(DEEPSTACK)}, got {deepstack}")
     from freres_cli.pipeline.cutting import Cut
     from freres_cli.workflows.repack import repack_bundle
 
-    result = repack_bundle(bundle, output, Cut(budget, quality, deepstack), force=force)
+    if options.is_folder(output):
+        make_folder(place)
+        place = place / bundle.name
+    result = repack_bundle(bundle, place, Cut(budget, quality, deepstack), force=force)
     print_notes(result.notes, quiet)
     if json:
         from freres_cli.bench.report import describe_environment
@@ -54,5 +61,7 @@ def repack(
         return
     tokens = result.manifest["tokens"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in tokens["tokens_by_kind"].items())
-    print_notes([f"{tokens['visual_tokens']} visual tokens ({kinds}), {format_bytes(result.bundle_bytes)}"], quiet)
+    print_notes(
+        [f"{count_of(tokens['visual_tokens'], 'visual token')} ({kinds}), {format_bytes(result.bundle_bytes)}"], quiet
+    )
     print_path(result.bundle)

@@ -9,7 +9,7 @@ import typer
 
 from freres_cli.cli import options
 from freres_cli.cli.output import print_json, print_notes, print_result, progress_bar
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.files import make_folder
 from freres_cli.presets import BUNDLED
 
@@ -68,7 +68,7 @@ def make(
         print_json("freres.world_make/1", {"questions": str(path), **facts, "by_category": by_category})
         return
     print_result(str(path))
-    print_notes([f"{len(made)} clips, {num_questions} questions"], quiet)
+    print_notes([f"{count_of(len(made), 'clip')}, {count_of(num_questions, 'question')}"], quiet)
 
 
 @world.command("train")

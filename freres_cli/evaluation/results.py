@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from freres_cli.errors import ResourceError, UsageError
+from freres_cli.files import check_destination
 
 SCHEMA = "freres.eval.log/1"
 DEFAULT_NAME = "eval.jsonl"
@@ -20,12 +21,9 @@ REMEDY = "name another file with -o, or start over with --force"
 def results_path(output: Path, questions: Path) -> Path:
     """Return the file to write: ``output``, or ``eval.jsonl`` inside it if it is a folder. Raises ``UsageError``."""
     path = output / DEFAULT_NAME if output.is_dir() else output
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: folder {path.parent} does not exist", "create the folder first")
+    check_destination(path, force=True)  # the file of an earlier run is continued
     if path.exists() and path.samefile(questions):
         raise UsageError(f"{path}: is the questions file itself", "name another file with -o")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path}: is not a regular file", "name a file or a folder with -o")
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from freres_cli import __version__
 from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.content import Content, count_by_kind, without_deep_rows
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.method.adaptive import count_for_quality, cut_stretches
 from freres_cli.method.budget import MethodSettings
 from freres_cli.method.select import cut_tracks
@@ -56,11 +56,13 @@ def cut_content(
         content = _cut(content, manifest, budget, name)
         if cut.quality is not None and isinstance(content, Stretches) and content.quality < cut.quality:
             notes.append(
-                f"quality {content.quality:.4f} in place of {cut.quality:g}: the budget of {budget} tokens allows no more"
+                f"quality {content.quality:.4f} in place of {cut.quality:g}: the budget of {count_of(budget, 'token')} "
+                "allows no more"
             )
     elif cut.budget_tokens is not None:
         notes.append(
-            f"the bundle already fits: {before} tokens, budget {cut.budget_tokens}; for more, compress the video again"
+            f"the bundle already fits: {count_of(before, 'token')}, budget {cut.budget_tokens}; for more, compress the "
+            "video again"
         )
     elif cut.quality is not None:
         assert isinstance(content, Stretches)

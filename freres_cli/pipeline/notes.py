@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from freres_cli.baselines.registry import METHODS
+from freres_cli.errors import count_of
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.presets import BUNDLED
 
@@ -39,8 +40,8 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
     method = METHODS[options.method]
     if plan.is_lossless and method.has_budget:
         yield (
-            f"the budget of {plan.budget_tokens} tokens fits all {plan.full_tokens} tokens of the clip: all are kept "
-            "unchanged"
+            f"the budget of {count_of(plan.budget_tokens, 'token')} fits all {plan.full_tokens} tokens of the clip: all are "
+            "kept unchanged"
         )
     elif plan.quality is not None:
         yield from _describe_quality(plan, tokens)
@@ -63,7 +64,7 @@ def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator
     if tokens["quality"] >= (plan.quality or 0.0):
         return
     if tokens["visual_tokens"] >= plan.budget_tokens:
-        why = f"the budget of {plan.budget_tokens} tokens allows no more"
+        why = f"the budget of {count_of(plan.budget_tokens, 'token')} allows no more"
     else:
         why = f"of a clip this long, {tokens['visual_tokens']} stretches are kept while it is read"
     yield f"quality {tokens['quality']:.4f} in place of {plan.quality:g}: {why}"

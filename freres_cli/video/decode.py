@@ -182,6 +182,7 @@ class Decoder:
                 rank = index + tally.num_failed if by_rank else bisect_right(table.stamps_s, previous + TOLERANCE_S)
                 stamp = table.stamps_s[min(rank, len(table.stamps_s) - 1)]
                 time = max(stamp, previous) if by_rank or own is None else own
+                time = max(time, self._info.start_s)
                 tally.num_restamped += table.has_timestamps and time != own
                 if frame.is_corrupt:
                     self._refuse_if_strict(f"the frame at {time:.3f} s is broken")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 
 LIST_SUFFIX = ".txt"
 # In a folder, videos are recognized by suffix; a file named on the command line is tried whatever its name.
@@ -69,7 +69,7 @@ def _expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
         files = [path for path in sorted(argument.rglob("*")) if path.is_file() and not _is_hidden(path, argument)]
         videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
         if len(videos) < len(files):
-            notes.append(f"{argument}: skipped {len(files) - len(videos)} files without a video suffix")
+            notes.append(f"{argument}: skipped {count_of(len(files) - len(videos), 'file')} without a video suffix")
         for path in videos:
             yield path, path.relative_to(argument)
     elif _is_list(argument):

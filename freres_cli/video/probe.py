@@ -11,30 +11,37 @@ import stat
 import statistics
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
 import av
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import ArgumentError, FFmpegError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from freres_cli.errors import VideoError
+from freres_cli.errors import VideoError, count_of, explain_no_file
 from freres_cli.records import VideoInfo
 
 GUESSED_FPS = 25.0
-# A file that ends this much earlier than its header says is cut; less is rounding, or sound longer than the picture.
-CUT_S = 0.5
+# A file that ends this much earlier than its header says, or by this share of it, is cut; less is rounding.
+CUT_S, CUT_SHARE = 0.5, 0.05
 # A single damaged timestamp can put a frame years away; the timestamps of such a file are not used.
 MOST_SECONDS_PER_FRAME = 600.0
-# FFmpeg renders plain text as a video of a terminal, which nobody wants here.
-NOT_VIDEO_FORMATS = frozenset({"tty", "lavfi"})
+# Formats of text: lists of other files, which would be opened with the rights of whoever runs freres, whatever they are;
+# scripts; and plain text, which FFmpeg renders as a video of a terminal. A file name that is a pattern is image2.
+REFUSED_FORMATS = frozenset(
+    (
+        *("avisynth", "concat", "dash", "hls", "image2", "imf", "lavfi", "rtsp", "sdp", "svg_pipe", "tty"),
+        *("vapoursynth", "vobsub", "webm_dash_manifest"),
+    )
+)
+SNIFFED_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,14 @@ def _require_regular_file(path: str) -> None:
     try:
         status = Path(path).stat()
         if stat.S_ISDIR(status.st_mode):
-            raise VideoError(f"{path}: is a directory", hint="name one video file")
+            raise VideoError(explain_no_file(path), hint="name one video file")
         # Opening a pipe could block for ever, so the kind of file is checked first.
         if not stat.S_ISREG(status.st_mode):
-            raise VideoError(
-                f"{path}: is a pipe or device, not a file",
-                hint="save the video to a file first: it is read more than once",
-            )
+            raise VideoError(explain_no_file(path), hint="save the video to a file first: it is read more than once")
         with Path(path).open("rb"):
             pass
     except FileNotFoundError as error:
-        raise VideoError(f"{path}: no such file", hint="check the path") from error
+        raise VideoError(explain_no_file(path), hint="check the path") from error
     except PermissionError as error:
         raise VideoError(f"{path}: permission denied", hint="make the file readable by this user") from error
     except OSError as error:
@@ -92,19 +96,32 @@ def open_video(path: str) -> InputContainer:
     # FFmpeg's log is turned off. Sent to Python's logging instead, it deadlocks with threaded decoding (PyAV 18.1).
     av.logging.set_level(None)
     try:
-        # An absolute path cannot be mistaken for a URL, and a playlist must not access the network.
-        container = av.open(
-            str(Path(path).absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"}
+        # An absolute path cannot be mistaken for a URL. Formats are refused before FFmpeg opens what a playlist names.
+        return av.open(
+            str(Path(path).absolute()),
+            metadata_errors="replace",
+            options={"protocol_whitelist": "file", "format_whitelist": _allowed_formats()},
         )
     except FFmpegError as error:
+        if isinstance(error, ArgumentError) and _is_text(path):
+            raise VideoError(
+                f"{path}: is text, such as a playlist, not a video",
+                hint="name a video file; other files that it lists are not opened",
+            ) from error
         raise VideoError(
             f"{path}: not a video that FFmpeg can read: {error.strerror}",
             hint="the file may be cut short, damaged, or not a video: try to play it, or download it again",
         ) from error
-    if container.format.name in NOT_VIDEO_FORMATS:
-        container.close()
-        raise VideoError(f"{path}: is text, not a video", hint="name a video file")
-    return container
+
+
+@cache
+def _allowed_formats() -> str:
+    return ",".join(sorted(av.formats_available - REFUSED_FORMATS))
+
+
+def _is_text(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return b"\0" not in file.read(SNIFFED_BYTES)
 
 
 def _real_video_streams(container: InputContainer) -> list[VideoStream]:
@@ -202,10 +219,16 @@ def _read_packet_table(path: str, stream_index: int, _size: int, _mtime_ns: int)
             is_cut = True
         # Some containers count time from the first packet, others from 0: take the reading with less missing.
         held = max(file_end, file_end - file_start) if file_start < float("inf") else float("inf")
-        missing = max(0.0, _promised_s(container, stream) - held)
-        # Matroska writes the duration when the file is finished, so a duration that is too long means a cut file.
-        is_cut = is_cut or ("matroska" in container.format.name and missing > CUT_S)
-        return _build_table(path, stream, stamps, durations, missing, is_cut)
+        promised = _promised_s(container, stream)
+        table = _build_table(path, stream, stamps, durations, max(0.0, promised - held), is_cut)
+        return replace(table, is_cut=is_cut or table.missing_s > _tolerated_s(table, promised))
+
+
+def _tolerated_s(table: PacketTable, promised_s: float) -> float:
+    """How much earlier than ``promised_s`` a whole file may end. Many containers do not store how long the last frame is
+    shown; it may be as long as any other."""
+    longest = max((b - a for a, b in pairwise(table.stamps_s)), default=0.0)
+    return max(2 * table.gap_s, longest, min(CUT_S, CUT_SHARE * promised_s))
 
 
 def _promised_s(container: InputContainer, stream: VideoStream) -> float:
@@ -249,9 +272,10 @@ def _build_table(
 def _describe_oddities(container: InputContainer, stream: VideoStream, table: PacketTable) -> Iterator[str]:
     held, rate = len(table.stamps_s), _measure_fps(table)
     if stream.frames and stream.frames != held:
-        yield f"header promises {stream.frames} frames, the file holds {held}"
-    if table.missing_s > max(CUT_S, 2 * table.gap_s):
-        yield f"header promises {_promised_s(container, stream):.2f} s, the file ends {table.missing_s:.2f} s earlier"
+        yield f"header promises {count_of(stream.frames, 'frame')}, the file holds {held}"
+    promised = _promised_s(container, stream)
+    if table.missing_s > _tolerated_s(table, promised):
+        yield f"header promises {promised:.2f} s, the file ends {table.missing_s:.2f} s earlier"
     header_rate = stream.average_rate
     if table.has_timestamps and rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
         yield f"header says {float(header_rate):.2f} frames per second, the timestamps say {rate:.2f}"

@@ -57,7 +57,7 @@ class Sampling:
 def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tuple[float, float]:
     """Start and end of the window on the file's own clock, in seconds. The end is not part of the window.
 
-    Raises ``UsageError`` if the window starts after the end of the clip.
+    Raises ``UsageError`` if the window starts after the end of the clip, or is too short to hold a frame.
     """
     end = duration_s if sampling.end_s is None else min(duration_s, sampling.end_s)
     start = sampling.start_s or 0.0
@@ -65,6 +65,11 @@ def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tu
         raise UsageError(
             f"the window starts at {start:g} s: the clip lasts {duration_s:.3f} s",
             hint="times count from the first frame of the clip",
+        )
+    if sampling.end_s is not None and end - start <= TOLERANCE_S:
+        raise UsageError(
+            f"the window from {start} to {sampling.end_s} s: expected more than {TOLERANCE_S:g} s",
+            hint="choose an earlier start or a later end",
         )
     return start_s + start, start_s + end
 

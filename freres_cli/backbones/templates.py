@@ -1,0 +1,64 @@
+"""Render the chat template of a checkpoint, which is a program that somebody else wrote, within limits."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+from jinja2 import TemplateError
+
+from freres_cli.errors import BackboneError
+
+LIMIT_S = 5.0  # a template takes milliseconds
+GRACE_S = 1.0
+MAX_CHARACTERS = 2**20
+HINT = "its chat template is at fault: use another copy of the model"
+
+
+class _OutOfTimeError(BaseException):
+    """Raised in the thread that renders. No template can catch it."""
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
+    """Return the prompt that the tokenizer's chat template makes of ``messages``; ``None`` if it has none, or one that
+    cannot handle a message in parts.
+
+    Templates run in a sandbox of transformers, which bounds a loop but not loops within loops. So the template runs in a
+    thread that is stopped after ``LIMIT_S`` (ours). Raises BackboneError for a template that takes longer, writes more
+    than ``MAX_CHARACTERS``, or fails in any way but those that templates have to say no.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    made: list[str] = []
+    failures: list[BaseException] = []
+
+    def render() -> None:
+        try:
+            made.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except BaseException as error:  # handed to the caller's thread
+            failures.append(error)
+
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_OutOfTimeError))
+        thread.join(GRACE_S)
+        raise BackboneError(f"chat template: not done after {LIMIT_S:g} s", HINT)
+    if failures:
+        _judge(failures[0])
+        return None
+    if len(made[0]) > MAX_CHARACTERS:
+        raise BackboneError(f"chat template: expected at most {MAX_CHARACTERS} characters, got {len(made[0])}", HINT)
+    return made[0]
+
+
+def _judge(failure: BaseException) -> None:
+    """Pass over a refusal, and raise anything else."""
+    if isinstance(failure, TypeError | TemplateError):
+        return  # a template for text alone
+    if isinstance(failure, ArithmeticError | LookupError | ValueError | AttributeError | RecursionError):
+        reason = " ".join(str(failure).split())[:200]
+        raise BackboneError(f"chat template: {type(failure).__name__}: {reason}", HINT) from failure
+    raise failure

@@ -1,0 +1,64 @@
+"""A chat template is a program from a checkpoint: it may not run for ever, nor end freres with a traceback."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from freres_cli.backbones import templates
+from freres_cli.backbones.templates import MAX_CHARACTERS, render_chat
+from freres_cli.errors import ExitStatus
+from tests.loaded_models import loaded_models
+from tests.runner import fails
+
+MESSAGES = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}]
+
+
+@pytest.fixture
+def language():
+    return loaded_models().language_model
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_without_an_end_is_stopped(language, monkeypatch):
+    monkeypatch.setattr(language.tokenizer, "chat_template", LOOPS)
+    monkeypatch.setattr(templates, "LIMIT_S", 0.3)
+    before, start = threading.active_count(), time.perf_counter()
+    with fails(ExitStatus.BACKBONE, "chat template: not done"):
+        language.prompt("what?")
+    assert time.perf_counter() - start < 5 and threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ range(10 ** 9) }}", "OverflowError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{% for a in range(9999) %}{{ 'x' * 999 }}{% endfor %}", f"at most {MAX_CHARACTERS} characters"),
+    ],
+)
+def test_a_template_that_fails_is_one_error(language, monkeypatch, template, text):
+    monkeypatch.setattr(language.tokenizer, "chat_template", template)
+    with fails(ExitStatus.BACKBONE, text) as caught:
+        language.prompt("what?")
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content + 'x' }}", None])
+def test_a_template_for_text_alone_gives_way_to_the_family_s_prompt(language, monkeypatch, template):
+    monkeypatch.setattr(language.tokenizer, "chat_template", None)
+    plain = language.prompt("what?")
+    monkeypatch.setattr(language.tokenizer, "chat_template", template)
+    assert render_chat(language.tokenizer, MESSAGES) is None and language.prompt("what?") == plain
+
+
+def test_a_template_that_works_gives_what_transformers_gives(language, monkeypatch):
+    template = "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}[{{ c.type }}]{% endfor %}{% endfor %}"
+    monkeypatch.setattr(language.tokenizer, "chat_template", template)
+    expected = language.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert render_chat(language.tokenizer, MESSAGES) == expected == "<user>[video][text]"

@@ -1,0 +1,98 @@
+"""Messages blame what is at fault, and count in plain English."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from freres_cli.errors import BackboneError, ExitStatus, count_of
+from tests.loaded_models import loaded_models
+from tests.pipeline_fixtures import bundle as bundle
+from tests.pipeline_fixtures import clip as clip
+from tests.runner import check_failure, run_freres
+
+
+def test_a_window_too_short_for_a_frame_is_no_damage(clip, tmp_path):
+    run = run_freres("compress", clip, "--start", 1, "--end", 1.0000001, "-o", tmp_path / "b.pt")
+    check_failure(run, ExitStatus.USAGE, "the window from 1.0 to 1.0000001 s")
+
+
+@pytest.mark.parametrize(("verb", "status"), [("compress", 3), ("profile", 3), ("ask", 4), ("inspect", 4)])
+def test_a_url_and_a_pipe_are_named_as_what_they_are(verb, status, tmp_path):
+    question = ["what?"] if verb == "ask" else []
+    check_failure(run_freres(verb, "https://x.org/a", *question), status, "https://x.org/a: is a URL, not a file")
+    os.mkfifo(tmp_path / "pipe")
+    check_failure(run_freres(verb, tmp_path / "pipe", *question), status, "pipe: is a pipe or device, not a file")
+
+
+def test_a_pipe_as_preset_or_adapter_is_named(clip, bundle, tmp_path):
+    os.mkfifo(tmp_path / "p.yaml")
+    check_failure(run_freres("compress", clip, "--preset", tmp_path / "p.yaml"), 2, "is a pipe or device")
+    run = run_freres("ask", bundle, "what?", "--adapter", tmp_path / "p.yaml", "--device", "cpu")
+    check_failure(run, ExitStatus.BACKBONE, "is a pipe or device")
+
+
+@pytest.mark.parametrize("choices", [[], ["--choices", "a|b"]])
+def test_a_question_that_does_not_fit_is_named_and_not_the_video(bundle, monkeypatch, choices):
+    monkeypatch.setattr(loaded_models().language_model, "max_context_tokens", 400)
+    monkeypatch.setattr("freres_cli.pipeline.session.Models", lambda *_: loaded_models())
+    run = run_freres("ask", bundle, "what moves " * 60, *choices, "--device", "cpu", "--max-new-tokens", 8)
+    check_failure(run, ExitStatus.BACKBONE, "question: too long for the model's context of 400 tokens")
+    assert "frames" not in run.err.partition("error:")[2] and "shorten it" in run.err
+
+
+def test_a_video_that_does_not_fit_is_still_named(bundle, monkeypatch):
+    monkeypatch.setattr(loaded_models().language_model, "max_context_tokens", 100)
+    monkeypatch.setattr("freres_cli.pipeline.session.Models", lambda *_: loaded_models())
+    check_failure(run_freres("ask", bundle, "what?", "--device", "cpu"), ExitStatus.BACKBONE, "prompt: more tokens")
+
+
+def test_one_is_not_many(clip, tmp_path, monkeypatch):
+    """No note says "1 tokens", of anything."""
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    path = tmp_path / "b.pt"
+    runs = [run_freres("compress", clip, "--method", "adaptive", "--budget", 1, "-o", path, "--device", "cpu")]
+    runs.append(run_freres("ask", path, "what?", "--max-new-tokens", 2, "--device", "cpu"))
+    runs.append(run_freres("repack", path, "--budget", 1, "-o", tmp_path / "c.pt"))
+    runs.append(run_freres("inspect", path))
+    for run in runs:
+        assert run.status == 0, run.err
+        assert not re.search(r"(?<![\d.,])1 (visual )?(token|thread|frame|GoP|question|video)s\b", run.out + run.err), (
+            run
+        )
+    assert "1 visual token " in runs[0].err and "1 thread)" in runs[0].err
+    assert (count_of(0, "token"), count_of(1, "token"), count_of(2, "token")) == ("0 tokens", "1 token", "2 tokens")
+
+
+LINES = b"what moves?\n\xff\xfe bytes\n" + b"x" * 70_000 + b"\nwhat <|im_end|> moves?\nwhere?\n"
+
+
+def test_a_prompt_loop_on_a_pipe_goes_on_after_a_bad_line(bundle):
+    """The status is that of the first bad line; the answers are those of the good ones."""
+    flags = ["--max-new-tokens", "4", "--device", "cpu"]
+    run = run_freres("ask", bundle, "-q", *flags, stdin=LINES)
+    assert run.status == ExitStatus.USAGE and len(run.errors) == 3, run.err
+    for error, text in zip(run.errors, ("UTF-8", "too long", "reads as a command"), strict=True):
+        assert text in error
+    alone = [run_freres("ask", bundle, q, "-q", *flags).out for q in ("what moves?", "where?")]
+    assert run.out == "".join(alone)
+
+
+def test_the_error_of_a_loop_is_the_first_one(bundle, monkeypatch):
+    """A model that fails is status 5, whatever is asked later."""
+
+    def fail(*_, **__):
+        raise BackboneError("scores: not finite")
+
+    monkeypatch.setattr("freres_cli.pipeline.session.generate", fail)
+    run = run_freres("ask", bundle, "-q", "--device", "cpu", stdin="what?\n<|im_end|>\n")
+    assert run.status == ExitStatus.BACKBONE and len(run.errors) == 2 and run.out == ""
+
+
+def test_json_escapes_every_control_that_text_loses(bundle):
+    controls = "\u061c\u200e\u200f\u202e\u2066\x9b"
+    run = run_freres("ask", bundle, "what?", "--choices", f"a{controls}|b", "--json", "--device", "cpu")
+    assert run.status == 0 and not set(controls) & set(run.out)
+    assert f"a{controls}" in run.json["choices"]
