@@ -31,6 +31,9 @@ WHOLE_FRAMES = "freres_whole_frames"
 # transformers builds no mask for a name that has no mask function.
 CAUSAL_NO_MASK = "freres_causal_no_mask"
 
+# The same, and keeps what the last row attended to.
+WATCHED = "freres_causal_watched"
+
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 
 
@@ -194,6 +197,49 @@ def attention_for_padding(model: nn.Module) -> Iterator[None]:
     use_attention(model, "sdpa")
     try:
         yield
+    finally:
+        use_attention(model, before)
+
+
+def last_row_weights(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
+    """Return the attention weights of the last query, the mean over heads: (kv,) float32, which sum to 1.
+
+    ``query``: (1, heads, q, d). ``key``: (1, kv_heads, kv, d), all before the query and its own. ``scaling``: factor of
+    the scores, by default 1/sqrt(d).
+    """
+    row = query[0, :, -1].unflatten(0, (key.shape[1], -1))  # (kv_heads, heads of each, d)
+    scores = (row @ key[0].mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return scores.softmax(-1).mean((0, 1))
+
+
+@contextmanager
+def watched_attention(model: nn.Module, kernel: str) -> Iterator[list[Tensor]]:
+    """Make ``model`` keep, inside the block, the attention weights of the last row in each layer that has attention.
+
+    Yields the list of them, (kv,) float32 each, filled as layers run. No other row's weights are computed. ``kernel``: as
+    in ``use_attention``. Only for a single sequence.
+    """
+    kept: list[Tensor] = []
+
+    def watch(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        kept.append(last_row_weights(query, key, scaling))
+        return batch_attention(module, query, key, value, attention_mask, scaling, kernel=kernel, **options)
+
+    config = model.config
+    assert isinstance(config, PretrainedConfig)
+    before = config._attn_implementation
+    AttentionInterface.register(WATCHED, watch)
+    use_attention(model, WATCHED)
+    try:
+        yield kept
     finally:
         use_attention(model, before)
 

@@ -124,6 +124,11 @@ class LanguageModel(Protocol):
     stop_ids: frozenset[int]
     tokenizer: Any
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether some layers keep a state that mixes all tokens so far, in place of attention to each of them."""
+        ...
+
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
         """The family's chat prompt around one video and one question."""
         ...
@@ -151,6 +156,13 @@ class LanguageModel(Protocol):
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
         """Run rows through the decoder on top of the cache, extending it. Returns the last hidden states (L, D)."""
+        ...
+
+    def attend_from_last(self, rows: PromptRows, cache: Any) -> Tensor:
+        """As ``decode``, but returns the attention of the last row: (layers that have attention, cached + L) float32.
+
+        Each layer's weights are the mean over its heads and sum to 1.
+        """
         ...
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:

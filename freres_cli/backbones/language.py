@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModel, DynamicCache
 from transformers.initialization import no_init_weights
 
-from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
+from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention, watched_attention
 from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
@@ -278,6 +278,18 @@ class DecoderLanguageModel(ABC):
             )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    @property
+    def keeps_state(self) -> bool:
+        """See ``base.LanguageModel``."""
+        kinds = getattr(self.decoder.config, "layer_types", None) or []
+        return any(kind != "full_attention" for kind in kinds)
+
+    def attend_from_last(self, rows: PromptRows, cache: Any) -> Tensor:
+        """See ``base.LanguageModel``."""
+        with watched_attention(self.decoder, self.attention) as kept:
+            self.decode(rows, cache)
+        return torch.stack(kept)
 
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
         """Extra arguments of the decoder for the DeepStack channels of its rows (L, C)."""

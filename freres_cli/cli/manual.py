@@ -51,6 +51,7 @@ ask:
     freres ask bundle.pt "What moves first?": Stream an answer.
     freres ask bundle.pt "Which way?" --choices "left|right": Choose an option; print probabilities.
     freres ask bundle.pt: Read questions line by line; the video is prefilled once.
+    freres ask bundle.pt "What moves first?" --where: Also say which seconds the model attended to.
     freres ask bundle.pt - --json < question.txt: Read the question from stdin; print one document.
     freres ask bundle.pt --questions questions.jsonl --json: Answer a file of questions from one prefill.
   output: >-
@@ -63,7 +64,7 @@ ask:
     freres.ask/1:
       bundle question answer choices visual_tokens context_tokens text_overhead_tokens moved_tokens
       moved_outside mean_shift_s max_shift_s new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
-      model text_after notes environment
+      model text_after notes environment where (num_layers visual_share, and spans with start_s end_s share token_share)
     freres.answer/1 lines with --questions:
       id question answer choices visual_tokens context_tokens new_tokens finish_reason notes
   defaults: {choices: none (a free answer), questions: none, adapter: "the bundled model's own, none for others",

@@ -14,6 +14,7 @@ from torch import Tensor
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.batches import answer_batch, score_options_batch
 from freres_cli.backbones.engine import VideoPrefix, check_scores, prefill_video, score_options
+from freres_cli.backbones.evidence import Evidence, find_evidence, find_places, why_no_evidence
 from freres_cli.backbones.generation import Sampling, TextStream, generate
 from freres_cli.bundle.adapter import MODEL_FACTS
 from freres_cli.bundle.store import read_bundle
@@ -161,6 +162,18 @@ class Session:
             finish_reason=generation.finish_reason or "length",
             notes=prefix.notes,
         )
+
+    def find_evidence(self, query: Query) -> Evidence:
+        """Return which visual tokens the model attends to as it begins to answer. See ``backbones.evidence``.
+
+        Raises ``BackboneError`` for a family whose decoder keeps a state in place of attention.
+        """
+        self._check(query)
+        if (why := why_no_evidence(self.model)) is not None:
+            raise BackboneError(why)
+        prefix, suffix = self._encode_choices(query)[:2] if query.choices else self._prompt(query.question)
+        ids = next(ids for ids, own in self._prefixes.items() if own is prefix)
+        return find_evidence(self.model, prefix, find_places(self.model, ids, self.tokens, self.text_after), suffix)
 
     def ask_many(
         self,
