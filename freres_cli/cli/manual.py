@@ -76,9 +76,11 @@ profile:
     freres profile --json > profile.json: A clip made on the spot; every figure with its spread.
   output: >-
     A table with a row for the compressed clip and one for the full-token run of the same model. Figures are medians. A row
-    that could not be measured says why: out_of_memory, context_exceeded or timed_out.
-  schemas: {freres.profile/1: target question repeat warmup model rows environment}
-  defaults: {model: "bundled, or the bundle's", revision: "the hub's main branch, or the bundle's"}
+    that could not be measured says why: out_of_memory, context_exceeded or timed_out. `--plot` needs matplotlib: pip
+    install 'freres[plot]'.
+  schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
+  defaults: {plot: none (nothing is drawn), model: "bundled, or the bundle's",
+    revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
     freres eval questions.jsonl: The bundled model, three methods at four budgets.
@@ -145,8 +147,8 @@ ablate:
   output: >-
     The tables of freres eval, with a row for each setting; `--json` has the paired difference between any two rows at equal
     budgets. DIR keeps the adapters, the compressed videos and every answer.
-  schemas: {freres.ablate/1: the keys of freres.eval/1 and tables}
-  defaults: {data: nothing is trained, limit: every question}
+  schemas: {freres.ablate/1: the keys of freres.eval/1 and tables and plot}
+  defaults: {data: nothing is trained, limit: every question, plot: none (nothing is drawn)}
 inspect:
   examples:
     freres inspect bundle.pt: What is inside, and where each setting came from.

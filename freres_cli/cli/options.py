@@ -10,6 +10,7 @@ import typer
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.errors import UsageError
+from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
 from freres_cli.presets import BUNDLED, DEEPSTACK, preset_names
 
 
@@ -18,6 +19,19 @@ def check_path(text: str, name: str) -> Path:
     if not text:
         raise UsageError(f"{name}: expected a path, got an empty text")
     return Path(text)
+
+
+def check_plot(text: str | None, force: bool) -> PlotFile | None:
+    """Return the picture that --plot and --force ask for, if any. Raises ``UsageError`` for one that cannot be drawn."""
+    if text is None:
+        if force:
+            raise UsageError(
+                f"--force: expected {PLOT_FLAG} as well, got none", f"name the picture with {PLOT_FLAG} FILE"
+            )
+        return None
+    plot = PlotFile(check_path(text, PLOT_FLAG), force)
+    plot.check()
+    return plot
 
 
 def complete_preset(incomplete: str) -> list[str]:
