@@ -37,5 +37,5 @@ def draw_ablation(rows: Sequence[dict[str, Any]]) -> bytes:
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     axes.set(xlabel="accuracy, %, with 95 % intervals; dotted: every token")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", ncols=min(5, len(budgets)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return encode_figure(figure)
