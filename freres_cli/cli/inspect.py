@@ -233,7 +233,9 @@ def _print_gops(gops: list[dict[str, Any]], show_all: bool) -> None:
     print_result("")
     print_table(("GoP at", "start", "residuals", "kept", *gops[0]["tokens_by_kind"]), rows)
     if len(shown) < len(gops):
-        print_result(f"{len(shown)} of {len(gops)} GoPs: those that kept least, and those with most tokens; --all for all")
+        print_result(
+            f"{len(shown)} of {len(gops)} GoPs: those that kept least, and those with most tokens; --all for all"
+        )
 
 
 def _print_settings(settings: dict[str, Any], show_all: bool) -> None:
@@ -241,9 +243,8 @@ def _print_settings(settings: dict[str, Any], show_all: bool) -> None:
     chosen = {key: s for key, s in settings.items() if show_all or not s["source"].startswith(("preset", "default"))}
     if not show_all:
         chosen = dict(list(chosen.items())[:SHOWN_SETTINGS])
-    rows = [(key, str(setting["value"]), setting["source"]) for key, setting in chosen.items()]
-    if not show_all:
-        rows = [tuple(cell[:SHOWN_LETTERS] for cell in row) for row in rows]
+    letters = None if show_all else SHOWN_LETTERS
+    rows = [(key, str(setting["value"])[:letters], setting["source"][:letters]) for key, setting in chosen.items()]
     print_result("")
     if rows:
         print_table(("setting", "value", "from"), rows)

@@ -171,6 +171,15 @@ inspect:
       stretches (quality curve num_cuts cuts_s frames_mean frames_max cells_mean cells_max num_single largest)
       absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops) environment
   defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
+report:
+  examples:
+    freres report bundle.pt: Write report.html; open it in any browser.
+    freres report bundle.pt --video video.mp4 -o page.html: With a thumbnail for each part of the clip.
+  output: >-
+    The path of the page. Its size and the number of thumbnails go to stderr, as does a note if the video is not the file
+    that was compressed. A clip of 1,800 frames gives a page of well under a megabyte.
+  schemas: {freres.report/1: bundle report report_bytes num_thumbnails notes environment}
+  defaults: {video: none (no thumbnails), adapter: "the bundled model's own, none for others"}
 repack:
   examples:
     freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.

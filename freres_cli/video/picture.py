@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import torch
@@ -81,7 +82,7 @@ def encode_jpeg(pixels: Tensor, quality: int = 6) -> bytes:
 
 def _encode(pixels: Tensor, name: str, pixel_format: str, options: dict[str, str] | None = None) -> bytes:
     try:
-        codec = av.CodecContext.create(name, "w")
+        codec: Any = av.CodecContext.create(name, "w")
         codec.height, codec.width = pixels.shape[:2]
         codec.pix_fmt, codec.time_base, codec.options = pixel_format, Fraction(1), options or {}
         frame = av.VideoFrame.from_ndarray(pixels.contiguous().numpy(), format="rgb24")

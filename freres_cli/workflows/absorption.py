@@ -96,7 +96,7 @@ def read_absorption(bundle: StoredBundle, named: str | None, flag: str = FLAG) -
             "compress a video that moves with --variant absorber, or with a larger --budget",
         )
     model = bundle.manifest["model"]
-    adapter = choose_adapter_for(request.adapter, model, variant)
+    adapter = choose_adapter_for(named, model, variant)
     if adapter is None:
         raise UsageError(f"{flag}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
     modules = load_modules(adapter, model, tracks, variant)
