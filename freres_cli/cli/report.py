@@ -37,7 +37,9 @@ def report(
     request = ReportRequest(bundle, output, video, adapter, force)
     with progress_bar("report", quiet or json, "thumbnails") as progress:
         result = write_report(request, progress)
-    print_notes([*result.notes, f"{format_bytes(result.num_bytes)}, {result.num_thumbnails} thumbnails"], quiet or json)
+    print_notes(
+        [*result.notes, f"{format_bytes(result.num_bytes)}, thumbnails: {result.num_thumbnails}"], quiet or json
+    )
     if json:
         from freres_cli.bench.report import describe_environment
         from freres_cli.devices import choose_device

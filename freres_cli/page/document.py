@@ -25,7 +25,7 @@ SECTIONS = (
     ("time", "Time line", show_time_line),
     ("tokens", "Tokens over time", show_tokens),
     ("places", "Where the tokens went, frame by frame", show_places),
-    ("pieces", "Closer", show_pieces),
+    ("pieces", "A closer look", show_pieces),
     ("energy", "Energy lost per second", show_energy),
     ("spectrum", "Spectrum of the residuals, beside its null", show_spectrum),
     ("quality", "Quality over budget", show_quality),

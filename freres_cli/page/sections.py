@@ -50,19 +50,31 @@ def show_summary(facts: PageFacts) -> Parts:
 def show_time_line(facts: PageFacts) -> Parts:
     """Parts, anchors and events on one line."""
     edges = facts.inspected["over_time"]["edges_s"]
-    counted = f"{facts.num_pieces} {facts.piece_word}, {len(facts.anchors_s)} anchors, {len(facts.events_s)} events"
+    counted = ", ".join(
+        count_of(number, word)
+        for number, word in (
+            (facts.num_pieces, facts.piece_word),
+            (len(facts.anchors_s), "anchor"),
+            (len(facts.events_s), "event"),
+        )
+    )
     line = time_line("Time line", counted, (edges[0], edges[-1]), facts.bounds_s, facts.anchors_s, facts.events_s)
     if not facts.anchors_s:
         counted += "; this method has no anchor frames"
     said = tag(
         "p",
-        f"{counted}. Blocks are {facts.piece_word}, a blue tick is an anchor frame, and a triangle is an event: a cut, "
+        f"{counted}. Blocks are {facts.piece_word}s, a blue tick is an anchor frame, and a triangle is an event: a cut, "
         "or an anchor at one.",
     )
     if not facts.events_s:
         return [said, line]
     listed = fold("Events as a table", table("Events", ("event", "second"), enumerate_seconds(facts.events_s)))
     return [said, line, listed]
+
+
+def count_of(number: int, word: str) -> str:
+    """Return a number and a word, with an s unless there is just one."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def enumerate_seconds(seconds: Sequence[float]) -> list[tuple[int, str]]:
@@ -119,10 +131,10 @@ def show_places(facts: PageFacts) -> Parts:
 
 def show_pieces(facts: PageFacts) -> Parts:
     """GoPs, or parts of the clip, with a thumbnail, and the cells their tokens stand for."""
-    word, shown, number = facts.piece_word, len(facts.pieces), facts.num_pieces
+    shown, number = len(facts.pieces), facts.num_pieces
     chosen = "" if shown == number else ": those that kept least, and those with most tokens"
     said = (
-        f"{shown} of {number} {word}{chosen}. {facts.thumbnails} Each map has the tokens on every cell of the frame, black "
+        f"{shown} of {count_of(number, facts.piece_word)}{chosen}. {facts.thumbnails} Each map has the tokens on every cell of the frame, black "
         f"for none, yellow for {facts.cell_peak:.3g}: "
     )
     scale = tag("img", src=data_uri(facts.scale, "png"), alt="the colours from none to the most", class_="scale")
@@ -238,7 +250,7 @@ def show_absorber(facts: PageFacts) -> Parts:
         cards.append(tag("li", tag("p", tag("strong", f"GoP at {start:.2f} s")), tag("div", *pair, class_="pictures")))
     said = (
         f"Left, the energy of each cell's kept coefficients, yellow for {found.energy_peak:.3g}; right, how much the dynamic "
-        f"tokens took from it, yellow for {found.absorbed_peak:.3g}. {len(found.maps)} of {found.num_gops} GoPs, those with "
+        f"tokens took from it, yellow for {found.absorbed_peak:.3g}. {len(found.maps)} of {count_of(found.num_gops, 'GoP')}, those with "
         f"the most energy; gamma {found.gamma:.4g}."
     )
     return [tag("p", said), tag("ul", *cards, class_="cards")]

@@ -39,6 +39,7 @@ from freres_cli.workflows.inspect import inspect_bundle
 MAX_PIECES = 24  # shown closely, each with a thumbnail
 MAX_COLUMNS = 2000  # of the pictures of rows and columns over time; a longer clip has several frames in each
 MAX_ABSORBED = 12
+MAX_POINTS = 16  # of a curve that the bundle holds
 BUDGET_SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 
 Progress = Callable[[int, int], None]
@@ -90,7 +91,8 @@ def write_report(request: ReportRequest, progress: Progress | None = None) -> Re
 def _compare_video(source: VideoSource, bundle: StoredBundle) -> tuple[str, ...]:
     if source.sha256 == bundle.manifest["source"]["sha256"]:
         return ()
-    return (f"{source.name}: not the file that was compressed: thumbnails may show something else",)
+    # The page may be passed on, so it names the file without its folder.
+    return (f"{Path(source.name).name}: not the file that was compressed: thumbnails may show something else",)
 
 
 def gather_facts(
@@ -129,7 +131,7 @@ def gather_facts(
         name=bundle.path.name,
         method=str(bundle.manifest["settings"]["method"]["value"]),
         pieces=pieces,
-        piece_word="GoPs" if isinstance(content, Tracks) else "equal parts",
+        piece_word="GoP" if isinstance(content, Tracks) else "equal part",
         num_pieces=len(spans),
         bounds_s=[(float(edges_s[low]), float(edges_s[high])) for low, high in spans],
         anchors_s=anchors,
@@ -229,8 +231,10 @@ def _measure_quality(bundle: StoredBundle) -> tuple[list[tuple[int, float]] | st
     if isinstance(content, Stretches):
         counts, lost = content.curve_tokens.tolist(), content.curve_loss.tolist()
         points = {count: content.quality_at(loss) for count, loss in zip(counts, lost, strict=True)}
-        mine = {count: quality for count, quality in points.items() if count <= len(content)}
-        return sorted({**mine, len(content): content.quality}.items()), "Share of the latents' energy"
+        mine = [(count, quality) for count, quality in sorted(points.items()) if count < len(content)]
+        wanted = (len(content) * place / MAX_POINTS for place in range(MAX_POINTS)) if mine else ()
+        shown = {min(mine, key=lambda point: abs(point[0] - count)) for count in wanted}
+        return [*sorted(shown), (len(content), content.quality)], "Share of the latents' energy"
     if not isinstance(content, Tracks):
         return "tokens of this method cannot be cut, and hold no measure of it; freres fidelity measures it", ""
     total = sum(content.num_tokens_by_kind().values())
