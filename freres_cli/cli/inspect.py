@@ -81,7 +81,7 @@ def inspect(
         _print_picture(report["absorber"])
 
 
-SHOWN_NOTES, SHOWN_GOPS, SHOWN_SETTINGS, SHOWN_LETTERS = 3, 6, 6, 60
+SHOWN_NOTES, SHOWN_GOPS, SHOWN_SETTINGS, SHOWN_LETTERS = 2, 6, 6, 60
 
 
 def _print_head(report: dict[str, Any], show_all: bool) -> None:

@@ -134,8 +134,8 @@ def show_pieces(facts: PageFacts) -> Parts:
     shown, number = len(facts.pieces), facts.num_pieces
     chosen = "" if shown == number else ": those that kept least, and those with most tokens"
     said = (
-        f"{shown} of {count_of(number, facts.piece_word)}{chosen}. {facts.thumbnails} Each map has the tokens on every cell of the frame, black "
-        f"for none, yellow for {facts.cell_peak:.3g}: "
+        f"{shown} of {count_of(number, facts.piece_word)}{chosen}. {facts.thumbnails} Each map has the "
+        f"tokens on every cell of the frame, black for none, yellow for {facts.cell_peak:.3g}: "
     )
     scale = tag("img", src=data_uri(facts.scale, "png"), alt="the colours from none to the most", class_="scale")
     cards = tag("ul", *(_card(piece) for piece in facts.pieces), class_="cards")
@@ -250,8 +250,8 @@ def show_absorber(facts: PageFacts) -> Parts:
         cards.append(tag("li", tag("p", tag("strong", f"GoP at {start:.2f} s")), tag("div", *pair, class_="pictures")))
     said = (
         f"Left, the energy of each cell's kept coefficients, yellow for {found.energy_peak:.3g}; right, how much the dynamic "
-        f"tokens took from it, yellow for {found.absorbed_peak:.3g}. {len(found.maps)} of {count_of(found.num_gops, 'GoP')}, those with "
-        f"the most energy; gamma {found.gamma:.4g}."
+        f"tokens took from it, yellow for {found.absorbed_peak:.3g}. "
+        f"{len(found.maps)} of {count_of(found.num_gops, 'GoP')}, those with the most energy; gamma {found.gamma:.4g}."
     )
     return [tag("p", said), tag("ul", *cards, class_="cards")]
 
