@@ -1,4 +1,4 @@
-"""``freres inspect`` on one screen: what it leaves out is there with --all, and its blocks are the numbers of the document."""
+"""``freres inspect`` on one screen: what it leaves out is there with --all, and its blocks are the document's numbers."""
 
 from __future__ import annotations
 

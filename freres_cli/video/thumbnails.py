@@ -19,7 +19,7 @@ def make_thumbnails(
 ) -> list[bytes]:
     """Return a JPEG of the frame on screen at each time, upright, ``WIDTH_PX`` wide at most.
 
-    The video is decoded once, up to the last of these times. ``info``: of the video. ``seconds``: on the file's own clock,
+    The video is decoded once, up to the last of these times. ``path``, ``info``: of the video. ``seconds``: on the file's own clock,
     not decreasing. ``progress``: called with the number of pictures made and of all. Raises ``VideoError``.
     """
     scale = min(WIDTH_PX / info.width_px, MAX_HEIGHT_PX / info.height_px, 1.0)
