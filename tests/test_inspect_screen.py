@@ -1,4 +1,4 @@
-"""``freres inspect`` on one screen: what it leaves out is there with --all, and its blocks are the document's numbers."""
+"""``freres inspect`` on one screen: --all has what it leaves out, and its blocks are the numbers of the document."""
 
 from __future__ import annotations
 
