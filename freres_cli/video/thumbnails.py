@@ -19,8 +19,8 @@ def make_thumbnails(
 ) -> list[bytes]:
     """Return a JPEG of the frame on screen at each time, upright, ``WIDTH_PX`` wide at most.
 
-    The video is decoded once, up to the last of these times. ``path``, ``info``: of the video. ``seconds``: on the file's own clock,
-    not decreasing. ``progress``: called with the number of pictures made and of all. Raises ``VideoError``.
+    The video is decoded once, up to the last of these times. ``path``, ``info``: of the video. ``seconds``: on the
+    file's own clock, not decreasing. ``progress``: called with the number of pictures made and of all. Raises ``VideoError``.
     """
     scale = min(WIDTH_PX / info.width_px, MAX_HEIGHT_PX / info.height_px, 1.0)
     height, width = (max(2, round(side * scale / 2) * 2) for side in (info.height_px, info.width_px))
