@@ -97,9 +97,9 @@ def smooth_latents(num_frames: int = 40, side: int = 8) -> Tensor:
     return still + 3.0 + torch.sin(3 * t) * drift * mask + noise
 
 
-def make_tracks(latents: Tensor, budget_tokens: int = BUDGET) -> Tracks:
+def make_tracks(latents: Tensor, budget_tokens: int = BUDGET, anchors: int = 4) -> Tracks:
     """Tracks of a clip at 10 frames a second, with tokens of every kind."""
-    knobs = method_settings(load_settings("bundled", {"anchors": 4, "events": False}))
+    knobs = method_settings(load_settings("bundled", {"anchors": anchors, "events": False}))
     plan = plan_budget(len(latents), tuple(latents.shape[1:3]), knobs, budget_tokens)
     return compress_latents(latents, [i / 10 for i in range(len(latents))], plan, knobs, WIDTH)
 

@@ -12,7 +12,7 @@ from freres_cli.bundle.adapter import read_adapter, write_adapter
 from freres_cli.bundle.store import read_bundle
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.pipeline import models
-from freres_cli.pipeline.session import check_model
+from freres_cli.pipeline.models import check_model
 from freres_cli.world import bundled_model
 from freres_cli.world.bundled_model import EMBEDDED_WEIGHTS, bundled_adapter, bundled_model_dir, bundled_model_info
 from tests.loaded_models import loaded_models

@@ -20,7 +20,7 @@ FLOORS = (
     ("workflows", API),
     ("pipeline",),
     ("world",),
-    ("video", "backbones", "method", "baselines", "bundle", "evaluation", "training", "bench"),
+    ("video", "backbones", "method", "baselines", "bundle", "evaluation", "training", "bench", "page"),
     ("content",),
     ("stretches",),
     ("tracks",),

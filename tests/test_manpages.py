@@ -334,7 +334,7 @@ def test_the_page_of_the_api_names_what_there_is() -> None:
         "Compressor": (Compressor, Compressor.__init__),
         **{name: (Compressor, getattr(Compressor, name)) for name in ("compress", "plan")},
         **{name: (Bundle, getattr(Bundle, name)) for name in ("save", "tokens", "open", "repack")},
-        **{name: (Session, getattr(Session, name)) for name in ("ask", "ask_many", "forget_prefix")},
+        **{name: (Session, getattr(Session, name)) for name in ("ask", "ask_many", "find_evidence", "forget_prefix")},
         "load_bundle": (None, load_bundle),
     }
     for name, (_, function) in calls.items():

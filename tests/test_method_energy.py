@@ -30,7 +30,7 @@ def test_the_loss_of_every_second_is_the_reconstruction_error():
     latents = torch.randn(24, 4, 4, 6, generator=torch.Generator().manual_seed(2))
     tracks, _, _ = compress(latents, 120, anchors=2, reference_budget_tokens=120)
     pooled = pool_to_cells(latents, 4, 4)
-    report = report_energy(tracks, num_losses=1000)
+    report = report_energy(tracks)
     total_error, edges = 0.0, [*tracks.gop_anchor_frame.tolist(), 24]
     for gop, (low, high) in enumerate(itertools.pairwise(edges)):
         residual = pooled[low + 1 : high] - pooled[low]
@@ -89,7 +89,7 @@ def test_energies_and_losses_count_every_token_of_uneven_cells():
         residual = latents[low + 1 : high] - latents[low]
         error += float((residual - spread).square().sum()) / mean_area
         total += float(residual.square().sum()) / mean_area
-    report = report_energy(tracks, num_losses=1000)
+    report = report_energy(tracks)
     told = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in report.losses)
     assert told == pytest.approx(error, rel=1e-3)
     assert report.clip_kept == pytest.approx(1 - error / total, rel=1e-3)

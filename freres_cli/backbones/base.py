@@ -150,6 +150,11 @@ class LanguageModel(Protocol):
     stop_ids: frozenset[int]
     tokenizer: Any
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether some layers keep a state that mixes all tokens so far, in place of attention to each of them."""
+        ...
+
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
         """The family's chat prompt around one video and one question."""
         ...
@@ -187,6 +192,13 @@ class LanguageModel(Protocol):
         ``rows``: what the layer before the first of ``layers`` gave, (L, D), followed by the DeepStack channels that are
         still to be added. ``attended``: gets what the last row attends to in each layer, (heads, rows in the cache).
         Returns the hidden states (L, D), normalized if the last layer is among ``layers``.
+        """
+        ...
+
+    def attend_from_last(self, rows: PromptRows, cache: Any) -> Tensor:
+        """As ``decode``, but returns the attention of the last row: (layers that have attention, cached + L) float32.
+
+        Each layer's weights are the mean over its heads and sum to 1.
         """
         ...
 

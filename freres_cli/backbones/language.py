@@ -292,6 +292,18 @@ class DecoderLanguageModel(ABC):
         hidden: Tensor = out.last_hidden_state
         return hidden
 
+    @property
+    def keeps_state(self) -> bool:
+        """See ``base.LanguageModel``."""
+        kinds = getattr(self.decoder.config, "layer_types", None) or []
+        return any(kind != "full_attention" for kind in kinds)
+
+    def attend_from_last(self, rows: PromptRows, cache: Any) -> Tensor:
+        """See ``base.LanguageModel``."""
+        kept: list[Tensor] = []
+        self._run(rows, cache, attended=kept)
+        return torch.stack(kept).mean(1)
+
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
         """Extra arguments of the decoder for the DeepStack channels of its rows (L, C)."""
         return {}

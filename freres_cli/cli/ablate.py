@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.eval import describe_result, print_failures, print_rows, print_totals, run_notes
-from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
+from freres_cli.cli.output import print_json, print_line, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
 from freres_cli.files import make_folder
+
+REMEDY = "remove it, or name another folder with -o"
 
 
 def ablate(
@@ -36,6 +38,10 @@ def ablate(
     ] = "0.5,0.25,0.1",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each adapter.")] = 500,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for training.")] = 0,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG of the accuracy of every setting.")
+    ] = None,
+    force: options.Force = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many questions.")] = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -56,6 +62,7 @@ def ablate(
     A stopped run resumes when you start it again: finished adapters and answers in DIR are reused. Adapters trained on
     different data, with different settings or by a different recipe are refused.
     """
+    from freres_cli.evaluation.ablation_plot import draw_ablation
     from freres_cli.evaluation.cells import parse_budgets
     from freres_cli.evaluation.questions import read_questions
     from freres_cli.training.workers import count_processes
@@ -65,6 +72,7 @@ def ablate(
         raise UsageError(
             "ablate runs in one process", "train with torchrun freres train, and evaluate with freres eval"
         )
+    picture = options.check_plot(plot, force)
     names = parse_tables(tables)
     sizes, trained_sizes = parse_budgets(budgets), parse_budgets(train_budgets, "--train-budgets")
     flags = gather_flags(assignments, {})
@@ -88,14 +96,23 @@ def ablate(
         )
     else:
         print_notes(["nothing is trained without --train"], quiet)
-    answers, remedy = output / "answers.jsonl", "remove it, or name another folder with -o"
-    request = EvalRequest(file, make_cells(names, sizes, adapters), chosen, answers, remedy=remedy)
+    cells = make_cells(names, sizes, adapters)
+    request = EvalRequest(file, cells, chosen, output / "answers.jsonl", remedy=REMEDY)
     with progress_bar("ablate", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress, models)
+    if picture is not None:
+        picture.write(draw_ablation(result.summary["rows"]))
     print_failures(result)
     print_notes([*result.notes, *run_notes(result, request)], quiet)
+    drawn = None if picture is None else str(picture.path)
     if json:
-        print_json("freres.ablate/1", {**describe_result(result, request), "tables": list(names)})
-        return
-    print_rows(result.summary)
-    print_totals(result.summary)
+        print_json("freres.ablate/1", {**describe_result(result, request), "tables": list(names), "plot": drawn})
+    else:
+        _print_tables(result.summary, drawn)
+
+
+def _print_tables(summary: dict[str, Any], drawn: str | None) -> None:
+    print_rows(summary)
+    print_totals(summary)
+    if drawn is not None:
+        print_line(f"plot: {drawn}")

@@ -28,6 +28,7 @@ from freres_cli.cli import (
     presets,
     profile,
     repack,
+    report,
     train,
     world,
 )
@@ -51,6 +52,7 @@ app.command("fidelity")(fidelity.fidelity)
 app.command("ablate")(ablate.ablate)
 app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.command("repack")(repack.repack)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)

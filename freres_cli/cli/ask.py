@@ -13,6 +13,7 @@ import typer
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_seconds,
+    format_share,
     print_error,
     print_json,
     print_json_line,
@@ -59,6 +60,9 @@ def ask(
         int | None,
         typer.Option("--refine", metavar="B", min=1, help="Use only the B visual tokens that each question needs."),
     ] = None,
+    where: Annotated[
+        bool, typer.Option("--where", help="Also say which seconds of the clip the model attends to.")
+    ] = False,
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
@@ -87,11 +91,20 @@ def ask(
     is then prefilled again for each question, and the time to the first token includes this, so refining pays where the
     bundle is large and the question is the only one. Questions of a file are then answered one at a time. If B is the
     number of tokens in the bundle or more, all are used, as without it.
+
+    --where adds which seconds of the clip got the most attention from the last token of the question, just before the
+    answer begins: mean over heads, and over the layers from the middle to just before the end, next to the share of the
+    tokens in those seconds. Attention is not proof of evidence: a model may look at one place and answer from another.
+    Models whose layers mostly keep a running state (Qwen3.5, MiniCPM-V) cannot say.
     """
     started = time.perf_counter()
     text = None if questions is not None else _read_question(question, json)
     if questions is not None and (question is not None or choices is not None):
         raise UsageError("--questions: expected no QUESTION and no --choices with it", "put them in the file")
+    if questions is not None and where:
+        raise UsageError("--where: expected a single question, got --questions", "ask one at a time")
+    if refine is not None and where:
+        raise UsageError("--where: expected every token of the bundle, got --refine", "ask with one of them")
     if text_after not in (None, *TEXT_AFTER):
         raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
     listed = [check_text(choice.strip(), "--choices") for choice in choices.split("|")] if choices is not None else []
@@ -118,14 +131,15 @@ def ask(
         _answer_rows(session, rows, manner, json, quiet)
         return
     if text is None:
-        _loop(session, manner, quiet)
+        _loop(session, manner, quiet, where)
     elif json:
         asked = time.perf_counter()
         answer = session.ask(text, **manner)
         cold_ttft_s = asked - started + (answer.ttft_s or 0.0)
-        print_json("freres.ask/1", _document(answer, session, request, text, cold_ttft_s, refine))
+        document = _document(answer, session, request, text, cold_ttft_s, refine)
+        print_json("freres.ask/1", document | {"where": _locate(session, text, manner, quiet) if where else None})
     else:
-        _answer(session, text, manner, quiet)
+        _answer(session, text, manner, quiet, where)
 
 
 def _read_question(question: str | None, json: bool) -> str | None:
@@ -166,13 +180,42 @@ def _read_stdin(line: bool = False) -> str:
     return text
 
 
-def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool) -> None:
-    """Stream one answer to stdout."""
+def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool, where: bool = False) -> None:
+    """Stream one answer to stdout, and ``where`` the model looked."""
     answer = session.ask(question, **manner, on_text=lambda piece: print_text(piece, end=""))
     print_result("")
     for choice, probability in (answer.choices or {}).items():
         print_line(f"{probability:6.1%}  {choice}")
+    found = _locate(session, question, manner, quiet) if where else None
+    if found is not None:
+        _print_spans(found)
     print_notes([*answer.notes, _cost(answer)], quiet)
+
+
+def _locate(session: Session, question: str, manner: dict[str, Any], quiet: bool) -> dict[str, Any] | None:
+    """Return where the model looked, or say why that is not known."""
+    from freres_cli.pipeline.session import Query
+    from freres_cli.workflows.ask import locate_evidence
+
+    found = locate_evidence(session, Query(question, manner["choices"]))
+    if isinstance(found, str):
+        print_notes([f"--where: {found}"], quiet)
+        return None
+    return found
+
+
+SHOWN_SPANS = 3
+
+
+def _print_spans(found: dict[str, Any]) -> None:
+    """Print the spans with the most attention, the first one first."""
+    spans = sorted(found["spans"], key=lambda span: -span["share"])[:SHOWN_SPANS]
+    print_result(
+        f"where the model looked, of its attention to the video ({format_share(found['visual_share'])} of all):"
+    )
+    for span in spans:
+        share, count = format_share(span["share"]), format_share(span["token_share"])
+        print_result(f"{share:>8}  {span['start_s']:.2f}-{span['end_s']:.2f} s, which has {count} of the tokens")
 
 
 def _answer_rows(session: Session, rows: list[AskedRow], manner: dict[str, Any], json: bool, quiet: bool) -> None:
@@ -224,7 +267,7 @@ def _row_document(row: AskedRow, answer: Answer, refined: int | None) -> dict[st
     }
 
 
-def _loop(session: Session, manner: dict[str, Any], quiet: bool) -> None:
+def _loop(session: Session, manner: dict[str, Any], quiet: bool, where: bool) -> None:
     """Answer one question per line until the input ends. A line that cannot be answered is reported, and the others still
     are; unless someone is typing, the exit status is then that of the first such line."""
     failed: FreresError | None = None
@@ -238,7 +281,7 @@ def _loop(session: Session, manner: dict[str, Any], quiet: bool) -> None:
         if not line.strip():
             continue
         try:
-            _answer(session, check_text(line.strip(), "question"), manner, quiet)
+            _answer(session, check_text(line.strip(), "question"), manner, quiet, where)
         except FreresError as error:
             print_error(error)
             failed = failed or error

@@ -19,7 +19,6 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
-from freres_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from freres_cli.workflows.fidelity import FidelityRequest, FidelityResult
@@ -75,18 +74,16 @@ def fidelity(
     from freres_cli.evaluation.cells import parse_cells
     from freres_cli.video.listing import list_videos
 
-    picture = None if plot is None else options.check_path(plot, "--plot")
+    picture = options.check_plot(plot, force)
     paths = [options.check_path(video, "VIDEO") for video in videos]
     cells = parse_cells(methods, budgets, {name: METHODS[name].has_budget for name in BUNDLE_METHODS})
-    if force and picture is None:
-        raise UsageError("--force: expected --plot as well, got none", "name the picture with --plot FILE")
     flags = gather_flags_at_budgets(assignments)
     listing = list_videos(paths)
     print_notes(listing.notes, quiet)
     chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "fidelity")
     from freres_cli.workflows.fidelity import FidelityRequest, measure_fidelity
 
-    request = FidelityRequest(tuple(video for video, _ in listing.videos), cells, chosen, picture, force)
+    request = FidelityRequest(tuple(video for video, _ in listing.videos), cells, chosen, picture)
     with progress_bar("fidelity", quiet or json, "videos") as progress:
         result = measure_fidelity(request, progress)
     for item in result.failed:
@@ -97,7 +94,7 @@ def fidelity(
         return
     _print_rows(result)
     if picture is not None:
-        print_line(f"plot: {picture}")
+        print_line(f"plot: {picture.path}")
 
 
 def _describe(result: FidelityResult, request: FidelityRequest) -> dict[str, Any]:
@@ -107,7 +104,7 @@ def _describe(result: FidelityResult, request: FidelityRequest) -> dict[str, Any
         "rows": result.rows,
         "videos": result.videos,
         "failed": result.failed,
-        "plot": None if request.plot is None else str(request.plot),
+        "plot": None if request.plot is None else str(request.plot.path),
         "model": result.model,
         "settings": {key: s for key, s in request.options.settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),

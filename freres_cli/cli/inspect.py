@@ -10,12 +10,15 @@ import typer
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
+    format_seconds,
     format_share,
+    format_sparkline,
     print_json,
     print_line,
     print_notes,
     print_result,
     print_table,
+    print_wrapped,
 )
 from freres_cli.errors import UsageError, count_of
 
@@ -27,6 +30,7 @@ def inspect(
         Path | None,
         typer.Option("--absorber", metavar="FILE", help="Draw a PNG of what the absorber took from each cell."),
     ] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every GoP, setting and note.")] = False,
     adapter: options.Adapter = None,
     force: options.Force = False,
     json: options.Json = False,
@@ -35,6 +39,10 @@ def inspect(
 
     Prints tokens, times, energy kept, the seconds that lost the most, and settings with their sources. Needs neither the
     video nor a model. Energy shares say how much motion was kept, not how well a model answers.
+
+    That fits one screen: of the GoPs it shows those that lost the most and those with the most tokens, and of the settings
+    those that are not the preset's. --all shows the rest. Each column of blocks is a part of the clip, from none to the
+    most: how many tokens stand for it, each spread evenly over its time, and how much energy was lost in it.
 
     The --absorber picture has a row for each GoP, labelled with its start. The left shows the energy of each cell's kept
     coefficients, the right how much the tokens took from that cell: attention weights times the norm of what each token
@@ -57,17 +65,14 @@ def inspect(
 
         print_json("freres.inspect/1", {**report, "environment": describe_environment(choose_device("cpu"))})
         return
-    _print_head(report)
+    _print_head(report, show_all)
+    _print_time(report["over_time"])
     if report["stretches"] is not None:
-        print_result("")
         _print_stretches(report["stretches"], report["visual_tokens"])
     if report["energy"] is not None:
         _print_energy(report["energy"])
-        print_result("")
-        _print_gops(report["gops"])
-    print_result("")
-    rows = [(key, str(setting["value"]), setting["source"]) for key, setting in report["settings"].items()]
-    print_table(("setting", "value", "from"), rows)
+        _print_gops(report["gops"], show_all)
+    _print_settings(report["settings"], show_all)
     if tokens:
         print_result("")
         _print_tokens(report["tokens"])
@@ -76,7 +81,10 @@ def inspect(
         _print_picture(report["absorber"])
 
 
-def _print_head(report: dict[str, Any]) -> None:
+SHOWN_NOTES, SHOWN_GOPS, SHOWN_SETTINGS, SHOWN_LETTERS = 2, 6, 6, 60
+
+
+def _print_head(report: dict[str, Any], show_all: bool) -> None:
     source, model, sampling = report["source"], report["model"], report["sampling"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["tokens_by_kind"].items())
     lines = {
@@ -98,9 +106,26 @@ def _print_head(report: dict[str, Any]) -> None:
         if report["gops"] is not None:
             lines["cuts"] += f", {report['cuts_not_honoured']} without an anchor for lack of budget"
     for name, text in lines.items():
-        print_line(f"{name:<8} {text}")
-    for note in [*source["notes"], *sampling["notes"]]:
-        print_line(f"{'note':<8} {note}")
+        print_wrapped(name, text)
+    notes = [*source["notes"], *sampling["notes"]]
+    shown = notes if show_all else notes[:SHOWN_NOTES]
+    for note in shown:
+        print_wrapped("note", note)
+    if len(shown) < len(notes):
+        print_wrapped("note", f"{len(notes) - len(shown)} more: --all")
+
+
+def _print_time(over_time: dict[str, Any]) -> None:
+    """Print how tokens and loss are spread over the clip."""
+    edges, tokens, lost = over_time["edges_s"], over_time["tokens"], over_time["lost_energy"]
+    each = format_seconds((edges[-1] - edges[0]) / len(tokens))
+    print_result("")
+    print_wrapped("time", f"{edges[0]:.2f} to {edges[-1]:.2f} s, {each} a column")
+    print_result(f"{'tokens':<8} {format_sparkline(tokens)} at most {max(tokens):.3g}")
+    if lost is None:
+        print_wrapped("lost", over_time["why_no_loss"])
+    else:
+        print_result(f"{'lost':<8} {format_sparkline(lost)} at most {max(lost):.3g}")
 
 
 def _describe_context(report: dict[str, Any]) -> str:
@@ -138,10 +163,12 @@ CURVE_SHARES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
 
 def _print_stretches(stretches: dict[str, Any], num_tokens: int) -> None:
     curve = stretches["curve"]
-    print_result(
-        f"quality  {format_share(stretches['quality'])} of the latents' energy in {num_tokens} stretches, on average "
+    print_result("")
+    print_wrapped(
+        "quality",
+        f"{format_share(stretches['quality'])} of the latents' energy in {num_tokens} stretches, on average "
         f"{stretches['frames_mean']:.1f} frames of {stretches['cells_mean']:.1f} cells; the largest "
-        f"{stretches['frames_max']} frames, {stretches['cells_max']} cells; {stretches['num_single']} single latents"
+        f"{stretches['frames_max']} frames, {stretches['cells_max']} cells; {stretches['num_single']} single latents",
     )
     wanted = [share * curve[0]["visual_tokens"] for share in CURVE_SHARES]
     points = [min(curve, key=lambda point: abs(point["visual_tokens"] - count)) for count in wanted]
@@ -151,6 +178,16 @@ def _print_stretches(stretches: dict[str, Any], num_tokens: int) -> None:
         ("         tokens", *[str(point["visual_tokens"]) for point in points]),
         [("         quality", *[format_share(point["quality"]) for point in points])],
     )
+    print_result("")
+    rows = [
+        (
+            f"{row['start_s']:.2f}-{row['end_s']:.2f} s",
+            str(row["frames"]),
+            *[f"{low}-{high - 1}" for low, high in (row["rows"], row["columns"])],
+        )
+        for row in stretches["largest"]
+    ]
+    print_table(("largest stretches", "frames", "rows", "columns"), rows)
 
 
 def _print_energy(energy: dict[str, Any]) -> None:
@@ -158,9 +195,10 @@ def _print_energy(energy: dict[str, Any]) -> None:
     if energy["clip_kept"] is None:
         print_result("energy   no residual energy: every frame is an anchor, or nothing moves")
         return
-    print_result(
-        f"energy   {format_share(energy['clip_kept'])} of the pooled residual kept; pooling to cells kept "
-        f"{format_share(energy['pooling_kept'])} of the total"
+    print_wrapped(
+        "energy",
+        f"{format_share(energy['clip_kept'])} of the pooled residual kept; pooling to cells kept "
+        f"{format_share(energy['pooling_kept'])} of the total",
     )
     print_result("         share in the first coefficients, and for independent noise frames (null):")
     print_table(
@@ -171,10 +209,21 @@ def _print_energy(energy: dict[str, Any]) -> None:
         ],
     )
     spans = [f"{loss['start_s']:.2f}-{loss['end_s']:.2f} s" for loss in energy["worst_seconds"]]
-    print_result(f"lost the most, worst first: {', '.join(spans)}")
+    print_wrapped("", f"lost the most, worst first: {', '.join(spans)}")
 
 
-def _print_gops(gops: list[dict[str, Any]]) -> None:
+def choose_gops(gops: list[dict[str, Any]], count: int) -> list[int]:
+    """Return the places, in time order, of ``count`` GoPs: half that kept the least energy, the others with most tokens."""
+    worst = sorted(
+        range(len(gops)), key=lambda g: 2.0 if gops[g]["energy_kept"] is None else float(gops[g]["energy_kept"])
+    )
+    largest = sorted(range(len(gops)), key=lambda g: -sum(gops[g]["tokens_by_kind"].values()))
+    chosen = list(dict.fromkeys([*worst[: count // 2], *largest, *worst]))
+    return sorted(chosen[:count])
+
+
+def _print_gops(gops: list[dict[str, Any]], show_all: bool) -> None:
+    shown = list(range(len(gops))) if show_all else choose_gops(gops, SHOWN_GOPS)
     rows = [
         (
             f"{gop['start_s']:.2f} s",
@@ -183,9 +232,29 @@ def _print_gops(gops: list[dict[str, Any]]) -> None:
             format_share(gop["energy_kept"]),
             *[str(count) for count in gop["tokens_by_kind"].values()],
         )
-        for gop in gops
+        for gop in (gops[place] for place in shown)
     ]
+    print_result("")
     print_table(("GoP at", "start", "residuals", "kept", *gops[0]["tokens_by_kind"]), rows)
+    if len(shown) < len(gops):
+        print_result(
+            f"{len(shown)} of {len(gops)} GoPs: those that kept least, and those with most tokens; --all for all"
+        )
+
+
+def _print_settings(settings: dict[str, Any], show_all: bool) -> None:
+    """Print the settings that somebody chose, and what the others come from."""
+    chosen = {key: s for key, s in settings.items() if show_all or not s["source"].startswith(("preset", "default"))}
+    if not show_all:
+        chosen = dict(list(chosen.items())[:SHOWN_SETTINGS])
+    letters = None if show_all else SHOWN_LETTERS
+    rows = [(key, str(setting["value"])[:letters], setting["source"][:letters]) for key, setting in chosen.items()]
+    print_result("")
+    if rows:
+        print_table(("setting", "value", "from"), rows)
+    if others := [setting["source"] for key, setting in settings.items() if key not in chosen]:
+        sources = ", ".join(dict.fromkeys(others))
+        print_wrapped("settings", f"{len(others)} others, from {sources}; --all for all")
 
 
 def _print_picture(drawn: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ ask:
     freres ask bundle.pt "What moves first?": Stream an answer.
     freres ask bundle.pt "Which way?" --choices "left|right": Choose an option; print probabilities.
     freres ask bundle.pt: Read questions line by line; the video is prefilled once.
+    freres ask bundle.pt "What moves first?" --where: Also say which seconds the model attended to.
     freres ask bundle.pt - --json < question.txt: Read the question from stdin; print one document.
     freres ask bundle.pt --questions questions.jsonl --json: Answer a file of questions from one prefill.
     freres ask bundle.pt "what moves first?" --refine 64: Only the 64 visual tokens that this question needs.
@@ -65,7 +66,7 @@ ask:
     freres.ask/1:
       bundle question answer choices visual_tokens refined_tokens context_tokens text_overhead_tokens moved_tokens
       moved_outside mean_shift_s max_shift_s new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
-      model text_after notes environment
+      model text_after notes environment where (num_layers visual_share, and spans with start_s end_s share token_share)
     freres.answer/1 lines with --questions:
       id question answer choices visual_tokens refined_tokens context_tokens new_tokens finish_reason notes
   defaults: {choices: none (a free answer), questions: none, refine: none (every token),
@@ -78,9 +79,11 @@ profile:
     freres profile --json > profile.json: A clip made on the spot; every figure with its spread.
   output: >-
     A table with a row for the compressed clip and one for the full-token run of the same model. Figures are medians. A row
-    that could not be measured says why: out_of_memory, context_exceeded or timed_out.
-  schemas: {freres.profile/1: target question repeat warmup model rows environment}
-  defaults: {model: "bundled, or the bundle's", revision: "the hub's main branch, or the bundle's"}
+    that could not be measured says why: out_of_memory, context_exceeded or timed_out. `--plot` needs matplotlib: pip
+    install 'freres[plot]'.
+  schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
+  defaults: {plot: none (nothing is drawn), model: "bundled, or the bundle's",
+    revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
     freres eval questions.jsonl: The bundled model, three methods at four budgets.
@@ -150,11 +153,12 @@ ablate:
   output: >-
     The tables of freres eval, with a row for each setting; `--json` has the paired difference between any two rows at equal
     budgets. DIR keeps the adapters, the compressed videos and every answer.
-  schemas: {freres.ablate/1: the keys of freres.eval/1 and tables}
-  defaults: {data: nothing is trained, limit: every question}
+  schemas: {freres.ablate/1: the keys of freres.eval/1 and tables and plot}
+  defaults: {data: nothing is trained, limit: every question, plot: none (nothing is drawn)}
 inspect:
   examples:
     freres inspect bundle.pt: What is inside, and where each setting came from.
+    freres inspect bundle.pt --all: With every GoP, setting and note.
     freres inspect bundle.pt --tokens: With a row for each visual token.
     freres inspect bundle.pt --absorber out.png --adapter modules.safetensors: Draw what the absorber took, and from where.
   output: >-
@@ -169,9 +173,19 @@ inspect:
       bundle bundle_bytes bytes_per_token schema_version visual_tokens budget_tokens full_tokens compression retention
       tokens_by_kind context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s model source
       sampling geometry settings history channels latents_dtype quality energy gops tokens
-      stretches (quality curve num_cuts cuts_s frames_mean frames_max cells_mean cells_max num_single)
+      over_time (edges_s tokens tokens_by_kind lost_energy why_no_loss)
+      stretches (quality curve num_cuts cuts_s frames_mean frames_max cells_mean cells_max num_single largest)
       absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops) environment
   defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
+report:
+  examples:
+    freres report bundle.pt: Write report.html; open it in any browser.
+    freres report bundle.pt --video video.mp4 -o page.html: With a thumbnail for each part of the clip.
+  output: >-
+    The path of the page. Its size and the number of thumbnails go to stderr, as does a note if the video is not the file
+    that was compressed. A clip of 1,800 frames gives a page of well under a megabyte.
+  schemas: {freres.report/1: bundle report report_bytes num_thumbnails notes environment}
+  defaults: {video: none (no thumbnails), adapter: "the bundled model's own, none for others"}
 repack:
   examples:
     freres repack bundle.pt --budget 320 -o small.pt: Cut a bundle to 320 visual tokens.

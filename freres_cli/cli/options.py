@@ -11,6 +11,7 @@ import typer
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.errors import UsageError
+from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
 from freres_cli.presets import BUNDLED, DEEPSTACK, preset_names
 
 
@@ -24,6 +25,19 @@ def check_path(text: str, name: str) -> Path:
 def is_folder(output: str) -> bool:
     """Whether an output names a folder: one that exists, or any name with a slash at its end."""
     return output.endswith(os.sep) or os.path.isdir(output)  # noqa: PTH112 (os.path takes names too long for the system)
+
+
+def check_plot(text: str | None, force: bool) -> PlotFile | None:
+    """Return the picture that --plot and --force ask for, if any. Raises ``UsageError`` for one that cannot be drawn."""
+    if text is None:
+        if force:
+            raise UsageError(
+                f"--force: expected {PLOT_FLAG} as well, got none", f"name the picture with {PLOT_FLAG} FILE"
+            )
+        return None
+    plot = PlotFile(check_path(text, PLOT_FLAG), force)
+    plot.check()
+    return plot
 
 
 def complete_preset(incomplete: str) -> list[str]:

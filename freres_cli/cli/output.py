@@ -11,12 +11,15 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from freres_cli.errors import ExitStatus, FreresError, ResourceError
 
 # They reverse or embed what stands around them.
 BIDI_CONTROLS = frozenset("\u200e\u200f\u061c\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+SCREEN_COLUMNS = 100
 
 
 def print_result(text: str, end: str = "\n") -> None:
@@ -136,6 +139,31 @@ def progress_bar(label: str, quiet: bool, unit: str = "frames") -> Iterator[Call
     with Progress(*columns, console=console, transient=True, redirect_stdout=shares_terminal) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
+
+
+def format_sparkline(values: Sequence[float]) -> str:
+    """Return a line of blocks, one for each value, from 0 to the largest.
+
+    Where standard output's encoding has no blocks, plain characters stand in for them: ``_`` is the lowest, ``#`` the
+    highest.
+    """
+    try:
+        BLOCKS.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        blocks = BLOCKS
+    except (UnicodeEncodeError, LookupError):
+        blocks = PLAIN_BLOCKS
+    top = max(values, default=0.0)
+    steps = len(blocks) - 1
+    return "".join(blocks[round(steps * value / top) if top > 0 else 0] for value in values)
+
+
+def print_wrapped(label: str, text: str) -> None:
+    """Write text that may hold names from files to stdout, after a label of up to 8 letters, at most 100 columns wide."""
+    for place, part in enumerate(wrap(_plain(text), SCREEN_COLUMNS - 9, break_on_hyphens=False) or [""]):
+        print_result(f"{'' if place else label:<8} {part}")
 
 
 def format_bytes(count: float | None) -> str:

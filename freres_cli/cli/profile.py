@@ -40,6 +40,10 @@ def profile(
     timeout: Annotated[
         float, typer.Option("--timeout", min=1.0, max=1e6, metavar="SECONDS", help="Stop a row that takes longer.")
     ] = 1800.0,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG of time by stage, and of peak memory.")
+    ] = None,
+    force: options.Force = False,
     budget: options.Budget = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -59,12 +63,14 @@ def profile(
     full-token row uses the same number of random latents.
     """
     from freres_cli.bench.report import describe_environment
+    from freres_cli.evaluation.profile_plot import draw_profile
     from freres_cli.pipeline.models import find_device, find_dtype
     from freres_cli.pipeline.session import AskRequest
     from freres_cli.workflows.profile import ProfileRequest
     from freres_cli.workflows.profile import profile as run_profile
     from freres_cli.world.clip import make_clip
 
+    picture = options.check_plot(plot, force)
     chosen = find_device(device, attn)
     if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
         raise VideoError(explain_no_file(target), "name a video or a bundle")
@@ -90,13 +96,18 @@ def profile(
             quiet or json,
         )
         rows = run_profile(request)
+    if picture is not None:
+        picture.write(draw_profile(rows))
     name = "made clip, 4 s" if target is None else str(target)
     if json:
         facts = {"target": name, "question": question, "repeat": repeat, "warmup": warmup}
         facts |= {"model": model or BUNDLED if bundle is None else None}
+        facts |= {"plot": None if picture is None else str(picture.path)}
         print_json("freres.profile/1", {**facts, "rows": rows, "environment": describe_environment(chosen)})
         return
     _print_rows(rows, request)
+    if picture is not None:
+        print_line(f"plot: {picture.path}")
 
 
 def _print_rows(rows: list[dict[str, Any]], request: ProfileRequest) -> None:

@@ -1,24 +1,14 @@
-"""Draw what ``freres fidelity`` measured. The only module that imports matplotlib, which is an extra."""
+"""Draw what ``freres fidelity`` measured."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
-from freres_cli.errors import UsageError
+from freres_cli.evaluation.plots import encode_figure, new_figure, short_name
 
 MAX_CURVES = 6  # videos whose seconds are drawn
-MAX_TITLE = 60
 PANEL_INCHES = (8.0, 3.6)
-
-
-def find_matplotlib(flag: str) -> None:
-    """Check that matplotlib is installed. ``flag``: what needs it. Raises ``UsageError``."""
-    if find_spec("matplotlib") is None:
-        raise UsageError(f"{flag}: needs matplotlib, which is not installed", "run: pip install 'freres[plot]'")
 
 
 def draw_fidelity(rows: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any]]) -> tuple[bytes, list[str]]:
@@ -29,11 +19,9 @@ def draw_fidelity(rows: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any
     second at each method's smallest budget, by the reader that keeps more. ``rows``, ``videos``: as in
     ``FidelityResult``.
     """
-    from matplotlib.figure import Figure
-
     shown = videos[:MAX_CURVES]
     width, height = PANEL_INCHES
-    figure = Figure(figsize=(width, height * (1 + len(shown))), layout="constrained")
+    figure = new_figure(width, height * (1 + len(shown)))
     kept, *curves = figure.subplots(1 + len(shown), 1, squeeze=False)[:, 0]
     for colour, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["visual_tokens"])
@@ -54,20 +42,10 @@ def draw_fidelity(rows: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any
     kept.set_title("solid: linear reader, dotted: hold")
     for axes, video in zip(curves, shown, strict=True):
         axes.set(xlabel="second", ylabel="energy lost, % of the clip's")
-        # File names may hold dollar signs, which would start a formula.
-        axes.set_title(_title(video["video"])).set_parse_math(False)
+        axes.set_title(short_name(video["video"])).set_parse_math(False)
     for axes in (kept, *curves):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    png = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks
-        figure.savefig(png, format="png", dpi=120)
     left_out = len(videos) - len(shown)
     notes = [f"the plot shows the seconds of the first {MAX_CURVES} of {len(videos)} videos"] if left_out else []
-    return png.getvalue(), notes
-
-
-def _title(name: str) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in name.encode("utf-8", "replace").decode())
-    return text if len(text) <= MAX_TITLE else f"...{text[-MAX_TITLE:]}"
+    return encode_figure(figure), notes

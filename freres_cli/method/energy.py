@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +42,8 @@ class EnergyReport:
     losses: tuple[Loss, ...]
 
 
-def report_energy(tracks: Tracks, num_losses: int = 5) -> EnergyReport:
-    """Return the shares of residual energy kept, the spectrum and its null, and the ``num_losses`` worst stretches."""
+def report_energy(tracks: Tracks) -> EnergyReport:
+    """Return the shares of residual energy kept, the spectrum and its null, and the energy lost in all stretches."""
     num_gops = tracks.gop_anchor_frame.shape[0]
     pooled = tracks.gop_pooled_energy.to(torch.float64)
     kept = torch.zeros(num_gops, dtype=torch.float64)
@@ -57,8 +59,20 @@ def report_energy(tracks: Tracks, num_losses: int = 5) -> EnergyReport:
         pooling_kept=_share(float(pooled.sum()) * areas, float(tracks.gop_residual_energy.sum())),
         spectrum=spectrum,
         null_spectrum=null,
-        losses=tuple(losses[:num_losses]),
+        losses=tuple(losses),
     )
+
+
+def lost_in_time(losses: Sequence[Loss], edges_s: Tensor) -> Tensor:
+    """Return the energy lost in each interval between times: (n + 1,) float64 seconds -> (n,) float64.
+
+    ``losses``: all of a clip's, in any order. What is lost in one of them is spread evenly over it.
+    """
+    times, lost = [float(edges_s[0])], [0.0]
+    for loss in sorted(losses, key=lambda loss: loss.start_s):
+        times += [loss.start_s, loss.end_s]
+        lost += [lost[-1], lost[-1] + loss.lost_energy_per_s * (loss.end_s - loss.start_s)]
+    return torch.from_numpy(np.diff(np.interp(edges_s.numpy(), times, lost)))
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -14,6 +14,7 @@ from freres_cli.backbones.registry import (
     load_prompt_counter,
     load_vision_encoder,
 )
+from freres_cli.bundle.adapter import MODEL_FACTS
 from freres_cli.devices import DTYPE_NAMES, Device, choose_device
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.choices import check_revision
@@ -175,3 +176,25 @@ def find_model(
             )
         name = folder
     return ModelSource(name, device, revision or recorded["revision"], dtype)
+
+
+def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, name: str) -> None:
+    """Refuse a model other than the one whose tower and projector made the latents.
+
+    ``recorded``: the manifest's facts about that model. ``width``: D of the latents. ``model``: the loaded one. ``name``:
+    the bundle's, for messages. Raises ``BackboneError``.
+    """
+    differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
+    if not differing and width == model.width:
+        return
+    made, given = describe_weights(recorded), describe_weights(model.fingerprint)
+    if made != given and recorded.get("model_id") == model.fingerprint.get("model_id") == BUNDLED:
+        raise BackboneError(
+            f"{name}: made with embedded weights {made}, these are {given}",
+            "a folder of the old weights opens it with --model FOLDER, or compress the video again",
+        )
+    raise BackboneError(
+        f"{name}: made for another model: expected {describe_model(recorded)}, got {describe_model(model.fingerprint)} "
+        f"(differs in {', '.join(differing) or 'width'})",
+        "name the model that made the bundle with --model, or compress the video again",
+    )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from torch import Tensor
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.batches import answer_batch, score_options_batch
 from freres_cli.backbones.engine import VideoPrefix, check_scores, prefill_video, score_options
+from freres_cli.backbones.evidence import Evidence, find_evidence, find_places, why_no_evidence
 from freres_cli.backbones.generation import Sampling, TextStream, generate
 from freres_cli.backbones.pruning import Pruning
-from freres_cli.bundle.adapter import MODEL_FACTS
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError, UsageError
@@ -27,12 +26,11 @@ from freres_cli.evaluation.questions import (
     find_control_token,
     format_choices,
 )
-from freres_cli.pipeline.models import Models, describe_model, describe_weights, find_model
+from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
 from freres_cli.pipeline.refining import AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
-from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer, VideoTokens
 
 # Limits on questions answered together: each has its own copy of the video's cache.
@@ -177,6 +175,18 @@ class Session:
             finish_reason=generation.finish_reason or "length",
             notes=(*prefix.notes, *told),
         )
+
+    def find_evidence(self, query: Query) -> Evidence:
+        """Return which visual tokens the model attends to as it begins to answer. See ``backbones.evidence``.
+
+        Raises ``BackboneError`` for a family whose decoder keeps a state in place of attention.
+        """
+        self._check(query)
+        if (why := why_no_evidence(self.model)) is not None:
+            raise BackboneError(why)
+        prefix, suffix = self._encode_choices(query)[:2] if query.choices else self._prompt(query)
+        ids = next(ids for ids, own in self._prefixes.items() if own is prefix)
+        return find_evidence(self.model, prefix, find_places(self.model, ids, self.tokens, self.text_after), suffix)
 
     def ask_many(
         self,
@@ -362,28 +372,6 @@ def open_bundle(
     load_s = time.perf_counter() - start
     full_tokens = manifest["tokens"]["full_tokens"]
     return Session(model, loaded.tokens, full_tokens, text_after, load_s, (*limits, *model.notes, *loaded.notes))
-
-
-def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, name: str) -> None:
-    """Refuse a model other than the one whose tower and projector made the latents.
-
-    ``recorded``: the manifest's facts about that model. ``width``: D of the latents. ``model``: the loaded one. ``name``:
-    the bundle's, for messages. Raises ``BackboneError``.
-    """
-    differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
-    if not differing and width == model.width:
-        return
-    made, given = describe_weights(recorded), describe_weights(model.fingerprint)
-    if made != given and recorded.get("model_id") == model.fingerprint.get("model_id") == BUNDLED:
-        raise BackboneError(
-            f"{name}: made with embedded weights {made}, these are {given}",
-            "a folder of the old weights opens it with --model FOLDER, or compress the video again",
-        )
-    raise BackboneError(
-        f"{name}: made for another model: expected {describe_model(recorded)}, got {describe_model(model.fingerprint)} "
-        f"(differs in {', '.join(differing) or 'width'})",
-        "name the model that made the bundle with --model, or compress the video again",
-    )
 
 
 def _by_prefix(prefixes: Sequence[VideoPrefix]) -> Iterator[tuple[VideoPrefix, list[int]]]:

@@ -85,9 +85,10 @@ class FrameArray:
         return int(self.pixels.nbytes)
 
     def open(self, size: FrameSize, batch_frames: int, still_levels: int = 0) -> FrameBatches:
-        """Return the frames resized to ``size``, at most ``batch_frames`` at a time.
+        """Return the frames resized to ``size``.
 
-        ``still_levels``: a frame that differs by no more from the last picture is that picture.
+        ``batch_frames``: most frames at a time. ``still_levels``: a frame that differs by no more from the last picture is
+        that picture.
         """
         return FrameBatches(self, size, batch_frames, still_levels)
 

@@ -1,9 +1,10 @@
-"""Draw maps over a grid of cells as one PNG: rows of heat maps, labels and colour scales. Written with PyAV."""
+"""Draw maps over a grid of cells: heat maps, labels and colour scales. PNG and JPEG files are written with PyAV."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import torch
@@ -68,15 +69,37 @@ def draw_maps(maps: Tensor, labels: Sequence[str], titles: Sequence[str], note: 
 
 def encode_png(pixels: Tensor) -> bytes:
     """Encode (height, width, 3) uint8 RGB as a PNG file. Raises ``ResourceError`` if PyAV cannot write PNG."""
+    return _encode(pixels, "png", "rgb24")
+
+
+def encode_jpeg(pixels: Tensor, quality: int = 6) -> bytes:
+    """Encode (height, width, 3) uint8 RGB, both sides even, as a JPEG file.
+
+    ``quality``: the quantizer, 2 (best) to 31. Raises ``ResourceError`` if PyAV cannot write JPEG.
+    """
+    return _encode(pixels, "mjpeg", "yuvj420p", {"qmin": str(quality), "qmax": str(quality)})
+
+
+def _encode(pixels: Tensor, name: str, pixel_format: str, options: dict[str, str] | None = None) -> bytes:
     try:
-        codec = av.CodecContext.create("png", "w")
+        codec: Any = av.CodecContext.create(name, "w")
         codec.height, codec.width = pixels.shape[:2]
-        codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
+        codec.pix_fmt, codec.time_base, codec.options = pixel_format, Fraction(1), options or {}
         frame = av.VideoFrame.from_ndarray(pixels.contiguous().numpy(), format="rgb24")
+        if pixel_format != "rgb24":
+            frame = frame.reformat(format=pixel_format)
         frame.pts, frame.time_base = 0, codec.time_base
         return b"".join(bytes(packet) for part in (frame, None) for packet in codec.encode(part))
     except (av.FFmpegError, ValueError) as error:
-        raise ResourceError(f"PNG: the picture cannot be encoded: {error}", "run: freres doctor") from error
+        raise ResourceError(f"{name.upper()}: the picture cannot be encoded: {error}", "run: freres doctor") from error
+
+
+def draw_heat(values: Tensor, peak: float) -> Tensor:
+    """Return values (rows, columns), 0 or more, as a picture with a pixel for each: (rows, columns, 3) uint8 RGB.
+
+    ``peak``: the value that gets the last colour of the scale; those above it get it too.
+    """
+    return _colour((values / peak).clamp(max=1) if peak > 0 else torch.zeros(values.shape))
 
 
 def _colour(shares: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from freres_cli.bundle.store import StoredBundle
 from freres_cli.errors import BackboneError, BundleError, UsageError
 from freres_cli.files import check_destination, write_atomically
-from freres_cli.method.absorption import map_absorption
+from freres_cli.method.absorption import AbsorptionMaps, map_absorption
 from freres_cli.method.tokens import VARIANTS_WITHOUT_ABSORBER
 from freres_cli.pipeline.adapters import choose_adapter_for, load_modules
 from freres_cli.video.picture import draw_maps, encode_png
@@ -55,32 +55,13 @@ def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, 
     ``BundleError`` for a bundle with nothing to absorb, and ``BackboneError`` for an adapter that is damaged or does not
     fit.
     """
+    maps, adapter, gamma = read_absorption(bundle, request.adapter)
     tracks = bundle.tracks
-    variant = bundle.manifest["settings"]["variant"]["value"]
-    if variant in VARIANTS_WITHOUT_ABSORBER:
-        raise BundleError(
-            f"{bundle.path}: variant {variant} has no absorber", "compress the video with --variant absorber"
-        )
-    if not tracks.coefficient_gop.numel():
-        raise BundleError(
-            f"{bundle.path}: variant {variant}, no coefficient kept: nothing to absorb",
-            "compress a video that moves with --variant absorber, or with a larger --budget",
-        )
-    model = bundle.manifest["model"]
-    adapter = choose_adapter_for(request.adapter, model, variant)
-    if adapter is None:
-        raise UsageError(f"{FLAG}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
-    modules = load_modules(adapter, model, tracks, variant)
-    maps = map_absorption(tracks, modules, variant)
-    if not maps.absorbed.isfinite().all():
-        raise BackboneError(f"{adapter}: damaged adapter: what its absorber adds is not finite")
-    energy_of_gop = maps.energy.sum((1, 2))
-    shown = energy_of_gop.argsort(descending=True, stable=True)[:MAX_GOPS_SHOWN].sort().values
+    shown = strongest_gops(maps, MAX_GOPS_SHOWN)
     starts = tracks.frame_seconds[tracks.gop_anchor_frame].tolist()
     picture = _draw(torch.stack([maps.energy, maps.absorbed], 1), shown, starts)
     png = encode_png(picture)
     write_atomically(request.output, lambda file: file.write(png), force=request.force, flag=FLAG)
-    gamma = float(modules.absorber.gamma.detach())
     return {
         "picture": str(request.output),
         "adapter": str(adapter),
@@ -95,6 +76,39 @@ def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, 
             for start, energy, absorbed in zip(starts, maps.energy.tolist(), maps.absorbed.tolist(), strict=True)
         ],
     }
+
+
+def read_absorption(bundle: StoredBundle, named: str | None, flag: str = FLAG) -> tuple[AbsorptionMaps, Path, float]:
+    """Return what the absorber takes from each cell of each GoP, the adapter that says so, and its gamma.
+
+    ``bundle``: of Fre-Res. ``named``: the adapter, as ``adapters.choose_adapter`` takes it. ``flag``: what needs it, for
+    messages. Raises what ``draw_absorption`` does.
+    """
+    tracks = bundle.tracks
+    variant = bundle.manifest["settings"]["variant"]["value"]
+    if variant in VARIANTS_WITHOUT_ABSORBER:
+        raise BundleError(
+            f"{bundle.path}: variant {variant} has no absorber", "compress the video with --variant absorber"
+        )
+    if not tracks.coefficient_gop.numel():
+        raise BundleError(
+            f"{bundle.path}: variant {variant}, no coefficient kept: nothing to absorb",
+            "compress a video that moves with --variant absorber, or with a larger --budget",
+        )
+    model = bundle.manifest["model"]
+    adapter = choose_adapter_for(named, model, variant)
+    if adapter is None:
+        raise UsageError(f"{flag}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
+    modules = load_modules(adapter, model, tracks, variant)
+    maps = map_absorption(tracks, modules, variant)
+    if not maps.absorbed.isfinite().all():
+        raise BackboneError(f"{adapter}: damaged adapter: what its absorber adds is not finite")
+    return maps, adapter, float(modules.absorber.gamma.detach())
+
+
+def strongest_gops(maps: AbsorptionMaps, count: int) -> Tensor:
+    """Return the ``count`` GoPs with the most energy, in time order: (n,) int64."""
+    return maps.energy.sum((1, 2)).argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _draw(maps: Tensor, shown: Tensor, starts: list[float]) -> Tensor:

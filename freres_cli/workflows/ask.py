@@ -1,4 +1,4 @@
-"""A bundle and a file of questions -> answers, from one prefill."""
+"""A bundle and a file of questions -> answers, from one prefill; and where in the clip the model looked."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from freres_cli.backbones.evidence import why_no_evidence
 from freres_cli.backbones.generation import Sampling
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.questions import check_choices, check_length, check_text
+from freres_cli.method.allocation import frame_edges_s, frames_at, sum_in_time, token_boxes
 from freres_cli.pipeline.session import Query, Session, refuse_control_tokens
 from freres_cli.records import Answer
 
@@ -113,3 +117,35 @@ def answer_rows(
 
     queries = [row.query for row in rows]
     return session.ask_many(queries, max_new_tokens=max_new_tokens, on_answer=keep, refine=refine)
+
+
+MAX_SPANS = 24
+SPAN_LENGTHS_S = (0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+
+
+def locate_evidence(session: Session, query: Query) -> dict[str, Any] | str:
+    """Return where in the clip the model looks as it begins to answer, or why that cannot be said.
+
+    ``spans``: equal parts of the clip in time order, each with its share of the attention to visual tokens (``share``),
+    and of the tokens (``token_share``), to compare with. A token's share is spread evenly over the time that it stands
+    for. ``visual_share``: how much of all the attention goes to visual tokens.
+    """
+    if (why := why_no_evidence(session.model)) is not None:
+        return why
+    evidence = session.find_evidence(query)
+    edges_s = frame_edges_s(session.tokens.frame_seconds)
+    start, end = float(edges_s[0]), float(edges_s[-1])
+    length = next(
+        (length for length in SPAN_LENGTHS_S if (end - start) / length <= MAX_SPANS), (end - start) / MAX_SPANS
+    )
+    bounds = torch.arange(start, end, length, dtype=torch.float64) if end > start else torch.tensor([start])
+    bounds = torch.cat([bounds.double(), edges_s[-1:]])
+    boxes, places = token_boxes(session.tokens), frames_at(edges_s, bounds)
+    shares = sum_in_time(boxes, places, evidence.shares).tolist()
+    counts = (sum_in_time(boxes, places) / len(session.tokens)).tolist()
+    starts, ends = bounds[:-1].tolist(), bounds[1:].tolist()
+    spans = [
+        {"start_s": low, "end_s": high, "share": share, "token_share": count}
+        for low, high, share, count in zip(starts, ends, shares, counts, strict=True)
+    ]
+    return {"num_layers": evidence.num_layers, "visual_share": evidence.visual_share, "spans": spans}

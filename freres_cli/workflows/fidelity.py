@@ -14,7 +14,7 @@ from torch import Tensor
 from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
-from freres_cli.errors import FreresError, UsageError
+from freres_cli.errors import FreresError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import (
     READERS,
@@ -25,15 +25,13 @@ from freres_cli.evaluation.fidelity import (
     measure_loss,
     share_kept,
 )
-from freres_cli.evaluation.fidelity_plot import draw_fidelity, find_matplotlib
-from freres_cli.files import check_destination, write_atomically
+from freres_cli.evaluation.fidelity_plot import draw_fidelity
+from freres_cli.evaluation.plots import PlotFile
 from freres_cli.method.rebuild import rebuild_frames
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
-
-PLOT_FLAG = "--plot"
 
 Rebuild = Callable[[slice], Tensor]
 Progress = Callable[[int, int], None]
@@ -44,14 +42,13 @@ class FidelityRequest:
     """What to measure.
 
     ``videos``: the files. ``cells``: the methods and budgets to compare. ``options``: model, device and settings.
-    ``plot``: the PNG file to draw, if any. ``force``: replace an existing one.
+    ``plot``: the picture to draw, if any.
     """
 
     videos: tuple[Path, ...]
     cells: tuple[Cell, ...]
     options: CompressOptions
-    plot: Path | None = None
-    force: bool = False
+    plot: PlotFile | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def measure_fidelity(
     video if none can be used.
     """
     if request.plot is not None:
-        check_plot(request)
+        request.plot.check()
     encoder = (models or Models(request.options.model)).encoder
     videos, failed, errors = [], [], []
     for done, path in enumerate(request.videos):
@@ -104,18 +101,9 @@ def measure_fidelity(
     notes = list(encoder.notes)
     if request.plot is not None:
         png, more = draw_fidelity(rows, videos)
-        write_atomically(request.plot, lambda file: file.write(png), force=request.force, flag=PLOT_FLAG)
+        request.plot.write(png)
         notes += more
     return FidelityResult(rows, videos, failed, dict(encoder.fingerprint), encoder.dtype, tuple(notes))
-
-
-def check_plot(request: FidelityRequest) -> None:
-    """Refuse, before any work is done, a plot that cannot be drawn or written. Raises ``UsageError``."""
-    assert request.plot is not None
-    find_matplotlib(PLOT_FLAG)
-    if request.plot.suffix.lower() != ".png":
-        raise UsageError(f"{PLOT_FLAG}: expected a file name ending in .png, got {request.plot}")
-    check_destination(request.plot, request.force, PLOT_FLAG)
 
 
 def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[str, Any]:

@@ -8,14 +8,24 @@ from typing import Any
 import torch
 
 from freres_cli.bundle.store import read_bundle
-from freres_cli.content import latents_of
-from freres_cli.method.energy import EnergyReport, report_energy
+from freres_cli.content import Content, latents_of
+from freres_cli.method.adaptive import box_sizes
+from freres_cli.method.allocation import frame_edges_s, frames_at, sum_in_time, token_boxes
+from freres_cli.method.energy import EnergyReport, lost_in_time, report_energy
 from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import GOP_STARTS, Tracks
 from freres_cli.workflows.absorption import PictureRequest, check_picture, draw_absorption
+
+NUM_WORST = 5  # stretches of time that lost the most
+NUM_LARGEST = 6  # stretches of adaptive Fre-Res that stand for the most latents
+NUM_BINS = 70  # parts of the clip at most, for what changes over time
+WHY_NO_LOSS = {
+    Stretches: "not stored by second, only for the whole clip: freres fidelity measures it from the video",
+    VideoTokens: "not stored by this method: freres fidelity measures it from the video",
+}
 
 
 def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureRequest | None = None) -> dict[str, Any]:
@@ -43,10 +53,12 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
         "schema_version": bundle.schema_version,
         "energy": None,
         "gops": None,
+        "over_time": None,
         "stretches": describe_stretches(content) if isinstance(content, Stretches) else None,
     }
-    if isinstance(content, Tracks):
-        energy = report_energy(content)
+    energy = report_energy(content) if isinstance(content, Tracks) else None
+    report["over_time"] = describe_time(content, tokens, energy)
+    if isinstance(content, Tracks) and energy is not None:
         report["energy"] = _describe_energy(energy)
         report["gops"] = _describe_gops(content, tokens, energy)
     if with_tokens:
@@ -66,6 +78,34 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
     return report
 
 
+def describe_time(
+    content: Content, tokens: VideoTokens, energy: EnergyReport | None, num_bins: int = NUM_BINS
+) -> dict[str, Any]:
+    """Return how many tokens stand for each of at most ``num_bins`` equal parts of the clip, and the energy lost in each.
+
+    ``content``, ``tokens``: of the bundle. ``energy``: of its tracks; without it, ``lost_energy`` is ``None`` and
+    ``why_no_loss`` says why. A token is spread evenly over the time that it stands for, so the parts of the clip sum to
+    all tokens.
+    """
+    edges_s = frame_edges_s(content.frame_seconds)
+    count = min(num_bins, content.grid[0])
+    bounds = torch.linspace(float(edges_s[0]), float(edges_s[-1]), count + 1, dtype=torch.float64)
+    places = frames_at(edges_s, bounds)
+    places[0], places[-1] = 0, content.grid[0]  # frames may share a time
+    boxes = token_boxes(tokens)
+    by_kind = {
+        kind: sum_in_time(boxes, places, (tokens.kind == place).to(torch.float64)).tolist()
+        for place, kind in enumerate(TOKEN_KINDS)
+    }
+    return {
+        "edges_s": bounds.tolist(),
+        "tokens": sum_in_time(boxes, places).tolist(),
+        "tokens_by_kind": by_kind,
+        "lost_energy": None if energy is None else lost_in_time(energy.losses, bounds).tolist(),
+        "why_no_loss": WHY_NO_LOSS.get(type(content)),
+    }
+
+
 def describe_stretches(stretches: Stretches) -> dict[str, Any]:
     """Return what adaptive Fre-Res kept: the share of the energy, that at other budgets, and how long stretches are."""
     sides = stretches.boxes[:, 1::2] - stretches.boxes[:, ::2]
@@ -81,7 +121,18 @@ def describe_stretches(stretches: Stretches) -> dict[str, Any]:
         "cells_mean": float(cells.double().mean()),
         "cells_max": int(cells.max()),
         "num_single": int(((frames == 1) & (cells == 1)).sum()),
+        "largest": _largest(stretches),
     }
+
+
+def _largest(stretches: Stretches) -> list[dict[str, Any]]:
+    """The stretches that stand for the most latents, largest first."""
+    edges_s = frame_edges_s(stretches.frame_seconds).tolist()
+    order = box_sizes(stretches.boxes).argsort(descending=True, stable=True)[:NUM_LARGEST]
+    return [
+        {"start_s": edges_s[t0], "end_s": edges_s[t1], "frames": t1 - t0, "rows": [h0, h1], "columns": [w0, w1]}
+        for t0, t1, h0, h1, w0, w1 in stretches.boxes[order].tolist()
+    ]
 
 
 def _describe_energy(energy: EnergyReport) -> dict[str, Any]:
@@ -90,7 +141,7 @@ def _describe_energy(energy: EnergyReport) -> dict[str, Any]:
         "pooling_kept": energy.pooling_kept,
         "spectrum": list(energy.spectrum),
         "null_spectrum": list(energy.null_spectrum),
-        "worst_seconds": [vars(loss) for loss in energy.losses],
+        "worst_seconds": [vars(loss) for loss in energy.losses[:NUM_WORST]],
     }
 
 

@@ -1,0 +1,96 @@
+"""Where the tokens of a clip went: how many stand for each part of its time, and for each place in the frame.
+
+Ours: a token counts 1 in all, spread evenly over the frames and the cells that it stands for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freres_cli.records import TOKEN_KINDS, VideoTokens
+
+ANCHOR, SUMMARY = TOKEN_KINDS.index("anchor"), TOKEN_KINDS.index("summary")
+
+
+def token_boxes(tokens: VideoTokens, pooled_grid: tuple[int, int] | None = None) -> Tensor:
+    """Return what each token stands for: (S, 6) float64 edges t0, t1, h0, h1, w0, w1, where frame i is from i to i + 1.
+
+    That is known of stretches. A Fre-Res token stands for its stretch of time, and for a cell of ``pooled_grid``, or the
+    whole frame if it is a summary. Any other token stands for the frame and the cell nearest to its position.
+    """
+    size = torch.tensor(tokens.grid, dtype=torch.float64)
+    if tokens.boxes is not None:
+        return tokens.boxes.to(torch.float64)
+    first = (tokens.positions.to(torch.float64) + 0.5).floor().clamp(min=0).minimum(size - 1)
+    boxes = torch.stack([first, first + 1], dim=2).flatten(1)
+    spreads = tokens.kind != ANCHOR
+    if tokens.stretches is not None:
+        # There, frame i is around i.
+        spans = (tokens.stretches.to(torch.float64) + 0.5).clamp(0, tokens.grid[0])
+        boxes[:, :2] = torch.where((spreads & (spans[:, 1] > spans[:, 0]))[:, None], spans, boxes[:, :2])
+    if pooled_grid is not None:
+        cell = size[1:] / torch.tensor(pooled_grid, dtype=torch.float64)
+        low = ((tokens.positions[:, 1:].to(torch.float64) + 0.5) / cell).floor() * cell
+        cells = torch.stack([low, low + cell], dim=2).flatten(1)
+        boxes[:, 2:] = torch.where(spreads[:, None], cells, boxes[:, 2:])
+        whole = torch.stack([torch.zeros(2, dtype=torch.float64), size[1:]], dim=1).flatten()
+        boxes[:, 2:] = torch.where((tokens.kind == SUMMARY)[:, None], whole, boxes[:, 2:])
+    return boxes
+
+
+def share_of_interval(boxes: Tensor, low: float, high: float) -> Tensor:
+    """Return the share of each token's time that is from ``low`` to ``high`` on the frame axis: (S,) float64."""
+    start, stop = boxes[:, 0], boxes[:, 1]
+    return (stop.clamp(max=high) - start.clamp(min=low)).clamp(min=0) / (stop - start)
+
+
+def sum_in_time(boxes: Tensor, edges: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the tokens in each interval between ``edges`` on the frame axis: (n + 1,) edges -> (n,) float64.
+
+    ``weights``: (S,), what each token counts for, by default 1.
+    """
+    spans = zip(edges.tolist(), edges[1:].tolist(), strict=False)
+    shares = (share_of_interval(boxes, low, high) for low, high in spans)
+    return torch.stack([share.sum() if weights is None else (share * weights).sum() for share in shares])
+
+
+def map_in_space(boxes: Tensor, grid: tuple[int, int], weights: Tensor) -> Tensor:
+    """Return what falls on each cell of the ``grid`` (rows, columns) if each token counts ``weights`` (S,): float64."""
+    rows, columns = (_covers(boxes[:, 2 * axis + 2 : 2 * axis + 4], size) for axis, size in enumerate(grid))
+    return torch.einsum("sh,s,sw->hw", rows, weights.to(torch.float64), columns)
+
+
+def map_frames(boxes: Tensor, grid: tuple[int, int, int], edges: Tensor, axis: int) -> Tensor:
+    """Return the tokens by place and time: (rows or columns, n) float64, summed over the other axis of the frame.
+
+    ``boxes``: what tokens stand for. ``grid``: (T, H, W). ``edges``: (n + 1,) on the frame axis. ``axis``: 1 for rows, 2
+    for columns.
+    """
+    covers = _covers(boxes[:, 2 * axis : 2 * axis + 2], grid[axis])
+    spans = zip(edges.tolist(), edges[1:].tolist(), strict=False)
+    return torch.stack([share_of_interval(boxes, low, high) @ covers for low, high in spans], dim=1)
+
+
+def _covers(spans: Tensor, size: int) -> Tensor:
+    """The share of each span (S, 2) that lies on each of ``size`` cells: (S, size) float64."""
+    low = torch.arange(size, dtype=torch.float64)
+    start, stop = spans[:, :1], spans[:, 1:]
+    return (stop.minimum(low + 1) - start.maximum(low)).clamp(min=0) / (stop - start)
+
+
+def frame_edges_s(frame_seconds: Tensor) -> Tensor:
+    """Return when each frame begins, and when the last one ends: (T + 1,) float64 seconds.
+
+    The last gap is repeated; a single frame lasts a second.
+    """
+    seconds = frame_seconds.to(torch.float64)
+    gap = seconds[-1] - seconds[-2] if seconds.shape[0] > 1 else torch.tensor(1.0, dtype=torch.float64)
+    return torch.cat([seconds, (seconds[-1] + gap)[None]])
+
+
+def frames_at(edges_s: Tensor, seconds: Tensor) -> Tensor:
+    """Return the place on the frame axis of times in seconds: (n,) float64. ``edges_s``: as of ``frame_edges_s``."""
+    places = np.interp(seconds.numpy(), edges_s.numpy(), np.arange(edges_s.shape[0]))
+    return torch.from_numpy(places)

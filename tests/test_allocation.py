@@ -1,0 +1,126 @@
+"""Where tokens went: each counts once in all, wherever and however its time and its cells are cut."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from freres_cli.content import Content
+from freres_cli.method.allocation import (
+    frame_edges_s,
+    frames_at,
+    map_frames,
+    map_in_space,
+    sum_in_time,
+    token_boxes,
+)
+from freres_cli.method.energy import lost_in_time, report_energy
+from freres_cli.pipeline.tokens import make_tokens
+from freres_cli.records import TOKEN_KINDS
+from freres_cli.tracks import Tracks
+from tests.forged_bundles import make_stretches, make_tracks, smooth_latents
+from tests.forged_bundles import make_tokens as uniform_tokens
+from tests.tiny_models import video_tokens
+
+BUDGET = 300
+
+
+@pytest.fixture(scope="module", params=["tracks", "stretches", "tokens"])
+def content(request) -> Content:
+    made = {"tracks": make_tracks, "stretches": make_stretches, "tokens": uniform_tokens}
+    return made[request.param](smooth_latents(), BUDGET)
+
+
+def boxes_of(content):
+    tokens = make_tokens(content)
+    return tokens, token_boxes(tokens, content.pooled_grid if isinstance(content, Tracks) else None)
+
+
+def test_every_token_stands_for_a_part_of_the_clip(content):
+    tokens, boxes = boxes_of(content)
+    size = torch.tensor(content.grid, dtype=torch.float64)
+    assert bool((boxes[:, ::2] >= 0).all()) and bool((boxes[:, 1::2] <= size + 1e-9).all())
+    assert bool((boxes[:, ::2] < boxes[:, 1::2]).all())
+    middle = tokens.positions.double() + 0.5
+    assert bool(((boxes[:, ::2] - 0.51 <= middle) & (middle <= boxes[:, 1::2] + 0.51)).all()), "its position is in it"
+
+
+@pytest.mark.parametrize("num_bins", [1, 7, 40, 64])
+def test_parts_of_the_clip_sum_to_all_tokens(content, num_bins):
+    tokens, boxes = boxes_of(content)
+    edges = torch.linspace(0, content.grid[0], num_bins + 1, dtype=torch.float64)
+    assert float(sum_in_time(boxes, edges).sum()) == pytest.approx(len(tokens))
+    for axis in (1, 2):
+        mapped = map_frames(boxes, content.grid, edges, axis)
+        assert mapped.shape == (content.grid[axis], num_bins)
+        torch.testing.assert_close(mapped.sum(0), sum_in_time(boxes, edges))
+    cells = map_in_space(boxes, content.grid[1:], torch.ones(len(tokens)))
+    assert float(cells.sum()) == pytest.approx(len(tokens)) and float(cells.min()) >= 0
+
+
+def test_every_latent_has_one_token_if_all_are_kept():
+    tokens = video_tokens(torch.randn(5, 3, 4, 6))
+    boxes = token_boxes(tokens)
+    edges = torch.arange(6, dtype=torch.float64)
+    assert torch.equal(map_frames(boxes, (5, 3, 4), edges, 1), torch.full((3, 5), 4.0, dtype=torch.float64))
+    assert torch.equal(map_in_space(boxes, (3, 4), torch.ones(60)), torch.full((3, 4), 5.0, dtype=torch.float64))
+
+
+def test_stretches_cover_every_latent_once():
+    """Weighted by its size, each stretch adds 1 for every latent that it stands for."""
+    content = make_stretches(smooth_latents(), BUDGET)
+    _, boxes = boxes_of(content)
+    sizes = (boxes[:, 1::2] - boxes[:, ::2]).prod(1)
+    edges = torch.arange(content.grid[0] + 1, dtype=torch.float64)
+    in_a_frame = math.prod(content.grid[1:])
+    torch.testing.assert_close(
+        sum_in_time(boxes, edges, sizes), torch.full((content.grid[0],), float(in_a_frame), dtype=torch.float64)
+    )
+
+
+def test_the_tokens_of_a_gop_stay_in_it():
+    content = make_tracks(smooth_latents(), BUDGET)
+    tokens, boxes = boxes_of(content)
+    first = content.gop_anchor_frame[tokens.gop].double()
+    last = first + 1 + content.gop_num_residuals[tokens.gop]
+    assert bool((boxes[:, 0] >= first).all()) and bool((boxes[:, 1] <= last + 1e-9).all())
+    anchors = tokens.kind == TOKEN_KINDS.index("anchor")
+    assert torch.equal(boxes[anchors, 1] - boxes[anchors, 0], torch.ones(int(anchors.sum()), dtype=torch.float64))
+    rows, columns = content.pooled_grid
+    cell = content.grid[1] * content.grid[2] / (rows * columns)
+    sizes = (boxes[:, 3] - boxes[:, 2]) * (boxes[:, 5] - boxes[:, 4])
+    wanted = {"anchor": 1, "dynamic": cell, "static": cell, "summary": content.grid[1] * content.grid[2]}
+    for place, kind in enumerate(TOKEN_KINDS):
+        assert sizes[tokens.kind == place].tolist() == pytest.approx([wanted[kind]] * int((tokens.kind == place).sum()))
+
+
+def test_times_and_places_are_inverse():
+    seconds = torch.tensor([0.5, 0.6, 1.0, 3.0], dtype=torch.float64)
+    edges = frame_edges_s(seconds)
+    assert edges.tolist() == [0.5, 0.6, 1.0, 3.0, 5.0]
+    assert frames_at(edges, edges).tolist() == [0, 1, 2, 3, 4]
+    assert frames_at(edges, torch.tensor([2.0])).tolist() == [2.5]
+    assert frame_edges_s(seconds[:1]).tolist() == [0.5, 1.5]
+
+
+def test_losses_over_time_sum_to_all_that_was_lost_and_lie_where_they_were():
+    tracks = make_tracks(smooth_latents(), BUDGET)
+    losses = report_energy(tracks).losses
+    total = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in losses)
+    edges = frame_edges_s(tracks.frame_seconds)
+    for count in (1, 9, 70):
+        bounds = torch.linspace(float(edges[0]), float(edges[-1]), count + 1, dtype=torch.float64)
+        assert float(lost_in_time(losses, bounds).sum()) == pytest.approx(total)
+    worst = losses[0]
+    around = torch.tensor([0.0, worst.start_s, worst.end_s, 4.0], dtype=torch.float64)
+    lost = lost_in_time(losses, around)
+    assert float(lost[1]) == pytest.approx(worst.lost_energy_per_s * (worst.end_s - worst.start_s))
+
+
+def test_times_that_repeat_are_no_trouble():
+    tokens = video_tokens(torch.randn(4, 1, 1, 6))
+    same = replace(tokens, frame_seconds=torch.zeros(4, dtype=torch.float64))
+    assert frame_edges_s(same.frame_seconds).tolist() == [0.0] * 5

@@ -1,0 +1,86 @@
+"""``freres inspect`` on one screen: --all has what it leaves out, and its blocks are the numbers of the document."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from freres_cli.bundle.store import write_bundle
+from freres_cli.cli.inspect import SHOWN_GOPS, choose_gops
+from freres_cli.cli.output import BLOCKS, PLAIN_BLOCKS, SCREEN_COLUMNS, format_sparkline
+from tests.forged_bundles import make_stretches, make_tokens, make_tracks, manifest_for, smooth_latents
+from tests.runner import run_freres
+
+LONG = "a name that goes on and on " * 6
+
+
+def write(path, content):
+    manifest = manifest_for(content)
+    notes = [f"note {number}: {LONG}" for number in range(9)]
+    manifest["source"] = {**manifest["source"], "file": f"{LONG}.mp4", "notes": notes}
+    manifest["sampling"] = {**manifest["sampling"], "notes": notes}
+    write_bundle(path, content, manifest)
+    return path
+
+
+@pytest.fixture(scope="module", params=["tracks", "stretches", "tokens"])
+def path(request, tmp_path_factory):
+    latents = smooth_latents(120)
+    made = {"tracks": lambda: make_tracks(latents, 900, 30), "stretches": lambda: make_stretches(latents, 900)}
+    content = made.get(request.param, lambda: make_tokens(latents, 900))()
+    return write(tmp_path_factory.mktemp("screen") / f"{request.param}.pt", content)
+
+
+def test_it_fits_one_screen_whatever_the_notes_and_the_number_of_gops(path):
+    lines = run_freres("inspect", path).out.splitlines()
+    assert 20 <= len(lines) <= 40 and max(map(len, lines)) <= SCREEN_COLUMNS
+    assert "16 more: --all" in "\n".join(lines)
+
+
+def test_all_shows_the_rest(path):
+    document = run_freres("inspect", path, "--json").json
+    shown = run_freres("inspect", path, "--all").out
+    words = " ".join(shown.split())
+    assert all(f"note {number}:" in words for number in range(9)) and "--all" not in words
+    assert all(f"\n{key} " in shown for key in document["settings"])
+    for gop in document["gops"] or ():
+        assert f"\n{gop['start_s']:.2f} s" in shown
+
+
+def test_the_gops_shown_are_the_worst_and_the_largest(path):
+    gops = run_freres("inspect", path, "--json").json["gops"]
+    if gops is None:
+        assert "GoP at" not in run_freres("inspect", path).out
+        return
+    chosen = choose_gops(gops, SHOWN_GOPS)
+    assert chosen == sorted(set(chosen)) and len(chosen) == SHOWN_GOPS < len(gops)
+    kept = sorted(range(len(gops)), key=lambda g: gops[g]["energy_kept"])
+    counts = [sum(gop["tokens_by_kind"].values()) for gop in gops]
+    assert {*kept[: SHOWN_GOPS // 2], counts.index(max(counts))} <= set(chosen)
+    shown = run_freres("inspect", path).out
+    assert all((f"\n{gop['start_s']:.2f} s" in shown) == (place in chosen) for place, gop in enumerate(gops))
+
+
+def test_blocks_are_the_numbers_of_the_document(path):
+    over = run_freres("inspect", path, "--json").json["over_time"]
+    lines = run_freres("inspect", path).out.splitlines()
+    row = next(line for line in lines if line.startswith("tokens   ") and "at most" in line and line[9] in BLOCKS)
+    assert row[9 : 9 + len(over["tokens"])] == format_sparkline(over["tokens"])
+    assert len(over["edges_s"]) == len(over["tokens"]) + 1 == 71
+    document = run_freres("inspect", path, "--json").json
+    assert sum(over["tokens"]) == pytest.approx(document["visual_tokens"])
+    for kind, values in over["tokens_by_kind"].items():
+        assert sum(values) == pytest.approx(document["tokens_by_kind"][kind])
+    assert (over["lost_energy"] is None) == (over["why_no_loss"] is not None) == (document["gops"] is None)
+
+
+def test_a_spark_grows_with_its_value(monkeypatch):
+    assert format_sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == BLOCKS
+    assert format_sparkline([0.0, 0.0]) == BLOCKS[0] * 2 and format_sparkline([]) == ""
+    assert format_sparkline([3.0, 6.0, 1.5]) == format_sparkline([2.0, 4.0, 1.0])
+    for encoding in ("ascii", "latin-1"):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        plain = format_sparkline([0, 1, 2, 3, 4, 5, 6, 7])
+        monkeypatch.undo()
+        assert plain == PLAIN_BLOCKS and plain.isascii()
