@@ -85,9 +85,9 @@ class FrameArray:
         return int(self.pixels.nbytes)
 
     def open(self, size: FrameSize, batch_frames: int, still_levels: int = 0) -> FrameBatches:
-        """Return the frames resized to ``size``.
+        """Return the frames, resized, in batches.
 
-        ``batch_frames``: most frames at a time. ``still_levels``: a frame that differs by no more from the last picture is
+        ``size``: of a frame. ``batch_frames``: most frames at a time. ``still_levels``: a frame that differs by no more from the last picture is
         that picture.
         """
         return FrameBatches(self, size, batch_frames, still_levels)
