@@ -87,8 +87,8 @@ class FrameArray:
     def open(self, size: FrameSize, batch_frames: int, still_levels: int = 0) -> FrameBatches:
         """Return the frames, resized, in batches.
 
-        ``size``: of a frame. ``batch_frames``: most frames at a time. ``still_levels``: a frame that differs by no more from the last picture is
-        that picture.
+        ``size``: of a frame. ``batch_frames``: most frames at a time. ``still_levels``: a frame that differs by no more
+        from the last picture is that picture.
         """
         return FrameBatches(self, size, batch_frames, still_levels)
 
