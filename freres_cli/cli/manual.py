@@ -193,12 +193,18 @@ models:
     have been run.
   schemas: {freres.models/1: families bundled checkpoints environment}
 methods:
-  examples: {freres methods: List the compression methods., freres methods --json: The same as one document.}
-  output: A table of methods, then a line for each with what it keeps and how it differs from its source.
+  examples:
+    freres methods: List the compression methods.
+    freres methods --all: Also published systems that are not here, and why.
+    freres methods --json: The same as one document.
+  output: >-
+    A table of methods, then a line for each with what it keeps and how it differs from its source. With `--all`, the same
+    for published systems that `--method` does not take, because what they need cannot be had: why, and what it would take.
   schemas:
     freres.methods/1:
       methods (name summary source training needs is_question_blind streams has_budget has_quality makes_bundles
       deviations)
+      unavailable (name source reason needs), with --all
 doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."

@@ -1,24 +1,15 @@
-"""Draw what ``freres fidelity`` measured. The only module that imports matplotlib, which is an extra."""
+"""Draw what ``freres fidelity`` measured."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
-from freres_cli.errors import UsageError
+from freres_cli.evaluation.plotting import to_png
 
 MAX_CURVES = 6  # videos whose seconds are drawn
 MAX_TITLE = 60
 PANEL_INCHES = (8.0, 3.6)
-
-
-def find_matplotlib(flag: str) -> None:
-    """Check that matplotlib is installed. ``flag``: what needs it. Raises ``UsageError``."""
-    if find_spec("matplotlib") is None:
-        raise UsageError(f"{flag}: needs matplotlib, which is not installed", "run: pip install 'freres[plot]'")
 
 
 def draw_fidelity(rows: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any]]) -> tuple[bytes, list[str]]:
@@ -59,13 +50,9 @@ def draw_fidelity(rows: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any
     for axes in (kept, *curves):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    png = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks
-        figure.savefig(png, format="png", dpi=120)
     left_out = len(videos) - len(shown)
     notes = [f"the plot shows the seconds of the first {MAX_CURVES} of {len(videos)} videos"] if left_out else []
-    return png.getvalue(), notes
+    return to_png(figure), notes
 
 
 def _title(name: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
-from freres_cli.errors import FreresError, UsageError
+from freres_cli.errors import FreresError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import (
     READERS,
@@ -25,15 +25,15 @@ from freres_cli.evaluation.fidelity import (
     measure_loss,
     share_kept,
 )
-from freres_cli.evaluation.fidelity_plot import draw_fidelity, find_matplotlib
-from freres_cli.files import check_destination, write_atomically
+from freres_cli.evaluation.fidelity_plot import draw_fidelity
+from freres_cli.evaluation.plotting import PLOT_FLAG, check_plot
+from freres_cli.files import write_atomically
 from freres_cli.method.rebuild import rebuild_frames
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
-
-PLOT_FLAG = "--plot"
+from freres_cli.records import VideoTokens
 
 Rebuild = Callable[[slice], Tensor]
 Progress = Callable[[int, int], None]
@@ -81,7 +81,7 @@ def measure_fidelity(
     video if none can be used.
     """
     if request.plot is not None:
-        check_plot(request)
+        check_plot(request.plot, request.force)
     encoder = (models or Models(request.options.model)).encoder
     videos, failed, errors = [], [], []
     for done, path in enumerate(request.videos):
@@ -107,15 +107,6 @@ def measure_fidelity(
         write_atomically(request.plot, lambda file: file.write(png), force=request.force, flag=PLOT_FLAG)
         notes += more
     return FidelityResult(rows, videos, failed, dict(encoder.fingerprint), encoder.dtype, tuple(notes))
-
-
-def check_plot(request: FidelityRequest) -> None:
-    """Refuse, before any work is done, a plot that cannot be drawn or written. Raises ``UsageError``."""
-    assert request.plot is not None
-    find_matplotlib(PLOT_FLAG)
-    if request.plot.suffix.lower() != ".png":
-        raise UsageError(f"{PLOT_FLAG}: expected a file name ending in .png, got {request.plot}")
-    check_destination(request.plot, request.force, PLOT_FLAG)
 
 
 def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[str, Any]:
@@ -146,18 +137,23 @@ def rebuild_clip(clip: EncodedClip, method: str, budget_tokens: int) -> tuple[in
     Fre-Res is rebuilt from its tracks, by either reader. If a method reads frames more densely than the clip, each frame
     is compared with the one of them that is nearest in time.
     """
-    times = torch.tensor(clip.pts_seconds, dtype=torch.float64)
     if method == FRE_RES:
+        times = torch.tensor(clip.pts_seconds, dtype=torch.float64)
         tracks = clip.build_tracks(budget_tokens)
         frames = rebuild_frames(tracks)
         nearest = find_nearest(tracks.frame_seconds, times)
         return sum(tracks.num_tokens_by_kind().values()), dict.fromkeys(READERS, lambda part: frames[nearest[part]])
     tokens = clip.build_tokens(method, budget_tokens)
+    return len(tokens), rebuild_tokens(clip, tokens)
+
+
+def rebuild_tokens(clip: EncodedClip, tokens: VideoTokens) -> dict[str, Rebuild]:
+    """Return the clip as each reader rebuilds it from visual tokens, at the times of the clip's frames."""
     readings = {name: read(tokens) for name, read in READERS.items()}
     if tokens.grid[0] == clip.num_frames:
-        return len(tokens), {name: reading.frames for name, reading in readings.items()}
-    near = find_nearest(tokens.frame_seconds, times)
-    return len(tokens), {name: partial(_frames_at, reading, near) for name, reading in readings.items()}
+        return {name: reading.frames for name, reading in readings.items()}
+    near = find_nearest(tokens.frame_seconds, torch.tensor(clip.pts_seconds, dtype=torch.float64))
+    return {name: partial(_frames_at, reading, near) for name, reading in readings.items()}
 
 
 def _frames_at(reading: Reading, frames: Tensor, part: slice) -> Tensor:
