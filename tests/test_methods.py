@@ -92,14 +92,20 @@ def test_what_is_not_here_is_listed_on_request_with_its_paper_and_what_it_would_
         assert name not in run_freres("methods").out.split()
     document = run_freres("methods", "--all", "--json").json
     assert [row["name"] for row in document["unavailable"]] == list(UNAVAILABLE)
-    assert all(set(row) == {"name", "source", "reason", "needs"} and all(row.values()) for row in document["unavailable"])
+    assert all(
+        set(row) == {"name", "source", "reason", "needs"} and all(row.values()) for row in document["unavailable"]
+    )
     assert "unavailable" not in run_freres("methods", "--json").json
 
 
 @pytest.mark.parametrize("name", [*UNAVAILABLE, "GRT"])
 def test_what_is_not_here_is_refused_with_its_reason(name):
     system = UNAVAILABLE[name.lower()]
-    for flags in (("compress", "x.mp4", "--method"), ("eval", "q.jsonl", "--methods"), ("fidelity", "x.mp4", "--methods")):
+    for flags in (
+        ("compress", "x.mp4", "--method"),
+        ("eval", "q.jsonl", "--methods"),
+        ("fidelity", "x.mp4", "--methods"),
+    ):
         run = run_freres(*flags, name)
         check_failure(run, 2, f"{flags[2]}: {name} is not here: {system.reason}")
         assert f"hint: it would take {system.needs}" in run.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,8 @@ import torch
 
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.bench.clock import StageTimer
+from freres_cli.baselines.registry import METHODS
+from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError
 from freres_cli.evaluation.cells import Cell
@@ -29,6 +32,7 @@ from freres_cli.pipeline.session import Session, refuse_control_tokens
 from freres_cli.pipeline.tokens import with_deep_rows
 from freres_cli.presets import BUNDLED
 from freres_cli.video.probe import hash_file
+from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
 from freres_cli.world.make import is_world_clip
 
 MAX_ANSWER_TOKENS = 16
@@ -43,8 +47,8 @@ class EvalRequest:
 
     ``questions``: the questions file. ``cells``: the methods and budgets to compare. ``options``: model, device and
     settings. ``output``: the results file, which is continued if it holds the same run; ``None`` keeps the results in
-    memory. ``force``: start over if ``output`` holds something else. ``remedy``: the hint shown if it does and ``force``
-    is off. ``max_answer_tokens``: most tokens of a free answer.
+    memory. ``force``: start over if ``output`` holds something else, and replace ``files``. ``remedy``: the hint shown if
+    it does and ``force`` is off. ``max_answer_tokens``: most tokens of a free answer. ``files``: what to write at the end.
     """
 
     questions: QuestionFile
@@ -54,6 +58,7 @@ class EvalRequest:
     force: bool = False
     remedy: str = REMEDY
     max_answer_tokens: int = MAX_ANSWER_TOKENS
+    files: EvalFiles = NO_FILES
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,14 @@ class EvalResult:
 
 
 def evaluate(request: EvalRequest, progress: Progress | None = None, models: Models | None = None) -> EvalResult:
-    """Ask every question with every method, and summarize the answers.
+    """Ask every question with every method, summarize the answers, and write the files that are asked for.
 
-    A video that cannot be used becomes a failed row, and its questions count for no method. ``progress``: called with
-    the number of videos done and the number of all videos. ``models``: a model that is already loaded. Raises
-    ``VideoError`` if no video could be used, and ``UsageError`` for a question that holds a control token of the model.
+    A video that cannot be used becomes a failed row, and its questions count for no method. A method that fails on a
+    video at a budget loses that video in that row of the results only. ``progress``: called with the number of videos
+    done and the number of all videos. ``models``: a model that is already loaded. Raises ``VideoError`` if no video could
+    be used, and ``UsageError`` for a question that holds a control token of the model, or a file that cannot be written.
     """
+    request.files.check(request.force, (request.questions.path, request.output))
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
     refuse_control_tokens(request.questions.places(), model)
@@ -101,6 +108,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
             "paths of videos are relative to the questions file",
         )
     summary = summarize(request.questions, rows, request.cells)
+    request.files.write(summary, request.force)
     # This opens every file again, so it is done only for the bundled model.
     is_known = request.options.model.name != BUNDLED or all(
         is_world_clip(videos[row["video"]][0].video) for row in rows if row["status"] == "ok"
@@ -155,7 +163,7 @@ def evaluate_video(
     ``request``: what the run asks for. ``name``: the video's name in the questions file. ``questions``: the questions
     about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path.
     """
-    video = questions[0].video
+    video, model = questions[0].video, models.language_model
     timer = StageTimer(torch.device(request.options.model.device.name))
     row: dict[str, Any] = {"video": name, "status": "ok", "message": None}
     try:
@@ -164,12 +172,35 @@ def evaluate_video(
             clip = EncodedClip(VideoSource(video), request.options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
-                _ask_cell(cell, clip, request, questions, models.language_model, modules, timer)
+                _try_cell(cell, lambda cell: _ask_cell(cell, clip, request, questions, model, modules, timer))
                 for cell in request.cells
             ]
     except FreresError as error:
         return {"video": name, "status": "failed", "message": error.message}
+    if all(part["status"] == "failed" for part in row["cells"]):
+        return {"video": name, "status": "failed", "message": row["cells"][0]["message"]}
     return row | {"decode_s": timer.seconds["decode"], "encode_s": timer.seconds["encode"]}
+
+
+def _try_cell(cell: Cell, ask: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``ask`` returns of a cell, or why it failed: one method must not lose the answers of the others."""
+    try:
+        with memory_errors_as(cell.name, "use a smaller --dtype, or leave it out"):
+            return ask(cell)
+    except Exception as error:
+        budget = None if cell.budget is None else cell.budget.number
+        message = describe_failure(error, cell.name)
+        return {"method": cell.method, "budget": budget, "status": "failed", "message": message, "answers": {}}
+
+
+def describe_failure(error: Exception, name: str) -> str:
+    """Return why a method failed on a video, in a line. ``name``: the method and its budget. FRERES_DEBUG=1 lets an
+    unexpected error through, with its traceback."""
+    if isinstance(error, FreresError):
+        return error.message if error.message.startswith(name) else f"{name}: {error.message}"
+    if os.environ.get("FRERES_DEBUG") == "1":
+        raise error
+    return f"{name}: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _ask_cell(
@@ -190,20 +221,30 @@ def _ask_cell(
         budget_tokens = cell.budget.tokens(clip.full_tokens)
     assert budget_tokens is not None
     timer.seconds.pop("compress", None)
+    # Resident memory of a process cannot be told apart by cell: what one frees, the next may use.
+    memory = PeakMemory(model.device) if model.device.type == "cuda" else None
     own = clip.with_settings(dict(cell.settings)) if cell.settings else clip
     tokens = own.build_tokens(cell.method, budget_tokens, modules.get(cell.adapter))
     tokens = with_deep_rows(tokens, model.num_deep_layers)
     session = Session(model, tokens, clip.full_tokens, request.options.settings.text_after, load_s=0.0)
     answers: dict[str, tuple[str, bool, float]] = {}
+    contexts = []
     for question in questions:
         said = session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
         assert said.ttft_s is not None
+        contexts.append(said.num_context_tokens)
         answers[question.id] = (said.text, is_right(said.text, question), said.ttft_s)
+    # Pruning in the decoder leaves its layers caches of different lengths.
+    has_even_cache = "decoder layers" not in METHODS[cell.method].needs
     return {
         "method": cell.method,
         "budget": None if cell.budget is None else cell.budget.number,
+        "status": "ok",
         "budget_tokens": budget_tokens,
         "visual_tokens": len(tokens),
+        "context_tokens": statistics.fmean(contexts),
+        "kv_cache_bytes": max(contexts) * model.kv_bytes_per_token if has_even_cache else None,
+        "peak_memory_bytes": None if memory is None else memory.read_bytes(),
         "compress_s": timer.seconds["compress"],
         "prefill_s": session.prefill_s,
         "answers": answers,
