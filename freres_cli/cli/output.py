@@ -108,7 +108,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     cells = [[_plain(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     is_number = [
-        all(not row[i] or row[i] in ("-", "yes", "no") or row[i][0].isdigit() for row in cells[1:])
+        all(not row[i] or row[i] in ("-", "yes", "no") or row[i].removeprefix("-")[0].isdigit() for row in cells[1:])
         for i in range(len(columns))
     ]
     for row in cells:
