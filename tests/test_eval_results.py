@@ -105,7 +105,7 @@ def test_the_table_says_what_is_which(questions):
     run = run_freres("eval", questions, "--methods", "full,uniform,fre-res", "--budgets", "0.5")
     assert run.status == 0 and "fre-res - uniform" in run.out
     header, full, uniform = (re.split(r"\s{2,}", line) for line in run.out.splitlines()[:3])
-    assert header[:6] == ["method", "budget", "tokens", "max", "accuracy", "95 % interval"]
+    assert header[:6] == ["method", "budget", "tokens", "context", "accuracy", "95 % interval"]
     assert full[0].split()[0] == "full" and uniform[:2] == ["uniform", "0.5"]
     assert (
         "Action" in run.out and "6 questions on 3 videos, 0 failed" in run.out and "only knows its own world" in run.err

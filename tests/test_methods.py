@@ -12,11 +12,12 @@ import torch
 
 from freres_cli.baselines.declaration import NEEDS, TRAININGS
 from freres_cli.baselines.registry import ADAPTIVE, BUNDLE_METHODS, FRE_RES, METHODS
+from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.cli.options import complete_bundle_method, complete_method
 from tests.runner import check_failure, run_freres
 
 ROOT = Path(__file__).parents[1]
-NOT_METHODS = {"__init__", "declaration", "registry"}
+NOT_METHODS = {"__init__", "declaration", "registry", "unavailable"}
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -85,6 +86,34 @@ def test_completion():
 def test_an_unknown_method_is_refused():
     check_failure(run_freres("compress", "x.mp4", "--method", "none-such"), 2, "expected one of")
     check_failure(run_freres("compress", "x.mp4", "--method", "blind"), 2, "--method")
+
+
+def test_what_is_not_here_is_listed_on_request_with_its_paper_and_what_it_would_take():
+    assert not set(UNAVAILABLE) & set(METHODS)
+    listed = run_freres("methods", "--all").out
+    for name, system in UNAVAILABLE.items():
+        assert f"\n{name}: {system.reason}; it would take {system.needs}\n" in listed and system.source in listed
+        assert name not in run_freres("methods").out.split()
+    document = run_freres("methods", "--all", "--json").json
+    assert [row["name"] for row in document["unavailable"]] == list(UNAVAILABLE)
+    assert all(
+        set(row) == {"name", "source", "reason", "needs"} and all(row.values()) for row in document["unavailable"]
+    )
+    assert "unavailable" not in run_freres("methods", "--json").json
+
+
+@pytest.mark.parametrize("name", [*UNAVAILABLE, "GRT"])
+def test_what_is_not_here_is_refused_with_its_reason(name):
+    system = UNAVAILABLE[name.lower()]
+    for flags in (
+        ("compress", "x.mp4", "--method"),
+        ("eval", "q.jsonl", "--methods"),
+        ("fidelity", "x.mp4", "--methods"),
+    ):
+        run = run_freres(*flags, name)
+        check_failure(run, 2, f"{flags[2]}: {name} is not here: {system.reason}")
+        assert f"hint: it would take {system.needs}" in run.err
+    check_failure(run_freres("eval", "q.jsonl", "--methods", f"full, {name}"), 2, system.reason)
 
 
 def test_lists_import_no_torch():

@@ -17,6 +17,7 @@ from freres_cli import __version__
 from freres_cli.cli import (
     ablate,
     ask,
+    compare,
     compress,
     demo,
     doctor,
@@ -49,6 +50,7 @@ app.command("ask")(ask.ask)
 app.command("profile")(profile.profile)
 app.command("eval")(eval.evaluate)
 app.command("fidelity")(fidelity.fidelity)
+app.command("compare")(compare.compare)
 app.command("ablate")(ablate.ablate)
 app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)

@@ -11,17 +11,10 @@ import typer
 from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
-from freres_cli.cli.output import (
-    format_seconds,
-    print_json,
-    print_notes,
-    print_result,
-    print_table,
-    print_warning,
-    progress_bar,
-)
-from freres_cli.errors import count_of
+from freres_cli.cli.eval_tables import print_differences, print_rows, print_totals
+from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
+from freres_cli.pipeline.choices import choose_cells
 
 if TYPE_CHECKING:
     from freres_cli.workflows.evaluate import EvalRequest, EvalResult
@@ -59,7 +52,17 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, so a stopped run can resume."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Start over if the output file holds something else.")] = False,
+    table: Annotated[
+        str | None,
+        typer.Option("--csv", metavar="FILE", help="Write the rows as CSV, with intervals and categories."),
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG of accuracy against tokens.")
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Overwrite --csv and --plot; start over if the output file holds something else."),
+    ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many questions.")] = None,
     adapter: options.Adapter = None,
     preset: options.PresetName = None,
@@ -76,7 +79,8 @@ def evaluate(
     Each video is decoded and encoded once; every method makes its tokens from these latents, and answers all questions
     about the video from one prefill. Options are scored as in freres ask --choices. Free answers are greedy, have at most
     16 tokens, and are compared ignoring case, spacing and final punctuation. A video that cannot be used is a failed row,
-    and its questions count for no method.
+    and its questions count for no method. A method that fails on a video at a budget, for want of memory or of context,
+    loses that video in that row only; two rows are compared on the videos that both have.
 
     QUESTIONS holds one JSON object per line with the keys id, video (relative to that file), category, question, choices
     (2 to 26 options; none for a free answer) and answer (the text of the right option). Other keys are ignored.
@@ -89,21 +93,24 @@ def evaluate(
     picks and prefills its tokens for each question, and the time to the first token includes this. For fastv and
     framefusion-prune the budget counts the visual tokens in the later layers; context_tokens counts all those of the first.
     """
-    from freres_cli.evaluation.cells import parse_cells
     from freres_cli.evaluation.results import results_path
 
-    cells = parse_cells(methods, budgets, {name: method.has_budget for name, method in METHODS.items()})
+    cells = choose_cells(methods, budgets, METHODS)
     flags = gather_flags_at_budgets(assignments)
     file = read_any_questions(questions, benchmark, limit)
     path = None if output is None else results_path(output, questions)
+    made = [
+        None if text is None else options.check_path(text, flag) for text, flag in ((table, "--csv"), (plot, "--plot"))
+    ]
     chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval")
     from freres_cli.pipeline.adapters import choose_adapter
+    from freres_cli.workflows.eval_files import EvalFiles
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
 
     own = choose_adapter(adapter, chosen.model.name, chosen.settings.variant)
     cells = tuple(replace(cell, adapter=own) if cell.method == FRE_RES else cell for cell in cells)
-    request = EvalRequest(file, cells, chosen, path, force)
+    request = EvalRequest(file, cells, chosen, path, force, files=EvalFiles(*made))
     with progress_bar("eval", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress)
     print_failures(result)
@@ -126,6 +133,10 @@ def print_failures(result: EvalResult) -> None:
         lost = sum(item["num_questions"] for item in failed)
         videos = result.summary["num_videos"] + len(failed)
         print_warning(f"{len(failed)} of {videos} videos failed{more}; questions that count for no method: {lost}")
+    for row in result.summary["rows"]:
+        if row["failed"]:
+            first, missed = row["failed"][0], f"{len(row['failed'])} of {result.summary['num_videos']} videos"
+            print_warning(f"failed on {missed}, which this row lacks: {first['message']} ({first['video']})")
 
 
 def run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
@@ -143,107 +154,11 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
         **result.summary,
         "scoring": request.questions.describe_scoring(),
         "results_file": None if request.output is None else str(request.output),
+        "csv": None if request.files.table is None else str(request.files.table),
+        "plot": None if request.files.plot is None else str(request.files.plot),
         "num_videos_resumed": result.num_resumed,
         "model": result.run["model"],
         "settings": {key: s for key, s in request.options.settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),
         "environment": describe_environment(request.options.model.device, result.dtype),
     }
-
-
-def print_rows(summary: dict[str, Any]) -> None:
-    """Print the table of methods and budgets, and accuracy by category."""
-    columns = ("method", "budget", "tokens", "max", "accuracy", "95 % interval", "by category", "retention")
-    print_table(
-        (*columns, "compress", "prefill", "TTFT", "next TTFT"),
-        [
-            (
-                row["label"] or row["method"],
-                _size(row["budget"]),
-                f"{row['visual_tokens']:.0f}",
-                str(row["visual_tokens_max"]),
-                _percent(row["accuracy"]),
-                _interval(row),
-                _percent(row["mean_over_categories"]["accuracy"]),
-                _percent(row["retention"]),
-                *[format_seconds(row[f"{stage}_s"]) for stage in ("compress", "prefill", "ttft", "next_ttft")],
-            )
-            for row in summary["rows"]
-        ],
-    )
-    print_result("")
-    _print_categories(summary["rows"])
-
-
-def print_totals(summary: dict[str, Any]) -> None:
-    """Print what the tables are based on."""
-    print_result("")
-    print_result(
-        f"{count_of(summary['num_questions'], 'question')} on {count_of(summary['num_videos'], 'video')}, "
-        f"{len(summary['failed'])} failed; "
-        f"{summary['full_tokens']:.0f} full tokens per video"
-    )
-    print_result(
-        "in percent: accuracy over questions, and by category the mean over categories; intervals from "
-        f"{summary['intervals']['resamples']} resamples of the videos"
-    )
-    print_result(
-        f"per video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, once for "
-        "all methods; tokens are means, times are medians"
-    )
-
-
-def print_differences(summary: dict[str, Any]) -> None:
-    """Print the paired differences between methods at equal budgets."""
-    rows = [row for row in summary["differences"] if row["budget"] is not None and row["minus"] != "full"]
-    if not rows:
-        return
-    print_result("")
-    print_table(
-        ("at equal tokens", "budget", "points", "95 % interval", "by category", "95 % interval"),
-        [
-            (
-                f"{row['method']} - {row['minus']}",
-                _size(row["budget"]),
-                *[
-                    text
-                    for part in (row, row["mean_over_categories"])
-                    for text in (_percent(part["difference"]), _interval(part))
-                ],
-            )
-            for row in rows
-        ],
-    )
-
-
-def _print_categories(rows: list[dict[str, Any]]) -> None:
-    called = [row["label"] or row["method"] for row in rows]
-    names = [
-        name if row["budget"] is None else f"{name} {_size(row['budget'])}"
-        for name, row in zip(called, rows, strict=True)
-    ]
-    first = rows[0]["by_category"]
-    print_table(
-        ("category", "questions", "chance", *names),
-        [
-            (
-                category,
-                str(part["num_questions"]),
-                _percent(part["chance"]),
-                *[_percent(row["by_category"][category]["accuracy"]) for row in rows],
-            )
-            for category, part in first.items()
-        ],
-    )
-
-
-def _size(budget: float | None) -> str:
-    return "-" if budget is None else str(budget)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _interval(part: dict[str, Any]) -> str:
-    return "-" if part["ci_low"] is None else f"{_percent(part['ci_low'])} to {_percent(part['ci_high'])}"

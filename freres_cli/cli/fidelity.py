@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
+from freres_cli.baselines.registry import BUNDLE_METHODS
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
 from freres_cli.cli.output import (
@@ -19,6 +19,7 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
+from freres_cli.pipeline.choices import choose_cells
 
 if TYPE_CHECKING:
     from freres_cli.workflows.fidelity import FidelityRequest, FidelityResult
@@ -71,12 +72,11 @@ def fidelity(
     hold little energy, so they may be lost at a high share, and noise may be kept. What the tower does not see, no share
     shows. Shares of different models cannot be compared.
     """
-    from freres_cli.evaluation.cells import parse_cells
     from freres_cli.video.listing import list_videos
 
     picture = options.check_plot(plot, force)
     paths = [options.check_path(video, "VIDEO") for video in videos]
-    cells = parse_cells(methods, budgets, {name: METHODS[name].has_budget for name in BUNDLE_METHODS})
+    cells = choose_cells(methods, budgets, BUNDLE_METHODS)
     flags = gather_flags_at_budgets(assignments)
     listing = list_videos(paths)
     print_notes(listing.notes, quiet)

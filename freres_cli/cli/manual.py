@@ -89,28 +89,38 @@ eval:
     freres eval questions.jsonl: The bundled model, three methods at four budgets.
     freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
     freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to resume after a stop.
+    freres eval questions.jsonl --csv rows.csv --plot rows.png: Rows for a spreadsheet, and accuracy against tokens.
     freres eval MVBench/ --budgets 1280: A local copy of a public benchmark, scored by its own prompt and rule.
     freres eval NExT-QA/ --benchmark nextqa:val: The validation split of another.
   output: >-
-    Tables: a row for each method and budget, accuracy by category, and the differences between methods at equal budgets,
-    paired by video. A paired difference can separate methods whose own intervals overlap (`differences` in the JSON has
-    those from full as well). `accuracy` counts every question once, `mean_over_categories` every category once;
-    `retention` is accuracy over that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples
-    (seed 0) of whole videos, because the answers to questions about one video depend on each other. An interval has no
-    width if all answers are right, or all are wrong, and is null for a single video. Tokens are means over videos (`_max`
-    is the largest), times are medians: `compress_s` from latents to tokens, `ttft_s` for a video's first question with its
-    prefill, `next_ttft_s` for the others. The `--output` file has a header and a line for each video. A file from a
-    different run is refused, and failed videos are tried again. `scoring` says how answers were made and read: of a
-    benchmark, which prompt and rule were used.
+    Tables: a row for each method and budget with its accuracy, one with its cost, accuracy by category, and the
+    differences between methods at equal budgets, paired by video (above 40, only those from the first of `--methods`). A
+    paired difference can separate methods whose own intervals overlap (`differences` in the JSON has those from full as
+    well). `accuracy` counts every question once, `mean_over_categories` every category once; `retention` is accuracy over
+    that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples (seed 0) of whole videos, because
+    the answers to questions about one video depend on each other. An interval has no width if all answers are right, or
+    all are wrong, and is null for a single video. Tokens are means over videos (`_max` is the largest), times are
+    medians: `compress_s` from latents to tokens, `ttft_s` for a video's first question with its prefill, `next_ttft_s`
+    for the others. `context_tokens` is the whole prompt with its text and the question, a mean over questions.
+    `kv_cache_bytes` is what the cache of the longest prompt takes, computed from the model's shape, and null for methods
+    that prune in the decoder. `peak_memory_bytes` is the most allocated on the GPU during any video's turn of that row,
+    with the model; it is null on a CPU, where memory cannot be told apart by row. A method that fails on a video is a
+    warning: its row has `num_videos` of the others, `failed` says why, and `retention` and `differences` compare two rows
+    on the videos that both have. `--csv` has a line for each row, an empty cell for what is unknown, and four columns for
+    each category. `--plot` needs matplotlib: pip install 'freres[plot]'. The `--output` file has a header and a line for
+    each video. A file from a different run is refused, and failed videos are tried again.
+    `scoring` says how answers were made and read: of a benchmark, which prompt and rule were used.
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
       rows (method label settings adapter adapter_sha256 budget budget_tokens budget_tokens_max visual_tokens
-      visual_tokens_max context_tokens accuracy ci_low ci_high retention chance num_questions mean_over_categories by_category
-      compress_s prefill_s ttft_s next_ttft_s)
-      differences (method minus budget difference ci_low ci_high mean_over_categories) results_file
+      visual_tokens_max context_tokens num_videos failed accuracy ci_low ci_high retention chance num_questions
+      mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s kv_cache_bytes peak_memory_bytes)
+      differences (method minus budget num_questions difference ci_low ci_high mean_over_categories) results_file csv plot
       scoring (benchmark answers prompt extraction) num_videos_resumed model settings notes environment
-  defaults: {output: none (nothing is kept), limit: every question, benchmark: "by the files in the folder; none for a file",
+  defaults: {output: none (nothing is kept), limit: every question, table: none (nothing is written),
+    benchmark: "by the files in the folder; none for a file",
+    plot: none (nothing is drawn),
     adapter: "the bundled model's own, none for others"}
 fidelity:
   examples:
@@ -129,6 +139,26 @@ fidelity:
       rows (method budget budget_tokens visual_tokens full_tokens kept_hold kept_linear) videos (video num_frames full_tokens
       and rows with lost_by_second_hold lost_by_second_linear) failed (video message) plot model settings notes environment
   defaults: {plot: none (nothing is drawn)}
+compare:
+  examples:
+    freres compare video.mp4: What four methods keep at a quarter of the tokens; no language model is loaded.
+    freres compare video.mp4 --methods full,evs,adaptive --question "What moves first?": Their answers, side by side.
+    freres compare video.mp4 --budgets 0.25,0.1 --question "Which way?" --choices "left|right": With probabilities.
+  output: >-
+    A table with a row for each method and budget: tokens, the share of energy that hold and linear keep, and seconds from
+    latents to tokens. With `--question` also all tokens of the longest prompt, the prefill, and the time to the first
+    token of the first question, which includes it; later questions reuse the prefill. Then a table for each question, with
+    the answer of each method, and with `--choices` the probability of the option it chose. An answer that was cut at
+    `--max-new-tokens` ends in three dots. Fre-Res is rebuilt from its tracks, as in freres-fidelity(1). blind has no
+    tokens, and so no shares. Times are of one run without a warm-up: see freres-profile(1) for repeated ones.
+  schemas:
+    freres.compare/1:
+      video num_frames full_tokens decode_s encode_s questions
+      rows (method budget status (ok or failed) message budget_tokens visual_tokens full_tokens context_tokens kept_hold
+      kept_linear compress_s prefill_s ttft_s notes answers (question answer choices context_tokens new_tokens finish_reason
+      ttft_s)) adapter model settings notes environment
+  defaults: {question: none (no language model is loaded), choices: none (free answers),
+    adapter: "the bundled model's own, none for others"}
 train:
   examples:
     freres train data.jsonl --model Qwen/Qwen2-VL-2B-Instruct: Write adapter.safetensors.
@@ -213,12 +243,18 @@ models:
     have been run.
   schemas: {freres.models/1: families bundled checkpoints environment}
 methods:
-  examples: {freres methods: List the compression methods., freres methods --json: The same as one document.}
-  output: A table of methods, then a line for each with what it keeps and how it differs from its source.
+  examples:
+    freres methods: List the compression methods.
+    freres methods --all: Also published systems that are not here, and why.
+    freres methods --json: The same as one document.
+  output: >-
+    A table of methods, then a line for each with what it keeps and how it differs from its source. With `--all`, the same
+    for published systems that `--method` does not take, because what they need cannot be had: why, and what it would take.
   schemas:
     freres.methods/1:
       methods (name summary source training needs is_question_blind streams has_budget has_quality makes_bundles
       deviations num_full_layers)
+      unavailable (name source reason needs), with --all
 doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."

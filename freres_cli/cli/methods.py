@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Annotated, Any
+
+import typer
 
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import METHODS
+from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.cli import options
 from freres_cli.cli.output import print_json, print_result, print_table
 
 FUNCTIONS = ("compress", "pick_for_question", "pick_attended")
 
 
-def methods(json: options.Json = False) -> None:
+def methods(
+    every: Annotated[
+        bool, typer.Option("--all", help="Also list published systems that are not here, and what they would take.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
     """List the compression methods.
 
     Shows what each method keeps, its source and how it differs from that, whether it is trained or needs the question,
@@ -21,7 +29,10 @@ def methods(json: options.Json = False) -> None:
     make bundles, freres eval takes all of them.
     """
     if json:
-        print_json("freres.methods/1", {"methods": [_describe(method) for method in METHODS.values()]})
+        document: dict[str, Any] = {"methods": [_describe(method) for method in METHODS.values()]}
+        if every:
+            document["unavailable"] = [asdict(system) for system in UNAVAILABLE.values()]
+        print_json("freres.methods/1", document)
         return
     rows = [
         (
@@ -39,6 +50,12 @@ def methods(json: options.Json = False) -> None:
     print_result("")
     for method in METHODS.values():
         print_result(f"{method.name}: {method.summary}; deviations: {method.deviations}")
+    if every:
+        print_result("")
+        print_table(("not here", "source"), [(system.name, system.source) for system in UNAVAILABLE.values()])
+        print_result("")
+        for system in UNAVAILABLE.values():
+            print_result(f"{system.name}: {system.reason}; it would take {system.needs}")
 
 
 def _describe(method: Method) -> dict[str, Any]:

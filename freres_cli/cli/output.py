@@ -108,10 +108,10 @@ def _plain(text: str) -> str:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write an aligned plain-text table to stdout: numbers to the right, text and the first column to the left."""
-    cells = [list(columns), *[[_plain(cell) for cell in row] for row in rows]]
+    cells = [[_plain(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     is_number = [
-        all(not row[i] or row[i] in ("-", "yes", "no") or row[i][0].isdigit() for row in cells[1:])
+        all(not row[i] or row[i] in ("-", "yes", "no") or row[i].removeprefix("-")[0].isdigit() for row in cells[1:])
         for i in range(len(columns))
     ]
     for row in cells:

@@ -123,14 +123,14 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
 
 
 def _is_whole_cell(cell: Mapping[str, Any]) -> bool:
+    if cell.get("status") == "failed":
+        return isinstance(cell.get("message"), str)
     answers = cell.get("answers")
+    numbers = ("budget_tokens", "visual_tokens", "context_tokens", "compress_s", "prefill_s")
     return (
-        all(
-            map(
-                _is_number,
-                map(cell.get, ("budget_tokens", "visual_tokens", "context_tokens", "compress_s", "prefill_s")),
-            )
-        )
+        cell.get("status") == "ok"
+        and all(map(_is_number, map(cell.get, numbers)))
+        and all(cell.get(key) is None or _is_number(cell[key]) for key in ("kv_cache_bytes", "peak_memory_bytes"))
         and isinstance(answers, dict)
         and all(
             isinstance(answer, list)

@@ -14,17 +14,22 @@ from freres_cli.evaluation.intervals import LEVEL, NUM_RESAMPLES, SEED, Estimate
 from freres_cli.evaluation.questions import Question, QuestionFile
 
 Row = Mapping[str, Any]
+Counts = tuple[np.ndarray, np.ndarray]  # right answers and questions, (V, K) each
 
 
 def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) -> dict[str, Any]:
     """Return the document of ``freres eval``, from one row for each video in the order of the file.
 
     Overall accuracy gives every question the same weight; ``mean_over_categories`` gives every category the same weight.
-    Only questions about videos that could be used count, the same ones for all methods.
+    Only questions about videos that could be used count, the same ones for all methods. A row whose method failed on some
+    of these videos has figures of the others: ``num_videos`` and ``num_questions`` say of how many, and ``failed`` why.
+    Retention and differences compare two rows on the videos that both have.
     """
     by_video = file.by_video()
     used = [row for row in rows if row["status"] == "ok"]
     asked = {row["video"]: by_video[row["video"]] for row in used}
+    summarized = [_summarize_cell(i, cell, used, asked) for i, cell in enumerate(cells)]
+    _add_retention(summarized, cells, used, asked)
     return {
         "questions_file": str(file.path),
         "questions_sha256": file.sha256,
@@ -45,7 +50,7 @@ def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) ->
             "seed": SEED,
             "method": "percentile bootstrap, videos resampled with replacement",
         },
-        "rows": _add_retention([_summarize_cell(i, cell, used, asked) for i, cell in enumerate(cells)]),
+        "rows": summarized,
         "differences": _compare_cells(cells, used, asked),
     }
 
@@ -58,26 +63,41 @@ def _compare_cells(
     Both answered the same questions, so the difficulty of a video cancels in their difference. Its interval can separate
     rows whose own intervals overlap (ours; the paper compares single numbers).
     """
-    listed = list(asked.values())
-    categories = _categories(listed)
-    counts = [count_answers([row["cells"][i] for row in used], listed, categories) for i in range(len(cells))]
+    counts = [_count_cell(i, used, asked) for i in range(len(cells))]
     differences = []
     # Full comes first, so that every other row is compared with it.
     order = sorted(range(len(cells)), key=lambda i: cells[i].method != "full")
     for i, j in combinations(order, 2):
         base, cell = cells[i], cells[j]
-        if base.budget == cell.budget or base.method == "full":
-            estimates = estimate_shares(counts[j][0] - counts[i][0], counts[j][1])
-            differences.append(
-                {
-                    "method": cell.label or cell.method,
-                    "minus": base.label or base.method,
-                    "budget": None if cell.budget is None else cell.budget.number,
-                    **_describe_difference(estimates.overall),
-                    "mean_over_categories": _describe_difference(estimates.mean_over_groups),
-                }
-            )
+        if base.budget != cell.budget and base.method != "full":
+            continue
+        (correct, total), (base_correct, _) = _keep_shared(counts[j], counts[i])
+        is_asked = total.any(0)
+        ahead = (correct - base_correct)[:, is_asked]
+        estimates = estimate_shares(ahead, total[:, is_asked]) if len(total) else None
+        differences.append(
+            {
+                "method": cell.label or cell.method,
+                "minus": base.label or base.method,
+                "budget": None if cell.budget is None else cell.budget.number,
+                "num_questions": int(total.sum()),
+                **_describe_difference(estimates.overall if estimates else None),
+                "mean_over_categories": _describe_difference(estimates.mean_over_groups if estimates else None),
+            }
+        )
     return differences
+
+
+def _count_cell(index: int, used: Sequence[Row], asked: Mapping[str, Sequence[Question]]) -> Counts:
+    """Return ``count_answers`` of a cell over all videos. One that it failed on has no questions."""
+    listed = [asked[row["video"]] if row["cells"][index]["status"] == "ok" else [] for row in used]
+    return count_answers([row["cells"][index] for row in used], listed, _categories(list(asked.values())))
+
+
+def _keep_shared(*cells: Counts) -> list[Counts]:
+    """Return the counts of some cells over the videos that all of them answered."""
+    rows = np.logical_and.reduce([total.any(1) for _, total in cells])
+    return [(correct[rows], total[rows]) for correct, total in cells]
 
 
 def _categories(asked: Sequence[Sequence[Question]]) -> list[str]:
@@ -88,13 +108,16 @@ def _categories(asked: Sequence[Sequence[Question]]) -> list[str]:
 def _summarize_cell(
     index: int, cell: Cell, used: Sequence[Row], asked: Mapping[str, Sequence[Question]]
 ) -> dict[str, Any]:
-    parts = [row["cells"][index] for row in used]
-    questions = [question for listed in asked.values() for question in listed]
-    categories = _categories(list(asked.values()))
-    correct, total = count_answers(parts, list(asked.values()), categories)
-    estimates = estimate_shares(correct, total)
-    first, later = _ttft_seconds(parts, list(asked.values()))
-    budgets, visual = ([part[key] for part in parts] for key in ("budget_tokens", "visual_tokens"))
+    own = [row for row in used if row["cells"][index]["status"] == "ok"]
+    parts, listed = [row["cells"][index] for row in own], [asked[row["video"]] for row in own]
+    questions = [question for questions in listed for question in questions]
+    correct, total = count_answers(parts, listed, _categories(listed))
+    estimates = estimate_shares(correct, total) if parts else None
+    groups = dict(zip(_categories(listed), estimates.groups, strict=True)) if estimates else {}
+    first, later = _ttft_seconds(parts, listed)
+    budgets, visual, context = (
+        [part[key] for part in parts] for key in ("budget_tokens", "visual_tokens", "context_tokens")
+    )
     return {
         "method": cell.method,
         "label": cell.label or None,
@@ -103,27 +126,34 @@ def _summarize_cell(
         "adapter_sha256": cell.adapter_sha256,
         "budget": None if cell.budget is None else cell.budget.number,
         "budget_tokens": _mean(budgets),
-        "budget_tokens_max": max(budgets),
+        "budget_tokens_max": _max(budgets),
         "visual_tokens": _mean(visual),
-        "visual_tokens_max": max(visual),
-        "context_tokens": _mean([part["context_tokens"] for part in parts]),
+        "visual_tokens_max": _max(visual),
+        "context_tokens": _mean(context),
+        "num_videos": len(parts),
+        "failed": [
+            {"video": row["video"], "message": row["cells"][index]["message"]}
+            for row in used
+            if row["cells"][index]["status"] == "failed"
+        ],
         "num_questions": len(questions),
-        **_describe(estimates.overall),
+        **_describe(estimates.overall if estimates else None),
         "chance": _chance(questions),
-        "mean_over_categories": _describe(estimates.mean_over_groups),
+        "mean_over_categories": _describe(estimates.mean_over_groups if estimates else None),
         "by_category": {
-            category: {
-                "num_questions": int(total[:, k].sum()),
-                **_describe(estimates.groups[k]),
-                "chance": _chance([q for q in questions if q.category == category]),
-            }
-            for k, category in enumerate(categories)
+            category: _describe_category(groups.get(category), [q for q in questions if q.category == category])
+            for category in _categories(list(asked.values()))
         },
         "compress_s": _median([part["compress_s"] for part in parts]),
         "prefill_s": _median([part["prefill_s"] for part in parts]),
         "ttft_s": _median(first),
         "next_ttft_s": _median(later),
+        **{key: _max([part[key] for part in parts]) for key in ("kv_cache_bytes", "peak_memory_bytes")},
     }
+
+
+def _describe_category(estimate: Estimate | None, questions: Sequence[Question]) -> dict[str, Any]:
+    return {"num_questions": len(questions), **_describe(estimate), "chance": _chance(questions)}
 
 
 def count_answers(
@@ -146,39 +176,56 @@ def _ttft_seconds(parts: Sequence[Row], asked: Sequence[Sequence[Question]]) -> 
     return [seconds[0] for seconds in listed], [s for seconds in listed for s in seconds[1:]]
 
 
-def _add_retention(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to every accuracy its share of the full-token run's; ``None`` if that was not run, or is 0."""
-    full = next((row for row in rows if row["method"] == "full"), None)
-    for row in rows:
-        row["retention"] = _ratio(row, full)
-        row["mean_over_categories"]["retention"] = _ratio(
-            row["mean_over_categories"], full and full["mean_over_categories"]
-        )
-        for category, part in row["by_category"].items():
-            part["retention"] = _ratio(part, full and full["by_category"][category])
-    return rows
+def _add_retention(
+    rows: Sequence[dict[str, Any]], cells: Sequence[Cell], used: Sequence[Row], asked: Mapping[str, Sequence[Question]]
+) -> None:
+    """Add to every accuracy of ``rows`` its share of the full-token run's; ``None`` if that was not run, or is 0."""
+    full = next((i for i, cell in enumerate(cells) if cell.method == "full"), None)
+    base = None if full is None else _count_cell(full, used, asked)
+    for index, row in enumerate(rows):
+        parts = [row, row["mean_over_categories"], *row["by_category"].values()]
+        shares: list[list[float | None]] = [[None] * len(parts)] * 2
+        if base is not None:
+            shares = [_shares_right(*counts) for counts in _keep_shared(_count_cell(index, used, asked), base)]
+        for part, own, of_full in zip(parts, *shares, strict=True):
+            part["retention"] = own / of_full if own is not None and of_full else None
 
 
-def _ratio(part: Row, full: Row | None) -> float | None:
-    return part["accuracy"] / full["accuracy"] if full and full["accuracy"] else None
+def _shares_right(correct: np.ndarray, total: np.ndarray) -> list[float | None]:
+    """Return the shares of right answers: of all, the mean of categories, and each category; ``None`` without
+    questions."""
+    by_category = [float(c / t) if t else None for c, t in zip(correct.sum(0), total.sum(0), strict=True)]
+    known = np.array([share for share in by_category if share is not None])
+    if not len(known):
+        return [None, None, *by_category]
+    return [float(correct.sum() / total.sum()), float(known.mean()), *by_category]
 
 
-def _describe(estimate: Estimate) -> dict[str, float | None]:
-    return {"accuracy": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
+def _describe(estimate: Estimate | None) -> dict[str, float | None]:
+    return dict(zip(("accuracy", "ci_low", "ci_high"), _figures(estimate), strict=True))
 
 
-def _describe_difference(estimate: Estimate) -> dict[str, float | None]:
-    return {"difference": estimate.value, "ci_low": estimate.low, "ci_high": estimate.high}
+def _describe_difference(estimate: Estimate | None) -> dict[str, float | None]:
+    return dict(zip(("difference", "ci_low", "ci_high"), _figures(estimate), strict=True))
 
 
-def _chance(questions: Sequence[Question]) -> float:
-    """Accuracy of guessing: one over the number of options, or 0 for a free answer."""
+def _figures(estimate: Estimate | None) -> tuple[float | None, ...]:
+    return (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+
+
+def _chance(questions: Sequence[Question]) -> float | None:
+    """Accuracy of guessing: one over the number of options, or 0 for a free answer. ``None`` without questions."""
     return _mean([1 / len(question.choices) if question.choices else 0.0 for question in questions])
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
+
+
+def _max(values: Sequence[float | None]) -> float | None:
+    """The largest of the values that are known."""
+    return max((value for value in values if value is not None), default=None)

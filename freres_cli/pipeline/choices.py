@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from pathlib import Path
 
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
+from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.errors import UsageError
+from freres_cli.evaluation.cells import Cell, parse_cells
 from freres_cli.presets import BUNDLED, Settings
 
 
@@ -50,7 +53,22 @@ def choose_method(named: str | None, settings: Settings) -> str:
 
 def find_bundle_method(name: str, where: str = "--method") -> Method:
     """Return a method that can make bundles. ``where``: what named it. Raises ``UsageError``."""
+    refuse_unavailable(name, where)
     if name not in BUNDLE_METHODS:
         hint = f"{name} is for freres eval" if name in METHODS else "see: freres methods"
         raise UsageError(f"{where}: expected one of {', '.join(BUNDLE_METHODS)}, got {name}", hint)
     return METHODS[name]
+
+
+def choose_cells(methods: str, budgets: str, names: Iterable[str]) -> tuple[Cell, ...]:
+    """Return what a verb compares, from its --methods and --budgets. ``names``: the methods it takes. Raises
+    ``UsageError``."""
+    for name in methods.split(","):
+        refuse_unavailable(name.strip(), "--methods")
+    return parse_cells(methods, budgets, {name: METHODS[name].has_budget for name in names})
+
+
+def refuse_unavailable(name: str, where: str) -> None:
+    """Refuse a published system that is not here, and say why. ``where``: what named it. Raises ``UsageError``."""
+    if (system := UNAVAILABLE.get(name.lower())) is not None:
+        raise UsageError(f"{where}: {name} is not here: {system.reason}", f"it would take {system.needs}")

@@ -13,6 +13,7 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.refining import REFINER
 from freres_cli.pipeline.session import Session
 from freres_cli.pipeline.tokens import with_deep_rows
+from freres_cli.records import VideoTokens
 
 
 def make_method_session(
@@ -25,11 +26,22 @@ def make_method_session(
 ) -> Session:
     """Return a session about a clip in which ``method`` decides the visual tokens.
 
-    A method that needs the question gets every token of the clip, and the session picks ``budget_tokens`` of them for
-    each question. ``clip``: the encoded clip. ``model``: the language half. ``text_after``: as in ``Session``.
-    ``modules``: trained modules for Fre-Res.
+    ``clip``: the encoded clip. ``budget_tokens``: how many are kept. ``model``: the language half. ``text_after``: as in
+    ``Session``. ``modules``: trained modules for Fre-Res.
     """
     tokens = clip.build_tokens(method, budget_tokens, modules)
+    return open_method_session(clip, tokens, method, budget_tokens, model, text_after)
+
+
+def open_method_session(
+    clip: EncodedClip, tokens: VideoTokens, method: str, budget_tokens: int, model: LanguageModel, text_after: str
+) -> Session:
+    """Return a session about the tokens that ``method`` made of a clip.
+
+    A method that needs the question makes every token of the clip, and the session picks ``budget_tokens`` of them for
+    each question. ``clip``, ``budget_tokens``, ``model``, ``text_after``: as in ``make_method_session``. ``tokens``: of
+    ``EncodedClip.build_tokens``.
+    """
     return Session(
         model,
         with_deep_rows(tokens, model.num_deep_layers),

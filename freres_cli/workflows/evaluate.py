@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +13,8 @@ import torch
 
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.bench.clock import StageTimer
+from freres_cli.baselines.registry import METHODS
+from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError
 from freres_cli.evaluation.cells import Cell
@@ -30,6 +33,7 @@ from freres_cli.pipeline.session import Session, refuse_control_tokens
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
 from freres_cli.video.probe import hash_file
+from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
 from freres_cli.world.make import is_world_clip
 
 MAX_ANSWER_TOKENS = 16
@@ -44,8 +48,8 @@ class EvalRequest:
 
     ``questions``: the questions file. ``cells``: the methods and budgets to compare. ``options``: model, device and
     settings. ``output``: the results file, which is continued if it holds the same run; ``None`` keeps the results in
-    memory. ``force``: start over if ``output`` holds something else. ``remedy``: the hint shown if it does and ``force``
-    is off. ``max_answer_tokens``: most tokens of a free answer.
+    memory. ``force``: start over if ``output`` holds something else, and replace ``files``. ``remedy``: the hint shown if
+    it does and ``force`` is off. ``max_answer_tokens``: most tokens of a free answer. ``files``: what to write at the end.
     """
 
     questions: QuestionFile
@@ -55,6 +59,7 @@ class EvalRequest:
     force: bool = False
     remedy: str = REMEDY
     max_answer_tokens: int = MAX_ANSWER_TOKENS
+    files: EvalFiles = NO_FILES
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,15 @@ class EvalResult:
 
 
 def evaluate(request: EvalRequest, progress: Progress | None = None, models: Models | None = None) -> EvalResult:
-    """Ask every question with every method, and summarize the answers.
+    """Ask every question with every method, summarize the answers, and write the files that are asked for.
 
-    A video that cannot be used becomes a failed row, and its questions count for no method. ``progress``: called with
-    the number of videos done and the number of all videos. ``models``: a model that is already loaded. Raises
-    ``VideoError`` if no video could be used, ``UsageError`` for a question that holds a control token of the model, and
-    ``BackboneError`` for a method that cannot prune its decoder.
+    A video that cannot be used becomes a failed row, and its questions count for no method. A method that fails on a
+    video at a budget loses that video in that row of the results only. ``progress``: called with the number of videos
+    done and the number of all videos. ``models``: a model that is already loaded. Raises ``VideoError`` if no video could
+    be used, and ``UsageError`` for a question that holds a control token of the model or a file that cannot be
+    written, and ``BackboneError`` for a method that cannot prune its decoder.
     """
+    request.files.check(request.force, (request.questions.path, request.output))
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
     refuse_control_tokens(request.questions.places(), model)
@@ -106,6 +113,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
             else "compare the folder with freres-benchmarks(7)",
         )
     summary = summarize(request.questions, rows, request.cells)
+    request.files.write(summary, request.force)
     # This opens every file again, so it is done only for the bundled model.
     is_known = request.options.model.name != BUNDLED or all(
         is_world_clip(videos[row["video"]][0].video) for row in rows if row["status"] == "ok"
@@ -164,7 +172,7 @@ def evaluate_video(
     about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path.
     """
     first = questions[0]
-    video = first.video
+    video, model = first.video, models.language_model
     options = replace(request.options, start_s=first.start_s, end_s=first.end_s)
     timer = StageTimer(torch.device(request.options.model.device.name))
     row: dict[str, Any] = {"video": name, "status": "ok", "message": None}
@@ -176,12 +184,35 @@ def evaluate_video(
             clip = EncodedClip(VideoSource(video), options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
-                _ask_cell(cell, clip, request, questions, models.language_model, modules, timer)
+                _try_cell(cell, lambda cell: _ask_cell(cell, clip, request, questions, model, modules, timer))
                 for cell in request.cells
             ]
     except FreresError as error:
         return {"video": name, "status": "failed", "message": error.message}
+    if all(part["status"] == "failed" for part in row["cells"]):
+        return {"video": name, "status": "failed", "message": row["cells"][0]["message"]}
     return row | {"decode_s": timer.seconds["decode"], "encode_s": timer.seconds["encode"]}
+
+
+def _try_cell(cell: Cell, ask: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``ask`` returns of a cell, or why it failed: one method must not lose the answers of the others."""
+    try:
+        with memory_errors_as(cell.name, "use a smaller --dtype, or leave it out"):
+            return ask(cell)
+    except Exception as error:
+        budget = None if cell.budget is None else cell.budget.number
+        message = describe_failure(error, cell.name)
+        return {"method": cell.method, "budget": budget, "status": "failed", "message": message, "answers": {}}
+
+
+def describe_failure(error: Exception, name: str) -> str:
+    """Return why a method failed on a video, in a line. ``name``: the method and its budget. FRERES_DEBUG=1 lets an
+    unexpected error through, with its traceback."""
+    if isinstance(error, FreresError):
+        return error.message if error.message.startswith(name) else f"{name}: {error.message}"
+    if os.environ.get("FRERES_DEBUG") == "1":
+        raise error
+    return f"{name}: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _ask_cell(
@@ -202,20 +233,29 @@ def _ask_cell(
         budget_tokens = cell.budget.tokens(clip.full_tokens)
     assert budget_tokens is not None
     timer.seconds.pop("compress", None)
+    # Resident memory of a process cannot be told apart by cell: what one frees, the next may use.
+    memory = PeakMemory(model.device) if model.device.type == "cuda" else None
     own = clip.with_settings(dict(cell.settings)) if cell.settings else clip
     text_after = request.options.settings.text_after
     session = make_method_session(own, cell.method, budget_tokens, model, text_after, modules.get(cell.adapter))
     answers: dict[str, tuple[str, bool, float]] = {}
+    contexts = []
     for question in questions:
         said = _ask(session, question, request)
         assert said.ttft_s is not None
+        contexts.append(said.num_context_tokens)
         answers[question.id] = (said.text, request.questions.is_right(said.text, question), said.ttft_s)
+    # Pruning in the decoder leaves its layers caches of different lengths.
+    has_even_cache = "decoder layers" not in METHODS[cell.method].needs
     return {
         "method": cell.method,
         "budget": None if cell.budget is None else cell.budget.number,
+        "status": "ok",
         "budget_tokens": budget_tokens,
         "visual_tokens": said.num_visual_tokens,
-        "context_tokens": said.num_context_tokens,
+        "context_tokens": statistics.fmean(contexts),
+        "kv_cache_bytes": max(contexts) * model.kv_bytes_per_token if has_even_cache else None,
+        "peak_memory_bytes": None if memory is None else memory.read_bytes(),
         "compress_s": timer.seconds["compress"] + session.refine_s,
         "prefill_s": session.prefill_s,
         "answers": answers,

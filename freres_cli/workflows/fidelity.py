@@ -32,6 +32,7 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.records import VideoTokens
 
 Rebuild = Callable[[slice], Tensor]
 Progress = Callable[[int, int], None]
@@ -134,18 +135,23 @@ def rebuild_clip(clip: EncodedClip, method: str, budget_tokens: int) -> tuple[in
     Fre-Res is rebuilt from its tracks, by either reader. If a method reads frames more densely than the clip, each frame
     is compared with the one of them that is nearest in time.
     """
-    times = torch.tensor(clip.pts_seconds, dtype=torch.float64)
     if method == FRE_RES:
+        times = torch.tensor(clip.pts_seconds, dtype=torch.float64)
         tracks = clip.build_tracks(budget_tokens)
         frames = rebuild_frames(tracks)
         nearest = find_nearest(tracks.frame_seconds, times)
         return sum(tracks.num_tokens_by_kind().values()), dict.fromkeys(READERS, lambda part: frames[nearest[part]])
     tokens = clip.build_tokens(method, budget_tokens)
+    return len(tokens), rebuild_tokens(clip, tokens)
+
+
+def rebuild_tokens(clip: EncodedClip, tokens: VideoTokens) -> dict[str, Rebuild]:
+    """Return the clip as each reader rebuilds it from visual tokens, at the times of the clip's frames."""
     readings = {name: read(tokens) for name, read in READERS.items()}
     if tokens.grid[0] == clip.num_frames:
-        return len(tokens), {name: reading.frames for name, reading in readings.items()}
-    near = find_nearest(tokens.frame_seconds, times)
-    return len(tokens), {name: partial(_frames_at, reading, near) for name, reading in readings.items()}
+        return {name: reading.frames for name, reading in readings.items()}
+    near = find_nearest(tokens.frame_seconds, torch.tensor(clip.pts_seconds, dtype=torch.float64))
+    return {name: partial(_frames_at, reading, near) for name, reading in readings.items()}
 
 
 def _frames_at(reading: Reading, frames: Tensor, part: slice) -> Tensor:

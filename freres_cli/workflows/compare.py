@@ -1,0 +1,185 @@
+"""A video and questions -> what each method makes of them, side by side. The video is decoded and encoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freres_cli.baselines.registry import FRE_RES, METHODS
+from freres_cli.bench.clock import StageTimer
+from freres_cli.devices import memory_errors_as
+from freres_cli.errors import FreresError, UsageError
+from freres_cli.evaluation.cells import Cell
+from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss, share_kept
+from freres_cli.method.fusion import FreResModules
+from freres_cli.pipeline.adapters import load_adapter
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.method_session import check_methods, open_method_session
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.notes import describe_limits
+from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.session import Query, Session, refuse_control_tokens
+from freres_cli.records import VideoTokens
+from freres_cli.workflows.evaluate import describe_failure
+from freres_cli.workflows.fidelity import rebuild_clip, rebuild_tokens
+from freres_cli.world.make import is_world_clip
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What to compare.
+
+    ``video``: the file. ``cells``: the methods and budgets. ``options``: model, device and settings. ``queries``: the
+    questions; without any, the language model is not loaded. ``adapter``: trained modules for Fre-Res.
+    ``max_new_tokens``: most tokens of a free answer.
+    """
+
+    video: Path
+    cells: tuple[Cell, ...]
+    options: CompressOptions
+    queries: tuple[Query, ...] = ()
+    adapter: Path | None = None
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What was found: ``rows``, one for each cell, and facts about the clip. ``model``: the encoder's fingerprint.
+    ``dtype``: of its latents. ``notes``: what the user should know."""
+
+    rows: list[dict[str, Any]]
+    num_frames: int
+    full_tokens: int
+    decode_s: float
+    encode_s: float
+    model: dict[str, Any]
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+
+def compare(request: CompareRequest, models: Models | None = None) -> CompareResult:
+    """Encode the video once; then let every method make its tokens, measure what they keep, and ask every question.
+
+    A method that fails is a row that says why. ``models``: a model that is already loaded. Raises ``UsageError`` for a
+    method that needs a question where there is none, ``VideoError`` for a video that cannot be read, and
+    ``FreresError`` if every method fails.
+    """
+    for cell in request.cells:
+        if not (METHODS[cell.method].is_question_blind or request.queries):
+            raise UsageError(f"--methods: {cell.method} needs a question, got none", "ask one with --question")
+    models = models or Models(request.options.model)
+    notes: list[str] = []
+    modules = None
+    if request.queries:
+        model = models.language_model
+        check_methods([cell.method for cell in request.cells], model)
+        refuse_control_tokens([("--question", query.texts) for query in request.queries], model)
+        if request.adapter is not None:
+            modules = load_adapter(request.adapter, model.fingerprint).modules.to(model.device)
+        notes += [*describe_limits(request.options.model.name, is_world_clip(request.video)), *model.notes]
+    encoder = models.encoder
+    timer = StageTimer(torch.device(request.options.model.device.name))
+    with memory_errors_as(f"video {request.video}", "compare a shorter part, or use a smaller --dtype"):
+        clip = EncodedClip(VideoSource(request.video), request.options, encoder, timer)
+        energy = measure_energy(clip.latents, encoder.width)
+    rows = [_try_cell(cell, clip, energy, request, models, modules, timer) for cell in request.cells]
+    if all(row["status"] == "failed" for row in rows):
+        raise FreresError(f"{request.video}: every method failed: {rows[0]['message']}", "try a smaller budget")
+    return CompareResult(
+        rows,
+        clip.num_frames,
+        clip.full_tokens,
+        timer.seconds["decode"],
+        timer.seconds["encode"],
+        dict(encoder.fingerprint),
+        encoder.dtype,
+        tuple(dict.fromkeys((*notes, *encoder.notes))),
+    )
+
+
+def _try_cell(
+    cell: Cell,
+    clip: EncodedClip,
+    energy: float,
+    request: CompareRequest,
+    models: Models,
+    modules: FreResModules | None,
+    timer: StageTimer,
+) -> dict[str, Any]:
+    """Return the row of one method at one budget; if it fails, with the reason and what was known by then."""
+    budget_tokens = {"full": clip.full_tokens, "blind": 0}.get(cell.method, 0)
+    if cell.budget is not None:
+        budget_tokens = cell.budget.tokens(clip.full_tokens)
+    figures = ("visual_tokens", "context_tokens", "kept_hold", "kept_linear", "compress_s", "prefill_s", "ttft_s")
+    row: dict[str, Any] = {
+        "method": cell.method,
+        "budget": None if cell.budget is None else cell.budget.number,
+        "status": "ok",
+        "message": None,
+        "budget_tokens": budget_tokens,
+        "full_tokens": clip.full_tokens,
+        **dict.fromkeys(figures),
+        "answers": [],
+        "notes": [],
+    }
+    try:
+        with memory_errors_as(cell.name, "use a smaller --dtype, or leave it out"):
+            timer.seconds.pop("compress", None)
+            tokens = clip.build_tokens(cell.method, budget_tokens, modules)
+            row |= {"visual_tokens": len(tokens), "compress_s": timer.seconds["compress"]}
+            # A method that needs the question has its own tokens for each.
+            if METHODS[cell.method].is_question_blind:
+                row |= _measure_kept(cell.method, clip, tokens, energy, budget_tokens)
+            if request.queries:
+                text_after = request.options.settings.text_after
+                session = open_method_session(
+                    clip, tokens, cell.method, budget_tokens, models.language_model, text_after
+                )
+                row |= _ask(session, request)
+                row["compress_s"] += session.refine_s
+    except Exception as error:
+        row |= {"status": "failed", "message": describe_failure(error, cell.name)}
+    return row
+
+
+def _measure_kept(
+    method: str, clip: EncodedClip, tokens: VideoTokens, energy: float, budget_tokens: int
+) -> dict[str, float | None]:
+    """Return the share of energy that each reader rebuilds, as ``freres fidelity`` has it; ``None`` without tokens."""
+    if not len(tokens):
+        return {}
+    # Fre-Res is rebuilt from its tracks, which its tokens no longer are.
+    own = rebuild_clip(clip, method, budget_tokens)[1] if method == FRE_RES else rebuild_tokens(clip, tokens)
+    lost = {reader: float(measure_loss(clip.latents, own[reader], tokens.width).sum()) for reader in READERS}
+    return {f"kept_{reader}": share_kept(lost[reader], energy) for reader in READERS}
+
+
+def _ask(session: Session, request: CompareRequest) -> dict[str, Any]:
+    """Return what the language model says to each question, and what that costs."""
+    answers = [
+        session.ask(query.question, choices=query.choices, max_new_tokens=request.max_new_tokens)
+        for query in request.queries
+    ]
+    return {
+        "visual_tokens": max(answer.num_visual_tokens for answer in answers),
+        "context_tokens": max(answer.num_context_tokens for answer in answers),
+        "prefill_s": session.prefill_s,
+        "ttft_s": answers[0].ttft_s,
+        "notes": [*session.notes, *dict.fromkeys(note for answer in answers for note in answer.notes)],
+        "answers": [
+            {
+                "question": query.question,
+                "answer": answer.text,
+                "choices": answer.choices,
+                "context_tokens": answer.num_context_tokens,
+                "new_tokens": answer.num_new_tokens,
+                "finish_reason": answer.finish_reason,
+                "ttft_s": answer.ttft_s,
+            }
+            for query, answer in zip(request.queries, answers, strict=True)
+        ],
+    }

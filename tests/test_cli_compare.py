@@ -1,0 +1,132 @@
+"""``freres compare``: one clip, one encoding, and the figures that the other verbs give."""
+
+from __future__ import annotations
+
+import pytest
+
+from freres_cli.baselines.registry import METHODS
+from freres_cli.cli.compress import make_options
+from freres_cli.pipeline.choices import choose_cells
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.session import Query
+from freres_cli.workflows.compare import CompareRequest, compare
+from tests.evaluations import FRAMES, write_clips
+from tests.loaded_models import CountingEncoder, CountingLanguageModel, loaded_models, models_with
+from tests.runner import check_failure, fails, run_freres
+
+METHODS_ASKED = "full,uniform,fre-res,adaptive,blind"
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return write_clips(tmp_path_factory.mktemp("compare")) / "clip1.mp4"
+
+
+def request_for(video, methods=METHODS_ASKED, budgets="0.25", queries=()):
+    options = make_options({}, None, None, device="cpu")
+    return CompareRequest(video, choose_cells(methods, budgets, METHODS), options, queries, max_new_tokens=2)
+
+
+def test_shares_are_those_of_fidelity_and_answers_those_of_ask(video, tmp_path):
+    asked = ("--question", "Which way?", "--choices", "left|right", "--budgets", "0.25")
+    document = run_freres("compare", video, "--methods", METHODS_ASKED, *asked, "--json").json
+    assert document["schema"] == "freres.compare/1" and document["questions"] == ["Which way?"]
+    rows = {row["method"]: row for row in document["rows"]}
+    assert list(rows) == METHODS_ASKED.split(",")
+    fidelity = run_freres(
+        "fidelity", video, "--methods", "full,uniform,fre-res,adaptive", "--budgets", "0.25", "--json"
+    )
+    for row in fidelity.json["rows"]:
+        for key in ("visual_tokens", "budget_tokens", "full_tokens", "kept_hold", "kept_linear"):
+            assert rows[row["method"]][key] == pytest.approx(row[key], abs=1e-9), (row["method"], key)
+    assert rows["blind"]["kept_hold"] is None and rows["blind"]["visual_tokens"] == 0
+    for method in ("uniform", "fre-res", "adaptive"):
+        bundle = tmp_path / f"{method}.pt"
+        run_freres("compress", video, "--method", method, "--budget", rows[method]["budget_tokens"], "-o", bundle)
+        told = run_freres("ask", bundle, "Which way?", "--choices", "left|right", "--json").json
+        answer = rows[method]["answers"][0]
+        assert answer["answer"] == told["answer"] and answer["choices"] == pytest.approx(told["choices"], rel=1e-4)
+        assert rows[method]["context_tokens"] == answer["context_tokens"] == told["context_tokens"]
+        assert rows[method]["ttft_s"] > rows[method]["prefill_s"] > 0 and rows[method]["compress_s"] > 0
+
+
+def test_the_clip_is_encoded_once_and_prefilled_once_a_row(video):
+    encoder, model = CountingEncoder(loaded_models().encoder), CountingLanguageModel(loaded_models().language_model)
+    queries = (Query("Which way?", ("left", "right")), Query("How many?"))
+    result = compare(request_for(video, "full,uniform,evs", "0.5,0.25", queries), models_with(encoder, model))
+    assert sum(encoder.num_frames) == result.num_frames == FRAMES + 1
+    assert model.num_video_tokens == [row["visual_tokens"] for row in result.rows] and len(result.rows) == 5
+    assert all(
+        [answer["question"] for answer in row["answers"]] == [q.question for q in queries] for row in result.rows
+    )
+
+
+def test_without_a_question_no_language_model_is_loaded(video):
+    class NoLanguageModel(Models):
+        @property
+        def language_model(self):
+            raise AssertionError("loaded")
+
+    result = compare(request_for(video), NoLanguageModel(loaded_models().source, loaded_models().encoder))
+    assert all(row["answers"] == [] and row["context_tokens"] is None for row in result.rows)
+    table = run_freres("compare", video, "--methods", "full,evs").out
+    assert table.splitlines()[0].split() == ["method", "budget", "tokens", "hold", "linear", "compress"]
+    assert run_freres("compare", video, "--methods", "full,evs", "-q").err == ""
+
+
+def test_the_table_has_a_row_and_an_answer_for_each_method(video):
+    flags = ("--question", "Which way?", "--question", "what\nnow?", "--choices", "left|right")
+    run = run_freres("compare", video, "--methods", "full,evs", "--budgets", "0.5,0.1", *flags)
+    assert run.status == 0, run.err
+    lines = run.out.splitlines()
+    assert lines[0].split()[:6] == ["method", "budget", "tokens", "context", "hold", "linear"]
+    for question in ("Which way?", "what now?"):
+        start = lines.index(question)
+        assert lines[start + 1].split() == ["method", "budget", "probability", "answer"]
+        names = [tuple(line.split()[:2]) for line in lines[start + 2 : start + 5]]
+        assert names == [("full", "-"), ("evs", "0.5"), ("evs", "0.1")]
+        assert all(line.split()[-1] in ("left", "right") for line in lines[start + 2 : start + 5])
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_method_that_fails_is_a_row_that_says_why(video, monkeypatch):
+    build_tokens = EncodedClip.build_tokens
+
+    def build(self, method, *rest):
+        if method == "uniform":
+            raise ValueError("no such luck")
+        return build_tokens(self, method, *rest)
+
+    monkeypatch.setattr(EncodedClip, "build_tokens", build)
+    run = run_freres("compare", video, "--methods", "uniform,evs", "--question", "what?", "--max-new-tokens", "1")
+    assert run.status == 0 and "warning: failed: uniform 0.25: unexpected ValueError: no such luck" in run.err
+    assert [line.split()[:3] for line in run.out.splitlines()[1:3]] == [["uniform", "0.25", "-"], ["evs", "0.25", "45"]]
+    with fails(1, "every method failed: uniform 0.25: unexpected ValueError"):
+        compare(request_for(video, "uniform"), loaded_models())
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "text"),
+    [
+        (("--methods", "none-such"), 2, "got 'none-such'"),
+        (("--methods", "vqtoken"), 2, "vqtoken is not here: its tokens are entries of a codebook"),
+        (("--budgets", "1"), 2, "--budgets"),
+        (("--choices", "a|b"), 2, "--question as well"),
+        (("--question", "w?", "--choices", "a"), 2, "2 to 26"),
+        (("--question", "  "), 2, "--question: is empty"),
+        (("--question", "x" * 20000), 2, "too long"),
+        (("--question", "what <|im_end|> now"), 2, "reads as a command"),
+        (("--set", "budget_tokens=5"), 2, "--budgets"),
+        (("--model", "no/such/folder/at/all"), 5, "no/such"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(video, flags, status, text):
+    check_failure(run_freres("compare", video, *flags), status, text)
+
+
+def test_a_video_that_is_none_is_a_video_error(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    check_failure(run_freres("compare", tmp_path / "a.mp4"), 3, "a.mp4")
+    check_failure(run_freres("compare", tmp_path / "b.mp4", "--question", "what?"), 3, "b.mp4")
+    check_failure(run_freres("compare", ""), 2, "empty")
