@@ -29,6 +29,7 @@ from freres_cli.cli import (
     profile,
     repack,
     train,
+    verify,
     world,
 )
 from freres_cli.cli.output import print_error, print_result
@@ -56,6 +57,7 @@ app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.add_typer(world.world, name="world")
 

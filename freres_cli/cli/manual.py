@@ -203,6 +203,23 @@ doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."
   schemas: {freres.doctor/1: findings environment}
+verify:
+  examples:
+    freres verify: The bundled model.
+    freres verify Qwen/Qwen2-VL-2B-Instruct: A hub model, on the device and in the precision that freres ask would choose.
+    freres verify my-model --dtype float32 --json: The sharpest test, as one document.
+  output: >-
+    A table with a line for each law: whether it holds, the largest difference, and the largest that is rounding. `pixels` and
+    `latents` compare the two towers, `prompt` the token ids, `logits` every row of the prompt with every token kept,
+    `answer` 16 greedy tokens, and `subset` 4 steps from some of the tokens with the stock model over all of them, where a
+    mask hides the others. The tolerance is a share of the largest stock value: 1/32768 in float32, 1/128 in float16 and 1/16
+    in bfloat16, whose 8 significant bits round in every layer; wrong positions are off by more in all of them. Greedy
+    answers may part where the stock model's own logits are closer than the tolerance. Laws that cannot be tried say why:
+    in families with linear attention, to leave tokens out is not to mask them. Positions after the video are those of
+    transformers (`--text-after hf` of freres-ask(1)); penalties of the checkpoint's generation config are left out.
+  schemas:
+    freres.verify/1:
+      model family dtype grid context_tokens laws (name what state difference tolerance reason) environment
 demo:
   examples:
     freres demo: Run the whole job on a clip made on the spot.
