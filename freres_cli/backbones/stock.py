@@ -104,6 +104,7 @@ class StockPath:
     def forward_inputs(self, ids: Tensor) -> dict[str, Any]:
         """The arguments of the stock model for the clip and a prompt, (1, L), that may go on after the question."""
         kinds = (ids == self.pad).int() * 2
+        inputs: dict[str, Any]
         if self.family in _QWEN:
             inputs = {
                 "pixel_values_videos": self.pixels,

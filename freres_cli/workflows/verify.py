@@ -141,7 +141,10 @@ def choose_subset(num_cells: int) -> Tensor:
 
 @torch.no_grad()
 def run_stock(models: Models, frames: Tensor, size: FrameSize, keep: Tensor) -> StockResult:
-    """Run the stock model, with inputs from the stock processors, and free it."""
+    """Run the stock model, with inputs from the stock processors, and free it.
+
+    ``models``: which model. ``frames``: (n, h, w, 3) uint8, of ``size``. ``keep``: the tokens of the law ``subset``.
+    """
     sizes: Any = models.weightless_encoder
     checkpoint, family = models.checkpoint, models.checkpoint.model_type
     patch_px, side_patches = getattr(sizes, "patch_px", 0), getattr(sizes, "merge", 1)
@@ -193,7 +196,10 @@ def compare_vision(models: Models, frames: Tensor, stock: StockResult) -> list[L
 
 @torch.no_grad()
 def compare_language(models: Models, frames: Tensor, stock: StockResult, keep: Tensor) -> list[Law]:
-    """The laws of the language half, which is loaded here."""
+    """The laws of the language half, which is loaded here.
+
+    ``models``, ``frames``, ``keep``: as ``run_stock`` takes them. ``stock``: what that gave.
+    """
     names = ("prompt", "logits", "answer", "subset")
     if stock.ids is None:
         return [not_run(name, stock.reason or "") for name in names]
@@ -280,7 +286,7 @@ def largest(ours: Tensor, expected: Tensor) -> float:
 
 
 def judge(name: str, difference: float, tolerance: float, reason: str | None = None) -> Law:
-    """The law that this difference is at most the tolerance."""
+    """The law ``name``: ``difference`` is at most ``tolerance``. ``reason``: what else a reader should know."""
     state = "holds" if difference <= tolerance else "fails"
     return Law(name, LAWS[name], state, difference, tolerance, reason)
 
