@@ -49,6 +49,13 @@ KEYS: dict[str, Key] = {
     "sample": Key(str, "native", "which frames are read", choices=SAMPLES),
     "sample_fps": Key(float, None, "frames read per second, with sample: fps", low=1e-6, high=1000.0, optional=True),
     "sample_count": Key(int, None, "frames read from the clip, with sample: count", low=1, optional=True),
+    "still_levels": Key(
+        int,
+        0,
+        "a frame counts as the last one encoded if no sample differs by more levels of 255; 0: only if equal",
+        low=0,
+        high=64,
+    ),
     "track_density": Key(int, 1, "frames read for the residual track per sampled frame", low=1, high=64),
     "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
     "tokens_per_frame": Key(int, 576, "maximum tokens per frame, with grid: auto", low=1),
@@ -84,6 +91,7 @@ class Settings:
     sample: str
     sample_fps: float | None
     sample_count: int | None
+    still_levels: int
     track_density: int
     grid: str
     tokens_per_frame: int

@@ -54,12 +54,14 @@ class Frames:
 
     ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: presentation time of each, in seconds on the file's
     own clock. ``source_index``: index of the frame in the file, in display order, from 0. A source frame that is on
-    screen at several sampled instants appears once for each of them, with the same ``source_index``.
+    screen at several sampled instants appears once for each of them, with the same ``source_index``. ``picture_index``:
+    ``source_index`` of the first frame that shows the same picture; equal indices mean equal ``pixels``.
     """
 
     pixels: Tensor
     pts_seconds: tuple[float, ...]
     source_index: tuple[int, ...]
+    picture_index: tuple[int, ...]
 
     def __post_init__(self) -> None:
         n = self.pixels.shape[0]
@@ -68,8 +70,8 @@ class Frames:
             f"pixels: expected (n, h, w, 3), got {tuple(self.pixels.shape)}",
         )
         _require(
-            len(self.pts_seconds) == n and len(self.source_index) == n,
-            "pts_seconds, source_index: expected one for each frame",
+            len(self.pts_seconds) == len(self.source_index) == len(self.picture_index) == n,
+            "pts_seconds, source_index, picture_index: expected one for each frame",
         )
 
 

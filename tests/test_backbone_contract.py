@@ -182,6 +182,22 @@ def test_kv_bytes_per_token_is_what_the_cache_holds(tiny):
     assert held == prefix.num_tokens * tiny.model.kv_bytes_per_token
 
 
+def test_a_chunk_of_the_prefill_is_as_long_as_its_activations_allow(tiny, monkeypatch):
+    outputs = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, out: outputs.append(out.nbytes))
+        for module in tiny.model.decoder.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, tiny.tokens(tiny.keep))
+    for hook in hooks:
+        hook.remove()
+    assert 3 * max(outputs) == prefix.num_tokens * tiny.model.activation_bytes_per_token
+    assert engine.choose_chunk(tiny.model) * tiny.model.activation_bytes_per_token <= engine.PREFILL_CHUNK_BYTES
+    monkeypatch.setattr(engine, "PREFILL_CHUNK_BYTES", 1)
+    assert engine.choose_chunk(tiny.model) == engine.PREFILL_CHUNK_TOKENS
+
+
 # What only some families have
 
 

@@ -126,23 +126,25 @@ def test_a_batch_is_bounded_in_tokens_and_frames(grid):
 
 
 @pytest.mark.parametrize("keeps_all", [False, True])
-def test_a_frame_shown_again_does_not_pass_the_tower_again(keeps_all):
+def test_a_picture_shown_again_does_not_pass_the_tower_again(keeps_all):
     shown = [[0, 0, 1], [1, 1], [2, 3, 3], [3]]
     tower, first = CountingEncoder(MeanTower()), 0
     batches = []
     for indices in shown:
         pixels = torch.tensor(indices, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)
-        batches.append(Frames(pixels, tuple(float(first + i) for i in range(len(indices))), tuple(indices)))
+        batches.append(
+            Frames(pixels, tuple(float(first + i) for i in range(len(indices))), tuple(indices), tuple(indices))
+        )
         first += len(indices)
     found = list(LatentStream(tower, CPU_TIMER, "fake", keeps_all).encode(batches))
-    assert tower.num_frames == [2, 2], "each of four source frames once"
+    assert tower.num_frames == [2, 2], "each of four pictures once"
     for batch, (frames, latents) in zip(batches, found, strict=True):
         assert frames is batch
-        assert latents[:, 0, 0, 0].tolist() == list(batch.source_index)
+        assert latents[:, 0, 0, 0].tolist() == list(batch.picture_index)
 
 
 def test_latents_that_are_not_finite_name_the_model():
-    frames = Frames(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), (0.0,), (0,))
+    frames = Frames(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), (0.0,), (0,), (0,))
     with pytest.raises(BackboneError, match=r"some-model: latents are not finite in torch\.float32"):
         list(LatentStream(InfiniteTower(), CPU_TIMER, "some-model").encode([frames]))
 

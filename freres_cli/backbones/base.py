@@ -120,6 +120,7 @@ class LanguageModel(Protocol):
     max_context_tokens: int
     choices_as: str
     kv_bytes_per_token: int
+    activation_bytes_per_token: int
     num_parameters: int
     stop_ids: frozenset[int]
     tokenizer: Any

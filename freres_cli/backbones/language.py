@@ -159,6 +159,12 @@ class DecoderLanguageModel(ABC):
         num_layers = sum(kind == "full_attention" for kind in kinds)
         return int(2 * num_layers * config.num_key_value_heads * head_width * self.dtype.itemsize)
 
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """Bytes that the widest layer holds for one token of a forward pass: about three outputs, as in a gated MLP."""
+        linears = (module for module in self.decoder.modules() if isinstance(module, nn.Linear))
+        return 3 * max(linear.out_features for linear in linears) * self.dtype.itemsize
+
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
         """The chat prompt around one video and one question, from the tokenizer's template or else the family's own.
 

@@ -51,7 +51,7 @@ class EncodedClip:
     ``source``: the video. ``options``: how to read it; their method is ignored. ``encoder``: the tower. ``timer``: records
     the stages ``decode``, ``encode`` and ``compress``.
 
-    No source frame passes the tower twice. The frames that the settings name are read first. If ``track_density`` is
+    No picture passes the tower twice. The frames that the settings name are read first. If ``track_density`` is
     above 1, Fre-Res reads denser frames below the full budget, and the file is decoded a second time for them.
     """
 
@@ -175,7 +175,7 @@ class EncodedClip:
         parts: list[Tensor] = []
         stream = self._source.open(plan, self._options)
         for frames, latents in self._latents.encode(stream):
-            indices += frames.source_index
+            indices += frames.picture_index
             seconds += frames.pts_seconds
             parts.append(latents)
         if not parts:

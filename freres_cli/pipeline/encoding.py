@@ -65,10 +65,10 @@ class VideoSource:
 
     def open(self, plan: CompressPlan, options: CompressOptions) -> FrameStream:
         """Return the plan's frames, in batches for the tower."""
-        size = count_batch_frames(plan)
+        size, levels = count_batch_frames(plan), options.settings.still_levels
         if isinstance(self.video, FrameArray):
-            return self.video.open(plan.size, size)
-        return decode_frames(self.video, plan.info, plan.sampling, plan.size, size, options.strict)
+            return self.video.open(plan.size, size, levels)
+        return decode_frames(self.video, plan.info, plan.sampling, plan.size, size, options.strict, levels)
 
 
 def count_batch_frames(plan: CompressPlan) -> int:
@@ -77,7 +77,7 @@ def count_batch_frames(plan: CompressPlan) -> int:
 
 
 class LatentStream:
-    """Encodes frames batch by batch. A source frame that is shown again does not pass the tower again.
+    """Encodes frames batch by batch. A picture that is shown again does not pass the tower again.
 
     ``encoder``: the tower. ``timer``: records the stages ``decode`` and ``encode``. ``model``: its name, for messages.
     ``keeps_all``: keep the latents of all frames, on the CPU, for later streams of the same clip; else only those of the
@@ -91,22 +91,22 @@ class LatentStream:
     def encode(self, batches: Iterable[Frames]) -> Iterator[tuple[Frames, Tensor]]:
         """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite."""
         for frames in self._timed(batches):
-            fresh = {n: i for i, n in enumerate(frames.source_index) if n not in self._known}
+            fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
             with self._timer.stage("encode"):
                 if fresh:
                     latents = self._encoder.encode(frames.pixels[list(fresh.values())])
                     self._check_finite(latents)
                     self._known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
-                rows = torch.stack([self._known[n] for n in frames.source_index])
+                rows = torch.stack([self._known[n] for n in frames.picture_index])
             if self._keeps_all:
-                self.share_storage(frames.source_index, rows)
+                self.share_storage(frames.picture_index, rows)
             else:
                 # A row of the batch would keep the whole batch alive.
-                self._known = {frames.source_index[-1]: rows[-1].clone()}
+                self._known = {frames.picture_index[-1]: rows[-1].clone()}
             yield frames, rows
 
     def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
-        """Make the kept latents of these source frames rows of ``latents``, so a clip is in memory only once."""
+        """Make the kept latents of these pictures rows of ``latents``, so a clip is in memory only once."""
         self._known.update(zip(indices, latents, strict=True))
 
     def _timed(self, batches: Iterable[Frames]) -> Iterator[Frames]:

@@ -37,7 +37,7 @@ def build_manifest(
     """
     num_frames = reduction.num_frames
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
-    tokens = describe_tokens(plan, options, reduction)
+    tokens = describe_tokens(plan, options, reduction, report)
     settings = options.recorded_settings
     counts = describe_text(reduction.content, settings.variant, text)
     if not options.has_budget:
@@ -114,8 +114,13 @@ def describe_frames(plan: CompressPlan) -> dict[str, Any]:
     }
 
 
-def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Reduction) -> dict[str, Any]:
-    """Return the token counts of the manifest. Counts that only Fre-Res has are null for other methods."""
+def describe_tokens(
+    plan: CompressPlan, options: CompressOptions, reduction: Reduction, report: DecodeReport
+) -> dict[str, Any]:
+    """Return the token counts of the manifest. Counts that only Fre-Res has are null for other methods.
+
+    ``plan``, ``options``: what was asked for. ``reduction``: what was kept. ``report``: how decoding went.
+    """
     by_kind = count_by_kind(reduction.content)
     per_frame = plan.size.num_tokens
     full = min(plan.baseline_frames, reduction.num_frames) * per_frame
@@ -124,7 +129,7 @@ def describe_tokens(plan: CompressPlan, options: CompressOptions, reduction: Red
     return {
         **token_counts(by_kind, budget_tokens, full),
         "quality": reduction.content.quality if isinstance(reduction.content, Stretches) else None,
-        "encoded_tokens": reduction.num_frames * per_frame,
+        "encoded_tokens": report.num_pictures * per_frame,
         "num_gops": None if tracks is None else int(tracks.gop_anchor_frame.shape[0]),
         "num_coefficients": None if plan.budget is None else plan.budget.num_coefficients,
         "cuts_found": reduction.num_cuts_found,

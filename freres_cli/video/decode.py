@@ -22,6 +22,7 @@ from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
 from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table, video_stream
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
+from freres_cli.video.still import StillDetector, read_planes
 
 # Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
@@ -29,10 +30,12 @@ RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
 @dataclass(frozen=True)
 class DecodeReport:
-    """The outcome of decoding. ``lost_s``: seconds of the requested part that could not be decoded."""
+    """The outcome of decoding. ``num_pictures``: sampled frames that differ from the one before. ``lost_s``: seconds of the
+    requested part that could not be decoded."""
 
     num_frames_decoded: int
     num_frames_sampled: int
+    num_pictures: int
     lost_s: float
     notes: tuple[str, ...] = ()
 
@@ -43,6 +46,7 @@ class _Tally:
 
     num_decoded: int = 0
     num_sampled: int = 0
+    num_pictures: int = 0
     num_failed: int = 0
     num_damaged: int = 0
     num_restamped: int = 0
@@ -76,14 +80,16 @@ def decode_frames(
     size: FrameSize,
     batch_frames: int = 16,
     strict: bool = False,
+    still_levels: int = 0,
 ) -> Decoder:
     """An iterable of ``Frames``, at most ``batch_frames`` at a time, resized to ``size`` and upright.
 
     ``path`` is the file and ``info`` what ``probe_video`` returned for it; ``sampling`` says which frames to return.
     Damaged files give whatever can be decoded, and ``Decoder.report`` says what was lost; with ``strict`` they raise
-    ``VideoError`` instead. Iterating raises ``VideoError``, or ``UsageError`` if the window is outside the clip.
+    ``VideoError`` instead. ``still_levels``: a frame that differs by no more from the last picture is that picture, as in
+    ``StillDetector``. Iterating raises ``VideoError``, or ``UsageError`` if the window is outside the clip.
     """
-    return Decoder(str(path), info, sampling, size, batch_frames, strict)
+    return Decoder(str(path), info, sampling, size, batch_frames, strict, still_levels)
 
 
 class Decoder:
@@ -93,12 +99,19 @@ class Decoder:
     """
 
     def __init__(
-        self, path: str, info: VideoInfo, sampling: Sampling, size: FrameSize, batch_frames: int, strict: bool
+        self,
+        path: str,
+        info: VideoInfo,
+        sampling: Sampling,
+        size: FrameSize,
+        batch_frames: int,
+        strict: bool,
+        still_levels: int,
     ) -> None:
         if batch_frames < 1:
             raise ValueError(f"batch_frames: expected at least 1, got {batch_frames}")
         self._path, self._info, self._sampling, self._size = path, info, sampling, size
-        self._batch_frames, self._strict = batch_frames, strict
+        self._batch_frames, self._strict, self._still_levels = batch_frames, strict, still_levels
         self._reformatter = VideoReformatter()
         self._report: DecodeReport | None = None
 
@@ -233,19 +246,25 @@ class Decoder:
         pixels = torch.empty(shape, dtype=torch.uint8)
         times: list[float] = []
         indices: list[int] = []
+        picture_indices: list[int] = []
+        detector = StillDetector(self._still_levels)
+        picture, picture_index = np.empty(0), 0
         for shown, repeats in picked:
-            picture = self._convert(shown.frame)
+            if not detector.is_still(*read_planes(shown.frame)):
+                picture, picture_index = self._convert(shown.frame), shown.index
+                tally.num_pictures += 1
             for _ in range(repeats):
                 # torch would start a thread pool for this copy, which would compete with the decoder's threads.
                 pixels.numpy()[len(times)] = picture
                 times.append(shown.start_s)
                 indices.append(shown.index)
+                picture_indices.append(picture_index)
                 tally.num_sampled += 1
                 if len(times) == self._batch_frames:
-                    yield Frames(pixels, tuple(times), tuple(indices))
-                    pixels, times, indices = torch.empty(shape, dtype=torch.uint8), [], []
+                    yield Frames(pixels, tuple(times), tuple(indices), tuple(picture_indices))
+                    pixels, times, indices, picture_indices = torch.empty(shape, dtype=torch.uint8), [], [], []
         if times:
-            yield Frames(pixels[: len(times)], tuple(times), tuple(indices))
+            yield Frames(pixels[: len(times)], tuple(times), tuple(indices), tuple(picture_indices))
 
     def _sum_up(self, table: PacketTable, tally: _Tally) -> DecodeReport:
         if tally.num_sampled == 0:
@@ -256,7 +275,8 @@ class Decoder:
         lost = self._measure_loss(table, tally)
         if lost > 0:
             self._refuse_if_strict(f"{lost:.2f} s of video are lost")
-        return DecodeReport(tally.num_decoded, tally.num_sampled, lost, tuple(self._describe(tally, lost)))
+        notes = tuple(self._describe(tally, lost))
+        return DecodeReport(tally.num_decoded, tally.num_sampled, tally.num_pictures, lost, notes)
 
     def _measure_loss(self, table: PacketTable, tally: _Tally) -> float:
         """Seconds of the requested part that no decoded frame covers."""
@@ -273,6 +293,11 @@ class Decoder:
         return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
 
     def _describe(self, tally: _Tally, lost: float) -> Iterator[str]:
+        if self._still_levels and tally.num_pictures < tally.num_sampled:
+            yield (
+                f"frames that did not move by more than {self._still_levels} levels, so were not encoded: "
+                f"{tally.num_sampled - tally.num_pictures} of {tally.num_sampled}"
+            )
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
             yield f"{self._sampling.count} frames requested, {tally.num_sampled} returned: the clip has no more"
         if tally.num_restamped:

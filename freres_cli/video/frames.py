@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import av
 import numpy as np
@@ -15,6 +16,7 @@ from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
 from freres_cli.video.decode import RESIZE, DecodeReport
 from freres_cli.video.sampling import TOLERANCE_S
+from freres_cli.video.still import StillDetector
 
 MAX_SECONDS = 1e10  # three centuries
 
@@ -82,26 +84,38 @@ class FrameArray:
         """Size of the pixels."""
         return int(self.pixels.nbytes)
 
-    def open(self, size: FrameSize, batch_frames: int) -> FrameBatches:
-        """Return the frames resized to ``size``, at most ``batch_frames`` at a time."""
-        return FrameBatches(self, size, batch_frames)
+    def open(self, size: FrameSize, batch_frames: int, still_levels: int = 0) -> FrameBatches:
+        """Return the frames resized to ``size``, at most ``batch_frames`` at a time.
+
+        ``still_levels``: a frame that differs by no more from the last picture is that picture.
+        """
+        return FrameBatches(self, size, batch_frames, still_levels)
 
 
 class FrameBatches:
     """All frames of an array, resized. ``report`` is like that of ``decode.Decoder``."""
 
-    def __init__(self, frames: FrameArray, size: FrameSize, batch_frames: int) -> None:
+    def __init__(self, frames: FrameArray, size: FrameSize, batch_frames: int, still_levels: int) -> None:
         self._frames, self._size, self._batch_frames = frames, size, batch_frames
+        detector = StillDetector(still_levels)
+        is_new = [not detector.is_still([picture]) for picture in frames.pixels]
+        self._picture_index = tuple(accumulate((i if new else 0 for i, new in enumerate(is_new)), max))
         num_frames = len(frames.seconds)
-        self.report = DecodeReport(num_frames, num_frames, 0.0)
+        self.report = DecodeReport(num_frames, num_frames, sum(is_new), 0.0)
 
     def __iter__(self) -> Iterator[Frames]:
         pixels, seconds = self._frames.pixels, self._frames.seconds
         reformatter = VideoReformatter()
+        resized, last = np.empty(0), -1
         for start in range(0, len(seconds), self._batch_frames):
             stop = min(start + self._batch_frames, len(seconds))
-            resized = [self._resize(picture, reformatter) for picture in pixels[start:stop]]
-            yield Frames(torch.from_numpy(np.stack(resized)), seconds[start:stop], tuple(range(start, stop)))
+            indices = self._picture_index[start:stop]
+            pictures = []
+            for index in indices:
+                if index != last:
+                    resized, last = self._resize(pixels[index], reformatter), index
+                pictures.append(resized)
+            yield Frames(torch.from_numpy(np.stack(pictures)), seconds[start:stop], tuple(range(start, stop)), indices)
 
     def _resize(self, picture: np.ndarray, reformatter: VideoReformatter) -> np.ndarray:
         height, width = self._size.height_px, self._size.width_px

@@ -1,0 +1,105 @@
+"""Frames in which nothing moved: they pass neither the resize nor the tower, and nothing else changes."""
+
+from __future__ import annotations
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from freres_cli.records import FrameSize
+from freres_cli.video.decode import decode_frames
+from freres_cli.video.frames import FrameArray
+from freres_cli.video.probe import probe_video
+from freres_cli.video.sampling import Sampling
+from freres_cli.video.still import StillDetector, read_planes
+from tests import clips
+from tests.runner import run_freres
+
+SIZE = FrameSize(32, 32, 1, 1)
+# Not 10 bits: swscale's conversion to them is not the same each time.
+LOSSLESS = [("libx264", "yuv420p", {"qp": "0"}), ("ffv1", "yuv444p", {}), ("ffv1", "bgr0", {})]
+
+
+def slides(repeats, width=64, height=64):
+    """Pictures that show 0, 1, 2 and so on, each ``repeats[i]`` times."""
+    return [clips.draw_index(i, width, height) for i, count in enumerate(repeats) for _ in range(count)]
+
+
+def picture_indices(source):
+    return [i for batch in source for i in batch.picture_index]
+
+
+@pytest.mark.parametrize(("codec", "pix_fmt", "options"), LOSSLESS)
+def test_equal_frames_count_as_the_first_of_them(tmp_path, codec, pix_fmt, options):
+    if not clips.has_encoder(codec):
+        pytest.skip(f"no encoder {codec}")
+    # 70 samples wide: rows are padded, and what the padding holds is not compared.
+    path = clips.write_clip(
+        tmp_path / "slides.mkv",
+        pictures=slides([3, 1, 4], 70, 64),
+        size=(70, 64),
+        codec=codec,
+        pix_fmt=pix_fmt,
+        options=options,
+    )
+    decoder = decode_frames(path, probe_video(path), Sampling("native"), SIZE, batch_frames=2)
+    batches = list(decoder)
+    assert [i for b in batches for i in b.picture_index] == [0, 0, 0, 3, 4, 4, 4, 4]
+    assert [i for b in batches for i in b.source_index] == list(range(8))
+    assert clips.read_indices(torch.cat([b.pixels for b in batches])) == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert (decoder.report.num_pictures, decoder.report.notes) == (3, ())
+
+
+@pytest.mark.parametrize("pix_fmt", ["bgr0", "rgb24", "yuyv422", "yuv420p", "nv12", "gray", "yuv420p10le"])
+def test_every_visible_sample_is_compared(pix_fmt):
+    """A change of the last pixel is seen in any layout of the samples."""
+    picture = np.zeros((16, 38, 3), np.uint8)
+    moved = picture.copy()
+    moved[-2:, -2:] = 255
+    frames = [av.VideoFrame.from_ndarray(each, format="rgb24").reformat(format=pix_fmt) for each in (picture, moved)]
+    detector = StillDetector(0)
+    assert [detector.is_still(*read_planes(frame)) for frame in (*frames, frames[1])] == [False, False, True]
+
+
+def test_frames_of_an_array_count_likewise():
+    array = FrameArray(np.stack(slides([2, 3])), range(5))
+    batches = array.open(SIZE, 2)
+    assert picture_indices(batches) == [0, 0, 2, 2, 2] and batches.report.num_pictures == 2
+    assert clips.read_indices(torch.cat([b.pixels for b in batches])) == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bits", [8, 10])
+def test_the_bound_is_on_the_largest_difference_in_levels_of_eight_bits(bits):
+    dtype, level = (np.uint8, 1) if bits == 8 else (np.uint16, 4)
+    first = np.full((4, 6), 2 * level, dtype)
+    for change, levels, is_still in [(2, 2, True), (3, 2, False), (-2, 2, True), (-2, 1, False), (0, 0, True)]:
+        detector = StillDetector(levels)
+        moved = first.copy()
+        moved[1, 2] = int(first[1, 2]) + change * level
+        assert not detector.is_still([first], bits)
+        assert detector.is_still([moved], bits) == is_still
+
+
+def test_slow_drift_is_seen():
+    detector = StillDetector(2)
+    still = [detector.is_still([np.full((2, 2), level, np.uint8)]) for level in range(9)]
+    assert still == [False, True, True, False, True, True, False, True, True]
+
+
+def test_a_change_of_size_is_no_still_frame():
+    detector = StillDetector(64)
+    assert not detector.is_still([np.zeros((2, 2), np.uint8)]) and not detector.is_still([np.zeros((2, 3), np.uint8)])
+
+
+def test_compress_says_how_many_frames_were_encoded(tmp_path):
+    """With the bound at 0 the bundle is what it would be if every frame were encoded; above 0 a note says what was not."""
+    path = clips.write_clip(tmp_path / "slides.mp4", pictures=slides([6, 6]), options={"qp": "0"})
+    for levels, notes in (
+        (0, []),
+        (8, ["frames that did not move by more than 8 levels, so were not encoded: 10 of 12"]),
+    ):
+        run = run_freres("compress", path, "-o", tmp_path / f"{levels}.pt", "--set", f"still_levels={levels}", "--json")
+        made = run.json
+        assert run.status == 0 and made["encoded_tokens"] * 6 == made["full_tokens"]
+        assert [note for note in made["notes"] if "not encoded" in note] == notes
