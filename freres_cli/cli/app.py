@@ -25,6 +25,7 @@ from freres_cli.cli import (
     inspect,
     methods,
     models,
+    plan,
     presets,
     profile,
     repack,
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 
 app.command("compress")(compress.compress)
+app.command("plan")(plan.plan)
 app.command("ask")(ask.ask)
 app.command("profile")(profile.profile)
 app.command("eval")(eval.evaluate)

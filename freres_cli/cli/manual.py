@@ -46,6 +46,30 @@ compress:
   defaults: {method: the preset's, variant: the preset's, fps: the preset's sample, frames: the preset's sample,
     grid: the preset's, start: the beginning of the video, end: the end of the video,
     output: "bundle.pt, or the folder bundles for several videos"}
+plan:
+  examples:
+    freres plan video.mp4 --model Qwen/Qwen2-VL-7B-Instruct --budget 6600 --device-memory 24GiB: Does it fit a GPU of 24 GiB?
+    freres plan video.mp4 --model my-model --device-memory 80GB --tflops 400: Times on a device that is not this one.
+    freres plan video.mp4 --device cpu --json: The bundled model on this machine, as one document.
+  output: >-
+    Frames and tokens as `freres compress --dry-run` gives them, then the work and estimated time of each stage, the parts of
+    the peak memory of compress and of ask with their formulas, and whether the larger of the two fits `--device-memory`;
+    if not, the exit status is 6, and the message has the largest budget that fits. Letters: n frames of R patches in a batch
+    of the tower, w and I the widths of a row in the layers and inside their MLPs, b bytes of a number, C channels and S
+    visual tokens, N tokens of a frame, L rows of the prompt, q rows of a pass of the prefill, K coefficients of a cell. Parts marked
+    host are not in a GPU's memory. With `--device-memory`, and no `--device cpu`, a CUDA device is planned for, whose context
+    is taken to be 0.5 GiB; on the CPU the interpreter and its libraries, about 0.4 GiB, are not counted, nor is memory that
+    the C library keeps after it was freed (up to a third more, on small models), nor the page cache while weights are read.
+    FLOPs count every multiplication and addition of matrices and attention, with the masked half. Times are estimates:
+    one stage after the other, at the speed of a large matrix product on this device, or at `--tflops`; with that, the time
+    per token of an answer is null, because it depends on the bandwidth of the memory. Of the model only config.json,
+    preprocessor_config.json and the tokenizer are read.
+  schemas:
+    freres.plan/2:
+      the keys of freres.plan/1; model dtype device_memory_bytes fits largest_budget peak_memory_bytes base_memory_bytes
+      kv_bytes frame_tower_flops prefill_chunk_tokens speed (flops_per_s bytes_per_s source) stages (name flops seconds
+      assumes) memory (compress ask, each with bytes and parts (name num_bytes formula is_on_device)) notes environment
+  defaults: {device_memory: nothing is compared, tflops: measured on this device, method: the preset's}
 ask:
   examples:
     freres ask bundle.pt "What moves first?": Stream an answer.
