@@ -218,7 +218,7 @@ print(json.dumps({"base": base, "peak": run(folder, bundle)}))
 def test_memory_is_what_a_process_holds(clip, tmp_path):
     """Within 10 %. The C library is told to give freed blocks back, which by default it keeps."""
     small, folder = tmp_path / "small", tmp_path / "middle"
-    make_qwen2_vl(small, layers=2)
+    make_qwen2_vl(small, layers=2, context=65536)
     make_qwen2_vl(folder, layers=8, hidden=768, depth=6, tower=512, intermediate=2048, context=65536)
     flags = ("--budget", 8000, "--preset", "qwen2-vl-7b", "--model", folder, "--device", "cpu", "--dtype", "float32")
     planned = run_freres("plan", clip, *flags, "--tflops", 1, "--json").json["memory"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -109,8 +109,8 @@ class Planner:
         self.options, self.is_cuda = options, is_cuda
         self.info = VideoSource(video).info
         self.models = Models(options.model)
-        self.encoder: Any = self.models.weightless_encoder
-        self.language: Any = self.models.prompt_counter
+        self.encoder = cast(Any, self.models.weightless_encoder)
+        self.language = cast(Any, self.models.prompt_counter)
         parameters = self.language.num_parameters + sum(p.numel() for p in self.encoder.tower.parameters())
         stored = _stored_dtype(self.models.checkpoint.config)
         device = replace(options.model.device, name="cuda:0") if is_cuda else options.model.device
