@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from freres_cli.backbones import engine
-from tests.stock_paths import PERIOD_S
+from freres_cli.backbones.stock import StockClip, StockPath
+from freres_cli.backbones.stock_processors import stock_pixels, stock_prompt_ids
+from freres_cli.workflows.verify import PERIOD_S, choose_subset, run_steps, whole_prompt
 from tests.tiny_families import FAMILY_CASES
-from tests.tiny_models import CPU, open_checkpoint, video_tokens
+from tests.tiny_models import CPU, PATCH_PX, open_checkpoint, video_tokens
 
 T, STEPS = 4, 12
 QUESTION = "What is it? Ünïcödé"
@@ -26,18 +28,18 @@ class Tiny:
         self.frames = case.frames(T)
         self.latents = self.vision.encode(self.frames)
         self.prompt = self.model.prompt(QUESTION)
-        self.path = case.stock_path(case, self.stock, self.prompt, self.frames, self.vision)
-        # Some frames with no tokens, some with few, and the first and the last token.
-        cells = case.grid[0] * case.grid[1]
-        self.keep = torch.tensor([0, 3, 7, cells - 1, 2 * cells + 1, 2 * cells + 2, 3 * cells, 4 * cells - 1])
+        grid, merge = (T, *case.grid), getattr(self.vision, "merge", 1)
+        self.pixels = stock_pixels(case.name, self.frames, case.vision_class.default_rule, PATCH_PX, merge)
+        ids = stock_prompt_ids(self.checkpoint, self.stock.config, self.model.tokenizer, grid, PERIOD_S, QUESTION)
+        self.path = StockPath(self.stock, StockClip(case.name, tuple(ids), self.pixels, grid, merge, PERIOD_S))
+        self.keep = choose_subset(case.grid[0] * case.grid[1])
 
     def tokens(self, keep=None, latents=None):
         latents = self.latents if latents is None else latents
         return video_tokens(latents, keep, width=self.vision.width, period_s=PERIOD_S)
 
-    def whole_prompt(self, video, text_after="hf"):
-        rows = self.model.splice(self.prompt.prefix, video, text_after)
-        return rows.then(self.model.text_rows(self.prompt.suffix, len(rows), rows.next_position))
+    def whole_prompt(self, video):
+        return whole_prompt(self.model, self.prompt.prefix, video, self.prompt.suffix)
 
     def last_logits(self, rows, chunk_tokens=10**6):
         return self.model.logits(engine.prefill(self.model, rows, self.model.new_cache(), chunk_tokens))[0]
@@ -48,13 +50,7 @@ class Tiny:
 
     def steps(self, rows, tokens):
         """Logits of the prompt and of each further token."""
-        cache = self.model.new_cache()
-        logits = []
-        for token in [*tokens, None]:
-            logits.append(self.model.logits(engine.prefill(self.model, rows, cache))[0])
-            if token is not None:
-                rows = self.model.text_rows([token], cache.get_seq_length(), rows.next_position)
-        return logits
+        return run_steps(self.model, rows, tokens)
 
 
 @pytest.fixture(scope="module", autouse=True)

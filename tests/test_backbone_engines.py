@@ -14,6 +14,7 @@ from freres_cli.backbones.generation import generate
 from freres_cli.errors import BackboneError
 from tests import family_contract
 from tests.family_contract import STEPS, difference
+from tests.stock_paths import injected
 
 tiny, one_thread = family_contract.tiny, family_contract.one_thread
 
@@ -26,20 +27,20 @@ def everything(tiny):
 
 def test_injected_tokens_equal_the_stock_pixels_when_all_are_kept(tiny):
     inputs = tiny.path.forward_inputs(tiny.path.ids)
-    injected = tiny.path.injected(everything(tiny), tiny.latents.flatten(0, 2))
-    assert difference(tiny.stock(**injected).logits, tiny.stock(**inputs).logits) == 0.0
+    public = injected(tiny.path, everything(tiny), tiny.latents.flatten(0, 2), tiny.case.num_deep)
+    assert difference(tiny.stock(**public).logits, tiny.stock(**inputs).logits) == 0.0
     told = tiny.stock.generate(**inputs, max_new_tokens=16, do_sample=False)
-    injected = tiny.path.injected(everything(tiny), tiny.latents.flatten(0, 2))
-    assert tiny.stock.generate(**injected, max_new_tokens=16, do_sample=False).tolist() == told.tolist()
+    public = injected(tiny.path, everything(tiny), tiny.latents.flatten(0, 2), tiny.case.num_deep)
+    assert tiny.stock.generate(**public, max_new_tokens=16, do_sample=False).tolist() == told.tolist()
 
 
 def test_both_engines_agree_on_a_subset(tiny):
     latents = tiny.latents.flatten(0, 2)[tiny.keep]
-    injected = tiny.path.injected(tiny.keep, latents)
+    public = injected(tiny.path, tiny.keep, latents, tiny.case.num_deep)
     told = tiny.stock.generate(
-        **injected, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
+        **public, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    tokens = told.sequences[0, injected["input_ids"].shape[1] :].tolist()
+    tokens = told.sequences[0, public["input_ids"].shape[1] :].tolist()
     ours = tiny.steps(tiny.whole_prompt(tiny.tokens(tiny.keep)), tokens[:-1])
     assert len(tokens) == STEPS and len(set(tokens)) > 2
     assert max(difference(a, b[0]) for a, b in zip(ours, told.logits, strict=True)) < 1e-4

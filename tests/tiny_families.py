@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.stock_paths import MiniCPMStock, QwenStock, SquareStock
 from tests.tiny_models import FACTOR, MERGE, PATCH_PX, make_byte_tokenizer
 
 HIDDEN = 48
@@ -22,7 +21,7 @@ HIDDEN = 48
 @dataclass(frozen=True)
 class FamilyCase:
     """One family. ``config``: (token id by name, vocabulary size) -> config. ``classes``: what the names of its two
-    classes begin with. ``stock_path``: the class that runs its stock pixel path. ``tokens``: special tokens to add.
+    classes begin with. ``tokens``: special tokens to add. ``token_names``: names that released tokenizers give to tokens.
     ``module``: the file of its classes, if it has another name."""
 
     name: str
@@ -35,7 +34,7 @@ class FamilyCase:
     num_deep: int = 0
     is_hybrid: bool = False
     tokens: tuple[str, ...] = ()
-    stock_path: Any = None
+    token_names: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     module: str = ""
 
@@ -77,6 +76,9 @@ class FamilyCase:
         model.generation_config.eos_token_id = None
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        path = directory / "tokenizer_config.json"
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps(stored | {"extra_special_tokens": self.token_names} if self.token_names else stored))
         (directory / "preprocessor_config.json").write_text(json.dumps(self.preprocessor))
         return model
 
@@ -166,6 +168,15 @@ VIDEO_TEMPLATE = (
 )
 MINICPM_PX = (4 * 4 * PATCH_PX, 5 * 4 * PATCH_PX)
 SMOL_TOKENS = ("<fake_token_around_image>", "<global-img>", "<image>", "<end_of_utterance>")
+INTERNVL_NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+MINICPM_NAMES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+for _kind in ("image", "slice", "image_id"):
+    MINICPM_NAMES |= {f"{_kind}_start_token": f"<{_kind}>", f"{_kind}_end_token": f"</{_kind}>"}
 QWEN2_TEXT = {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 
 FAMILY_CASES = [
@@ -174,7 +185,6 @@ FAMILY_CASES = [
         qwen_config(rope([2, 2, 2]), {"embed_dim": 32, "hidden_size": HIDDEN}),
         "Qwen2VL",
         preprocessor=QWEN_PIXELS,
-        stock_path=QwenStock,
     ),
     FamilyCase(
         "qwen2_5_vl",
@@ -185,14 +195,12 @@ FAMILY_CASES = [
         ),
         "Qwen25VL",
         preprocessor=QWEN_PIXELS,
-        stock_path=QwenStock,
     ),
     FamilyCase(
         "qwen3_vl",
         qwen_config(QWEN3_TEXT, QWEN3_TOWER),
         "Qwen3VL",
         preprocessor=QWEN_PIXELS,
-        stock_path=QwenStock,
         num_deep=3,
     ),
     FamilyCase(
@@ -200,7 +208,6 @@ FAMILY_CASES = [
         qwen_config({**QWEN3_TEXT, **MOE}, QWEN3_TOWER),
         "Qwen3VLMoe",
         preprocessor=QWEN_PIXELS,
-        stock_path=QwenStock,
         num_deep=3,
     ),
     FamilyCase(
@@ -208,7 +215,6 @@ FAMILY_CASES = [
         qwen_config(HYBRID, {**TOWER, "num_position_embeddings": 36}),
         "Qwen35",
         preprocessor=QWEN_PIXELS,
-        stock_path=QwenStock,
         is_hybrid=True,
     ),
     FamilyCase(
@@ -224,7 +230,7 @@ FAMILY_CASES = [
         frame_px=(32, 32),
         num_axes=1,
         tokens=("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
-        stock_path=SquareStock,
+        token_names=INTERNVL_NAMES,
         chat_template=VIDEO_TEMPLATE,
     ),
     FamilyCase(
@@ -241,7 +247,6 @@ FAMILY_CASES = [
         frame_px=(36, 36),
         num_axes=1,
         tokens=("<image>", "<video>"),
-        stock_path=SquareStock,
         chat_template=VIDEO_TEMPLATE,
     ),
     FamilyCase(
@@ -257,7 +262,6 @@ FAMILY_CASES = [
         frame_px=(32, 32),
         num_axes=1,
         tokens=SMOL_TOKENS,
-        stock_path=SquareStock,
     ),
     FamilyCase(
         "minicpmv4_6",
@@ -266,7 +270,7 @@ FAMILY_CASES = [
         frame_px=MINICPM_PX,
         is_hybrid=True,
         tokens=("<image>", "</image>"),
-        stock_path=MiniCPMStock,
+        token_names=MINICPM_NAMES,
         module="minicpm_v",
         chat_template=VIDEO_TEMPLATE.replace("<video>", "<|video_pad|>"),
     ),
@@ -283,7 +287,7 @@ FAMILY_CASES = [
         frame_px=MINICPM_PX,
         is_hybrid=True,
         tokens=("<image>", "</image>", "<slice>", "</slice>"),
-        stock_path=MiniCPMStock,
+        token_names=MINICPM_NAMES,
         module="minicpm_v",
         chat_template=VIDEO_TEMPLATE.replace("<video>", "<|video_pad|>"),
     ),

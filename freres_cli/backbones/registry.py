@@ -166,6 +166,35 @@ def load_prompt_counter(
     return _class_of(checkpoint, "language").load_without_weights(checkpoint)
 
 
+def load_weightless_encoder(
+    model: str,
+    device: Device,
+    dtype: str | None = None,
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> VisionEncoder:
+    """Return the vision half without weights: it knows the sizes of frames, and cannot encode. Only configs are read.
+
+    See ``load_vision_encoder`` for the arguments; ``device`` and ``dtype`` have no effect.
+    """
+    checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
+    return _class_of(checkpoint, "vision").load_without_weights(checkpoint)
+
+
+def find_checkpoint(
+    model: str,
+    device: Device,
+    dtype: str | None = None,
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> Checkpoint:
+    """Return where a model is, after checking its config. Of a hub model, only configs are downloaded.
+
+    See ``load_vision_encoder`` for the arguments; ``device`` and ``dtype`` have no effect.
+    """
+    return resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
+
+
 def _class_of(checkpoint: Checkpoint, half: str) -> Any:
     return import_half(checkpoint.model_type, half)
 

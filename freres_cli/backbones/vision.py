@@ -94,6 +94,17 @@ class FrameEncoder(ABC):
         return cls(tower, cls.default_rule.read(checkpoint), digests, notes, attention)
 
     @classmethod
+    def load_without_weights(cls, checkpoint: Checkpoint) -> Self:
+        """The vision half on torch's meta device, which holds no values: it knows sizes, and cannot encode.
+
+        Only the config and the preprocessor's config are read.
+        """
+        config = read_config(checkpoint, cls.files)
+        with torch.device("meta"), no_init_weights():
+            tower = cls.build_tower(config, torch.float32)
+        return cls(tower, cls.default_rule.read(checkpoint), {})
+
+    @classmethod
     def identify(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> EncoderIdentity:
         """What identifies the encoder that ``load`` would return, without reading the tower."""
         chosen, attention, _ = cls._choose_precision(checkpoint, device, dtype)

@@ -26,11 +26,13 @@ from freres_cli.cli import (
     inspect,
     methods,
     models,
+    plan,
     presets,
     profile,
     repack,
     report,
     train,
+    verify,
     world,
 )
 from freres_cli.cli.output import print_error, print_result
@@ -46,6 +48,7 @@ app = typer.Typer(
 )
 
 app.command("compress")(compress.compress)
+app.command("plan")(plan.plan)
 app.command("ask")(ask.ask)
 app.command("profile")(profile.profile)
 app.command("eval")(eval.evaluate)
@@ -60,6 +63,7 @@ app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)
 app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.add_typer(world.world, name="world")
 

@@ -116,7 +116,7 @@ def compress(
         from freres_cli.pipeline.prompt_text import bound_text
 
         plan = compressor.plan(paths[0])
-        _print_plan(plan, {**_plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
+        _print_plan(plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
     elif is_many(paths) or (output is not None and options.is_folder(output)):
         listing = list_videos(paths)
         print_notes(listing.notes, quiet)
@@ -308,7 +308,8 @@ def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptio
     print_result(f"coefficients     {budget.num_coefficients} in {budget.pooled_grid[0]}x{budget.pooled_grid[1]} cells")
 
 
-def _plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]:
+def plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]:
+    """Return the JSON keys of a plan: frames, tokens and their allocation, and the settings."""
     budget = plan.budget
     most = min(plan.budget_tokens, plan.full_tokens)
     visual = None if plan.quality is not None else most if budget is None else budget.expected.total

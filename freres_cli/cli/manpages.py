@@ -40,7 +40,8 @@ EXIT_MEANINGS = {
     "USAGE": "An invalid flag, argument, preset or setting, or an output that cannot be written.",
     "VIDEO": "The video is missing, is not a video, or cannot be decoded.",
     "BUNDLE": "The bundle is missing, damaged or unsafe, or was made by a method that the verb cannot use.",
-    "BACKBONE": "The model cannot be found, loaded or used as asked, or is not the one that made the bundle.",
+    "BACKBONE": "The model cannot be found, loaded or used as asked, is not the one that made the bundle, or breaks "
+    "a law of `freres verify`.",
     "RESOURCE": "Not enough memory or disk space, or the device does not exist.",
     "INTERRUPTED": "Interrupted with Ctrl-C. No half-written file is left.",
 }

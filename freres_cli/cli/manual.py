@@ -46,6 +46,30 @@ compress:
   defaults: {method: the preset's, variant: the preset's, fps: the preset's sample, frames: the preset's sample,
     grid: the preset's, start: the beginning of the video, end: the end of the video,
     output: "bundle.pt, or the folder bundles for several videos"}
+plan:
+  examples:
+    freres plan video.mp4 --model Qwen/Qwen2-VL-7B-Instruct --budget 6600 --device-memory 24GiB: Does it fit a GPU of 24 GiB?
+    freres plan video.mp4 --model my-model --device-memory 80GB --tflops 400: Times on a device that is not this one.
+    freres plan video.mp4 --device cpu --json: The bundled model on this machine, as one document.
+  output: >-
+    Frames and tokens as `freres compress --dry-run` gives them, then the work and estimated time of each stage, the parts of
+    the peak memory of compress and of ask with their formulas, and whether the larger of the two fits `--device-memory`;
+    if not, the exit status is 6, and the message has the largest budget that fits. Letters: n frames of R patches in a batch
+    of the tower, w and I the widths of a row in the layers and inside their MLPs, b bytes of a number, C channels and S
+    visual tokens, N tokens of a frame, L rows of the prompt, q rows of a pass of the prefill, K coefficients of a cell. Parts
+    marked host are not in a GPU's memory. With `--device-memory`, and no `--device cpu`, a CUDA device is planned for, whose
+    context is taken to be 0.5 GiB; on the CPU the interpreter and its libraries, about 0.4 GiB, are not counted, nor is memory that
+    the C library keeps after it was freed (up to a third more, on small models), nor the page cache while weights are read.
+    FLOPs count every multiplication and addition of matrices and attention, with the masked half. Times are estimates:
+    one stage after the other, at the speed of a large matrix product on this device, or at `--tflops`; with that, the time
+    per token of an answer is null, because it depends on the bandwidth of the memory. Of the model only config.json,
+    preprocessor_config.json and the tokenizer are read.
+  schemas:
+    freres.plan/2:
+      the keys of freres.plan/1; model dtype device_memory_bytes fits largest_budget peak_memory_bytes base_memory_bytes
+      kv_bytes frame_tower_flops prefill_chunk_tokens speed (flops_per_s bytes_per_s source) stages (name flops seconds
+      assumes) memory (compress ask, each with bytes and parts (name num_bytes formula is_on_device)) notes environment
+  defaults: {device_memory: nothing is compared, tflops: measured on this device, method: the preset's}
 ask:
   examples:
     freres ask bundle.pt "What moves first?": Stream an answer.
@@ -259,6 +283,23 @@ doctor:
   examples: {freres doctor: Check this machine.}
   output: "A line for each part: ok, limited or missing, and what that means."
   schemas: {freres.doctor/1: findings environment}
+verify:
+  examples:
+    freres verify: The bundled model.
+    freres verify Qwen/Qwen2-VL-2B-Instruct: A hub model, on the device and in the precision that freres ask would choose.
+    freres verify my-model --dtype float32 --json: The sharpest test, as one document.
+  output: >-
+    A table with a line for each law: whether it holds, the largest difference, and the largest that is rounding. `pixels` and
+    `latents` compare the two towers, `prompt` the token ids, `logits` every row of the prompt with every token kept,
+    `answer` 16 greedy tokens, and `subset` 4 steps from some of the tokens with the stock model over all of them, where a
+    mask hides the others. The tolerance is a share of the largest stock value: 1/32768 in float32, 1/128 in float16 and 1/16
+    in bfloat16, whose 8 significant bits round in every layer; wrong positions are off by more in all of them. Greedy
+    answers may part where the stock model's own logits are closer than the tolerance. Laws that cannot be tried say why:
+    in families with linear attention, to leave tokens out is not to mask them. Positions after the video are those of
+    transformers (`--text-after hf` of freres-ask(1)); penalties of the checkpoint's generation config are left out.
+  schemas:
+    freres.verify/1:
+      model family dtype grid context_tokens laws (name what state difference tolerance reason) environment
 demo:
   examples:
     freres demo: Run the whole job on a clip made on the spot.

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
+from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.registry import (
+    find_checkpoint,
     identify_vision_encoder,
     load_language_model,
     load_prompt_counter,
     load_vision_encoder,
+    load_weightless_encoder,
 )
 from freres_cli.bundle.adapter import MODEL_FACTS
 from freres_cli.devices import DTYPE_NAMES, Device, choose_device
@@ -132,6 +135,16 @@ class Models:
         if self._prompt_counter is None:
             self._prompt_counter = self._from_checkpoint(load_prompt_counter)
         return self._prompt_counter
+
+    @property
+    def weightless_encoder(self) -> VisionEncoder:
+        """The vision half to ask for sizes: without its weights, if it is not loaded anyway."""
+        return self._encoder or self._from_checkpoint(load_weightless_encoder)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the model is."""
+        return self._from_checkpoint(find_checkpoint)
 
     @property
     def has_encoder(self) -> bool:

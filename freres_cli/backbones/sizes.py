@@ -1,0 +1,206 @@
+"""What the two halves of a model cost, read off its modules, which need no weights: parameters, FLOPs, widths.
+
+A FLOP is one multiplication or one addition. A matrix of n numbers costs 2n per row that passes it, and attention 4*d per
+query, key and head of width d. Norms, activations, rotations and softmax are left out: they move memory, and are not what
+these times rest on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.records import FrameSize
+
+# Tokens that the reference code of linear attention takes at a time.
+DELTA_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """The cost of one frame in the tower.
+
+    ``num_parameters``: of the vision half. ``flops``: multiplications and additions of one frame. ``rows``: patches of one
+    frame. ``width``, ``inner``: of a patch in the layers and inside their MLPs. ``out_channels``: C of a visual token.
+    ``is_rotary``: whether queries and keys are turned by their positions, in float32. ``head_width``:
+    of one head.
+    """
+
+    num_parameters: int
+    flops: int
+    rows: int
+    width: int
+    inner: int
+    out_channels: int
+    is_rotary: bool
+    head_width: int
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """The cost of a row in the decoder.
+
+    ``num_parameters``: of decoder and head. ``row_flops``: those of one row, without attention and head. ``pair_flops``:
+    attention of one query and one key, over all layers. ``head_flops``: one row of logits. ``width``, ``inner``: of a row
+    in the layers and of the widest part of them. ``heads_width``: of all queries. ``kv_values``: numbers that a row keeps
+    in the cache. ``kv_layer_values``: the same of one layer. ``state_values``: numbers that linear attention keeps for a
+    sequence. ``num_deep_layers``: DeepStack rows of a token.
+    """
+
+    num_parameters: int
+    row_flops: int
+    pair_flops: int
+    head_flops: int
+    width: int
+    inner: int
+    heads_width: int
+    kv_values: int
+    kv_layer_values: int
+    state_values: int
+    num_deep_layers: int
+
+    def prefill_flops(self, num_rows: int, chunk: int) -> int:
+        """FLOPs of a prefill of ``num_rows`` in passes of ``chunk`` rows.
+
+        A pass attends from its rows to all rows so far, with those after each row computed and masked: kernels that skip
+        them do up to half of that attention.
+        """
+        ends = [*range(chunk, num_rows, chunk), num_rows]
+        starts = [0, *ends[:-1]]
+        pairs = sum((stop - start) * stop for start, stop in zip(starts, ends, strict=True))
+        return num_rows * self.row_flops + pairs * self.pair_flops + self.head_flops
+
+
+def measure_tower(encoder: VisionEncoder, size: FrameSize) -> TowerSizes:
+    """The sizes of a vision half, with or without weights, for frames of ``size``."""
+    tower = encoder.tower  # type: ignore[attr-defined]
+    config = getattr(tower.config, "vision_config", tower.config)
+    side = getattr(encoder, "merge", None)
+    patches = size.num_tokens * side**2 if side else (size.height_px // _side(config.patch_size)) ** 2
+    count = _rows_of(encoder.family, config, patches, size.num_tokens)
+    matrices = [
+        (name, module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
+    ]
+    flops = sum(2 * module.weight.numel() * count(name) for name, module in matrices)
+    width = int(getattr(config, "embed_dim", None) or config.hidden_size)
+    flops += 4 * width * _attended_pairs(encoder.family, config, size, patches)
+    inner = max(
+        module.out_features for name, module in matrices if isinstance(module, nn.Linear) and count(name) >= patches
+    )
+    channels = encoder.width * (1 + encoder.num_deep_layers)
+    is_rotary = encoder.family.startswith("qwen")
+    num_parameters = sum(parameter.numel() for parameter in tower.parameters())
+    head_width = width // int(getattr(config, "num_heads", None) or config.num_attention_heads)
+    return TowerSizes(num_parameters, flops, patches, width, inner, channels, is_rotary, head_width)
+
+
+def _side(size: Any) -> int:
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def _rows_of(family: str, config: Any, patches: int, tokens: int) -> Any:
+    """A function: the rows of one frame that pass the matrix with this name."""
+
+    def count(name: str) -> int:
+        if family.startswith("qwen"):
+            return tokens if "merger" in name else patches
+        if family == "internvl":
+            if name.startswith("multi_modal_projector"):
+                return tokens
+            return patches if "patch_embed" in name else patches + 1  # with the class token
+        if family == "smolvlm":
+            return tokens if name.startswith("connector") else patches
+        if family == "llava_onevision":
+            return patches
+        return _minicpm_rows(name, config, patches)
+
+    return count
+
+
+def _minicpm_rows(name: str, config: Any, patches: int) -> int:
+    """Rows in MiniCPM-V, whose tower merges 2x2 patches after one of its layers, and again at its end."""
+    if name.startswith("merger.mlp."):
+        return int(patches // 4 ** (2 + int(name.split(".")[2])))
+    if ".vit_merger." in name:
+        return patches if "self_attn" in name else patches // 4
+    if ".layers." in name and int(name.split(".layers.")[1].split(".")[0]) > config.insert_layer_id:
+        return patches // 4
+    return patches
+
+
+def _attended_pairs(family: str, config: Any, size: FrameSize, patches: int) -> int:
+    """Pairs of query and key of one frame, over all layers of the tower."""
+    depth = int(getattr(config, "depth", None) or config.num_hidden_layers)
+    if family == "qwen2_5_vl":
+        per_side = config.window_size // config.patch_size // config.spatial_merge_size
+        windows = [
+            min(per_side, size.grid_h - row) * min(per_side, size.grid_w - column) * config.spatial_merge_size**2
+            for row in range(0, size.grid_h, per_side)
+            for column in range(0, size.grid_w, per_side)
+        ]
+        num_full = len(config.fullatt_block_indexes)
+        return int(num_full * patches**2 + (depth - num_full) * sum(window**2 for window in windows))
+    if family == "internvl":
+        return depth * (patches + 1) ** 2
+    if family.startswith("minicpm"):
+        first = config.insert_layer_id + 1
+        # The merger itself attends within windows of four patches.
+        return int(first * patches**2 + 4 * patches + (depth - first) * (patches // 4) ** 2)
+    return depth * patches**2
+
+
+def measure_decoder(model: LanguageModel) -> DecoderSizes:
+    """The sizes of a language half, with or without weights."""
+    decoder = model.decoder  # type: ignore[attr-defined]
+    config = decoder.config
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    num_full = sum(kind == "full_attention" for kind in kinds)
+    num_linear = len(kinds) - num_full
+    kv_layer = 2 * config.num_key_value_heads * head_width
+    delta_flops, state = _linear_attention(config) if num_linear else (0, 0)
+    heads_width = config.num_attention_heads * head_width
+    return DecoderSizes(
+        num_parameters=model.num_parameters,
+        row_flops=_matrix_flops(decoder, config) + num_linear * delta_flops,
+        pair_flops=4 * heads_width * num_full,
+        head_flops=2 * config.hidden_size * config.vocab_size,
+        width=config.hidden_size,
+        inner=max(module.out_features for module in decoder.modules() if isinstance(module, nn.Linear)),
+        heads_width=heads_width,
+        kv_values=kv_layer * num_full,
+        kv_layer_values=kv_layer if num_full else 0,
+        state_values=num_linear * state,
+        num_deep_layers=model.num_deep_layers,
+    )
+
+
+def _matrix_flops(decoder: nn.Module, config: Any) -> int:
+    """FLOPs of one row in all matrices. Of the experts of a layer a row passes as many as the router picks."""
+    flops = 0
+    for name, parameter in decoder.named_parameters():
+        if parameter.ndim < 2 or "embed_tokens" in name:
+            continue
+        numbers = parameter.numel()
+        if ".experts." in name:
+            numbers = numbers * config.num_experts_per_tok // config.num_experts
+        flops += 2 * numbers
+    return flops
+
+
+def _linear_attention(config: Any) -> tuple[int, int]:
+    """FLOPs of a row in the gated delta rule of one layer, and the numbers that its states keep.
+
+    As in the reference code, which takes 64 rows at a time: two products of keys with keys and queries, one of these with
+    values, and three with the state. Its triangular solves are left out.
+    """
+    key, value = config.linear_key_head_dim, config.linear_value_head_dim
+    heads = config.linear_num_value_heads
+    flops = heads * (4 * DELTA_CHUNK * key + 2 * DELTA_CHUNK * value + 6 * key * value)
+    channels = 2 * config.linear_num_key_heads * key + heads * value
+    return flops, heads * key * value + channels * config.linear_conv_kernel_dim

@@ -1,0 +1,123 @@
+"""What compressing a video and asking about it will cost: pure arithmetic on sizes, with every part of the memory shown.
+
+Formulas follow the code that they describe. Letters: n frames of R patches in a batch of the tower, w and I the widths of a
+row in the layers and inside their MLPs, b bytes of a number, C channels and S visual tokens, N tokens of a frame, L rows of
+the prompt, q rows of a pass of the prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from freres_cli.backbones.sizes import DecoderSizes, TowerSizes
+from freres_cli.method.adaptive import MOST_STRETCHES
+from freres_cli.method.budget import BudgetPlan
+from freres_cli.method.residuals import MAX_TIME_BINS
+
+FLOAT32 = 4
+# GPU memory that a CUDA context and its libraries take before anything is loaded; ours, from the usual 0.4 to 0.6 GiB.
+CUDA_CONTEXT_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the peak memory. ``formula``: how ``num_bytes`` came about. ``is_on_device``: else in host memory."""
+
+    name: str
+    num_bytes: int
+    formula: str
+    is_on_device: bool = True
+
+
+def sum_bytes(parts: list[Part], *, is_cuda: bool) -> int:
+    """The bytes of the device's memory that these parts take. On the CPU there is one memory for all of them."""
+    return sum(part.num_bytes for part in parts if part.is_on_device or not is_cuda)
+
+
+def encode_parts(tower: TowerSizes, batch_frames: int, frame_px: int, frame_tokens: int, itemsize: int) -> list[Part]:
+    """The memory of decoding and encoding.
+
+    ``tower``: from ``measure_tower``. ``batch_frames``: n. ``frame_px``: pixels of a resized frame. ``frame_tokens``: N.
+    ``itemsize``: b.
+    """
+    n, b, values = batch_frames, itemsize, 3 * frame_px * batch_frames
+    rows = n * tower.rows
+    # A patch spans two steps in time, so the input is twice the picture.
+    packed = values * (2 if tower.is_rotary else 1) * b
+    # Of a block: its input, what the attention added, and the normed rows; then three stages of the MLP at once.
+    mlp = rows * b * (3 * tower.width + 3 * tower.inner)
+    # Or queries, keys and values beside both turned in float32.
+    turned = rows * tower.width * (6 * b + 5 * FLOAT32) if tower.is_rotary else 0
+    angles = 2 * rows * tower.head_width * FLOAT32 if tower.is_rotary else 0
+    normalizing, passing = 13 * values, packed + angles + max(mlp, turned)
+    if normalizing > passing:
+        what = "13 bytes a value: float64, float32 and 8-bit at once"
+    else:
+        inside = "3w + 3I" if mlp >= turned else "6w + 20w/b"
+        what = f"input of {packed} bytes, rotations of {angles}, n*R*b*({inside})"
+    return [
+        Part("tower weights", tower.num_parameters * b, f"{tower.num_parameters} parameters * {b} bytes"),
+        Part("frames", 2 * values, f"2 copies of {n} frames of {frame_px} pixels in 8-bit RGB", is_on_device=False),
+        Part("tower activations", max(normalizing, passing), what),
+        Part("latents of a batch", 2 * n * frame_tokens * tower.out_channels * b, "2*n*N*C*b: this one and the last"),
+    ]
+
+
+def method_parts(
+    budget: BudgetPlan | None,
+    method: str,
+    num_frames: int,
+    frame_tokens: int,
+    visual: int,
+    channels: int,
+    itemsize: int,
+) -> list[Part]:
+    """The memory of what a method keeps until the clip ends, and of its result.
+
+    ``budget``: of Fre-Res, else ``None``. ``method``: its name. ``num_frames``: frames read. ``frame_tokens``: N.
+    ``visual``: S. ``channels``: C. ``itemsize``: b.
+    """
+    row = channels * itemsize
+    result = Part("tokens of the bundle", visual * row, "S*C*b", is_on_device=False)
+    if budget is not None:
+        cells = budget.pooled_grid[0] * budget.pooled_grid[1]
+        gops = budget.num_anchors + budget.max_events
+        length = min(MAX_TIME_BINS, -(-num_frames // budget.num_anchors))
+        kept = gops * frame_tokens * row
+        candidates = 0 if budget.is_lossless else gops * (budget.num_coefficients + 2) * cells * channels * FLOAT32
+        # The open GoP, the one before it while its anchor may still move, and a stacked copy when one closes.
+        trajectory = 0 if budget.is_lossless else 3 * length * cells * channels * FLOAT32
+        return [
+            Part("anchors", kept, f"{gops} frames * N*C*b", is_on_device=False),
+            Part("coefficients", candidates, f"{gops} GoPs * (K + 2) * {cells} cells * C*4", is_on_device=False),
+            Part("open GoP", trajectory, f"3 * {length} time bins * {cells} cells * C*4"),
+            result,
+        ]
+    if method == "adaptive":
+        most = min(2 * max(MOST_STRETCHES, visual), 2 * num_frames * frame_tokens)
+        return [Part("stretches", most * row, f"{most} rows of C*b", is_on_device=False), result]
+    whole = 2 * num_frames * frame_tokens * row
+    return [Part("latents of all frames", whole, "2 copies of T*N*C*b", is_on_device=False), result]
+
+
+def ask_parts(decoder: DecoderSizes, visual: int, context: int, chunk: int, itemsize: int) -> list[Part]:
+    """The memory of prefilling the video and answering.
+
+    ``decoder``: from ``measure_decoder``. ``visual``: S. ``context``: L, rows of the prompt. ``chunk``: q at most.
+    ``itemsize``: b.
+    """
+    b, q = itemsize, min(context, chunk)
+    row = decoder.width * (1 + decoder.num_deep_layers) * b
+    # Of a layer: its input, what the attention added, and the normed rows; then three stages of the MLP at once.
+    mlp = q * b * (3 * decoder.width + 3 * decoder.inner)
+    attention = q * b * (2 * decoder.width + 4 * decoder.heads_width)
+    mask = q * context * (1 + b) if context > chunk else 0
+    cat = context * decoder.kv_layer_values * b
+    return [
+        Part("decoder weights", decoder.num_parameters * b, f"{decoder.num_parameters} parameters * {b} bytes"),
+        Part("visual tokens", visual * row, "S*C*b", is_on_device=False),
+        Part("prompt rows", context * row, "L*C*b"),
+        Part("KV cache", context * decoder.kv_values * b, f"L * {decoder.kv_values} numbers * b"),
+        Part("recurrent states", decoder.state_values * FLOAT32, "of linear attention, in float32"),
+        Part("prefill activations", max(mlp, attention) + mask + cat, "q*b*(3w + 3I), and one layer's cache moved"),
+    ]

@@ -1,0 +1,229 @@
+"""What a video will cost before anything heavy runs: tokens, FLOPs, memory and estimated times, from configs alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from freres_cli.backbones.engine import choose_chunk
+from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, measure_decoder, measure_tower
+from freres_cli.devices import choose_dtype, memory_errors_as, synchronize
+from freres_cli.pipeline.costs import (
+    CUDA_CONTEXT_BYTES,
+    Part,
+    ask_parts,
+    encode_parts,
+    method_parts,
+    sum_bytes,
+)
+from freres_cli.pipeline.encoding import VideoSource, count_batch_frames
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
+from freres_cli.pipeline.prompt_text import bound_text
+
+# Measured on one thread of a server CPU: decoding 2.1 ms and resizing 10.3 ms for a picture of 1280x720 in H.264.
+DECODE_S_PER_PX = 2.1e-3 / (1280 * 720)
+RESIZE_S_PER_PX = 10.3e-3 / (1280 * 720)
+MATMUL_SIDE, MATMUL_SECONDS, COPY_BYTES = 1024, 0.3, 2**26
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What times are estimated from: ``flops_per_s``; ``bytes_per_s`` of memory, ``None`` if not known; ``source``: where
+    both come from."""
+
+    flops_per_s: float
+    bytes_per_s: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``flops``, ``seconds`` (estimated, ``None`` if unknown), and what that estimate assumes."""
+
+    name: str
+    flops: int | None
+    seconds: float | None
+    assumes: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What compressing and asking cost.
+
+    ``encode``, ``ask``: the parts of the memory of each, in bytes at its peak. ``context_tokens``: rows of the prompt with an
+    empty question, at most; without the text of the prompt if the tokenizer cannot be read. ``chunk``: rows of a pass.
+    """
+
+    plan: CompressPlan
+    visual_tokens: int
+    context_tokens: int
+    text_tokens: int | None
+    dtype: torch.dtype
+    tower: TowerSizes
+    decoder: DecoderSizes
+    chunk: int
+    encode: list[Part]
+    ask: list[Part]
+    is_cuda: bool
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache of the prompt."""
+        return self.context_tokens * self.decoder.kv_values * self.dtype.itemsize
+
+    @property
+    def encode_bytes(self) -> int:
+        """Peak memory of ``freres compress`` on the device, without what the process takes anyway."""
+        return sum_bytes(self.encode, is_cuda=self.is_cuda)
+
+    @property
+    def ask_bytes(self) -> int:
+        """Peak memory of ``freres ask`` on the device, without what the process takes anyway."""
+        return sum_bytes(self.ask, is_cuda=self.is_cuda)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of the two: they are separate commands, each with its half of the model."""
+        return max(self.encode_bytes, self.ask_bytes)
+
+    @property
+    def base_bytes(self) -> int:
+        """What the process takes on the device anyway: a CUDA context. On the CPU the interpreter, which is not counted."""
+        return CUDA_CONTEXT_BYTES if self.is_cuda else 0
+
+
+class Planner:
+    """Plans for one video at any budget. Reads the video's packets, and of the model only config and tokenizer.
+
+    ``video``: the file. ``options``: how to compress it. ``is_cuda``: whether to plan for a CUDA device. Raises
+    ``VideoError``, ``BackboneError`` or ``UsageError``.
+    """
+
+    def __init__(self, video: Path, options: CompressOptions, is_cuda: bool) -> None:
+        self.options, self.is_cuda = options, is_cuda
+        self.info = VideoSource(video).info
+        self.models = Models(options.model)
+        self.encoder = cast(Any, self.models.weightless_encoder)
+        self.language = cast(Any, self.models.prompt_counter)
+        parameters = self.language.num_parameters + sum(p.numel() for p in self.encoder.tower.parameters())
+        stored = _stored_dtype(self.models.checkpoint.config)
+        device = replace(options.model.device, name="cuda:0") if is_cuda else options.model.device
+        self.dtype, self.dtype_note = choose_dtype(options.model.dtype, device, stored, parameters * stored.itemsize)
+        # On the meta device: no values are converted, only the sizes of numbers.
+        self.language.half.to(self.dtype)
+
+    def cost(self, budget_tokens: int | None = None) -> Cost:
+        """The cost at the options' budget, or another one."""
+        options = self.options
+        if budget_tokens is not None:
+            settings = options.settings.with_values("flag", budget_tokens=budget_tokens)
+            options = replace(options, settings=settings)
+        plan = plan_compression(options, self.encoder, self.info)
+        text = bound_text(plan, self.models)
+        visual = plan.budget.expected.total if plan.budget else min(plan.budget_tokens, plan.full_tokens)
+        context = text["context_tokens"]
+        tower, decoder = measure_tower(self.encoder, plan.size), measure_decoder(self.language)
+        b, chunk, cells = self.dtype.itemsize, choose_chunk(self.language), plan.size.num_tokens
+        batch = min(count_batch_frames(plan), plan.num_frames)
+        frame_px = plan.size.height_px * plan.size.width_px
+        kept = method_parts(plan.budget, options.method, plan.num_frames, cells, visual, tower.out_channels, b)
+        rows = visual if context is None else context
+        return Cost(
+            plan,
+            visual,
+            rows,
+            text["text_overhead_tokens"],
+            self.dtype,
+            tower,
+            decoder,
+            chunk,
+            [*encode_parts(tower, batch, frame_px, cells, b), *kept],
+            ask_parts(decoder, visual, rows, chunk, b),
+            self.is_cuda,
+        )
+
+    def largest_budget(self, device_bytes: int) -> int | None:
+        """The largest budget whose peak memory fits, ``None`` if not even one token does. At most every token."""
+
+        def fits(budget_tokens: int) -> bool:
+            cost = self.cost(budget_tokens)
+            return cost.peak_bytes + cost.base_bytes <= device_bytes
+
+        low, high = 0, self.cost().plan.full_tokens
+        if fits(high):
+            return high
+        while high - low > max(1, low // 1000):
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low or None
+
+
+def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The precision that a checkpoint's config names; bfloat16, as nearly all are stored, if it names none."""
+    text = config.get("text_config") or {}
+    name = next((c[key] for c in (config, text) for key in ("dtype", "torch_dtype") if c.get(key)), "bfloat16")
+    found = getattr(torch, str(name), torch.bfloat16)
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
+
+
+def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
+    """The time of every stage, one after the other, at ``speed``."""
+    plan = cost.plan
+    source_px = plan.info.width_px * plan.info.height_px
+    tower_flops = plan.num_frames * cost.tower.flops
+    prefill_flops = cost.decoder.prefill_flops(cost.context_tokens, cost.chunk)
+    rate = f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
+    per_token = None
+    if speed.bytes_per_s is not None:
+        weights = cost.decoder.num_parameters * cost.dtype.itemsize
+        per_token = (weights + cost.kv_bytes) / speed.bytes_per_s
+    return [
+        Stage(
+            "decode",
+            None,
+            plan.info.num_packets * source_px * DECODE_S_PER_PX,
+            "every frame of the file, H.264, one thread",
+        ),
+        Stage("resize", None, plan.num_frames * source_px * RESIZE_S_PER_PX, "every sampled frame, one thread"),
+        Stage("tower", tower_flops, tower_flops / speed.flops_per_s, f"every sampled frame at {rate}"),
+        Stage("prefill", prefill_flops, prefill_flops / speed.flops_per_s, f"the whole prompt at {rate}"),
+        Stage("per token", None, per_token, "weights and cache are read once for each token of the answer"),
+    ]
+
+
+def state_speed(tflops: float) -> Speed:
+    """The speed that a user named."""
+    return Speed(tflops * 1e12, None, "--tflops")
+
+
+def measure_speed(device_name: str, dtype: torch.dtype) -> Speed:
+    """The speed of a square matrix product and of a copy on this device, in less than a second."""
+    device = torch.device(device_name)
+    with memory_errors_as("measuring the speed", "name it with --tflops"):
+        a = torch.ones(MATMUL_SIDE, MATMUL_SIDE, dtype=dtype, device=device)
+        block = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+        product_s = _time(lambda: a @ a, device)
+        copy_s = _time(block.clone, device)
+    # A copy reads and writes.
+    name = str(dtype).removeprefix("torch.")
+    source = f"a product of two {MATMUL_SIDE}x{MATMUL_SIDE} matrices in {name} and a copy of 64 MiB on this device"
+    return Speed(2 * MATMUL_SIDE**3 / product_s, 2 * COPY_BYTES / copy_s, source)
+
+
+def _time(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of several calls, after a first one that is not counted."""
+    work()
+    best, end = float("inf"), time.perf_counter() + MATMUL_SECONDS
+    while time.perf_counter() < end or best == float("inf"):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
