@@ -59,7 +59,8 @@ plan:
     visual tokens, N tokens of a frame, L rows of the prompt, q rows of a pass of the prefill, K coefficients of a cell. Parts
     marked host are not in a GPU's memory. With `--device-memory`, and no `--device cpu`, a CUDA device is planned for, whose
     context is taken to be 0.5 GiB; on the CPU the interpreter and its libraries, about 0.4 GiB, are not counted, nor is
-    memory that the C library keeps after it was freed (up to a third more, on small models), nor the page cache while weights are read.
+    memory that the C library keeps after it was freed (up to a third more, on small models), nor the page cache while
+    weights are read.
     FLOPs count every multiplication and addition of matrices and attention, with the masked half. Times are estimates:
     one stage after the other, at the speed of a large matrix product on this device, or at `--tflops`; with that, the time
     per token of an answer is null, because it depends on the bandwidth of the memory. Of the model only config.json,
