@@ -58,9 +58,7 @@ def test_every_method_keeps_its_tenth_of_a_small_clip(name):
 
 def test_memory_is_what_the_method_adds_to_the_latents(monkeypatch):
     """The clip is 8 MB, and the method holds 64 MB for a moment."""
-    monkeypatch.setattr(
-        benchmark_peers, "METHODS", {"greedy": METHODS["uniform"].__class__("greedy", "s", "s", compress=hold)}
-    )
+    monkeypatch.setattr(benchmark_peers, "METHODS", {"greedy": Method("greedy", "s", "s", compress=hold)})
     figures = measure_whole("greedy", MadeLatents(28, (12, 12), 1024), 400, None)
     assert 60e6 < figures["peak_above_latents_bytes"] < 80e6
 

@@ -82,7 +82,7 @@ def measure_peer(name: str, num_frames: int, limit_s: float, grid: tuple[int, in
     """Measure one method in its own process, and return its row; one that does not finish has a status and a message.
 
     ``name``: of the method. ``num_frames``, ``grid``, ``width``: T, (H, W) and D of the clip. ``limit_s``: most seconds,
-    not counting the time to make the latents, which has the same limit.
+    not counting the time to make a whole clip's latents, which has the same limit.
     """
     num_latents = num_frames * grid[0] * grid[1]
     row: dict[str, Any] = {
@@ -148,8 +148,12 @@ def measure_whole(name: str, latents: MadeLatents, budget_tokens: int, connectio
 def measure_stream(
     name: str, latents: MadeLatents, budget_tokens: int, connection: Connection | None
 ) -> dict[str, Any]:
-    """Return the figures of Fre-Res or adaptive Fre-Res, which take the clip in batches. The arguments are those of
-    ``measure_whole``; the time to make the batches does not count, except towards the limit."""
+    """Return the figures of Fre-Res or adaptive Fre-Res, which take the clip in batches. The time to make the batches counts
+    towards the limit only.
+
+    ``name``: of the method. ``latents``: the clip. ``budget_tokens``: to keep. ``connection``: is told when the first
+    batch is made.
+    """
     assert name in (FRE_RES, ADAPTIVE)
     compressor: StreamingCompressor | StretchCompressor
     if name == FRE_RES:
