@@ -3,7 +3,8 @@
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands) and ``questions`` (32 questions
-together against one at a time). Takes about 20 minutes on two cores.
+together against one at a time). Takes about 20 minutes on two cores. ``peers`` (the cost of every method after encoding) is
+run only if it is named: it may take hours, and ``--frames`` makes its clip shorter.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.output import print_result
 from freres_cli.devices import choose_device
 from freres_cli.method import adaptive
@@ -314,8 +316,13 @@ def main() -> None:
     """Run the named parts and write their results; the file keeps the results it has for other parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers measures")
+    parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument(
-        "parts", nargs="*", default=[], help="method, decode, memory, bounded, many, questions; default: all"
+        "parts",
+        nargs="*",
+        default=[],
+        help="method, decode, memory, bounded, many, questions, peers; default: all but peers",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -327,8 +334,9 @@ def main() -> None:
             "bounded": lambda: measure_bounded(Path(folder)),
             "many": lambda: measure_many(Path(folder)),
             "questions": lambda: measure_questions(Path(folder)),
+            "peers": lambda: measure_peers(arguments.frames, arguments.limit),
         }
-        for part in arguments.parts or list(measures):
+        for part in arguments.parts or [part for part in measures if part != "peers"]:
             results["environment"] = describe_environment(choose_device("cpu"))
             results["command"] = "python -m freres_cli.cli.benchmark -o freres_cli/bench/results/pipeline.json"
             results[part] = measures[part]()

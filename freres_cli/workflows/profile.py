@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -15,6 +11,7 @@ from typing import Any
 import torch
 
 from freres_cli.baselines.registry import FRE_RES
+from freres_cli.bench import apart
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bench.report import summarize_runs
 from freres_cli.bundle.store import read_bundle
@@ -82,38 +79,20 @@ RowTarget = Callable[[Connection, ProfileRequest, str], None]
 
 def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = None) -> dict[str, Any]:
     """Measure one row in a fresh process, with ``run_row`` or another ``target``, and return the row."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=target or run_row, args=(theirs, request, method), daemon=True)
-    process.start()
-    theirs.close()
-    outcome, is_late = None, False
-    try:
-        if ours.poll(request.timeout_s):
-            outcome = ours.recv()
-        else:
-            is_late = True
-    except EOFError:
-        process.join(timeout=10)
-    finally:
-        # Also when this process is asked to exit: the row must not keep running.
-        process.join(timeout=0 if outcome is None else 10)
-        exit_code = process.exitcode
-        process.kill()
-        process.join()
-    if isinstance(outcome, dict):
-        return outcome
-    if isinstance(outcome, FreresError) and not isinstance(outcome, ResourceError):
-        if not (isinstance(outcome, BackboneError) and "context" in outcome.message):
-            raise outcome
-        return _empty_row(method, "context_exceeded", outcome.message)
-    if is_late:
+    outcome = apart.run_apart(target or run_row, (request, method), request.timeout_s)
+    value = outcome.value
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, FreresError) and not isinstance(value, ResourceError):
+        if not (isinstance(value, BackboneError) and "context" in value.message):
+            raise value
+        return _empty_row(method, "context_exceeded", value.message)
+    if outcome.is_late:
         return _empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
-    # Linux kills a process that takes too much memory with SIGKILL. Any other silent exit is our own failure.
-    if outcome is None and exit_code != -signal.SIGKILL:
-        raise FreresError(f"profile: the process of row {method} failed with status {exit_code}; see above")
-    why = outcome.message if outcome is not None else "the system killed the process"
-    return _empty_row(method, "out_of_memory", why)
+    # Any other silent exit is our own failure.
+    if value is None and not outcome.is_starved:
+        raise FreresError(f"profile: the process of row {method} failed with status {outcome.exit_code}; see above")
+    return _empty_row(method, "out_of_memory", value.message if value is not None else "the system killed the process")
 
 
 def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
@@ -135,7 +114,7 @@ def run_row(connection: Connection, request: ProfileRequest, method: str) -> Non
     """Measure one row, and send it or the ``FreresError`` it raised through ``connection``."""
     try:
         if not request.device.is_cuda:
-            _limit_memory()
+            apart.limit_memory()
         with memory_errors_as(f"row {method}", "lower --budget, or use a machine with more memory"):
             row = _measure_row(request, method)
         connection.send(row)
@@ -143,15 +122,6 @@ def run_row(connection: Connection, request: ProfileRequest, method: str) -> Non
         connection.send(error)
     finally:
         connection.close()
-
-
-def _limit_memory() -> None:
-    """Make allocations fail when the machine's memory is used up, before the system kills other processes."""
-    if sys.platform != "linux":
-        return
-    available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + available, mapped + available))
 
 
 def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
