@@ -10,7 +10,7 @@ import pytest
 
 from freres_cli.evaluation.questions import Question
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
-from freres_cli.pipeline.session import Session
+from freres_cli.pipeline.session import Query, Session
 from freres_cli.records import Answer
 from freres_cli.workflows.evaluate import evaluate
 from tests.benchmark_copies import (
@@ -54,7 +54,7 @@ def say(monkeypatch, text_of):
 
     def ask(self, question, *, choices=(), max_new_tokens=64, **more):
         assert not choices, "a benchmark is answered in words"
-        self._prompt(question)
+        self._prompt(Query(question))
         prompts.append(question)
         return Answer(text_of(question), len(self.tokens), 0, 1, 0.1, None, "stop")
 

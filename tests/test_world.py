@@ -17,7 +17,7 @@ import torch
 from freres_cli import bench
 from freres_cli.errors import ResourceError
 from freres_cli.video.probe import hash_file
-from freres_cli.world.bundled_model import bundled_adapter
+from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 from freres_cli.world.draw import draw_scenes, draw_stretches
 from freres_cli.world.encode import encode_frames
 from freres_cli.world.labels import STILLS, dense_labels, make_stills
@@ -339,9 +339,9 @@ def test_the_demo_clip_asks_about_a_flash(tmp_path):
     assert is_world_clip(tmp_path / "clip.mp4") and not is_world_clip(tmp_path / "none.mp4")
 
 
-def test_the_measured_adapter_is_the_one_that_ships():
-    results = Path(bench.__file__).parent / "results"
-    methods = json.loads((results / "world.json").read_text())["methods"]["rows"]
-    more = json.loads((results / "ablation.json").read_text())["more_data"]["rows"]
-    used = {row["adapter_sha256"] for row in (*methods, *more) if row["method"] == "fre-res"}
-    assert used == {hash_file(bundled_adapter())}
+def test_the_measured_weights_and_adapter_are_those_that_ship():
+    world = json.loads((Path(bench.__file__).parent / "results" / "world.json").read_text())
+    ours = world["adapter"]["rows"]
+    assert {row["adapter_sha256"] for row in ours} == {hash_file(bundled_adapter())}
+    for part in ("methods", "level_3", "adapter"):
+        assert name_weights(world[part]["model"]["projector_sha256"]) == bundled_model_info()["weights"]

@@ -22,7 +22,10 @@ def keep_diverse_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
     """Return min(B, T*H*W) tokens of ``latents`` (T, H, W, C), picked by ``pick_diverse`` over the whole clip.
 
     B is ``budget_tokens``; every relevance is 1, so no question is needed. ``frame_seconds``: (T,) float64. ``width``: D.
+    Raises ``ValueError`` if the budget is below one.
     """
+    if budget_tokens < 1:
+        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
     units = unit_tokens(latents, width).flatten(0, 1)
     keep = pick_diverse(units, torch.ones(len(units)), budget_tokens).sort().values
     return gather_tokens(latents, frame_seconds, keep, width)

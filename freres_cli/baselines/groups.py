@@ -55,7 +55,8 @@ def place_rows(
     stretches: Tensor | None = None,
     boxes: Tensor | None = None,
 ) -> VideoTokens:
-    """Return merged tokens in raster order of their positions, in the dtype of the clip.
+    """Return merged tokens in raster order of their positions, in the dtype of the clip. Between two frames, the time of a
+    token lies between theirs.
 
     ``rows``: (S, C). ``positions``: (S, 3), t, h, w. ``latents``: (T, H, W, C), for its grid and dtype. ``frame_seconds``:
     (T,) float64. ``width``: D. ``stretches``: (S, 2) and ``boxes``: (S, 6), see ``VideoTokens``.
@@ -67,8 +68,12 @@ def place_rows(
     grid = (latents.shape[0], latents.shape[1], latents.shape[2])
     frame = nearest_frames(positions[:, 0], grid[0])
     tokens = place_tokens(rows[order].to(latents.dtype), positions, frame, grid, frame_seconds, width)
+    before = positions[:, 0].floor().long()
+    after = (before + 1).clamp(max=grid[0] - 1)
+    seconds = torch.lerp(frame_seconds[before], frame_seconds[after], positions[:, 0].double() - before)
     return replace(
         tokens,
+        seconds=seconds,
         stretches=None if stretches is None else stretches[order].to(torch.float32),
         boxes=None if boxes is None else boxes[order],
     )

@@ -163,13 +163,18 @@ def check_times(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], wher
         raise damaged(where, "seconds: expected times within those of the frames")
 
 
-def check_order(positions: Tensor, where: str) -> None:
-    """Refuse tokens that are not in the order of their ``positions``, or two at the same one. ``where``: the file. Raises
-    ``BundleError``."""
+def check_order(positions: Tensor, may_coincide: bool, where: str) -> None:
+    """Refuse tokens that are not in the order of their ``positions``, or two at the same one.
+
+    ``may_coincide``: the method merges tokens, and the middles of two groups may be the same place. ``where``: the file.
+    Raises ``BundleError``.
+    """
     t, h, w = positions.diff(dim=0).unbind(1)
-    is_later = (t > 0) | ((t == 0) & ((h > 0) | ((h == 0) & (w > 0))))
+    is_later = (t > 0) | ((t == 0) & ((h > 0) | ((h == 0) & ((w > 0) | ((w == 0) & may_coincide)))))
     if not bool(is_later.all()):
-        raise damaged(where, "positions: expected each once, by time, then row, then column")
+        raise damaged(
+            where, f"positions: expected {'' if may_coincide else 'each once, '}by time, then row, then column"
+        )
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
-against merging it exactly), ``many`` (20 short clips with one command against 20 commands) and ``questions`` (32 questions
-together against one at a time). Takes about 20 minutes on two cores. ``peers`` (the cost of every method after encoding) is
-run only if it is named: it may take hours, and ``--frames`` makes its clip shorter.
+against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
+together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
+``peers`` (the cost of every method after encoding) is run only if it is named: it may take hours, and ``--frames`` makes its
+clip shorter.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
 from freres_cli.cli.benchmark_peers import measure_peers
+from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
 from freres_cli.devices import choose_device
 from freres_cli.method import adaptive
@@ -322,7 +324,7 @@ def main() -> None:
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, peers; default: all but peers",
+        help="method, decode, memory, bounded, many, questions, still, peers; default: all but peers",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -334,6 +336,7 @@ def main() -> None:
             "bounded": lambda: measure_bounded(Path(folder)),
             "many": lambda: measure_many(Path(folder)),
             "questions": lambda: measure_questions(Path(folder)),
+            "still": lambda: measure_still(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
         }
         for part in arguments.parts or [part for part in measures if part != "peers"]:

@@ -94,7 +94,10 @@ class FrameArray:
 
 
 class FrameBatches:
-    """All frames of an array, resized. ``report`` is like that of ``decode.Decoder``."""
+    """All frames of an array, resized. ``report`` is like that of ``decode.Decoder``.
+
+    ``frames``: the array. ``size``, ``batch_frames``, ``still_levels``: as in ``FrameArray.open``.
+    """
 
     def __init__(self, frames: FrameArray, size: FrameSize, batch_frames: int, still_levels: int) -> None:
         self._frames, self._size, self._batch_frames = frames, size, batch_frames

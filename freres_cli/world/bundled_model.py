@@ -1,6 +1,6 @@
 """The bundled model: Qwen2-VL in miniature, so that every command runs without a download.
 
-It has the architecture and files of a released checkpoint, written by transformers' own class, with 3.5 million
+It has the architecture and files of a released checkpoint, written by transformers' own class, with 3.8 million
 parameters. Frames of 96x96 px become 6x6 tokens of width 192; text is bytes, with merges for the words of its world.
 """
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 INFO_FILE = "MODEL_INFO.json"
 # All weights that freres has ever embedded, by the SHA-256 of their projector, so that what was made with them can be
 # named. New weights add a row, with the name in their MODEL_INFO.json.
-EMBEDDED_WEIGHTS = {"398066178e877a6fc584fb77c48ad90d2b3b7de4c2fadbd5041e64ed49fa65c4": "drawn-1"}
+EMBEDDED_WEIGHTS = {
+    "398066178e877a6fc584fb77c48ad90d2b3b7de4c2fadbd5041e64ed49fa65c4": "drawn-1",
+    "0177830147c05d4292199421a86957c063bab0635615facc40714fd016fbfd3f": "drawn-2",
+}
 RANDOM_WEIGHTS = "random"  # the name of untrained ones
 
 FRAME_PX = 96
@@ -110,7 +113,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     rope = {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [8, 8, 8]}
     return Qwen2VLConfig(
         vision_config={
-            "depth": 4,
+            "depth": 6,
             "embed_dim": 128,
             "hidden_size": WIDTH,
             "num_heads": 4,

@@ -42,8 +42,8 @@ MOST_CLIPS, BATCH_TOKENS = 16, 6000  # of a batch
 STRETCH_TOKENS = (60, 500)  # roughly this many per clip in the views that are cut where something changes
 NOISE = 3.0  # grey levels
 LOG_EVERY, SAVE_EVERY = 20, 50
-# Motion is the hardest to learn, then counting flashes.
-KINDS_SHOWN = ("motion", "repeat", "hit", "motion", "order", "repeat", "motion", "cut", "repeat", "motion")
+# Motion is the hardest to learn, then flashes, touches, cuts and their order.
+KINDS_SHOWN = ("motion", "cut", "repeat", "hit", "order", "motion", "cut", "order", "hit", "repeat")
 OBJECT_TOKENS = (130, 240)  # roughly this many per clip in the view of objects
 SAME_CATEGORY = 4  # most questions of one category per clip, so that rare categories count
 SCORED = 200  # a running score is over this many answers
