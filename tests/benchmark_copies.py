@@ -97,7 +97,7 @@ def make_longvideobench(root: Path) -> Path:
 
 VIDEO_MME_ROW = {
     "video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Astronomy",
-    "url": "https://www.youtube.com/watch?v=fFj-v93ACGo", "videoID": "fFj-v93ACGo", "question_id": "001-1",
+    "url": "https://example.org/watch?v=fFj-v93ACGo", "videoID": "fFj-v93ACGo", "question_id": "001-1",
     "task_type": "Counting Problem", "question": "How many?", "options": ["A. One.", "B. Two.", "C. Six.", "D. Ten."],
     "answer": "C",
 }  # fmt: skip

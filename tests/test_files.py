@@ -245,6 +245,8 @@ def run(*_, **__):
     write_atomically(Path(sys.argv[1]), lambda file: torch.save(tensors, Interrupted(file)), force=False)
 import freres_cli.cli.app as app
 app.app = run
+# A shell starts jobs in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
 
