@@ -108,7 +108,9 @@ def test_the_mass_lies_where_the_object_passed(bundle, seed):
 @pytest.mark.parametrize("budget", [40, 80])
 def test_the_shipped_adapter_looks_where_the_object_moved(clip, tmp_path, budget):
     made = read_bundle(compress_clip(clip, tmp_path / "b.pt", budget))
-    modules = load_modules(bundled_adapter(), made.manifest["model"], made.tracks, "absorber")
+    modules = load_modules(
+        bundled_adapter(), made.manifest["model"], "absorber", made.tracks.width, made.tracks.num_bands
+    )
     passed = cells_passed(one_thing_moves(), made.tracks.pooled_grid)
     maps = map_absorption(made.tracks, modules)
     # Trained for answers, not for place: it spreads more than what there was to absorb, which lies on the object.

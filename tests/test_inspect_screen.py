@@ -7,8 +7,9 @@ import io
 import pytest
 
 from freres_cli.bundle.store import write_bundle
-from freres_cli.cli.inspect import SHOWN_GOPS, choose_gops
+from freres_cli.cli.inspect import SHOWN_GOPS
 from freres_cli.cli.output import BLOCKS, PLAIN_BLOCKS, SCREEN_COLUMNS, format_sparkline
+from freres_cli.workflows.inspect import choose_gops
 from tests.forged_bundles import make_stretches, make_tokens, make_tracks, manifest_for, smooth_latents
 from tests.runner import run_freres
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from freres_cli.backbones.base import LanguageModel, PromptRows
+from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.engine import VideoPrefix, check_scores, lend_cache, memory_of, prefill
 from freres_cli.records import VideoTokens
 
@@ -48,9 +48,9 @@ def find_evidence(
     """
     with lend_cache(prefix) as cache:
         rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
-        last = PromptRows(rows.embeds[-1:], rows.positions[..., -1:], rows.next_position)
+        last = rows.pick(slice(-1, None))
         if len(rows) > 1:
-            prefill(model, PromptRows(rows.embeds[:-1], rows.positions[..., :-1], rows.next_position), cache)
+            prefill(model, rows.pick(slice(-1)), cache)
         with memory_of(model, prefix.num_tokens + len(rows)):
             weights = check_scores(model.attend_from_last(last, cache))
     count = len(weights)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import pick_highest
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.baselines.tome import place_groups
 from freres_cli.records import VideoTokens
 
@@ -28,8 +29,7 @@ def merge_into_unusual_tokens(latents: Tensor, frame_seconds: Tensor, budget_tok
     what it holds. Time grows with B*T*H*W; memory beyond the latents with B. ``frame_seconds``: (T,) float64. ``width``:
     D. Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    budget_tokens = clamp_budget(latents, budget_tokens)
     tokens = latents[..., :width].flatten(0, 2)
     if budget_tokens >= tokens.shape[0]:
         return place_groups(latents, frame_seconds, torch.arange(tokens.shape[0]), width)

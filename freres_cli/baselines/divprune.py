@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.full import gather_tokens
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ def keep_diverse_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
     B is ``budget_tokens``. Time grows with the square of T*H*W, for the first choice, and with B*T*H*W; memory beyond the
     latents with T*H*W. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    budget_tokens = clamp_budget(latents, budget_tokens)
     tokens = latents[..., :width].flatten(0, 2)
     if budget_tokens >= tokens.shape[0]:
         keep = torch.arange(tokens.shape[0])

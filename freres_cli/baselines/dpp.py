@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import unit_tokens
 from freres_cli.baselines.full import gather_tokens
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ def keep_diverse_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
     B is ``budget_tokens``; every relevance is 1, so no question is needed. ``frame_seconds``: (T,) float64. ``width``: D.
     Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    budget_tokens = clamp_budget(latents, budget_tokens)
     units = unit_tokens(latents, width).flatten(0, 1)
     keep = pick_diverse(units, torch.ones(len(units)), budget_tokens).sort().values
     return gather_tokens(latents, frame_seconds, keep, width)

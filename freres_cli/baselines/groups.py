@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from freres_cli.baselines.clustering import CHUNK_VALUES
 from freres_cli.baselines.declaration import lazy_module
-from freres_cli.baselines.full import place_tokens
+from freres_cli.baselines.full import place_tokens, raster_order
 from freres_cli.records import VideoTokens, nearest_frames
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def place_rows(
     ``rows``: (S, C). ``positions``: (S, 3), t, h, w. ``latents``: (T, H, W, C), for its grid and dtype. ``frame_seconds``:
     (T,) float64. ``width``: D. ``stretches``: (S, 2) and ``boxes``: (S, 6), see ``VideoTokens``.
     """
-    order = torch.arange(rows.shape[0])
-    for axis in (2, 1, 0):
-        order = order[positions[order, axis].argsort(stable=True)]
+    order = raster_order(positions)
     positions = positions[order].to(torch.float32)
     grid = (latents.shape[0], latents.shape[1], latents.shape[2])
     frame = nearest_frames(positions[:, 0], grid[0])

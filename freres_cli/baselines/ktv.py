@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from freres_cli.baselines.clustering import mean_frames
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import pick_highest
 from freres_cli.baselines.full import gather_tokens
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.baselines.ts_llava import split_evenly
 from freres_cli.records import VideoTokens
 
@@ -31,12 +33,10 @@ def keep_key_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, 
     that ``score_tokens`` ranks highest, ties in raster order. Time grows with T times the number of key frames.
     ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    num_tokens = clamp_budget(latents, budget_tokens)
     num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
-    num_tokens = min(budget_tokens, num_frames * per_frame)
     num_keys = min(num_frames, num_tokens, max(KEY_FRAMES, -(-2 * num_tokens // per_frame)))
-    means = torch.stack([frame[..., :width].mean((0, 1), dtype=torch.float32) for frame in latents])
+    means = mean_frames(latents, width)
     frames = choose_frames(means, num_keys).sort().values.tolist()
     kept = []
     for frame, count in zip(frames, split_evenly(num_tokens, num_keys), strict=True):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.full import place_tokens
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.baselines.uniform import spread
 from freres_cli.records import VideoTokens
 
@@ -43,10 +44,8 @@ def shrink_frames(
     Boxes are set. ``frame_seconds``: (T,) float64. ``width``: D. ``shrink``: takes some frames and the number of cells,
     and returns as ``pool_cells`` does. Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    num_tokens = clamp_budget(latents, budget_tokens)
     num_frames, grid_h, grid_w, num_channels = latents.shape
-    num_tokens = min(budget_tokens, num_frames * grid_h * grid_w)
     frames = spread(min(num_frames, num_tokens), num_frames)
     fewest, num_finer = divmod(num_tokens, frames.shape[0])
     num_cells = torch.full_like(frames, fewest)

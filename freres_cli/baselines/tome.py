@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.full import place_tokens, raster_order
+from freres_cli.baselines.groups import average_groups
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens, nearest_frames
 
 if TYPE_CHECKING:
@@ -32,8 +34,7 @@ def merge_similar_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: 
     Time grows with T times the square of H*W, and in the last rounds with the square of B. Memory beyond the latents grows
     with B. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    budget_tokens = clamp_budget(latents, budget_tokens)
     num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
     num_tokens = num_frames * per_frame
     owner = torch.arange(num_tokens).reshape(num_frames, per_frame)
@@ -63,13 +64,8 @@ def place_groups(latents: Tensor, frame_seconds: Tensor, owner: Tensor, width: i
     ``frame_seconds``: (T,) float64. ``width``: D.
     """
     grid = (latents.shape[0], latents.shape[1], latents.shape[2])
-    counts = owner.bincount()
-    sums = torch.zeros(counts.shape[0], latents.shape[-1])
-    tokens = latents.flatten(0, 2)
-    step = max(1, CHUNK_VALUES // tokens.shape[1])
-    for part, own in zip(tokens.split(step), owner.split(step), strict=True):
-        sums.index_add_(0, own, part.to(torch.float32))
-    rows = (sums / counts[:, None]).to(latents.dtype)
+    means, counts = average_groups(latents, owner, int(owner.max()) + 1)
+    rows = means.to(latents.dtype)
     members = torch.arange(owner.shape[0])
     index = [members // (grid[1] * grid[2]), members // grid[2] % grid[1], members % grid[2]]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.full import gather_tokens, place_tokens, raster_order
 from freres_cli.baselines.lowres import pool_cells
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.baselines.uniform import spread
 from freres_cli.records import VideoTokens
 
@@ -29,8 +30,7 @@ def sample_with_thumbnail(latents: Tensor, frame_seconds: Tensor, budget_tokens:
     tokens are kept (ours). Boxes are set. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the
     budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    budget_tokens = clamp_budget(latents, budget_tokens)
     grid = latents.shape[:3]
     num_tokens, per_frame = grid.numel(), grid[1] * grid[2]
     if budget_tokens >= num_tokens:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.full import gather_tokens
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ def sample_uniform_frames(latents: Tensor, frame_seconds: Tensor, budget_tokens:
     more than B tokens, tokens are dropped evenly along the sequence, so that exactly min(B, T*H*W) remain.
     ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    budget_tokens = clamp_budget(latents, budget_tokens)
     num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
     frames = spread(min(num_frames, -(-budget_tokens // per_frame)), num_frames)
     tokens = (frames[:, None] * per_frame + torch.arange(per_frame)).flatten()

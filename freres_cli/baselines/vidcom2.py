@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import pick_highest
 from freres_cli.baselines.full import gather_tokens
+from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def keep_unusual_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
     the tokens with the least sum of likeness to clip and frame, ties in raster order. ``frame_seconds``: (T,) float64.
     ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
-    if budget_tokens < 1:
-        raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
+    budget_tokens = clamp_budget(latents, budget_tokens)
     to_clip, to_frame = measure_likeness(latents, width)
     counts = share_budget(-to_clip.mean(1, dtype=torch.float64), to_clip.shape[1], budget_tokens)
     unlike = -(to_clip + to_frame)

@@ -212,17 +212,9 @@ def _print_energy(energy: dict[str, Any]) -> None:
     print_wrapped("", f"lost the most, worst first: {', '.join(spans)}")
 
 
-def choose_gops(gops: list[dict[str, Any]], count: int) -> list[int]:
-    """Return the places, in time order, of ``count`` GoPs: half that kept the least energy, the others with most tokens."""
-    worst = sorted(
-        range(len(gops)), key=lambda g: 2.0 if gops[g]["energy_kept"] is None else float(gops[g]["energy_kept"])
-    )
-    largest = sorted(range(len(gops)), key=lambda g: -sum(gops[g]["tokens_by_kind"].values()))
-    chosen = list(dict.fromkeys([*worst[: count // 2], *largest, *worst]))
-    return sorted(chosen[:count])
-
-
 def _print_gops(gops: list[dict[str, Any]], show_all: bool) -> None:
+    from freres_cli.workflows.inspect import choose_gops
+
     shown = list(range(len(gops))) if show_all else choose_gops(gops, SHOWN_GOPS)
     rows = [
         (

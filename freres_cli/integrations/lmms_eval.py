@@ -17,7 +17,7 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.errors import UsageError, VideoError
 from freres_cli.evaluation.cells import parse_budget
 from freres_cli.method.fusion import FreResModules
-from freres_cli.pipeline.adapters import check_shape, check_variant, choose_adapter, load_adapter
+from freres_cli.pipeline.adapters import choose_adapter, load_modules
 from freres_cli.pipeline.choices import choose_preset
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
@@ -108,10 +108,8 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         path = choose_adapter(named, self._options.model.name, settings.variant)
         if path is None:
             return None
-        adapter = load_adapter(path, model.fingerprint)
-        check_variant(adapter, settings.variant)
-        check_shape(adapter, model.width, settings.max_coefficients)
-        return adapter.modules.to(model.device)
+        shape = (model.width, settings.max_coefficients)
+        return load_modules(path, model.fingerprint, settings.variant, *shape).to(model.device)
 
     def _find_video(self, request: Instance) -> Path:
         """Return the video of a request. Raises ``UsageError`` unless there is exactly one, given as a path."""

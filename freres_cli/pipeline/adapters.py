@@ -12,7 +12,6 @@ from freres_cli.errors import BackboneError
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.pipeline.models import describe_model
 from freres_cli.presets import BUNDLED
-from freres_cli.tracks import Tracks
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 
 NO_ADAPTER = "none"
@@ -60,15 +59,16 @@ def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
     return Adapter(path, modules.eval().requires_grad_(False), header.get("training") or {})
 
 
-def load_modules(path: Path, model: Mapping[str, Any], tracks: Tracks, variant: str) -> FreResModules:
-    """Return modules that fit a bundle.
+def load_modules(path: Path, model: Mapping[str, Any], variant: str, width: int, num_bands: int) -> FreResModules:
+    """Return modules that fit what they are used for.
 
-    ``path``: the adapter. ``model``: the manifest's facts about the backbone. ``tracks``: their width and bands must fit.
-    ``variant``: the bundle's. Raises ``BackboneError`` for an adapter that does not fit.
+    ``path``: the adapter. ``model``: facts about the backbone, from a manifest or the loaded one. ``variant``: that of
+    the tracks. ``width``, ``num_bands``: D, and how many bands the tracks have, or may have. Raises ``BackboneError`` for
+    an adapter that does not fit.
     """
     adapter = load_adapter(path, model)
     check_variant(adapter, variant)
-    check_shape(adapter, tracks.width, tracks.num_bands)
+    check_shape(adapter, width, num_bands)
     return adapter.modules
 
 

@@ -56,7 +56,8 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
     if isinstance(content, Tracks):
         variant = settings["variant"]["value"]
         path = choose_adapter_for(adapter, model, variant)
-        modules = None if path is None else load_modules(path, model, content, variant)
+        shape = (content.width, content.num_bands)
+        modules = None if path is None else load_modules(path, model, variant, *shape)
         if adapter is None and variant == "absorber" and has_other_weights(model):
             notes.append(f"opened without an adapter: the one that ships does not fit {describe_model(model)}")
         if modules is None and variant == "concat":

@@ -99,7 +99,7 @@ def read_absorption(bundle: StoredBundle, named: str | None, flag: str = FLAG) -
     adapter = choose_adapter_for(named, model, variant)
     if adapter is None:
         raise UsageError(f"{flag}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
-    modules = load_modules(adapter, model, tracks, variant)
+    modules = load_modules(adapter, model, variant, tracks.width, tracks.num_bands)
     maps = map_absorption(tracks, modules, variant)
     if not maps.absorbed.isfinite().all():
         raise BackboneError(f"{adapter}: damaged adapter: what its absorber adds is not finite")

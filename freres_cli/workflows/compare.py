@@ -15,7 +15,7 @@ from freres_cli.errors import FreresError, UsageError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss, share_kept
 from freres_cli.method.fusion import FreResModules
-from freres_cli.pipeline.adapters import load_adapter
+from freres_cli.pipeline.adapters import load_modules
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, open_method_session
@@ -79,7 +79,9 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
         check_methods([cell.method for cell in request.cells], model)
         refuse_control_tokens([("--question", query.texts) for query in request.queries], model)
         if request.adapter is not None:
-            modules = load_adapter(request.adapter, model.fingerprint).modules.to(model.device)
+            settings = request.options.settings
+            shape = (model.width, settings.max_coefficients)
+            modules = load_modules(request.adapter, model.fingerprint, settings.variant, *shape).to(model.device)
         notes += [*describe_limits(request.options.model.name, is_world_clip(request.video)), *model.notes]
     encoder = models.encoder
     timer = StageTimer(torch.device(request.options.model.device.name))

@@ -22,7 +22,7 @@ from freres_cli.evaluation.questions import Question, QuestionFile
 from freres_cli.evaluation.results import REMEDY, ResultsFile
 from freres_cli.evaluation.scores import summarize
 from freres_cli.method.fusion import FreResModules
-from freres_cli.pipeline.adapters import check_shape, check_variant, load_adapter
+from freres_cli.pipeline.adapters import load_modules
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
@@ -133,11 +133,10 @@ def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
     found: dict[Path | None, FreResModules] = {}
     for cell in request.cells:
         if cell.adapter is not None:
-            adapter = load_adapter(cell.adapter, model.fingerprint)
             settings = request.options.settings.values() | dict(cell.settings)
-            check_variant(adapter, settings["variant"])
-            check_shape(adapter, model.width, settings["max_coefficients"])
-            found[cell.adapter] = adapter.modules.to(model.device)
+            shape = (model.width, settings["max_coefficients"])
+            modules = load_modules(cell.adapter, model.fingerprint, settings["variant"], *shape)
+            found[cell.adapter] = modules.to(model.device)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from freres_cli.bundle.store import read_bundle
+from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.content import Content, latents_of
 from freres_cli.method.adaptive import box_sizes
 from freres_cli.method.allocation import frame_edges_s, frames_at, sum_in_time, token_boxes
@@ -36,13 +36,19 @@ def inspect_bundle(path: Path, *, with_tokens: bool = False, picture: PictureReq
     """
     if picture is not None:
         check_picture(path, picture)
-    bundle = read_bundle(path)
+    return describe_bundle(read_bundle(path), with_tokens, picture)
+
+
+def describe_bundle(
+    bundle: StoredBundle, with_tokens: bool = False, picture: PictureRequest | None = None
+) -> dict[str, Any]:
+    """Return what ``inspect_bundle`` does, of a bundle that was read. The arguments are as there."""
     content, manifest = bundle.content, bundle.manifest
     # Without an adapter, these are the bundle's own tokens.
     tokens = load_tokens(bundle, NO_ADAPTER).tokens
     latents = latents_of(content)
     report: dict[str, Any] = {
-        "bundle": str(path),
+        "bundle": str(bundle.path),
         "bundle_bytes": bundle.num_bytes,
         "bytes_per_token": bundle.num_bytes / max(1, len(tokens)),
         **{key: manifest[key] for key in ("freres_version", "model", "source", "sampling", "geometry", "settings")},
@@ -161,3 +167,13 @@ def _describe_gops(tracks: Tracks, tokens: VideoTokens, energy: EnergyReport) ->
         }
         for g, by_kind in enumerate(counts.reshape(-1, kinds).tolist())
     ]
+
+
+def choose_gops(gops: list[dict[str, Any]], count: int) -> list[int]:
+    """Return the places, in time order, of ``count`` GoPs: half that kept the least energy, the others with most tokens."""
+    worst = sorted(
+        range(len(gops)), key=lambda g: 2.0 if gops[g]["energy_kept"] is None else float(gops[g]["energy_kept"])
+    )
+    largest = sorted(range(len(gops)), key=lambda g: -sum(gops[g]["tokens_by_kind"].values()))
+    chosen = list(dict.fromkeys([*worst[: count // 2], *largest, *worst]))
+    return sorted(chosen[:count])

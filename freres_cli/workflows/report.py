@@ -34,7 +34,7 @@ from freres_cli.tracks import GOP_STARTS, Tracks
 from freres_cli.video.picture import draw_heat, encode_png
 from freres_cli.video.thumbnails import make_thumbnails
 from freres_cli.workflows.absorption import read_absorption, strongest_gops
-from freres_cli.workflows.inspect import inspect_bundle
+from freres_cli.workflows.inspect import choose_gops, describe_bundle
 
 MAX_PIECES = 24  # shown closely, each with a thumbnail
 MAX_COLUMNS = 2000  # of the pictures of rows and columns over time; a longer clip has several frames in each
@@ -108,11 +108,12 @@ def gather_facts(
     video. ``progress``: as in ``write_report``. Raises ``VideoError`` or ``BackboneError``.
     """
     content = bundle.content
-    inspected = inspect_bundle(bundle.path)
+    inspected = describe_bundle(bundle)
     tokens = load_tokens(bundle, NO_ADAPTER).tokens
     boxes = token_boxes(tokens, content.pooled_grid if isinstance(content, Tracks) else None)
     spans = _find_spans(content)
-    chosen = _choose_spans(content, spans, tokens, inspected)
+    # Only GoPs can be more than are shown.
+    chosen = list(range(len(spans))) if len(spans) <= MAX_PIECES else choose_gops(inspected["gops"], MAX_PIECES)
     edges_s = frame_edges_s(content.frame_seconds)
     starts = [float(edges_s[spans[place][0]]) for place in chosen]
     pictures: Sequence[bytes | None] = [None] * len(chosen)
@@ -157,19 +158,6 @@ def _find_spans(content: Any) -> list[tuple[int, int]]:
         count = min(MAX_PIECES, num_frames)
         first = [place * num_frames // count for place in range(count + 1)]
     return list(zip(first, first[1:], strict=False))
-
-
-def _choose_spans(
-    content: Any, spans: Sequence[tuple[int, int]], tokens: VideoTokens, inspected: dict[str, Any]
-) -> list[int]:
-    """The places of the spans to show, in time order: half that kept least, the others with most tokens."""
-    if len(spans) <= MAX_PIECES:
-        return list(range(len(spans)))
-    kept = [2.0 if gop["energy_kept"] is None else gop["energy_kept"] for gop in inspected["gops"]]
-    counts = [sum(gop["tokens_by_kind"].values()) for gop in inspected["gops"]]
-    worst = sorted(range(len(spans)), key=lambda place: kept[place])
-    largest = sorted(range(len(spans)), key=lambda place: -counts[place])
-    return sorted(list(dict.fromkeys([*worst[: MAX_PIECES // 2], *largest, *worst]))[:MAX_PIECES])
 
 
 def _draw_pieces(
