@@ -120,7 +120,7 @@ class Compressor:
         manifest = build_manifest(source, options, plan, encoder, reduction, report, text)
         limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
         planned = describe_plan(plan, options, manifest)
-        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *planned, *untold)
+        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *planned, *untold, *source.describe_change())
         timer.seconds["total"] = time.perf_counter() - start
         return Bundle(
             manifest,

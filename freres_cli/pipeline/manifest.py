@@ -85,7 +85,7 @@ def build_manifest(
 def describe_source(source: VideoSource) -> dict[str, Any]:
     """Return the manifest's facts about a video, with the file's name but no path."""
     info, video = source.info, source.video
-    facts = {key: value for key, value in asdict(info).items() if key not in ("path", "notes")}
+    facts = {key: value for key, value in asdict(info).items() if key not in ("path", "notes", "num_bytes")}
     name = None if isinstance(video, FrameArray) else as_text(video.name)
     return {
         "file": name,

@@ -16,7 +16,7 @@ from freres_cli.files import check_destination, make_folder
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.compressor import Compressor, Progress
 from freres_cli.pipeline.matching import find_differences
-from freres_cli.video.probe import hash_file
+from freres_cli.video.opening import hash_file
 
 SUFFIX = ".pt"
 
