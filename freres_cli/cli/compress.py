@@ -129,7 +129,9 @@ def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool
     from freres_cli.workflows.compress import compress_file
 
     with progress_bar("compress", quiet or json) as progress:
-        result = compress_file(compressor, video, output, force=force, progress=progress)
+        result = compress_file(
+            compressor, video, output, force=force, progress=progress, tell=lambda note: print_notes([note], quiet)
+        )
     print_notes(result.notes, quiet)
     if json:
         print_json("freres.compress/1", _document(result, compressor.options))
@@ -167,7 +169,15 @@ def _compress_many(
             print_path(row.bundle)
 
     with progress_bar("compress", quiet or json, "videos") as progress:
-        rows = compress_many(compressor, videos, folder, force=force, on_row=on_row, progress=progress)
+        rows = compress_many(
+            compressor,
+            videos,
+            folder,
+            force=force,
+            on_row=on_row,
+            progress=progress,
+            tell=lambda note: print_notes([note], quiet),
+        )
     counts = {status: sum(row.status == status for row in rows) for status in ("done", "skipped", "failed")}
     failed = next((row.error for row in rows if row.error is not None), None)
     if failed is not None:
@@ -266,6 +276,7 @@ def _document(result: CompressResult, chosen: CompressOptions) -> dict[str, Any]
         "source": result.manifest["source"],
         "sampling": result.manifest["sampling"],
         "settings": result.manifest["settings"],
+        "resumed_frames": result.resumed_frames,
         "notes": list(result.notes),
         "environment": describe_environment(chosen.model.device, result.dtype),
     }

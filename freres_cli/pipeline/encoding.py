@@ -108,6 +108,15 @@ class LatentStream:
         self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
         self._known: dict[int, Tensor] = {}
 
+    @property
+    def known(self) -> dict[int, Tensor]:
+        """The latents that are kept, by the numbers of their pictures; set them to go on from there."""
+        return self._known
+
+    @known.setter
+    def known(self, latents: dict[int, Tensor]) -> None:
+        self._known = latents
+
     def encode(self, batches: Iterable[Frames]) -> Iterator[tuple[Frames, Tensor]]:
         """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite."""
         for frames in self._timed(batches):

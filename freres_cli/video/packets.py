@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -77,7 +78,7 @@ class _Stamps:
     num_discarded: int = 0
     num_bare: int = 0  # that do not say when they are shown
 
-    def add(self, packet: Packet[VideoStream]) -> None:
+    def add(self, packet: Packet[Any]) -> None:
         if packet.is_discard:
             self.num_discarded += 1
             return

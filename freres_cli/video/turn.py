@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideData, Type
 
 # Of the nine numbers of a display matrix, in its file's order: [a b u; c d v; x y w], p' = a p + c q, q' = b p + d q.
-MATRIX = struct.Struct("<9i")
+MATRIX = struct.Struct("=9i")
 ROUNDING = 1e-3  # of sines and cosines that were written as fractions of 65536
 
 
@@ -30,10 +32,11 @@ class Turn:
 
 def read_turn(frame: av.VideoFrame) -> Turn:
     """Return how a decoded frame is to be turned. A matrix that turns nothing upright counts as none."""
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
-    if data is None or len(bytes(data)) < MATRIX.size:
+    try:
+        data = bytes(cast(Mapping[Type, SideData], frame.side_data)[Type.DISPLAYMATRIX])
+        a, b, _, c, d, *_ = MATRIX.unpack(data)
+    except (KeyError, struct.error):
         return Turn()
-    a, b, _, c, d, *_ = MATRIX.unpack(bytes(data)[: MATRIX.size])
     size = np.hypot(a, b) or 1.0
     is_mirrored = a * d - b * c < 0
     # Mirrored first: M = R F with F = diag(-1, 1), so R = M F, whose first column is that of M, negated.
