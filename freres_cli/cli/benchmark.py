@@ -5,7 +5,7 @@ Parts: ``method`` (cost after encoding against encoding at a released model's wi
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
 together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
 ``peers`` (the cost of every method after encoding) is run only if it is named: it may take hours, and ``--frames`` makes its
-clip shorter.
+clip shorter. So is ``hours`` (memory against the length of the video, for ``--minutes``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.cli.benchmark_hours import measure_hours
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
@@ -321,10 +322,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers measures")
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument(
+        "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
+    )
+    parser.add_argument(
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, still, peers; default: all but peers",
+        help="method, decode, memory, bounded, many, questions, still, peers, hours; default: all but the last two",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -338,10 +342,13 @@ def main() -> None:
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
+            "hours": lambda: measure_hours(Path(folder), arguments.minutes, write_video),
         }
-        for part in arguments.parts or [part for part in measures if part != "peers"]:
+        for part in arguments.parts or [part for part in measures if part not in ("peers", "hours")]:
             results["environment"] = describe_environment(choose_device("cpu"))
-            results["command"] = "python -m freres_cli.cli.benchmark -o freres_cli/bench/results/pipeline.json"
+            named = " ".join(["", *arguments.parts])
+            place = f"freres_cli/bench/results/{arguments.output.name}"
+            results["command"] = f"python -m freres_cli.cli.benchmark -o {place}{named if part == 'hours' else ''}"
             results[part] = measures[part]()
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
             print_result(f"{part}: done")

@@ -27,7 +27,8 @@ MOVE_SHARE = 0.25
 class StreamingCompressor:
     """Turns a stream of latents into tracks (method sections 2 to 7).
 
-    Memory grows with the tokens kept, not with the frames, but for 8 bytes for the time of each. The result does not depend on how frames are batched.
+    Memory grows with the tokens kept, not with the frames, but for 8 bytes for the time of each. The result does not
+    depend on how frames are batched.
     """
 
     def __init__(self, plan: BudgetPlan, settings: MethodSettings, width: int) -> None:

@@ -96,14 +96,16 @@ class Compressor:
         end_s: float | None = None,
         progress: Progress | None = None,
         checkpoints: Checkpoints | None = None,
+        title: str | None = None,
     ) -> Bundle:
         """Compress one video, and return a bundle that is not saved yet.
 
         ``video``: a file, or frames already decoded, (n, h, w, 3) uint8 RGB, all of which are used; ``seconds`` then
         holds the time of each. ``start_s``, ``end_s``: the part of a file to read, in seconds after its first frame.
-        ``progress``: called with the number of frames done and the number of all frames. ``checkpoints``: keeps the state of
-        long work, and gives back that of work that was stopped; the bundle is the same, bit for bit. Raises ``VideoError``,
-        ``UsageError``, ``BackboneError`` or ``ResourceError``.
+        ``progress``: called with the number of frames done and the number of all frames. ``checkpoints``: keeps the state
+        of long work, and gives back that of work that was stopped; the bundle is the same, bit for bit. ``title``: what
+        the bundle calls the file; by default its name. Raises ``VideoError``, ``UsageError``, ``BackboneError`` or
+        ``ResourceError``.
         """
         start = time.perf_counter()
         options = self.options
@@ -112,7 +114,7 @@ class Compressor:
         device = torch.device(options.model.device.name)
         timer, memory = StageTimer(device), PeakMemory(device)
         with timer.stage("probe"):
-            source = VideoSource(_as_video(video, seconds))  # refuses a bad video before a model is loaded
+            source = VideoSource(_as_video(video, seconds), title)  # refuses a bad video before a model is loaded
         options = self._options_for(source, options)
         with timer.stage("load"):
             encoder = self.models.encoder

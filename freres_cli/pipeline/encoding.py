@@ -39,11 +39,13 @@ class FrameStream(Protocol):
 class VideoSource:
     """A video to compress: a file, or frames already decoded. Of a file that grows, what it holds at first.
 
-    ``video``: its path or its frames. Raises ``VideoError`` if it cannot be read.
+    ``video``: its path or its frames. ``title``: what a bundle calls the file; by default its name. Raises ``VideoError`` if
+    it cannot be read.
     """
 
-    def __init__(self, video: Path | FrameArray) -> None:
+    def __init__(self, video: Path | FrameArray, title: str | None = None) -> None:
         self.video = video
+        self.title = None if isinstance(video, FrameArray) else title or video.name
         self._written_ns = self._read_clock()
         self.info = video.info if isinstance(video, FrameArray) else probe_video(video)
 

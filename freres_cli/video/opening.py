@@ -49,7 +49,10 @@ def count_bytes(path: str | Path) -> int:
             raise VideoError(explain_no_file(path), hint="name one video file")
         # Opening a pipe could block for ever, so the kind of file is checked first.
         if not stat.S_ISREG(status.st_mode):
-            raise VideoError(explain_no_file(path), hint="save the video to a file first: it is read more than once")
+            raise VideoError(
+                explain_no_file(path),
+                hint="save the video to a file first, or give it on standard input: freres compress - < PIPE",
+            )
         with Path(path).open("rb"):
             pass
     except FileNotFoundError as error:

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, UsageError
-from freres_cli.files import check_destination, make_folder
+from freres_cli.files import check_destination, make_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
 from freres_cli.pipeline.compressor import Compressor, Progress
@@ -20,6 +20,7 @@ from freres_cli.pipeline.matching import find_differences
 from freres_cli.video.opening import hash_file
 
 SUFFIX = ".pt"
+PIPE_TITLE = "standard input"
 Tell = Callable[[str], object]
 
 
@@ -62,22 +63,46 @@ def compress_file(
     force: bool = False,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    title: str | None = None,
 ) -> CompressResult:
     """Compress a video into a bundle. Nothing is written unless everything succeeds, but for the state of long work, which
     is kept in a hidden file beside the bundle until the bundle is there.
 
     ``compressor``: model and settings. ``video``, ``output``: the files. ``force``: replace an existing bundle.
     ``progress``: called with the number of frames done and the number of all frames. ``tell``: called with a note when
-    work goes on where an earlier run was stopped. Raises what ``Compressor.compress`` and ``Bundle.save`` raise.
+    work goes on where an earlier run was stopped. ``title``: what the bundle calls the video. Raises what
+    ``Compressor.compress`` and ``Bundle.save`` raise.
     """
     check_destination(output, force)
     _refuse_overwriting(video, output)
     start = time.perf_counter()
     checkpoints = Checkpoints(output.parent, tell or (lambda _: None))
-    bundle = compressor.compress(video, progress=progress, checkpoints=checkpoints)
+    bundle = compressor.compress(video, progress=progress, checkpoints=checkpoints, title=title)
     result = _write(compressor, bundle, output, force, start)
     checkpoints.remove()
     return replace(result, resumed_frames=checkpoints.resumed_frames)
+
+
+def compress_stream(
+    compressor: Compressor,
+    stream: IO[bytes],
+    output: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> CompressResult:
+    """Compress a video that arrives through a pipe. It is saved beside the bundle first, and removed afterwards: a video is
+    read more than once, and the number of its frames decides which are anchors.
+
+    ``stream``: the pipe. ``compressor``, ``output``, ``force``, ``progress``, ``tell``: as ``compress_file`` takes them.
+    """
+    check_destination(output, force)
+    with save_stream(stream, output.parent) as saved:
+        try:
+            return compress_file(compressor, saved, output, force=force, progress=progress, tell=tell, title=PIPE_TITLE)
+        except FreresError as error:
+            raise type(error)(error.message.replace(str(saved), PIPE_TITLE), error.hint) from error
 
 
 def _refuse_overwriting(video: Path, output: Path) -> None:
@@ -118,8 +143,8 @@ def compress_many(
 
     ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, relative to
     ``folder``, which is created. ``on_row``: called with each row when it is done. ``progress``: called with the number
-    of videos done and the number of all videos. ``tell``: as ``compress_file`` takes it. Raises ``UsageError`` for the folder, ``BackboneError`` if the model
-    cannot be loaded.
+    of videos done and the number of all videos. ``tell``: as ``compress_file`` takes it. Raises ``UsageError`` for the
+    folder, ``BackboneError`` if the model cannot be loaded.
     """
     make_folder(folder)
     rows = []
