@@ -5,6 +5,8 @@ torch is imported inside the functions, so that ``freres --help`` starts fast.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import random
 from collections.abc import Iterator
@@ -24,8 +26,17 @@ ATTENTION_NAMES = ("auto", "sdpa", "eager", "flash")
 # Below this size float32 costs little memory, and CPUs without bfloat16 instructions are slow in bfloat16.
 SMALL_MODEL_BYTES = 2**30
 
+GLIBC_ARENA_MAX = -8  # M_ARENA_MAX of mallopt(3)
+
 _GIB = 2**30
 _OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def use_one_heap() -> None:
+    """Let all threads allocate from one heap. With a heap each, as glibc gives them, memory that the decoder's threads have
+    freed is of no use to the others, and a process of hours grows. Elsewhere, nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(GLIBC_ARENA_MAX, 1)
 
 
 @dataclass(frozen=True)

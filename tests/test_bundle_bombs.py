@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import pickle
 import struct
 import time
@@ -15,8 +17,9 @@ import torch
 
 from freres_cli.bundle import store
 from freres_cli.bundle.archive import MAX_INSTRUCTIONS, MAX_PICKLE_BYTES
+from freres_cli.bundle.schema import describe_tensors, encode_manifest
 from freres_cli.bundle.store import read_bundle, write_bundle
-from freres_cli.errors import ExitStatus
+from freres_cli.errors import BundleError, ExitStatus
 from tests.forged_bundles import bundle as bundle
 from tests.forged_bundles import make_stretches, manifest_for, smooth_latents
 from tests.forged_bundles import tracks as tracks
@@ -129,3 +132,16 @@ def test_latents_that_overflow_when_cut_are_refused_and_nothing_is_written(tmp_p
     run = run_freres("repack", tmp_path / "loud.pt", "--budget", budget, "-o", tmp_path / "cut.pt")
     check_failure(run, ExitStatus.BUNDLE, "latents: expected finite numbers")
     assert [path.name for path in tmp_path.iterdir()] == ["loud.pt"]
+
+
+def test_tensors_that_overlap_cannot_multiply(bundle):
+    """Of two tensors, one may lie over the other, but a bundle has no room for thousands that do."""
+    outer = torch.load(bundle, weights_only=True)
+    many = {f"more_{n}": outer["tensors"]["anchor_latents"][n % 2 :] for n in range(3)}
+    tensors = {**outer["tensors"], **many}
+    manifest = {**json.loads(outer["manifest"]), "tensors": describe_tensors(tensors)}
+    text = encode_manifest(manifest)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    torch.save({**outer, "tensors": tensors, "manifest": text, "manifest_sha256": digest}, bundle)
+    with pytest.raises(BundleError, match="unknown"):
+        read_bundle(bundle)

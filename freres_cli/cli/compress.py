@@ -24,6 +24,7 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
+from freres_cli.devices import use_one_heap
 from freres_cli.errors import UsageError, count_of
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
@@ -112,6 +113,7 @@ def compress(
     place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     named |= {"deepstack": deepstack, "quality": quality}
+    use_one_heap()
     many = is_many(paths) or (output is not None and options.is_folder(output))
     # Shown before torch is imported, which takes seconds.
     unit = "videos" if many else "frames"
