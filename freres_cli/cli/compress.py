@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
@@ -44,38 +44,20 @@ def compress(
     preset: options.PresetName = None,
     model: options.Model = None,
     revision: options.Revision = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
-            autocompletion=options.complete_bundle_method,
-        ),
-    ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat, idct, iquery or sparse-idct."),
-    ] = None,
+    method: options.BundleMethod = None,
+    variant: options.Variant = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="The bundle to write; for several videos, a folder."),
     ] = None,
     force: options.Force = False,
-    fps: Annotated[float | None, typer.Option("--fps", help="Read this many frames per second.")] = None,
-    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in total.")] = None,
-    grid: Annotated[
-        str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
-    ] = None,
+    fps: options.Fps = None,
+    frames: options.Frames = None,
+    grid: options.Grid = None,
     assignments: options.Assignments = None,
-    start: Annotated[
-        float | None,
-        typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
-    ] = None,
-    end: Annotated[
-        float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")] = False,
+    start: options.Start = None,
+    end: options.End = None,
+    strict: options.Strict = False,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
