@@ -102,7 +102,7 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
     """The videos that one argument names."""
     if not argument:
         raise UsageError("LIST: expected a path or URL, got an empty text")
-    if argument.lower().endswith((ROWS_SUFFIX, LIST_SUFFIX)) and (is_url(argument) or Path(argument).is_file()):
+    if _is_list(argument, (ROWS_SUFFIX, LIST_SUFFIX)) and (is_url(argument) or Path(argument).is_file()):
         yield from _read_list(argument)
     elif is_url(argument):
         yield from _expand_url(argument, notes)
@@ -116,6 +116,12 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
     else:
         for video, name in expand(Path(argument), notes):
             yield Listed(str(video), name, str(video))
+
+
+def _is_list(argument: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Whether a path, or the first part of a chain of URLs, ends like a list."""
+    head = argument.partition("::")[0] if is_url(argument) else argument
+    return head.lower().endswith(suffixes)
 
 
 def _expand_url(url: str, notes: list[str]) -> Iterator[Listed]:
@@ -138,10 +144,10 @@ def _read_list(argument: str) -> Iterator[Listed]:
     data = Store(argument).read() if is_url(argument) else None
     for number, line in read_lines(Path(argument), data):
         place = f"{argument}:{number}"
-        row = _read_row(line, place) if argument.lower().endswith(ROWS_SUFFIX) else {"video": line}
+        row = _read_row(line, place) if _is_list(argument, ROWS_SUFFIX) else {"video": line}
         video = _beside(argument, as_place(row.pop("video")))
         file = Path(PurePosixPath(video.partition("::")[0] if is_url(video) else video).name)
-        if not file.name:
+        if file.name in ("", ".."):
             raise UsageError(f"{place}: {video}: expected a video file, got a folder", "name a file")
         yield Listed(video, file, f"{place}: {video}", name=row.pop("name", None), changes=row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pickle
@@ -52,8 +53,8 @@ def run_on_ray(
             compute=ray.data.ActorPoolStrategy(size=wanted, max_tasks_in_flight_per_actor=1),
             num_cpus=1,
             num_gpus=num_gpus,
-            max_restarts=-1,  # an actor that breaks is replaced, however often
-            max_task_retries=1,  # its video is tried once more
+            # An actor that breaks is replaced, however often, and its video is tried once more.
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": 1},
         )
         missing = set(range(len(jobs)))
         for found in dataset.iter_rows():
@@ -83,6 +84,7 @@ def _start_ray(address: str | None, num_actors: int | None) -> Any:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--address {address}: Ray cannot be reached: {reason}", "start it with: ray start") from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a video whose actors broke twice is a failed row, and the run goes on

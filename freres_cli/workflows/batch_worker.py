@@ -135,7 +135,7 @@ class VideoWorker:
                 row = self._compress(compressor, video, job, Path(self._setup.output))
             else:
                 row = self._compress_to_store(compressor, video, job, Path(folder) / "bundles", timings)
-        return _describe(row, job.video, bundle, timings)
+            return _describe(row, job.video, bundle, timings)
 
     def _open_models(self) -> Models:
         if self._models is None:
