@@ -6,16 +6,18 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
 from freres_cli.cli.compress import make_options
 from freres_cli.workflows import batch as batch_workflow
+from freres_cli.workflows import batch_ray
 from freres_cli.workflows.batch_store import Store
 from freres_cli.workflows.batch_worker import Job, VideoWorker, WorkerSetup
 from tests.clips import write_clip
-from tests.runner import check_failure, run_freres
+from tests.runner import check_failure, fails, run_freres
 
 FLAGS = ("--budget", 40, "--device", "cpu")
 
@@ -161,7 +163,9 @@ def test_a_bundle_that_cannot_be_stored_leaves_nothing(models, store, clips, tmp
     monkeypatch.setattr(type(store), step, fail)
     worker = worker_of(WorkerSetup("memory://out", False, "bundled", "cpu"), models, tmp_path / "s")
     row = worker.run(job_of(clips / "clip0.mp4"))
-    assert row.status == "failed" and not row.is_fatal and "memory://out/clip0.pt: cannot be written" in row.error.message
+    assert (
+        row.status == "failed" and not row.is_fatal and "memory://out/clip0.pt: cannot be written" in row.error.message
+    )
     assert store.find("/out") == []
 
 
@@ -226,6 +230,24 @@ def test_without_ray_its_engine_is_refused_by_name(clips, tmp_path, monkeypatch)
     run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "--engine", "ray")
     check_failure(run, 2, "Ray is not installed")
     assert "freres[ray]" in run.err
+
+
+@pytest.mark.parametrize(
+    ("cluster", "device", "actors", "expected"),
+    [
+        ({"CPU": 8.0}, None, None, (1, 0.0)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, None, (4, 1.0)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, 8, (8, 0.5)),
+        ({"CPU": 8.0, "GPU": 4.0}, "cpu", 8, (8, 0.0)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, 2, (2, 1.0)),
+    ],
+)
+def test_actors_share_the_gpus_of_a_cluster(cluster, device, actors, expected):
+    setup = WorkerSetup("out", False, "bundled", device)
+    ray = SimpleNamespace(cluster_resources=lambda: cluster)
+    assert batch_ray._share_gpus(ray, setup, actors, 100) == expected
+    with fails(6, "at most one actor a CPU"):
+        batch_ray._share_gpus(ray, setup, 9, 100)
 
 
 def test_a_copy_of_a_video_elsewhere_is_the_same_video(run_here, clips, tmp_path):

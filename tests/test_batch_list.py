@@ -21,7 +21,14 @@ FLAGS = {"budget_tokens": 40, "sample_count": 8}
 def make(own):
     named = {key: own.get(f"{key}_s") for key in ("start", "end")}
     return make_options(
-        with_own(FLAGS, own), None, None, None, own.get("method"), **named, strict=own.get("strict", False), device="cpu"
+        with_own(FLAGS, own),
+        None,
+        None,
+        None,
+        own.get("method"),
+        **named,
+        strict=own.get("strict", False),
+        device="cpu",
     )
 
 

@@ -5,8 +5,8 @@ Parts: ``method`` (cost after encoding against encoding at a released model's wi
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
 together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
 ``peers`` (the cost of every method after encoding) is run only if it is named: it may take hours, and ``--frames`` makes its
-clip shorter. So are ``kills`` (workers and drivers of ``freres batch`` killed at random moments) and ``actors`` (one worker
-against two), which need a quiet machine and go to ``batch.json``.
+clip shorter. So are ``kills`` (workers and drivers of ``freres batch`` killed at random moments), ``actors`` (one worker
+against two) and ``storage`` (bytes of a token in a bundle), which go to ``batch.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
-from freres_cli.cli.benchmark_batch import measure_actors, measure_kills
+from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
@@ -54,7 +54,7 @@ from freres_cli.world.script import make_scene
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
 GRID = (24, 24)
-ONLY_IF_NAMED = ("peers", "kills", "actors")
+ONLY_IF_NAMED = ("peers", "kills", "actors", "storage")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -327,7 +327,7 @@ def main() -> None:
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, still, peers, kills, actors; default: all but the last three",
+        help="method, decode, memory, bounded, many, questions, still; and, if named, peers, kills, actors, storage",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -343,6 +343,7 @@ def main() -> None:
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
             "kills": lambda: measure_kills(Path(folder)),
             "actors": lambda: measure_actors(Path(folder)),
+            "storage": lambda: measure_storage(Path(folder)),
         }
         for part in arguments.parts or [part for part in measures if part not in ONLY_IF_NAMED]:
             results["environment"] = describe_environment(choose_device("cpu"))

@@ -1,4 +1,5 @@
-"""The parts ``kills`` and ``actors`` of the benchmark: what ``freres batch`` survives, and what a second worker gains.
+"""The parts ``kills``, ``actors`` and ``storage`` of the benchmark: what ``freres batch`` survives, what a second worker
+gains, and what a token takes on disk.
 
 Linux only: processes are found in /proc.
 """
@@ -23,6 +24,9 @@ from typing import Any
 from freres_cli.bench.report import summarize_runs
 from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.models import Models
+from freres_cli.world.clip import make_clip
 from freres_cli.world.make import make_set
 
 WORKER = b"spawn_main"  # in the command line of every process that multiprocessing spawned
@@ -179,7 +183,11 @@ def _command_line(pid: int) -> bytes:
 
 
 def measure_kills(folder: Path, count: int = 40, num_kills: int = 50, longest_s: float = 4.0) -> dict[str, Any]:
-    """Kill workers and drivers of batches of ``count`` clips at random moments, and look at what they leave."""
+    """Kill workers and drivers of batches of clips at random moments, and look at what they leave.
+
+    ``folder``: for clips and bundles. ``count``: clips of a batch. ``num_kills``, ``longest_s``: as ``KilledBatch`` takes
+    them.
+    """
     clips, out = folder / "killed", folder / "killed-out"
     clips.mkdir()
     out.mkdir()
@@ -224,6 +232,33 @@ def measure_actors(folder: Path, count: int = 40, repeat: int = 3) -> dict[str, 
         "two_over_one": summarize_runs(ratios),
         "cpu_s_per_video_with_start": {str(actors): summarize_runs(values) for actors, values in cpu.items()},
     }
+
+
+def measure_storage(folder: Path, budgets: tuple[int, int] = (400, 1600)) -> dict[str, Any]:
+    """Compress one clip at two budgets, and return what a token takes in a bundle beyond its latent, in bytes."""
+    clip = make_clip(folder / "storage.mp4", seconds=8.0)
+    models = Compressor(device="cpu").models
+    rows = {}
+    for method in ("adaptive", "fre-res", "uniform"):
+        (few, small), (many, large) = (_size_of(clip, method, budget, models, folder) for budget in budgets)
+        per_token = (large - small) / (many - few)
+        latent = models.encoder.width * models.encoder.dtype.itemsize
+        rows[method] = {
+            "visual_tokens": [few, many],
+            "bundle_bytes": [small, large],
+            "bytes_per_token": per_token,
+            "of_these_the_latent": latent,
+            "bytes_per_token_beyond_the_latent": per_token - latent,
+            "bytes_of_no_token": small - per_token * few,
+        }
+    return {"clip": "8 s at 30 fps, made by freres demo", "model": "bundled, float32", "methods": rows}
+
+
+def _size_of(clip: Path, method: str, budget: int, models: Models, folder: Path) -> tuple[int, int]:
+    bundle = Compressor(method=method, budget_tokens=budget, models=models).compress(clip)
+    path = folder / f"{method}-{budget}.pt"
+    bundle.save(path)
+    return bundle.num_visual_tokens, path.stat().st_size
 
 
 def _rate_of(clips: Path, out: Path, actors: int) -> float:

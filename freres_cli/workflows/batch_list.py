@@ -30,6 +30,7 @@ SETTINGS = tuple(key for key in KEYS if key != "description")
 # Keys of a JSON line that are no settings of a preset, and the type of their values.
 PLACES: dict[str, type | tuple[type, ...]] = {"video": str, "name": str}
 WINDOW: dict[str, type | tuple[type, ...]] = {"start_s": (int, float), "end_s": (int, float), "strict": bool}
+TOP_KEYS = {**PLACES, **WINDOW}
 
 MakeOptions = Callable[[Mapping[str, Any]], CompressOptions]
 
@@ -171,10 +172,9 @@ def _read_row(line: str, place: str) -> dict[str, Any]:
         raise UsageError(f"{place}: not valid JSON ({reason})", "write one object a line") from error
     if not isinstance(row, dict):
         raise UsageError(f"{place}: expected a JSON object, got {type(row).__name__}", "write one object a line")
-    other: dict[str, type | tuple[type, ...]] = {**PLACES, **WINDOW}
     for key, value in row.items():
-        if key not in other and key not in SETTINGS:
-            keys = [*other, *SETTINGS]
+        if key not in TOP_KEYS and key not in SETTINGS:
+            keys = [*TOP_KEYS, *SETTINGS]
             near = difflib.get_close_matches(key, keys, n=1)
             raise UsageError(
                 f"{place}: unknown key {key[:40]!r}",
@@ -182,7 +182,7 @@ def _read_row(line: str, place: str) -> dict[str, Any]:
             )
         if key in SETTINGS:
             row[key] = check_value(key, value, place)
-        elif not isinstance(value, other[key]) or (isinstance(value, bool) and key != "strict"):
+        elif not isinstance(value, TOP_KEYS[key]) or (isinstance(value, bool) and key != "strict"):
             raise UsageError(f"{place}: {key}: expected {_kind_of(key)}, got {json.dumps(value)[:40]}")
     return _check_places(row, place)
 

@@ -202,7 +202,10 @@ def _describe(row: Row, video: str, bundle: str, timings: Mapping[str, float]) -
 
 
 def broken_row(job: Job, setup: WorkerSetup, tries: int, reason: str) -> BatchRow:
-    """Return the row of a video on which workers broke. ``reason``: how the last one ended."""
+    """Return the row of a video on which workers broke.
+
+    ``job``, ``setup``: what it was to become. ``tries``: how often it was tried. ``reason``: how the last worker ended.
+    """
     hint = "try it alone with freres compress; if memory ran out, use fewer --actors"
     error = ResourceError(f"{job.video}: its worker {reason}, {tries} times", hint)
     return BatchRow(job.video, setup.bundle_of(job), "failed", tries=tries, error=error)
