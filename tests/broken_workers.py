@@ -50,7 +50,8 @@ def is_first(folder: str, what: str) -> bool:
 
 def serve(connection, setup: FakeSetup, rank: int, scratch: str) -> None:
     """Stands in for the worker's own function."""
-    if setup.breaks_at_start == "always" or (setup.breaks_at_start == "once" and is_first(setup.folder, "start")):
+    first = is_first(setup.folder, "start")
+    if setup.breaks_at_start == "always" or setup.breaks_at_start == ("once" if first else "later"):
         os._exit(7)
     connection.send(READY)
     while True:

@@ -49,11 +49,12 @@ def test_a_worker_that_ends_before_it_is_ready_is_no_try_of_a_video(tmp_path):
     supervisor.close()
 
 
-def test_workers_that_never_start_end_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("breaks", "jobs"), [("always", ("ok-1",)), ("later", ("ok-1", "unlucky-1"))])
+def test_workers_that_cannot_start_end_the_run(tmp_path, monkeypatch, breaks, jobs):
     monkeypatch.setattr(batch_process, "MOST_ENDS", 2)
-    supervisor = Supervisor(FakeSetup(str(tmp_path), "always"))
-    row = supervisor.run(FakeJob("ok-1"))
-    assert row.is_fatal and "ended with status 7" in row.error.message
+    supervisor = Supervisor(FakeSetup(str(tmp_path), breaks))
+    *_, row = (supervisor.run(FakeJob(job)) for job in jobs)
+    assert row.is_fatal and "2 workers in a row" in row.error.message and "ended with status 7" in row.error.message
 
 
 def test_every_job_has_one_row_whatever_breaks(tmp_path):

@@ -84,7 +84,7 @@ def _start(request: BatchRequest) -> Generator[tuple[int, BatchRow]]:
     num_gpus = 0 if request.setup.device == "cpu" else torch.cuda.device_count()
     num_actors = min(request.num_actors or num_gpus or 1, len(request.jobs))
     # Threads of several workers that wait for the same cores cost more than they gain.
-    num_threads = None if "OMP_NUM_THREADS" in os.environ else max(1, len(os.sched_getaffinity(0)) // num_actors)
+    num_threads = None if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // num_actors)
     return run_local(request.jobs, replace(request.setup, num_threads=num_threads), num_actors)
 
 

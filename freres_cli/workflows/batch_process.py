@@ -21,7 +21,7 @@ from freres_cli.workflows.batch_worker import BatchRow, Job, VideoWorker, Worker
 
 READY = "ready"
 MOST_TRIES = 2
-# A supervisor whose workers ended this often before a single video was through gives up: it is not the videos.
+# A supervisor gives up if so many workers end before they are ready, or before one has a row: it is not the videos.
 MOST_ENDS = 20
 
 
@@ -65,14 +65,9 @@ class Supervisor:
         self._is_closed = False
         self._num_ends, self._num_rows = 0, 0
 
-    @property
-    def pid(self) -> int | None:
-        """The process id of the present worker."""
-        return None if self._process is None else self._process.pid
-
     def run(self, job: Job) -> BatchRow:
         """Return the row of a job. A worker that ends before it has one is replaced, and the job is tried once more."""
-        tries, reason = 0, ""
+        tries, ends, reason = 0, 0, ""
         while tries < MOST_TRIES:
             try:
                 connection = self._open()
@@ -80,9 +75,9 @@ class Supervisor:
                 connection.send(job)
                 row: BatchRow = connection.recv()
             except (EOFError, OSError):
-                reason = self._end()
-                if self._num_rows == 0 and self._num_ends >= MOST_ENDS:
-                    what = f"workers end before any video is done: the last one {reason}"
+                reason, ends = self._end(), ends + 1
+                if max(ends, 0 if self._num_rows else self._num_ends) >= MOST_ENDS:
+                    what = f"{MOST_ENDS} workers in a row ended before they had a result: the last one {reason}"
                     error = ResourceError(what, "see if memory is short; try one video with freres compress")
                     return replace(broken_row(job, self._setup, tries, reason), error=error, is_fatal=True)
                 continue
