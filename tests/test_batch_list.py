@@ -76,6 +76,15 @@ def test_lists_name_paths_beside_them_and_each_video_once(videos):
     assert found == {"a": str(videos / "a.mp4"), "c": str(videos / "deep/c.mp4"), "b": str(videos / "b.webm")}
 
 
+def test_a_video_that_is_found_twice_keeps_its_first_name(videos):
+    assert set(named(videos / "deep" / "c.mp4", videos)) == {"c", "a", "b", "deep/a"}
+
+
+def test_a_question_mark_in_a_url_is_no_wildcard(store):
+    store.pipe_file("/in/a.mp4?key=1", b"video")
+    assert list(named("memory://in/a.mp4?key=1").values()) == ["memory://in/a.mp4?key=1"]
+
+
 def test_settings_of_a_line_are_those_of_the_flags_with_these_names(videos):
     own = {"budget_tokens": 30, "method": "uniform", "start_s": 1, "sample_fps": 2.0, "strict": True}
     write(videos / "rows.jsonl", {"video": "a.mp4", **own}, {"video": "b.webm"})

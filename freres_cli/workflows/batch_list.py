@@ -58,8 +58,11 @@ def list_jobs(arguments: Sequence[str], make_options: MakeOptions) -> tuple[list
     one name.
     """
     notes: list[str] = []
-    listed = [found for argument in arguments for found in _expand(as_place(argument), notes)]
-    unique = list({(_absolute(f.video), f.name, json.dumps(f.changes, sort_keys=True)): f for f in listed}.values())
+    by_job: dict[tuple[str, str | None, str], Listed] = {}
+    for argument in arguments:
+        for found in _expand(as_place(argument), notes):
+            by_job.setdefault((_absolute(found.video), found.name, json.dumps(found.changes, sort_keys=True)), found)
+    unique = list(by_job.values())
     if not unique:
         raise UsageError(f"{', '.join(arguments[:3])}: no video found", "name videos, folders, patterns or lists")
     unnamed = [found for found in unique if found.name is None]
@@ -127,11 +130,11 @@ def _is_list(argument: str, suffixes: str | tuple[str, ...]) -> bool:
 
 def _expand_url(url: str, notes: list[str]) -> Iterator[Listed]:
     store = Store(url)
-    if not has_wildcard(store.path) and not store.is_folder():
+    if not has_wildcard(url) and not store.is_folder():
         yield Listed(url, Path(PurePosixPath(store.path).name), url)  # the worker says what is wrong with it
         return
     files = store.find()
-    if not has_wildcard(store.path):
+    if not has_wildcard(url):
         kept = [found for found in files if found[1].suffix.lower() in VIDEO_SUFFIXES]
         if len(kept) < len(files):
             notes.append(f"{url}: skipped {count_of(len(files) - len(kept), 'file')} without a video suffix")

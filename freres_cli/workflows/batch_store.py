@@ -71,7 +71,7 @@ class Store:
         """Return the URL of every file in this folder, or that this pattern fits, and its path relative to the folder, or to
         the part of the pattern without wildcards. Raises ``UsageError``."""
         with _failures_as(UsageError, self.url, "cannot be listed"):
-            if not has_wildcard(self.path):
+            if not has_wildcard(self.url):
                 root, found = self.path, self.files.find(self.path)
             else:
                 root = fixed_part(self.path)
@@ -108,8 +108,8 @@ class Store:
 
 
 def has_wildcard(path: str) -> bool:
-    """Return whether a path is a pattern."""
-    return re.search(r"[*?\[]", path) is not None
+    """Return whether a path or URL is a pattern. A question mark in a URL begins its query."""
+    return re.search(r"[*\[]" if is_url(path) else r"[*?\[]", path) is not None
 
 
 def fixed_part(pattern: str) -> str:
