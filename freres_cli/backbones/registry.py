@@ -103,7 +103,7 @@ KNOWN_CHECKPOINTS: tuple[KnownCheckpoint, ...] = (
 
 
 def load_vision_encoder(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -111,16 +111,17 @@ def load_vision_encoder(
 ) -> VisionEncoder:
     """Load the vision half of a model, in evaluation mode, without reading weights of the language half.
 
-    ``model``: ``bundled``, a local folder or a hub id. ``device``: where to run it. ``dtype``: a name from
-    ``devices.DTYPE_NAMES``, by default auto. ``revision``: branch, tag or commit of a hub model. ``bundled_directory``:
-    where the bundled model is. Raises BackboneError if it cannot be loaded, ResourceError if memory runs out.
+    ``model``: ``bundled``, a local folder, a hub id, or a checkpoint already found. ``device``: where to run it.
+    ``dtype``: a name from ``devices.DTYPE_NAMES``, by default auto. ``revision``: branch, tag or commit of a hub model.
+    ``bundled_directory``: where the bundled model is. Raises BackboneError if it cannot be loaded, ResourceError if memory
+    runs out.
     """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
     return _class_of(checkpoint, "vision").load(checkpoint, device, dtype)
 
 
 def identify_vision_encoder(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -136,7 +137,7 @@ def identify_vision_encoder(
 
 
 def load_language_model(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -151,7 +152,7 @@ def load_language_model(
 
 
 def load_prompt_counter(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -167,7 +168,7 @@ def load_prompt_counter(
 
 
 def load_weightless_encoder(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -182,7 +183,7 @@ def load_weightless_encoder(
 
 
 def find_checkpoint(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
