@@ -24,6 +24,7 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.errors import FreresError, UsageError, count_of
+from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
 
@@ -114,10 +115,12 @@ def ask(
         check_choices(listed)
     check_length((text or "", *listed))
     check_revision(model, revision)
-    from freres_cli.backbones.generation import Sampling
-    from freres_cli.pipeline.models import find_device, find_dtype
-    from freres_cli.pipeline.session import AskRequest, open_session
-    from freres_cli.workflows.ask import read_queries
+    print_notes([options.LOADING], quiet)
+    with quick_imports():
+        from freres_cli.backbones.generation import Sampling
+        from freres_cli.pipeline.models import find_device, find_dtype
+        from freres_cli.pipeline.session import AskRequest, open_session
+        from freres_cli.workflows.ask import read_queries
 
     sampling = Sampling(temperature, top_p, seed)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}

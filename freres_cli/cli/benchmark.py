@@ -4,8 +4,8 @@ Parts: ``method`` (cost after encoding against encoding at a released model's wi
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
 together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
-``peers`` (the cost of every method after encoding) is run only if it is named: it may take hours, and ``--frames`` makes its
-clip shorter.
+Only if they are named: ``peers`` (the cost of every method after encoding; it may take hours, and ``--frames`` makes its
+clip shorter) and ``startup`` (``compress`` and ``ask`` on a short clip, here and in ``--other CHECKOUT``, in turn).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
 from freres_cli.cli.benchmark_peers import measure_peers
+from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
 from freres_cli.devices import choose_device
@@ -320,11 +321,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers measures")
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
+    parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, still, peers; default: all but peers",
+        help="method, decode, memory, bounded, many, questions, still, peers, startup; default: all but the last two",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -338,10 +340,13 @@ def main() -> None:
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
+            "startup": lambda: measure_startup(Path(folder), arguments.other),
         }
-        for part in arguments.parts or [part for part in measures if part != "peers"]:
+        for part in arguments.parts or [part for part in measures if part not in ("peers", "startup")]:
             results["environment"] = describe_environment(choose_device("cpu"))
-            results["command"] = "python -m freres_cli.cli.benchmark -o freres_cli/bench/results/pipeline.json"
+            results["command"] = (
+                f"python -m freres_cli.cli.benchmark -o freres_cli/bench/results/{arguments.output.name}"
+            )
             results[part] = measures[part]()
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
             print_result(f"{part}: done")
