@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2VLConfig
 
-from freres_cli.backbones import engine
+from freres_cli.backbones import attention, engine
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.base import PromptRows
 from freres_cli.backbones.cache import LEAST_SPARE, make_cache, reserve_rows
@@ -39,7 +39,9 @@ def is_same(ours, theirs):
     )
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), [("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("sdpa", torch.float32), ("eager", torch.float32), ("sdpa", torch.bfloat16)]
+)
 @torch.no_grad()
 def test_logits_and_rows_are_those_of_the_growing_cache_to_the_bit(tiny, kernel, dtype):
     model, rows = copy.copy(tiny.model), tiny.whole_prompt(video_tokens(tiny.latents))
@@ -143,3 +145,32 @@ class LiveBytes(TorchDispatchMode):
         self.users[key] -= 1
         if not self.users[key]:
             self.now -= num_bytes
+
+
+@torch.no_grad()
+def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch):
+    """Qwen2-VL-7B on torch's meta device, which computes nothing. The kernel is taken to hold only its result."""
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    }
+    with torch.device("meta"):
+        half, _ = Qwen2VLLanguageModel.build_half(Qwen2VLConfig(text_config=text), torch.bfloat16)
+    model = object.__new__(Qwen2VLLanguageModel)
+    model.half, model.decoder, model.width, model.num_deep_layers = half, half.decoder, 3584, 0
+    use_attention(half.decoder, CAUSAL_NO_MASK)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    monkeypatch.setattr(attention, "_causal_lower_right", lambda *_: None)
+    num_rows = 20_000
+    with LiveBytes() as live:
+        embeds = torch.empty(num_rows, 3584, dtype=torch.bfloat16, device="meta")
+        rows = PromptRows(embeds, torch.empty(4, 1, num_rows, device="meta"), 0.0)
+        prefix = engine.prefill_rows(model, rows, num_rows)
+    weights = sum(parameter.nbytes for parameter in half.parameters())
+    held = num_rows * model.kv_bytes_per_token
+    assert held == sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
+    assert held < live.peak and weights + live.peak < 1.05 * (weights + held)

@@ -66,11 +66,11 @@ class ReservedLayer(DynamicLayer):
         size = max(self.num_reserved, num_rows + spare)
         # One after the other: the old keys are gone before there are new values.
         room_keys = key_states.new_empty((*key_states.shape[:-2], size, key_states.shape[-1]))
-        if start:
+        if start and self.keys is not None:
             room_keys[..., :start, :] = self.keys
         self.keys = room_keys[..., :start, :]
         room_values = value_states.new_empty((*value_states.shape[:-2], size, value_states.shape[-1]))
-        if start:
+        if start and self.values is not None:
             room_values[..., :start, :] = self.values
         self.values = room_values[..., :start, :]
         self._buffers = (room_keys, room_values)

@@ -71,6 +71,23 @@ def prefill_video(
     synchronize(model.device)
     start_s = time.perf_counter()
     rows = model.splice(prefix_ids, video, text_after)
+    return prefill_rows(model, rows, len(video), start_s, chunk_tokens, pruning)
+
+
+def prefill_rows(
+    model: LanguageModel,
+    rows: PromptRows,
+    num_visual_tokens: int,
+    start_s: float | None = None,
+    chunk_tokens: int | None = None,
+    pruning: Pruning | None = None,
+) -> VideoPrefix:
+    """``prefill_video`` from its rows on.
+
+    ``model``, ``chunk_tokens``, ``pruning``: as it takes them. ``rows``: what ``splice`` made of ``num_visual_tokens``
+    tokens. ``start_s``: ``time.perf_counter()`` when the work began, by default now.
+    """
+    start_s = time.perf_counter() if start_s is None else start_s
     notes = check_context(model, len(rows), rows.next_position)
     cache, pruned = model.new_cache(), None
     if pruning is None:
@@ -82,7 +99,7 @@ def prefill_video(
             pruned = run_first_layers(model, rows, cache, pruning, chunk_tokens or choose_chunk(model))
     synchronize(model.device)
     spent_s = time.perf_counter() - start_s
-    return VideoPrefix(cache, len(rows), len(video), rows.next_position, spent_s, notes, pruned)
+    return VideoPrefix(cache, len(rows), num_visual_tokens, rows.next_position, spent_s, notes, pruned)
 
 
 def check_context(

@@ -3,7 +3,8 @@
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
-together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
+together against one at a time), ``still`` (frames in which nothing moved) and ``lean`` (the cache with
+spare rows, and a saved prefix). Takes about 20 minutes on two cores.
 Only if they are named: ``peers`` (the cost of every method after encoding; it may take hours, and ``--frames`` makes its
 clip shorter) and ``startup`` (``compress`` and ``ask`` on a short clip, here and in ``--other CHECKOUT``, in turn).
 """
@@ -26,6 +27,7 @@ import torch
 
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.cli.benchmark_lean import measure_lean
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
@@ -326,7 +328,7 @@ def main() -> None:
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, still, peers, startup; default: all but the last two",
+        help="method, decode, memory, bounded, many, questions, still, lean, peers, startup; default: all but the last two",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -339,6 +341,7 @@ def main() -> None:
             "many": lambda: measure_many(Path(folder)),
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
+            "lean": lambda: measure_lean(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
             "startup": lambda: measure_startup(Path(folder), arguments.other),
         }
