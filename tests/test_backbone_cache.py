@@ -162,10 +162,11 @@ def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch):
         half, _ = Qwen2VLLanguageModel.build_half(Qwen2VLConfig(text_config=text), torch.bfloat16)
     model = object.__new__(Qwen2VLLanguageModel)
     model.half, model.decoder, model.width, model.num_deep_layers = half, half.decoder, 3584, 0
+    model.max_context_tokens = half.decoder.config.max_position_embeddings
     use_attention(half.decoder, CAUSAL_NO_MASK)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
     monkeypatch.setattr(attention, "_causal_lower_right", lambda *_: None)
-    num_rows = 20_000
+    num_rows = 12_000
     with LiveBytes() as live:
         embeds = torch.empty(num_rows, 3584, dtype=torch.bfloat16, device="meta")
         rows = PromptRows(embeds, torch.empty(4, 1, num_rows, device="meta"), 0.0)
