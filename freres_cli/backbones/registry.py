@@ -17,6 +17,7 @@ from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEnco
 from freres_cli.backbones.checkpoint import Checkpoint, resolve_checkpoint
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError
+from freres_cli.imports import quick_imports
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def import_half(model_type: str, half: str) -> Any:
     """The class of a family's ``vision`` or ``language`` half. Raises BackboneError if transformers lacks the family."""
     module_name, _, class_name = getattr(FAMILIES[model_type], half).partition(":")
     try:
-        loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)
+        with quick_imports():
+            loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)
     except ImportError as error:
         reason = str(error).strip().partition("\n")[0]
         raise BackboneError(

@@ -24,6 +24,7 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.errors import UsageError, count_of
+from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
@@ -86,11 +87,11 @@ def compress(
     place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     named |= {"deepstack": deepstack, "quality": quality}
-    chosen = make_options(
-        gather_flags(assignments, named), preset, model, revision, method, start, end, strict, device, dtype, attn
-    )
-    from freres_cli.pipeline.compressor import Compressor
-
+    flags = gather_flags(assignments, named)
+    print_notes([options.LOADING], quiet)
+    with quick_imports():
+        chosen = make_options(flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
+        from freres_cli.pipeline.compressor import Compressor
     compressor = Compressor.from_options(chosen)
     if dry_run:
         if is_many(paths):
