@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 STRETCH_COLUMNS: dict[str, Column] = {
     "frame_seconds": COLUMNS["frame_seconds"],
     "latents": Column("stretch", LATENT, "mean of each stretch", ("C",)),
-    "trends": Column("stretch", LATENT, "trend of each stretch; maybe no channels", ("D",)),
+    "trends": Column("stretch", LATENT, "its trend; or no channels", ("D",)),
     "boxes": Column("stretch", "int64", "t0, t1, h0, h1, w0, w1; half-open", ("6",)),
     "merges": Column("merge", "int64", "two rows; S + i: result of merge i", ("2",)),
     "merge_loss": Column("merge", "float64", "squared error that the merge adds"),

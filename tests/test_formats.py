@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from freres_cli import load_bundle
-from freres_cli.bundle import schema, version_1, version_2, version_3
+from freres_cli.bundle import schema, version_1, version_2, version_3, version_4
 from freres_cli.bundle.checks import later_settings
 from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle
@@ -85,8 +85,8 @@ def test_a_bundle_written_again_is_read_as_the_same_one(name, models, tmp_path):
     assert {k: v for k, v in after.manifest.items() if k not in drop} == {
         k: v for k, v in before.manifest.items() if k not in drop
     }
-    for key, tensor in version_3.tensors_of(before.content).items():
-        assert torch.equal(tensor, version_3.tensors_of(after.content)[key])
+    for key, tensor in version_4.tensors_of(before.content).items():
+        assert torch.equal(tensor, version_4.tensors_of(after.content)[key])
 
 
 def test_the_command_opens_it(name):
@@ -130,7 +130,7 @@ def test_readers_know_every_setting_of_today():
     """A setting that is added goes to neither list: ``later_settings`` finds it. This fails when one is taken away."""
     today = set(KEYS) - {"description"}
     assert set(version_1.SETTINGS) - {"method", "reference_budget_tokens"} <= today
-    for version in (version_2, version_3):
+    for version in (version_2, version_3, version_4):
         assert set(later_settings(version.SETTINGS)) == today - set(version.SETTINGS)
 
 

@@ -141,6 +141,10 @@ Assignments = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="FILE|none", help="An adapter from freres train, or none for untrained tokens."),
+    typer.Option(
+        "--adapter",
+        metavar="FILE|none",
+        help="An adapter from freres train, for its own method only, or none for untrained tokens.",
+    ),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]

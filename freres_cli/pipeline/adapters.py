@@ -34,8 +34,11 @@ class Adapter:
 
 
 def choose_adapter(named: str | None, model_id: str | None, method: str, variant: str) -> Path | None:
-    """Return the adapter file to use: ``named``, or ``None`` if that is ``none``. By default it is the one that ships with
-    the bundled model, if ``method`` and ``variant`` are those it was trained for."""
+    """Return the adapter file to use: ``named``, or ``None`` if that is ``none``.
+
+    By default it is the one that ships with the bundled model, if ``model_id`` is that, and ``method`` and ``variant`` are
+    those it was trained for.
+    """
     if named is not None:
         return None if named == NO_ADAPTER else Path(named)
     path = bundled_adapter()
@@ -124,7 +127,7 @@ def load_stretch_modules(path: Path, model: Mapping[str, Any], width: int) -> St
 
 
 def load_modules_for(path: Path, method: str, model: LanguageModel, settings: Mapping[str, Any]) -> AnyModules:
-    """Return modules that fit a loaded model, on its device.
+    """Return modules that fit ``model``, which is loaded, on its device.
 
     ``path``: the adapter. ``method``: what it must be for. ``settings``: those that the clips are compressed with. Raises
     ``BackboneError``, also if it has fewer bands than the settings allow coefficients: how many a clip has is known only
