@@ -163,13 +163,13 @@ def test_training_moves_what_it_trains(folder, tmp_path):
 
 def test_an_adapter_of_method_adaptive_is_trained_on_bundles_with_trends(folder, tmp_path):
     path = tmp_path / "a.safetensors"
-    flags = ("--set", "method=adaptive", "--budgets", 0.1, "--steps", 2, "--validate-every", 2, "--seed", 3, "--json")
+    flags = ("--set", "method=adaptive", "--budgets", 0.1, "--steps", 2, "--validate-every", 2, "--json")
     run = run_command(folder, path, *flags)
     assert run.status == 0, run.err
-    weights, header = read_adapter(path, model_facts(path))
-    start = StretchModules(ModuleShape.from_dict(header["shape"]))
-    assert header["method"] == run.json["method"] == "adaptive" and run.json["best_step"] == 2
-    assert not torch.equal(weights["extent"], start.extent) and float(weights["absorber.gamma"]) != 0
+    header = read_adapter(path, model_facts(path))[1]
+    assert header["method"] == run.json["method"] == "adaptive"
+    before, after = (row[2] for row in run.json["history"])
+    assert before != after, "two steps moved what the validation asks"
     videos = {row["video"] for row in read_rows(folder / "data.jsonl")}
     cached = [read_bundle(path) for path in (folder / "cache").rglob("*-0.1.pt")]
     cached = [bundle for bundle in cached if bundle.manifest["content"] == "stretches"]

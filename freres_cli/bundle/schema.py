@@ -136,6 +136,10 @@ def _check_facts(manifest: Mapping[str, Any], content: Content, where: str) -> N
     quality = content.quality if isinstance(content, Stretches) else None
     if told["quality"] != quality:
         raise damaged(where, f"tokens.quality: expected {quality}, got {told['quality']}")
+    wanted = manifest["settings"]["trends"]["value"]
+    if isinstance(content, Stretches) and content.has_trends != (wanted == "keep"):
+        channels = content.width if wanted == "keep" else 0
+        raise damaged(where, f"trends: expected {channels} channels, as settings.trends is {wanted}")
     runs = manifest["geometry"]["text_per_frame"]
     if runs is not None and (len(runs) % 2 or sum(runs[::2]) != content.grid[0]):
         raise damaged(where, f"geometry.text_per_frame: expected {content.grid[0]} frames in runs")

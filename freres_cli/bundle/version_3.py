@@ -51,7 +51,7 @@ def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
         return build_tracks(manifest, tensors, where)
     if manifest["content"] == "stretches":
         latents = tensors["latents"]
-        return build_stretches(manifest, {**tensors, "trends": latents.new_zeros(len(latents), 0)}, where)
+        return build_stretches(manifest, {**tensors, "trends": latents.new_zeros(*latents.shape[:1], 0)}, where)
     return build_tokens(manifest, tensors, where)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from freres_cli.bundle import version_3
-from freres_cli.bundle.checks import check_finite, check_names, damaged
+from freres_cli.bundle.checks import check_finite, check_names
 from freres_cli.bundle.version_2 import read_with
 from freres_cli.bundle.version_3 import CONTENT_OF_METHOD, build_stretches
 from freres_cli.bundle.version_3 import DTYPES as DTYPES
@@ -45,12 +45,7 @@ def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
         return version_3.read_content(manifest, tensors, where)
     check_names(tensors, TENSORS["stretches"], where)
     check_finite(tensors, where)
-    made = build_stretches(manifest, tensors, where)
-    wanted = manifest["settings"]["trends"]["value"]
-    if made.has_trends != (wanted == "keep"):
-        channels = made.width if wanted == "keep" else 0
-        raise damaged(where, f"trends: expected {channels} channels, as settings.trends is {wanted}")
-    return made
+    return build_stretches(manifest, tensors, where)
 
 
 def tensors_of(content: Content) -> dict[str, Tensor]:
