@@ -62,10 +62,13 @@ def test_without_trends_an_adapter_has_no_effect_and_a_note_says_so(folder):
     assert any("has no effect: the bundle holds no trends" in n and "trends=keep" in n for n in told["notes"])
 
 
-def test_trends_of_other_methods_have_no_effect_and_a_note_says_so(clip, tmp_path):
+def test_trends_and_adapters_have_no_effect_on_other_methods_and_notes_say_so(folder, clip, tmp_path):
     flags = ("--method", "uniform", "--budget", BUDGET, "--set", "trends=keep")
     run = run_freres("compress", clip, *flags, "-o", tmp_path / "b.pt")
     assert run.status == 0 and "trends has no effect: method uniform has none" in run.err
+    told = ask(tmp_path / "b.pt", "--adapter", folder / "adaptive-loud.safetensors")
+    assert told["choices"] == ask(tmp_path / "b.pt")["choices"]
+    assert any("adapter has no effect: method uniform has no trained modules" in note for note in told["notes"])
 
 
 def test_an_adapter_of_another_method_is_refused(folder, bundle, clip, tmp_path):
@@ -103,6 +106,7 @@ def test_eval_gives_an_adapter_to_the_cells_of_its_method(folder, tmp_path):
     assert loud[1][0::3] == plain[1][0::3] and loud[1][2::3] == plain[1][2::3] and loud[1][1::3] != plain[1][1::3]
 
 
+@pytest.mark.slow
 def test_compare_names_the_adapter_of_each_row(folder, clip):
     flags = (
         "--methods",
