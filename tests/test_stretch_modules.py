@@ -10,7 +10,8 @@ import torch
 from freres_cli.method import absorber, stretch_modules
 from freres_cli.method.adaptive import build_stretch_tokens
 from freres_cli.method.fusion import ModuleShape
-from freres_cli.method.stretch_modules import MOST_NEIGHBOURS, NUM_ORDERS, StretchModules, find_neighbours
+from freres_cli.method.stretch_modules import KINDS, MOST_NEIGHBOURS, NUM_ORDERS, StretchModules, find_neighbours
+from freres_cli.records import TOKEN_KINDS
 from tests.test_merging import D, walk
 from tests.test_trends import compress
 
@@ -79,6 +80,16 @@ def test_a_gradient_reaches_every_parameter(stretches):
     modules = loud()
     modules(stretches).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in modules.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", ["adapters", "type_embedding", "gates"])
+def test_each_kind_has_its_own_adapter_embedding_and_gate(stretches, kind, part):
+    modules, row = StretchModules(SHAPE), KINDS.index(kind)
+    with torch.no_grad():
+        (modules.adapters[row].up.bias if part == "adapters" else getattr(modules, part)[row]).add_(1.0)
+        changes = (modules(stretches) != stretches.latents).any(1)
+    assert torch.equal(changes, stretches.kind == TOKEN_KINDS.index(kind))
 
 
 def test_stretches_without_trends_are_refused(stretches):
