@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
@@ -206,19 +206,22 @@ def make_options(
     return CompressOptions(source, settings, method, start, end, strict)
 
 
-def at_budgets(chosen: CompressOptions, verb: str, *, trains: bool = False) -> CompressOptions:
+def at_budgets(chosen: CompressOptions, verb: str, *, trains: tuple[str, ...] = ()) -> CompressOptions:
     """Return the options of a verb that names its budgets itself.
 
-    ``chosen``: the options. ``verb``: its name. ``trains``: it makes an adapter. Raises ``UsageError`` if the settings
-    name a quality, or a method that has no adapter.
+    ``chosen``: the options. ``verb``: its name. ``trains``: the methods that it trains adapters of; the first is trained
+    unless another is named. Raises ``UsageError`` if the settings name a quality, or a method that is not among these.
     """
     settings = chosen.settings
     if settings.quality is not None:
         raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
-    if trains and chosen.method != FRE_RES:
-        raise UsageError(
-            f"{settings.name_of('method')}: {verb} trains adapters of {FRE_RES}, got {chosen.method}", "leave it out"
-        )
+    if not trains:
+        return chosen
+    if not settings.is_named("method"):
+        return replace(chosen, method=trains[0])
+    if chosen.method not in trains:
+        able = " or ".join(trains)
+        raise UsageError(f"method: {verb} trains adapters of {able}, got {chosen.method}", "leave it out")
     return chosen
 
 

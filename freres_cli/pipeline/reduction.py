@@ -77,7 +77,8 @@ def _reduce_by_merging(
     batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
 ) -> Reduction:
     budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
-    compressor = StretchCompressor((plan.size.grid_h, plan.size.grid_w), width, budget_tokens, plan.quality)
+    grid, keeps_trends = (plan.size.grid_h, plan.size.grid_w), options.settings.trends == "keep"
+    compressor = StretchCompressor(grid, width, budget_tokens, plan.quality, keeps_trends)
     num_frames = _push_all(compressor, batches, plan, timer)
     stretches = _finish(compressor, options, timer)
     return Reduction(stretches, num_frames, compressor.num_cuts_found, 0)
@@ -126,6 +127,8 @@ def _reduce_by_peer(
 def _check_finite(content: Content, options: CompressOptions) -> None:
     """Refuse values that overflowed. A coefficient sums many frames, so in float16 it may overflow when no latent does."""
     tensors = content.tensors() if isinstance(content, Tracks) else {"latents": content.latents}
+    if isinstance(content, Stretches):
+        tensors = {**tensors, "trends": content.trends}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BackboneError(
