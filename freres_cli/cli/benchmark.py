@@ -6,8 +6,9 @@ against merging it exactly), ``many`` (20 short clips with one command against 2
 together against one at a time), ``still`` (frames in which nothing moved) and ``lean`` (the cache with spare rows, and a saved
 prefix). Takes about 20 minutes on two cores. Only if they are named: ``peers`` (the cost of every method after encoding; it may
 take hours, and ``--frames`` makes its clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and in
-``--other CHECKOUT``, in turn), and ``kills`` (workers and drivers of ``freres batch`` killed at random moments), ``actors`` (one
-worker against two) and ``storage`` (bytes of a token in a bundle), which go to ``batch.json``.
+``--other CHECKOUT``, in turn), ``hours`` (memory against the length of the video, for ``--minutes``), and ``kills`` (workers and
+drivers of ``freres batch`` killed at random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a
+bundle), which go to ``batch.json``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
 from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
+from freres_cli.cli.benchmark_hours import measure_hours
 from freres_cli.cli.benchmark_lean import measure_lean
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_startup import measure_startup
@@ -57,7 +59,7 @@ from freres_cli.world.script import make_scene
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
 GRID = (24, 24)
-ONLY_IF_NAMED = ("peers", "startup", "kills", "actors", "storage")
+ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -328,6 +330,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
+        "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
+    )
+    parser.add_argument(
         "parts",
         nargs="*",
         default=[],
@@ -347,15 +352,16 @@ def main() -> None:
             "lean": lambda: measure_lean(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
             "startup": lambda: measure_startup(Path(folder), arguments.other),
+            "hours": lambda: measure_hours(Path(folder), arguments.minutes, write_video),
             "kills": lambda: measure_kills(Path(folder)),
             "actors": lambda: measure_actors(Path(folder)),
             "storage": lambda: measure_storage(Path(folder)),
         }
         for part in arguments.parts or [part for part in measures if part not in ONLY_IF_NAMED]:
             results["environment"] = describe_environment(choose_device("cpu"))
-            results["command"] = (
-                f"python -m freres_cli.cli.benchmark -o freres_cli/bench/results/{arguments.output.name}"
-            )
+            named = " ".join(["", *arguments.parts])
+            place = f"freres_cli/bench/results/{arguments.output.name}"
+            results["command"] = f"python -m freres_cli.cli.benchmark -o {place}{named if part == 'hours' else ''}"
             results[part] = measures[part]()
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
             print_result(f"{part}: done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -78,7 +79,12 @@ class StretchCompressor:
         self._detector = CutDetector()
         self._merger: Merger | None = None
         self._cuts: list[int] = []
-        self._seconds: list[float] = []
+        self._seconds = array("d")  # 8 bytes a frame
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames so far."""
+        return len(self._seconds)
 
     @property
     def num_cuts_found(self) -> int:

@@ -328,6 +328,10 @@ class _Rows:
         return self.slot, self.time, self.cell, self.shots, self.partner, self.cost, self.loss
 
 
+# What the state of a merger consists of, besides tensors and plain values.
+STATE_CLASSES = (Merger, CellTree, _Rows, _Merges)
+
+
 def _new_rows(slot: Tensor, frame: int, shot: int, cell: Tensor) -> _Rows:
     count = slot.shape[0]
     return _Rows(

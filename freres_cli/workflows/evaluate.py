@@ -31,7 +31,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.session import Session, refuse_control_tokens
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
-from freres_cli.video.probe import hash_file
+from freres_cli.video.opening import hash_file
 from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
 from freres_cli.world.make import is_world_clip
 

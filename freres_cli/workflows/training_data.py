@@ -30,7 +30,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.prompt_text import settle_tokens
 from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.records import VideoTokens
-from freres_cli.video.probe import hash_file
+from freres_cli.video.opening import hash_file
 
 Progress = Callable[[int, int], None]
 Ids = tuple[int, ...]
