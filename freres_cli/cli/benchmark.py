@@ -3,12 +3,13 @@
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
-together against one at a time), ``still`` (frames in which nothing moved) and ``lean`` (the cache with spare rows, and a saved
-prefix). Takes about 20 minutes on two cores. Only if they are named: ``peers`` (the cost of every method after encoding; it may
-take hours, and ``--frames`` makes its clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and in
-``--other CHECKOUT``, in turn), ``hours`` (memory against the length of the video, for ``--minutes``), and ``kills`` (workers and
-drivers of ``freres batch`` killed at random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a
-bundle), which go to ``batch.json``.
+together against one at a time), ``still`` (frames in which nothing moved) and ``lean`` (the cache with spare rows, and a
+saved prefix). Takes about 20 minutes on two cores.
+
+Only if they are named: ``peers`` (the cost of every method after encoding; it may take hours, and ``--frames`` makes its
+clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and in ``--other CHECKOUT``, in turn) and ``hours``
+(memory against the length of the video, for ``--minutes``). ``kills`` (workers and drivers of ``freres batch`` killed at
+random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``.
 """
 
 from __future__ import annotations
