@@ -1,7 +1,7 @@
 """CPU tensors that say they are on ``cuda:0``: an operation that mixes them with others fails, and what waits is counted.
 
-Numbers come from the CPU's kernels, so this shows nothing about those of CUDA, its memory or its speed. ``count_waits`` counts
-the same operations on a real device.
+Numbers come from the CPU's kernels, so this shows nothing about those of CUDA, its memory or its speed. ``count_waits``
+counts the same operations on a real device.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -128,6 +128,11 @@ def run_labelled(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if inputs else wrapped
 
 
+def is_there(device: torch.device | None) -> bool:
+    """Whether a copy of a tensor on the device, to ``device`` or where it is, is on the device."""
+    return device is None or torch.device(device).type == "cuda"
+
+
 def count_wait(name: str, args: Any, kwargs: dict[str, Any], waits: Waits) -> None:
     """Count an operation after which the host knows a value of the device."""
     on_device = [
@@ -143,9 +148,7 @@ def count_wait(name: str, args: Any, kwargs: dict[str, Any], waits: Waits) -> No
         waits["index by a mask"] += 1
     elif name == "repeat_interleave" and kwargs.get("output_size") is None:
         waits[name] += 1
-    elif name == "_to_copy" and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
-        waits["copy to the host"] += 1
-    elif name == "copy_" and not args[0].is_cuda:
+    elif name in COPIES and not (args[0].is_cuda if name == "copy_" else is_there(kwargs.get("device"))):
         waits["copy to the host"] += 1
 
 
