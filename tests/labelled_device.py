@@ -128,6 +128,11 @@ def run_labelled(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if inputs else wrapped
 
 
+def is_there(device: torch.device | None) -> bool:
+    """Whether a copy of a tensor on the device, to ``device`` or where it is, is on the device."""
+    return device is None or torch.device(device).type == "cuda"
+
+
 def count_wait(name: str, args: Any, kwargs: dict[str, Any], waits: Waits) -> None:
     """Count an operation after which the host knows a value of the device."""
     on_device = [
@@ -143,14 +148,8 @@ def count_wait(name: str, args: Any, kwargs: dict[str, Any], waits: Waits) -> No
         waits["index by a mask"] += 1
     elif name == "repeat_interleave" and kwargs.get("output_size") is None:
         waits[name] += 1
-    elif _goes_to_the_host(name, args, kwargs):
+    elif name in COPIES and not (args[0].is_cuda if name == "copy_" else is_there(kwargs.get("device"))):
         waits["copy to the host"] += 1
-
-
-def _goes_to_the_host(name, args, kwargs):
-    if name == "copy_":
-        return not args[0].is_cuda
-    return name == "_to_copy" and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
 
 
 class _Labels(TorchDispatchMode):

@@ -47,7 +47,7 @@ def profile(
             min=1.0,
             max=1e6,
             metavar="SECONDS",
-            help="Stop a row that takes longer: 1800, with --table 110.",
+            help="Stop a row that takes longer.",
         ),
     ] = None,
     table: Annotated[

@@ -121,6 +121,14 @@ class Planner:
         # On the meta device: no values are converted, only the sizes of numbers.
         self.language.half.to(self.dtype)
 
+    @property
+    def notes(self) -> tuple[str, str]:
+        """What the user should know about the figures."""
+        levels = self.options.settings.still_levels
+        still = f"in which nothing moved by more than {levels} levels" if levels else "that repeat the last one"
+        skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
+        return self.dtype_note, skipped
+
     def cost(self, budget_tokens: int | None = None) -> Cost:
         """The cost at the options' budget, or another one."""
         options = self.options
