@@ -250,6 +250,12 @@ def test_actors_share_the_gpus_of_a_cluster(cluster, device, actors, expected):
         batch_ray._share_gpus(ray, setup, 9, 100)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_nothing_answers_is_refused(address):
+    with fails(2, f"--address {address}: Ray cannot be reached"):
+        batch_ray._check_address(address)
+
+
 def test_a_copy_of_a_video_elsewhere_is_the_same_video(run_here, clips, tmp_path):
     shutil.copytree(clips, tmp_path / "moved")
     for folder, status in ((clips, "done"), (tmp_path / "moved", "skipped")):

@@ -99,3 +99,11 @@ def test_every_figure_says_where_it_comes_from(source: str) -> None:
     assert len(rows) >= 15
     assert all(re.search(r"(\. |, | and 72 bytes, )[MAD]( \(|:|\.|$)", row.split("\n.PP")[0].strip()) for row in rows)
     assert any(re.search(rf"\b{source}[ :.]", row) for row in rows)
+
+
+def test_the_speed_is_the_one_that_was_measured() -> None:
+    actors = result("batch.json", "actors")
+    ratio, cpu = actors["two_over_one"], actors["cpu_s_per_video_with_start"]
+    text = section(NAME, "SPEED")
+    assert f"{ratio['min']:.2f} to {ratio['max']:.2f} times" in text and f"median {ratio['median']:.2f}" in text
+    assert f"{cpu['1']['median']:.2f} s with one worker and {cpu['2']['median']:.2f} s with two" in text

@@ -43,11 +43,6 @@ def test_a_missing_model_ends_the_run(clips, tmp_path):
     assert run.status == 5 and "config.json" in run.errors[0] and "Traceback" not in run.err
 
 
-def test_an_address_where_no_cluster_is_is_refused(clips, tmp_path):
-    run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "--address", "127.0.0.1:1")
-    assert run.status == 2 and "--address 127.0.0.1:1: Ray cannot be reached" in run.errors[0], run.err
-
-
 def test_killed_runs_leave_whole_bundles_each_made_once(clips, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -6,6 +6,9 @@ import logging
 import math
 import os
 import pickle
+import re
+import socket
+import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -15,6 +18,7 @@ from freres_cli.workflows.batch_worker import BatchRow, Job, WorkerSetup, broken
 
 # Ray keeps track of every block: up to this many, a block is one video, so that a lost actor loses no other.
 MOST_BLOCKS = 10_000
+ANSWER_S = 5.0  # for a cluster to answer
 STORE_BYTES = 128 * 2**20  # rows are text; no tensor passes through Ray
 
 
@@ -43,27 +47,33 @@ def run_on_ray(
     ray = _start_ray(address, num_actors)
     try:
         wanted, num_gpus = _share_gpus(ray, setup, num_actors, len(jobs))
-        dataset = ray.data.from_items(
-            [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)],
-            override_num_blocks=math.ceil(len(jobs) / math.ceil(len(jobs) / MOST_BLOCKS)),
-        ).map_batches(
-            RayWorker,
-            fn_constructor_args=(setup,),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=wanted, max_tasks_in_flight_per_actor=1),
-            num_cpus=1,
-            num_gpus=num_gpus,
-            # An actor that breaks is replaced, however often, and its video is tried once more.
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": 1},
-        )
         missing = set(range(len(jobs)))
-        for found in dataset.iter_rows():
+        for found in _open_dataset(ray, jobs, setup, wanted, num_gpus).iter_rows():
             missing.discard(found["number"])
             yield int(found["number"]), pickle.loads(found["row"])
         for number in sorted(missing):
             yield number, broken_row(jobs[number], setup, 2, "was lost with its actor or node")
     finally:
         ray.shutdown()
+
+
+def _open_dataset(ray: Any, jobs: Sequence[Job], setup: WorkerSetup, num_actors: int, num_gpus: float) -> Any:
+    """The rows of the jobs, which Ray makes while they are read."""
+    items = [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)]
+    blocks = math.ceil(len(jobs) / math.ceil(len(jobs) / MOST_BLOCKS))
+    with warnings.catch_warnings():
+        # Ray has no other way yet to say how often a task is tried again, and means to remove this one in 2.64.
+        warnings.simplefilter("ignore")
+        return ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+            RayWorker,
+            fn_constructor_args=(setup,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+            num_gpus=num_gpus,
+            max_restarts=-1,  # an actor that breaks is replaced, however often
+            max_task_retries=1,  # its video is tried once more
+        )
 
 
 def _start_ray(address: str | None, num_actors: int | None) -> Any:
@@ -75,6 +85,7 @@ def _start_ray(address: str | None, num_actors: int | None) -> Any:
         raise UsageError(
             "--engine ray: Ray is not installed", "pip install 'freres[ray]', or --engine local"
         ) from error
+    _check_address(address)
     own: dict[str, Any] = {}
     if address is None:
         own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
@@ -89,6 +100,18 @@ def _start_ray(address: str | None, num_actors: int | None) -> Any:
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a video whose actors broke twice is a failed row, and the run goes on
     return ray
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse an address at which nothing answers: Ray would try for minutes, and then end this process without a word."""
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d{1,5})", address or "")
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        hint = "start a cluster with: ray start --head"
+        raise UsageError(f"--address {address}: Ray cannot be reached: {error}", hint) from error
 
 
 def _share_gpus(ray: Any, setup: WorkerSetup, num_actors: int | None, num_jobs: int) -> tuple[int, float]:
