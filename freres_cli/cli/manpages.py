@@ -220,7 +220,11 @@ def overview_page(path: Path, verbs: Iterable[str]) -> str:
         + "".join(tagged(f".B {escape(p.name)}", f"{p.values['description']}.") for p in presets),
         "EXIT STATUS": exit_status(),
         "SEE ALSO": see_also(
-            "freres(1)", "freres(3)", "freres-benchmarks(7)", *(f"{page_name(name)}(1)" for name in verbs)
+            "freres(1)",
+            "freres(3)",
+            "freres-benchmarks(7)",
+            "freres-serving(7)",
+            *(f"{page_name(name)}(1)" for name in verbs),
         ),
     }
     _, *sections = re.split(r"(?m)^\.SH (?!NAME)", path.read_text(encoding="utf-8"))

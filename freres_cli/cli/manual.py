@@ -255,6 +255,14 @@ repack:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
       context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s notes environment
   defaults: {budget: all tokens are kept, quality: none, deepstack: unchanged}
+export:
+  examples:
+    freres export bundle.pt --to hf -o prompt.safetensors: Ids, positions and encoder outputs for generate of transformers.
+    freres export bundle.pt --to safetensors -o tokens.safetensors: The visual tokens alone, for code of your own.
+  output: >-
+    The path of the file. freres-serving(7) has its content, and the code that reads it.
+  schemas: {freres.export/1: bundle target output output_bytes visual_tokens tensors (shapes by name) notes environment}
+  defaults: {adapter: "the bundled model's own, none for others", model: the bundle's, revision: the bundle's}
 presets:
   examples:
     freres presets: List the presets.
