@@ -94,7 +94,7 @@ def export_hf(bundle: StoredBundle, request: ExportRequest) -> Exported:
     axes = torch.cat([count[:num_before].expand(3, -1), video.positions + num_before], dim=1)
     tensors = {"input_ids": ids, "position_ids": torch.cat([count[None], axes])}
     tensors |= {"video": video.latents[:, : video.width], "deepstack": video.deep_rows}
-    facts = {"next_position": video.next_position + num_before}
+    facts: dict[str, Any] = {"next_position": video.next_position + num_before}
     facts |= {"before_question": chat.before_question, "after_question": chat.after_question}
     return Exported(tensors, facts, placed.notes)
 
