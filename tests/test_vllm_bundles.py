@@ -24,7 +24,6 @@ from freres_cli.integrations.vllm_positions import (
     place_prompt,
 )
 from freres_cli.pipeline.bundle import load_bundle
-from freres_cli.pipeline.models import Models, make_source
 from freres_cli.world.bundled_model import bundled_model_dir
 from tests import family_contract
 from tests.pipeline_fixtures import bundle, clip, tiny
@@ -113,7 +112,7 @@ def test_a_payload_brings_the_files_back(bundle):
 
 def test_what_the_engine_would_trip_over_is_refused(reader, bundle, tiny, tmp_path):
     content = bundle.read_bytes()
-    with fails(4, "damaged bundle"):
+    with fails(4, "bundle: not a freres bundle"):
         reader.read(content[:-2000] + bytes(2000))
     with fails(4, "neither a bundle nor a file of"):
         reader.read(b"nonsense")
@@ -126,17 +125,24 @@ def test_what_the_engine_would_trip_over_is_refused(reader, bundle, tiny, tmp_pa
     tensors = load(out.read_bytes())
     with out.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
-    faults = {
-        "latents: expected": {"latents": tensors["latents"][:-1]},
-        "latents: expected (": {"latents": tensors["latents"][:, :-1]},
-        "positions: expected (": {"positions": tensors["positions"][:-1]},
-        "positions: expected none below 0": {"positions": tensors["positions"] - 1},
-        "latents: expected finite": {"latents": tensors["latents"] * float("nan")},
-    }
-    for message, fault in faults.items():
+    odd_ids = torch.cat([tensors["ids"][:-1], torch.tensor([10**9])])
+    faults = (
+        ("latents: expected (300, 192)", {"latents": tensors["latents"][:-1]}),
+        ("latents: expected (300, 192)", {"latents": tensors["latents"][:, :-1]}),
+        ("latents: expected finite", {"latents": tensors["latents"] * float("nan")}),
+        ("positions: expected (3, 300)", {"positions": tensors["positions"][:-1]}),
+        ("positions: expected 0 to", {"positions": tensors["positions"] - 1}),
+        ("ids: expected 0 to", {"ids": odd_ids, "latents": tensors["latents"][:-1]}),
+        ("ids: expected (300,)", {"ids": tensors["ids"].float()}),
+    )
+    for message, fault in faults:
         changed = {key: value.contiguous() for key, value in {**tensors, **fault}.items()}
         with fails(4, f"bundle: {message}"):
             reader.read(save(changed, header))
+    facts = json.loads(header["freres"])
+    for fault in ({"next_position": 7.5}, {"next_position": -1}, {"width": "x"}, {"format": "freres.hf/1"}):
+        with fails(4, "bundle: "):
+            reader.read(save(tensors, {"freres": json.dumps(facts | fault)}))
 
 
 def test_a_family_that_vllm_is_not_given_is_refused_by_name(clip, tmp_path):
@@ -155,4 +161,3 @@ def test_the_plug_in_is_listed_and_needs_no_vllm_to_be_imported():
     found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "freres"]
     assert all(point.value == "freres_cli.integrations.vllm_plugin:register" for point in found)
     assert len(ARCHITECTURES) == len(SERVED)
-    assert Models(make_source("bundled", "cpu")).prompt_counter.family == "qwen2_vl"

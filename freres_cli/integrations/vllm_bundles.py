@@ -6,10 +6,12 @@ passes the same checks.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import logging
 import tempfile
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,10 @@ CONTENT, NUM_BYTES = "freres_bundle", "freres_bundle_bytes"
 VLLM_FORMAT = "freres.vllm/1"
 # Bundles kept after they are read: a question about one of them reads nothing.
 NUM_KEPT = 32
+# Positions and ids below it are exact in float32.
+MOST_POSITIONS = 2**24
+# vLLM shows what its own loggers and those below them say.
+LOG = logging.getLogger("vllm.plugins.freres")
 
 
 @dataclass(frozen=True)
@@ -75,22 +81,29 @@ def split_payload(data: Mapping[str, Any]) -> list[bytes]:
 
 
 class BundleReader:
-    """Reads bundles for one served model. ``model``, ``revision``: as the server names it."""
+    """Reads bundles for one served model, one at a time, and keeps the last of them.
+
+    ``model``, ``revision``: as the server names it.
+    """
 
     def __init__(self, model: str, revision: str | None = None) -> None:
         self._models = Models(make_source(model, "cpu", revision=revision))
-        self._read = functools.lru_cache(NUM_KEPT)(self._read_uncached)
+        self._kept: OrderedDict[str, PlacedVideo] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, content: bytes) -> BundleRows:
         """Return the rows of a bundle or an exported file. Raises ``BundleError`` for a bad file, ``BackboneError`` for one
         of another model, or of a family that vLLM is not given."""
-        return self._read(content)
-
-    def _read_uncached(self, content: bytes) -> BundleRows:
-        is_archive = content.startswith(b"PK")
-        video = self._place(content) if is_archive else self._load(content)
-        check_rows(video, self._models.prompt_counter.width, self._models.prompt_counter.num_deep_layers)
-        return BundleRows(hashlib.sha256(content).hexdigest(), video)
+        digest = hashlib.sha256(content).hexdigest()
+        with self._lock:
+            if digest not in self._kept:
+                video = self._place(content) if content.startswith(b"PK") else self._load(content)
+                check_rows(video, self._models.prompt_counter)
+                self._kept[digest] = video
+            self._kept.move_to_end(digest)
+            if len(self._kept) > NUM_KEPT:
+                self._kept.popitem(last=False)
+            return BundleRows(digest, self._kept[digest])
 
     def _place(self, content: bytes) -> PlacedVideo:
         with tempfile.TemporaryDirectory(prefix="freres-") as folder:
@@ -100,7 +113,10 @@ class BundleReader:
                 bundle = read_bundle(path)
             except BundleError as error:
                 raise BundleError(error.message.replace(str(path), "bundle"), error.hint) from error
-            return place_bundle(bundle, self._models, "bundle").video
+            placed = place_bundle(bundle, self._models, "bundle")
+        for note in placed.notes:
+            LOG.info("bundle: %s", note)
+        return placed.video
 
     def _load(self, content: bytes) -> PlacedVideo:
         try:
@@ -118,18 +134,25 @@ class BundleReader:
         return PlacedVideo(ids, ids == pad, positions.T, latents, width, after)
 
 
-def check_rows(video: PlacedVideo, width: int, num_deep_layers: int) -> None:
-    """Refuse rows that the engine would trip over. ``width``, ``num_deep_layers``: those of the served model. Raises
+def check_rows(video: PlacedVideo, model: Any) -> None:
+    """Refuse rows that the engine would trip over. ``model``: the language half of the served model, without weights. Raises
     ``BundleError``."""
-    num_rows, num_tokens, channels = len(video.ids), int(video.is_visual.sum()), width * (1 + num_deep_layers)
+    num_rows, num_tokens = len(video.ids), int(video.is_visual.sum())
+    channels = model.width * (1 + model.num_deep_layers)
     wanted = {"ids": (num_rows,), "positions": (3, num_rows), "latents": (num_tokens, channels)}
     for name, shape in wanted.items():
         tensor: Tensor = getattr(video, name)
-        if tuple(tensor.shape) != shape:
-            raise BundleError(f"bundle: {name}: expected {shape}, got {tuple(tensor.shape)}")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        kinds = (torch.int64,) if name == "ids" else (torch.float32, torch.bfloat16, torch.float16)
+        if tuple(tensor.shape) != shape or tensor.dtype not in kinds:
+            raise BundleError(f"bundle: {name}: expected {shape} {kinds[0]}, got {tuple(tensor.shape)} {tensor.dtype}")
+        if not bool(tensor.isfinite().all()):
             raise BundleError(f"bundle: {name}: expected finite numbers")
-    if not num_tokens or video.ids.dtype != torch.int64:
-        raise BundleError("bundle: expected at least one visual token, and ids of int64")
-    if bool((video.positions < 0).any()) or not 0 < video.next_position < 2**24:
-        raise BundleError("bundle: positions: expected none below 0, and the text after them above it")
+    if not num_tokens:
+        raise BundleError("bundle: expected at least one visual token, got none")
+    if bool(((video.ids < 0) | (video.ids >= model.decoder.config.vocab_size)).any()):
+        raise BundleError(f"bundle: ids: expected 0 to {model.decoder.config.vocab_size - 1}")
+    after = video.next_position
+    if bool(((video.positions < 0) | (video.positions >= MOST_POSITIONS)).any()):
+        raise BundleError(f"bundle: positions: expected 0 to {MOST_POSITIONS}")
+    if not 0 < after < MOST_POSITIONS or after != int(after):
+        raise BundleError(f"bundle: next_position: expected a whole number from 1 to {MOST_POSITIONS}, got {after}")

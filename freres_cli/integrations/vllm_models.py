@@ -21,6 +21,8 @@ from freres_cli.integrations.vllm_processing import COUNTS, LATENTS, NEXT, POSIT
 class ExactRotary(nn.Module):
     """Turns queries and keys by the angles of any position. ``rotary``: the table that it replaces."""
 
+    frequencies: Tensor
+
     def __init__(self, rotary: Any) -> None:
         super().__init__()
         self.section, self.is_interleaved = rotary.mrope_section, rotary.mrope_interleaved
@@ -71,14 +73,14 @@ class TakesBundles:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         use_exact_positions(self.language_model)
+        self.row_dtype = vllm_config.model_config.dtype
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Return the latents of every bundle of a batch, or what the model makes of other media."""
         if LATENTS not in kwargs:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         sizes = torch.as_tensor(kwargs[COUNTS]).reshape(-1, 2)[:, 1].tolist()
-        dtype = next(self.language_model.parameters()).dtype
-        return kwargs[LATENTS].to(dtype).split(sizes)
+        return kwargs[LATENTS].to(self.row_dtype).split(sizes)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Return the encoded positions of a prompt with bundles, (3, L), and the offset of later ones; stock without."""
@@ -138,6 +140,8 @@ class BundleQwen25VL(TakesBundles, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
 )
 class BundleQwen3VL(TakesBundles, qwen3_vl.Qwen3VLForConditionalGeneration):  # type: ignore[misc]
     """Qwen3-VL, whose DeepStack rows a bundle holds: they are added whether or not the tower is loaded."""
+
+    use_deepstack: bool
 
     def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
