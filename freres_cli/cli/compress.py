@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
@@ -26,6 +26,7 @@ from freres_cli.cli.output import (
 )
 from freres_cli.devices import use_one_heap
 from freres_cli.errors import UsageError, count_of
+from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
@@ -48,38 +49,20 @@ def compress(
     preset: options.PresetName = None,
     model: options.Model = None,
     revision: options.Revision = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
-            autocompletion=options.complete_bundle_method,
-        ),
-    ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat, idct, iquery or sparse-idct."),
-    ] = None,
+    method: options.BundleMethod = None,
+    variant: options.Variant = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="The bundle to write; for several videos, a folder."),
     ] = None,
     force: options.Force = False,
-    fps: Annotated[float | None, typer.Option("--fps", help="Read this many frames per second.")] = None,
-    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in total.")] = None,
-    grid: Annotated[
-        str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
-    ] = None,
+    fps: options.Fps = None,
+    frames: options.Frames = None,
+    grid: options.Grid = None,
     assignments: options.Assignments = None,
-    start: Annotated[
-        float | None,
-        typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
-    ] = None,
-    end: Annotated[
-        float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")] = False,
+    start: options.Start = None,
+    end: options.End = None,
+    strict: options.Strict = False,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
@@ -115,14 +98,14 @@ def compress(
     named |= {"deepstack": deepstack, "quality": quality}
     use_one_heap()
     many = is_many(paths) or (output is not None and options.is_folder(output))
+    flags = gather_flags(assignments, named)
+    print_notes([options.LOADING], quiet)
     # Shown before torch is imported, which takes seconds.
     unit = "videos" if many else "frames"
     with progress_bar("compress", quiet or json or dry_run, unit, "loading model") as progress:
-        chosen = make_options(
-            gather_flags(assignments, named), preset, model, revision, method, start, end, strict, device, dtype, attn
-        )
-        from freres_cli.pipeline.compressor import Compressor
-
+        with quick_imports():
+            chosen = make_options(flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
+            from freres_cli.pipeline.compressor import Compressor
         compressor = Compressor.from_options(chosen)
         if many and not dry_run:
             listing = list_videos(paths)
@@ -266,19 +249,22 @@ def make_options(
     return CompressOptions(source, settings, method, start, end, strict)
 
 
-def at_budgets(chosen: CompressOptions, verb: str, *, trains: bool = False) -> CompressOptions:
+def at_budgets(chosen: CompressOptions, verb: str, *, trains: tuple[str, ...] = ()) -> CompressOptions:
     """Return the options of a verb that names its budgets itself.
 
-    ``chosen``: the options. ``verb``: its name. ``trains``: it makes an adapter. Raises ``UsageError`` if the settings
-    name a quality, or a method that has no adapter.
+    ``chosen``: the options. ``verb``: its name. ``trains``: the methods that it trains adapters of; the first is trained
+    unless another is named. Raises ``UsageError`` if the settings name a quality, or a method that is not among these.
     """
     settings = chosen.settings
     if settings.quality is not None:
         raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
-    if trains and chosen.method != FRE_RES:
-        raise UsageError(
-            f"{settings.name_of('method')}: {verb} trains adapters of {FRE_RES}, got {chosen.method}", "leave it out"
-        )
+    if not trains:
+        return chosen
+    if not settings.is_named("method"):
+        return replace(chosen, method=trains[0])
+    if chosen.method not in trains:
+        able = " or ".join(trains)
+        raise UsageError(f"method: {verb} trains adapters of {able}, got {chosen.method}", "leave it out")
     return chosen
 
 

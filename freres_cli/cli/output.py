@@ -36,8 +36,8 @@ def print_result(text: str, end: str = "\n") -> None:
         raise ResourceError(f"standard output: cannot be written: {error.strerror}") from error
 
 
-def print_path(path: Path) -> None:
-    """Write the path of a result to stdout: unchanged for other programs, without control characters on a terminal."""
+def print_path(path: Path | str) -> None:
+    """Write the path or URL of a result to stdout: unchanged for other programs, without control characters on a terminal."""
     print_result(_plain(str(path)) if sys.stdout.isatty() else str(path))
 
 

@@ -159,11 +159,19 @@ class Compressor:
                 decoder.resume(state.position)
                 stream.known, reducer = state.known, state.reducer
 
+        taken = None if decoder is None else decoder.position
+
         def on_batch(done: int) -> None:
+            nonlocal taken
             if progress is not None:
                 progress(done, max(done, total))
-            if checkpoints is not None and decoder is not None and reducer is not None:
-                checkpoints.offer(lambda: State(decoder.position, stream.known, reducer))
+            if checkpoints is None or decoder is None or reducer is None:
+                return
+            position = decoder.position
+            # The short batch at the end of a video moves no position: a state after it would take its frames twice.
+            if position is not taken:
+                taken = position
+                checkpoints.offer(lambda: State(position, stream.known, reducer))
 
         batches = ((batch.pts_seconds, rows) for batch, rows in stream.encode(frames))
         return reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer), frames.report

@@ -62,7 +62,8 @@ def make_reducer(plan: CompressPlan, options: CompressOptions, width: int) -> Re
     """Return what takes frames as they arrive, D = ``width``; ``None`` for a method that needs them all at once."""
     if options.method == ADAPTIVE:
         budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
-        return StretchCompressor((plan.size.grid_h, plan.size.grid_w), width, budget_tokens, plan.quality)
+        grid, keeps_trends = (plan.size.grid_h, plan.size.grid_w), options.settings.trends == "keep"
+        return StretchCompressor(grid, width, budget_tokens, plan.quality, keeps_trends)
     if plan.budget is None:
         return None
     return StreamingCompressor(plan.budget, method_settings(options.settings), width)
@@ -112,6 +113,8 @@ def _reduce_by_peer(
 def _check_finite(content: Content, options: CompressOptions) -> None:
     """Refuse values that overflowed. A coefficient sums many frames, so in float16 it may overflow when no latent does."""
     tensors = content.tensors() if isinstance(content, Tracks) else {"latents": content.latents}
+    if isinstance(content, Stretches):
+        tensors = {**tensors, "trends": content.trends}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BackboneError(
