@@ -91,12 +91,13 @@ def batch(
     """
     from freres_cli.workflows.batch import RAY, BatchRequest, check_engine, run_batch
     from freres_cli.workflows.batch_list import list_jobs, with_own
-    from freres_cli.workflows.batch_store import as_place, join_url
+    from freres_cli.workflows.batch_store import as_place, is_url, join_url
     from freres_cli.workflows.batch_worker import WorkerSetup
 
     check_engine(engine, address)
     options.check_path(output, "-o")
-    place = as_place(output)
+    # Workers on other machines, or with another working folder, must find the same place.
+    place = as_place(output) if engine != RAY or is_url(as_place(output)) else str(Path(as_place(output)).absolute())
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     flags = gather_flags(assignments, {**named, "deepstack": deepstack, "quality": quality})
     # The workers choose their devices; with Ray, those are on other machines.
