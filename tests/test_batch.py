@@ -15,7 +15,7 @@ from freres_cli.cli.compress import make_options
 from freres_cli.workflows import batch as batch_workflow
 from freres_cli.workflows import batch_ray
 from freres_cli.workflows.batch_store import Store
-from freres_cli.workflows.batch_worker import BatchRow, Job, VideoWorker, WorkerSetup
+from freres_cli.workflows.batch_worker import FACTS, BatchRow, Job, VideoWorker, WorkerSetup
 from tests.clips import write_clip
 from tests.runner import check_failure, fails, run_freres
 
@@ -237,7 +237,7 @@ def test_ray_gets_places_that_do_not_depend_on_the_working_folder(clips, tmp_pat
 
     def engine(jobs, setup, num_actors, address):
         seen.append((setup.output, setup.model, jobs[0].video))
-        yield 0, BatchRow(jobs[0].video, "clip0.pt", "skipped", {"visual_tokens": 1, "full_tokens": 1})
+        yield 0, BatchRow(jobs[0].video, "clip0.pt", "skipped", dict.fromkeys(FACTS, 1))
 
     monkeypatch.setattr(batch_workflow, "run_on_ray", engine)
     monkeypatch.chdir(tmp_path)
