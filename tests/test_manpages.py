@@ -292,14 +292,14 @@ def test_bundle_page_holds_the_tensors_of_stretches() -> None:
     from freres_cli.method.adaptive import StretchCompressor
     from freres_cli.stretches import STRETCH_COLUMNS
 
-    compressor = StretchCompressor((3, 3), 4, 40)
+    compressor = StretchCompressor((3, 3), 4, 40, keeps_trends=True)
     compressor.push(torch.randn(12, 3, 3, 4, generator=torch.Generator().manual_seed(0)), range(12))
     stretches = compressor.finish()
     text = section("man5/freres-bundle.5", "TENSORS").partition(".SS Content stretches")[2].partition(".SS ")[0]
     rows = re.findall(r"(?m)^(\w+)\t(E|float64|float32|int64|uint8) \((.*?)\)", text)
     assert [row[0] for row in rows] == [name for name in STRETCH_COLUMNS if name != "frame_seconds"]
     assert "frame_seconds" in text
-    sizes = {"S": 40, "S-1": 39, "C": 4, "2": 2, "6": 6}
+    sizes = {"S": 40, "S-1": 39, "C": 4, "D": 4, "2": 2, "6": 6}
     for name, dtype, shape in rows:
         tensor, letters = getattr(stretches, name), shape.split(", ")
         assert str(tensor.dtype) == f"torch.{'float32' if dtype == 'E' else dtype}", name

@@ -167,6 +167,13 @@ End = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="FILE|none", help="An adapter from freres train, or none for untrained tokens."),
+    typer.Option(
+        "--adapter",
+        metavar="FILE|none",
+        help="An adapter from freres train, for its own method only, or none for untrained tokens.",
+    ),
 ]
+# Importing torch and transformers takes seconds: verbs that do say this first.
+LOADING = "loading the model"
+
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]
