@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -40,12 +41,15 @@ def test_killed_runs_leave_whole_bundles_each_made_once(clips, tmp_path):
 
 def test_workers_end_with_their_driver(clips, tmp_path):
     command = [*COMMAND, str(clips), "-o", str(tmp_path / "out"), "--actors", "2", *FLAGS]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (tmp_path / "scratch").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while len(workers := find_workers(driver.pid)) < 2:
             assert driver.poll() is None
             time.sleep(0.01)
-        time.sleep(2.0)
+        time.sleep(5.0)  # mostly enough for them to be at work
+        assert list((tmp_path / "scratch").glob("freres-batch-*"))
     finally:
         driver.kill()
         driver.wait()
@@ -53,6 +57,7 @@ def test_workers_end_with_their_driver(clips, tmp_path):
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < end
         time.sleep(0.05)
+    assert list((tmp_path / "scratch").glob("freres-batch-*")) == []
 
 
 def is_running(pid: int) -> bool:
