@@ -102,7 +102,8 @@ def test_unknown_argument_of_the_generator_is_usage() -> None:
 
 def test_every_verb_has_a_page_and_every_page_a_verb() -> None:
     expected = {"man1/freres.1", "man3/freres.3", "man5/freres-bundle.5", "man5/freres-preset.5"}
-    expected |= {"man7/freres.7", "man7/freres-batch.7", "man7/freres-benchmarks.7"}
+    sections = ("", "-batch", "-benchmarks", "-serving")
+    expected |= {f"man7/freres{name}.7" for name in sections}
     expected |= {f"man1/{manpages.page_name(verb)}.1" for verb in VERBS}
     assert {str(page.relative_to(MAN)) for page in PAGES} == expected
     assert set(manpages.VERBS) == set(VERBS)

@@ -23,6 +23,7 @@ from freres_cli.cli import (
     demo,
     doctor,
     eval,
+    export,
     fidelity,
     inspect,
     methods,
@@ -61,6 +62,7 @@ app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("repack")(repack.repack)
+app.command("export")(export.export)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)

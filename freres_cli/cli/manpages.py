@@ -224,6 +224,7 @@ def overview_page(path: Path, verbs: Iterable[str]) -> str:
             "freres(3)",
             "freres-batch(7)",
             "freres-benchmarks(7)",
+            "freres-serving(7)",
             *(f"{page_name(name)}(1)" for name in verbs),
         ),
     }

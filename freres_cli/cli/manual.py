@@ -127,7 +127,8 @@ profile:
     that could not be measured says why: out_of_memory, context_exceeded or timed_out. `--plot` needs matplotlib: pip
     install 'freres[plot]'.
   schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
-  defaults: {timeout: "1800, and 110 with a table", plot: none (nothing is drawn), model: "bundled, or the bundle's",
+  defaults: {timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
+    plot: none (nothing is drawn), model: "bundled, or the bundle's",
     revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
@@ -275,6 +276,14 @@ repack:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
       context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s notes environment
   defaults: {budget: all tokens are kept, quality: none, deepstack: unchanged}
+export:
+  examples:
+    freres export bundle.pt --to hf -o prompt.safetensors: Ids, positions and encoder outputs for generate of transformers.
+    freres export bundle.pt --to safetensors -o tokens.safetensors: The visual tokens alone, for code of your own.
+  output: >-
+    The path of the file. freres-serving(7) has its content, and the code that reads it.
+  schemas: {freres.export/1: bundle target output output_bytes visual_tokens tensors (shapes by name) notes environment}
+  defaults: {adapter: "the bundled model's own, none for others", model: the bundle's, revision: the bundle's}
 presets:
   examples:
     freres presets: List the presets.

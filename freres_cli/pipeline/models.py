@@ -210,17 +210,28 @@ def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, n
     ``recorded``: the manifest's facts about that model. ``width``: D of the latents. ``model``: the loaded one. ``name``:
     the bundle's, for messages. Raises ``BackboneError``.
     """
-    differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
-    if not differing and width == model.width:
+    check_identity(recorded, width, model.fingerprint, model.width, name)
+
+
+def check_identity(
+    recorded: Mapping[str, Any], width: int, given: Mapping[str, Any], given_width: int, name: str
+) -> None:
+    """Refuse a model by its facts, as ``check_model`` does, without loading it.
+
+    ``recorded``, ``width``: the facts of the model that made the latents, and D of these. ``given``, ``given_width``:
+    those of the model at hand. ``name``: the bundle's, for messages. Raises ``BackboneError``.
+    """
+    differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != given.get(fact)]
+    if not differing and width == given_width:
         return
-    made, given = describe_weights(recorded), describe_weights(model.fingerprint)
-    if made != given and recorded.get("model_id") == model.fingerprint.get("model_id") == BUNDLED:
+    weights = describe_weights(recorded), describe_weights(given)
+    if weights[0] != weights[1] and recorded.get("model_id") == given.get("model_id") == BUNDLED:
         raise BackboneError(
-            f"{name}: made with embedded weights {made}, these are {given}",
+            f"{name}: made with embedded weights {weights[0]}, these are {weights[1]}",
             "a folder of the old weights opens it with --model FOLDER, or compress the video again",
         )
     raise BackboneError(
-        f"{name}: made for another model: expected {describe_model(recorded)}, got {describe_model(model.fingerprint)} "
+        f"{name}: made for another model: expected {describe_model(recorded)}, got {describe_model(given)} "
         f"(differs in {', '.join(differing) or 'width'})",
         "name the model that made the bundle with --model, or compress the video again",
     )
