@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
 from freres_cli.devices import choose_device
 from freres_cli.evaluation.cells import parse_budget
 from freres_cli.integrations.vllm_bundles import load_payload
@@ -142,9 +142,7 @@ def _row(name: str, num_tokens: float, times: dict[str, dict[str, list[float]]])
     row: dict[str, Any] = {"name": name, "visual_tokens": num_tokens}
     for key, values in mine.items():
         row[key] = summarize_runs(values)
-        row[f"{key.removesuffix('_s')}_over_every_token"] = summarize_runs(
-            [a / b for a, b in zip(values, every[key], strict=True)]
-        )
+        row[f"{key.removesuffix('_s')}_over_every_token"] = summarize_ratios(values, every[key])
     row["questions_per_s"] = summarize_runs([NUM_CLIPS * NUM_CLIENTS / value for value in mine["all_s"]])
     return row
 
