@@ -55,7 +55,7 @@ def test_a_prompt_has_the_positions_of_ask(case, tmp_path):
     case.make(tmp_path)
     model = case.language_class.load(open_checkpoint(tmp_path), family_contract.CPU)
     latents = torch.randn(3, *case.grid, model.width * (1 + case.num_deep))
-    video = video_tokens(latents, torch.tensor([0, 3, 9, 21, 22, 45]), width=model.width, period_s=2.5)
+    video = video_tokens(latents, torch.tensor([21, 0, 3, 45, 9, 22]), width=model.width, period_s=2.5)
     video.positions[:, 1:] += torch.tensor([0.25, 0.5])
     prompt = model.prompt("Why?")
     rows = model.splice(prompt.prefix, video)
