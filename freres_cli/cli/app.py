@@ -17,6 +17,7 @@ from freres_cli import __version__
 from freres_cli.cli import (
     ablate,
     ask,
+    batch,
     compare,
     compress,
     demo,
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 
 app.command("compress")(compress.compress)
+app.command("batch")(batch.batch)
 app.command("plan")(plan.plan)
 app.command("ask")(ask.ask)
 app.command("profile")(profile.profile)
