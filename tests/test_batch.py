@@ -15,8 +15,8 @@ from freres_cli.cli.compress import make_options
 from freres_cli.workflows import batch as batch_workflow
 from freres_cli.workflows import batch_ray
 from freres_cli.workflows.batch_store import Store
-from freres_cli.workflows.batch_worker import Job, VideoWorker, WorkerSetup
-from tests.clips import write_clip
+from freres_cli.workflows.batch_worker import FACTS, BatchRow, Job, VideoWorker, WorkerSetup
+from tests.clips import write_short_clips
 from tests.runner import check_failure, fails, run_freres
 
 FLAGS = ("--budget", 40, "--device", "cpu")
@@ -24,10 +24,7 @@ FLAGS = ("--budget", 40, "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("batch")
-    for i in range(2):
-        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
-    return folder
+    return write_short_clips(tmp_path_factory.mktemp("batch"), 2)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +227,21 @@ def test_without_ray_its_engine_is_refused_by_name(clips, tmp_path, monkeypatch)
     run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "--engine", "ray")
     check_failure(run, 2, "Ray is not installed")
     assert "freres[ray]" in run.err
+
+
+def test_ray_gets_places_that_do_not_depend_on_the_working_folder(clips, tmp_path, monkeypatch):
+    seen = []
+
+    def engine(jobs, setup, num_actors, address):
+        seen.append((setup.output, setup.model, jobs[0].video))
+        yield 0, BatchRow(jobs[0].video, "clip0.pt", "skipped", dict.fromkeys(FACTS, 1))
+
+    monkeypatch.setattr(batch_workflow, "run_on_ray", engine)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(clips / "clip0.mp4", tmp_path)
+    (tmp_path / "model").mkdir()
+    run = run_freres("batch", "clip0.mp4", "-o", "out", "--engine", "ray", "--model", "model")
+    assert run.status == 0 and seen == [tuple(str(tmp_path / name) for name in ("out", "model", "clip0.mp4"))], run.err
 
 
 @pytest.mark.parametrize(

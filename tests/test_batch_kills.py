@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from freres_cli.cli.benchmark_batch import KilledBatch, find_workers
-from tests.clips import write_clip
+from tests.clips import write_short_clips
 from tests.runner import run_freres
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
@@ -23,10 +24,7 @@ COMMAND = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kills")
-    for i in range(6):
-        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
-    return folder
+    return write_short_clips(tmp_path_factory.mktemp("kills"), 6)
 
 
 def test_killed_runs_leave_whole_bundles_each_made_once(clips, tmp_path):
@@ -40,12 +38,17 @@ def test_killed_runs_leave_whole_bundles_each_made_once(clips, tmp_path):
 
 def test_workers_end_with_their_driver(clips, tmp_path):
     command = [*COMMAND, str(clips), "-o", str(tmp_path / "out"), "--actors", "2", *FLAGS]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (tmp_path / "scratch").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while len(workers := find_workers(driver.pid)) < 2:
             assert driver.poll() is None
             time.sleep(0.01)
-        time.sleep(2.0)
+        while not list((tmp_path / "out").glob("*.pt")):  # so they are at work
+            assert driver.poll() is None
+            time.sleep(0.01)
+        assert list((tmp_path / "scratch").glob("freres-batch-*"))
     finally:
         driver.kill()
         driver.wait()
@@ -53,6 +56,7 @@ def test_workers_end_with_their_driver(clips, tmp_path):
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < end
         time.sleep(0.05)
+    assert list((tmp_path / "scratch").glob("freres-batch-*")) == []
 
 
 def is_running(pid: int) -> bool:

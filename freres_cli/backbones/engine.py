@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
-from freres_cli.backbones.cache import reserve_rows
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
 from freres_cli.devices import memory_errors_as, synchronize
 from freres_cli.errors import BackboneError, count_of
@@ -91,6 +90,9 @@ def prefill_rows(
     notes = check_context(model, len(rows), rows.next_position)
     cache, pruned = model.new_cache(), None
     if pruning is None:
+        # It imports transformers, which whoever only reads tokens does without.
+        from freres_cli.backbones.cache import reserve_rows
+
         reserve_rows(cache, len(rows))
         prefill(model, rows, cache, chunk_tokens)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -30,7 +31,7 @@ def _serve(connection: Connection, setup: WorkerSetup, rank: int, scratch: str) 
     # Ctrl-C reaches every process of a terminal; the driver decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
     import torch
 
     if setup.num_threads is not None:
@@ -44,11 +45,13 @@ def _serve(connection: Connection, setup: WorkerSetup, rank: int, scratch: str) 
             connection.send(worker.run(connection.recv()))
 
 
-def _end_with_parent() -> None:
-    """End this process at once when the driver is gone, however it ended: nobody would read its rows."""
+def _end_with_parent(scratch: str) -> None:
+    """End this process at once when the driver is gone, however it ended: nobody would read its rows, or remove its copies
+    of remote files."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
 
 
