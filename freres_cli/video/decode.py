@@ -28,6 +28,7 @@ from freres_cli.video.seeking import find_entry, frames_from
 from freres_cli.video.still import StillDetector, read_planes
 from freres_cli.video.turn import Turn
 
+ENDS_INSIDE = "the file ends inside a packet: it was longer, and does not say by how much"
 # Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
@@ -341,22 +342,30 @@ class Decoder:
         lost = self._measure_loss(table, tally)
         if lost > 0:
             self._refuse_if_strict(f"{lost:.2f} s of video are lost")
-        notes = tuple(self._describe(tally, lost))
-        return DecodeReport(tally.num_decoded, tally.num_sampled, tally.num_pictures, lost, notes)
+        notes = list(self._describe(tally, lost))
+        if table.is_cut and lost == 0 and self._end_s(table) >= table.end_s:
+            self._refuse_if_strict(ENDS_INSIDE)
+            notes.append(ENDS_INSIDE)
+        return DecodeReport(tally.num_decoded, tally.num_sampled, tally.num_pictures, lost, tuple(notes))
 
     def _measure_loss(self, table: PacketTable, tally: _Tally) -> float:
         """Seconds of the requested part that no decoded frame covers."""
+        end = self._end_s(table, ends_badly=tally.ends_badly)
         if not tally.is_exhausted:
-            tail, due = 0.0, tally.num_before + tally.num_decoded
+            # Every frame that was asked for is there, of those that the file holds.
+            tail, due = end - table.end_s, tally.num_before + tally.num_decoded
         else:
-            end = table.end_s + (table.missing_s if table.is_cut or tally.ends_badly else 0.0)
-            if self._sampling.end_s is not None:
-                end = min(end, self._info.start_s + self._sampling.end_s)
             tail = end - tally.covered_s
             due = bisect_left(table.stamps_s, tally.covered_s - TOLERANCE_S)
         # A gap inside the clip does not show in the times: the frame before it simply stays on screen longer.
         hole = (due - tally.num_before - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
         return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
+
+    def _end_s(self, table: PacketTable, ends_badly: bool = False) -> float:
+        """When the requested part ends, with what is known to be missing at the end of the file."""
+        end = table.end_s + (table.missing_s if table.is_cut or ends_badly else 0.0)
+        window = self._sampling.end_s
+        return end if window is None else min(end, self._info.start_s + window)
 
     def _describe(self, tally: _Tally, lost: float) -> Iterator[str]:
         if self._still_levels and tally.num_pictures < tally.num_sampled:

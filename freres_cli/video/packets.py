@@ -22,6 +22,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from freres_cli.errors import VideoError
+from freres_cli.video.ending import ends_inside
 from freres_cli.video.opening import count_bytes, open_video, video_stream
 
 GUESSED_FPS = 25.0
@@ -39,8 +40,8 @@ class PacketTable:
 
     ``stamps_s``: one per packet, ascending. ``end_s``: when the last frame leaves the screen. ``gap_s``: the usual time
     between frames. ``is_order_blind``: the timestamps ascend in the file although the codec may reorder frames, so they
-    do not say when a B-frame is shown. ``missing_s``: how much longer than its packets the header says the file is. It
-    counts only if ``is_cut``, that is, if there is other evidence that the end of the file is missing.
+    do not say when a B-frame is shown. ``missing_s``: how much longer than its packets the header says the file is; 0 if
+    it does not say. It counts only if ``is_cut``, that is, if there is other evidence that the end of the file is missing.
 
     ``key_pts``, ``key_dts``: stamps of the packets at which decoding can begin, in file order, in units of ``time_base``;
     empty where timestamps do not tell frames apart, so that the file can only be read from its beginning.
@@ -107,7 +108,7 @@ def read_packet_table(path: str, stream_index: int, num_bytes: int | None = None
 def _read_packet_table(path: str, stream_index: int, num_bytes: int, _mtime_ns: int) -> PacketTable:
     stamps = _Stamps()
     file_start, file_end = float("inf"), 0.0
-    is_cut = False
+    is_cut, was_corrupt = False, (False, False)
     with open_video(path, num_bytes) as container:
         stream = video_stream(container, stream_index)
         try:
@@ -121,8 +122,11 @@ def _read_packet_table(path: str, stream_index: int, num_bytes: int, _mtime_ns: 
                     file_end = max(file_end, float((stamp + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index == stream_index:
                     stamps.add(packet)
+                    was_corrupt = (was_corrupt[1], packet.is_corrupt)
         except FFmpegError:
             is_cut = True
+        # Of a corrupt packet that FFmpeg's parser splits, it does not mark the last piece.
+        is_cut |= any(was_corrupt) or ends_inside(path, container.format.name, num_bytes)
         # The sample tables of mp4 and mov are exact, unlike the counts of other containers.
         if "mp4" in container.format.name and stream.frames > len(stamps.pts) + stamps.num_discarded:
             is_cut = True
