@@ -95,6 +95,18 @@ def test_tokens_that_are_out_of_place_are_refused(tmp_path, contents, name, chan
         read_bundle(tmp_path / "b.pt")
 
 
+@pytest.mark.parametrize(("kind", "version"), VERSIONS)
+def test_energies_and_distances_below_zero_are_refused(tmp_path, contents, kind, version):
+    content, tensors = contents[kind]
+    names = [name for name in tensors if name.endswith(("energy", "_distance", "_loss"))]
+    assert names
+    for name in names:
+        last = tensors[name].index_fill(0, torch.tensor([-1]), -1e-3)
+        forge(tmp_path / "b.pt", content, tensors | {name: last}, version)
+        with fails(ExitStatus.BUNDLE, f"{name}: expected 0 or more"):
+            read_bundle(tmp_path / "b.pt")
+
+
 @pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("table", ["anchor", "static", "summary"])
 def test_two_tokens_of_a_kind_at_one_place_are_refused(tmp_path, contents, table, version):

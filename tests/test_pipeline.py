@@ -145,8 +145,9 @@ def test_a_picture_shown_again_does_not_pass_the_tower_again(keeps_all):
 
 def test_latents_that_are_not_finite_name_the_model():
     frames = Frames(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), (0.0,), (0,), (0,))
-    with pytest.raises(BackboneError, match=r"some-model: latents are not finite in torch\.float32"):
+    with pytest.raises(BackboneError, match=r"some-model: latents are not finite in torch\.float32") as caught:
         list(LatentStream(InfiniteTower(), CPU_TIMER, "some-model").encode([frames]))
+    assert "--dtype" not in caught.value.hint, "a larger dtype does not help"
 
 
 # --- injected models -------------------------------------------------------------------------------------------------

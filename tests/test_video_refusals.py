@@ -54,6 +54,8 @@ REFUSALS = {
         lambda d: _listed(d, "list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n"),
         PLAYLIST,
     ),
+    "short playlist": (lambda d: _listed(d, "short.mp4", "#EXTM3U\n#EXTINF:2,\n{}\n"), PLAYLIST),
+    "DASH": (lambda d: _listed(d, "list.mpd", '<?xml version="1.0"?>\n<MPD><BaseURL>{}</BaseURL></MPD>\n'), PLAYLIST),
     "list of files": (lambda d: _listed(d, "list.mp4", "ffconcat version 1.0\nfile {}\n"), PLAYLIST),
     "index missing": (
         lambda d: clips.cut(clips.write_clip(d / "cut.mp4", 240), 0.5),

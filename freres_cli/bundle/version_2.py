@@ -130,6 +130,8 @@ def build_tokens(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
         last = tokens.positions.new_tensor([num_frames - 1, grid_h - 1, grid_w - 1])
         if bool(((tokens.positions < 0) | (tokens.positions > last)).any()):
             raise ValueError("positions: expected places on the grid")
+        if bool((tokens.energy < 0).any()):
+            raise ValueError("energy: expected 0 or more")
     check_order(tokens.positions, manifest["settings"]["method"]["value"] not in PLACES_ONCE, where)
     check_times(manifest, tensors, where)
     return tokens

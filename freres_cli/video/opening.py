@@ -11,7 +11,7 @@ from typing import cast
 
 import av
 from av.container import InputContainer
-from av.error import ArgumentError, FFmpegError
+from av.error import FFmpegError
 from av.packet import Packet
 from av.video.stream import VideoStream
 
@@ -26,6 +26,7 @@ REFUSED_FORMATS = frozenset(
     )
 )
 SNIFFED_BYTES = 4096
+BYTES_NOT_IN_TEXT = frozenset(range(32)) - frozenset(b"\t\n\f\r\x1b")
 
 
 def hash_file(path: str | Path, num_bytes: int | None = None) -> str:
@@ -86,7 +87,7 @@ def open_video(path: str, num_bytes: int | None = None) -> InputContainer:
         options = {"protocol_whitelist": protocols, "format_whitelist": _allowed_formats()}
         return av.open(place, metadata_errors="replace", options=options)
     except FFmpegError as error:
-        if isinstance(error, ArgumentError) and _is_text(path):
+        if _is_text(path):
             raise VideoError(
                 f"{path}: is text, such as a playlist, not a video",
                 hint="name a video file; other files that it lists are not opened",
@@ -104,7 +105,7 @@ def _allowed_formats() -> str:
 
 def _is_text(path: str) -> bool:
     with Path(path).open("rb") as file:
-        return b"\0" not in file.read(SNIFFED_BYTES)
+        return BYTES_NOT_IN_TEXT.isdisjoint(file.read(SNIFFED_BYTES))
 
 
 def video_stream(container: InputContainer, index: int) -> VideoStream:
