@@ -192,7 +192,7 @@ class Tracks:
         if column.is_latent:
             is_multiple = channels > 0 and channels % self.width == 0
             _require(is_multiple, f"{name}: expected a multiple of {self.width} channels, got {channels}")
-        if name.endswith(("_energy", "_distance")):
+        if name.endswith("_energy"):
             _require(not bool((tensor < 0).any()), f"{name}: expected 0 or more")
         if column.limit is not None and tensor.numel():
             limits = {"G": self._num_rows("gop"), "N": self.grid[1] * self.grid[2], "P": self.num_cells}

@@ -292,6 +292,16 @@ def test_memory_of_a_gop_does_not_grow_with_its_length():
     assert report_energy(tracks).clip_kept > 0.5
 
 
+def test_what_weak_cuts_leave_lies_side_by_side():
+    """A film of hours has thousands of cuts. Small tensors between large ones that are gone would keep the heap in pieces."""
+    settings = make_settings(events=True, tau=0.4, reference_budget_tokens=300)
+    compressor = StreamingCompressor(plan_budget(400, (3, 3), settings, 300), settings, 8)
+    compressor.push(torch.cat([smooth_clip(4, (3, 3), width=8, seed=n) for n in range(100)]), range(400))
+    left = [gop for gop in compressor._gops if gop.anchor is None and not len(gop.base)]
+    stores = {t.untyped_storage().data_ptr() for gop in left for t in vars(gop).values() if isinstance(t, torch.Tensor)}
+    assert len(left) > 30 and len(stores) <= 3
+
+
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 

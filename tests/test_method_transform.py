@@ -265,6 +265,6 @@ def test_what_is_dropped_is_freed():
     latents = smooth_clip(12, (6, 6))
     closed = close_gop(latents, (3, 3), 2, width=16)
     assert closed.coefficients.untyped_storage().nbytes() == closed.coefficients.nbytes
-    closed.drop_residuals()
+    closed.drop_residuals(SummaryStore())
     for name in ("coefficients", "energies", "segments", "base"):
         assert getattr(closed, name).untyped_storage().nbytes() == 0, name

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from freres_cli.method.anchors import EventDetector, anchor_schedule
 from freres_cli.method.budget import BudgetPlan, MethodSettings
-from freres_cli.method.gop import ClosedGop, OpenGop
+from freres_cli.method.gop import ClosedGop, OpenGop, SummaryStore
 from freres_cli.method.residuals import pool_to_cells
 from freres_cli.method.select import select_tracks
 from freres_cli.tracks import GOP_STARTS, Tracks
@@ -44,6 +44,7 @@ class StreamingCompressor:
         self._held: tuple[OpenGop, ClosedGop] | None = None
         self._events: list[OpenGop | ClosedGop] = []
         self._demoted: list[ClosedGop] = []
+        self._store = SummaryStore()
         self._seconds = array("d")  # 8 bytes a frame
         self.num_cuts_found = 0
         self.num_cuts_not_honoured = 0
@@ -113,7 +114,7 @@ class StreamingCompressor:
         if len(self._demoted) > MAX_DEMOTED_TRACKS:
             weakest = min(self._demoted, key=_strength)
             self._demoted.remove(weakest)
-            weakest.drop_residuals()
+            weakest.drop_residuals(self._store)
 
     def _close(self, may_go_on: bool = False) -> None:
         """Close the open GoP. ``may_go_on``: because of a uniform anchor, which may still move and give it more frames."""

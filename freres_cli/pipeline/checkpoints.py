@@ -25,7 +25,7 @@ from freres_cli.method.adaptive import CutDetector, StretchCompressor
 from freres_cli.method.anchors import EventDetector
 from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings
 from freres_cli.method.compress import StreamingCompressor
-from freres_cli.method.gop import ClosedGop, OpenGop
+from freres_cli.method.gop import ClosedGop, OpenGop, SummaryStore
 from freres_cli.method.merging import STATE_CLASSES
 from freres_cli.method.residuals import ResidualTrajectory
 from freres_cli.pipeline.encoding import VideoSource, count_batch_frames
@@ -41,8 +41,9 @@ KEPT_S = 14 * 24 * 3600.0  # nobody comes back for an older one
 
 # All that a file may hold besides tensors and plain values: torch refuses to make anything else.
 CLASSES = (
-    *(StreamingCompressor, OpenGop, ClosedGop, ResidualTrajectory, EventDetector, BudgetPlan, Allocation),
-    *(MethodSettings, StretchCompressor, CutDetector, *STATE_CLASSES, Position, OddFrames, array),
+    *(StreamingCompressor, OpenGop, ClosedGop, SummaryStore, ResidualTrajectory, EventDetector),
+    *(BudgetPlan, Allocation, MethodSettings, StretchCompressor, CutDetector, *STATE_CLASSES),
+    *(Position, OddFrames, array),
 )
 
 

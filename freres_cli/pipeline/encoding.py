@@ -151,8 +151,7 @@ class LatentStream:
 
     def _check_finite(self, latents: Tensor) -> None:
         if not bool(torch.isfinite(latents).all()):
-            is_half = latents.dtype == torch.float16
-            raise BackboneError(
-                f"{self._model}: latents are not finite in {latents.dtype}",
-                "use --dtype float32 or bfloat16" if is_half else "the weights may be damaged: download the model again",
-            )
+            hint = "the weights may be damaged: download the model again"
+            if latents.dtype == torch.float16:
+                hint = "use --dtype float32 or bfloat16"
+            raise BackboneError(f"{self._model}: latents are not finite in {latents.dtype}", hint)
