@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,10 +178,11 @@ class EncodedClip:
         seconds: list[float] = []
         parts: list[Tensor] = []
         stream = self._source.open(plan, self._options)
-        for frames, latents in self._latents.encode(stream):
-            indices += frames.picture_index
-            seconds += frames.pts_seconds
-            parts.append(latents)
+        with closing(self._latents.encode(stream)) as encoded:
+            for frames, latents in encoded:
+                indices += frames.picture_index
+                seconds += frames.pts_seconds
+                parts.append(latents)
         if not parts:
             raise VideoError(f"{self._source.name}: no frame could be decoded in the requested part")
         latents = torch.cat(parts)

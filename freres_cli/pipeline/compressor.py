@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,15 +146,15 @@ class Compressor:
         """
         encoder = self.models.encoder
         frames = source.open(plan, options)
-        latents = LatentStream(encoder, timer, options.model.name).encode(frames)
-        batches = ((batch.pts_seconds, rows) for batch, rows in latents)
         total = plan.num_frames
 
         def on_batch(done: int) -> None:
             if progress is not None:
                 progress(done, max(done, total))
 
-        return reduce_latents(batches, plan, options, encoder.width, timer, on_batch), frames.report
+        with closing(LatentStream(encoder, timer, options.model.name).encode(frames)) as latents:
+            batches = ((batch.pts_seconds, rows) for batch, rows in latents)
+            return reduce_latents(batches, plan, options, encoder.width, timer, on_batch), frames.report
 
     def _count_text(self, reduction: Reduction) -> tuple[PromptText | None, tuple[str, ...]]:
         """Return the text of a prompt about the clip, or a note that it cannot be counted: that needs the tokenizer."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import BackboneError
+from freres_cli.pipeline.ahead import read_ahead
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.records import Frames
 from freres_cli.video.decode import DecodeReport, decode_frames
@@ -22,6 +25,8 @@ from freres_cli.world.make import is_world_clip
 # Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
 ENCODE_BATCH_TOKENS = 4608
 MAX_BATCH_FRAMES = 64
+# Batches read while one is encoded: enough that the tower need not wait, and as few as bound the memory.
+BATCHES_AHEAD = 2
 
 
 class FrameStream(Protocol):
@@ -87,39 +92,64 @@ class LatentStream:
     def __init__(self, encoder: VisionEncoder, timer: StageTimer, model: str, keeps_all: bool = False) -> None:
         self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
         self._known: dict[int, Tensor] = {}
+        self._last_batch: tuple[Tensor, torch.dtype] | None = None  # whether all of it is finite, and its dtype
 
-    def encode(self, batches: Iterable[Frames]) -> Iterator[tuple[Frames, Tensor]]:
-        """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite."""
-        for frames in self._timed(batches):
-            fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
-            with self._timer.stage("encode"):
-                if fresh:
-                    latents = self._encoder.encode(frames.pixels[list(fresh.values())])
-                    self._check_finite(latents)
-                    self._known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
-                rows = torch.stack([self._known[n] for n in frames.picture_index])
-            if self._keeps_all:
-                self.share_storage(frames.picture_index, rows)
-            else:
+    def encode(self, batches: Iterable[Frames]) -> Generator[tuple[Frames, Tensor], None, None]:
+        """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite.
+
+        The next batches are read in another thread, until this generator is closed.
+        """
+        with closing(read_ahead(self._read(batches), BATCHES_AHEAD)) as ahead:
+            for frames in ahead:
+                with self._timer.stage("encode"):
+                    rows = self._encode_batch(frames)
+                yield frames, rows
+        self._check_finite()
+
+    def _encode_batch(self, frames: Frames) -> Tensor:
+        fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
+        if fresh:
+            is_whole = len(fresh) == len(frames.picture_index)
+            latents = self._encoder.encode(frames.pixels if is_whole else frames.pixels[list(fresh.values())])
+            self._check_finite()
+            self._last_batch = torch.isfinite(latents).all(), latents.dtype
+            if is_whole and not self._keeps_all:
                 # A row of the batch would keep the whole batch alive.
-                self._known = {frames.picture_index[-1]: rows[-1].clone()}
-            yield frames, rows
+                self._known = {frames.picture_index[-1]: latents[-1].clone()}
+                return latents
+            self._known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
+        rows = torch.stack([self._known[n] for n in frames.picture_index])
+        if self._keeps_all:
+            self.share_storage(frames.picture_index, rows)
+        else:
+            self._known = {frames.picture_index[-1]: rows[-1].clone()}
+        return rows
 
     def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
         """Make the kept latents of these pictures rows of ``latents``, so a clip is in memory only once."""
         self._known.update(zip(indices, latents, strict=True))
 
-    def _timed(self, batches: Iterable[Frames]) -> Iterator[Frames]:
+    def _read(self, batches: Iterable[Frames]) -> Iterator[Frames]:
+        """The batches, ready to be copied to the device. This runs in the thread that reads ahead."""
         iterator = iter(batches)
-        while True:
-            with self._timer.stage("decode"):
-                frames = next(iterator, None)
-            if frames is None:
-                return
-            yield frames
+        try:
+            while True:
+                with self._timer.host_stage("decode"):
+                    frames = next(iterator, None)
+                    if frames is not None and self._timer.device.type == "cuda":
+                        # From pinned memory the copy runs beside the tower.
+                        frames = replace(frames, pixels=frames.pixels.pin_memory())
+                if frames is None:
+                    return
+                yield frames
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
 
-    def _check_finite(self, latents: Tensor) -> None:
-        if not bool(torch.isfinite(latents).all()):
-            raise BackboneError(
-                f"{self._model}: latents are not finite in {latents.dtype}", "use --dtype float32 or bfloat16"
-            )
+    def _check_finite(self) -> None:
+        """Refuse latents that are not finite, one batch later: by then the device knows, so nothing waits for it."""
+        if self._last_batch is None:
+            return
+        is_finite, dtype = self._last_batch
+        if not bool(is_finite):
+            raise BackboneError(f"{self._model}: latents are not finite in {dtype}", "use --dtype float32 or bfloat16")

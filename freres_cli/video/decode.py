@@ -1,13 +1,17 @@
 """Stream the sampled frames of a video: decode, resize, rotate upright, pack into batches.
 
-Only sampled frames are converted to RGB, and one decoded frame is held at a time, so memory use does not grow with the
-length of the clip.
+Only sampled frames are converted to RGB, by a few threads, and only a few decoded frames are held at a time, so memory use
+does not grow with the length of the clip.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,8 @@ from freres_cli.video.still import StillDetector, read_planes
 
 # Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
+# Resizing a frame takes up to five times as long as decoding it, and decoding has threads of its own.
+MOST_RESIZE_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,17 @@ class _Shown:
     index: int
     start_s: float
     end_s: float
+
+
+@dataclass(frozen=True)
+class _Resized:
+    """A sampled frame whose pixels are being made. ``repeats``: the instants at which it is on screen."""
+
+    picture: Future[np.ndarray]
+    start_s: float
+    index: int
+    picture_index: int
+    repeats: int
 
 
 def _own_time(frame: av.VideoFrame) -> float | None:
@@ -112,7 +129,7 @@ class Decoder:
             raise ValueError(f"batch_frames: expected at least 1, got {batch_frames}")
         self._path, self._info, self._sampling, self._size = path, info, sampling, size
         self._batch_frames, self._strict, self._still_levels = batch_frames, strict, still_levels
-        self._reformatter = VideoReformatter()
+        self._local = threading.local()  # each thread has its own reformatter
         self._report: DecodeReport | None = None
 
     @property
@@ -233,8 +250,9 @@ class Decoder:
         if quarter_turns % 2:
             height, width = width, height
         try:
-            # Decoding already uses several threads; more of them for resizing would only compete.
-            resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1)
+            if not hasattr(self._local, "reformatter"):
+                self._local.reformatter = VideoReformatter()
+            resized = self._local.reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1)
         except FFmpegError as error:
             raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
         plane = resized.planes[0]
@@ -242,28 +260,43 @@ class Decoder:
         rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
         return np.rot90(rows.reshape(height, width, 3), quarter_turns)
 
+    def _resize(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Generator[_Resized, None, None]:
+        """The sampled frames with their pixels, in order. Several are resized at once, each by one thread, so the pixels
+        are those that a single thread makes."""
+        detector, num_threads = StillDetector(self._still_levels), min(MOST_RESIZE_THREADS, os.cpu_count() or 1)
+        picture_index = 0
+        waiting: deque[_Resized] = deque()
+        pool = ThreadPoolExecutor(num_threads, "resize")
+        try:
+            for shown, repeats in picked:
+                if not detector.is_still(*read_planes(shown.frame)):
+                    picture, picture_index = pool.submit(self._convert, shown.frame), shown.index
+                    tally.num_pictures += 1
+                waiting.append(_Resized(picture, shown.start_s, shown.index, picture_index, repeats))
+                if len(waiting) > 2 * num_threads:  # bounds the decoded frames in memory
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
     def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
         shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
         pixels = torch.empty(shape, dtype=torch.uint8)
         times: list[float] = []
         indices: list[int] = []
         picture_indices: list[int] = []
-        detector = StillDetector(self._still_levels)
-        picture, picture_index = np.empty(0), 0
-        for shown, repeats in picked:
-            if not detector.is_still(*read_planes(shown.frame)):
-                picture, picture_index = self._convert(shown.frame), shown.index
-                tally.num_pictures += 1
-            for _ in range(repeats):
-                # torch would start a thread pool for this copy, which would compete with the decoder's threads.
-                pixels.numpy()[len(times)] = picture
-                times.append(shown.start_s)
-                indices.append(shown.index)
-                picture_indices.append(picture_index)
-                tally.num_sampled += 1
-                if len(times) == self._batch_frames:
-                    yield Frames(pixels, tuple(times), tuple(indices), tuple(picture_indices))
-                    pixels, times, indices, picture_indices = torch.empty(shape, dtype=torch.uint8), [], [], []
+        with closing(self._resize(picked, tally)) as resized:
+            for frame in resized:
+                for _ in range(frame.repeats):
+                    # torch would start a thread pool for this copy, which would compete with the decoder's threads.
+                    pixels.numpy()[len(times)] = frame.picture.result()
+                    times.append(frame.start_s)
+                    indices.append(frame.index)
+                    picture_indices.append(frame.picture_index)
+                    tally.num_sampled += 1
+                    if len(times) == self._batch_frames:
+                        yield Frames(pixels, tuple(times), tuple(indices), tuple(picture_indices))
+                        pixels, times, indices, picture_indices = torch.empty(shape, dtype=torch.uint8), [], [], []
         if times:
             yield Frames(pixels[: len(times)], tuple(times), tuple(indices), tuple(picture_indices))
 
