@@ -25,6 +25,8 @@ class StageTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._seconds: dict[str, float] = {}
+        self._names: list[str] = []  # of the stages entered, the innermost last
+        self._start: float | torch.cuda.Event = 0.0
         self._running: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @property
@@ -37,21 +39,17 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block on the device, and add its seconds to ``name``."""
-        if self.device.type != "cuda":
-            with self.host_stage(name):
-                yield
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(self.device)
-        start.record(stream)
+        """Time the block on the device, and add its seconds to ``name``. A stage within it stops its clock."""
+        if self._names:
+            self._stop(self._names[-1])
+        self._names.append(name)
+        self._start = self._mark()
         try:
             yield
         finally:
-            end.record(stream)
-            self._running.append((name, start, end))
-            while self._running and self._running[0][2].query():  # so that a long video does not keep all events
-                self._add_first()
+            self._stop(self._names.pop())
+            if self._names:
+                self._start = self._mark()
 
     @contextmanager
     def host_stage(self, name: str) -> Iterator[None]:
@@ -61,6 +59,23 @@ class StageTimer:
             yield
         finally:
             self._add(name, time.perf_counter() - start)
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _stop(self, name: str) -> None:
+        start, end = self._start, self._mark()
+        if isinstance(start, float) or isinstance(end, float):
+            assert isinstance(start, float) and isinstance(end, float)
+            self._add(name, end - start)
+            return
+        self._running.append((name, start, end))
+        while self._running and self._running[0][2].query():  # so that a long video does not keep all events
+            self._add_first()
 
     def _add_first(self) -> None:
         name, start, end = self._running.popleft()

@@ -5,7 +5,7 @@ Parts: ``method`` (cost after encoding against encoding at a released model's wi
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
 together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
 ``peers`` (the cost of every method after encoding) is run only if it is named: it may take hours, and ``--frames`` makes its
-clip shorter.
+clip shorter. ``grids`` (Fre-Res with smaller grids for residual frames) needs ``--questions``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.cli.benchmark_grids import measure_grids
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
@@ -319,12 +320,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers measures")
+    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="questions files that grids asks")
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument(
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, still, peers; default: all but peers",
+        help="method, decode, memory, bounded, many, questions, still, peers, grids; default: all but the last two",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -338,10 +340,13 @@ def main() -> None:
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
+            "grids": lambda: measure_grids(arguments.questions),
         }
-        for part in arguments.parts or [part for part in measures if part != "peers"]:
+        for part in arguments.parts or [part for part in measures if part not in ("peers", "grids")]:
             results["environment"] = describe_environment(choose_device("cpu"))
-            results["command"] = "python -m freres_cli.cli.benchmark -o freres_cli/bench/results/pipeline.json"
+            results["command"] = (
+                f"python -m freres_cli.cli.benchmark -o freres_cli/bench/results/{arguments.output.name}"
+            )
             results[part] = measures[part]()
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
             print_result(f"{part}: done")

@@ -67,6 +67,14 @@ def compress(
     grid: Annotated[
         str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
     ] = None,
+    residual_grid: Annotated[
+        str | None,
+        typer.Option(
+            "--residual-grid",
+            metavar="ROWSxCOLS",
+            help="Token grid of frames that are no anchors, full (that of anchors) or half of each side.",
+        ),
+    ] = None,
     assignments: options.Assignments = None,
     start: Annotated[
         float | None,
@@ -103,7 +111,7 @@ def compress(
     paths = [options.check_path(video, "VIDEO") for video in videos]
     place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
-    named |= {"deepstack": deepstack, "quality": quality}
+    named |= {"deepstack": deepstack, "quality": quality, "residual_grid": residual_grid}
     chosen = make_options(
         gather_flags(assignments, named), preset, model, revision, method, start, end, strict, device, dtype, attn
     )

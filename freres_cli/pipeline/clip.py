@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +21,10 @@ from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import read_prompt_text
-from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.pipeline.reduction import LatentBatch, Reduction, reduce_latents
 from freres_cli.pipeline.tokens import make_tokens
-from freres_cli.records import VideoTokens
+from freres_cli.presets import FULL
+from freres_cli.records import FrameSize, VideoTokens
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 from freres_cli.video.decode import DecodeReport
@@ -39,11 +40,16 @@ class View:
     pts_seconds: tuple[float, ...]
     report: DecodeReport
 
-    def batches(self, num_frames: int, device: torch.device) -> Iterator[tuple[Sequence[float], Tensor]]:
-        """Yield times and latents, ``num_frames`` at a time, on ``device``."""
+    def batches(self, num_frames: int, device: torch.device, small: View | None = None) -> Iterator[LatentBatch]:
+        """Yield ``num_frames`` at a time, on ``device``. ``small``: the same frames on the grid of residual frames."""
         for start in range(0, len(self.pts_seconds), num_frames):
             part = slice(start, start + num_frames)
-            yield self.pts_seconds[part], self.latents[part].to(device)
+            latents = self.latents[part]
+            if small is None:
+                yield LatentBatch(self.pts_seconds[part], latents.to(device))
+            else:
+                given = small.latents[part].to(device)
+                yield LatentBatch(self.pts_seconds[part], given, lambda rows, all=latents: all[rows].to(device))
 
 
 class EncodedClip:
@@ -61,8 +67,9 @@ class EncodedClip:
     ) -> None:
         self._source, self._encoder, self._timer = source, encoder, timer
         self._options = replace(options, method=FRE_RES)
-        self._latents = LatentStream(encoder, timer, options.model.name, keeps_all=True)
-        self._views: dict[Sampling, View] = {}
+        # By the size of residual frames, None for that of anchors.
+        self._latents: dict[FrameSize | None, LatentStream] = {}
+        self._views: dict[tuple[Sampling, FrameSize | None], View] = {}
         self._merged: dict[tuple[Sampling, int], tuple[Stretches, float]] = {}
         self._baseline = self._view(self._plan(FULL_BUDGET))
 
@@ -106,7 +113,7 @@ class EncodedClip:
             tracks = self.build_tracks(budget_tokens)
             with self._timer.stage("compress"), torch.no_grad():
                 return make_tokens(tracks, self._options.settings.variant, modules)
-        settings = self._options.settings
+        settings = self._options.settings.with_values("eval", residual_grid=FULL)
         if method == "full":
             settings = settings.with_values("eval", deepstack="keep")
         if not METHODS[method].is_question_blind:
@@ -121,7 +128,9 @@ class EncodedClip:
     def _cut_stretches(self, budget_tokens: int) -> Stretches:
         """Return the stretches of adaptive Fre-Res. A clip is merged once for all budgets that give the same stretches, and
         the timer gets that time at each of them."""
-        options = replace(self._options_for(budget_tokens), method=ADAPTIVE)
+        options = self._options_for(budget_tokens)
+        settings = options.settings.with_values("eval", residual_grid=FULL)
+        options = replace(options, method=ADAPTIVE, settings=settings)
         plan = plan_compression(options, self._encoder, self._source.info)
         most = max(MOST_STRETCHES, budget_tokens)
         if (plan.sampling, most) not in self._merged:
@@ -162,23 +171,29 @@ class EncodedClip:
         return plan_compression(self._options_for(budget_tokens), self._encoder, self._source.info)
 
     def _reduce_tracks(self, plan: CompressPlan) -> tuple[Tracks, Reduction]:
-        batches = self._view(plan).batches(count_batch_frames(plan), self._encoder.device)
+        small = None if plan.residual_size is None else self._view(plan, plan.residual_size)
+        batches = self._view(plan).batches(count_batch_frames(plan), self._encoder.device, small)
         reduction = reduce_latents(batches, plan, self._options, self._encoder.width, self._timer)
         assert isinstance(reduction.content, Tracks)
         return reduction.content, reduction
 
-    def _view(self, plan: CompressPlan) -> View:
-        if plan.sampling not in self._views:
-            self._views[plan.sampling] = self._read_view(plan)
-        return self._views[plan.sampling]
+    def _view(self, plan: CompressPlan, residual_size: FrameSize | None = None) -> View:
+        key = plan.sampling, residual_size
+        if key not in self._views:
+            self._views[key] = self._read_view(plan, residual_size)
+        return self._views[key]
 
-    def _read_view(self, plan: CompressPlan) -> View:
+    def _read_view(self, plan: CompressPlan, residual_size: FrameSize | None) -> View:
         """Decode the plan's frames and encode those not seen before."""
+        if residual_size not in self._latents:
+            encoder, timer, model = self._encoder, self._timer, self._options.model.name
+            self._latents[residual_size] = LatentStream(encoder, timer, model, True, residual_size)
+        known = self._latents[residual_size]
         indices: list[int] = []
         seconds: list[float] = []
         parts: list[Tensor] = []
         stream = self._source.open(plan, self._options)
-        with closing(self._latents.encode(stream)) as encoded:
+        with closing(known.encode(stream)) as encoded:
             for frames, latents in encoded:
                 indices += frames.picture_index
                 seconds += frames.pts_seconds
@@ -186,5 +201,5 @@ class EncodedClip:
         if not parts:
             raise VideoError(f"{self._source.name}: no frame could be decoded in the requested part")
         latents = torch.cat(parts)
-        self._latents.share_storage(indices, latents)
+        known.share_storage(indices, latents)
         return View(latents, tuple(seconds), stream.report)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.notes import describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
-from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.pipeline.reduction import LatentBatch, Reduction, reduce_latents
 from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.video.decode import DecodeReport
 from freres_cli.video.frames import FrameArray
@@ -152,8 +153,14 @@ class Compressor:
             if progress is not None:
                 progress(done, max(done, total))
 
-        with closing(LatentStream(encoder, timer, options.model.name).encode(frames)) as latents:
-            batches = ((batch.pts_seconds, rows) for batch, rows in latents)
+        stream = LatentStream(encoder, timer, options.model.name, residual_size=plan.residual_size)
+        with closing(stream.encode(frames)) as latents:
+            batches = (
+                LatentBatch(
+                    batch.pts_seconds, rows, None if plan.residual_size is None else partial(stream.encode_whole, batch)
+                )
+                for batch, rows in latents
+            )
             return reduce_latents(batches, plan, options, encoder.width, timer, on_batch), frames.report
 
     def _count_text(self, reduction: Reduction) -> tuple[PromptText | None, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from freres_cli.backbones.base import VisionEncoder
@@ -16,7 +17,7 @@ from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import BackboneError
 from freres_cli.pipeline.ahead import read_ahead
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
-from freres_cli.records import Frames
+from freres_cli.records import Frames, FrameSize
 from freres_cli.video.decode import DecodeReport, decode_frames
 from freres_cli.video.frames import FrameArray
 from freres_cli.video.probe import hash_file, probe_video
@@ -81,16 +82,32 @@ def count_batch_frames(plan: CompressPlan) -> int:
     return max(1, min(MAX_BATCH_FRAMES, ENCODE_BATCH_TOKENS // plan.size.num_tokens))
 
 
+def shrink_frames(pixels: Tensor, size: FrameSize) -> Tensor:
+    """Return frames (n, h, w, 3) uint8 at a smaller ``size``, where they are: bicubic, without aliasing."""
+    channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32)
+    shrunk = F.interpolate(channels_first, (size.height_px, size.width_px), mode="bicubic", antialias=True)
+    return shrunk.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 class LatentStream:
     """Encodes frames batch by batch. A picture that is shown again does not pass the tower again.
 
     ``encoder``: the tower. ``timer``: records the stages ``decode`` and ``encode``. ``model``: its name, for messages.
     ``keeps_all``: keep the latents of all frames, on the CPU, for later streams of the same clip; else only those of the
-    last frame.
+    last frame. ``residual_size``: that of frames that are no anchors, if it is smaller; all are then encoded at that size,
+    and anchors once more by ``encode_whole``.
     """
 
-    def __init__(self, encoder: VisionEncoder, timer: StageTimer, model: str, keeps_all: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        timer: StageTimer,
+        model: str,
+        keeps_all: bool = False,
+        residual_size: FrameSize | None = None,
+    ) -> None:
         self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
+        self._residual_size = residual_size
         self._known: dict[int, Tensor] = {}
         self._last_batch: tuple[Tensor, torch.dtype] | None = None  # whether all of it is finite, and its dtype
 
@@ -110,9 +127,10 @@ class LatentStream:
         fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
         if fresh:
             is_whole = len(fresh) == len(frames.picture_index)
-            latents = self._encoder.encode(frames.pixels if is_whole else frames.pixels[list(fresh.values())])
-            self._check_finite()
-            self._last_batch = torch.isfinite(latents).all(), latents.dtype
+            pixels = frames.pixels if is_whole else frames.pixels[list(fresh.values())]
+            if self._residual_size is not None:
+                pixels = shrink_frames(pixels.to(self._encoder.device, non_blocking=True), self._residual_size)
+            latents = self._encode(pixels)
             if is_whole and not self._keeps_all:
                 # A row of the batch would keep the whole batch alive.
                 self._known = {frames.picture_index[-1]: latents[-1].clone()}
@@ -124,6 +142,17 @@ class LatentStream:
         else:
             self._known = {frames.picture_index[-1]: rows[-1].clone()}
         return rows
+
+    def encode_whole(self, frames: Frames, indices: list[int]) -> Tensor:
+        """Return the latents (k, H, W, C) of some frames of a batch at the size of anchors. ``indices``: which."""
+        with self._timer.stage("encode"):
+            return self._encode(frames.pixels[indices])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        latents = self._encoder.encode(pixels)
+        self._check_finite()
+        self._last_batch = torch.isfinite(latents).all(), latents.dtype
+        return latents
 
     def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
         """Make the kept latents of these pictures rows of ``latents``, so a clip is in memory only once."""

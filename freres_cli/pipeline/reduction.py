@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,22 +14,39 @@ from freres_cli.bench.clock import StageTimer
 from freres_cli.content import Content
 from freres_cli.errors import BackboneError, VideoError
 from freres_cli.method.adaptive import StretchCompressor
-from freres_cli.method.compress import StreamingCompressor
+from freres_cli.method.compress import EncodeWhole, StreamingCompressor
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, method_settings
-from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 
-LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
+
+class LatentBatch(NamedTuple):
+    """Consecutive frames: their times in seconds, and latents (n, H, W, C). With two resolutions these are the small ones,
+    and ``whole`` gives those of frames that become anchors."""
+
+    seconds: Sequence[float]
+    latents: Tensor
+    whole: EncodeWhole | None = None
+
+    def narrow(self, width: int) -> LatentBatch:
+        """Return the batch without DeepStack rows: only the first ``width`` channels of every latent."""
+        whole = self.whole
+        own = None if whole is None else lambda rows: whole(rows)[..., :width]
+        return LatentBatch(self.seconds, self.latents[..., :width], own)
+
+
+LatentBatches = Iterable[LatentBatch]
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Both forms of Fre-Res count cuts."""
+    """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Both forms of Fre-Res count cuts.
+    ``num_frames_whole``: with two resolutions, frames that were encoded at that of anchors as well."""
 
     content: Content
     num_frames: int
     num_cuts_found: int | None = None
     num_cuts_not_honoured: int | None = None
+    num_frames_whole: int = 0
 
 
 def reduce_latents(
@@ -41,7 +59,7 @@ def reduce_latents(
 ) -> Reduction:
     """Reduce a clip by the method in ``options``.
 
-    ``batches``: times in seconds and latents (n, H, W, C) of consecutive frames. ``plan``: the plan for the clip.
+    ``batches``: consecutive frames. ``plan``: the plan for the clip.
     ``width``: D. ``timer``: records the stage ``compress``. ``on_batch``: called with the number of frames done. Raises
     ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
     """
@@ -49,6 +67,8 @@ def reduce_latents(
         reduce = _reduce_by_merging
     else:
         reduce = _reduce_by_fre_res if plan.budget is not None else _reduce_by_peer
+    if options.settings.deepstack == "drop":
+        batches = (batch.narrow(width) for batch in batches)
     reduction = reduce(_counted(batches, on_batch), plan, options, width, timer)
     _check_finite(reduction.content, options)
     return reduction
@@ -56,9 +76,9 @@ def reduce_latents(
 
 def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None) -> LatentBatches:
     done = 0
-    for seconds, latents in batches:
-        yield seconds, latents
-        done += len(seconds)
+    for batch in batches:
+        yield batch
+        done += len(batch.seconds)
         if on_batch is not None:
             on_batch(done)
 
@@ -68,9 +88,16 @@ def _reduce_by_fre_res(
 ) -> Reduction:
     assert plan.budget is not None
     compressor = StreamingCompressor(plan.budget, method_settings(options.settings), width)
-    num_frames = _push_all(compressor, batches, plan, timer)
-    tracks = _finish(compressor, options, timer)
-    return Reduction(tracks, num_frames, compressor.num_cuts_found, compressor.num_cuts_not_honoured)
+    num_frames = 0
+    for seconds, latents, whole in batches:
+        with timer.stage("compress"):
+            compressor.push(latents, seconds, whole)
+        num_frames += len(seconds)
+    _check_any(num_frames, plan)
+    with timer.stage("compress"):
+        tracks = compressor.finish()
+    cuts = compressor.num_cuts_found, compressor.num_cuts_not_honoured
+    return Reduction(tracks, num_frames, *cuts, num_frames_whole=compressor.num_frames_whole)
 
 
 def _reduce_by_merging(
@@ -78,31 +105,15 @@ def _reduce_by_merging(
 ) -> Reduction:
     budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
     compressor = StretchCompressor((plan.size.grid_h, plan.size.grid_w), width, budget_tokens, plan.quality)
-    num_frames = _push_all(compressor, batches, plan, timer)
-    stretches = _finish(compressor, options, timer)
-    return Reduction(stretches, num_frames, compressor.num_cuts_found, 0)
-
-
-def _push_all(
-    compressor: StreamingCompressor | StretchCompressor, batches: LatentBatches, plan: CompressPlan, timer: StageTimer
-) -> int:
-    """Return the number of frames."""
     num_frames = 0
-    for seconds, latents in batches:
+    for seconds, latents, _ in batches:
         with timer.stage("compress"):
             compressor.push(latents, seconds)
         num_frames += len(seconds)
     _check_any(num_frames, plan)
-    return num_frames
-
-
-def _finish(
-    compressor: StreamingCompressor | StretchCompressor, options: CompressOptions, timer: StageTimer
-) -> Tracks | Stretches:
     with timer.stage("compress"):
-        content = compressor.finish()
-        # At the end, so the other values are bit for bit those of a bundle that keeps the rows.
-        return content.without_deep_rows() if options.settings.deepstack == "drop" else content
+        stretches = compressor.finish()
+    return Reduction(stretches, num_frames, compressor.num_cuts_found, 0)
 
 
 def _reduce_by_peer(
@@ -110,12 +121,11 @@ def _reduce_by_peer(
 ) -> Reduction:
     compress = METHODS[options.method].compress
     assert compress is not None
-    channels = slice(width if options.settings.deepstack == "drop" else None)
     times: list[float] = []
     parts: list[Tensor] = []
-    for seconds, latents in batches:
+    for seconds, latents, _ in batches:
         times += seconds
-        parts.append(latents[..., channels].cpu())
+        parts.append(latents.cpu())
     _check_any(len(times), plan)
     with timer.stage("compress"), torch.no_grad():
         latents = parts[0] if len(parts) == 1 else torch.cat(parts)
