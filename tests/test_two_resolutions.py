@@ -20,6 +20,7 @@ from freres_cli.pipeline.encoding import VideoSource, shrink_frames
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.presets import load_settings
 from freres_cli.records import FrameSize
+from freres_cli.tracks import Tracks
 from tests import clips
 from tests.compressed_clips import make_settings, smooth_clip
 from tests.loaded_models import CountingEncoder, loaded_models, models_with
@@ -125,6 +126,7 @@ def test_only_anchors_pass_the_tower_whole(clip):
     assert facts["geometry"]["residual_grid"] == [3, 3] and facts["geometry"]["grid"] == [90, 6, 6]
     assert facts["settings"]["residual_grid"]["value"] == "half"
     assert bundle.num_visual_tokens == 300
+    assert any("3x3 tokens, anchors at 6x6" in note for note in bundle.notes)
 
 
 def test_eval_has_the_tokens_of_the_command(clip):
@@ -133,7 +135,8 @@ def test_eval_has_the_tokens_of_the_command(clip):
     options = CompressOptions(models.source, settings)
     encoded = EncodedClip(VideoSource(clip), options, models.encoder, StageTimer(torch.device("cpu")))
     bundle = Compressor.from_options(options, models).compress(clip)
-    same_tokens(encoded.build_tokens("fre-res", 200), bundle.tokens())
+    assert isinstance(bundle.content, Tracks)
+    same_tokens(encoded.build_tokens("fre-res", 200), build_tokens(bundle.content))
     for method in ("adaptive", "uniform"):  # these have one grid
         plain = replace(options, settings=load_settings("bundled", {}))
         one = EncodedClip(VideoSource(clip), plain, models.encoder, StageTimer(torch.device("cpu")))
@@ -144,6 +147,7 @@ def test_a_budget_for_every_token_has_one_grid(clip):
     bundle = Compressor(models=loaded_models(), budget_tokens=90 * 36, residual_grid="half").compress(clip)
     assert bundle.manifest["geometry"]["residual_grid"] is None
     assert bundle.manifest["tokens"]["encoded_tokens"] == 61 * 36
+    assert any("residual_grid has no effect" in note for note in bundle.notes)
 
 
 @pytest.mark.parametrize("grid", ["7x6", "6x7", "24x24"])
@@ -173,3 +177,18 @@ def test_the_bundle_records_it_and_repack_keeps_it(clip, tmp_path):
     for bundle, count in ((read_bundle(path), 200), (read_bundle(smaller), 90)):
         assert bundle.manifest["geometry"]["residual_grid"] == [3, 3]
         assert bundle.manifest["tokens"]["visual_tokens"] == count
+
+
+def test_the_plan_counts_the_smaller_frames(clip):
+    def flops(*flags):
+        run = run_freres("plan", clip, "--budget", 200, "--tflops", 1, "--device", "cpu", "--json", *flags)
+        return next(s["flops"] for s in run.json["stages"] if s["name"] == "tower")
+
+    full, small = flops(), flops("--set", "residual_grid=3x3")
+    num_anchors = plan_of(clip).budget.num_anchors
+    # A quarter of the tokens is less than a quarter of the work, because attention is among all pairs.
+    assert num_anchors / 90 * full < small < (num_anchors / 90 + 0.25) * full
+
+
+def plan_of(clip):
+    return Compressor(models=loaded_models(), budget_tokens=200, residual_grid="3x3").plan(clip)

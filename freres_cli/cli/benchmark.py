@@ -5,7 +5,8 @@ Parts: ``method`` (cost after encoding against encoding at a released model's wi
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
 together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
 ``peers`` (the cost of every method after encoding) is run only if it is named: it may take hours, and ``--frames`` makes its
-clip shorter. ``grids`` (Fre-Res with smaller grids for residual frames) needs ``--questions``.
+clip shorter. ``levers`` (file to first token with each way to encode faster) takes ``--frames`` too, and
+``grids`` (accuracy with smaller grids for residual frames) needs ``--questions``; both only if named.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_runs
 from freres_cli.cli.benchmark_grids import measure_grids
+from freres_cli.cli.benchmark_levers import measure_levers
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
@@ -53,6 +55,7 @@ from freres_cli.world.script import make_scene
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
 GRID = (24, 24)
+NAMED_PARTS = ("peers", "levers", "grids")  # run only if they are named
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -319,14 +322,14 @@ def main() -> None:
     """Run the named parts and write their results; the file keeps the results it has for other parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers measures")
+    parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers and levers measure")
     parser.add_argument("--questions", type=Path, nargs="+", default=[], help="questions files that grids asks")
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument(
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, still, peers, grids; default: all but the last two",
+        help="method, decode, memory, bounded, many, questions, still, peers, levers, grids; default: all but the last three",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -340,9 +343,12 @@ def main() -> None:
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
+            "levers": lambda: measure_levers(
+                write_video(Path(folder) / "minute.mp4", arguments.frames, (1280, 720)), Path(folder), arguments.frames
+            ),
             "grids": lambda: measure_grids(arguments.questions),
         }
-        for part in arguments.parts or [part for part in measures if part not in ("peers", "grids")]:
+        for part in arguments.parts or [part for part in measures if part not in NAMED_PARTS]:
             results["environment"] = describe_environment(choose_device("cpu"))
             results["command"] = (
                 f"python -m freres_cli.cli.benchmark -o freres_cli/bench/results/{arguments.output.name}"

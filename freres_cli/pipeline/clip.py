@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,11 @@ class View:
                 yield LatentBatch(self.pts_seconds[part], latents.to(device))
             else:
                 given = small.latents[part].to(device)
-                yield LatentBatch(self.pts_seconds[part], given, lambda rows, all=latents: all[rows].to(device))
+                yield LatentBatch(self.pts_seconds[part], given, partial(_pick_rows, latents, device))
+
+
+def _pick_rows(latents: Tensor, device: torch.device, rows: list[int]) -> Tensor:
+    return latents[rows].to(device)
 
 
 class EncodedClip:
