@@ -63,6 +63,8 @@ class StreamingCompressor:
         cells = pool_to_cells(latents, *self._plan.pooled_grid)
         first = len(self._seconds)
         self._seconds += seconds
+        if len(self._seconds) - first != latents.shape[0]:
+            raise ValueError(f"seconds: expected {latents.shape[0]}, got {len(self._seconds) - first}")
         found = self._detect(latents)
         starts = [i for i, (_, is_event) in enumerate(found) if is_event or first + i in self._schedule]
         self.num_frames_whole += 0 if whole is None else len(starts)

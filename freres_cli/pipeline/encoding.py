@@ -126,12 +126,12 @@ class LatentStream:
     def _encode_batch(self, frames: Frames) -> Tensor:
         fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
         if fresh:
-            is_whole = len(fresh) == len(frames.picture_index)
-            pixels = frames.pixels if is_whole else frames.pixels[list(fresh.values())]
+            is_new = len(fresh) == len(frames.picture_index)
+            pixels = frames.pixels if is_new else frames.pixels[list(fresh.values())]
             if self._residual_size is not None:
                 pixels = shrink_frames(pixels.to(self._encoder.device, non_blocking=True), self._residual_size)
             latents = self._encode(pixels)
-            if is_whole and not self._keeps_all:
+            if is_new and not self._keeps_all:
                 # A row of the batch would keep the whole batch alive.
                 self._known = {frames.picture_index[-1]: latents[-1].clone()}
                 return latents
@@ -149,8 +149,8 @@ class LatentStream:
             return self._encode(frames.pixels[indices])
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        latents = self._encoder.encode(pixels)
         self._check_finite()
+        latents = self._encoder.encode(pixels)
         self._last_batch = torch.isfinite(latents).all(), latents.dtype
         return latents
 
@@ -176,7 +176,8 @@ class LatentStream:
                 iterator.close()
 
     def _check_finite(self) -> None:
-        """Refuse latents that are not finite, one batch later: by then the device knows, so nothing waits for it."""
+        """Refuse a batch with latents that are not finite, before the next one is encoded: by then the device knows, so
+        nothing waits for it."""
         if self._last_batch is None:
             return
         is_finite, dtype = self._last_batch
