@@ -21,7 +21,7 @@ from freres_cli.presets import FULL, HALF
 from freres_cli.video import decode
 
 SHARE = 10  # one token in ten is kept
-FEWER = 10
+FEWER = 3
 WARM_UP_S = 1.0
 SLIDE_FRAMES = NUM_SLIDES * SLIDE_S * FPS
 QUESTION = "What moves first?"
@@ -41,7 +41,7 @@ def measure_levers(moving: Path, folder: Path, num_frames: int, repeat: int = 3)
     """Time file to first token with each lever, in turn, on a clip in which things move and on slides.
 
     ``moving``: a file of 1280x720 at 30 fps. ``folder``: where the slides are written. ``num_frames``: frames that are read,
-    a tenth of it at 12x12 tokens. ``repeat``: runs of each.
+    a third of it at 12x12 tokens. ``repeat``: runs of each.
     """
     slides = write_clip(folder / "slides.mp4", draw_slides())
     models = Compressor(device="cpu").models
