@@ -72,7 +72,10 @@ def test_two_runs_give_the_same_bytes(clip, bundle, tmp_path):
     assert (tmp_path / "again.pt").read_bytes() == bundle.read_bytes()
 
 
-@pytest.mark.parametrize("variant", ["anchors", "temporal", "concat", "idct", "iquery", "sparse-idct"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("anchors", "concat", "iquery", "sparse-idct")]
+
+
+@pytest.mark.parametrize("variant", ["temporal", "idct", *SLOW])
 def test_every_variant_goes_all_the_way(clip, tmp_path, variant):
     path = tmp_path / "b.pt"
     made = run_freres("compress", clip, "--budget", 500, "--variant", variant, "-o", path, "--json").json

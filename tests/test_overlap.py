@@ -15,8 +15,8 @@ from freres_cli.errors import BackboneError, VideoError
 from freres_cli.pipeline.ahead import read_ahead
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.records import FrameSize
-from freres_cli.video import decode as decode_module
-from freres_cli.video.decode import Decoder, decode_frames
+from freres_cli.video import resizing
+from freres_cli.video.decode import decode_frames
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
 from tests import clips
@@ -84,8 +84,8 @@ def test_threads_do_not_change_a_pixel(tmp_path, monkeypatch, options):
     path = clips.write_clip(tmp_path / "c.mp4", 40, **options)
 
     def read(num_threads):
-        monkeypatch.setattr(decode_module, "MOST_RESIZE_THREADS", num_threads)
-        monkeypatch.setattr(decode_module.os, "cpu_count", lambda: num_threads)
+        monkeypatch.setattr(resizing, "MOST_RESIZE_THREADS", num_threads)
+        monkeypatch.setattr(resizing.os, "cpu_count", lambda: num_threads)
         return list(decode_frames(path, probe_video(path), Sampling("native"), FrameSize(34, 50, 1, 1), 7))
 
     one, many = read(1), read(4)
@@ -119,7 +119,7 @@ def test_a_tower_that_stops_leaves_no_thread(clip, error):
 
 @pytest.mark.parametrize("method", ["fre-res", "adaptive", "uniform"])
 def test_a_reader_that_fails_gives_its_own_error_and_leaves_no_thread(clip, monkeypatch, method):
-    convert, count = Decoder._convert, []
+    convert, count = resizing.Resizer.convert, []
 
     def fail(self, frame):
         count.append(1)
@@ -127,7 +127,7 @@ def test_a_reader_that_fails_gives_its_own_error_and_leaves_no_thread(clip, monk
             raise VideoError("a frame cannot be converted")
         return convert(self, frame)
 
-    monkeypatch.setattr(Decoder, "_convert", fail)
+    monkeypatch.setattr(resizing.Resizer, "convert", fail)
     with pytest.raises(VideoError, match="cannot be converted"):
         Compressor(models=loaded_models(), method=method).compress(clip)
     assert not running()

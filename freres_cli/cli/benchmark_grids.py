@@ -37,5 +37,10 @@ def measure_grids(questions: Sequence[Path]) -> dict[str, Any]:
             read_questions(path), cells, compressor.options, path.with_name("grids.jsonl"), remedy="remove grids.jsonl"
         )
         result = evaluate(request, lambda done, total: print_line(f"{done} of {total} videos"), compressor.models)
-        found[path.parent.name] = {"questions_sha256": request.questions.sha256, **result.summary}
+        name = f"{path.parent.name}/{path.name}"
+        found[path.parent.name] = {
+            "questions_sha256": request.questions.sha256,
+            **result.summary,
+            "questions_file": name,
+        }
     return {"device": choose_device("cpu").description, "sets": found}

@@ -18,7 +18,7 @@ from freres_cli.pipeline import encoding
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models
 from freres_cli.presets import FULL, HALF
-from freres_cli.video import decode
+from freres_cli.video import resizing
 
 SHARE = 10  # one token in ten is kept
 FEWER = 3
@@ -115,7 +115,7 @@ def without_overlap() -> Iterator[None]:
     def one_by_one(items: Iterable[Any], most: int) -> Generator[Any, None, None]:
         yield from items
 
-    with patch.object(encoding, "read_ahead", one_by_one), patch.object(decode, "MOST_RESIZE_THREADS", 1):
+    with patch.object(encoding, "read_ahead", one_by_one), patch.object(resizing, "MOST_RESIZE_THREADS", 1):
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +71,7 @@ class EventDetector:
 
     def __init__(self, tau: float | None) -> None:
         self._tau = tau
-        self._history: deque[float] = deque()
+        self._history: list[float] = []
         self._sorted: list[float] = []  # the history
         self._num_frames = 0
         self._total: Tensor | None = None  # of the mean tokens of all frames so far, (D,) float64
@@ -102,7 +101,7 @@ class EventDetector:
         self._history.append(distance)
         insort(self._sorted, distance)
         if len(self._history) > EVENT_HISTORY:
-            del self._sorted[bisect_left(self._sorted, self._history.popleft())]
+            del self._sorted[bisect_left(self._sorted, self._history.pop(0))]
 
     def measure(self, latents: Tensor) -> Tensor:
         """Take the next frames, (n, H, W, D). Return the distance of each to the one before, (n,) float64 on their device;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -30,7 +31,8 @@ MOVE_SHARE = 0.25
 class StreamingCompressor:
     """Turns a stream of latents into tracks (method sections 2 to 7).
 
-    Memory grows with the tokens kept, not with the frames. The result does not depend on how frames are batched.
+    Memory grows with the tokens kept, not with the frames, but for 8 bytes for the time of each. The result does not
+    depend on how frames are batched.
     """
 
     def __init__(self, plan: BudgetPlan, settings: MethodSettings, width: int) -> None:
@@ -47,10 +49,15 @@ class StreamingCompressor:
         self._held: tuple[OpenGop, ClosedGop] | None = None
         self._events: list[OpenGop | ClosedGop] = []
         self._demoted: list[ClosedGop] = []
-        self._seconds: list[float] = []
+        self._seconds = array("d")  # 8 bytes a frame
         self.num_frames_whole = 0
         self.num_cuts_found = 0
         self.num_cuts_not_honoured = 0
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames so far."""
+        return len(self._seconds)
 
     def push(self, latents: Tensor, seconds: Iterable[float], whole: EncodeWhole | None = None) -> None:
         """Take the next frames: ``latents`` (n, H, W, C) and their times in ``seconds``.
@@ -62,7 +69,7 @@ class StreamingCompressor:
             raise ValueError(f"latents: expected a grid of {self._plan.grid}, got {tuple(latents.shape[1:3])}")
         cells = pool_to_cells(latents, *self._plan.pooled_grid)
         first = len(self._seconds)
-        self._seconds += seconds
+        self._seconds.extend(seconds)
         if len(self._seconds) - first != latents.shape[0]:
             raise ValueError(f"seconds: expected {latents.shape[0]}, got {len(self._seconds) - first}")
         found = self._detect(latents)

@@ -110,7 +110,7 @@ class OpenGop:
         # As if each token of a smaller grid stood for as many of the anchor's.
         self._share = anchor[..., 0].numel() / reference[0][..., 0].numel()
         self._trajectory = ResidualTrajectory()
-        self._residual_energies: list[Tensor] = []
+        self._residual_energy = self._base.new_zeros(1, dtype=torch.float64)
 
     @property
     def num_residuals(self) -> int:
@@ -121,7 +121,8 @@ class OpenGop:
         main = slice(0, self._width)
         difference = latents[..., main].to(torch.float32) - self._reference[..., main].to(torch.float32)
         # Over the channels first: the order of the additions does not depend on the number of frames.
-        self._residual_energies.append(_sum_after_first(difference.square().sum(-1)).to(torch.float64))
+        energies = _sum_after_first(difference.square().sum(-1)).to(torch.float64)
+        self._residual_energy = torch.cat([self._residual_energy, energies]).cumsum(0)[-1:].clone()
         residuals = cells - self._reference_cells
         per_cell = residuals[..., main].square().sum(-1) * self._weights
         for residual, energy in zip(residuals, _sum_after_first(per_cell).to(torch.float64), strict=True):
@@ -154,7 +155,7 @@ class OpenGop:
             bin_frames=self._trajectory.bin_frames,
             start=self.start,
             event_distance=self.event_distance,
-            residual_energy=self._share * torch.cat([new(1).to(torch.float64), *self._residual_energies]).sum(),
+            residual_energy=self._share * self._residual_energy[0],
             pooled_energy=pooled_energy,
             band_energy=band_energy,
             segment_energy=segment_energy,

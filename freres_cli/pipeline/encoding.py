@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,8 @@ from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.records import Frames, FrameSize
 from freres_cli.video.decode import DecodeReport, decode_frames
 from freres_cli.video.frames import FrameArray
-from freres_cli.video.probe import hash_file, probe_video
+from freres_cli.video.opening import hash_file
+from freres_cli.video.probe import probe_video
 from freres_cli.world.make import is_world_clip
 
 # Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
@@ -40,13 +42,16 @@ class FrameStream(Protocol):
 
 
 class VideoSource:
-    """A video to compress: a file, or frames already decoded.
+    """A video to compress: a file, or frames already decoded. Of a file that grows, what it holds at first.
 
-    ``video``: its path or its frames. Raises ``VideoError`` if it cannot be read.
+    ``video``: its path or its frames. ``title``: what a bundle calls the file; by default its name. Raises ``VideoError`` if
+    it cannot be read.
     """
 
-    def __init__(self, video: Path | FrameArray) -> None:
+    def __init__(self, video: Path | FrameArray, title: str | None = None) -> None:
         self.video = video
+        self.title = None if isinstance(video, FrameArray) else title or video.name
+        self._written_ns = self._read_clock()
         self.info = video.info if isinstance(video, FrameArray) else probe_video(video)
 
     @property
@@ -54,20 +59,36 @@ class VideoSource:
         """Its name in messages."""
         return "frames" if isinstance(self.video, FrameArray) else str(self.video)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file, or of the frames."""
-        return self.video.sha256 if isinstance(self.video, FrameArray) else hash_file(self.video)
+        return self.video.sha256 if isinstance(self.video, FrameArray) else hash_file(self.video, self.num_bytes)
 
     @property
     def num_bytes(self) -> int:
         """Size of the file, or of the pixels, in bytes."""
-        return self.video.num_bytes if isinstance(self.video, FrameArray) else self.video.stat().st_size
+        return self.info.num_bytes
 
     @property
     def is_from_world(self) -> bool:
         """Whether ``freres world make`` made it."""
         return not isinstance(self.video, FrameArray) and is_world_clip(self.video)
+
+    def describe_change(self) -> Iterator[str]:
+        """Yield a note if the file was written to since it was opened."""
+        if self._read_clock() == self._written_ns:
+            return
+        assert isinstance(self.video, Path)
+        if self.video.stat().st_size > self.num_bytes:
+            yield f"the file grew while it was read: its first {self.num_bytes} bytes, {self.info.duration_s:.2f} s, are used"
+        else:
+            yield "the file was written to while it was read: frames may be of before and after"
+
+    def _read_clock(self) -> int:
+        """When the file was last written to, 0 if it is gone or there is none."""
+        with suppress(OSError):
+            return self.video.stat().st_mtime_ns if isinstance(self.video, Path) else 0
+        return 0
 
     def open(self, plan: CompressPlan, options: CompressOptions) -> FrameStream:
         """Return the plan's frames, in batches for the tower."""
@@ -111,6 +132,15 @@ class LatentStream:
         self._known: dict[int, Tensor] = {}
         self._last_batch: tuple[Tensor, torch.dtype] | None = None  # whether all of it is finite, and its dtype
 
+    @property
+    def known(self) -> dict[int, Tensor]:
+        """The latents that are kept, by the numbers of their pictures; set them to go on from there."""
+        return self._known
+
+    @known.setter
+    def known(self, latents: dict[int, Tensor]) -> None:
+        self._known = latents
+
     def encode(self, batches: Iterable[Frames]) -> Generator[tuple[Frames, Tensor], None, None]:
         """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite.
 
@@ -121,7 +151,7 @@ class LatentStream:
                 with self._timer.stage("encode"):
                     rows = self._encode_batch(frames)
                 yield frames, rows
-        self._check_finite()
+        self.check_finite()
 
     def _encode_batch(self, frames: Frames) -> Tensor:
         fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
@@ -149,7 +179,7 @@ class LatentStream:
             return self._encode(frames.pixels[indices])
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        self._check_finite()
+        self.check_finite()
         latents = self._encoder.encode(pixels)
         self._last_batch = torch.isfinite(latents).all(), latents.dtype
         return latents
@@ -175,7 +205,7 @@ class LatentStream:
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
         """Refuse a batch with latents that are not finite, before the next one is encoded: by then the device knows, so
         nothing waits for it."""
         if self._last_batch is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from freres_cli.baselines.registry import METHODS
+from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.errors import count_of
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.presets import BUNDLED, FULL
@@ -63,6 +63,8 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         )
     elif settings.residual_grid != FULL:
         yield "residual_grid has no effect: every frame is encoded at the grid of the anchors"
+    if settings.trends == "keep" and options.method != ADAPTIVE:
+        yield f"trends has no effect: method {options.method} has none"
     if settings.deepstack == "drop":
         yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"
 

@@ -1,37 +1,33 @@
-"""Stream the sampled frames of a video: decode, resize, rotate upright, pack into batches.
+"""Stream the sampled frames of a video: decode, resize, turn upright, pack into batches.
 
 Only sampled frames are converted to RGB, by a few threads, and only a few decoded frames are held at a time, so memory use
-does not grow with the length of the clip.
+does not grow with the length of the clip, but for 8 bytes for the time of each frame.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from av.error import FFmpegError
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table, video_stream
+from freres_cli.video.oddities import OddFrames
+from freres_cli.video.opening import iterate_frames, open_video, video_stream
+from freres_cli.video.packets import PacketTable, read_packet_table
+from freres_cli.video.resizing import Resizer
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
+from freres_cli.video.seeking import find_entry, frames_from
 from freres_cli.video.still import StillDetector, read_planes
-
-# Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
-RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
-# Resizing a frame takes up to five times as long as decoding it, and decoding has threads of its own.
-MOST_RESIZE_THREADS = 4
+from freres_cli.video.turn import Turn
 
 
 @dataclass(frozen=True)
@@ -46,16 +42,36 @@ class DecodeReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far reading has come, to go on from there in another process.
+
+    ``num_sampled``, ``num_pictures``: so far. ``picture_index``, ``picture_s``: number and time of the frame that shows the
+    last picture; ``picture_slot``: frames sampled before it; ``odd``: what was odd before it. ``is_clean``: nothing was
+    damaged so far.
+    """
+
+    num_sampled: int
+    num_pictures: int
+    picture_index: int
+    picture_s: float
+    picture_slot: int
+    odd: OddFrames
+    is_clean: bool
+
+
 @dataclass
 class _Tally:
-    """Counts kept while decoding."""
+    """Counts kept while decoding. ``num_before``: frames before the one that decoding began at."""
 
+    num_before: int = 0
     num_decoded: int = 0
     num_sampled: int = 0
     num_pictures: int = 0
     num_failed: int = 0
     num_damaged: int = 0
     num_restamped: int = 0
+    is_read_again: bool = False
     ends_badly: bool = False
     is_exhausted: bool = False
     covered_s: float = 0.0
@@ -72,13 +88,31 @@ class _Shown:
 
 
 @dataclass(frozen=True)
-class _Resized:
-    """A sampled frame whose pixels are being made. ``repeats``: the instants at which it is on screen."""
+class _Picture:
+    """A picture that differs from the one before, while it is resized. ``number``: of pictures up to it. The others are as
+    in ``Position``."""
 
-    picture: Future[np.ndarray]
+    pixels: Future[np.ndarray]
+    number: int
+    index: int
+    start_s: float
+    slot: int
+    odd: OddFrames
+
+    def locate(self, tally: _Tally) -> Position:
+        """Where reading is, at a frame that shows this picture. Damage that was met since counts as well."""
+        is_clean = not (tally.is_read_again or tally.num_restamped or tally.num_damaged)
+        facts = self.number, self.index, self.start_s, self.slot, self.odd
+        return Position(tally.num_sampled, *facts, is_clean)
+
+
+@dataclass(frozen=True)
+class _Resized:
+    """A sampled frame. ``repeats``: the instants at which it is on screen."""
+
+    picture: _Picture
     start_s: float
     index: int
-    picture_index: int
     repeats: int
 
 
@@ -129,8 +163,11 @@ class Decoder:
             raise ValueError(f"batch_frames: expected at least 1, got {batch_frames}")
         self._path, self._info, self._sampling, self._size = path, info, sampling, size
         self._batch_frames, self._strict, self._still_levels = batch_frames, strict, still_levels
-        self._local = threading.local()  # each thread has its own reformatter
+        self._turn = Turn(info.rotation_deg, info.is_mirrored)
         self._report: DecodeReport | None = None
+        self._begin = Position(0, 0, 0, float("-inf"), 0, OddFrames.of(info), True)
+        self._odd = self._begin.odd
+        self._position = self._begin
 
     @property
     def report(self) -> DecodeReport:
@@ -139,44 +176,68 @@ class Decoder:
             raise RuntimeError("the report is available after the last batch")
         return self._report
 
+    @property
+    def position(self) -> Position:
+        """How far reading has come, at the end of a full batch."""
+        return self._position
+
+    def resume(self, position: Position) -> None:
+        """Let the next iteration go on after ``position`` of another decoder with the same arguments."""
+        self._begin = position
+
     def __iter__(self) -> Iterator[Frames]:
-        self._report = None
-        table = read_packet_table(self._path, self._info.stream_index)
-        tally = _Tally()
+        self._report, self._odd = None, replace(self._begin.odd)
+        table = read_packet_table(self._path, self._info.stream_index, self._info.num_bytes)
+        tally = _Tally(num_sampled=self._begin.picture_slot, num_pictures=max(0, self._begin.num_pictures - 1))
         with closing(self._pick(table, tally)) as picked:
             yield from self._pack(picked, tally)
         self._report = self._sum_up(table, tally)
 
-    def _decode(self, tally: _Tally) -> Generator[av.VideoFrame, None, None]:
-        """Frames in display order. Packets that cannot be decoded are counted and skipped."""
-        with open_video(self._path) as container:
-            stream = video_stream(container, self._info.stream_index)
-            stream.thread_type = "AUTO"
-            for frame in iterate_frames(container, stream):
+    @contextmanager
+    def _open(self, table: PacketTable, tally: _Tally, threads: str) -> Iterator[Iterator[av.VideoFrame | None]]:
+        """Frames from where the requested part begins, if the file leads there exactly, else from the beginning."""
+        first, _ = sampling_window(self._sampling, self._info.start_s, self._info.duration_s)
+        entry = find_entry(table, max(first, self._begin.picture_s)) if self._begin.is_clean else None
+        for place in (entry, None):
+            with open_video(self._path, self._info.num_bytes) as container:
+                stream = video_stream(container, self._info.stream_index)
+                stream.thread_type = threads
+                if threads == "NONE":
+                    stream.codec_context.thread_count = 1
+                frames = iterate_frames(container, stream) if place is None else frames_from(container, stream, place)
+                if frames is not None:
+                    tally.num_before = 0 if place is None else place.first_index
+                    yield frames
+                    return
+
+    def _decode(self, table: PacketTable, tally: _Tally) -> Generator[tuple[av.VideoFrame, int], None, None]:
+        """Frames in display order, with their numbers. Packets that cannot be decoded are counted and skipped."""
+        with self._open(table, tally, "AUTO") as frames:
+            for frame in frames:
                 if frame is None or frame.is_corrupt:
                     break
                 tally.num_decoded += 1
-                yield frame
+                yield frame, tally.num_before + tally.num_decoded - 1
             else:
-                if tally.num_decoded >= self._info.num_packets:
+                if tally.num_before + tally.num_decoded >= self._info.num_packets:
                     return
         # Damage seen by one thread spoils frames of the others; which ones varies by machine and by run, and at the end of
         # the file there is no error. So a file that seems damaged is read again on a single thread, skipping the frames
         # already delivered: every run then gives the same frames.
-        num_delivered, num_seen = tally.num_decoded, 0
-        with open_video(self._path) as container:
-            stream = video_stream(container, self._info.stream_index)
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            for frame in iterate_frames(container, stream):
+        tally.is_read_again = True
+        next_index = tally.num_before + tally.num_decoded
+        with self._open(table, tally, "NONE") as frames:
+            index = tally.num_before
+            for frame in frames:
                 tally.ends_badly = frame is None
                 if frame is None:
                     self._refuse_if_strict("a packet cannot be decoded")
                     tally.num_failed += 1
                     continue
-                num_seen += 1
-                if num_seen > num_delivered:
+                if index >= next_index:
                     tally.num_decoded += 1
-                    yield frame
+                    yield frame, index
+                index += 1
 
     def _refuse_if_strict(self, trouble: str) -> None:
         if self._strict:
@@ -191,8 +252,8 @@ class Decoder:
         gets the k-th smallest timestamp: the decoder's order is right, and sorting the frames would scramble it.
         """
         by_rank, previous = table.is_order_blind, float("-inf")
-        with closing(self._decode(tally)) as frames:
-            for index, frame in enumerate(frames):
+        with closing(self._decode(table, tally)) as frames:
+            for frame, index in frames:
                 own = _own_time(frame)
                 by_rank = by_rank or (own is not None and own < previous)
                 # A frame whose time was lost to damage is assumed to follow the previous frame directly.
@@ -227,9 +288,11 @@ class Decoder:
         first, last = sampling_window(self._sampling, info.start_s, info.duration_s)
         has_window = self._sampling.start_s is not None or self._sampling.end_s is not None
         instants = sampling_instants(self._sampling, info.start_s, info.duration_s, info.num_packets)
-        position = 0
+        position = self._begin.picture_slot
         with closing(self._show(table, tally)) as frames:
             for shown in frames:
+                if shown.index < self._begin.picture_index:
+                    continue
                 if instants is None:
                     if has_window and shown.start_s >= last - TOLERANCE_S:
                         return
@@ -243,41 +306,25 @@ class Decoder:
                 if position == len(instants):
                     return
 
-    def _convert(self, frame: av.VideoFrame) -> np.ndarray:
-        """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then rotated upright."""
-        quarter_turns = self._info.rotation_deg // 90
-        height, width = self._size.height_px, self._size.width_px
-        if quarter_turns % 2:
-            height, width = width, height
-        try:
-            if not hasattr(self._local, "reformatter"):
-                self._local.reformatter = VideoReformatter()
-            resized = self._local.reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1)
-        except FFmpegError as error:
-            raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
-        plane = resized.planes[0]
-        # Rows are padded to a multiple of the vector width.
-        rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
-        return np.rot90(rows.reshape(height, width, 3), quarter_turns)
-
     def _resize(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Generator[_Resized, None, None]:
         """The sampled frames with their pixels, in order. Several are resized at once, each by one thread, so the pixels
         are those that a single thread makes."""
-        detector, num_threads = StillDetector(self._still_levels), min(MOST_RESIZE_THREADS, os.cpu_count() or 1)
-        picture_index = 0
+        detector = StillDetector(self._still_levels)
         waiting: deque[_Resized] = deque()
-        pool = ThreadPoolExecutor(num_threads, "resize")
-        try:
+        slot = tally.num_sampled
+        with Resizer(self._path, self._size, self._turn) as resizer:
             for shown, repeats in picked:
                 if not detector.is_still(*read_planes(shown.frame)):
-                    picture, picture_index = pool.submit(self._convert, shown.frame), shown.index
+                    odd = replace(self._odd)
+                    self._odd.look_at(shown.frame, shown.start_s)
                     tally.num_pictures += 1
-                waiting.append(_Resized(picture, shown.start_s, shown.index, picture_index, repeats))
-                if len(waiting) > 2 * num_threads:  # bounds the decoded frames in memory
+                    pixels = resizer.submit(shown.frame)
+                    picture = _Picture(pixels, tally.num_pictures, shown.index, shown.start_s, slot, odd)
+                waiting.append(_Resized(picture, shown.start_s, shown.index, repeats))
+                slot += repeats
+                if len(waiting) > resizer.most_waiting:
                     yield waiting.popleft()
             yield from waiting
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
     def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
         shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
@@ -288,13 +335,17 @@ class Decoder:
         with closing(self._resize(picked, tally)) as resized:
             for frame in resized:
                 for _ in range(frame.repeats):
+                    if tally.num_sampled < self._begin.num_sampled:
+                        tally.num_sampled += 1
+                        continue
                     # torch would start a thread pool for this copy, which would compete with the decoder's threads.
-                    pixels.numpy()[len(times)] = frame.picture.result()
+                    pixels.numpy()[len(times)] = frame.picture.pixels.result()
                     times.append(frame.start_s)
                     indices.append(frame.index)
-                    picture_indices.append(frame.picture_index)
+                    picture_indices.append(frame.picture.index)
                     tally.num_sampled += 1
                     if len(times) == self._batch_frames:
+                        self._position = frame.picture.locate(tally)
                         yield Frames(pixels, tuple(times), tuple(indices), tuple(picture_indices))
                         pixels, times, indices, picture_indices = torch.empty(shape, dtype=torch.uint8), [], [], []
         if times:
@@ -315,7 +366,7 @@ class Decoder:
     def _measure_loss(self, table: PacketTable, tally: _Tally) -> float:
         """Seconds of the requested part that no decoded frame covers."""
         if not tally.is_exhausted:
-            tail, due = 0.0, tally.num_decoded
+            tail, due = 0.0, tally.num_before + tally.num_decoded
         else:
             end = table.end_s + (table.missing_s if table.is_cut or tally.ends_badly else 0.0)
             if self._sampling.end_s is not None:
@@ -323,7 +374,7 @@ class Decoder:
             tail = end - tally.covered_s
             due = bisect_left(table.stamps_s, tally.covered_s - TOLERANCE_S)
         # A gap inside the clip does not show in the times: the frame before it simply stays on screen longer.
-        hole = (due - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
+        hole = (due - tally.num_before - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
         return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
 
     def _describe(self, tally: _Tally, lost: float) -> Iterator[str]:
@@ -332,6 +383,7 @@ class Decoder:
                 f"frames that did not move by more than {self._still_levels} levels, so were not encoded: "
                 f"{tally.num_sampled - tally.num_pictures} of {tally.num_sampled}"
             )
+        yield from self._odd.describe()
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
             yield f"{self._sampling.count} frames requested, {tally.num_sampled} returned: the clip has no more"
         if tally.num_restamped:

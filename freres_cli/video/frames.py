@@ -14,7 +14,8 @@ from torch import Tensor
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.decode import RESIZE, DecodeReport
+from freres_cli.video.decode import DecodeReport
+from freres_cli.video.resizing import RESIZE
 from freres_cli.video.sampling import TOLERANCE_S
 from freres_cli.video.still import StillDetector
 
@@ -61,6 +62,7 @@ class FrameArray:
             coded_width_px=width,
             coded_height_px=height,
             rotation_deg=0,
+            is_mirrored=False,
             sample_aspect_ratio=1.0,
             source_fps=(num_frames - 1) / span if span > TOLERANCE_S else None,
             num_packets=num_frames,
@@ -69,6 +71,7 @@ class FrameArray:
             stream_index=0,
             num_video_streams=1,
             has_timestamps=True,
+            num_bytes=int(self.pixels.nbytes),
         )
 
     @property
@@ -78,11 +81,6 @@ class FrameArray:
         digest.update(self.pixels.data)
         digest.update(np.asarray(self.seconds).data)
         return digest.hexdigest()
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the pixels."""
-        return int(self.pixels.nbytes)
 
     def open(self, size: FrameSize, batch_frames: int, still_levels: int = 0) -> FrameBatches:
         """Return the frames, resized, in batches.
