@@ -16,7 +16,7 @@ from freres_cli.workflows import batch as batch_workflow
 from freres_cli.workflows import batch_ray
 from freres_cli.workflows.batch_store import Store
 from freres_cli.workflows.batch_worker import FACTS, BatchRow, Job, VideoWorker, WorkerSetup
-from tests.clips import write_clip
+from tests.clips import write_short_clips
 from tests.runner import check_failure, fails, run_freres
 
 FLAGS = ("--budget", 40, "--device", "cpu")
@@ -24,10 +24,7 @@ FLAGS = ("--budget", 40, "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("batch")
-    for i in range(2):
-        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
-    return folder
+    return write_short_clips(tmp_path_factory.mktemp("batch"), 2)
 
 
 @pytest.fixture(scope="module")

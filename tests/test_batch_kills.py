@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from freres_cli.cli.benchmark_batch import KilledBatch, find_workers
-from tests.clips import write_clip
+from tests.clips import write_short_clips
 from tests.runner import run_freres
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
@@ -24,10 +24,7 @@ COMMAND = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kills")
-    for i in range(6):
-        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
-    return folder
+    return write_short_clips(tmp_path_factory.mktemp("kills"), 6)
 
 
 def test_killed_runs_leave_whole_bundles_each_made_once(clips, tmp_path):
@@ -48,7 +45,9 @@ def test_workers_end_with_their_driver(clips, tmp_path):
         while len(workers := find_workers(driver.pid)) < 2:
             assert driver.poll() is None
             time.sleep(0.01)
-        time.sleep(5.0)  # mostly enough for them to be at work
+        while not list((tmp_path / "out").glob("*.pt")):  # so they are at work
+            assert driver.poll() is None
+            time.sleep(0.01)
         assert list((tmp_path / "scratch").glob("freres-batch-*"))
     finally:
         driver.kill()

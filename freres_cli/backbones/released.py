@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from freres_cli.backbones.chatml import wrap_tokenizer
 from freres_cli.errors import BackboneError
 
 _TOKENS = {
@@ -141,19 +142,11 @@ def write_weightless(name: str, folder: Path) -> Path:
 
 
 def _make_tokenizer() -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(letters)} | {_SECONDS: len(letters)} | _TOKENS
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(_SECONDS, normalized=False)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-    )
+    return wrap_tokenizer(tokenizer, _TOKENS)

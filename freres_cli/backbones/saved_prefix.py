@@ -41,7 +41,7 @@ def open_prefix(
     written. Raises as ``prefill_video``, and BundleError for a file that is not a saved prefix, or is damaged.
     """
     # It imports transformers, which whoever only reads tokens does without.
-    from freres_cli.backbones.cache import ReservedLayer
+    from freres_cli.backbones.cache import ReservedLayer, reserve_rows
 
     rows = model.splice(prefix_ids, video, text_after)
     notes = check_context(model, len(rows), rows.next_position)
@@ -56,6 +56,7 @@ def open_prefix(
         start = time.perf_counter()
         header = read_header(path)
         if header["made_from"] == digest:
+            reserve_rows(cache, len(rows))
             with memory_of(model, len(rows)):
                 read_rows(path, header, model, len(rows), cache)
             synchronize(model.device)
@@ -169,8 +170,5 @@ def read_rows(path: Path, header: dict[str, Any], model: LanguageModel, num_rows
         raise BundleError(f"{path}: damaged prefix: {str(error).splitlines()[0][:200]}", HINT) from error
     if any(tensor.dtype != model.dtype for tensor in tensors.values()) or _digest_of(tensors) != header["content"]:
         raise BundleError(f"{path}: damaged prefix: its numbers are not those that were written", HINT)
-    from freres_cli.backbones.cache import reserve_rows
-
-    reserve_rows(cache, num_rows)
     for number, layer in enumerate(cache.layers):
         layer.update(*(tensors.pop(f"{part}.{number}").to(model.device) for part in ("keys", "values")))

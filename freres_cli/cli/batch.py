@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +10,8 @@ import typer
 
 from freres_cli.cli import options
 from freres_cli.cli.compress import gather_flags, make_options
-from freres_cli.cli.output import (
-    format_bytes,
-    format_seconds,
-    print_json_line,
-    print_notes,
-    print_path,
-    print_warning,
-    progress_bar,
-)
+from freres_cli.cli.output import format_bytes, format_seconds, print_json_line, print_notes, progress_bar
+from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
 from freres_cli.errors import count_of
 from freres_cli.presets import BUNDLED, environment_value
 
@@ -115,10 +107,18 @@ def batch(
     device, dtype = device or environment_value("device"), dtype or environment_value("dtype")
     setup = WorkerSetup(place, force, absolute_model(model or BUNDLED), device, dtype, revision, attn)
     request = BatchRequest(jobs, setup, engine, actors, address, as_place(rows or join_url(place, ROWS_FILE)))
-    shown = _Rows(json, quiet)
+    shown = VideoRows(_print_line if json else None, quiet)
+
+    def on_row(row: BatchRow) -> None:
+        shown.show(row, "" if row.error is not None else _summarize(row), row.notes)
+
     with progress_bar("batch", quiet or json, "videos") as progress:
-        made = run_batch(request, shown.show, progress)
-    shown.finish(made, request.rows_file)
+        made = run_batch(request, on_row, progress)
+    counts = count_statuses(made)
+    if not json:
+        parts = f"{counts['done']} compressed, {counts['skipped']} skipped, {counts['failed']} failed"
+        print_notes([f"{parts}; rows in {request.rows_file}"], quiet)
+    raise_first_failure(made)
 
 
 def absolute_model(model: str) -> str:
@@ -127,41 +127,8 @@ def absolute_model(model: str) -> str:
     return str(folder.absolute()) if model != BUNDLED and folder.is_dir() else model
 
 
-class _Rows:
-    """Prints rows as they come, and what they amount to."""
-
-    def __init__(self, json: bool, quiet: bool) -> None:
-        self._json, self._quiet = json, quiet
-        self._told: set[str] = set()
-
-    def show(self, row: BatchRow) -> None:
-        # A reader that closed the pipe has seen enough; the other videos are still to be compressed.
-        with contextlib.suppress(SystemExit):
-            self._show(row)
-
-    def _show(self, row: BatchRow) -> None:
-        if row.error is not None:
-            print_warning(f"failed: {row.error.message}")
-        if self._json:
-            print_json_line("freres.batch/1", row.describe())
-            return
-        if row.error is not None:
-            return
-        fresh = [note for note in row.notes if note not in self._told]
-        self._told.update(fresh)
-        print_notes([*fresh, f"{row.video}: {_summarize(row)}"], self._quiet)
-        print_path(row.bundle)
-
-    def finish(self, rows: Sequence[BatchRow], rows_file: str) -> None:
-        """Say how many videos came to what. Raises the first failure."""
-        counts = {status: sum(row.status == status for row in rows) for status in ("done", "skipped", "failed")}
-        failed = next((row.error for row in rows if row.error is not None), None)
-        if not self._json:
-            parts = f"{counts['done']} compressed, {counts['skipped']} skipped, {counts['failed']} failed"
-            print_notes([f"{parts}; rows in {rows_file}"], self._quiet)
-        if failed is not None:
-            what = f"{counts['failed']} of {count_of(len(rows), 'video')} failed: {failed.message}"
-            raise type(failed)(what, failed.hint)
+def _print_line(row: BatchRow) -> None:
+    print_json_line("freres.batch/1", row.describe())
 
 
 def _summarize(row: BatchRow) -> str:

@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,8 +29,9 @@ from typing import Any
 import av
 import torch
 
+from freres_cli.bench.apart import FRERES
 from freres_cli.bench.clock import StageTimer
-from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
 from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
 from freres_cli.cli.benchmark_grids import measure_grids
 from freres_cli.cli.benchmark_hours import measure_hours
@@ -152,7 +152,7 @@ def measure_decode(folder: Path, repeat: int = 5) -> dict[str, Any]:
             seconds = time_runs(run, 1)
             runs[name] += seconds if counted else []
     ratios = {
-        f"freres_over_{name}": summarize_runs([a / b for a, b in zip(runs["freres"], runs[name], strict=True)])
+        f"freres_over_{name}": summarize_ratios(runs["freres"], runs[name])
         for name in ("pyav_decode_only", "pyav_decode_and_resize")
     }
     video = "1280x720 H.264, 300 frames at 30 fps, every frame to 144x144 RGB"
@@ -308,8 +308,7 @@ def _time_queries(session: Session, queries: list[Query], repeat: int) -> dict[s
 
 def run_command(*arguments: str) -> str:
     """Run ``freres compress`` in its own process and return what it prints."""
-    command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([*FRERES, "compress", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def write_video(path: Path, num_frames: int, side: tuple[int, int]) -> Path:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from freres_cli.bench.report import summarize_runs
+from freres_cli.bench.apart import FRERES, children_cpu_s
+from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError
 from freres_cli.pipeline.compressor import Compressor
@@ -66,8 +65,7 @@ class KilledBatch:
     def __init__(self, clips: Path, out: Path, flags: Sequence[str], longest_s: float, seed: int = 0) -> None:
         self._out, self._longest_s = out, longest_s
         self._names = sorted(path.stem for path in clips.iterdir() if path.suffix != ".jsonl")
-        code = "from freres_cli.cli.app import main; main()"
-        self._command = [sys.executable, "-c", code, "batch", str(clips), "-o", str(out), "--json", "-q", *flags]
+        self._command = [*FRERES, "batch", str(clips), "-o", str(out), "--json", "-q", *flags]
         self._random = random.Random(seed)
         self._files: dict[str, tuple[int, int]] = {}
         self._done: Counter[str] = Counter()
@@ -217,10 +215,9 @@ def measure_actors(folder: Path, count: int = 40, repeat: int = 3) -> dict[str, 
     cpu: dict[int, list[float]] = {1: [], 2: []}
     for run in range(repeat):
         for actors in rates:
-            before = _children_cpu_s()
+            before = children_cpu_s()
             rates[actors].append(_rate_of(clips, folder / f"actors-{run}-{actors}", actors))
-            cpu[actors].append((_children_cpu_s() - before) / count)
-    ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+            cpu[actors].append((children_cpu_s() - before) / count)
     return {
         "command": "freres batch CLIPS -o OUT --json -q --actors N --device cpu",
         "clips": f"{count} of freres world make --split test, 4 to 5 s at 8 fps",
@@ -229,7 +226,7 @@ def measure_actors(folder: Path, count: int = 40, repeat: int = 3) -> dict[str, 
         "threads_of_a_worker": 1,
         "load_average": os.getloadavg(),
         "videos_per_s": {str(actors): summarize_runs(values) for actors, values in rates.items()},
-        "two_over_one": summarize_runs(ratios),
+        "two_over_one": summarize_ratios(rates[2], rates[1]),
         "cpu_s_per_video_with_start": {str(actors): summarize_runs(values) for actors, values in cpu.items()},
     }
 
@@ -263,9 +260,8 @@ def _size_of(clip: Path, method: str, budget: int, models: Models, folder: Path)
 
 def _rate_of(clips: Path, out: Path, actors: int) -> float:
     """Videos a second between the first row and the last; the first of each worker is not counted."""
-    code = "from freres_cli.cli.app import main; main()"
     flags = ("--actors", str(actors), "--budget", str(BUDGET_TOKENS), "--device", "cpu")
-    command = [sys.executable, "-c", code, "batch", str(clips), "-o", str(out), "--json", "-q", *flags]
+    command = [*FRERES, "batch", str(clips), "-o", str(out), "--json", "-q", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stdout is not None
@@ -278,8 +274,3 @@ def _rate_of(clips: Path, out: Path, actors: int) -> float:
 
 def _moments_of(lines: Iterable[str]) -> list[float]:
     return [time.perf_counter() for _ in lines]
-
-
-def _children_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
+
+from freres_cli.bench.apart import FRERES
 
 BASE_MINUTES = 10
 FPS, SAMPLE_FPS = 30, 1
@@ -69,9 +70,8 @@ def measure_hours(folder: Path, minutes: list[int], write_video: WriteVideo) -> 
 
 def _compress(video: Path, folder: Path, *flags: str, is_piped: bool = False) -> dict[str, Any]:
     arguments = ["-" if is_piped else str(video), *flags, "-o", str(folder / "b.pt"), "--force", "--json"]
-    command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", *arguments]
     with video.open("rb") as file:
-        done = subprocess.run(command, stdin=file, capture_output=True, text=True, check=True)
+        done = subprocess.run([*FRERES, "compress", *arguments], stdin=file, capture_output=True, text=True, check=True)
     document = json.loads(done.stdout)
     keys = ("peak_memory_bytes", "bundle_bytes", "visual_tokens", "full_tokens", "timings_s")
     return {"video_bytes": video.stat().st_size, **{key: document[key] for key in keys}}

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from freres_cli.backbones.cache import make_cache, reserve_rows
 from freres_cli.backbones.engine import prefill, prefill_video
 from freres_cli.backbones.saved_prefix import open_prefix
-from freres_cli.bench.report import summarize_runs
+from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.world.make import make_set
 
@@ -78,10 +78,9 @@ def compare(this: Callable[[], Any], other: Callable[[], Any], repeat: int) -> d
     measured = {}
     for place, kind in enumerate(("cpu_s", "wall_s")):
         own, others = ([run[name][place] for run in runs[1:]] for name in ("this", "other"))
-        ratios = summarize_runs([a / b for a, b in zip(own, others, strict=True)])
         measured[kind] = {
             "this": summarize_runs(own),
             "other": summarize_runs(others),
-            "this_over_other": ratios,
+            "this_over_other": summarize_ratios(own, others),
         }
     return measured

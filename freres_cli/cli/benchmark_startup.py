@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from freres_cli.bench.report import summarize_runs
+from freres_cli.bench.apart import FRERES, children_cpu_s
+from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.world.make import make_set
 
 THIS = Path(__file__).parents[2]
-MAIN = "from freres_cli.cli.app import main; main()"
 QUESTION = "what moves first?"
 
 
@@ -47,7 +45,7 @@ def measure_startup(folder: Path, other: Path | None, repeat: int = 3) -> dict[s
             values = {which: [run[kind] for run in runs[name, which]] for which in checkouts}
             row: dict[str, Any] = {which: summarize_runs(own) for which, own in values.items()}
             if other is not None:
-                row["this_over_other"] = summarize_runs([a / b for a, b in zip(*values.values(), strict=True)])
+                row["this_over_other"] = summarize_ratios(values["this"], values["other"])
             measured.setdefault(name, {})[kind] = row
     return {
         "commands": ["freres compress CLIP -o BUNDLE --force", f'freres ask BUNDLE "{QUESTION}"'],
@@ -63,9 +61,9 @@ def measure_startup(folder: Path, other: Path | None, repeat: int = 3) -> dict[s
 def run_cold(root: Path, command: tuple[str, ...], environment: dict[str, str]) -> dict[str, float]:
     """Run ``freres`` of the checkout at ``root`` with the variables of ``environment``, and return its CPU and wall seconds,
     and those to its first line on stderr."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    before, start = children_cpu_s(), time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-c", MAIN, *command],
+        [*FRERES, *command],
         cwd=root,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -75,10 +73,9 @@ def run_cold(root: Path, command: tuple[str, ...], environment: dict[str, str]) 
         process.stderr.readline()
         first_line_s = time.perf_counter() - start
         process.stderr.read()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = children_cpu_s() - before
     if process.returncode:
         raise RuntimeError(f"{root}: freres {command[0]}: expected exit status 0, got {process.returncode}")
-    cpu_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return {"cpu_s": cpu_s, "wall_s": time.perf_counter() - start, "first_line_s": first_line_s}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,9 +20,9 @@ from freres_cli.cli.output import (
     print_notes,
     print_path,
     print_result,
-    print_warning,
     progress_bar,
 )
+from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
 from freres_cli.errors import UsageError, count_of
 from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
@@ -169,27 +168,15 @@ def _compress_many(
     """Print a line for each video. Raises the first failure after the last video."""
     from freres_cli.workflows.compress import compress_many
 
-    told: set[str] = set()
+    def print_line(row: Row) -> None:
+        print_json_line("freres.compress_many/1", _row_document(row, compressor.options))
+
+    shown = VideoRows(print_line if json else None, quiet)
 
     def on_row(row: Row) -> None:
-        # A reader that closed the pipe has seen enough; the other videos are still to be compressed.
-        with contextlib.suppress(SystemExit):
-            show_row(row)
-
-    def show_row(row: Row) -> None:
-        if row.error is not None:
-            print_warning(f"failed: {row.error.message}")
-        if json:
-            print_json_line("freres.compress_many/1", _row_document(row, compressor.options))
-            return
-        if row.result is not None:
-            fresh = [note for note in row.result.notes if note not in told]
-            told.update(fresh)
-            print_notes([*fresh, f"{row.video}: {_summary(row.result)}"], quiet)
-        elif row.status == "skipped":
-            print_notes([f"{row.video}: skipped, {row.bundle} already exists"], quiet)
-        if row.error is None:
-            print_path(row.bundle)
+        said = _summary(row.result) if row.result is not None else f"skipped, {row.bundle} already exists"
+        notes = () if row.result is None else row.result.notes
+        shown.show(row, said, notes)
 
     rows = compress_many(
         compressor,
@@ -200,12 +187,8 @@ def _compress_many(
         progress=progress,
         tell=lambda note: print_notes([note], quiet),
     )
-    counts = {status: sum(row.status == status for row in rows) for status in ("done", "skipped", "failed")}
-    failed = next((row.error for row in rows if row.error is not None), None)
-    if failed is not None:
-        raise type(failed)(
-            f"{counts['failed']} of {count_of(len(rows), 'video')} failed: {failed.message}", failed.hint
-        )
+    raise_first_failure(rows)
+    counts = count_statuses(rows)
     if not json:
         print_notes([f"{counts['done']} compressed, {counts['skipped']} skipped"], quiet)
 

