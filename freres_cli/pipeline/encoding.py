@@ -116,7 +116,8 @@ class LatentStream:
     ``encoder``: the tower. ``timer``: records the stages ``decode`` and ``encode``. ``model``: its name, for messages.
     ``keeps_all``: keep the latents of all frames, on the CPU, for later streams of the same clip; else only those of the
     last frame. ``residual_size``: that of frames that are no anchors, if it is smaller; all are then encoded at that size,
-    and anchors once more by ``encode_whole``.
+    and anchors once more by ``encode_whole``. ``known``: the latents that are kept, by the numbers of their pictures; set it
+    to go on from a checkpoint.
     """
 
     def __init__(
@@ -129,17 +130,8 @@ class LatentStream:
     ) -> None:
         self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
         self._residual_size = residual_size
-        self._known: dict[int, Tensor] = {}
+        self.known: dict[int, Tensor] = {}
         self._last_batch: tuple[Tensor, torch.dtype] | None = None  # whether all of it is finite, and its dtype
-
-    @property
-    def known(self) -> dict[int, Tensor]:
-        """The latents that are kept, by the numbers of their pictures; set them to go on from there."""
-        return self._known
-
-    @known.setter
-    def known(self, latents: dict[int, Tensor]) -> None:
-        self._known = latents
 
     def encode(self, batches: Iterable[Frames]) -> Generator[tuple[Frames, Tensor], None, None]:
         """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite.
@@ -154,7 +146,7 @@ class LatentStream:
         self.check_finite()
 
     def _encode_batch(self, frames: Frames) -> Tensor:
-        fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
+        fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self.known}
         if fresh:
             is_new = len(fresh) == len(frames.picture_index)
             pixels = frames.pixels if is_new else frames.pixels[list(fresh.values())]
@@ -163,14 +155,14 @@ class LatentStream:
             latents = self._encode(pixels)
             if is_new and not self._keeps_all:
                 # A row of the batch would keep the whole batch alive.
-                self._known = {frames.picture_index[-1]: latents[-1].clone()}
+                self.known = {frames.picture_index[-1]: latents[-1].clone()}
                 return latents
-            self._known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
-        rows = torch.stack([self._known[n] for n in frames.picture_index])
+            self.known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
+        rows = torch.stack([self.known[n] for n in frames.picture_index])
         if self._keeps_all:
             self.share_storage(frames.picture_index, rows)
         else:
-            self._known = {frames.picture_index[-1]: rows[-1].clone()}
+            self.known = {frames.picture_index[-1]: rows[-1].clone()}
         return rows
 
     def encode_whole(self, frames: Frames, indices: list[int]) -> Tensor:
@@ -186,7 +178,7 @@ class LatentStream:
 
     def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
         """Make the kept latents of these pictures rows of ``latents``, so a clip is in memory only once."""
-        self._known.update(zip(indices, latents, strict=True))
+        self.known.update(zip(indices, latents, strict=True))
 
     def _read(self, batches: Iterable[Frames]) -> Iterator[Frames]:
         """The batches, ready to be copied to the device. This runs in the thread that reads ahead."""
