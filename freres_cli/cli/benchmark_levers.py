@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 
 from freres_cli.bench.report import summarize_runs
+from freres_cli.cli.benchmark_inputs import GRID, TOWER, make_tower
 from freres_cli.cli.benchmark_still import FPS, NUM_SLIDES, SLIDE_S, draw_slides, write_clip
 from freres_cli.cli.output import print_line
 from freres_cli.pipeline import encoding
@@ -121,16 +122,7 @@ def without_overlap() -> Iterator[None]:
 
 def _measure_tower(repeat: int = 3) -> dict[str, Any]:
     """Time the tower of Qwen2-VL on a frame of 24x24 tokens, and on one of half each side, in turn."""
-    from transformers import Qwen2VLConfig
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-
-    from freres_cli.backbones.qwen2_vl import Qwen2VLVisionEncoder
-    from freres_cli.backbones.qwen_vision import CLIP_PIXELS
-    from freres_cli.cli.benchmark import GRID, TOWER
-
-    torch.manual_seed(0)
-    config: Any = Qwen2VLConfig(vision_config={**TOWER, "depth": DEPTH}).vision_config
-    encoder = Qwen2VLVisionEncoder(Qwen2VisionTransformerPretrainedModel(config), CLIP_PIXELS, {})
+    encoder = make_tower(DEPTH)
     sizes = [encoder.frame_size(1280, 720, grid) for grid in (GRID, (GRID[0] // 2, GRID[1] // 2))]
     frames = [torch.randint(0, 256, (1, size.height_px, size.width_px, 3), dtype=torch.uint8) for size in sizes]
     runs = []
