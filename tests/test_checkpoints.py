@@ -59,6 +59,7 @@ SETTINGS = {
     "adaptive": {"method": "adaptive"},
     "frames a second": {"sample": "fps", "sample_fps": 11.0},
     "still": {"still_levels": 3},
+    "two resolutions": {"residual_grid": "half", "still_levels": 3},
     "adaptive, by quality": {"method": "adaptive", "quality": 0.9},
 }
 

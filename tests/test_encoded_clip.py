@@ -83,7 +83,7 @@ def test_denser_tracks_read_the_frames_that_compress_reads(folder, tmp_path):
     sparse = clip.build_tokens("fre-res", clip.full_tokens)
     tokens = clip.build_tokens("fre-res", 20)
     assert sparse.grid[0] == 3 and tokens.grid[0] == 6
-    assert sum(encoder.num_frames) == 6 and len(clip._latents._known) == sum(encoder.num_frames)
+    assert sum(encoder.num_frames) == 6 and len(clip._latents[None].known) == sum(encoder.num_frames)
     same_tokens(tokens, compressed_tokens(options, video, tmp_path / "b.pt", 20))
     same_tokens(clip.build_tokens("full", clip.full_tokens), compressed_tokens(options, video, tmp_path / "f.pt", 27))
 

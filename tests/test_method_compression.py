@@ -269,7 +269,7 @@ def test_a_uniform_anchor_moves_to_a_cut_right_after_it(late):
     assert tracks.gop_anchor_frame.tolist() == [0, 10, cut, 30] and not tracks.gop_start.any()
     assert gop_ends(tracks) == [10, cut, 30, 40]
     longer = close_gop(latents[10:cut], (4, 4), plan.num_coefficients, 16)
-    assert float(tracks.gop_residual_energy[1]) == pytest.approx(longer.residual_energy, rel=1e-5)
+    assert float(tracks.gop_residual_energy[1]) == pytest.approx(float(longer.residual_energy), rel=1e-5)
     assert torch.allclose(tracks.gop_band_energy[1], longer.band_energy, rtol=1e-4)
     mine = (tracks.coefficient_gop == 1) & ~tracks.is_impulse
     values = longer.coefficients[tracks.coefficient_band[mine], tracks.coefficient_cell[mine]]
@@ -297,9 +297,10 @@ def test_what_weak_cuts_leave_lies_side_by_side():
     settings = make_settings(events=True, tau=0.4, reference_budget_tokens=300)
     compressor = StreamingCompressor(plan_budget(400, (3, 3), settings, 300), settings, 8)
     compressor.push(torch.cat([smooth_clip(4, (3, 3), width=8, seed=n) for n in range(100)]), range(400))
+    compressor.finish()
     left = [gop for gop in compressor._gops if gop.anchor is None and not len(gop.base)]
     stores = {t.untyped_storage().data_ptr() for gop in left for t in vars(gop).values() if isinstance(t, torch.Tensor)}
-    assert len(left) > 30 and len(stores) <= 3
+    assert len(left) > 30 and len(stores) <= 4
 
 
 # --- cutting ----------------------------------------------------------------------------------------------------------

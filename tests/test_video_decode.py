@@ -149,6 +149,9 @@ def test_headers_are_not_believed(tmp_path):
     assert "header promises 444 frames, the file holds 48" in info.notes
     shown, *_, report = decode(path, Sampling("count", count=4), strict=True)
     assert shown == [6, 18, 30, 42] and report.lost_s == 0
+    # Nothing is missing: the file says how many bytes it has, and has them.
+    shown, *_, report = decode(path, strict=True)
+    assert shown == list(range(48)) and report.lost_s == 0
 
 
 def test_wild_header_rate_is_not_believed(tmp_path):

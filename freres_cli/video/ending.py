@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+ENDS_INSIDE = "the file ends inside a packet: it was longer, and does not say by how much"
 LOOK_BYTES = 1 << 16  # an Ogg page has at most 65,307 bytes
 TS_SYNC, TS_SIZES, TS_RUN = 0x47, (188, 192, 204), 5
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -29,6 +30,20 @@ def ends_inside(path: str, container: str, num_bytes: int) -> bool:
         if "mp4" in container:
             return _ends_inside_fragment(path, num_bytes)
     return False
+
+
+def is_whole_avi(path: str, num_bytes: int) -> bool:
+    """Whether the RIFF chunks of an AVI file end where the file ends. Then a header that promises more frames is wrong, and
+    nothing is missing."""
+    at = 0
+    with Path(path).open("rb") as file:
+        while at + 12 <= num_bytes:
+            file.seek(at)
+            name, size = struct.unpack("<4sI", file.read(8))
+            if name != b"RIFF":
+                return False
+            at += 8 + size + size % 2
+    return at == num_bytes
 
 
 def _ends_inside_ts(first: bytes, num_bytes: int) -> bool:

@@ -22,7 +22,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from freres_cli.errors import VideoError
-from freres_cli.video.ending import ends_inside
+from freres_cli.video.ending import ends_inside, is_whole_avi
 from freres_cli.video.opening import count_bytes, open_video, video_stream
 
 GUESSED_FPS = 25.0
@@ -133,6 +133,8 @@ def _read_packet_table(path: str, stream_index: int, num_bytes: int, _mtime_ns: 
         # Some containers count time from the first packet, others from 0: take the reading with less missing.
         held = max(file_end, file_end - file_start) if file_start < float("inf") else float("inf")
         promised = promised_s(container, stream)
+        if container.format.name == "avi" and is_whole_avi(path, num_bytes):
+            promised = 0.0
         table = _build_table(path, stream, stamps, max(0.0, promised - held), is_cut)
         return replace(table, is_cut=is_cut or table.missing_s > tolerated_s(table, promised))
 
