@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 
@@ -47,6 +48,21 @@ def test_a_template_that_fails_is_one_error(language, monkeypatch, template, tex
     with fails(ExitStatus.BACKBONE, text) as caught:
         language.prompt("what?")
     assert "\n" not in caught.value.message and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 10 }}",
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    ],
+)
+def test_a_template_may_not_take_all_memory(language, monkeypatch, template):
+    monkeypatch.setattr(language.tokenizer, "chat_template", template)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with fails(ExitStatus.BACKBONE, "more than 1 GiB of memory"):
+        language.prompt("what?")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content + 'x' }}", None])

@@ -72,7 +72,7 @@ def test_what_is_missing_after_the_window_does_not_matter(whole_files, tmp_path)
 
 
 def test_a_cut_between_packets_of_a_transport_stream_cannot_be_seen(whole_files, tmp_path):
-    """As freres(7) says. A broadcast begins and ends anywhere."""
+    """As freres-security(7) says. A broadcast begins and ends anywhere."""
     whole, path = whole_files["silent.ts"].read_bytes(), tmp_path / "cut.ts"
     path.write_bytes(whole[: 188 * (len(whole) // 376)])
     assert not read_packet_table(str(path), 0).is_cut

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,6 +17,7 @@ from freres_cli.errors import BackboneError
 LIMIT_S = 5.0  # a template takes milliseconds
 GRACE_S = 1.0
 MAX_CHARACTERS = 2**20
+MOST_BYTES = 2**30  # more than before, while a template runs; it takes kilobytes
 HINT = "its chat template is at fault: use another copy of the model"
 
 
@@ -25,8 +30,9 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
     cannot handle a message in parts.
 
     Templates run in a sandbox of transformers, which bounds a loop but not loops within loops. So the template runs in a
-    thread that is stopped after ``LIMIT_S`` (ours). Raises BackboneError for a template that takes longer, writes more
-    than ``MAX_CHARACTERS``, or fails in any way but those that templates have to say no.
+    thread that is stopped after ``LIMIT_S`` (ours). A single operation cannot be stopped, so memory has a limit too. Raises
+    BackboneError for a template that takes longer or more, writes more than ``MAX_CHARACTERS``, or fails in any way but
+    those that templates have to say no.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -40,11 +46,14 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
             failures.append(error)
 
     thread = threading.Thread(target=render, daemon=True)
-    thread.start()
-    thread.join(LIMIT_S)
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_OutOfTimeError))
-        thread.join(GRACE_S)
+    with _bounded_memory():
+        thread.start()
+        thread.join(LIMIT_S)
+        if is_late := thread.is_alive():
+            late = ctypes.py_object(_OutOfTimeError)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), late)
+            thread.join(GRACE_S)
+    if is_late:
         raise BackboneError(f"chat template: not done after {LIMIT_S:g} s", HINT)
     if failures:
         _judge(failures[0])
@@ -54,10 +63,30 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
     return made[0]
 
 
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Let this process take at most ``MOST_BYTES`` more than it has. Without /proc there is no limit."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + MOST_BYTES
+    if soft == resource.RLIM_INFINITY or most < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def _judge(failure: BaseException) -> None:
     """Pass over a refusal, and raise anything else."""
     if isinstance(failure, TypeError | TemplateError):
         return  # a template for text alone
+    if isinstance(failure, MemoryError):
+        raise BackboneError(f"chat template: takes more than {MOST_BYTES >> 30} GiB of memory", HINT) from failure
     if isinstance(failure, ArithmeticError | LookupError | ValueError | AttributeError | RecursionError):
         reason = " ".join(str(failure).split())[:200]
         raise BackboneError(f"chat template: {type(failure).__name__}: {reason}", HINT) from failure
