@@ -36,7 +36,7 @@ class Key:
 
 KEYS: dict[str, Key] = {
     "description": Key(str, "", "one line that 'freres presets' shows"),
-    "method": Key(str, "fre-res", "compression method, see freres methods"),
+    "method": Key(str, "adaptive", "compression method, see freres methods"),
     "budget_tokens": Key(int, 1280, "maximum visual tokens given to the language model", low=1),
     "quality": Key(
         float,

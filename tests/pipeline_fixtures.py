@@ -47,4 +47,4 @@ def tiny(tmp_path_factory):
 
 def options_with(**flags) -> CompressOptions:
     """The options that ``freres compress`` makes of these flags, for the bundled model."""
-    return CompressOptions(ModelSource(BUNDLED, CPU), load_settings(BUNDLED, flags))
+    return CompressOptions(ModelSource(BUNDLED, CPU), load_settings(BUNDLED, flags), "fre-res")

@@ -72,17 +72,21 @@ def test_two_runs_give_the_same_bytes(clip, bundle, tmp_path):
     assert (tmp_path / "again.pt").read_bytes() == bundle.read_bytes()
 
 
-@pytest.mark.parametrize("variant", ["anchors", "temporal", "concat", "idct", "iquery", "sparse-idct"])
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("anchors", "concat", "iquery", "sparse-idct"))
+
+
+@pytest.mark.parametrize("variant", ["temporal", "idct", *SLOW])
 def test_every_variant_goes_all_the_way(clip, tmp_path, variant):
     path = tmp_path / "b.pt"
-    made = run_freres("compress", clip, "--budget", 500, "--variant", variant, "-o", path, "--json").json
+    flags = ("--method", "fre-res", "--budget", 500, "--variant", variant)
+    made = run_freres("compress", clip, *flags, "-o", path, "--json").json
     assert made["visual_tokens"] <= 500
     asked = run_freres("ask", path, "what?", "--max-new-tokens", 1, "--json").json
     assert asked["visual_tokens"] == made["visual_tokens"]
 
 
 def test_every_setting_can_be_set(clip):
-    flags = ("budget_tokens=300", "variant=anchors", "sample=count", "sample_count=16", "grid=4x4")
+    flags = ("method=fre-res", "budget_tokens=300", "variant=anchors", "sample=count", "sample_count=16", "grid=4x4")
     given = [part for flag in flags for part in ("--set", flag)]
     planned = run_freres("compress", clip, *given, "--dry-run", "--json").json
     assert (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.runner import check_failure, run_freres
 
 
+@pytest.mark.slow  # the README's main job, which every landing runs
 def test_demo_runs_the_main_job(tmp_path):
     document = run_freres("demo", "-o", tmp_path, "--json").json
     assert [b["visual_tokens"] for b in document["bundles"]] == [576, 288]

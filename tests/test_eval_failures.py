@@ -115,11 +115,11 @@ def test_memory_and_encoding_do_not_grow_with_the_cells(questions):
             return super().splice(*args)
 
     peaks = []
-    for budgets in ("0.5,0.25", "0.5,0.45,0.4,0.25,0.1"):
+    for budgets in ("0.5", "0.5,0.4,0.25"):
         held: list[int] = []
         encoder = CountingEncoder(loaded_models().encoder)
         models = models_with(encoder, Meter(loaded_models().language_model))
-        run_eval(questions, "uniform,adaptive", budgets, limit=2, models=models)
+        run_eval(questions, "uniform,adaptive", budgets, limit=1, models=models)
         assert sum(encoder.num_frames) == FRAMES
         peaks.append(max(held))
     assert peaks[1] <= peaks[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,6 +108,7 @@ def compress(
     chosen = make_options(
         gather_flags(assignments, named), preset, model, revision, method, start, end, strict, device, dtype, attn
     )
+    chosen.check_settings()
     from freres_cli.pipeline.compressor import Compressor
 
     compressor = Compressor.from_options(chosen)
@@ -232,11 +234,11 @@ def at_budgets(chosen: CompressOptions, verb: str, *, trains: bool = False) -> C
     settings = chosen.settings
     if settings.quality is not None:
         raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
-    if trains and chosen.method != FRE_RES:
-        raise UsageError(
-            f"{settings.name_of('method')}: {verb} trains adapters of {FRE_RES}, got {chosen.method}", "leave it out"
-        )
-    return chosen
+    if not trains:
+        return chosen
+    if settings.is_named("method") and chosen.method != FRE_RES:
+        raise UsageError(f"method: {verb} trains adapters of {FRE_RES}, got {chosen.method}", "leave it out")
+    return replace(chosen, method=FRE_RES)
 
 
 def _summary(result: CompressResult) -> str:

@@ -12,14 +12,14 @@ VERBS: dict[str, dict[str, Any]] = yaml.safe_load("""
 compress:
   examples:
     freres compress video.mp4 --budget 1280: Write bundle.pt with at most 1,280 visual tokens.
-    freres compress video.mp4 --model Qwen/Qwen2-VL-7B-Instruct: Use a larger model, with its preset.
+    freres compress video.mp4 --model Qwen/Qwen2-VL-7B-Instruct: Use a larger model, with the preset long-video.
     freres compress clips/ -o bundles/: Compress every video in a folder. Run it again to resume after a stop.
     freres compress a.mp4 b.mp4 more.txt -o bundles/ --json: Files and a list of paths; one JSON line for each video.
     freres compress video.mp4 --start 60 --end 90 --fps 10 -o part.pt: Half a minute, 10 frames a second.
-    freres compress video.mp4 --method adaptive --quality 0.95: As few tokens as keep 95 % of the energy.
-    freres compress video.mp4 --method uniform --budget 1280: A baseline in place of Fre-Res.
+    freres compress video.mp4 --quality 0.95: As few tokens as keep 95 % of the energy.
+    freres compress video.mp4 --method uniform --budget 1280: A baseline in place of adaptive.
     freres compress video.mp4 --budget 1280 --dry-run: Show the token allocation; encode nothing.
-    freres compress video.mp4 --set temporal_share=0.4: Change one setting of the preset.
+    freres compress video.mp4 --method fre-res --set temporal_share=0.4: The paper's method, with one setting changed.
   output: >-
     The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, as does a warning for
     each video that failed. `context_tokens` are all tokens of the prompt without a question; `text_overhead_tokens` are

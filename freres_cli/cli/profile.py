@@ -87,6 +87,7 @@ def profile(
         else:
             flags = gather_flags(assignments, {"budget_tokens": budget})
             compress = make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn)
+            compress.check_settings()
             video = subject
         request = ProfileRequest(
             chosen, question, repeat, warmup, max_new_tokens, timeout, video=video, options=compress, bundle=bundle

@@ -70,7 +70,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         chosen = load_settings(str(preset or choose_preset(source.name)), settings, "model_args")
         if chosen.quality is not None:
             raise UsageError("quality: expected none: the budget decides", "leave it out")
-        self._options = CompressOptions(source, chosen)
+        self._options = CompressOptions(source, chosen, method)
         self._models = models or Models(source)
         check_methods([method], self._models.language_model)
         self._timer = StageTimer(torch.device(source.device.name))

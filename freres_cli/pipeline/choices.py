@@ -33,7 +33,7 @@ def as_number(value: object, name: str) -> float | None:
 
 def choose_preset(model: str) -> str:
     """Return the preset to use with a model if none is named."""
-    return BUNDLED if model == BUNDLED else "qwen2-vl-7b"
+    return BUNDLED if model == BUNDLED else "long-video"
 
 
 def check_revision(model: str | None, revision: str | None) -> None:

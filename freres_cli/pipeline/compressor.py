@@ -71,6 +71,7 @@ class Compressor:
         source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
         self.options = CompressOptions(source, chosen, choose_method(method, chosen), strict=strict)
+        self.options.check_settings()
         self.models = models or Models(source)
 
     @classmethod

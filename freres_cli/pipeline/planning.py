@@ -10,7 +10,7 @@ from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.pipeline.models import ModelSource
-from freres_cli.presets import Settings, parse_grid
+from freres_cli.presets import REFERENCE, Settings, parse_grid
 from freres_cli.records import FrameSize, VideoInfo
 from freres_cli.video.sampling import Sampling, num_sampled_frames
 
@@ -29,7 +29,7 @@ class CompressOptions:
 
     model: ModelSource
     settings: Settings
-    method: str = FRE_RES
+    method: str
     start_s: float | None = None
     end_s: float | None = None
     strict: bool = False
@@ -40,6 +40,16 @@ class CompressOptions:
             raise UsageError(
                 f"{self.settings.name_of('quality')}: method {self.method} has none: expected method {able}",
                 f"choose method {able}, or name a budget in its place",
+            )
+
+    def check_settings(self) -> None:
+        """Refuse a named setting of Fre-Res if the method is another: what it was meant to change would stay as it is."""
+        if self.method == FRE_RES:
+            return
+        own = {knob.name for knob in fields(MethodSettings)} - {REFERENCE}
+        if named := sorted(key for key in own if self.settings.is_named(key)):
+            raise UsageError(
+                f"{named[0]}: a setting of method {FRE_RES}, got method {self.method}", f"choose method {FRE_RES} as well"
             )
 
     @property
