@@ -34,7 +34,7 @@ def clip(tmp_path_factory):
 def bundle(clip, tmp_path_factory):
     """What ``freres compress --budget 300`` writes for the clip."""
     path = tmp_path_factory.mktemp("bundle") / "bundle.pt"
-    assert run_freres("compress", clip, "--budget", BUDGET, "-o", path).status == 0
+    assert run_freres("compress", clip, "--method", "fre-res", "--budget", BUDGET, "-o", path).status == 0
     return path
 
 
