@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,25 @@ def remove_abandoned_files(folder: Path) -> None:
                     path.unlink()
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def save_stream(stream: IO[bytes], folder: Path) -> Iterator[Path]:
+    """Save what a pipe delivers to a file in ``folder``, which is gone afterwards. Raises ``ResourceError`` if the disk is
+    full, ``UsageError`` if the file cannot be written."""
+    try:
+        remove_abandoned_files(folder)
+        with _temporary_file(folder) as (path, file):
+            try:
+                shutil.copyfileobj(stream, file, 1 << 20)
+                file.flush()
+            except OSError as error:
+                reason = f"standard input: cannot be saved in {folder}: {error.strerror}"
+                kind = ResourceError if error.errno in _DISK_FULL else UsageError
+                raise kind(reason, "name an output on a disk with room for the video with -o") from error
+            yield path
+    except PermissionError as error:
+        raise UsageError(f"{folder}: not writable: {error.strerror}", "name another folder with -o") from error
 
 
 @contextmanager

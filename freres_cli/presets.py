@@ -19,6 +19,7 @@ VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct", "iquery", "spar
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")
 DEEPSTACK = ("keep", "drop")
+TRENDS = ("drop", "keep")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ KEYS: dict[str, Key] = {
     "tau": Key(float, None, "event threshold; auto adapts it to the clip", low=0.0, high=2.0, optional=True),
     "text_after": Key(str, "max", "position of the text after the video", choices=TEXT_AFTER),
     "deepstack": Key(str, "keep", "whether DeepStack families keep the extra rows of each token", choices=DEEPSTACK),
+    "trends": Key(
+        str,
+        "drop",
+        "whether method adaptive keeps how each stretch changes, which its adapters need: up to twice the size",
+        choices=TRENDS,
+    ),
 }
 
 
@@ -111,6 +118,7 @@ class Settings:
     tau: float | None
     text_after: str
     deepstack: str
+    trends: str
     reference_budget_tokens: int
     sources: Mapping[str, str]
 

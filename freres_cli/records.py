@@ -26,7 +26,8 @@ class VideoInfo:
 
     ``None`` means that the file does not say. ``num_packets`` and ``duration_s`` come from reading all packets, not
     from the header, which may be wrong. ``width_px`` and ``height_px`` are what a player shows: rotated, with square
-    pixels.
+    pixels. ``rotation_deg`` (0, 90, 180 or 270): how far a player turns the picture counterclockwise, after it has swapped
+    left and right if ``is_mirrored``. ``num_bytes``: of the file, or of decoded frames.
     """
 
     path: str
@@ -37,6 +38,7 @@ class VideoInfo:
     coded_width_px: int
     coded_height_px: int
     rotation_deg: int
+    is_mirrored: bool
     sample_aspect_ratio: float
     source_fps: float | None
     num_packets: int
@@ -45,6 +47,7 @@ class VideoInfo:
     stream_index: int
     num_video_streams: int
     has_timestamps: bool
+    num_bytes: int
     notes: tuple[str, ...] = ()
 
 

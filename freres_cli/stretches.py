@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 STRETCH_COLUMNS: dict[str, Column] = {
     "frame_seconds": COLUMNS["frame_seconds"],
     "latents": Column("stretch", LATENT, "mean of each stretch", ("C",)),
+    "trends": Column("stretch", LATENT, "its trend; or no channels", ("D",)),
     "boxes": Column("stretch", "int64", "t0, t1, h0, h1, w0, w1; half-open", ("6",)),
     "merges": Column("merge", "int64", "two rows; S + i: result of merge i", ("2",)),
     "merge_loss": Column("merge", "float64", "squared error that the merge adds"),
@@ -31,7 +32,8 @@ STRETCH_COLUMNS: dict[str, Column] = {
 class Stretches:
     """S stretches in sequence order: by the middle of their time, then of their rows, then of their columns.
 
-    ``latents``: (S, C), each the mean of what it stands for, or a latent as encoded if that is a single one. ``boxes``:
+    ``latents``: (S, C), each the mean of what it stands for, or a latent as encoded if that is a single one. ``trends``:
+    (S, D) how each changes over its time, see ``method.merging.merge_trends``, or (S, 0) if that is not kept. ``boxes``:
     (S, 6) int64, the sampled frames and the cells each stands for, t0, t1, h0, h1, w0, w1, half-open; together they cover
     the clip once. ``merges``: (S-1, 2) int64, how merging goes on down to a single stretch: two rows, or S + i for the
     result of merge i. ``merge_loss``: (S-1,) float64, the squared error that each merge adds. ``energy``: (2,) float64,
@@ -44,6 +46,7 @@ class Stretches:
     grid: tuple[int, int, int]
     frame_seconds: Tensor
     latents: Tensor
+    trends: Tensor
     boxes: Tensor
     merges: Tensor
     merge_loss: Tensor
@@ -57,6 +60,7 @@ class Stretches:
         shapes = {
             "frame_seconds": (self.grid[0],),
             "latents": (count, self.latents.shape[-1]),
+            "trends": (count, self.width if self.has_trends else 0),
             "boxes": (count, 6),
             "merges": (count - 1, 2),
             "merge_loss": (count - 1,),
@@ -74,6 +78,11 @@ class Stretches:
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])
+
+    @property
+    def has_trends(self) -> bool:
+        """Whether the trends are kept: trained modules need them."""
+        return self.trends.shape[-1] > 0
 
     @property
     def quality(self) -> float:

@@ -247,3 +247,10 @@ def write_size_change(path: Path) -> Path:
         parts.append(write_clip(part, 12, size=size, pictures=pictures, options=X264_P_FRAMES).read_bytes())
     path.write_bytes(b"".join(parts))
     return path
+
+
+def write_short_clips(folder: Path, count: int) -> Path:
+    """Write clips of 4, 5 and so on frames, called clip0.mp4 and so on, and return the folder."""
+    for i in range(count):
+        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
+    return folder

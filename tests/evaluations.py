@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from freres_cli.baselines.registry import FRE_RES, METHODS
+from freres_cli.baselines.registry import METHODS
 from freres_cli.cli.compress import make_options
 from freres_cli.evaluation.cells import parse_cells
 from freres_cli.evaluation.questions import read_questions
 from freres_cli.evaluation.results import results_path
-from freres_cli.pipeline.adapters import choose_adapter
+from freres_cli.pipeline.adapters import give_adapters
 from freres_cli.pipeline.models import Models
 from freres_cli.workflows.evaluate import EvalRequest, EvalResult, evaluate
 from tests.clips import write_clip
@@ -72,9 +71,8 @@ def make_request(
 ) -> EvalRequest:
     """The request that ``freres eval`` makes of these flags, but with short free answers."""
     options = make_options(settings or {}, None, model, device="cpu")
-    modules = choose_adapter(adapter, options.model.name, options.settings.variant)
     cells = parse_cells(methods, budgets, HAS_BUDGET)
-    cells = tuple(replace(cell, adapter=modules) if cell.method == FRE_RES else cell for cell in cells)
+    cells = give_adapters(cells, adapter, options.model.name, options.settings.variant)
     path = None if output is None else results_path(output, questions)
     file = read_questions(questions, limit)
     return EvalRequest(file, cells, options, path, force, max_answer_tokens=max_answer_tokens)

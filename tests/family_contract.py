@@ -62,6 +62,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of each family's tiny checkpoint, made when first asked for."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            next(case for case in FAMILY_CASES if case.name == name).make(made[name])
+        return made[name]
+
+    return folder
+
+
 @pytest.fixture(scope="module", params=FAMILY_CASES, ids=lambda case: case.name)
 def tiny(request, tmp_path_factory):
     return Tiny(request.param, tmp_path_factory.mktemp(request.param.name))

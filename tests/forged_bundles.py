@@ -14,8 +14,9 @@ from torch import Tensor
 
 from freres_cli.baselines.uniform import sample_uniform_frames
 from freres_cli.bundle import version_1
-from freres_cli.bundle.schema import FORMAT, SCHEMA_VERSION, describe_tensors, encode_manifest
+from freres_cli.bundle.schema import FORMAT, READERS, SCHEMA_VERSION, describe_tensors, encode_manifest
 from freres_cli.bundle.store import write_bundle
+from freres_cli.bundle.version_4 import TENSORS
 from freres_cli.content import Content, count_by_kind, kind_of
 from freres_cli.method.adaptive import StretchCompressor
 from freres_cli.method.budget import plan_budget
@@ -24,7 +25,7 @@ from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import load_settings
 from freres_cli.records import VideoTokens
 from freres_cli.stretches import Stretches
-from freres_cli.tracks import COLUMNS, Tracks
+from freres_cli.tracks import Tracks
 
 BUDGET = 300
 WIDTH = 16
@@ -109,9 +110,9 @@ def make_tokens(latents: Tensor, budget_tokens: int = BUDGET) -> VideoTokens:
     return sample_uniform_frames(latents, torch.arange(len(latents), dtype=torch.float64) / 10, budget_tokens, WIDTH)
 
 
-def make_stretches(latents: Tensor, budget_tokens: int = BUDGET) -> Stretches:
+def make_stretches(latents: Tensor, budget_tokens: int = BUDGET, keeps_trends: bool = True) -> Stretches:
     """The same clip's stretches."""
-    compressor = StretchCompressor(tuple(latents.shape[1:3]), WIDTH, budget_tokens)
+    compressor = StretchCompressor(tuple(latents.shape[1:3]), WIDTH, budget_tokens, keeps_trends=keeps_trends)
     compressor.push(latents, [i / 10 for i in range(len(latents))])
     return compressor.finish()
 
@@ -132,6 +133,7 @@ def manifest_for(content: Content, **sections: Any) -> dict[str, Any]:
         manifest["tokens"] |= dict.fromkeys(only_tracks)
     if isinstance(content, Stretches):
         manifest["tokens"]["quality"] = content.quality
+        manifest["settings"]["trends"] = {"value": "keep" if content.has_trends else "drop", "source": "flag"}
     return {**manifest, **sections}
 
 
@@ -144,11 +146,12 @@ def forge(
 ) -> None:
     """Write a bundle of these ``tensors``, described as ``content`` would be, with other ``sections`` in its manifest.
 
-    Versions 1 and 2 have none of the columns that were added since.
+    Earlier versions have none of the columns that were added since.
     """
-    if version < SCHEMA_VERSION:
-        tensors = {name: t for name, t in tensors.items() if name in version_1.TENSORS or name not in COLUMNS}
-    manifest = {**manifest_for(content, **sections), "content": kind_of(content), "tensors": describe_tensors(tensors)}
+    kind = kind_of(content)
+    of_version = version_1.TENSORS if version == 1 else READERS[version].TENSORS[kind]
+    tensors = {name: t for name, t in tensors.items() if name in of_version or name not in TENSORS[kind]}
+    manifest = {**manifest_for(content, **sections), "content": kind, "tensors": describe_tensors(tensors)}
     _sign(path, {"format": FORMAT, "schema_version": version, "tensors": dict(tensors)}, encode_manifest(manifest))
 
 

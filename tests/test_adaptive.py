@@ -11,11 +11,11 @@ from freres_cli.method import adaptive
 from freres_cli.method.adaptive import (
     CutDetector,
     StretchCompressor,
-    box_sizes,
     build_stretch_tokens,
     count_for_quality,
     cut_stretches,
 )
+from freres_cli.method.merging import box_sizes
 from tests.test_merging import D, walk
 
 

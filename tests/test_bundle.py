@@ -32,7 +32,7 @@ def test_what_is_read_is_what_was_written(bundle, tracks):
     # what the bundle lacks is not known
     expected |= {section: {**dict.fromkeys(later), **expected[section]} for section, later in LATER_FIELDS.items()}
     assert {key: back.manifest[key] for key in expected} == expected
-    assert back.schema_version == SCHEMA_VERSION == 3 and back.manifest["content"] == "tracks"
+    assert back.schema_version == SCHEMA_VERSION == 4 and back.manifest["content"] == "tracks"
     assert back.num_bytes == bundle.stat().st_size
 
 

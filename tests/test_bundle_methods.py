@@ -76,7 +76,7 @@ def test_what_is_read_is_what_was_compressed(clip, path, method):
     same_tokens(read.content, made.content)
     same_tokens(made.tokens(), read.content)
     assert read.content.boxes is None and (made.content.boxes is not None) == (method in ("lowres", "tome"))
-    assert read.schema_version == 3 and read.manifest["content"] == "tokens"
+    assert read.schema_version == 4 and read.manifest["content"] == "tokens"
     sections = ("model", "source", "sampling", "geometry", "tokens", "history")
     assert {key: read.manifest[key] for key in sections} == {key: made.manifest[key] for key in sections}
     assert read.manifest["settings"]["method"] == {"value": method, "source": "flag"}

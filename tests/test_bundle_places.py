@@ -24,7 +24,7 @@ from tests.forged_bundles import (
 from tests.runner import fails
 
 CONTENTS = {"tracks": make_tracks, "tokens": make_tokens, "stretches": make_stretches}
-VERSIONS = [("tracks", 1), ("tracks", 2), ("tracks", 3), ("tokens", 2), ("tokens", 3), ("stretches", 3)]
+VERSIONS = [("tracks", 1), ("tracks", 2), ("tracks", 3), ("tokens", 2), ("tokens", 3), ("stretches", 4)]
 
 
 @pytest.fixture(scope="module")

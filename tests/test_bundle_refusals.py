@@ -85,10 +85,10 @@ def test_missing_files_folders_and_strangers_are_refused(tmp_path):
         read_bundle(tmp_path / "zip.pt")
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", "3", True, None])
+@pytest.mark.parametrize("version", [0, 5, "1", "4", True, None])
 def test_another_schema_version_is_refused_by_name(bundle, version):
     rewrite(bundle, schema_version=version)
-    with pytest.raises(BundleError, match="schema: expected version 1 or 2 or 3, got"):
+    with pytest.raises(BundleError, match="schema: expected version 1 or 2 or 3 or 4, got"):
         read_bundle(bundle)
 
 

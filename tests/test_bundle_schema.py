@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from freres_cli.bundle import version_2, version_3
+from freres_cli.bundle import version_2, version_3, version_4
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import ExitStatus
 from freres_cli.records import VideoTokens
@@ -24,12 +24,12 @@ REAL_TRACKS = [name for name, column in COLUMNS.items() if column.dtype != "int6
 REAL_TOKENS = [name for name, column in TOKEN_COLUMNS.items() if column.dtype not in ("int64", "uint8")]
 NUMBERS = [
     (section, name)
-    for section, kinds in version_3.FIELDS.items()
+    for section, kinds in version_4.FIELDS.items()
     for name, field in kinds.items()
     if field.kind in ("whole", "number")
 ]
-SETTINGS = [key for key, rule in version_3.SETTINGS.items() if rule.kind in (int, float)]
-SECTIONS = [*version_3.FIELDS, "settings", "tensors"]
+SETTINGS = [key for key, rule in version_4.SETTINGS.items() if rule.kind in (int, float)]
+SECTIONS = [*version_4.FIELDS, "settings", "tensors"]
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +50,19 @@ def test_the_column_table_is_the_fields_of_tracks():
     assert [field.name for field in fields(Tracks)] == ["width", "grid", "pooled_grid", *COLUMNS]
 
 
-def test_version_3_stores_the_columns_of_the_tables():
+def test_version_4_stores_the_columns_of_the_tables():
     tables = {"tracks": COLUMNS, "tokens": TOKEN_COLUMNS, "stretches": STRETCH_COLUMNS}
-    assert {name: set(table) for name, table in tables.items()} == {n: set(t) for n, t in version_3.TENSORS.items()}
+    assert {name: set(table) for name, table in tables.items()} == {n: set(t) for n, t in version_4.TENSORS.items()}
     assert set(version_3.TENSORS["tracks"]) - set(version_2.TENSORS["tracks"]) == {"gop_recipe"}
+    assert set(version_4.TENSORS["stretches"]) - set(version_3.TENSORS["stretches"]) == {"trends"}
+    assert all(version_4.TENSORS[kind] == version_3.TENSORS[kind] for kind in ("tracks", "tokens"))
     hidden = {"grid", "width", "boxes", "stretches"}
     assert set(TOKEN_COLUMNS) == {field.name for field in fields(VideoTokens)} - hidden
     assert set(STRETCH_COLUMNS) == {field.name for field in fields(Stretches)} - {"grid", "width"}
     of_tables = {
         column.dtype for table in (COLUMNS, TOKEN_COLUMNS) for column in table.values() if not column.is_latent
     }
-    assert set(version_3.DTYPES) == of_tables | set(LATENT_DTYPES)
+    assert set(version_4.DTYPES) == of_tables | set(LATENT_DTYPES)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -78,16 +80,16 @@ def check_not_finite(path, content, tensors, name, version):
     check_failure(run_freres("inspect", path), ExitStatus.BUNDLE, text)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 4])
 @pytest.mark.parametrize("name", REAL_TRACKS)
 def test_a_real_column_of_tracks_is_finite(tmp_path, tracks, name, version):
     check_not_finite(tmp_path / "b.pt", tracks, tracks.tensors(), name, version)
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 4])
 @pytest.mark.parametrize("name", REAL_TOKENS)
 def test_a_real_column_of_tokens_is_finite(tmp_path, tokens, name, version):
-    check_not_finite(tmp_path / "b.pt", tokens, version_3.tensors_of(tokens), name, version)
+    check_not_finite(tmp_path / "b.pt", tokens, version_4.tensors_of(tokens), name, version)
 
 
 def test_there_are_real_columns_of_every_table():
@@ -110,7 +112,7 @@ def test_a_number_stored_as_text_is_refused(path, section, name):
 
 
 def test_numbers_stored_as_text_are_tried_in_every_section():
-    assert {section for section, _ in NUMBERS} == set(version_3.FIELDS) and len(NUMBERS) > 25
+    assert {section for section, _ in NUMBERS} == set(version_4.FIELDS) and len(NUMBERS) > 25
 
 
 @pytest.mark.parametrize("key", SETTINGS)

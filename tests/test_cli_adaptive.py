@@ -12,7 +12,7 @@ from tests.evaluations import write_clips, write_questions
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import FULL_TOKENS
 from tests.pipeline_fixtures import clip as clip
-from tests.runner import run_freres
+from tests.runner import check_failure, run_freres
 from tests.tiny_families import FAMILY_CASES, HIDDEN
 from tests.tiny_models import CPU
 
@@ -164,13 +164,12 @@ def test_with_every_token_the_answer_is_the_unchanged_model_s(clip, tmp_path):
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
-def test_an_adapter_has_no_effect_and_that_is_said(path, tmp_path):
+def test_no_adapter_is_used_or_missed_unless_one_is_named(path, tmp_path):
     flags = ("ask", path, "what moves?", "--choices", "a|b", "--json")
     plain, none = run_freres(*flags).json, run_freres(*flags, "--adapter", "none").json
-    named = run_freres(*flags, "--adapter", tmp_path / "any.safetensors").json
-    assert named["choices"] == plain["choices"] == none["choices"]
-    assert any("adapter has no effect: method adaptive" in note for note in named["notes"])
+    assert plain["choices"] == none["choices"]
     assert not any("adapter" in note for note in plain["notes"] + none["notes"])
+    check_failure(run_freres(*flags, "--adapter", tmp_path / "any.safetensors"), 5, "no such file: expected an adapter")
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,3 +105,38 @@ def test_control_tokens_and_other_bytes_in_a_question_are_refused(bundle):
         check_failure(run_freres("ask", bundle, text), 2, "reads as a command")
     check_failure(run_freres("ask", bundle, "what\udcff?"), 2, "UTF-8")
     check_failure(run_freres("ask", bundle, "what?", "--choices", "a|b\udcff"), 2, "UTF-8")
+
+
+def test_a_saved_prefix_is_read_by_the_next_question_and_a_foreign_one_replaced(bundle, tmp_path):
+    path = tmp_path / "b.pt"
+    shutil.copy(bundle, path)
+    kept = tmp_path / "b.pt.prefix.safetensors"
+    question = ("what moves?", "--choices", "A cat|A dog", "--json")
+    plain = run_freres("ask", path, *question)
+    assert not kept.exists()
+    runs = [run_freres("ask", path, *question, "--save-prefix") for _ in range(2)]
+    assert all(run.json["choices"] == plain.json["choices"] for run in runs)
+    saved, read = (" ".join(run.json["notes"]) for run in runs)
+    assert "prefix saved in" in saved and "prefix read from" in read and kept.stat().st_size > 10_000
+    assert run_freres("repack", bundle, "--budget", 200, "-o", path, "--force").status == 0
+    stale = run_freres("ask", path, *question, "--save-prefix").json
+    assert "made from another bundle" in " ".join(stale["notes"])
+    kept.write_bytes(b"\x80\x04N.")
+    check_failure(run_freres("ask", path, *question, "--save-prefix"), 4, str(kept))
+    check_failure(run_freres("ask", path, "what?", "--save-prefix", "--refine", 5), 2, "--save-prefix")
+    assert kept.read_bytes() == b"\x80\x04N.", "a file that is not ours is left alone"
+
+
+def test_loading_is_said_before_anything_else(bundle):
+    """Importing torch takes seconds, so the first line must not wait for it."""
+    program = (
+        "import sys; sys.argv = ['freres', 'ask', sys.argv[1], 'what?', '--max-new-tokens', '1']\n"
+        "import freres_cli.cli.ask as ask\n"
+        "def tell(notes, quiet=False):\n"
+        "    print('torch' in sys.modules, *notes)\n"
+        "    sys.exit()\n"
+        "ask.print_notes = tell\n"
+        "from freres_cli.cli.app import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", program, bundle], capture_output=True, text=True, check=True)
+    assert run.stdout == "False loading the model\n"

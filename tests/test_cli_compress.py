@@ -72,7 +72,7 @@ def test_two_runs_give_the_same_bytes(clip, bundle, tmp_path):
     assert (tmp_path / "again.pt").read_bytes() == bundle.read_bytes()
 
 
-SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("anchors", "concat", "iquery", "sparse-idct"))
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("anchors", "concat", "iquery", "sparse-idct")]
 
 
 @pytest.mark.parametrize("variant", ["temporal", "idct", *SLOW])

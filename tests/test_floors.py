@@ -24,7 +24,7 @@ FLOORS = (
     ("content",),
     ("stretches",),
     ("tracks",),
-    ("records", "presets", "devices", "files"),
+    ("records", "presets", "devices", "files", "imports"),
     ("errors",),
     ("",),
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from freres_cli import load_bundle
-from freres_cli.bundle import schema, version_1, version_2, version_3
+from freres_cli.bundle import schema, version_1, version_2, version_3, version_4
 from freres_cli.bundle.checks import later_settings
 from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "formats"
 ANSWERS = json.loads((FOLDER / "answers.json").read_text())
 QUESTION, CHOICES = "what moves?", ("a square", "a ring", "nothing")
 # Of every file: once written, it must stay as it is.
-SHA256_OF_ALL = "83f827d4bc2c9c4ec94c801f2935e6a599e864487cffeea78fb3542f7086e783"
+SHA256_OF_ALL = "677cd9d765d1a10adcc067a5175eb50eb487d4ba8ff96ac9fdf47efcbff9ad25"
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def test_a_bundle_written_again_is_read_as_the_same_one(name, models, tmp_path):
     assert {k: v for k, v in after.manifest.items() if k not in drop} == {
         k: v for k, v in before.manifest.items() if k not in drop
     }
-    for key, tensor in version_3.tensors_of(before.content).items():
-        assert torch.equal(tensor, version_3.tensors_of(after.content)[key])
+    for key, tensor in version_4.tensors_of(before.content).items():
+        assert torch.equal(tensor, version_4.tensors_of(after.content)[key])
 
 
 def test_the_command_opens_it(name):
@@ -110,9 +110,11 @@ def test_the_files_hold_what_their_version_brought():
     assert tracks.num_bands > 1 and not tracks.is_impulse.all(), "the recipe has a say where waves lie"
     assert not read_bundle(FOLDER / "2-absorber.pt").content.gop_recipe.any()
     assert isinstance(adaptive, Stretches) and len(adaptive.cut_frame) and len(adaptive.kind.unique()) == 2
+    with_trends = read_bundle(FOLDER / "4-adaptive.pt").content
+    assert not adaptive.has_trends and with_trends.trends.any() and len(with_trends.kind.unique()) == 2
 
 
-@pytest.mark.parametrize("name", ["1-first", "1-absorber", "2-absorber", "2-uniform", "3-adaptive"])
+@pytest.mark.parametrize("name", ["1-first", "1-absorber", "2-absorber", "2-uniform", "3-adaptive", "4-adaptive"])
 def test_a_setting_that_is_added_later_has_its_default(name, monkeypatch):
     monkeypatch.setitem(KEYS, "shutter", Key(float, 0.5, "a setting of a later release"))
     settings = read_bundle(FOLDER / f"{name}.pt").manifest["settings"]
@@ -130,7 +132,7 @@ def test_readers_know_every_setting_of_today():
     """A setting that is added goes to neither list: ``later_settings`` finds it. This fails when one is taken away."""
     today = set(KEYS) - {"description"}
     assert set(version_1.SETTINGS) - {"method", "reference_budget_tokens"} <= today
-    for version in (version_2, version_3):
+    for version in (version_2, version_3, version_4):
         assert set(later_settings(version.SETTINGS)) == today - set(version.SETTINGS)
 
 
@@ -147,9 +149,9 @@ def test_the_digest_of_the_rules_of_version_1():
 
 
 def test_a_future_version_is_refused_by_name(tmp_path):
-    content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 4}
+    content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 5}
     torch.save(content, tmp_path / "later.pt")
-    with pytest.raises(BundleError, match="expected version 1 or 2 or 3, got 4"):
+    with pytest.raises(BundleError, match="expected version 1 or 2 or 3 or 4, got 5"):
         read_bundle(tmp_path / "later.pt")
 
 

@@ -102,7 +102,8 @@ def test_unknown_argument_of_the_generator_is_usage() -> None:
 
 def test_every_verb_has_a_page_and_every_page_a_verb() -> None:
     expected = {"man1/freres.1", "man3/freres.3", "man5/freres-bundle.5", "man5/freres-preset.5"}
-    expected |= {"man7/freres.7", "man7/freres-benchmarks.7"}
+    sections = ("", "-batch", "-benchmarks", "-serving")
+    expected |= {f"man7/freres{name}.7" for name in sections}
     expected |= {f"man1/{manpages.page_name(verb)}.1" for verb in VERBS}
     assert {str(page.relative_to(MAN)) for page in PAGES} == expected
     assert set(manpages.VERBS) == set(VERBS)
@@ -292,14 +293,14 @@ def test_bundle_page_holds_the_tensors_of_stretches() -> None:
     from freres_cli.method.adaptive import StretchCompressor
     from freres_cli.stretches import STRETCH_COLUMNS
 
-    compressor = StretchCompressor((3, 3), 4, 40)
+    compressor = StretchCompressor((3, 3), 4, 40, keeps_trends=True)
     compressor.push(torch.randn(12, 3, 3, 4, generator=torch.Generator().manual_seed(0)), range(12))
     stretches = compressor.finish()
     text = section("man5/freres-bundle.5", "TENSORS").partition(".SS Content stretches")[2].partition(".SS ")[0]
     rows = re.findall(r"(?m)^(\w+)\t(E|float64|float32|int64|uint8) \((.*?)\)", text)
     assert [row[0] for row in rows] == [name for name in STRETCH_COLUMNS if name != "frame_seconds"]
     assert "frame_seconds" in text
-    sizes = {"S": 40, "S-1": 39, "C": 4, "2": 2, "6": 6}
+    sizes = {"S": 40, "S-1": 39, "C": 4, "D": 4, "2": 2, "6": 6}
     for name, dtype, shape in rows:
         tensor, letters = getattr(stretches, name), shape.split(", ")
         assert str(tensor.dtype) == f"torch.{'float32' if dtype == 'E' else dtype}", name

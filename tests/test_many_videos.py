@@ -21,7 +21,7 @@ from freres_cli.pipeline.matching import find_differences
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.video.listing import is_many, list_videos
 from freres_cli.workflows.compress import compress_many
-from tests.clips import write_clip
+from tests.clips import write_short_clips
 from tests.runner import run_freres
 
 FLAGS = ("--budget", 40, "--device", "cpu")
@@ -40,10 +40,7 @@ class CountingModels(Models):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("many")
-    for i in range(3):
-        write_clip(folder / f"clip{i}.mp4", 4 + i, fps=4)
-    return folder
+    return write_short_clips(tmp_path_factory.mktemp("many"), 3)
 
 
 @pytest.fixture

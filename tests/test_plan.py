@@ -104,6 +104,9 @@ def test_a_plan_agrees_with_the_dry_run_and_reads_no_weights(clip, tiny, tmp_pat
         4 * p.numel() for p in tiny[1].parameters()
     )
     assert document["kv_bytes"] == document["context_tokens"] * tiny_kv_bytes(tiny[1])
+    assert "frames that repeat the last one are not encoded" in document["notes"][1]
+    moving = run_freres("plan", clip, "--model", folder, "--tflops", 0.1, *flags, "--set", "still_levels=3").json
+    assert "by more than 3 levels are not encoded" in moving["notes"][1]
 
 
 def tiny_kv_bytes(stock):

@@ -11,11 +11,11 @@ from freres_cli.evaluation.ablation_plot import draw_ablation
 from freres_cli.evaluation.plots import COLOURS, PlotFile
 from freres_cli.evaluation.profile_plot import STAGES, draw_profile, stage_seconds
 from freres_cli.workflows.profile import STAGES as MEASURED
-from freres_cli.workflows.profile import _empty_row
+from freres_cli.workflows.profile import empty_row
 from tests.pipeline_fixtures import clip as clip
 from tests.runner import check_failure, fails, run_freres
 
-ROW = {**_empty_row("evs", "ok", None), **{stage: 1.0 + place for place, stage in enumerate(MEASURED)}}
+ROW = {**empty_row("evs", "ok", None), **{stage: 1.0 + place for place, stage in enumerate(MEASURED)}}
 
 
 def colours_of(png):
@@ -28,12 +28,12 @@ def test_the_stages_add_up_to_the_time_to_first_token():
     parts = stage_seconds(ROW)
     assert len(parts) == len(STAGES)
     assert sum(parts) == sum(ROW[key] for key in ("decode_s", "encode_s", "compress_s", "ttft_s"))
-    assert sum(stage_seconds(_empty_row("full", "timed_out", "late"))) == 0
+    assert sum(stage_seconds(empty_row("full", "timed_out", "late"))) == 0
 
 
 def test_a_profile_shows_every_stage_and_a_row_that_failed():
     row = ROW | {"peak_memory_bytes": 2**30}
-    drawn = colours_of(draw_profile([row, _empty_row("full", "out_of_memory", "killed")]))
+    drawn = colours_of(draw_profile([row, empty_row("full", "out_of_memory", "killed")]))
     assert set(COLOURS[: len(STAGES)]) <= drawn
     without = colours_of(draw_profile([row | {"encode_s": None}]))
     assert COLOURS[STAGES.index("decode")] in without

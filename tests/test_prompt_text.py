@@ -187,7 +187,7 @@ def test_an_adapter_is_trained_on_the_tokens_that_ask_reads(name, tmp_path):
     trainer = SimpleNamespace(
         request=SimpleNamespace(options=SimpleNamespace(settings=settings)), model=tiny.model, modules=None
     )
-    example = SimpleNamespace(questions=[question], tracks=lambda budget: tracks)
+    example = SimpleNamespace(questions=[question], content=lambda budget: tracks)
     [trained] = _Run._scores(trainer, example, 0, [0])
     prefix, suffix = session._prompt(Query(QUESTION))
     assert torch.allclose(trained, score_options(tiny.model, prefix, suffix, answers), atol=1e-3)

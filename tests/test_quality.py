@@ -260,9 +260,9 @@ def test_verbs_that_work_at_budgets_take_no_quality(clip, tmp_path, verb):
     )
     set_both = ("--set", "quality=0.9", "--set", "method=adaptive")
     check_failure(run_freres(verb, target, *more, *set_both), 2, f"quality: {verb} works at budgets")
-    if verb in ("train", "ablate"):
+    if verb == "ablate":
         check_failure(
-            run_freres(verb, target, *more, "--set", "method=adaptive"), 2, f"{verb} trains adapters of fre-res"
+            run_freres(verb, target, *more, "--set", "method=adaptive"), 2, "ablate trains adapters of fre-res"
         )
 
 

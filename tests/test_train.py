@@ -18,7 +18,9 @@ from freres_cli.errors import BackboneError
 from freres_cli.evaluation.questions import read_questions
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import DISTILLATION_WEIGHT, distillation_loss, total_loss
+from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.pipeline.models import Models
+from freres_cli.stretches import STRETCH_COLUMNS
 from freres_cli.workflows import train_adapter, training_data
 from freres_cli.world.make import make_set
 from tests.evaluations import read_rows, run_eval, write_rows
@@ -159,6 +161,30 @@ def test_training_moves_what_it_trains(folder, tmp_path):
     assert float(weights["absorber.gamma"]) != 0
 
 
+def test_an_adapter_of_method_adaptive_is_trained_on_bundles_with_trends(folder, tmp_path):
+    path = tmp_path / "a.safetensors"
+    flags = ("--set", "method=adaptive", "--budgets", 0.1, "--steps", 2, "--validate-every", 2, "--json")
+    run = run_command(folder, path, *flags)
+    assert run.status == 0, run.err
+    header = read_adapter(path, model_facts(path))[1]
+    assert header["method"] == run.json["method"] == "adaptive"
+    before, after = (row[2] for row in run.json["history"])
+    assert before != after, "two steps moved what the validation asks"
+    videos = {row["video"] for row in read_rows(folder / "data.jsonl")}
+    cached = [read_bundle(path) for path in (folder / "cache").rglob("*-0.1.pt")]
+    cached = [bundle for bundle in cached if bundle.manifest["content"] == "stretches"]
+    assert {bundle.manifest["source"]["file"] for bundle in cached} == videos
+    one, manifest = cached[0].content, cached[0].manifest
+    made = tmp_path / "b.pt"
+    named = ("--method", "adaptive", "--set", "trends=keep", "--budget", manifest["tokens"]["budget_tokens"])
+    assert (
+        run_freres("compress", folder / manifest["source"]["file"], *named, "-o", made, "--device", "cpu").status == 0
+    )
+    same = read_bundle(made).content
+    for name in set(STRETCH_COLUMNS) - {"curve_tokens", "curve_loss"}:
+        assert torch.equal(getattr(one, name), getattr(same, name)), name
+
+
 def test_distillation_is_least_where_student_and_teacher_agree():
     teacher = torch.tensor([-1.0, -2.0, -4.0])
     assert distillation_loss(teacher + 3.0, teacher).item() == pytest.approx(0, abs=1e-6)
@@ -206,6 +232,7 @@ def test_a_broken_video_is_left_out_and_named(folder, tmp_path):
         (("--budgets", "2.5"), "--budgets"),
         (("--validation", "1.5"), "--validation"),
         (("--set", "budget_tokens=3"), "use --budgets"),
+        (("--set", "method=evs"), "method: train trains adapters of fre-res or adaptive, got evs"),
     ],
 )
 def test_bad_flags_are_one_line(folder, tmp_path, flags, text):
@@ -224,11 +251,14 @@ def test_the_share_that_is_trained_is_at_most_one_percent(folder):
         width, num_parameters = 1536, 1_500_000_000
 
     bands = make_options({}, None, None, device="cpu").settings.max_coefficients
-    assert train_adapter.choose_shape(Model(), bands, None).rank == 64
-    Model.width, Model.num_parameters = 192, 2_500_000
-    small = train_adapter.choose_shape(Model(), bands, None)
-    assert train_adapter._size(small) <= 25_000 < train_adapter._size(ModuleShape(192, small.rank * 2, small.num_bands))
-    assert train_adapter.choose_shape(Model(), bands, 5).rank == 5
+    for kind in (FreResModules, StretchModules):
+        Model.width, Model.num_parameters = 1536, 1_500_000_000
+        assert train_adapter.choose_shape(kind, Model(), bands, None).rank == 64
+        Model.width, Model.num_parameters = 192, 2_500_000
+        small = train_adapter.choose_shape(kind, Model(), bands, None)
+        larger = ModuleShape(192, small.rank * 2, small.num_bands)
+        assert train_adapter._size(kind, small) <= 25_000 < train_adapter._size(kind, larger)
+        assert train_adapter.choose_shape(kind, Model(), bands, 5).rank == 5
 
 
 @pytest.mark.slow

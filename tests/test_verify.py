@@ -13,26 +13,13 @@ from freres_cli.backbones import language, qwen3_vl, stock, vision
 from freres_cli.backbones.base import PromptRows
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows import verify
-from tests.family_contract import one_thread  # noqa: F401
+from tests.family_contract import folders as folders
+from tests.family_contract import one_thread as one_thread
 from tests.runner import check_failure, run_freres
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import make_qwen2_vl
 
 CASES = {case.name: case for case in FAMILY_CASES}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folder of each family's tiny checkpoint, made when first asked for."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            CASES[name].make(made[name])
-        return made[name]
-
-    return folder
 
 
 @pytest.mark.parametrize(

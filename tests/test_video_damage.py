@@ -123,8 +123,8 @@ def test_damage_costs_no_frame_that_one_thread_can_decode(tmp_path, blanked):
 def test_frames_that_damage_left_without_a_time_get_the_next_one(plain_clip, monkeypatch):
     real = decode_module.iterate_frames
 
-    def without_some_times(container, stream):
-        for number, frame in enumerate(real(container, stream)):
+    def without_some_times(*given):
+        for number, frame in enumerate(real(*given)):
             frame.pts = None if number in (10, 11, 47) else frame.pts
             yield frame
 

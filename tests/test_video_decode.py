@@ -17,7 +17,8 @@ from freres_cli.errors import VideoError
 from freres_cli.records import FrameSize
 from freres_cli.video import decode as decode_module
 from freres_cli.video.decode import decode_frames
-from freres_cli.video.probe import hash_file, probe_video
+from freres_cli.video.opening import hash_file
+from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling, num_sampled_frames
 from tests import clips, decoding
 from tests.decoding import NATIVE, SMALL, decode
@@ -243,7 +244,7 @@ def test_picture_size_that_changes_is_levelled_out(tmp_path):
 def test_abandoned_iteration_closes_the_file(plain_clip, monkeypatch):
     opened = []
     real_open = decode_module.open_video
-    monkeypatch.setattr(decode_module, "open_video", lambda path: opened.append(real_open(path)) or opened[-1])
+    monkeypatch.setattr(decode_module, "open_video", lambda *given: opened.append(real_open(*given)) or opened[-1])
     frames = iter(decode_frames(plain_clip, probe_video(plain_clip), NATIVE, SMALL, batch_frames=1))
     next(frames)
     frames.close()

@@ -13,7 +13,8 @@ import pytest
 from freres_cli.errors import VideoError
 from freres_cli.records import FrameSize
 from freres_cli.video.decode import decode_frames
-from freres_cli.video.probe import hash_file, probe_video
+from freres_cli.video.opening import hash_file
+from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling, num_sampled_frames
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "videos"

@@ -16,7 +16,7 @@ import torch
 
 from freres_cli import bench
 from freres_cli.errors import ResourceError
-from freres_cli.video.probe import hash_file
+from freres_cli.video.opening import hash_file
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 from freres_cli.world.draw import draw_scenes, draw_stretches
 from freres_cli.world.encode import encode_frames

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from freres_cli.backbones.chatml import wrap_tokenizer
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.devices import Device
 from freres_cli.records import VideoTokens
@@ -29,15 +30,7 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    return wrap_tokenizer(tokenizer, SPECIAL_TOKENS, CHAT_TEMPLATE)
 
 
 def _byte_characters() -> list[str]:

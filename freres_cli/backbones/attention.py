@@ -116,12 +116,20 @@ def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
     """PyTorch's own kernels, with a mask only where they need one."""
+    if query.is_cuda and query.dtype == torch.float32:
+        # On CUDA no kernel takes grouped heads in float32, and PyTorch would hold all scores: 4 bytes for each pair.
+        key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if not is_causal or num_queries in (1, num_keys):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal and num_queries > 1, **options)
     bias = _causal_lower_right(num_queries, num_keys)
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+
+
+def _repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """Keys or values of every head, from those that groups of heads share: (n, kv_heads, kv, d) -> (n, heads, kv, d)."""
+    return tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1)
 
 
 def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
@@ -148,7 +156,7 @@ def _no_kernel_refused(query: Tensor) -> Any:
 def _attend_eager(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
     """Attention written out, with the whole score matrix in memory: slow, but the same on every machine."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if is_causal:
         hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).triu(

@@ -130,7 +130,7 @@ class LanguageModel(Protocol):
     gives the answer of the full sequence with the other tokens masked.
 
     ``choices_as``: how options are scored, by the ``letters`` they are listed under, as released models expect, or by
-    their own ``words``, for models trained to answer in words.
+    their own ``words``, for models trained to answer in words. ``decoder``: the module, with its weights and config.
     """
 
     family: str
@@ -149,6 +149,7 @@ class LanguageModel(Protocol):
     num_parameters: int
     stop_ids: frozenset[int]
     tokenizer: Any
+    decoder: Any
 
     @property
     def keeps_state(self) -> bool:

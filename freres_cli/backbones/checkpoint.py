@@ -161,18 +161,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The precision that a checkpoint's config names; bfloat16, as nearly all are stored, if it names none."""
+    text = config.get("text_config") or {}
+    name = next((c[key] for c in (config, text) for key in ("dtype", "torch_dtype") if c.get(key)), "bfloat16")
+    found = getattr(torch, str(name), torch.bfloat16)
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
+
+
 def resolve_checkpoint(
-    model: str,
+    model: str | Checkpoint,
     supported: tuple[str, ...],
     revision: str | None = None,
     bundled_directory: Path | None = None,
 ) -> Checkpoint:
-    """Find a ``model``: ``bundled`` (in ``bundled_directory``), a local folder, or a hub id ``ORGANISATION/NAME``.
+    """Find a ``model``: ``bundled`` (in ``bundled_directory``), a local folder, or a hub id ``ORGANISATION/NAME``. One that
+    is already found is returned as it is.
 
     A hub model's config is downloaded and checked; ``Checkpoint`` downloads its weights later. ``revision`` (branch, tag
     or commit) only applies to hub models. Raises BackboneError if the model is missing or unreachable, or if its
     ``model_type`` is not in ``supported``.
     """
+    if isinstance(model, Checkpoint):
+        return model
     if model == BUNDLED and bundled_directory is not None:
         return _open_folder(BUNDLED, bundled_directory, None, supported)
     folder = Path(model).expanduser()
@@ -269,7 +280,7 @@ def fingerprint(checkpoint: Checkpoint, projector_prefixes: tuple[str, ...]) -> 
     for key, tensor in checkpoint.tensors(sorted(rest_by_key)):
         header = f"{rest_by_key[key]} {tensor.dtype} {tuple(tensor.shape)} ".encode()
         digest = hashlib.sha256(header)
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         digests[rest_by_key[key]] = digest.hexdigest()
     return {
         "model_id": checkpoint.model_id,

@@ -23,7 +23,7 @@ from freres_cli.records import VideoTokens
 
 # Rows per forward pass of a prefill: enough to keep the device busy, and more where their activations are small, because
 # later chunks are attended with a mask, which costs twice the time on a CPU.
-PREFILL_CHUNK_TOKENS = 4096
+PREFILL_CHUNK_TOKENS = 2048
 PREFILL_CHUNK_BYTES = 256 << 20
 
 
@@ -70,9 +70,30 @@ def prefill_video(
     synchronize(model.device)
     start_s = time.perf_counter()
     rows = model.splice(prefix_ids, video, text_after)
+    return prefill_rows(model, rows, len(video), start_s, chunk_tokens, pruning)
+
+
+def prefill_rows(
+    model: LanguageModel,
+    rows: PromptRows,
+    num_visual_tokens: int,
+    start_s: float | None = None,
+    chunk_tokens: int | None = None,
+    pruning: Pruning | None = None,
+) -> VideoPrefix:
+    """``prefill_video`` from its rows on.
+
+    ``model``, ``chunk_tokens``, ``pruning``: as it takes them. ``rows``: what ``splice`` made of ``num_visual_tokens``
+    tokens. ``start_s``: ``time.perf_counter()`` when the work began, by default now.
+    """
+    start_s = time.perf_counter() if start_s is None else start_s
     notes = check_context(model, len(rows), rows.next_position)
     cache, pruned = model.new_cache(), None
     if pruning is None:
+        # It imports transformers, which whoever only reads tokens does without.
+        from freres_cli.backbones.cache import reserve_rows
+
+        reserve_rows(cache, len(rows))
         prefill(model, rows, cache, chunk_tokens)
     else:
         check_pruning(model, pruning, cache)
@@ -80,7 +101,7 @@ def prefill_video(
             pruned = run_first_layers(model, rows, cache, pruning, chunk_tokens or choose_chunk(model))
     synchronize(model.device)
     spent_s = time.perf_counter() - start_s
-    return VideoPrefix(cache, len(rows), len(video), rows.next_position, spent_s, notes, pruned)
+    return VideoPrefix(cache, len(rows), num_visual_tokens, rows.next_position, spent_s, notes, pruned)
 
 
 def check_context(
@@ -110,7 +131,7 @@ def check_context(
 
 
 def choose_chunk(model: LanguageModel) -> int:
-    """Return how many rows a prefill runs at a time: as many as have 256 MiB of activations, but at least 4,096 (ours)."""
+    """Return how many rows a prefill runs at a time: as many as have 256 MiB of activations, but at least 2,048 (ours)."""
     return max(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_BYTES // model.activation_bytes_per_token)
 
 

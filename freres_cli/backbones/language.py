@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import PromptIds, PromptRows
+from freres_cli.backbones.cache import make_cache
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
 from freres_cli.backbones.templates import render_chat
@@ -254,7 +255,7 @@ class DecoderLanguageModel(ABC):
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache for one sequence."""
-        return DynamicCache(config=self.decoder.config)
+        return make_cache(self.decoder.config)
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
         """Run rows on top of the cache. Returns the last hidden states, (L, D)."""

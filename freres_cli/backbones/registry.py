@@ -17,6 +17,7 @@ from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEnco
 from freres_cli.backbones.checkpoint import Checkpoint, resolve_checkpoint
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError
+from freres_cli.imports import quick_imports
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ KNOWN_CHECKPOINTS: tuple[KnownCheckpoint, ...] = (
 
 
 def load_vision_encoder(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -111,16 +112,17 @@ def load_vision_encoder(
 ) -> VisionEncoder:
     """Load the vision half of a model, in evaluation mode, without reading weights of the language half.
 
-    ``model``: ``bundled``, a local folder or a hub id. ``device``: where to run it. ``dtype``: a name from
-    ``devices.DTYPE_NAMES``, by default auto. ``revision``: branch, tag or commit of a hub model. ``bundled_directory``:
-    where the bundled model is. Raises BackboneError if it cannot be loaded, ResourceError if memory runs out.
+    ``model``: ``bundled``, a local folder, a hub id, or a checkpoint already found. ``device``: where to run it.
+    ``dtype``: a name from ``devices.DTYPE_NAMES``, by default auto. ``revision``: branch, tag or commit of a hub model.
+    ``bundled_directory``: where the bundled model is. Raises BackboneError if it cannot be loaded, ResourceError if memory
+    runs out.
     """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
     return _class_of(checkpoint, "vision").load(checkpoint, device, dtype)
 
 
 def identify_vision_encoder(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -136,7 +138,7 @@ def identify_vision_encoder(
 
 
 def load_language_model(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -151,7 +153,7 @@ def load_language_model(
 
 
 def load_prompt_counter(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -167,7 +169,7 @@ def load_prompt_counter(
 
 
 def load_weightless_encoder(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -182,7 +184,7 @@ def load_weightless_encoder(
 
 
 def find_checkpoint(
-    model: str,
+    model: str | Checkpoint,
     device: Device,
     dtype: str | None = None,
     revision: str | None = None,
@@ -203,7 +205,8 @@ def import_half(model_type: str, half: str) -> Any:
     """The class of a family's ``vision`` or ``language`` half. Raises BackboneError if transformers lacks the family."""
     module_name, _, class_name = getattr(FAMILIES[model_type], half).partition(":")
     try:
-        loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)
+        with quick_imports():
+            loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)
     except ImportError as error:
         reason = str(error).strip().partition("\n")[0]
         raise BackboneError(

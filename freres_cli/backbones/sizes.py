@@ -156,7 +156,7 @@ def _attended_pairs(family: str, config: Any, size: FrameSize, patches: int) -> 
 
 def measure_decoder(model: LanguageModel) -> DecoderSizes:
     """The sizes of a language half, with or without weights."""
-    decoder = model.decoder  # type: ignore[attr-defined]
+    decoder = model.decoder
     config = decoder.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

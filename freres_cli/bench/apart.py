@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 STARTED = "started"
+# ``freres`` in a process of its own, from the code that is running or that of the working folder: append its arguments.
+FRERES = (sys.executable, "-c", "from freres_cli.cli.app import main; main()")
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,9 @@ def limit_memory() -> None:
     available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + available, mapped + available))
+
+
+def children_cpu_s() -> float:
+    """Return the CPU seconds of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

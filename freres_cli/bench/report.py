@@ -36,3 +36,9 @@ def describe_environment(device: Device, dtype: torch.dtype | None = None) -> di
 def summarize_runs(values: Sequence[float]) -> dict[str, float]:
     """Return the median, minimum and maximum of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def summarize_ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Return the spread of the ratios of ``values`` to ``others``, which were measured in turn: machines are noisy, and what
+    slows both of a pair leaves its ratio."""
+    return summarize_runs([a / b for a, b in zip(values, others, strict=True)])

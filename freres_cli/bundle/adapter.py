@@ -19,8 +19,11 @@ MODEL_FACTS = ("config_sha256", "projector_sha256")
 
 
 def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write trained weights atomically. ``header``: facts about the backbone under ``model``, module sizes under
-    ``shape``, and facts about the training under ``training``. Raises ``UsageError`` or ``ResourceError``."""
+    """Write trained weights atomically.
+
+    ``header``: facts about the backbone under ``model``, the ``method`` they are for, module sizes under ``shape``, and
+    facts about the training under ``training``. Raises ``UsageError`` or ``ResourceError``.
+    """
     content = save(dict(weights), {HEADER: json.dumps(header, sort_keys=True)})
     write_atomically(path, lambda file: file.write(content), force=True)
 
@@ -29,14 +32,12 @@ def _name(model: Mapping[str, Any]) -> str:
     return str(model.get("model_id"))
 
 
-def read_adapter(
-    path: Path, model: Mapping[str, Any], name_model: Callable[[Mapping[str, Any]], str] = _name
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights and header of an adapter for the backbone that ``model`` describes.
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the header of an adapter. Raises ``BackboneError`` if the file is missing or damaged."""
+    return _read(path)[1]
 
-    ``name_model``: what the message calls a backbone with given facts, by default its id. Raises ``BackboneError`` if the
-    file is missing, damaged, or made for another backbone.
-    """
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise BackboneError(f"{explain_no_file(path)}: expected an adapter")
     try:
@@ -47,6 +48,18 @@ def read_adapter(
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
     if not isinstance(header, dict) or not all(isinstance(header.get(key), dict) for key in ("model", "shape")):
         raise BackboneError(f"{path}: not a freres adapter")
+    return weights, header
+
+
+def read_adapter(
+    path: Path, model: Mapping[str, Any], name_model: Callable[[Mapping[str, Any]], str] = _name
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights and header of an adapter for the backbone that ``model`` describes.
+
+    ``name_model``: what the message calls a backbone with given facts, by default its id. Raises ``BackboneError`` if the
+    file is missing, damaged, or made for another backbone.
+    """
+    weights, header = _read(path)
     if any(header["model"].get(fact) != model.get(fact) for fact in MODEL_FACTS):
         raise BackboneError(
             f"{path}: adapter for another model: expected {name_model(model)}, got {name_model(header['model'])}",

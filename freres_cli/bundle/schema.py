@@ -15,16 +15,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from freres_cli.bundle import version_1, version_2, version_3
+from freres_cli.bundle import version_1, version_2, version_3, version_4
 from freres_cli.bundle.checks import Field, Fields, damaged, read_fields
 from freres_cli.content import Content, count_by_kind, kind_of, latents_of
 from freres_cli.errors import BundleError
 from freres_cli.stretches import Stretches
 
 FORMAT = "freres.bundle"
-READERS = {1: version_1, 2: version_2, 3: version_3}
+READERS = {1: version_1, 2: version_2, 3: version_3, 4: version_4}
 MAX_DEPTH = 16
-SCHEMA_VERSION = 3  # that freres writes
+SCHEMA_VERSION = 4  # that freres writes
 # Fields added since the versions were fixed. A bundle without one has null in it: not known.
 LATER_FIELDS: Fields = {
     "geometry": {
@@ -77,7 +77,7 @@ def encode_manifest(manifest: Mapping[str, Any]) -> str:
 
 def make_content(content: Content, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to pass to ``torch.save``: everything on the CPU, each tensor stored alone."""
-    tensors = {name: _pack(tensor) for name, tensor in version_3.tensors_of(content).items()}
+    tensors = {name: _pack(tensor) for name, tensor in version_4.tensors_of(content).items()}
     # A view would drag its whole storage into the file.
     tensors = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
     text = encode_manifest({**manifest, "content": kind_of(content), "tensors": describe_tensors(tensors)})
@@ -136,6 +136,10 @@ def _check_facts(manifest: Mapping[str, Any], content: Content, where: str) -> N
     quality = content.quality if isinstance(content, Stretches) else None
     if told["quality"] != quality:
         raise damaged(where, f"tokens.quality: expected {quality}, got {told['quality']}")
+    wanted = manifest["settings"]["trends"]["value"]
+    if isinstance(content, Stretches) and content.has_trends != (wanted == "keep"):
+        channels = content.width if wanted == "keep" else 0
+        raise damaged(where, f"trends: expected {channels} channels, as settings.trends is {wanted}")
     runs = manifest["geometry"]["text_per_frame"]
     if runs is not None and (len(runs) % 2 or sum(runs[::2]) != content.grid[0]):
         raise damaged(where, f"geometry.text_per_frame: expected {content.grid[0]} frames in runs")

@@ -18,6 +18,7 @@ def check_stretches(made: Stretches) -> None:
     """
     _require(math.prod(made.grid) < MOST_LATENTS, "boxes: expected a grid with fewer cells")
     _check_boxes(made)
+    _check_trends(made)
     _check_merges(made)
     _check_energy(made)
     cuts = made.cut_frame.tolist()
@@ -31,6 +32,12 @@ def _check_boxes(made: Stretches) -> None:
     middles = (first + stop).tolist()
     is_ordered = all(a < b for a, b in zip(middles, middles[1:], strict=False))
     _require(is_ordered, "boxes: expected the order of the sequence")
+
+
+def _check_trends(made: Stretches) -> None:
+    _require(made.trends.dtype == made.latents.dtype, f"trends: expected {made.latents.dtype}, as the latents")
+    is_moment = made.boxes[:, 1] - made.boxes[:, 0] == 1
+    _require(not bool(made.trends[is_moment].any()), "trends: expected 0 for a stretch of one frame")
 
 
 def _check_merges(made: Stretches) -> None:

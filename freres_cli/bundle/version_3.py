@@ -1,4 +1,4 @@
-"""Schema version 3, which freres writes: as version 2, and the stretches of adaptive Fre-Res.
+"""Schema version 3: as version 2, and the stretches of adaptive Fre-Res.
 
 Every bundle of this version has the fields and settings listed here. Later additions are not listed; a bundle without one
 has its default.
@@ -21,9 +21,7 @@ from freres_cli.bundle.version_2 import TENSORS as TENSORS_2
 from freres_cli.bundle.version_2 import build_tokens, read_with
 from freres_cli.content import Content
 from freres_cli.presets import Key
-from freres_cli.records import VideoTokens
 from freres_cli.stretches import STRETCH_COLUMNS, Stretches
-from freres_cli.tracks import Tracks
 
 VARIANTS = ("absorber", "iquery", "sparse-idct", "anchors", "temporal", "concat", "idct")
 SETTINGS: dict[str, Key] = {
@@ -31,7 +29,8 @@ SETTINGS: dict[str, Key] = {
     "variant": Key(str, "absorber", "", choices=VARIANTS),
     "quality": Key(float, None, "", low=0.0, high=1.0, optional=True),
 }
-TENSORS = {**TENSORS_2, "tracks": (*TENSORS_2["tracks"], "gop_recipe"), "stretches": tuple(STRETCH_COLUMNS)}
+_STRETCHES = tuple(name for name in STRETCH_COLUMNS if name != "trends")
+TENSORS = {**TENSORS_2, "tracks": (*TENSORS_2["tracks"], "gop_recipe"), "stretches": _STRETCHES}
 CONTENT_OF_METHOD = {"fre-res": "tracks", "adaptive": "stretches"}
 
 
@@ -51,11 +50,14 @@ def read_content(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], whe
     if manifest["content"] == "tracks":
         return build_tracks(manifest, tensors, where)
     if manifest["content"] == "stretches":
-        return _build_stretches(manifest, tensors, where)
+        latents = tensors["latents"]
+        return build_stretches(manifest, {**tensors, "trends": latents.new_zeros(*latents.shape[:1], 0)}, where)
     return build_tokens(manifest, tensors, where)
 
 
-def _build_stretches(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Stretches:
+def build_stretches(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Stretches:
+    """Return the stretches made of these tensors. ``where``: the file. Raises ``BundleError`` if they are not those of a
+    clip."""
     for name, column in STRETCH_COLUMNS.items():
         check_column(name, column, tensors[name], where)
     geometry = manifest["geometry"]
@@ -65,11 +67,3 @@ def _build_stretches(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor],
         check_stretches(made)
     check_times(manifest, tensors, where)
     return made
-
-
-def tensors_of(content: Content) -> dict[str, Tensor]:
-    """Return the tensors that a bundle with this content holds, by name, in order."""
-    if isinstance(content, Tracks):
-        return content.tensors()
-    names = TENSORS["tokens" if isinstance(content, VideoTokens) else "stretches"]
-    return {name: getattr(content, name) for name in names}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.eval import describe_result, print_failures, run_notes
@@ -80,7 +81,8 @@ def ablate(
     if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
         raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
     file = read_questions(questions, limit)
-    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "ablate", trains=True)
+    made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
+    chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation

@@ -17,11 +17,13 @@ from freres_cli import __version__
 from freres_cli.cli import (
     ablate,
     ask,
+    batch,
     compare,
     compress,
     demo,
     doctor,
     eval,
+    export,
     fidelity,
     inspect,
     methods,
@@ -48,6 +50,7 @@ app = typer.Typer(
 )
 
 app.command("compress")(compress.compress)
+app.command("batch")(batch.batch)
 app.command("plan")(plan.plan)
 app.command("ask")(ask.ask)
 app.command("profile")(profile.profile)
@@ -59,6 +62,7 @@ app.command("train")(train.train)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("repack")(repack.repack)
+app.command("export")(export.export)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("methods")(methods.methods)

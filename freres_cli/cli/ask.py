@@ -24,6 +24,7 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.errors import FreresError, UsageError, count_of
+from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
 
@@ -63,6 +64,10 @@ def ask(
     where: Annotated[
         bool, typer.Option("--where", help="Also say which seconds of the clip the model attends to.")
     ] = False,
+    save_prefix: Annotated[
+        bool,
+        typer.Option("--save-prefix", help="Keep the prefilled video beside the bundle, and read it the next time."),
+    ] = False,
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
@@ -92,6 +97,11 @@ def ask(
     bundle is large and the question is the only one. Questions of a file are then answered one at a time. If B is the
     number of tokens in the bundle or more, all are used, as without it.
 
+    With --save-prefix, the prefilled video is kept in BUNDLE.prefix.safetensors, as large as its KV cache, and the next
+    question with --save-prefix reads it. The answers are the same. The file is used only for the same bundle, model,
+    precision, attention kernel, device and torch; else it is written again, and a note says so. Reading pays on a CPU. On
+    a fast GPU, reading and checking the file may take longer than the prefill; a note then says that.
+
     --where adds which seconds of the clip got the most attention from the last token of the question, just before the
     answer begins: mean over heads, and over the layers from the middle to just before the end, next to the share of the
     tokens in those seconds. Attention is not proof of evidence: a model may look at one place and answer from another.
@@ -105,6 +115,8 @@ def ask(
         raise UsageError("--where: expected a single question, got --questions", "ask one at a time")
     if refine is not None and where:
         raise UsageError("--where: expected every token of the bundle, got --refine", "ask with one of them")
+    if refine is not None and save_prefix:
+        raise UsageError("--save-prefix: expected every token of the bundle, got --refine", "ask with one of them")
     if text_after not in (None, *TEXT_AFTER):
         raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
     listed = [check_text(choice.strip(), "--choices") for choice in choices.split("|")] if choices is not None else []
@@ -114,16 +126,19 @@ def ask(
         check_choices(listed)
     check_length((text or "", *listed))
     check_revision(model, revision)
-    from freres_cli.backbones.generation import Sampling
-    from freres_cli.pipeline.models import find_device, find_dtype
-    from freres_cli.pipeline.session import AskRequest, open_session
-    from freres_cli.workflows.ask import read_queries
+    print_notes([options.LOADING], quiet)
+    with quick_imports():
+        from freres_cli.backbones.generation import Sampling
+        from freres_cli.pipeline.models import find_device, find_dtype
+        from freres_cli.pipeline.session import AskRequest, open_session
+        from freres_cli.workflows.ask import read_queries
 
     sampling = Sampling(temperature, top_p, seed)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
     manner["refine"] = refine
     rows = None if questions is None else read_queries(questions)
-    request = AskRequest(bundle, find_device(device, attn), model, revision, find_dtype(dtype), adapter, text_after)
+    place, precision = find_device(device, attn), find_dtype(dtype)
+    request = AskRequest(bundle, place, model, revision, precision, adapter, text_after, save_prefix)
     session = open_session(request)
     print_notes(session.notes, quiet)
     if rows is not None:

@@ -3,9 +3,13 @@
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
 against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
-together against one at a time) and ``still`` (frames in which nothing moved). Takes about 20 minutes on two cores.
-``peers`` (the cost of every method after encoding) is run only if it is named: it may take hours, and ``--frames`` makes its
-clip shorter.
+together against one at a time), ``still`` (frames in which nothing moved) and ``lean`` (the cache with spare rows, and a
+saved prefix). Takes about 20 minutes on two cores.
+
+Only if they are named: ``peers`` (the cost of every method after encoding; it may take hours, and ``--frames`` makes its
+clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and in ``--other CHECKOUT``, in turn) and ``hours``
+(memory against the length of the video, for ``--minutes``). ``kills`` (workers and drivers of ``freres batch`` killed at
+random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import argparse
 import itertools
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,9 +27,14 @@ from typing import Any
 import av
 import torch
 
+from freres_cli.bench.apart import FRERES
 from freres_cli.bench.clock import StageTimer
-from freres_cli.bench.report import describe_environment, summarize_runs
+from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
+from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
+from freres_cli.cli.benchmark_hours import measure_hours
+from freres_cli.cli.benchmark_lean import measure_lean
 from freres_cli.cli.benchmark_peers import measure_peers
+from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
 from freres_cli.devices import choose_device
@@ -52,6 +60,7 @@ from freres_cli.world.script import make_scene
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
 GRID = (24, 24)
+ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -139,7 +148,7 @@ def measure_decode(folder: Path, repeat: int = 5) -> dict[str, Any]:
             seconds = time_runs(run, 1)
             runs[name] += seconds if counted else []
     ratios = {
-        f"freres_over_{name}": summarize_runs([a / b for a, b in zip(runs["freres"], runs[name], strict=True)])
+        f"freres_over_{name}": summarize_ratios(runs["freres"], runs[name])
         for name in ("pyav_decode_only", "pyav_decode_and_resize")
     }
     video = "1280x720 H.264, 300 frames at 30 fps, every frame to 144x144 RGB"
@@ -295,8 +304,7 @@ def _time_queries(session: Session, queries: list[Query], repeat: int) -> dict[s
 
 def run_command(*arguments: str) -> str:
     """Run ``freres compress`` in its own process and return what it prints."""
-    command = [sys.executable, "-c", "from freres_cli.cli.app import main; main()", "compress", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run([*FRERES, "compress", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def write_video(path: Path, num_frames: int, side: tuple[int, int]) -> Path:
@@ -320,11 +328,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers measures")
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
+    parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
+    parser.add_argument(
+        "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
+    )
     parser.add_argument(
         "parts",
         nargs="*",
         default=[],
-        help="method, decode, memory, bounded, many, questions, still, peers; default: all but peers",
+        help=f"method, decode, memory, bounded, many, questions, still, lean; and, if named, {', '.join(ONLY_IF_NAMED)}",
     )
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -337,11 +349,19 @@ def main() -> None:
             "many": lambda: measure_many(Path(folder)),
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
+            "lean": lambda: measure_lean(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
+            "startup": lambda: measure_startup(Path(folder), arguments.other),
+            "hours": lambda: measure_hours(Path(folder), arguments.minutes, write_video),
+            "kills": lambda: measure_kills(Path(folder)),
+            "actors": lambda: measure_actors(Path(folder)),
+            "storage": lambda: measure_storage(Path(folder)),
         }
-        for part in arguments.parts or [part for part in measures if part != "peers"]:
+        for part in arguments.parts or [part for part in measures if part not in ONLY_IF_NAMED]:
             results["environment"] = describe_environment(choose_device("cpu"))
-            results["command"] = "python -m freres_cli.cli.benchmark -o freres_cli/bench/results/pipeline.json"
+            named = " ".join(["", *arguments.parts])
+            place = f"freres_cli/bench/results/{arguments.output.name}"
+            results["command"] = f"python -m freres_cli.cli.benchmark -o {place}{named if part == 'hours' else ''}"
             results[part] = measures[part]()
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
             print_result(f"{part}: done")

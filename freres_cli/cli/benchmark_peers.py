@@ -187,7 +187,7 @@ def _batches(latents: MadeLatents) -> Iterator[tuple[list[float], Tensor]]:
 
 def _figures(num_tokens: int, timer: StageTimer, peak_bytes: int) -> dict[str, Any]:
     seconds = timer.seconds["compress"]
-    return {"visual_tokens": num_tokens, "compress_s": seconds, "peak_above_latents_bytes": peak_bytes}
+    return {"visual_tokens": num_tokens, "compress_s": seconds, "peak_above_latents_bytes": max(0, peak_bytes)}
 
 
 def _show(row: dict[str, Any]) -> None:

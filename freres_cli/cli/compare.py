@@ -82,14 +82,14 @@ def compare(
         check_length((text, *listed), "--question")
     flags = gather_flags_at_budgets(assignments)
     chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "compare")
-    from freres_cli.pipeline.adapters import choose_adapter
+    from freres_cli.pipeline.adapters import give_adapters
     from freres_cli.pipeline.session import Query
     from freres_cli.workflows.compare import CompareRequest
     from freres_cli.workflows.compare import compare as run_comparison
 
-    own = choose_adapter(adapter, chosen.model.name, chosen.settings.variant)
+    cells = give_adapters(cells, adapter, chosen.model.name, chosen.settings.variant)
     queries = tuple(Query(text, listed) for text in asked)
-    request = CompareRequest(path, cells, chosen, queries, own, max_new_tokens)
+    request = CompareRequest(path, cells, chosen, queries, max_new_tokens)
     result = run_comparison(request)
     for row in result.rows:
         if row["status"] == "failed":
@@ -118,7 +118,6 @@ def _describe(result: CompareResult, request: CompareRequest) -> dict[str, Any]:
         "encode_s": result.encode_s,
         "questions": [query.question for query in request.queries],
         "rows": result.rows,
-        "adapter": None if request.adapter is None or not request.queries else request.adapter.name,
         "model": result.model,
         "settings": {key: s for key, s in request.options.settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS, FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.output import (
     format_bytes,
@@ -21,62 +20,47 @@ from freres_cli.cli.output import (
     print_notes,
     print_path,
     print_result,
-    print_warning,
     progress_bar,
 )
+from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
 from freres_cli.errors import UsageError, count_of
+from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
 if TYPE_CHECKING:
-    from freres_cli.pipeline.compressor import Compressor
+    from freres_cli.pipeline.compressor import Compressor, Progress
     from freres_cli.pipeline.planning import CompressOptions, CompressPlan
     from freres_cli.workflows.compress import CompressResult, Row
 
 BUNDLE, BUNDLES = Path("bundle.pt"), Path("bundles")
+PIPE = Path("-")
 
 
 def compress(
     videos: Annotated[
-        list[str], typer.Argument(metavar="VIDEO", help="Video files, folders of videos, or .txt lists of paths.")
+        list[str],
+        typer.Argument(metavar="VIDEO", help="Video files, folders of videos, .txt lists of paths, or - (a pipe)."),
     ],
     budget: options.Budget = None,
     quality: options.Quality = None,
     preset: options.PresetName = None,
     model: options.Model = None,
     revision: options.Revision = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
-            autocompletion=options.complete_bundle_method,
-        ),
-    ] = None,
-    variant: Annotated[
-        str | None,
-        typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat, idct, iquery or sparse-idct."),
-    ] = None,
+    method: options.BundleMethod = None,
+    variant: options.Variant = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="FILE|DIR", help="The bundle to write; for several videos, a folder."),
     ] = None,
     force: options.Force = False,
-    fps: Annotated[float | None, typer.Option("--fps", help="Read this many frames per second.")] = None,
-    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in total.")] = None,
-    grid: Annotated[
-        str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
-    ] = None,
+    fps: options.Fps = None,
+    frames: options.Frames = None,
+    grid: options.Grid = None,
     assignments: options.Assignments = None,
-    start: Annotated[
-        float | None,
-        typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
-    ] = None,
-    end: Annotated[
-        float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")] = False,
+    start: options.Start = None,
+    end: options.End = None,
+    strict: options.Strict = False,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
@@ -93,6 +77,11 @@ def compress(
     --budget. The other choices of --method are baselines: see freres methods. The video is not needed again. Prints the
     bundle's path.
 
+    The name - stands for a video on standard input, which is saved beside the bundle until it is compressed. Of a file that
+    still grows, what it holds at first is used, and a note says so. Work that takes more than five minutes keeps its state
+    in a hidden file beside the bundle: the same command goes on from there if it was killed (not with the methods that
+    need the whole clip at once), and the bundle is the same.
+
     For several videos, a folder (searched recursively) or a .txt list (one path per line, relative to the list), the
     model is loaded only once. Bundles are named after their videos. An existing bundle is skipped if it is intact and was
     made from the same video with the same model and settings, so a stopped run resumes when you start it again; --force
@@ -105,13 +94,24 @@ def compress(
     place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     named |= {"deepstack": deepstack, "quality": quality}
-    chosen = make_options(
-        gather_flags(assignments, named), preset, model, revision, method, start, end, strict, device, dtype, attn
-    )
-    chosen.check_settings()
-    from freres_cli.pipeline.compressor import Compressor
-
-    compressor = Compressor.from_options(chosen)
+    many = is_many(paths) or (output is not None and options.is_folder(output))
+    flags = gather_flags(assignments, named)
+    print_notes([options.LOADING], quiet)
+    # Shown before torch is imported, which takes seconds.
+    unit = "videos" if many else "frames"
+    with progress_bar("compress", quiet or json or dry_run, unit, "loading model") as progress:
+        with quick_imports():
+            chosen = make_options(flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
+            chosen.check_settings()
+            from freres_cli.pipeline.compressor import Compressor
+        compressor = Compressor.from_options(chosen)
+        if many and not dry_run:
+            listing = list_videos(paths)
+            print_notes(listing.notes, quiet)
+            _compress_many(compressor, listing.videos, place or BUNDLES, force, json, quiet, progress)
+            return
+        if not dry_run:
+            result = _compress_one(compressor, paths[0], place or BUNDLE, force, quiet, progress)
     if dry_run:
         if is_many(paths):
             raise UsageError("--dry-run: expected one video file", "name one of them")
@@ -119,63 +119,69 @@ def compress(
 
         plan = compressor.plan(paths[0])
         _print_plan(plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
-    elif is_many(paths) or (output is not None and options.is_folder(output)):
-        listing = list_videos(paths)
-        print_notes(listing.notes, quiet)
-        _compress_many(compressor, listing.videos, place or BUNDLES, force, json, quiet)
-    else:
-        _compress_one(compressor, paths[0], place or BUNDLE, force, json, quiet)
+        return
+    _print_one(result, chosen, json, quiet)
 
 
-def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, json: bool, quiet: bool) -> None:
-    from freres_cli.workflows.compress import compress_file
+def _compress_one(
+    compressor: Compressor, video: Path, output: Path, force: bool, quiet: bool, progress: Progress | None
+) -> CompressResult:
+    from freres_cli.workflows.compress import compress_file, compress_stream
 
-    with progress_bar("compress", quiet or json) as progress:
-        result = compress_file(compressor, video, output, force=force, progress=progress)
+    def tell(note: str) -> None:
+        print_notes([note], quiet)
+
+    if video != PIPE:
+        return compress_file(compressor, video, output, force=force, progress=progress, tell=tell)
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None or stream.isatty():
+        raise UsageError("-: standard input is a terminal: expected a video", "pipe one in: freres compress - < VIDEO")
+    tell("standard input is saved beside the bundle first: a video is read more than once")
+    return compress_stream(compressor, stream, output, force=force, progress=progress, tell=tell)
+
+
+def _print_one(result: CompressResult, chosen: CompressOptions, json: bool, quiet: bool) -> None:
     print_notes(result.notes, quiet)
     if json:
-        print_json("freres.compress/1", _document(result, compressor.options))
+        print_json("freres.compress/1", _document(result, chosen))
         return
     print_notes([_summary(result)], quiet)
     print_path(result.bundle)
 
 
 def _compress_many(
-    compressor: Compressor, videos: Sequence[tuple[Path, Path]], folder: Path, force: bool, json: bool, quiet: bool
+    compressor: Compressor,
+    videos: Sequence[tuple[Path, Path]],
+    folder: Path,
+    force: bool,
+    json: bool,
+    quiet: bool,
+    progress: Progress | None,
 ) -> None:
     """Print a line for each video. Raises the first failure after the last video."""
     from freres_cli.workflows.compress import compress_many
 
-    told: set[str] = set()
+    def print_line(row: Row) -> None:
+        print_json_line("freres.compress_many/1", _row_document(row, compressor.options))
+
+    shown = VideoRows(print_line if json else None, quiet)
 
     def on_row(row: Row) -> None:
-        # A reader that closed the pipe has seen enough; the other videos are still to be compressed.
-        with contextlib.suppress(SystemExit):
-            show_row(row)
+        said = _summary(row.result) if row.result is not None else f"skipped, {row.bundle} already exists"
+        notes = () if row.result is None else row.result.notes
+        shown.show(row, said, notes)
 
-    def show_row(row: Row) -> None:
-        if row.error is not None:
-            print_warning(f"failed: {row.error.message}")
-        if json:
-            print_json_line("freres.compress_many/1", _row_document(row, compressor.options))
-            return
-        if row.result is not None:
-            fresh = [note for note in row.result.notes if note not in told]
-            told.update(fresh)
-            print_notes([*fresh, f"{row.video}: {_summary(row.result)}"], quiet)
-        elif row.status == "skipped":
-            print_notes([f"{row.video}: skipped, {row.bundle} already exists"], quiet)
-        if row.error is None:
-            print_path(row.bundle)
-
-    with progress_bar("compress", quiet or json, "videos") as progress:
-        rows = compress_many(compressor, videos, folder, force=force, on_row=on_row, progress=progress)
-    counts = {status: sum(row.status == status for row in rows) for status in ("done", "skipped", "failed")}
-    failed = next((row.error for row in rows if row.error is not None), None)
-    if failed is not None:
-        raise type(failed)(
-            f"{counts['failed']} of {count_of(len(rows), 'video')} failed: {failed.message}", failed.hint
-        )
+    rows = compress_many(
+        compressor,
+        videos,
+        folder,
+        force=force,
+        on_row=on_row,
+        progress=progress,
+        tell=lambda note: print_notes([note], quiet),
+    )
+    raise_first_failure(rows)
+    counts = count_statuses(rows)
     if not json:
         print_notes([f"{counts['done']} compressed, {counts['skipped']} skipped"], quiet)
 
@@ -225,20 +231,23 @@ def make_options(
     return CompressOptions(source, settings, method, start, end, strict)
 
 
-def at_budgets(chosen: CompressOptions, verb: str, *, trains: bool = False) -> CompressOptions:
+def at_budgets(chosen: CompressOptions, verb: str, *, trains: tuple[str, ...] = ()) -> CompressOptions:
     """Return the options of a verb that names its budgets itself.
 
-    ``chosen``: the options. ``verb``: its name. ``trains``: it makes an adapter. Raises ``UsageError`` if the settings
-    name a quality, or a method that has no adapter.
+    ``chosen``: the options. ``verb``: its name. ``trains``: the methods that it trains adapters of; the first is trained
+    unless another is named. Raises ``UsageError`` if the settings name a quality, or a method that is not among these.
     """
     settings = chosen.settings
     if settings.quality is not None:
         raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
     if not trains:
         return chosen
-    if settings.is_named("method") and chosen.method != FRE_RES:
-        raise UsageError(f"method: {verb} trains adapters of {FRE_RES}, got {chosen.method}", "leave it out")
-    return replace(chosen, method=FRE_RES)
+    if not settings.is_named("method"):
+        return replace(chosen, method=trains[0])
+    if chosen.method not in trains:
+        able = " or ".join(trains)
+        raise UsageError(f"method: {verb} trains adapters of {able}, got {chosen.method}", "leave it out")
+    return chosen
 
 
 def _summary(result: CompressResult) -> str:
@@ -268,6 +277,7 @@ def _document(result: CompressResult, chosen: CompressOptions) -> dict[str, Any]
         "source": result.manifest["source"],
         "sampling": result.manifest["sampling"],
         "settings": result.manifest["settings"],
+        "resumed_frames": result.resumed_frames,
         "notes": list(result.notes),
         "environment": describe_environment(chosen.model.device, result.dtype),
     }

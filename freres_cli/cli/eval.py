@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import FRE_RES, METHODS
+from freres_cli.baselines.registry import METHODS
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
 from freres_cli.cli.eval_tables import print_differences, print_rows, print_totals
@@ -103,13 +102,12 @@ def evaluate(
         None if text is None else options.check_path(text, flag) for text, flag in ((table, "--csv"), (plot, "--plot"))
     ]
     chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval")
-    from freres_cli.pipeline.adapters import choose_adapter
+    from freres_cli.pipeline.adapters import give_adapters
     from freres_cli.workflows.eval_files import EvalFiles
     from freres_cli.workflows.evaluate import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
 
-    own = choose_adapter(adapter, chosen.model.name, chosen.settings.variant)
-    cells = tuple(replace(cell, adapter=own) if cell.method == FRE_RES else cell for cell in cells)
+    cells = give_adapters(cells, adapter, chosen.model.name, chosen.settings.variant)
     request = EvalRequest(file, cells, chosen, path, force, files=EvalFiles(*made))
     with progress_bar("eval", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress)

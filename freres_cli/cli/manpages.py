@@ -65,7 +65,7 @@ KEY_EXAMPLES: dict[str, str] = yaml.load(
     """{description: one line, method: adaptive, budget_tokens: 1280, quality: 0.95, sample: fps, sample_fps: 1,
     sample_count: 16, still_levels: 2, track_density: 4, grid: 24x24, tokens_per_frame: 256, variant: anchors, anchors: 4,
     keep_per_block: 8, temporal_share: 0.3, static_per_gop: 0, pooled_side: 6, max_coefficients: 5, events: false,
-    tau: 0.25, text_after: hf, deepstack: drop}""",
+    tau: 0.25, text_after: hf, deepstack: drop, trends: keep}""",
     yaml.BaseLoader,
 )
 EXAMPLE_PRESET = """\
@@ -220,7 +220,12 @@ def overview_page(path: Path, verbs: Iterable[str]) -> str:
         + "".join(tagged(f".B {escape(p.name)}", f"{p.values['description']}.") for p in presets),
         "EXIT STATUS": exit_status(),
         "SEE ALSO": see_also(
-            "freres(1)", "freres(3)", "freres-benchmarks(7)", *(f"{page_name(name)}(1)" for name in verbs)
+            "freres(1)",
+            "freres(3)",
+            "freres-batch(7)",
+            "freres-benchmarks(7)",
+            "freres-serving(7)",
+            *(f"{page_name(name)}(1)" for name in verbs),
         ),
     }
     _, *sections = re.split(r"(?m)^\.SH (?!NAME)", path.read_text(encoding="utf-8"))

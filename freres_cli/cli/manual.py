@@ -46,6 +46,26 @@ compress:
   defaults: {method: the preset's, variant: the preset's, fps: the preset's sample, frames: the preset's sample,
     grid: the preset's, start: the beginning of the video, end: the end of the video,
     output: "bundle.pt, or the folder bundles for several videos"}
+batch:
+  examples:
+    freres batch clips/ -o bundles/: Every video in a folder. Run it again to resume after a stop.
+    freres batch "clips/**/*.mp4" list.jsonl -o bundles/ --actors 4: A pattern and a list with settings; four workers.
+    freres batch s3://bucket/clips -o s3://bucket/bundles --rows rows.jsonl: Videos and bundles on an object store.
+    freres batch clips/ -o bundles/ --engine ray --address auto --actors 16: Sixteen workers on the Ray cluster of this node.
+  output: >-
+    The path or URL of each bundle, in the order in which they are done. A note for each video, or a warning if it failed,
+    goes to stderr. At the end the rows of all videos, in the order of the lists, are written to `--rows`, one JSON object a
+    line, with the keys below; the file is there only if the run came to its end. `status` is done, skipped (the same bundle
+    was there) or failed; `error` is the message and `exit_status` its number, null and 0 if there was none. `total_s` is
+    the wall time of the video in its worker, with fetching and storing; `timings_s` has its stages. `tries` is 2 if a
+    worker broke on it before.
+  schemas:
+    freres.batch/1 lines:
+      video bundle status visual_tokens full_tokens video_s video_bytes bundle_bytes total_s timings_s tries error exit_status
+  defaults: {method: the preset's, variant: the preset's, fps: the preset's sample, frames: the preset's sample,
+    grid: the preset's, start: the beginning of the video, end: the end of the video,
+    actors: "one for each GPU, or one", address: a cluster of its own on this machine,
+    rows: rows.jsonl in the folder of the bundles}
 plan:
   examples:
     freres plan video.mp4 --model Qwen/Qwen2-VL-7B-Instruct --budget 6600 --device-memory 24GiB: Does it fit a GPU of 24 GiB?
@@ -107,7 +127,8 @@ profile:
     that could not be measured says why: out_of_memory, context_exceeded or timed_out. `--plot` needs matplotlib: pip
     install 'freres[plot]'.
   schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
-  defaults: {plot: none (nothing is drawn), model: "bundled, or the bundle's",
+  defaults: {timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
+    plot: none (nothing is drawn), model: "bundled, or the bundle's",
     revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
@@ -255,6 +276,15 @@ repack:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
       context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s notes environment
   defaults: {budget: all tokens are kept, quality: none, deepstack: unchanged}
+export:
+  examples:
+    freres export bundle.pt --to hf -o prompt.safetensors: Ids, positions and encoder outputs for generate of transformers.
+    freres export bundle.pt --to vllm -o video.safetensors: The video's part of the prompt, for the plug-in of vLLM.
+    freres export bundle.pt --to safetensors -o tokens.safetensors: The visual tokens alone, for code of your own.
+  output: >-
+    The path of the file. freres-serving(7) has its content, and the code that reads it.
+  schemas: {freres.export/1: bundle target output output_bytes visual_tokens tensors (shapes by name) notes environment}
+  defaults: {adapter: "the bundled model's own, none for others", model: the bundle's, revision: the bundle's}
 presets:
   examples:
     freres presets: List the presets.

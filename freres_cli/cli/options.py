@@ -139,8 +139,41 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set any preset key; use again to set more. See freres-preset(5)."),
 ]
+BundleMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
+        autocompletion=complete_bundle_method,
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat, idct, iquery or sparse-idct."),
+]
+Fps = Annotated[float | None, typer.Option("--fps", help="Read this many frames per second.")]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in total.")]
+Grid = Annotated[
+    str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
+]
+Start = Annotated[
+    float | None,
+    typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
+]
+End = Annotated[
+    float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="FILE|none", help="An adapter from freres train, or none for untrained tokens."),
+    typer.Option(
+        "--adapter",
+        metavar="FILE|none",
+        help="An adapter from freres train, for its own method only, or none for untrained tokens.",
+    ),
 ]
+# Importing torch and transformers takes seconds: verbs that do say this first.
+LOADING = "loading the model"
+
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]

@@ -36,8 +36,8 @@ def print_result(text: str, end: str = "\n") -> None:
         raise ResourceError(f"standard output: cannot be written: {error.strerror}") from error
 
 
-def print_path(path: Path) -> None:
-    """Write the path of a result to stdout: unchanged for other programs, without control characters on a terminal."""
+def print_path(path: Path | str) -> None:
+    """Write the path or URL of a result to stdout: unchanged for other programs, without control characters on a terminal."""
     print_result(_plain(str(path)) if sys.stdout.isatty() else str(path))
 
 
@@ -123,22 +123,31 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, quiet: bool, unit: str = "frames") -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a function (done, total) that draws a bar on stderr, or ``None`` if stderr is not a terminal or ``quiet`` is
-    set. ``label``: text before the bar. ``unit``: what is counted."""
+def progress_bar(
+    label: str, quiet: bool, unit: str = "frames", waiting: str | None = None
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield a function (done, total) that draws a bar with the time left on stderr, or ``None`` if stderr is not a terminal
+    or ``quiet`` is set. ``label``: text before the bar. ``unit``: what is counted. ``waiting``: the text before the first
+    call."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
     # While a bar is drawn, rich redirects stdout to its console, stderr. Allow that only if both are terminals.
     shares_terminal = sys.stdout.isatty()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, redirect_stdout=shares_terminal) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task(waiting or label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total, description=label)
 
 
 BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"

@@ -84,10 +84,10 @@ def plan(
     if json:
         facts = {"device_memory_bytes": limit, "fits": fits, "largest_budget": largest}
         document = {**plan_document(cost.plan, chosen), **_document(cost, stages, speed), **facts}
-        document |= {"model": chosen.model.name, "notes": [planner.dtype_note]}
+        document |= {"model": chosen.model.name, "notes": list(planner.notes)}
         print_json("freres.plan/2", {**document, "environment": describe_environment(here)})
         return
-    print_notes([planner.dtype_note], quiet)
+    print_notes(planner.notes, quiet)
     _print_cost(cost, stages, speed)
     if limit is not None:
         print_result(f"fits {format_bytes(limit)}: yes; the largest budget that would: {largest}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,9 @@ from freres_cli.cli.output import (
     print_result,
     print_table,
 )
+from freres_cli.cli.profile_table import find_table, print_cost_table, weights_of
 from freres_cli.errors import UsageError, VideoError, explain_no_file
+from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
 from freres_cli.presets import BUNDLED
 
 if TYPE_CHECKING:
@@ -38,8 +41,27 @@ def profile(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Runs before those, not measured.")] = 1,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 16,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=1.0, max=1e6, metavar="SECONDS", help="Stop a row that takes longer.")
-    ] = 1800.0,
+        float | None,
+        typer.Option(
+            "--timeout",
+            min=1.0,
+            max=1e6,
+            metavar="SECONDS",
+            help="Stop a row that takes longer.",
+        ),
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option("--table", metavar="NAME", help="Measure the paper's cost table in place of a clip: dense-30fps."),
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            metavar="stored|random",
+            help="random: draw them; --model is a folder without weights, or a name such as Qwen3-VL-8B. No network.",
+        ),
+    ] = "stored",
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG of time by stage, and of peak memory.")
     ] = None,
@@ -61,54 +83,80 @@ def profile(
     in its own process; a row that runs out of memory says so. TTFT is the time from the question's submission to the
     first token, with bundle and model loaded and the video not yet prefilled. A bundle does not hold the video, so its
     full-token row uses the same number of random latents.
+
+    --table dense-30fps measures the language model alone, with prompts of the paper's Table 3 (a minute at 30 fps): all
+    frames, one a second, Fourier, Fre-Res and adaptive. Tokens have the places that each method gives them, and random
+    latents. Each row stands beside the paper's figures, and beside the least that it could cost on this device.
     """
-    from freres_cli.bench.report import describe_environment
-    from freres_cli.evaluation.profile_plot import draw_profile
-    from freres_cli.pipeline.models import find_device, find_dtype
+    from freres_cli.pipeline.models import find_device, find_dtype, make_source
     from freres_cli.pipeline.session import AskRequest
     from freres_cli.workflows.profile import ProfileRequest
     from freres_cli.workflows.profile import profile as run_profile
+    from freres_cli.workflows.profile_table import TableRequest
     from freres_cli.world.clip import make_clip
 
+    if table is not None:
+        others = {"BUNDLE|VIDEO": target, "--budget": budget, "--preset": preset, "--set": assignments, PLOT_FLAG: plot}
+        _refuse_with_table([name for name, value in others.items() if value])
     picture = options.check_plot(plot, force)
     chosen = find_device(device, attn)
     if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
         raise VideoError(explain_no_file(target), "name a video or a bundle")
-    with tempfile.TemporaryDirectory() if target is None else nullcontext() as folder:
-        subject = make_clip(Path(folder) / "clip.mp4") if folder else target
+    asked, is_random = (chosen, question, repeat, warmup, max_new_tokens), weights == "random"
+    with ExitStack() as stack:
+        place, about = stack.enter_context(weights_of(model, weights))
+        told = [*about, chosen.note, chosen.attention_note]
+        waiting = [*told, f"{repeat} runs per row after {warmup} warm-up; please wait"]
+        if table is not None:
+            source = replace(make_source(place or BUNDLED, chosen, dtype, revision), is_random=is_random)
+            costs = TableRequest(*asked, timeout or 110.0, model=source, table=find_table(table))
+            print_notes(waiting, quiet or json)
+            print_cost_table(costs, {"model": model or BUNDLED, "weights": weights, "notes": told}, json=json)
+            return
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if target is None else None
+        subject = target if folder is None else make_clip(Path(folder) / "clip.mp4")
         assert subject is not None
         compress = video = bundle = None
         if zipfile.is_zipfile(subject):
-            if budget is not None or preset is not None or assignments:
+            if budget is not None or preset is not None or assignments or is_random:
                 raise UsageError(
-                    "--budget, --preset, --set: a bundle is already compressed", "repack it, or name a video"
+                    "--budget, --preset, --set, --weights: a bundle is already compressed", "repack it, or name a video"
                 )
             bundle = AskRequest(subject, chosen, model, revision, find_dtype(dtype))
         else:
             flags = gather_flags(assignments, {"budget_tokens": budget})
-            compress = make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn)
+            compress = make_options(flags, preset, place, revision, device=device, dtype=dtype, attn=attn)
+            compress = replace(compress, model=replace(compress.model, is_random=is_random))
             compress.check_settings()
             video = subject
-        request = ProfileRequest(
-            chosen, question, repeat, warmup, max_new_tokens, timeout, video=video, options=compress, bundle=bundle
-        )
-        print_notes(
-            [chosen.note, chosen.attention_note, f"{repeat} runs per row after {warmup} warm-up; please wait"],
-            quiet or json,
-        )
+        request = ProfileRequest(*asked, timeout or 1800.0, video=video, options=compress, bundle=bundle)
+        print_notes(waiting, quiet or json)
         rows = run_profile(request)
+    facts = {"target": "made clip, 4 s" if target is None else str(target), "weights": weights, "notes": told}
+    _show(rows, request, facts | {"model": model or BUNDLED if bundle is None else None}, picture, json=json)
+
+
+def _show(
+    rows: list[dict[str, Any]], request: ProfileRequest, facts: dict[str, Any], picture: PlotFile | None, *, json: bool
+) -> None:
+    from freres_cli.bench.report import describe_environment
+    from freres_cli.evaluation.profile_plot import draw_profile
+
     if picture is not None:
         picture.write(draw_profile(rows))
-    name = "made clip, 4 s" if target is None else str(target)
     if json:
-        facts = {"target": name, "question": question, "repeat": repeat, "warmup": warmup}
-        facts |= {"model": model or BUNDLED if bundle is None else None}
-        facts |= {"plot": None if picture is None else str(picture.path)}
-        print_json("freres.profile/1", {**facts, "rows": rows, "environment": describe_environment(chosen)})
+        asked = {"question": request.question, "repeat": request.repeat, "warmup": request.warmup}
+        facts = {**facts, **asked, "plot": None if picture is None else str(picture.path)}
+        print_json("freres.profile/1", {**facts, "rows": rows, "environment": describe_environment(request.device)})
         return
     _print_rows(rows, request)
     if picture is not None:
         print_line(f"plot: {picture.path}")
+
+
+def _refuse_with_table(others: list[str]) -> None:
+    if others:
+        raise UsageError(f"--table: expected no {others[0]} with it", "the table has its own clip, methods and budgets")
 
 
 def _print_rows(rows: list[dict[str, Any]], request: ProfileRequest) -> None:

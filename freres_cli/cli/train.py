@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.output import print_json, print_notes, print_result, print_warning, progress_bar
@@ -61,6 +62,8 @@ def train(
 ) -> None:
     """Train a Fre-Res adapter for a frozen model, to use with freres ask --adapter.
 
+    The adapter is for method fre-res, or with --set method=adaptive for that one; it works with no other.
+
     Each video is compressed once at every budget, into the cache; the vision tower and the language model do not change.
     Training fits the token adapters, the absorber, the type embeddings and the gates to the answers and to the scores
     that the same model gives the options when it sees every token. Each video in a step uses one of the budgets, so one
@@ -89,7 +92,8 @@ def train(
         raise UsageError("--set budget_tokens: the adapter is trained for the sizes in --budgets", "use --budgets")
     sizes = parse_budgets(budgets)
     file = read_questions(data, is_named=False)
-    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "train", trains=True)
+    made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
+    chosen = at_budgets(made, "train", trains=(FRE_RES, ADAPTIVE))
     from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
 
     recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)

@@ -40,8 +40,8 @@ class Budget:
 class Cell:
     """One row of the results: a method at a budget, ``None`` if the method has no budget.
 
-    Fre-Res may have several rows: ``label`` tells them apart, ``settings`` are the (key, value) pairs that differ from
-    the run's, and ``adapter`` is a file of trained modules.
+    Fre-Res may have several rows: ``label`` tells them apart, and ``settings`` are the (key, value) pairs that differ from
+    the run's. ``adapter``: a file of trained modules for this method.
     """
 
     method: str

@@ -11,13 +11,12 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
 from freres_cli.backbones.generation import Sampling
-from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
+from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import UsageError, VideoError
 from freres_cli.evaluation.cells import parse_budget
-from freres_cli.method.fusion import FreResModules
-from freres_cli.pipeline.adapters import choose_adapter, load_modules
+from freres_cli.pipeline.adapters import TRAINED_METHODS, AnyModules, choose_adapter, load_modules_for
 from freres_cli.pipeline.choices import choose_preset
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
@@ -74,7 +73,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         self._models = models or Models(source)
         check_methods([method], self._models.language_model)
         self._timer = StageTimer(torch.device(source.device.name))
-        self._modules = self._load_modules(adapter) if method == FRE_RES else None
+        self._modules = self._load_modules(adapter) if method in TRAINED_METHODS else None
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Return the answers, in the order of the requests. Raises ``VideoError`` for a video that cannot be used, before
@@ -103,13 +102,12 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         """Raises ``UsageError``: each question is asked on its own."""
         raise UsageError("generate_until_multi_round: not supported", "choose a task with output_type generate_until")
 
-    def _load_modules(self, named: str | None) -> FreResModules | None:
-        settings, model = self._options.settings, self._models.language_model
-        path = choose_adapter(named, self._options.model.name, settings.variant)
+    def _load_modules(self, named: str | None) -> AnyModules | None:
+        settings = self._options.settings
+        path = choose_adapter(named, self._options.model.name, self._method, settings.variant)
         if path is None:
             return None
-        shape = (model.width, settings.max_coefficients)
-        return load_modules(path, model.fingerprint, settings.variant, *shape).to(model.device)
+        return load_modules_for(path, self._method, self._models.language_model, settings.values())
 
     def _find_video(self, request: Instance) -> Path:
         """Return the video of a request. Raises ``UsageError`` unless there is exactly one, given as a path."""

@@ -1,4 +1,4 @@
-"""The Spatial-Guided Absorber: local masked cross-attention from tokens to the coefficients around them."""
+"""The Spatial-Guided Absorber: local masked cross-attention from tokens to the coefficients, or trends, around them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SpatialGuidedAbsorber(nn.Module):
     ``output = token + gamma * CrossAttention(token; coefficients, band and offset embeddings)`` (paper section 3.4,
     H.2). ``gamma`` starts at zero, so untrained tokens pass through unchanged (ours). Keys are normed, so a token looks
     for a kind of motion. Values are not: what is added goes to zero with the motion, as in the paper's Figure 4 (the form
-    is ours).
+    is ours). In adaptive Fre-Res trends take the place of coefficients, and orders in time that of bands.
 
     ``width``: D. ``dim``: width of queries and keys. ``num_bands``: bands with an embedding. ``values``: one of
     ``VALUES``.
@@ -62,37 +62,43 @@ class SpatialGuidedAbsorber(nn.Module):
         self.offset = nn.Parameter(torch.zeros(NEIGHBOURHOOD**2, dim))
         self.gamma = nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens: Tensor, coefficients: Tensor, scale: Tensor, slots: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, coefficients: Tensor, scale: Tensor, slots: Tensor, places: Tensor | None = None
+    ) -> Tensor:
         """Return the tokens after absorption, (n, D). A token without neighbours passes through unchanged.
 
         ``tokens``: (n, D). ``coefficients``: (m, D). ``scale``: (m,), what makes each an amplitude in units of a token.
-        ``slots``: (n, 9, K), row of each neighbouring coefficient, -1 = masked.
+        ``slots``: (n, 9, K), row of each neighbouring coefficient, -1 = masked. ``places``: with ``slots`` (n, s), where each
+        neighbour lies: (n, s), offset times the number of bands plus band.
         """
-        return tokens + self.attend(tokens, coefficients, scale, slots)[0]
+        return tokens + self.attend(tokens, coefficients, scale, slots, places)[0]
 
-    def attend(self, tokens: Tensor, coefficients: Tensor, scale: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is added to each token, (n, D), and its attention weights, (n, 9, K).
+    def attend(
+        self, tokens: Tensor, coefficients: Tensor, scale: Tensor, slots: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is added to each token, (n, D), and its attention weights, in the shape of ``slots``.
 
-        ``tokens``, ``coefficients``, ``scale``, ``slots``: as in ``forward``. A token's weights sum to 1 over
+        ``tokens``, ``coefficients``, ``scale``, ``slots``, ``places``: as in ``forward``. A token's weights sum to 1 over
         its kept neighbours and are 0 where masked. Without neighbours all are 0.
         """
+        num_bands = self.band.shape[0] if places is not None else slots.shape[2]
+        table = (self.offset[:, None, :] + self.band[None, :num_bands, :]).flatten(0, 1)
         keyed = self.key_norm(coefficients)
         keys = self.key(keyed)
         values = self.value(keyed if self.values == NORMED else coefficients * scale[:, None])
         queries = self.query(self.query_norm(tokens))
-        chunks = [
-            self._attend(q, keys, values, s)
-            for q, s in zip(queries.split(QUERIES_AT_ONCE), slots.split(QUERIES_AT_ONCE), strict=True)
-        ]
+        chunks = []
+        for part in torch.arange(slots.shape[0], device=slots.device).split(QUERIES_AT_ONCE):
+            place = table if places is None else table[places[part]]
+            chunks.append(self._attend(queries[part], keys, values, slots[part].flatten(1), place))
         added: Tensor = self.gamma * self.output(torch.cat([heard for heard, _ in chunks]))
         return added, torch.cat([weights for _, weights in chunks]).view(slots.shape)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        num_bands = slots.shape[2]
-        place = self.offset[:, None, :] + self.band[None, :num_bands, :]
-        rows = slots.clamp(min=0).flatten(1)
-        near = keys[rows] + place.flatten(0, 1)
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows = slots.clamp(min=0)
+        near = keys[rows] + place
         scores = torch.einsum("nd,nsd->ns", queries, near) / queries.shape[-1] ** 0.5
-        masked = slots.flatten(1) < 0
-        weights = scores.masked_fill(masked, -torch.inf).softmax(-1).nan_to_num(0.0)
+        weights = scores.masked_fill(slots < 0, -torch.inf).softmax(-1).nan_to_num(0.0)
         return torch.einsum("ns,nsd->nd", weights, values[rows]), weights

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from freres_cli.method.merging import Merger, add_up, merge_means
+from freres_cli.method.merging import Merger, add_up, merge_stretches
+from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.method.tokens import seconds_at
 from freres_cli.records import VideoTokens
 from freres_cli.stretches import Stretches
@@ -56,21 +59,32 @@ class StretchCompressor:
     """Turns a stream of latents into stretches. Memory is bounded; the result does not depend on how frames are batched.
 
     ``grid``: (H, W). ``width``: D. ``budget_tokens``: most stretches; ``None`` for no limit. ``quality``: share of the
-    latents' energy to keep, with as few stretches as possible; ``None`` to use the whole budget.
+    latents' energy to keep, with as few stretches as possible; ``None`` to use the whole budget. ``keeps_trends``: keep how
+    each stretch changes, which trained modules read.
     """
 
     def __init__(
-        self, grid: tuple[int, int], width: int, budget_tokens: int | None, quality: float | None = None
+        self,
+        grid: tuple[int, int],
+        width: int,
+        budget_tokens: int | None,
+        quality: float | None = None,
+        keeps_trends: bool = False,
     ) -> None:
         if budget_tokens is not None and budget_tokens < 1:
             raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
-        self._grid, self._width = grid, width
+        self._grid, self._width, self._keeps_trends = grid, width, keeps_trends
         self._budget, self._quality = budget_tokens, quality
         self._most = max(MOST_STRETCHES, budget_tokens or 0)
         self._detector = CutDetector()
         self._merger: Merger | None = None
         self._cuts: list[int] = []
-        self._seconds: list[float] = []
+        self._seconds = array("d")  # 8 bytes a frame
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames so far."""
+        return len(self._seconds)
 
     @property
     def num_cuts_found(self) -> int:
@@ -82,7 +96,8 @@ class StretchCompressor:
             raise ValueError(f"latents: expected a grid of {self._grid}, got {tuple(latents.shape[1:3])}")
         for frame, second in zip(latents.cpu(), seconds, strict=True):
             if self._merger is None:
-                self._merger = Merger(self._grid, latents.shape[-1], self._width, latents.dtype, 2 * self._most)
+                shape = (self._grid, latents.shape[-1], self._width)
+                self._merger = Merger(*shape, latents.dtype, 2 * self._most, self._keeps_trends)
             if self._detector.observe(frame[..., : self._width]):
                 self._cuts.append(len(self._seconds))
             if len(self._merger) + frame.shape[0] * frame.shape[1] > 2 * self._most:
@@ -101,7 +116,7 @@ class StretchCompressor:
             merger.merge_down(1, _most_lost(self._quality, energy))
         if self._budget is not None:
             merger.merge_down(self._budget)
-        values, boxes, lost = merger.values, merger.boxes, merger.lost
+        values, trends, boxes, lost = merger.values, merger.trends, merger.boxes, merger.lost
         order = sequence_order(boxes)
         merges = _Names(merger.slots[order])
 
@@ -116,6 +131,7 @@ class StretchCompressor:
             grid=(len(self._seconds), *self._grid),
             frame_seconds=torch.tensor(self._seconds, dtype=torch.float64),
             latents=values[order],
+            trends=trends[order],
             boxes=boxes[order],
             merges=torch.tensor(merges.pairs, dtype=torch.int64).reshape(-1, 2),
             merge_loss=torch.tensor(merges.losses, dtype=torch.float64),
@@ -194,12 +210,13 @@ def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
     if steps <= 0:
         return stretches
     pairs = stretches.merges[:steps]
-    values = torch.cat([stretches.latents, stretches.latents.new_empty(steps, stretches.latents.shape[1])])
+    kept, channels = torch.cat([stretches.latents, stretches.trends], dim=1), stretches.latents.shape[1]
+    values = torch.cat([kept, kept.new_empty(steps, kept.shape[1])])
     boxes = torch.cat([stretches.boxes, stretches.boxes.new_empty(steps, 6)])
     for part in _independent_runs(pairs, count):
         rows = torch.arange(part.start, part.stop) + count
         a, b = pairs[part].unbind(1)
-        values[rows] = merge_means(values[a], values[b], box_sizes(boxes[a]), box_sizes(boxes[b]))
+        values[rows] = merge_stretches(values[a], values[b], boxes[a], boxes[b], channels)
         low, high = torch.minimum(boxes[a], boxes[b]), torch.maximum(boxes[a], boxes[b])
         boxes[rows] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
     is_left = torch.ones(count + steps, dtype=torch.bool)
@@ -212,7 +229,8 @@ def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
     lost = add_up(stretches.merge_loss[:steps], float(stretches.energy[1]))
     return replace(
         stretches,
-        latents=values[left],
+        latents=values[left, :channels],
+        trends=values[left, channels:],
         boxes=boxes[left],
         merges=later[stretches.merges[steps:]],
         merge_loss=stretches.merge_loss[steps:].clone(),
@@ -230,18 +248,17 @@ def _independent_runs(pairs: Tensor, count: int) -> list[slice]:
     return [*runs, slice(start, len(pairs))]
 
 
-def box_sizes(boxes: Tensor) -> Tensor:
-    """Return how many latents each box (S, 6) covers: (S,) int64."""
-    return (boxes[:, 1::2] - boxes[:, ::2]).prod(1)
+def build_stretch_tokens(stretches: Stretches, modules: StretchModules | None = None) -> VideoTokens:
+    """Return the visual tokens of a clip: each stretch at the middle of its time and its cells.
 
-
-def build_stretch_tokens(stretches: Stretches) -> VideoTokens:
-    """Return the visual tokens of a clip: each stretch at the middle of its time and its cells."""
+    If every latent of the clip was kept, nothing was merged away and ``modules`` are not applied.
+    """
+    is_whole = len(stretches) == math.prod(stretches.grid)
     boxes = stretches.boxes
     middle = (boxes[:, ::2] + boxes[:, 1::2] - 1).to(torch.float32) / 2
     shot = torch.searchsorted(stretches.cut_frame, boxes[:, 0].contiguous(), right=True)
     return VideoTokens(
-        latents=stretches.latents,
+        latents=stretches.latents if modules is None or is_whole else modules(stretches),
         positions=middle,
         seconds=seconds_at(stretches.frame_seconds, middle[:, 0]),
         kind=stretches.kind,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import torch
 from torch import Tensor
 
@@ -69,7 +67,7 @@ class EventDetector:
 
     def __init__(self, tau: float | None) -> None:
         self._tau = tau
-        self._history: deque[float] = deque(maxlen=EVENT_HISTORY)
+        self._history: list[float] = []
         self._mean: Tensor | None = None
         self._num_frames = 0
         self._previous: Tensor | None = None
@@ -81,7 +79,7 @@ class EventDetector:
             return self._tau
         if not self._history:
             return EVENT_FIRST
-        history = torch.tensor(list(self._history), dtype=torch.float64)
+        history = torch.tensor(self._history, dtype=torch.float64)
         median = history.quantile(0.5)
         if len(self._history) < MIN_EVENT_HISTORY:
             return max(EVENT_FIRST, float(2.0 * median))
@@ -113,6 +111,7 @@ class EventDetector:
             self._before_run = None
         # Cuts enter the history too: in a sparse sample, where every step is a cut, none stands out.
         self._history.append(distance)
+        del self._history[:-EVENT_HISTORY]
         return distance, is_event
 
 

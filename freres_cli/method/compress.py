@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -26,7 +27,8 @@ MOVE_SHARE = 0.25
 class StreamingCompressor:
     """Turns a stream of latents into tracks (method sections 2 to 7).
 
-    Memory grows with the tokens kept, not with the frames. The result does not depend on how frames are batched.
+    Memory grows with the tokens kept, not with the frames, but for 8 bytes for the time of each. The result does not
+    depend on how frames are batched.
     """
 
     def __init__(self, plan: BudgetPlan, settings: MethodSettings, width: int) -> None:
@@ -42,9 +44,14 @@ class StreamingCompressor:
         self._held: tuple[OpenGop, ClosedGop] | None = None
         self._events: list[OpenGop | ClosedGop] = []
         self._demoted: list[ClosedGop] = []
-        self._seconds: list[float] = []
+        self._seconds = array("d")  # 8 bytes a frame
         self.num_cuts_found = 0
         self.num_cuts_not_honoured = 0
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames so far."""
+        return len(self._seconds)
 
     def push(self, latents: Tensor, seconds: Iterable[float]) -> None:
         """Take the next frames: ``latents`` (n, H, W, C) and their times in seconds."""

@@ -92,17 +92,17 @@ class FreResModules(nn.Module):
         main = latents[:, :width].to(torch.float32)
         adapted = self.adapters[kind](main, spectrum) + self.type_embedding[kind]
         gate = self.gates[RAW_BRANCH if kind == ANCHOR else TEMPORAL_BRANCH]
-        return _with_main(latents, adapted * gate)
+        return with_main(latents, adapted * gate)
 
     def adapt_concat(self, latents: Tensor, width: int) -> Tensor:
         """Return coefficients after a linear adapter, ``c + up(down(c))``: the ``concat`` variant (paper Table 4
         D)."""
         main = latents[:, :width].to(torch.float32)
-        return _with_main(latents, main + self.concat_up(self.concat_down(main)))
+        return with_main(latents, main + self.concat_up(self.concat_down(main)))
 
     def absorb(self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor) -> Tensor:
         """Return dynamic tokens ``latents`` (n, C) after the absorber; ``gop``, ``cell``: (n,), their place in ``tracks``."""
-        return _with_main(latents, self.absorber(*self.absorber_inputs(latents, tracks, gop, cell)))
+        return with_main(latents, self.absorber(*self.absorber_inputs(latents, tracks, gop, cell)))
 
     def absorber_inputs(
         self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor
@@ -143,7 +143,7 @@ def _amplitude_scale(tracks: Tracks, gop: Tensor) -> Tensor:
     return 1.0 / (unit.clamp(min=SMALLEST_UNIT) * num_frames.sqrt())
 
 
-def _with_main(latents: Tensor, main: Tensor) -> Tensor:
+def with_main(latents: Tensor, main: Tensor) -> Tensor:
     """Replace the main channels and keep the DeepStack rows after them, in the dtype of ``latents``."""
     width = main.shape[1]
     if width == latents.shape[1]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freres_cli.method.fusion import FreResModules
+from freres_cli.method.stretch_modules import StretchModules
 
 DISTILLATION_WEIGHT = 1.0
 TEMPERATURE = 2.0
@@ -30,12 +31,14 @@ def distillation_loss(scores: Tensor, teacher: Tensor) -> Tensor:
     return TEMPERATURE**2 * F.kl_div(student, wanted, reduction="sum", log_target=True)
 
 
-def gate_loss(modules: FreResModules) -> Tensor:
-    """Return how far the branch gates are from 1, where they do nothing (paper E.2 regularizes them; the form is ours)."""
+def gate_loss(modules: FreResModules | StretchModules) -> Tensor:
+    """Return how far the gates are from 1, where they do nothing (paper E.2 regularizes them; the form is ours)."""
     return (modules.gates - 1).square().sum()
 
 
-def total_loss(answers: Sequence[Tensor], distilled: Sequence[Tensor], modules: FreResModules) -> Tensor:
+def total_loss(
+    answers: Sequence[Tensor], distilled: Sequence[Tensor], modules: FreResModules | StretchModules
+) -> Tensor:
     """Return the weighted sum of the losses, each averaged over questions."""
     loss = torch.stack(list(answers)).mean() + GATE_WEIGHT * gate_loss(modules)
     return loss + DISTILLATION_WEIGHT * torch.stack(list(distilled)).mean() if distilled else loss

@@ -71,15 +71,22 @@ class Merger:
     ``grid``: (H, W). ``channels``: C. ``width``: D, the channels that costs are computed over. ``dtype``: of the latents.
     A mean is rounded to it at every merge, so that a bundle can go on merging where compression stopped. ``most``: rows of
     memory, as long as no more stretches are left than that; by default, up to twice as many as there are stretches.
+    ``keeps_trends``: carry the trend of each stretch beside its mean.
     """
 
     def __init__(
-        self, grid: tuple[int, int], channels: int, width: int, dtype: torch.dtype, most: int | None = None
+        self,
+        grid: tuple[int, int],
+        channels: int,
+        width: int,
+        dtype: torch.dtype,
+        most: int | None = None,
+        keeps_trends: bool = False,
     ) -> None:
         self._tree = split_grid(*grid)
-        self._width = width
+        self._channels, self._width = channels, width
         self._most = most
-        self._storage = torch.zeros(0, channels, dtype=dtype)
+        self._storage = torch.zeros(0, channels + (width if keeps_trends else 0), dtype=dtype)
         self._used = 0  # rows of the storage
         self._changed = torch.zeros(0, dtype=torch.bool)  # since costs were last computed
         self._rows = _new_rows(torch.zeros(0, dtype=torch.int64), 0, 0, self._tree.leaves[:0])
@@ -98,12 +105,20 @@ class Merger:
     @property
     def values(self) -> Tensor:
         """The means of the stretches, (n, C)."""
-        return self._storage[self._rows.slot]
+        return self._storage[self._rows.slot, : self._channels]
+
+    @property
+    def trends(self) -> Tensor:
+        """The trends of the stretches, (n, D), or (n, 0) if they are not kept. See ``merge_trends``."""
+        return self._storage[self._rows.slot, self._channels :]
 
     @property
     def boxes(self) -> Tensor:
         """(n, 6) int64, the frames and cells each stretch stands for, t0, t1, h0, h1, w0, w1, half-open."""
-        return torch.cat([self._rows.time, self._tree.rectangles[self._rows.cell]], dim=1)
+        return self._boxes_of(slice(None))
+
+    def _boxes_of(self, rows: Tensor | slice) -> Tensor:
+        return torch.cat([self._rows.time[rows], self._tree.rectangles[self._rows.cell[rows]]], dim=1)
 
     def append(self, latents: Tensor, frame: int, shot: int) -> None:
         """Add a frame. ``latents``: (H, W, C). ``frame``: its index; ``shot``: number of cuts before it."""
@@ -112,7 +127,8 @@ class Merger:
         self._make_room(count)
         slot = torch.arange(self._used, self._used + count)
         self._used += count
-        self._storage[slot] = latents.reshape(count, -1).to(self._storage)
+        self._storage[slot, : self._channels] = latents.reshape(count, -1).to(self._storage)
+        self._storage[slot, self._channels :] = 0
         self._changed[slot] = True
         new = _new_rows(slot, frame, shot, self._tree.leaves)
         self._rows = _Rows(*(torch.cat(pair) for pair in zip(self._rows.columns(), new.columns(), strict=True)))
@@ -126,7 +142,7 @@ class Merger:
         if self._most is not None:
             size = max(alive + count, min(size, self._most))
         storage = self._storage.new_empty(size, self._storage.shape[1])
-        storage[:alive] = self.values
+        storage[:alive] = self._storage[self._rows.slot]
         self._storage, self._changed = storage, torch.ones(size, dtype=torch.bool)
         self._rows.slot, self._used = torch.arange(alive), alive
 
@@ -195,15 +211,11 @@ class Merger:
         self._changed.fill_(False)
         return partner
 
-    def _sizes(self, rows: Tensor) -> Tensor:
-        time, cells = self._rows.time[rows], self._tree.rectangles[self._rows.cell[rows]]
-        return (time[:, 1] - time[:, 0]) * (cells[:, 1] - cells[:, 0]) * (cells[:, 3] - cells[:, 2])
-
     def _price(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Cost and added squared error, float64, of merging rows ``a`` and ``b``."""
         x, y = (self._storage[self._rows.slot[rows], : self._width].to(torch.float32) for rows in (a, b))
         distance = (x - y).square().sum(-1).to(torch.float64)
-        n, m = self._sizes(a).to(torch.float64), self._sizes(b).to(torch.float64)
+        n, m = (box_sizes(self._boxes_of(rows)).to(torch.float64) for rows in (a, b))
         weight = n * m / (n + m)
         return weight**COST_EXPONENT * distance, weight * distance
 
@@ -212,8 +224,8 @@ class Merger:
         row_of = torch.empty(self._storage.shape[0], dtype=torch.int64)
         row_of[rows.slot] = torch.arange(len(self))
         a, b = row_of[merges.a], row_of[merges.b]
-        means = merge_means(self._storage[merges.a], self._storage[merges.b], self._sizes(a), self._sizes(b))
-        self._storage[merges.a] = means
+        x, y = self._storage[merges.a], self._storage[merges.b]
+        self._storage[merges.a] = merge_stretches(x, y, self._boxes_of(a), self._boxes_of(b), self._channels)
         self._changed[merges.a] = True
         self.lost = add_up(merges.loss, self.lost)
         if self.on_merges is not None:
@@ -229,6 +241,52 @@ class Merger:
 def add_up(losses: Tensor, start: float) -> float:
     """Return ``start`` plus the losses, added one after the other: the same bits however they are split."""
     return sum(losses.tolist(), start)
+
+
+def box_sizes(boxes: Tensor) -> Tensor:
+    """Return how many latents each box (S, 6) covers: (S,) int64."""
+    return (boxes[:, 1::2] - boxes[:, ::2]).prod(1)
+
+
+def merge_stretches(x: Tensor, y: Tensor, boxes_x: Tensor, boxes_y: Tensor, channels: int) -> Tensor:
+    """Return what pairs of stretches merge into, (k, C) or (k, C + D), in the dtype of ``x``.
+
+    ``x``, ``y``: the first and the second of each pair, means (C) and, if they are kept, trends (D). ``boxes_x``,
+    ``boxes_y``: (k, 6), what they stand for. ``channels``: C.
+    """
+    n, m = box_sizes(boxes_x), box_sizes(boxes_y)
+    means = merge_means(x[:, :channels], y[:, :channels], n, m)
+    if x.shape[1] == channels:
+        return means
+    return torch.cat([means, merge_trends(x, y, boxes_x, boxes_y, channels)], dim=1)
+
+
+def merge_trends(x: Tensor, y: Tensor, boxes_x: Tensor, boxes_y: Tensor, channels: int) -> Tensor:
+    """Return the trends of merged pairs, (k, D), in the dtype of ``x``. Arguments as in ``merge_stretches``.
+
+    The trend of a stretch is the covariance of its latents with their frames over the standard deviation of the frames:
+    how far, in the units of a latent, a straight line in time goes from the mean. Its square times the number of latents
+    is what that line takes off the stretch's squared error. It never exceeds the latents, so it does not overflow where
+    they do not. Covariances of merged sets add up exactly (Chan et al., 1979); the form is ours.
+    """
+    width = x.shape[1] - channels
+    n, m = box_sizes(boxes_x).to(torch.float64), box_sizes(boxes_y).to(torch.float64)
+    first, last = torch.minimum(boxes_x[:, 0], boxes_y[:, 0]), torch.maximum(boxes_x[:, 1], boxes_y[:, 1])
+    spread_x, spread_y = (_frame_spread(boxes[:, 1] - boxes[:, 0]) for boxes in (boxes_x, boxes_y))
+    spread = _frame_spread(last - first)
+    later = (boxes_y[:, 0] + boxes_y[:, 1] - boxes_x[:, 0] - boxes_x[:, 1]).to(torch.float64) / 2
+    # Two single frames beside each other have no spread in time, and none between them.
+    total = (n + m) * spread.clamp(min=0.5)
+    weights = (n * spread_x / total, m * spread_y / total, n * m / (n + m) * later / total)
+    change = y[:, :width].to(torch.float32) - x[:, :width].to(torch.float32)
+    parts = (x[:, channels:].to(torch.float32), y[:, channels:].to(torch.float32), change)
+    a, b, between = (part * weight[:, None].to(torch.float32) for part, weight in zip(parts, weights, strict=True))
+    return (a + b + between).to(x.dtype)
+
+
+def _frame_spread(num_frames: Tensor) -> Tensor:
+    """Standard deviation of the indices of frames in a row, float64."""
+    return ((num_frames.to(torch.float64) ** 2 - 1) / 12).sqrt()
 
 
 def merge_means(x: Tensor, y: Tensor, n: Tensor, m: Tensor) -> Tensor:
@@ -268,6 +326,10 @@ class _Rows:
 
     def columns(self) -> tuple[Tensor, ...]:
         return self.slot, self.time, self.cell, self.shots, self.partner, self.cost, self.loss
+
+
+# What the state of a merger consists of, besides tensors and plain values.
+STATE_CLASSES = (Merger, CellTree, _Rows, _Merges)
 
 
 def _new_rows(slot: Tensor, frame: int, shot: int, cell: Tensor) -> _Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ NEAR_ZERO_SHARE = 1e-9
 
 
 def select_tracks(
-    gops: list[ClosedGop], plan: BudgetPlan, settings: MethodSettings, width: int, seconds: list[float]
+    gops: list[ClosedGop], plan: BudgetPlan, settings: MethodSettings, width: int, seconds: Sequence[float]
 ) -> Tracks:
     """Return the tracks that fit ``plan.budget_tokens``.
 
@@ -161,7 +161,7 @@ def _gather(
     plan: BudgetPlan,
     settings: MethodSettings,
     width: int,
-    seconds: list[float],
+    seconds: Sequence[float],
     allocation: Allocation,
     kept: Tensor,
     static: list[tuple[int, int]],

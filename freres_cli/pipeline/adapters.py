@@ -2,43 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from freres_cli.bundle.adapter import read_adapter
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
+from freres_cli.bundle.adapter import read_adapter, read_header
 from freres_cli.errors import BackboneError
+from freres_cli.evaluation.cells import Cell
 from freres_cli.method.fusion import FreResModules, ModuleShape
+from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
 from freres_cli.pipeline.models import describe_model
 from freres_cli.presets import BUNDLED
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 
 NO_ADAPTER = "none"
+TRAINED_METHODS = (FRE_RES, ADAPTIVE)
+AnyModules = FreResModules | StretchModules
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Trained modules. ``training``: what their file records about how they were trained, if anything."""
+    """Trained modules for ``method``. ``training``: what their file records about how they were trained, if anything."""
 
     path: Path
-    modules: FreResModules
+    method: str
+    modules: AnyModules
     training: Mapping[str, Any]
 
 
-def choose_adapter(named: str | None, model_id: str | None, variant: str) -> Path | None:
-    """Return the adapter file to use: ``named``, or ``None`` if that is ``none``. By default it is the one that ships with
-    the bundled model, if ``variant`` is the one it was trained for."""
+def choose_adapter(named: str | None, model_id: str | None, method: str, variant: str) -> Path | None:
+    """Return the adapter file to use: ``named``, or ``None`` if that is ``none``.
+
+    By default it is the one that ships with the bundled model, if ``model_id`` is that, and ``method`` and ``variant`` are
+    those it was trained for.
+    """
     if named is not None:
         return None if named == NO_ADAPTER else Path(named)
     path = bundled_adapter()
-    return path if model_id == BUNDLED and variant == "absorber" and path.exists() else None
+    is_fit = model_id == BUNDLED and method == FRE_RES and variant == "absorber"
+    return path if is_fit and path.exists() else None
 
 
-def choose_adapter_for(named: str | None, model: Mapping[str, Any], variant: str) -> Path | None:
-    """Return the adapter file to use for a bundle, as ``choose_adapter`` does. ``model``: the manifest's facts about its
-    backbone. The adapter that ships fits only the weights that are embedded today."""
-    return choose_adapter(named, None if has_other_weights(model) else model["model_id"], variant)
+def choose_adapter_for(named: str | None, model: Mapping[str, Any], method: str, variant: str) -> Path | None:
+    """Return the adapter file to use for a bundle, as ``choose_adapter`` does.
+
+    ``named``, ``method``, ``variant``: as there. ``model``: the manifest's facts about its backbone. The adapter that
+    ships fits only the weights that are embedded today.
+    """
+    return choose_adapter(named, None if has_other_weights(model) else model["model_id"], method, variant)
+
+
+def give_adapters(cells: Sequence[Cell], named: str | None, model_id: str, variant: str) -> tuple[Cell, ...]:
+    """Return the cells, each with the adapter that it uses.
+
+    ``cells``: methods and budgets. ``named``: an adapter, which those of its own method use, or ``none``; the others, or
+    all without one, use what ``choose_adapter`` chooses. ``model_id``, ``variant``: as there. Raises ``BackboneError`` for
+    an adapter of a method that is in no cell.
+    """
+    able = [cell.method for cell in cells if cell.method in TRAINED_METHODS]
+    own = None if named in (None, NO_ADAPTER) or not able else _method_of(read_header(Path(str(named))))
+    if own is not None and own not in able:
+        raise _for_another_method(Path(str(named)), " or ".join(dict.fromkeys(able)), own)
+    given = []
+    for cell in cells:
+        mine = named if own in (None, cell.method) else None
+        path = choose_adapter(mine, model_id, cell.method, variant) if cell.method in able else None
+        given.append(replace(cell, adapter=path))
+    return tuple(given)
 
 
 def has_other_weights(model: Mapping[str, Any]) -> bool:
@@ -51,25 +84,62 @@ def has_other_weights(model: Mapping[str, Any]) -> bool:
 def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
     """Read an adapter for the backbone that ``model`` describes. Raises ``BackboneError``."""
     weights, header = read_adapter(path, model, describe_model)
+    method = _method_of(header)
+    if method not in TRAINED_METHODS:
+        raise _for_another_method(path, " or ".join(TRAINED_METHODS), method)
     try:
-        modules = FreResModules(ModuleShape.from_dict(header["shape"]))
+        shape = ModuleShape.from_dict(header["shape"])
+        modules: AnyModules = StretchModules(shape) if method == ADAPTIVE else FreResModules(shape)
         modules.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
-    return Adapter(path, modules.eval().requires_grad_(False), header.get("training") or {})
+    return Adapter(path, method, modules.eval().requires_grad_(False), header.get("training") or {})
+
+
+def _method_of(header: Mapping[str, Any]) -> str:
+    """The method that an adapter was trained for. Earlier releases trained one only, and did not say so."""
+    return str(header.get("method", FRE_RES))
 
 
 def load_modules(path: Path, model: Mapping[str, Any], variant: str, width: int, num_bands: int) -> FreResModules:
-    """Return modules that fit what they are used for.
+    """Return modules of method fre-res that fit what they are used for.
 
     ``path``: the adapter. ``model``: facts about the backbone, from a manifest or the loaded one. ``variant``: that of
     the tracks. ``width``, ``num_bands``: D, and how many bands the tracks have, or may have. Raises ``BackboneError`` for
     an adapter that does not fit.
     """
     adapter = load_adapter(path, model)
+    if not isinstance(adapter.modules, FreResModules):
+        raise _for_another_method(path, FRE_RES, adapter.method)
     check_variant(adapter, variant)
     check_shape(adapter, width, num_bands)
     return adapter.modules
+
+
+def load_stretch_modules(path: Path, model: Mapping[str, Any], width: int) -> StretchModules:
+    """Return modules of method adaptive. ``path``, ``model``, ``width``: as for ``load_modules``. Raises
+    ``BackboneError``."""
+    adapter = load_adapter(path, model)
+    if not isinstance(adapter.modules, StretchModules):
+        raise _for_another_method(path, ADAPTIVE, adapter.method)
+    check_shape(adapter, width, NUM_ORDERS)
+    return adapter.modules
+
+
+def load_modules_for(path: Path, method: str, model: LanguageModel, settings: Mapping[str, Any]) -> AnyModules:
+    """Return modules that fit ``model``, which is loaded, on its device.
+
+    ``path``: the adapter. ``method``: what it must be for. ``settings``: those that the clips are compressed with. Raises
+    ``BackboneError``, also if it has fewer bands than the settings allow coefficients: how many a clip has is known only
+    after it is compressed.
+    """
+    modules: AnyModules
+    if method == ADAPTIVE:
+        modules = load_stretch_modules(path, model.fingerprint, model.width)
+    else:
+        shape = (model.width, settings["max_coefficients"])
+        modules = load_modules(path, model.fingerprint, settings["variant"], *shape)
+    return modules.to(model.device)
 
 
 def check_shape(adapter: Adapter, width: int, num_bands: int) -> None:
@@ -92,3 +162,10 @@ def check_variant(adapter: Adapter, variant: str) -> None:
             f"{adapter.path}: adapter for another variant: expected {variant}, got {trained}",
             "compress with --variant, or train an adapter with --set variant=",
         )
+
+
+def _for_another_method(path: Path, expected: str, got: str) -> BackboneError:
+    return BackboneError(
+        f"{path}: adapter for another method: expected {expected}, got {got}",
+        f"train one with --set method={expected.partition(' ')[0]}",
+    )

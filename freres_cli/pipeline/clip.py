@@ -13,9 +13,10 @@ from torch import Tensor
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
 from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
 from freres_cli.bench.clock import StageTimer
+from freres_cli.content import Content
 from freres_cli.errors import VideoError
 from freres_cli.method.adaptive import MOST_STRETCHES, cut_stretches
-from freres_cli.method.fusion import FreResModules
+from freres_cli.pipeline.adapters import AnyModules
 from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_frames
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
@@ -62,7 +63,7 @@ class EncodedClip:
         self._options = replace(options, method=FRE_RES)
         self._latents = LatentStream(encoder, timer, options.model.name, keeps_all=True)
         self._views: dict[Sampling, View] = {}
-        self._merged: dict[tuple[Sampling, int], tuple[Stretches, float]] = {}
+        self._merged: dict[tuple[Sampling, int, str], tuple[Reduction, float]] = {}
         self._baseline = self._view(self._plan(FULL_BUDGET))
 
     @property
@@ -91,16 +92,19 @@ class EncodedClip:
         clip._options = replace(self._options, settings=self._options.settings.with_values("eval", **changed))
         return clip
 
-    def build_tokens(self, method: str, budget_tokens: int, modules: FreResModules | None = None) -> VideoTokens:
+    def build_tokens(self, method: str, budget_tokens: int, modules: AnyModules | None = None) -> VideoTokens:
         """Return the tokens of a method. The timer's stage ``compress`` is the time from latents to tokens. ``modules``:
-        trained modules for Fre-Res.
+        trained modules for this method.
 
         With ``deepstack: drop`` tokens have D channels, as a bundle would store them, so all methods are compared at
         equal cost. Only ``full``, the unchanged model, keeps the rows. A method that needs the question gets every token:
         see ``method_session``.
         """
         if method == ADAPTIVE:
-            return make_tokens(self._cut_stretches(budget_tokens))
+            clip = self if modules is None else self.with_settings({"trends": "keep"})
+            stretches, _ = clip._reduce_stretches(budget_tokens)
+            with self._timer.stage("compress"), torch.no_grad():
+                return make_tokens(stretches, modules=modules)
         if method == FRE_RES:
             tracks = self.build_tracks(budget_tokens)
             with self._timer.stage("compress"), torch.no_grad():
@@ -117,45 +121,49 @@ class EncodedClip:
         assert isinstance(tokens, VideoTokens)
         return tokens
 
-    def _cut_stretches(self, budget_tokens: int) -> Stretches:
-        """Return the stretches of adaptive Fre-Res. A clip is merged once for all budgets that give the same stretches, and
-        the timer gets that time at each of them."""
-        options = replace(self._options_for(budget_tokens), method=ADAPTIVE)
+    def _reduce_stretches(self, budget_tokens: int) -> tuple[Stretches, Reduction]:
+        """Return the stretches of adaptive Fre-Res, and how the clip was reduced to them. It is merged once for all budgets
+        that give the same stretches, and the timer gets that time at each of them."""
+        options = self._options_for(budget_tokens, ADAPTIVE)
         plan = plan_compression(options, self._encoder, self._source.info)
         most = max(MOST_STRETCHES, budget_tokens)
-        if (plan.sampling, most) not in self._merged:
+        key = (plan.sampling, most, options.settings.trends)
+        if key not in self._merged:
             before = self._timer.seconds.get("compress", 0.0)
             batches = self._view(plan).batches(count_batch_frames(plan), torch.device("cpu"))
             whole = replace(plan, budget_tokens=most)
             reduction = reduce_latents(batches, whole, options, self._encoder.width, self._timer)
-            assert isinstance(reduction.content, Stretches)
-            self._merged[plan.sampling, most] = reduction.content, self._timer.seconds["compress"] - before
+            self._merged[key] = reduction, self._timer.seconds["compress"] - before
             self._timer.seconds["compress"] = before
-        stretches, merge_s = self._merged[plan.sampling, most]
+        reduction, merge_s = self._merged[key]
+        assert isinstance(reduction.content, Stretches)
         with self._timer.stage("compress"), torch.no_grad():
-            cut = cut_stretches(stretches, budget_tokens)
+            cut = cut_stretches(reduction.content, budget_tokens)
         self._timer.seconds["compress"] += merge_s
-        return cut
+        return cut, replace(reduction, content=cut)
 
     def build_tracks(self, budget_tokens: int) -> Tracks:
         """Return the tracks of Fre-Res. With ``track_density`` above 1 their frames may be denser than ``latents``."""
         return self._reduce_tracks(self._plan(budget_tokens))[0]
 
-    def make_bundle(self, budget_tokens: int, model: LanguageModel) -> tuple[Tracks, dict[str, Any]]:
-        """Return the tracks and the manifest of the bundle that ``freres compress`` would write at this budget.
+    def make_bundle(
+        self, budget_tokens: int, model: LanguageModel, method: str = FRE_RES
+    ) -> tuple[Content, dict[str, Any]]:
+        """Return content and manifest of the bundle that ``freres compress`` would write at this budget.
 
-        ``model``: the language half, with or without weights, to count the text of the prompt.
+        ``model``: the language half, with or without weights, to count the text of the prompt. ``method``: a form of
+        Fre-Res. The curve of adaptive Fre-Res begins at the clip as it was merged for all budgets.
         """
-        plan = self._plan(budget_tokens)
-        tracks, reduction = self._reduce_tracks(plan)
-        options = self._options_for(budget_tokens)
-        report = self._view(plan).report
-        text = read_prompt_text(model, tracks.grid, tracks.frame_seconds)
-        return tracks, build_manifest(self._source, options, plan, self._encoder, reduction, report, text)
+        options = self._options_for(budget_tokens, method)
+        plan = plan_compression(options, self._encoder, self._source.info)
+        reduction = (self._reduce_stretches(budget_tokens) if method == ADAPTIVE else self._reduce_tracks(plan))[1]
+        content, report = reduction.content, self._view(plan).report
+        text = read_prompt_text(model, content.grid, content.frame_seconds)
+        return content, build_manifest(self._source, options, plan, self._encoder, reduction, report, text)
 
-    def _options_for(self, budget_tokens: int) -> CompressOptions:
+    def _options_for(self, budget_tokens: int, method: str = FRE_RES) -> CompressOptions:
         settings = self._options.settings.with_values("flag", budget_tokens=budget_tokens)
-        return replace(self._options, settings=settings)
+        return replace(self._options, settings=settings, method=method)
 
     def _plan(self, budget_tokens: int) -> CompressPlan:
         return plan_compression(self._options_for(budget_tokens), self._encoder, self._source.info)

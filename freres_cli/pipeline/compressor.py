@@ -17,6 +17,7 @@ from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.bundle import Bundle
+from freres_cli.pipeline.checkpoints import Checkpoints, State
 from freres_cli.pipeline.choices import as_number, as_whole, choose_method, choose_preset
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
@@ -24,9 +25,9 @@ from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.notes import describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
-from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.pipeline.reduction import Reduction, make_reducer, reduce_latents
 from freres_cli.presets import BUNDLED, load_settings
-from freres_cli.video.decode import DecodeReport
+from freres_cli.video.decode import Decoder, DecodeReport
 from freres_cli.video.frames import FrameArray
 
 Progress = Callable[[int, int], None]
@@ -95,13 +96,17 @@ class Compressor:
         start_s: float | None = None,
         end_s: float | None = None,
         progress: Progress | None = None,
+        checkpoints: Checkpoints | None = None,
+        title: str | None = None,
     ) -> Bundle:
         """Compress one video, and return a bundle that is not saved yet.
 
         ``video``: a file, or frames already decoded, (n, h, w, 3) uint8 RGB, all of which are used; ``seconds`` then
         holds the time of each. ``start_s``, ``end_s``: the part of a file to read, in seconds after its first frame.
-        ``progress``: called with the number of frames done and the number of all frames. Raises ``VideoError``,
-        ``UsageError``, ``BackboneError`` or ``ResourceError``.
+        ``progress``: called with the number of frames done and the number of all frames. ``checkpoints``: keeps the state
+        of long work, and gives back that of work that was stopped; the bundle is the same, bit for bit. ``title``: what
+        the bundle calls the file; by default its name. Raises ``VideoError``, ``UsageError``, ``BackboneError`` or
+        ``ResourceError``.
         """
         start = time.perf_counter()
         options = self.options
@@ -110,18 +115,18 @@ class Compressor:
         device = torch.device(options.model.device.name)
         timer, memory = StageTimer(device), PeakMemory(device)
         with timer.stage("probe"):
-            source = VideoSource(_as_video(video, seconds))  # refuses a bad video before a model is loaded
+            source = VideoSource(_as_video(video, seconds), title)  # refuses a bad video before a model is loaded
         options = self._options_for(source, options)
         with timer.stage("load"):
             encoder = self.models.encoder
         plan = plan_compression(options, encoder, source.info)
         with memory_errors_as(f"compressing {source.name}", "lower --budget or --grid, or use a smaller --dtype"):
-            reduction, report = self.run_stages(source, options, plan, timer, progress)
+            reduction, report = self.run_stages(source, options, plan, timer, progress, checkpoints)
         text, untold = self._count_text(reduction)
         manifest = build_manifest(source, options, plan, encoder, reduction, report, text)
         limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
         planned = describe_plan(plan, options, manifest)
-        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *planned, *untold)
+        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *planned, *untold, *source.describe_change())
         timer.seconds["total"] = time.perf_counter() - start
         return Bundle(
             manifest,
@@ -138,23 +143,39 @@ class Compressor:
         plan: CompressPlan,
         timer: StageTimer,
         progress: Progress | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> tuple[Reduction, DecodeReport]:
         """Stream decode -> encode -> compress, and time each. If the method streams, frames are never all in memory.
 
-        ``source``, ``options``, ``plan``: what to do. ``timer``: records the stages. ``progress``: as ``compress`` takes
-        it.
+        ``source``, ``options``, ``plan``: what to do. ``timer``: records the stages. ``progress``, ``checkpoints``: as
+        ``compress`` takes them.
         """
         encoder = self.models.encoder
-        frames = source.open(plan, options)
-        latents = LatentStream(encoder, timer, options.model.name).encode(frames)
-        batches = ((batch.pts_seconds, rows) for batch, rows in latents)
-        total = plan.num_frames
+        frames, stream = source.open(plan, options), LatentStream(encoder, timer, options.model.name)
+        reducer, total = make_reducer(plan, options, encoder.width), plan.num_frames
+        decoder = frames if isinstance(frames, Decoder) else None
+        if checkpoints is not None and decoder is not None and reducer is not None:
+            state = checkpoints.find(source, options, plan, encoder)
+            if state is not None:
+                decoder.resume(state.position)
+                stream.known, reducer = state.known, state.reducer
+
+        taken = None if decoder is None else decoder.position
 
         def on_batch(done: int) -> None:
+            nonlocal taken
             if progress is not None:
                 progress(done, max(done, total))
+            if checkpoints is None or decoder is None or reducer is None:
+                return
+            position = decoder.position
+            # The short batch at the end of a video moves no position: a state after it would take its frames twice.
+            if position is not taken:
+                taken = position
+                checkpoints.offer(lambda: State(position, stream.known, reducer))
 
-        return reduce_latents(batches, plan, options, encoder.width, timer, on_batch), frames.report
+        batches = ((batch.pts_seconds, rows) for batch, rows in stream.encode(frames))
+        return reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer), frames.report
 
     def _count_text(self, reduction: Reduction) -> tuple[PromptText | None, tuple[str, ...]]:
         """Return the text of a prompt about the clip, or a note that it cannot be counted: that needs the tokenizer."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +18,8 @@ from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.records import Frames
 from freres_cli.video.decode import DecodeReport, decode_frames
 from freres_cli.video.frames import FrameArray
-from freres_cli.video.probe import hash_file, probe_video
+from freres_cli.video.opening import hash_file
+from freres_cli.video.probe import probe_video
 from freres_cli.world.make import is_world_clip
 
 # Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
@@ -34,13 +37,16 @@ class FrameStream(Protocol):
 
 
 class VideoSource:
-    """A video to compress: a file, or frames already decoded.
+    """A video to compress: a file, or frames already decoded. Of a file that grows, what it holds at first.
 
-    ``video``: its path or its frames. Raises ``VideoError`` if it cannot be read.
+    ``video``: its path or its frames. ``title``: what a bundle calls the file; by default its name. Raises ``VideoError`` if
+    it cannot be read.
     """
 
-    def __init__(self, video: Path | FrameArray) -> None:
+    def __init__(self, video: Path | FrameArray, title: str | None = None) -> None:
         self.video = video
+        self.title = None if isinstance(video, FrameArray) else title or video.name
+        self._written_ns = self._read_clock()
         self.info = video.info if isinstance(video, FrameArray) else probe_video(video)
 
     @property
@@ -48,20 +54,36 @@ class VideoSource:
         """Its name in messages."""
         return "frames" if isinstance(self.video, FrameArray) else str(self.video)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file, or of the frames."""
-        return self.video.sha256 if isinstance(self.video, FrameArray) else hash_file(self.video)
+        return self.video.sha256 if isinstance(self.video, FrameArray) else hash_file(self.video, self.num_bytes)
 
     @property
     def num_bytes(self) -> int:
         """Size of the file, or of the pixels, in bytes."""
-        return self.video.num_bytes if isinstance(self.video, FrameArray) else self.video.stat().st_size
+        return self.info.num_bytes
 
     @property
     def is_from_world(self) -> bool:
         """Whether ``freres world make`` made it."""
         return not isinstance(self.video, FrameArray) and is_world_clip(self.video)
+
+    def describe_change(self) -> Iterator[str]:
+        """Yield a note if the file was written to since it was opened."""
+        if self._read_clock() == self._written_ns:
+            return
+        assert isinstance(self.video, Path)
+        if self.video.stat().st_size > self.num_bytes:
+            yield f"the file grew while it was read: its first {self.num_bytes} bytes, {self.info.duration_s:.2f} s, are used"
+        else:
+            yield "the file was written to while it was read: frames may be of before and after"
+
+    def _read_clock(self) -> int:
+        """When the file was last written to, 0 if it is gone or there is none."""
+        with suppress(OSError):
+            return self.video.stat().st_mtime_ns if isinstance(self.video, Path) else 0
+        return 0
 
     def open(self, plan: CompressPlan, options: CompressOptions) -> FrameStream:
         """Return the plan's frames, in batches for the tower."""
@@ -87,6 +109,15 @@ class LatentStream:
     def __init__(self, encoder: VisionEncoder, timer: StageTimer, model: str, keeps_all: bool = False) -> None:
         self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
         self._known: dict[int, Tensor] = {}
+
+    @property
+    def known(self) -> dict[int, Tensor]:
+        """The latents that are kept, by the numbers of their pictures; set them to go on from there."""
+        return self._known
+
+    @known.setter
+    def known(self, latents: dict[int, Tensor]) -> None:
+        self._known = latents
 
     def encode(self, batches: Iterable[Frames]) -> Iterator[tuple[Frames, Tensor]]:
         """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite."""

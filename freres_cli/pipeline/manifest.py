@@ -17,7 +17,6 @@ from freres_cli.pipeline.reduction import Reduction
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 from freres_cli.video.decode import DecodeReport
-from freres_cli.video.frames import FrameArray
 
 
 def build_manifest(
@@ -84,9 +83,9 @@ def build_manifest(
 
 def describe_source(source: VideoSource) -> dict[str, Any]:
     """Return the manifest's facts about a video, with the file's name but no path."""
-    info, video = source.info, source.video
-    facts = {key: value for key, value in asdict(info).items() if key not in ("path", "notes")}
-    name = None if isinstance(video, FrameArray) else as_text(video.name)
+    info = source.info
+    facts = {key: value for key, value in asdict(info).items() if key not in ("path", "notes", "num_bytes")}
+    name = None if source.title is None else as_text(source.title)
     return {
         "file": name,
         "bytes": source.num_bytes,

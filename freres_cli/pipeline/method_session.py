@@ -8,7 +8,7 @@ from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.pruning import Pruning, check_pruning
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import METHODS
-from freres_cli.method.fusion import FreResModules
+from freres_cli.pipeline.adapters import AnyModules
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.refining import REFINER
 from freres_cli.pipeline.session import Session
@@ -22,12 +22,12 @@ def make_method_session(
     budget_tokens: int,
     model: LanguageModel,
     text_after: str,
-    modules: FreResModules | None = None,
+    modules: AnyModules | None = None,
 ) -> Session:
     """Return a session about a clip in which ``method`` decides the visual tokens.
 
     ``clip``: the encoded clip. ``budget_tokens``: how many are kept. ``model``: the language half. ``text_after``: as in
-    ``Session``. ``modules``: trained modules for Fre-Res.
+    ``Session``. ``modules``: trained modules for this method.
     """
     tokens = clip.build_tokens(method, budget_tokens, modules)
     return open_method_session(clip, tokens, method, budget_tokens, model, text_after)

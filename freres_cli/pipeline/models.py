@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,13 +33,15 @@ class ModelSource:
     """Which model, and where and how it runs.
 
     ``name``: ``bundled``, a folder, or a hub id. ``revision``: branch, tag or commit of a hub model. ``dtype``: one of
-    ``devices.DTYPE_NAMES``, ``None`` for automatic.
+    ``devices.DTYPE_NAMES``, ``None`` for automatic. ``is_random``: only the config and the tokenizer of a folder are read;
+    its weights are drawn at random.
     """
 
     name: str
     device: Device
     revision: str | None = None
     dtype: str | None = None
+    is_random: bool = False
 
     @property
     def folder(self) -> str | None:
@@ -159,12 +162,22 @@ class Models:
             self._identity = self._from_checkpoint(identify_vision_encoder)
         return self._identity
 
-    def _from_checkpoint(self, load: Callable[[str, Device, str | None, str | None, Path | None], T]) -> T:
+    @cached_property
+    def _place(self) -> str | Checkpoint:
+        """What loads the model: its name, or a checkpoint with random weights."""
+        source = self.source
+        if not source.is_random:
+            return source.name
+        from freres_cli.backbones.drawn import draw_checkpoint  # brings transformers with it
+
+        return draw_checkpoint(source.name, source.device.name)
+
+    def _from_checkpoint(self, load: Callable[[str | Checkpoint, Device, str | None, str | None, Path | None], T]) -> T:
         source, revision = self.source, self.source.revision
         if self._encoder is not None:
             # A branch may move: both halves come from the commit that it was when the first was loaded.
             revision = self._encoder.fingerprint.get("revision") or revision
-        return load(source.name, source.device, source.dtype, revision, bundled_model_dir())
+        return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
 
 
 def find_model(
@@ -197,17 +210,28 @@ def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, n
     ``recorded``: the manifest's facts about that model. ``width``: D of the latents. ``model``: the loaded one. ``name``:
     the bundle's, for messages. Raises ``BackboneError``.
     """
-    differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != model.fingerprint.get(fact)]
-    if not differing and width == model.width:
+    check_identity(recorded, width, model.fingerprint, model.width, name)
+
+
+def check_identity(
+    recorded: Mapping[str, Any], width: int, given: Mapping[str, Any], given_width: int, name: str
+) -> None:
+    """Refuse a model by its facts, as ``check_model`` does, without loading it.
+
+    ``recorded``, ``width``: the facts of the model that made the latents, and D of these. ``given``, ``given_width``:
+    those of the model at hand. ``name``: the bundle's, for messages. Raises ``BackboneError``.
+    """
+    differing = [fact for fact in MODEL_FACTS if recorded.get(fact) != given.get(fact)]
+    if not differing and width == given_width:
         return
-    made, given = describe_weights(recorded), describe_weights(model.fingerprint)
-    if made != given and recorded.get("model_id") == model.fingerprint.get("model_id") == BUNDLED:
+    weights = describe_weights(recorded), describe_weights(given)
+    if weights[0] != weights[1] and recorded.get("model_id") == given.get("model_id") == BUNDLED:
         raise BackboneError(
-            f"{name}: made with embedded weights {made}, these are {given}",
+            f"{name}: made with embedded weights {weights[0]}, these are {weights[1]}",
             "a folder of the old weights opens it with --model FOLDER, or compress the video again",
         )
     raise BackboneError(
-        f"{name}: made for another model: expected {describe_model(recorded)}, got {describe_model(model.fingerprint)} "
+        f"{name}: made for another model: expected {describe_model(recorded)}, got {describe_model(given)} "
         f"(differs in {', '.join(differing) or 'width'})",
         "name the model that made the bundle with --model, or compress the video again",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from freres_cli.baselines.registry import METHODS
+from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.errors import count_of
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.presets import BUNDLED
@@ -55,6 +55,8 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         yield f"method {options.method} holds the latents of the whole clip in memory until its end"
     if settings.sample == "native" and settings.track_density > 1:
         yield "track_density has no effect with sample: native"
+    if settings.trends == "keep" and options.method != ADAPTIVE:
+        yield f"trends has no effect: method {options.method} has none"
     if settings.deepstack == "drop":
         yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"
 

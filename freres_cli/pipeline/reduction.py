@@ -19,6 +19,7 @@ from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 
 LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
+Reducer = StreamingCompressor | StretchCompressor
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,37 @@ def reduce_latents(
     width: int,
     timer: StageTimer,
     on_batch: Callable[[int], None] | None = None,
+    reducer: Reducer | None = None,
 ) -> Reduction:
     """Reduce a clip by the method in ``options``.
 
     ``batches``: times in seconds and latents (n, H, W, C) of consecutive frames. ``plan``: the plan for the clip.
-    ``width``: D. ``timer``: records the stage ``compress``. ``on_batch``: called with the number of frames done. Raises
-    ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
+    ``width``: D. ``timer``: records the stage ``compress``. ``on_batch``: called with the number of frames done.
+    ``reducer``: from ``make_reducer``; it may have taken the frames before these. Raises ``VideoError`` if there are no
+    frames, ``BackboneError`` if a value overflows its dtype.
     """
-    if options.method == ADAPTIVE:
-        reduce = _reduce_by_merging
+    reducer = reducer or make_reducer(plan, options, width)
+    counted = _counted(batches, on_batch, 0 if reducer is None else reducer.num_frames)
+    if reducer is None:
+        reduction = _reduce_by_peer(counted, plan, options, width, timer)
     else:
-        reduce = _reduce_by_fre_res if plan.budget is not None else _reduce_by_peer
-    reduction = reduce(_counted(batches, on_batch), plan, options, width, timer)
+        reduction = _reduce_in_stream(counted, plan, options, timer, reducer)
     _check_finite(reduction.content, options)
     return reduction
 
 
-def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None) -> LatentBatches:
-    done = 0
+def make_reducer(plan: CompressPlan, options: CompressOptions, width: int) -> Reducer | None:
+    """Return what takes frames as they arrive, D = ``width``; ``None`` for a method that needs them all at once."""
+    if options.method == ADAPTIVE:
+        budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
+        grid, keeps_trends = (plan.size.grid_h, plan.size.grid_w), options.settings.trends == "keep"
+        return StretchCompressor(grid, width, budget_tokens, plan.quality, keeps_trends)
+    if plan.budget is None:
+        return None
+    return StreamingCompressor(plan.budget, method_settings(options.settings), width)
+
+
+def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None, done: int) -> LatentBatches:
     for seconds, latents in batches:
         yield seconds, latents
         done += len(seconds)
@@ -63,46 +77,19 @@ def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None) -> 
             on_batch(done)
 
 
-def _reduce_by_fre_res(
-    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
+def _reduce_in_stream(
+    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, timer: StageTimer, reducer: Reducer
 ) -> Reduction:
-    assert plan.budget is not None
-    compressor = StreamingCompressor(plan.budget, method_settings(options.settings), width)
-    num_frames = _push_all(compressor, batches, plan, timer)
-    tracks = _finish(compressor, options, timer)
-    return Reduction(tracks, num_frames, compressor.num_cuts_found, compressor.num_cuts_not_honoured)
-
-
-def _reduce_by_merging(
-    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
-) -> Reduction:
-    budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
-    compressor = StretchCompressor((plan.size.grid_h, plan.size.grid_w), width, budget_tokens, plan.quality)
-    num_frames = _push_all(compressor, batches, plan, timer)
-    stretches = _finish(compressor, options, timer)
-    return Reduction(stretches, num_frames, compressor.num_cuts_found, 0)
-
-
-def _push_all(
-    compressor: StreamingCompressor | StretchCompressor, batches: LatentBatches, plan: CompressPlan, timer: StageTimer
-) -> int:
-    """Return the number of frames."""
-    num_frames = 0
     for seconds, latents in batches:
         with timer.stage("compress"):
-            compressor.push(latents, seconds)
-        num_frames += len(seconds)
-    _check_any(num_frames, plan)
-    return num_frames
-
-
-def _finish(
-    compressor: StreamingCompressor | StretchCompressor, options: CompressOptions, timer: StageTimer
-) -> Tracks | Stretches:
+            reducer.push(latents, seconds)
+    _check_any(reducer.num_frames, plan)
     with timer.stage("compress"):
-        content = compressor.finish()
+        content: Tracks | Stretches = reducer.finish()
         # At the end, so the other values are bit for bit those of a bundle that keeps the rows.
-        return content.without_deep_rows() if options.settings.deepstack == "drop" else content
+        content = content.without_deep_rows() if options.settings.deepstack == "drop" else content
+    lost = reducer.num_cuts_not_honoured if isinstance(reducer, StreamingCompressor) else 0
+    return Reduction(content, reducer.num_frames, reducer.num_cuts_found, lost)
 
 
 def _reduce_by_peer(
@@ -126,6 +113,8 @@ def _reduce_by_peer(
 def _check_finite(content: Content, options: CompressOptions) -> None:
     """Refuse values that overflowed. A coefficient sums many frames, so in float16 it may overflow when no latent does."""
     tensors = content.tensors() if isinstance(content, Tracks) else {"latents": content.latents}
+    if isinstance(content, Stretches):
+        tensors = {**tensors, "trends": content.trends}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BackboneError(

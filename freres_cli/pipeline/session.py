@@ -16,6 +16,7 @@ from freres_cli.backbones.engine import VideoPrefix, check_scores, prefill_video
 from freres_cli.backbones.evidence import Evidence, find_evidence, find_places, why_no_evidence
 from freres_cli.backbones.generation import Sampling, TextStream, generate
 from freres_cli.backbones.pruning import Pruning
+from freres_cli.backbones.saved_prefix import SUFFIX, open_prefix
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError, UsageError
@@ -64,7 +65,8 @@ class AskRequest:
     """Which bundle to open, and how.
 
     ``model``, ``revision``: where to find the model, if not where the bundle says. ``dtype``: the language model's.
-    ``adapter``: as ``adapters.choose_adapter`` takes it. ``text_after``: overrides the bundle's.
+    ``adapter``: as ``adapters.choose_adapter`` takes it. ``text_after``: overrides the bundle's. ``save_prefix``: keep the
+    prefilled video in a file beside the bundle, and read it from there.
     """
 
     bundle: Path
@@ -74,6 +76,7 @@ class AskRequest:
     dtype: str | None = None
     adapter: str | None = None
     text_after: str | None = None
+    save_prefix: bool = False
 
 
 @dataclass
@@ -84,7 +87,7 @@ class Session:
     says how, ``None`` if nothing moved. ``full_tokens``: token count of the uncompressed clip.
     ``text_after``: position of the text after the video. ``load_s``: seconds spent loading bundle and model. ``notes``:
     what the user should know. ``refine``: that of ``ask``, where it has none of its own. ``pruning``: which tokens reach
-    the later layers of the decoder; ``None`` for all.
+    the later layers of the decoder; ``None`` for all. ``prefix_file``: where to keep the prefilled video, if anywhere.
     """
 
     model: LanguageModel
@@ -95,6 +98,7 @@ class Session:
     notes: tuple[str, ...] = ()
     refine: int | None = None
     pruning: Pruning | None = None
+    prefix_file: Path | None = None
     moves: Moves | None = field(default=None, init=False)
     _prefixes: dict[Ids, VideoPrefix] = field(default_factory=dict)
     _facts: AskedFacts | None = field(default=None, init=False)
@@ -292,7 +296,9 @@ class Session:
         tokens = self.tokens if refine is None else refine_tokens(self.tokens, self.model, query.question, refine)
         refine_s = 0.0 if tokens is self.tokens else time.perf_counter() - start
         prefix = self._prefixes.get(ids.prefix) if tokens is self.tokens else None
-        if prefix is None:
+        if prefix is None and self.prefix_file is not None and tokens is self.tokens:
+            prefix = open_prefix(self.model, ids.prefix, tokens, self.text_after, self.prefix_file)
+        elif prefix is None:
             prefix = prefill_video(self.model, ids.prefix, tokens, self.text_after, pruning=self.pruning)
         if tokens is self.tokens:
             self._prefixes[ids.prefix] = prefix
@@ -371,7 +377,9 @@ def open_bundle(
     text_after = request.text_after or manifest["settings"]["text_after"]["value"]
     load_s = time.perf_counter() - start
     full_tokens = manifest["tokens"]["full_tokens"]
-    return Session(model, loaded.tokens, full_tokens, text_after, load_s, (*limits, *model.notes, *loaded.notes))
+    kept = request.bundle.with_name(request.bundle.name + SUFFIX) if request.save_prefix else None
+    notes = (*limits, *model.notes, *loaded.notes)
+    return Session(model, loaded.tokens, full_tokens, text_after, load_s, notes, prefix_file=kept)
 
 
 def _by_prefix(prefixes: Sequence[VideoPrefix]) -> Iterator[tuple[VideoPrefix, list[int]]]:

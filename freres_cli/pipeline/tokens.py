@@ -13,14 +13,23 @@ from torch import Tensor
 from freres_cli.content import Content
 from freres_cli.devices import memory_errors_as
 from freres_cli.method.adaptive import build_stretch_tokens
-from freres_cli.method.fusion import FreResModules
+from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.method.tokens import build_tokens
-from freres_cli.pipeline.adapters import NO_ADAPTER, choose_adapter_for, has_other_weights, load_modules
+from freres_cli.pipeline.adapters import (
+    NO_ADAPTER,
+    AnyModules,
+    choose_adapter_for,
+    has_other_weights,
+    load_modules,
+    load_stretch_modules,
+)
 from freres_cli.pipeline.models import describe_model
 from freres_cli.pipeline.notes import describe_drop
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
+
+NO_TRENDS = "the bundle holds no trends of its stretches; compress the video again with --set trends=keep"
 
 
 @dataclass(frozen=True)
@@ -52,37 +61,48 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
     """
     content, manifest = bundle.content, bundle.manifest
     model, settings = manifest["model"], manifest["settings"]
+    method, variant = settings["method"]["value"], settings["variant"]["value"]
     notes = []
+    modules: AnyModules | None = None
     if isinstance(content, Tracks):
-        variant = settings["variant"]["value"]
-        path = choose_adapter_for(adapter, model, variant)
-        shape = (content.width, content.num_bands)
-        modules = None if path is None else load_modules(path, model, variant, *shape)
+        path = choose_adapter_for(adapter, model, method, variant)
+        if path is not None:
+            modules = load_modules(path, model, variant, content.width, content.num_bands)
         if adapter is None and variant == "absorber" and has_other_weights(model):
             notes.append(f"opened without an adapter: the one that ships does not fit {describe_model(model)}")
         if modules is None and variant == "concat":
             notes.append("variant concat without an adapter: coefficients enter the model raw")
-        with torch.no_grad(), memory_errors_as(f"opening {bundle.path or 'bundle'}", "repack it to a smaller budget"):
-            tokens = make_tokens(content, variant, modules)
-    else:
-        tokens = make_tokens(content)
-        if adapter not in (None, NO_ADAPTER):
-            notes.append(f"the adapter has no effect: method {settings['method']['value']} has no trained modules")
+    elif isinstance(content, Stretches):
+        path = choose_adapter_for(adapter, model, method, variant)
+        if path is not None:
+            modules = load_stretch_modules(path, model, content.width)
+        if modules is not None and not content.has_trends:
+            modules = None
+            notes.append(f"the adapter has no effect: {NO_TRENDS}")
+    elif adapter not in (None, NO_ADAPTER):
+        notes.append(f"the adapter has no effect: method {method} has no trained modules")
+    with torch.no_grad(), memory_errors_as(f"opening {bundle.path or 'bundle'}", "repack it to a smaller budget"):
+        tokens = make_tokens(content, variant, modules)
     if settings["deepstack"]["value"] == "drop" and (cost := describe_drop(model["num_deep_layers"])) is not None:
         tokens = with_deep_rows(tokens, model["num_deep_layers"])
         notes.append(cost)
     return LoadedTokens(tokens, tuple(notes))
 
 
-def make_tokens(content: Content, variant: str = "absorber", modules: FreResModules | None = None) -> VideoTokens:
+def make_tokens(content: Content, variant: str = "absorber", modules: AnyModules | None = None) -> VideoTokens:
     """Return the visual tokens of any content, with the time that each stands for.
 
-    ``variant``, ``modules``: for the tracks of Fre-Res, as ``method.tokens.build_tokens`` takes them.
+    ``variant``: for the tracks of Fre-Res, as ``method.tokens.build_tokens`` takes it. ``modules``: those of the content's
+    method; stretches without trends take none.
     """
     if isinstance(content, Tracks):
+        assert not isinstance(modules, StretchModules)
         tokens = build_tokens(content, variant, modules)
         return replace(tokens, stretches=find_stretches(tokens, content))
-    return build_stretch_tokens(content) if isinstance(content, Stretches) else content
+    if isinstance(content, Stretches):
+        assert modules is None or isinstance(modules, StretchModules)
+        return build_stretch_tokens(content, modules)
+    return content
 
 
 def find_stretches(tokens: VideoTokens, tracks: Tracks) -> Tensor:

@@ -1,15 +1,15 @@
-"""Stream the sampled frames of a video: decode, resize, rotate upright, pack into batches.
+"""Stream the sampled frames of a video: decode, resize, turn upright, pack into batches.
 
 Only sampled frames are converted to RGB, and one decoded frame is held at a time, so memory use does not grow with the
-length of the clip.
+length of the clip, but for 8 bytes for the time of each frame.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -20,9 +20,13 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.probe import PacketTable, iterate_frames, open_video, read_packet_table, video_stream
+from freres_cli.video.oddities import OddFrames, screen_colours
+from freres_cli.video.opening import iterate_frames, open_video, video_stream
+from freres_cli.video.packets import PacketTable, read_packet_table
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
+from freres_cli.video.seeking import find_entry, frames_from
 from freres_cli.video.still import StillDetector, read_planes
+from freres_cli.video.turn import Turn
 
 # Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
@@ -40,16 +44,36 @@ class DecodeReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far reading has come, to go on from there in another process.
+
+    ``num_sampled``, ``num_pictures``: so far. ``picture_index``, ``picture_s``: number and time of the frame that shows the
+    last picture; ``picture_slot``: frames sampled before it; ``odd``: what was odd before it. ``is_clean``: nothing was
+    damaged so far.
+    """
+
+    num_sampled: int
+    num_pictures: int
+    picture_index: int
+    picture_s: float
+    picture_slot: int
+    odd: OddFrames
+    is_clean: bool
+
+
 @dataclass
 class _Tally:
-    """Counts kept while decoding."""
+    """Counts kept while decoding. ``num_before``: frames before the one that decoding began at."""
 
+    num_before: int = 0
     num_decoded: int = 0
     num_sampled: int = 0
     num_pictures: int = 0
     num_failed: int = 0
     num_damaged: int = 0
     num_restamped: int = 0
+    is_read_again: bool = False
     ends_badly: bool = False
     is_exhausted: bool = False
     covered_s: float = 0.0
@@ -113,7 +137,11 @@ class Decoder:
         self._path, self._info, self._sampling, self._size = path, info, sampling, size
         self._batch_frames, self._strict, self._still_levels = batch_frames, strict, still_levels
         self._reformatter = VideoReformatter()
+        self._turn = Turn(info.rotation_deg, info.is_mirrored)
         self._report: DecodeReport | None = None
+        self._begin = Position(0, 0, 0, float("-inf"), 0, OddFrames.of(info), True)
+        self._odd = self._begin.odd
+        self._position = self._begin
 
     @property
     def report(self) -> DecodeReport:
@@ -122,44 +150,68 @@ class Decoder:
             raise RuntimeError("the report is available after the last batch")
         return self._report
 
+    @property
+    def position(self) -> Position:
+        """How far reading has come, at the end of a full batch."""
+        return self._position
+
+    def resume(self, position: Position) -> None:
+        """Let the next iteration go on after ``position`` of another decoder with the same arguments."""
+        self._begin = position
+
     def __iter__(self) -> Iterator[Frames]:
-        self._report = None
-        table = read_packet_table(self._path, self._info.stream_index)
-        tally = _Tally()
+        self._report, self._odd = None, replace(self._begin.odd)
+        table = read_packet_table(self._path, self._info.stream_index, self._info.num_bytes)
+        tally = _Tally(num_sampled=self._begin.picture_slot, num_pictures=max(0, self._begin.num_pictures - 1))
         with closing(self._pick(table, tally)) as picked:
             yield from self._pack(picked, tally)
         self._report = self._sum_up(table, tally)
 
-    def _decode(self, tally: _Tally) -> Generator[av.VideoFrame, None, None]:
-        """Frames in display order. Packets that cannot be decoded are counted and skipped."""
-        with open_video(self._path) as container:
-            stream = video_stream(container, self._info.stream_index)
-            stream.thread_type = "AUTO"
-            for frame in iterate_frames(container, stream):
+    @contextmanager
+    def _open(self, table: PacketTable, tally: _Tally, threads: str) -> Iterator[Iterator[av.VideoFrame | None]]:
+        """Frames from where the requested part begins, if the file leads there exactly, else from the beginning."""
+        first, _ = sampling_window(self._sampling, self._info.start_s, self._info.duration_s)
+        entry = find_entry(table, max(first, self._begin.picture_s)) if self._begin.is_clean else None
+        for place in (entry, None):
+            with open_video(self._path, self._info.num_bytes) as container:
+                stream = video_stream(container, self._info.stream_index)
+                stream.thread_type = threads
+                if threads == "NONE":
+                    stream.codec_context.thread_count = 1
+                frames = iterate_frames(container, stream) if place is None else frames_from(container, stream, place)
+                if frames is not None:
+                    tally.num_before = 0 if place is None else place.first_index
+                    yield frames
+                    return
+
+    def _decode(self, table: PacketTable, tally: _Tally) -> Generator[tuple[av.VideoFrame, int], None, None]:
+        """Frames in display order, with their numbers. Packets that cannot be decoded are counted and skipped."""
+        with self._open(table, tally, "AUTO") as frames:
+            for frame in frames:
                 if frame is None or frame.is_corrupt:
                     break
                 tally.num_decoded += 1
-                yield frame
+                yield frame, tally.num_before + tally.num_decoded - 1
             else:
-                if tally.num_decoded >= self._info.num_packets:
+                if tally.num_before + tally.num_decoded >= self._info.num_packets:
                     return
         # Damage seen by one thread spoils frames of the others; which ones varies by machine and by run, and at the end of
         # the file there is no error. So a file that seems damaged is read again on a single thread, skipping the frames
         # already delivered: every run then gives the same frames.
-        num_delivered, num_seen = tally.num_decoded, 0
-        with open_video(self._path) as container:
-            stream = video_stream(container, self._info.stream_index)
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            for frame in iterate_frames(container, stream):
+        tally.is_read_again = True
+        next_index = tally.num_before + tally.num_decoded
+        with self._open(table, tally, "NONE") as frames:
+            index = tally.num_before
+            for frame in frames:
                 tally.ends_badly = frame is None
                 if frame is None:
                     self._refuse_if_strict("a packet cannot be decoded")
                     tally.num_failed += 1
                     continue
-                num_seen += 1
-                if num_seen > num_delivered:
+                if index >= next_index:
                     tally.num_decoded += 1
-                    yield frame
+                    yield frame, index
+                index += 1
 
     def _refuse_if_strict(self, trouble: str) -> None:
         if self._strict:
@@ -174,8 +226,8 @@ class Decoder:
         gets the k-th smallest timestamp: the decoder's order is right, and sorting the frames would scramble it.
         """
         by_rank, previous = table.is_order_blind, float("-inf")
-        with closing(self._decode(tally)) as frames:
-            for index, frame in enumerate(frames):
+        with closing(self._decode(table, tally)) as frames:
+            for frame, index in frames:
                 own = _own_time(frame)
                 by_rank = by_rank or (own is not None and own < previous)
                 # A frame whose time was lost to damage is assumed to follow the previous frame directly.
@@ -210,9 +262,11 @@ class Decoder:
         first, last = sampling_window(self._sampling, info.start_s, info.duration_s)
         has_window = self._sampling.start_s is not None or self._sampling.end_s is not None
         instants = sampling_instants(self._sampling, info.start_s, info.duration_s, info.num_packets)
-        position = 0
+        position = self._begin.picture_slot
         with closing(self._show(table, tally)) as frames:
             for shown in frames:
+                if shown.index < self._begin.picture_index:
+                    continue
                 if instants is None:
                     if has_window and shown.start_s >= last - TOLERANCE_S:
                         return
@@ -227,20 +281,21 @@ class Decoder:
                     return
 
     def _convert(self, frame: av.VideoFrame) -> np.ndarray:
-        """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then rotated upright."""
-        quarter_turns = self._info.rotation_deg // 90
+        """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then turned upright."""
         height, width = self._size.height_px, self._size.width_px
-        if quarter_turns % 2:
+        if self._turn.rotation_deg % 180:
             height, width = width, height
         try:
             # Decoding already uses several threads; more of them for resizing would only compete.
-            resized = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=RESIZE, threads=1)
+            resized = self._reformatter.reformat(
+                frame, width, height, "rgb24", interpolation=RESIZE, threads=1, **screen_colours(frame)
+            )
         except FFmpegError as error:
             raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
         plane = resized.planes[0]
         # Rows are padded to a multiple of the vector width.
         rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
-        return np.rot90(rows.reshape(height, width, 3), quarter_turns)
+        return self._turn.apply(rows.reshape(height, width, 3))
 
     def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
         shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
@@ -249,12 +304,18 @@ class Decoder:
         indices: list[int] = []
         picture_indices: list[int] = []
         detector = StillDetector(self._still_levels)
-        picture, picture_index = np.empty(0), 0
+        picture, picture_index, picture_s, picture_slot, odd = np.empty(0), 0, 0.0, 0, self._odd
         for shown, repeats in picked:
             if not detector.is_still(*read_planes(shown.frame)):
-                picture, picture_index = self._convert(shown.frame), shown.index
+                odd = replace(self._odd)
+                self._odd.look_at(shown.frame, shown.start_s)
+                picture, picture_index, picture_s = self._convert(shown.frame), shown.index, shown.start_s
+                picture_slot = tally.num_sampled
                 tally.num_pictures += 1
             for _ in range(repeats):
+                if tally.num_sampled < self._begin.num_sampled:
+                    tally.num_sampled += 1
+                    continue
                 # torch would start a thread pool for this copy, which would compete with the decoder's threads.
                 pixels.numpy()[len(times)] = picture
                 times.append(shown.start_s)
@@ -262,6 +323,10 @@ class Decoder:
                 picture_indices.append(picture_index)
                 tally.num_sampled += 1
                 if len(times) == self._batch_frames:
+                    is_clean = not (tally.is_read_again or tally.num_restamped or tally.num_damaged)
+                    self._position = Position(
+                        tally.num_sampled, tally.num_pictures, picture_index, picture_s, picture_slot, odd, is_clean
+                    )
                     yield Frames(pixels, tuple(times), tuple(indices), tuple(picture_indices))
                     pixels, times, indices, picture_indices = torch.empty(shape, dtype=torch.uint8), [], [], []
         if times:
@@ -282,7 +347,7 @@ class Decoder:
     def _measure_loss(self, table: PacketTable, tally: _Tally) -> float:
         """Seconds of the requested part that no decoded frame covers."""
         if not tally.is_exhausted:
-            tail, due = 0.0, tally.num_decoded
+            tail, due = 0.0, tally.num_before + tally.num_decoded
         else:
             end = table.end_s + (table.missing_s if table.is_cut or tally.ends_badly else 0.0)
             if self._sampling.end_s is not None:
@@ -290,7 +355,7 @@ class Decoder:
             tail = end - tally.covered_s
             due = bisect_left(table.stamps_s, tally.covered_s - TOLERANCE_S)
         # A gap inside the clip does not show in the times: the frame before it simply stays on screen longer.
-        hole = (due - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
+        hole = (due - tally.num_before - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
         return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
 
     def _describe(self, tally: _Tally, lost: float) -> Iterator[str]:
@@ -299,6 +364,7 @@ class Decoder:
                 f"frames that did not move by more than {self._still_levels} levels, so were not encoded: "
                 f"{tally.num_sampled - tally.num_pictures} of {tally.num_sampled}"
             )
+        yield from self._odd.describe()
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
             yield f"{self._sampling.count} frames requested, {tally.num_sampled} returned: the clip has no more"
         if tally.num_restamped:

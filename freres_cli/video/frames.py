@@ -61,6 +61,7 @@ class FrameArray:
             coded_width_px=width,
             coded_height_px=height,
             rotation_deg=0,
+            is_mirrored=False,
             sample_aspect_ratio=1.0,
             source_fps=(num_frames - 1) / span if span > TOLERANCE_S else None,
             num_packets=num_frames,
@@ -69,6 +70,7 @@ class FrameArray:
             stream_index=0,
             num_video_streams=1,
             has_timestamps=True,
+            num_bytes=int(self.pixels.nbytes),
         )
 
     @property
@@ -78,11 +80,6 @@ class FrameArray:
         digest.update(self.pixels.data)
         digest.update(np.asarray(self.seconds).data)
         return digest.hexdigest()
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the pixels."""
-        return int(self.pixels.nbytes)
 
     def open(self, size: FrameSize, batch_frames: int, still_levels: int = 0) -> FrameBatches:
         """Return the frames, resized, in batches.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from freres_cli.errors import UsageError, count_of
+
+T = TypeVar("T")
 
 LIST_SUFFIX = ".txt"
 # In a folder, videos are recognized by suffix; a file named on the command line is tried whatever its name.
@@ -48,23 +51,31 @@ def list_videos(arguments: Sequence[Path]) -> Listing:
     by_place: dict[str, tuple[Path, Path]] = {}  # each video with the name of its output, still with the suffix
     notes: list[str] = []
     for argument in arguments:
-        for video, name in _expand(argument, notes):
+        for video, name in expand(argument, notes):
             by_place.setdefault(os.path.abspath(video), (video, name))  # noqa: PTH100 (links stay links)
     found = dict(by_place.values())
     if not found:
         named = ", ".join(map(str, arguments[:3]))
         raise UsageError(f"{named}: no video found", "name video files, a folder of them, or a .txt list of paths")
-    shared = Counter(name.with_suffix("") for name in found.values())
-    outputs = [(v, name if shared[name.with_suffix("")] > 1 else name.with_suffix("")) for v, name in found.items()]
-    _refuse_same_outputs(outputs)
+    outputs = name_outputs(list(found.items()))
+    refuse_same_outputs(outputs)
     return Listing(tuple(outputs), tuple(notes))
+
+
+def name_outputs(found: Sequence[tuple[T, Path]]) -> list[tuple[T, Path]]:
+    """Return each video with the name of its output, given with that of its file: without the suffix, unless several videos
+    would then share it."""
+    shared = Counter(name.with_suffix("") for _, name in found)
+    return [(v, name if shared[name.with_suffix("")] > 1 else name.with_suffix("")) for v, name in found]
 
 
 def _is_list(path: Path) -> bool:
     return path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path)  # noqa: PTH113
 
 
-def _expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
+def expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
+    """Yield the videos that a file, a folder or a ``.txt`` list names, each with the name of its output, still with the
+    suffix. ``notes``: receives what the user should know. Raises ``UsageError``."""
     if os.path.isdir(argument):  # noqa: PTH112 (os.path accepts names too long for the system)
         files = [path for path in sorted(argument.rglob("*")) if path.is_file() and not _is_hidden(path, argument)]
         videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
@@ -73,7 +84,7 @@ def _expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
         for path in videos:
             yield path, path.relative_to(argument)
     elif _is_list(argument):
-        for number, line in _read_lines(argument):
+        for number, line in read_lines(argument):
             path = argument.parent / line
             yield path, _name_of(path, f"{argument}:{number}: {line}")
     else:
@@ -90,10 +101,11 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a list that name a file, with their numbers."""
+def read_lines(path: Path, data: bytes | None = None) -> list[tuple[int, str]]:
+    """Return the lines of a list that name a file, with their numbers. ``data``: its bytes, if they are not at the path.
+    Raises ``UsageError``."""
     try:
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = (path.read_bytes() if data is None else data).removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}", "name a list of paths, one per line") from error
     except UnicodeDecodeError as error:
@@ -106,12 +118,13 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
-def _refuse_same_outputs(outputs: Sequence[tuple[Path, Path]]) -> None:
-    first: dict[Path, Path] = {}
+def refuse_same_outputs(
+    outputs: Iterable[tuple[T, Path]],
+    hint: str = "compress them into separate folders, or name a folder that contains both",
+) -> None:
+    """Raise ``UsageError`` if two videos have one name for their output."""
+    first: dict[Path, T] = {}
     for video, name in outputs:
         if name in first:
-            raise UsageError(
-                f"{first[name]} and {video}: their bundles would have the same name, {name}.pt",
-                "compress them into separate folders, or name a folder that contains both",
-            )
+            raise UsageError(f"{first[name]} and {video}: their bundles would have the same name, {name}.pt", hint)
         first[name] = video

@@ -8,6 +8,7 @@ the temporal DCT and the language model's time axis both assume a uniform grid.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,8 +90,8 @@ def sampling_instants(
     count = num_sampled_frames(sampling, start_s, duration_s, num_packets)
     # Each instant is computed from its index: adding up steps of 1/fps drifts by a frame per hour.
     if sampling.fps is not None:
-        return tuple(first + k / sampling.fps for k in range(count))
-    return tuple(first + (i + 0.5) * span / count for i in range(count))
+        return array("d", (first + k / sampling.fps for k in range(count)))
+    return array("d", (first + (i + 0.5) * span / count for i in range(count)))
 
 
 def num_sampled_frames(sampling: Sampling, start_s: float, duration_s: float, num_packets: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bundle.store import StoredBundle
 from freres_cli.errors import BackboneError, BundleError, UsageError
 from freres_cli.files import check_destination, write_atomically
@@ -96,7 +97,7 @@ def read_absorption(bundle: StoredBundle, named: str | None, flag: str = FLAG) -
             "compress a video that moves with --variant absorber, or with a larger --budget",
         )
     model = bundle.manifest["model"]
-    adapter = choose_adapter_for(named, model, variant)
+    adapter = choose_adapter_for(named, model, FRE_RES, variant)
     if adapter is None:
         raise UsageError(f"{flag}: expected trained modules: without them nothing is absorbed", "name --adapter FILE")
     modules = load_modules(adapter, model, variant, tracks.width, tracks.num_bands)

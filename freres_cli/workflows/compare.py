@@ -14,8 +14,7 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, UsageError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss, share_kept
-from freres_cli.method.fusion import FreResModules
-from freres_cli.pipeline.adapters import load_modules
+from freres_cli.pipeline.adapters import AnyModules
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, open_method_session
@@ -24,7 +23,7 @@ from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.session import Query, Session, refuse_control_tokens
 from freres_cli.records import VideoTokens
-from freres_cli.workflows.evaluate import describe_failure
+from freres_cli.workflows.evaluate import Modules, describe_failure, load_all_modules
 from freres_cli.workflows.fidelity import rebuild_clip, rebuild_tokens
 from freres_cli.world.make import is_world_clip
 
@@ -34,15 +33,14 @@ class CompareRequest:
     """What to compare.
 
     ``video``: the file. ``cells``: the methods and budgets. ``options``: model, device and settings. ``queries``: the
-    questions; without any, the language model is not loaded. ``adapter``: trained modules for Fre-Res.
-    ``max_new_tokens``: most tokens of a free answer.
+    questions; without any, neither the language model nor an adapter is loaded. ``max_new_tokens``: most tokens of a free
+    answer.
     """
 
     video: Path
     cells: tuple[Cell, ...]
     options: CompressOptions
     queries: tuple[Query, ...] = ()
-    adapter: Path | None = None
     max_new_tokens: int = 64
 
 
@@ -73,22 +71,19 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
             raise UsageError(f"--methods: {cell.method} needs a question, got none", "ask one with --question")
     models = models or Models(request.options.model)
     notes: list[str] = []
-    modules = None
+    modules: Modules = {}
     if request.queries:
         model = models.language_model
         check_methods([cell.method for cell in request.cells], model)
         refuse_control_tokens([("--question", query.texts) for query in request.queries], model)
-        if request.adapter is not None:
-            settings = request.options.settings
-            shape = (model.width, settings.max_coefficients)
-            modules = load_modules(request.adapter, model.fingerprint, settings.variant, *shape).to(model.device)
+        modules = load_all_modules(request.cells, request.options, model)
         notes += [*describe_limits(request.options.model.name, is_world_clip(request.video)), *model.notes]
     encoder = models.encoder
     timer = StageTimer(torch.device(request.options.model.device.name))
     with memory_errors_as(f"video {request.video}", "compare a shorter part, or use a smaller --dtype"):
         clip = EncodedClip(VideoSource(request.video), request.options, encoder, timer)
         energy = measure_energy(clip.latents, encoder.width)
-    rows = [_try_cell(cell, clip, energy, request, models, modules, timer) for cell in request.cells]
+    rows = [_try_cell(cell, clip, energy, request, models, modules.get(cell.adapter), timer) for cell in request.cells]
     if all(row["status"] == "failed" for row in rows):
         raise FreresError(f"{request.video}: every method failed: {rows[0]['message']}", "try a smaller budget")
     return CompareResult(
@@ -109,7 +104,7 @@ def _try_cell(
     energy: float,
     request: CompareRequest,
     models: Models,
-    modules: FreResModules | None,
+    modules: AnyModules | None,
     timer: StageTimer,
 ) -> dict[str, Any]:
     """Return the row of one method at one budget; if it fails, with the reason and what was known by then."""
@@ -124,6 +119,7 @@ def _try_cell(
         "message": None,
         "budget_tokens": budget_tokens,
         "full_tokens": clip.full_tokens,
+        "adapter": None if modules is None or cell.adapter is None else cell.adapter.name,
         **dict.fromkeys(figures),
         "answers": [],
         "notes": [],

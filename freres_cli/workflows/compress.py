@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, UsageError
-from freres_cli.files import check_destination, make_folder
+from freres_cli.files import check_destination, make_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
+from freres_cli.pipeline.checkpoints import Checkpoints
 from freres_cli.pipeline.compressor import Compressor, Progress
 from freres_cli.pipeline.matching import find_differences
-from freres_cli.video.probe import hash_file
+from freres_cli.video.opening import hash_file
 
 SUFFIX = ".pt"
+PIPE_TITLE = "standard input"
+Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A written bundle and what it cost. ``timings_s``: seconds by stage; ``notes``: what the user should know."""
+    """A written bundle and what it cost. ``timings_s``: seconds by stage; ``notes``: what the user should know;
+    ``resumed_frames``: frames that an earlier run, which was stopped, had done."""
 
     bundle: Path
     bundle_bytes: int
@@ -32,6 +36,7 @@ class CompressResult:
     peak_memory_bytes: int
     dtype: torch.dtype
     notes: tuple[str, ...]
+    resumed_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,53 @@ class Row:
 
 
 def compress_file(
-    compressor: Compressor, video: Path, output: Path, *, force: bool = False, progress: Progress | None = None
+    compressor: Compressor,
+    video: Path,
+    output: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+    title: str | None = None,
 ) -> CompressResult:
-    """Compress a video into a bundle. Nothing is written unless everything succeeds.
+    """Compress a video into a bundle. Nothing is written unless everything succeeds, but for the state of long work, which
+    is kept in a hidden file beside the bundle until the bundle is there.
 
     ``compressor``: model and settings. ``video``, ``output``: the files. ``force``: replace an existing bundle.
-    ``progress``: called with the number of frames done and the number of all frames. Raises what ``Compressor.compress``
-    and ``Bundle.save`` raise.
+    ``progress``: called with the number of frames done and the number of all frames. ``tell``: called with a note when
+    work goes on where an earlier run was stopped. ``title``: what the bundle calls the video. Raises what
+    ``Compressor.compress`` and ``Bundle.save`` raise.
     """
     check_destination(output, force)
     _refuse_overwriting(video, output)
     start = time.perf_counter()
-    bundle = compressor.compress(video, progress=progress)
-    return _write(compressor, bundle, output, force, start)
+    checkpoints = Checkpoints(output.parent, tell or (lambda _: None))
+    bundle = compressor.compress(video, progress=progress, checkpoints=checkpoints, title=title)
+    result = _write(compressor, bundle, output, force, start)
+    checkpoints.remove()
+    return replace(result, resumed_frames=checkpoints.resumed_frames)
+
+
+def compress_stream(
+    compressor: Compressor,
+    stream: IO[bytes],
+    output: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    tell: Tell | None = None,
+) -> CompressResult:
+    """Compress a video that arrives through a pipe. It is saved beside the bundle first, and removed afterwards: a video is
+    read more than once, and the number of its frames decides which are anchors.
+
+    ``stream``: the pipe. ``compressor``, ``output``, ``force``, ``progress``, ``tell``: as ``compress_file`` takes them.
+    """
+    check_destination(output, force)
+    with save_stream(stream, output.parent) as saved:
+        try:
+            return compress_file(compressor, saved, output, force=force, progress=progress, tell=tell, title=PIPE_TITLE)
+        except FreresError as error:
+            raise type(error)(error.message.replace(str(saved), PIPE_TITLE), error.hint) from error
 
 
 def _refuse_overwriting(video: Path, output: Path) -> None:
@@ -95,6 +134,7 @@ def compress_many(
     force: bool = False,
     on_row: Callable[[Row], None] | None = None,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> list[Row]:
     """Compress videos into a folder. The model is loaded once, or not at all if every bundle already exists.
 
@@ -103,8 +143,8 @@ def compress_many(
 
     ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, relative to
     ``folder``, which is created. ``on_row``: called with each row when it is done. ``progress``: called with the number
-    of videos done and the number of all videos. Raises ``UsageError`` for the folder, ``BackboneError`` if the model
-    cannot be loaded.
+    of videos done and the number of all videos. ``tell``: as ``compress_file`` takes it. Raises ``UsageError`` for the
+    folder, ``BackboneError`` if the model cannot be loaded.
     """
     make_folder(folder)
     rows = []
@@ -113,7 +153,7 @@ def compress_many(
             progress(done, len(videos))
         output = folder / name.with_name(name.name + SUFFIX)
         try:
-            row = _compress_one(compressor, video, output, force)
+            row = _compress_one(compressor, video, output, force, tell)
         except FreresError as error:
             # Without a model, every other video would fail for the same reason.
             if isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder:
@@ -125,7 +165,7 @@ def compress_many(
     return rows
 
 
-def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool) -> Row:
+def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, tell: Tell | None) -> Row:
     make_folder(output.parent)
     check_destination(output, force=True)
     _refuse_overwriting(video, output)
@@ -133,7 +173,7 @@ def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool
     if row is not None:
         return row
     try:
-        result = compress_file(compressor, video, output, force=force)
+        result = compress_file(compressor, video, output, force=force, tell=tell)
     except UsageError:
         # Another run may have written it in the meantime.
         row = _find_done(compressor, video, output, force)

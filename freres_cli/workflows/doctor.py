@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, import_half
+from freres_cli.bench.clock import total_memory_bytes
 from freres_cli.devices import choose_device
 from freres_cli.errors import BackboneError, ResourceError
 from freres_cli.world.bundled_model import bundled_model_dir
@@ -98,7 +99,7 @@ def _memory() -> Finding:
 
 def memory_bytes() -> int:
     """Return the memory of the machine in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_memory_bytes(torch.device("cpu"))
 
 
 def model_memory_bytes() -> int:

@@ -21,8 +21,7 @@ from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import Question, QuestionFile
 from freres_cli.evaluation.results import REMEDY, ResultsFile
 from freres_cli.evaluation.scores import summarize
-from freres_cli.method.fusion import FreResModules
-from freres_cli.pipeline.adapters import load_modules
+from freres_cli.pipeline.adapters import AnyModules, load_modules_for
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
@@ -32,14 +31,14 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.session import Session, refuse_control_tokens
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
-from freres_cli.video.probe import hash_file
+from freres_cli.video.opening import hash_file
 from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
 from freres_cli.world.make import is_world_clip
 
 MAX_ANSWER_TOKENS = 16
 
 Progress = Callable[[int, int], None]
-Modules = Mapping[Path | None, FreResModules]
+Modules = Mapping[Path | None, AnyModules]
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     encoder, model = models.encoder, models.language_model
     refuse_control_tokens(request.questions.places(), model)
     check_methods((cell.method for cell in request.cells), model)
-    modules = load_all_modules(request, model)
+    modules = load_all_modules(request.cells, request.options, model)
     run = describe_run(request, model)
     results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
@@ -124,19 +123,17 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
 
 
-def load_all_modules(request: EvalRequest, model: LanguageModel) -> Modules:
+def load_all_modules(cells: Sequence[Cell], options: CompressOptions, model: LanguageModel) -> Modules:
     """Read the adapters of the cells, and return them by path.
 
-    Raises ``BackboneError`` for an adapter of another model or variant, or with fewer bands than the cell's settings
-    allow coefficients. The number of coefficients in a clip is known only after it is compressed.
+    ``cells``: what is compared. ``options``: their settings, where a cell has none of its own. ``model``: the language
+    half. Raises ``BackboneError`` for an adapter of another model, method or variant, or with too few bands.
     """
-    found: dict[Path | None, FreResModules] = {}
-    for cell in request.cells:
+    found: dict[Path | None, AnyModules] = {}
+    for cell in cells:
         if cell.adapter is not None:
-            settings = request.options.settings.values() | dict(cell.settings)
-            shape = (model.width, settings["max_coefficients"])
-            modules = load_modules(cell.adapter, model.fingerprint, settings["variant"], *shape)
-            found[cell.adapter] = modules.to(model.device)
+            settings = options.settings.values() | dict(cell.settings)
+            found[cell.adapter] = load_modules_for(cell.adapter, cell.method, model, settings)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from freres_cli.backbones.checkpoint import config_dtype
 from freres_cli.backbones.engine import choose_chunk
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, measure_decoder, measure_tower
 from freres_cli.devices import choose_dtype, memory_errors_as, synchronize
@@ -29,7 +30,9 @@ from freres_cli.pipeline.prompt_text import bound_text
 # Measured on one thread of a server CPU: decoding 2.1 ms and resizing 10.3 ms for a picture of 1280x720 in H.264.
 DECODE_S_PER_PX = 2.1e-3 / (1280 * 720)
 RESIZE_S_PER_PX = 10.3e-3 / (1280 * 720)
-MATMUL_SIDE, MATMUL_SECONDS, COPY_BYTES = 1024, 0.3, 2**26
+# A product that takes a CPU 10 ms takes a GPU less time than its start.
+CPU_MATMUL_SIDE, CUDA_MATMUL_SIDE = 1024, 8192
+MATMUL_SECONDS, COPY_BYTES = 0.3, 2**26
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,19 @@ class Planner:
         self.encoder = cast(Any, self.models.weightless_encoder)
         self.language = cast(Any, self.models.prompt_counter)
         parameters = self.language.num_parameters + sum(p.numel() for p in self.encoder.tower.parameters())
-        stored = _stored_dtype(self.models.checkpoint.config)
+        stored = config_dtype(self.models.checkpoint.config)
         device = replace(options.model.device, name="cuda:0") if is_cuda else options.model.device
         self.dtype, self.dtype_note = choose_dtype(options.model.dtype, device, stored, parameters * stored.itemsize)
         # On the meta device: no values are converted, only the sizes of numbers.
         self.language.half.to(self.dtype)
+
+    @property
+    def notes(self) -> tuple[str, str]:
+        """What the user should know about the figures."""
+        levels = self.options.settings.still_levels
+        still = f"in which nothing moved by more than {levels} levels" if levels else "that repeat the last one"
+        skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
+        return self.dtype_note, skipped
 
     def cost(self, budget_tokens: int | None = None) -> Cost:
         """The cost at the options' budget, or another one."""
@@ -164,14 +175,6 @@ class Planner:
         return low or None
 
 
-def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The precision that a checkpoint's config names; bfloat16, as nearly all are stored, if it names none."""
-    text = config.get("text_config") or {}
-    name = next((c[key] for c in (config, text) for key in ("dtype", "torch_dtype") if c.get(key)), "bfloat16")
-    found = getattr(torch, str(name), torch.bfloat16)
-    return found if isinstance(found, torch.dtype) else torch.bfloat16
-
-
 def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
     """The time of every stage, one after the other, at ``speed``."""
     plan = cost.plan
@@ -205,15 +208,16 @@ def state_speed(tflops: float) -> Speed:
 def measure_speed(device_name: str, dtype: torch.dtype) -> Speed:
     """The speed of a square matrix product and of a copy on this device, in less than a second."""
     device = torch.device(device_name)
+    side = CPU_MATMUL_SIDE if device.type == "cpu" else CUDA_MATMUL_SIDE
     with memory_errors_as("measuring the speed", "name it with --tflops"):
-        a = torch.ones(MATMUL_SIDE, MATMUL_SIDE, dtype=dtype, device=device)
+        a = torch.ones(side, side, dtype=dtype, device=device)
         block = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
         product_s = _time(lambda: a @ a, device)
         copy_s = _time(block.clone, device)
     # A copy reads and writes.
     name = str(dtype).removeprefix("torch.")
-    source = f"a product of two {MATMUL_SIDE}x{MATMUL_SIDE} matrices in {name} and a copy of 64 MiB on this device"
-    return Speed(2 * MATMUL_SIDE**3 / product_s, 2 * COPY_BYTES / copy_s, source)
+    source = f"a product of two {side}x{side} matrices in {name} and a copy of 64 MiB on this device"
+    return Speed(2 * side**3 / product_s, 2 * COPY_BYTES / copy_s, source)
 
 
 def _time(work: Callable[[], Any], device: torch.device) -> float:

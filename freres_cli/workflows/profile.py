@@ -86,16 +86,17 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
     if isinstance(value, FreresError) and not isinstance(value, ResourceError):
         if not (isinstance(value, BackboneError) and "context" in value.message):
             raise value
-        return _empty_row(method, "context_exceeded", value.message)
+        return empty_row(method, "context_exceeded", value.message)
     if outcome.is_late:
-        return _empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
+        return empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
     # Any other silent exit is our own failure.
     if value is None and not outcome.is_starved:
         raise FreresError(f"profile: the process of row {method} failed with status {outcome.exit_code}; see above")
-    return _empty_row(method, "out_of_memory", value.message if value is not None else "the system killed the process")
+    return empty_row(method, "out_of_memory", value.message if value is not None else "the system killed the process")
 
 
-def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
+def empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
+    """Return a row without figures. ``status``: as ``profile`` has it; ``message``: why it has none."""
     figures = {name: None for name in ("visual_tokens", "context_tokens", "full_tokens", "peak_memory_bytes")}
     figures |= {"encode_peak_memory_bytes": None, "ask_peak_memory_bytes": None, "base_memory_bytes": None}
     return {
@@ -112,11 +113,19 @@ def _empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
 
 def run_row(connection: Connection, request: ProfileRequest, method: str) -> None:
     """Measure one row, and send it or the ``FreresError`` it raised through ``connection``."""
+    send_row(connection, request, method, lambda: _measure_row(request, method))
+
+
+def send_row(connection: Connection, request: ProfileRequest, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    """Send what ``measure`` returns, or the ``FreresError`` it raised, through ``connection``.
+
+    ``request``: how to measure. ``name``: of the row, for messages.
+    """
     try:
         if not request.device.is_cuda:
             apart.limit_memory()
-        with memory_errors_as(f"row {method}", "lower --budget, or use a machine with more memory"):
-            row = _measure_row(request, method)
+        with memory_errors_as(f"row {name}", "lower --budget, or use a machine with more memory"):
+            row = measure()
         connection.send(row)
     except FreresError as error:
         connection.send(error)
@@ -127,7 +136,7 @@ def run_row(connection: Connection, request: ProfileRequest, method: str) -> Non
 def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
     device = torch.device(request.device.name)
     memory = PeakMemory(device)
-    row = _empty_row(method, "ok", None) | {"base_memory_bytes": memory.read_bytes()}
+    row = empty_row(method, "ok", None) | {"base_memory_bytes": memory.read_bytes()}
     runs: dict[str, list[float]] = {stage: [] for stage in STAGES}
     if request.options is not None:
         tokens, full_tokens = _encode_runs(request, method, runs)
@@ -141,6 +150,21 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
         if method == "full" and len(session.tokens) != session.full_tokens:
             session.tokens = _stand_in(session.tokens, session.full_tokens)
             row["message"] = "random latents stand in for the full tokens: the bundle does not hold the video"
+    return measure_asks(session, request, memory, row, runs)
+
+
+def measure_asks(
+    session: Session,
+    request: ProfileRequest,
+    memory: PeakMemory,
+    row: dict[str, Any],
+    runs: dict[str, list[float]],
+) -> dict[str, Any]:
+    """Ask as often as requested, and return the row with its figures.
+
+    ``session``, ``request``: what to ask. ``memory``: whose span the asking belongs to. ``row``: what is known so far.
+    ``runs``: the seconds of each stage so far, by its name in ``STAGES``.
+    """
     for run in range(-request.warmup, request.repeat):
         context_tokens = _ask_once(session, request, runs if run >= 0 else None)
     row["dtype"] = str(session.model.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Train Fre-Res on a frozen backbone: adapters, absorber, type embeddings and gates (method section 10)."""
+"""Train a form of Fre-Res on a frozen backbone: adapters, absorber, type embeddings and gates (method section 10)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.gradients import score_answers
+from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.bundle.adapter import write_adapter
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import UsageError
@@ -27,6 +28,8 @@ from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.files import check_destination
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import answer_loss, distillation_loss, total_loss
+from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
+from freres_cli.pipeline.adapters import AnyModules
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.prompt_text import settle_tokens
@@ -74,7 +77,7 @@ class Recipe:
 class TrainRequest:
     """What to train on, and how.
 
-    ``data``: the questions with their answers. ``options``: model, device and settings. ``recipe``: how to train.
+    ``data``: the questions with their answers. ``options``: model, device, settings and method. ``recipe``: how to train.
     ``output``: the adapter to write; the training state is kept next to it, in a ``.state`` file. ``cache``: folder of
     the compressed videos. ``force``: replace an existing adapter.
     """
@@ -113,6 +116,9 @@ def train_adapter(
     too little data, or if the state next to the output belongs to another run.
     """
     options, recipe = request.options, request.recipe
+    if options.method == ADAPTIVE:
+        options = replace(options, settings=options.settings.with_values("train", trends="keep"))
+        request = replace(request, options=options)
     models = models or Models(options.model)
     workers = Workers(options.model.device)
     state_path = request.output.with_name(request.output.name + ".state")
@@ -133,7 +139,7 @@ def train_adapter(
             log(note)
     learned, held_out = _split(data, recipe)
     torch.manual_seed(recipe.seed)
-    modules = FreResModules(choose_shape(model, options.settings.max_coefficients, recipe.rank)).to(model.device)
+    modules = make_modules(model, options, recipe.rank)
     run = _Run(request, model, modules, learned, held_out, workers, _identify(request, model, modules, data))
     if state and state.get("run") != run.identity:
         raise UsageError(f"{state_path}: the state of another run", "remove it, or name another output with -o")
@@ -157,20 +163,31 @@ def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long, or only free answers"
 
 
-def choose_shape(model: LanguageModel, num_bands: int, rank: int | None) -> ModuleShape:
-    """Return the sizes of the trained modules. ``num_bands``: maximum coefficients of a trajectory. ``rank``: as in
-    ``Recipe``."""
+def make_modules(model: LanguageModel, options: CompressOptions, rank: int | None) -> AnyModules:
+    """Return untrained modules for the method in ``options``, on the device of ``model``. ``rank``: as in ``Recipe``."""
+    is_adaptive = options.method == ADAPTIVE
+    kind: type[AnyModules] = StretchModules if is_adaptive else FreResModules
+    num_bands = NUM_ORDERS if is_adaptive else options.settings.max_coefficients
+    return kind(choose_shape(kind, model, num_bands, rank)).to(model.device)
+
+
+def choose_shape(kind: type[AnyModules], model: LanguageModel, num_bands: int, rank: int | None) -> ModuleShape:
+    """Return the sizes of the trained modules.
+
+    ``kind``: their class. ``model``: what they are for. ``num_bands``: maximum coefficients of a trajectory, or orders in
+    time. ``rank``: as in ``Recipe``.
+    """
     if rank is not None:
         return ModuleShape(model.width, rank, num_bands)
     rank, allowed = MAX_RANK, MAX_SHARE * model.num_parameters
-    while rank > 1 and _size(ModuleShape(model.width, rank, num_bands)) > allowed:
+    while rank > 1 and _size(kind, ModuleShape(model.width, rank, num_bands)) > allowed:
         rank //= 2
     return ModuleShape(model.width, rank, num_bands)
 
 
-def _size(shape: ModuleShape) -> int:
+def _size(kind: type[AnyModules], shape: ModuleShape) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in FreResModules(shape).parameters())
+        return sum(parameter.numel() for parameter in kind(shape).parameters())
 
 
 def _split(data: TrainingData, recipe: Recipe) -> tuple[list[Example], list[Example]]:
@@ -187,7 +204,7 @@ def _split(data: TrainingData, recipe: Recipe) -> tuple[list[Example], list[Exam
 class _Run:
     request: TrainRequest
     model: LanguageModel
-    modules: FreResModules
+    modules: AnyModules
     learned: Sequence[Example]
     held_out: Sequence[Example]
     workers: Workers
@@ -268,7 +285,7 @@ class _Run:
     def _scores(self, example: Example, budget: int, picked: Sequence[int]) -> list[torch.Tensor]:
         """Return the log-likelihoods of the possible answers, (k,) for each question picked."""
         settings = self.request.options.settings
-        tokens = make_tokens(example.tracks(budget), settings.variant, self.modules)
+        tokens = make_tokens(example.content(budget), settings.variant, self.modules)
         tokens, _ = settle_tokens(tokens, self.model.text_per_frame(tokens))
         tokens = with_deep_rows(tokens, self.model.num_deep_layers)
         found: dict[int, torch.Tensor] = {}
@@ -324,7 +341,7 @@ def _best(history: Sequence[Sequence[Any]]) -> Sequence[Any]:
     return min(history, key=lambda row: row[2])
 
 
-def _identify(request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData) -> str:
+def _identify(request: TrainRequest, model: LanguageModel, modules: AnyModules, data: TrainingData) -> str:
     """Return a digest of everything that decides this run; the state of another run is not resumed.
 
     The usable videos are part of it, because they decide which ones are held out.
@@ -337,12 +354,13 @@ def _identify(request: TrainRequest, model: LanguageModel, modules: FreResModule
 
 
 def _facts(
-    request: TrainRequest, model: LanguageModel, modules: FreResModules, data: TrainingData, done: dict[str, Any]
+    request: TrainRequest, model: LanguageModel, modules: AnyModules, data: TrainingData, done: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what the header of an adapter records about its training."""
     trained = sum(parameter.numel() for parameter in modules.parameters())
     best = _best(done["history"])
     return {
+        "method": request.options.method,
         "variant": request.options.settings.variant,
         "settings": used_settings(request.options),
         "recipe": request.recipe.facts(),
@@ -363,13 +381,14 @@ def _facts(
 def _write(
     request: TrainRequest,
     model: LanguageModel,
-    modules: FreResModules,
+    modules: AnyModules,
     best: dict[str, torch.Tensor],
     facts: dict[str, Any],
 ) -> None:
     header = {
         "freres_version": __version__,
         "model": dict(model.fingerprint),
+        "method": request.options.method,
         "shape": modules.shape.to_dict(),
         "training": facts,
     }

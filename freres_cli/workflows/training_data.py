@@ -17,6 +17,7 @@ from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.engine import check_context, prefill_video, score_options
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bundle.store import read_bundle, write_bundle
+from freres_cli.content import Content, count_by_kind
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, VideoError
 from freres_cli.evaluation.cells import Budget
@@ -29,8 +30,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.prompt_text import settle_tokens
 from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.records import VideoTokens
-from freres_cli.tracks import Tracks
-from freres_cli.video.probe import hash_file
+from freres_cli.video.opening import hash_file
 
 Progress = Callable[[int, int], None]
 Ids = tuple[int, ...]
@@ -63,9 +63,9 @@ class Example:
     bundles: tuple[Path, ...]
     questions: tuple[Asked, ...]
 
-    def tracks(self, budget: int) -> Tracks:
+    def content(self, budget: int) -> Content:
         """Read the bundle of a budget, given by its index, and check it like any other."""
-        return read_bundle(self.bundles[budget]).tracks
+        return read_bundle(self.bundles[budget]).content
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class _Store:
         if missing or not all(map(_is_whole, bundles)):
             timer = StageTimer(torch.device(self.options.model.device.name))
             clip = EncodedClip(VideoSource(questions[0].video), self.options, self.models.encoder, timer)
-            _write_bundles(clip, self.budgets, bundles, self.model)
+            _write_bundles(clip, self.budgets, bundles, self.model, self.options.method)
             taught |= _teach(clip, missing, self.model, self.options.settings.text_after)
             write_atomically(path, lambda file: file.write(json.dumps(taught).encode()), force=True)
         asked = []
@@ -191,8 +191,8 @@ class _Store:
         return Example(sha256, bundles, tuple(asked))
 
     def _largest(self, bundles: Sequence[Path]) -> VideoTokens:
-        tracks = max((read_bundle(path).tracks for path in bundles), key=_num_tokens)
-        tokens = make_tokens(tracks, self.options.settings.variant)
+        content = max((read_bundle(path).content for path in bundles), key=_num_tokens)
+        tokens = make_tokens(content, self.options.settings.variant)
         tokens, _ = settle_tokens(tokens, self.model.text_per_frame(tokens))
         return with_deep_rows(tokens, self.model.num_deep_layers)
 
@@ -206,8 +206,8 @@ class _Store:
             check_context(self.model, len(rows) + longest, rows.next_position)
 
 
-def _num_tokens(tracks: Tracks) -> int:
-    return sum(tracks.num_tokens_by_kind().values())
+def _num_tokens(content: Content) -> int:
+    return sum(count_by_kind(content).values())
 
 
 def _is_whole(bundle: Path) -> bool:
@@ -227,7 +227,7 @@ def _key(options: CompressOptions, model: LanguageModel) -> str:
 
 def used_settings(options: CompressOptions) -> dict[str, Any]:
     """Return every setting that the bundles depend on, in the types that JSON has."""
-    used = {key: value for key, value in options.settings.values().items() if key != "budget_tokens"}
+    used = {key: value for key, value in options.recorded_settings.values().items() if key != "budget_tokens"}
     return dict(json.loads(json.dumps(used, default=str)))
 
 
@@ -243,10 +243,12 @@ def _read_teacher(path: Path) -> dict[str, list[float] | None]:
     return taught if isinstance(taught, dict) else {}
 
 
-def _write_bundles(clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequence[Path], model: LanguageModel) -> None:
+def _write_bundles(
+    clip: EncodedClip, budgets: Sequence[Budget], bundles: Sequence[Path], model: LanguageModel, method: str
+) -> None:
     for budget, path in zip(budgets, bundles, strict=True):
         if not _is_whole(path):
-            write_bundle(path, *clip.make_bundle(budget.tokens(clip.full_tokens), model), force=True)
+            write_bundle(path, *clip.make_bundle(budget.tokens(clip.full_tokens), model, method), force=True)
 
 
 def _teach(

@@ -1,0 +1,111 @@
+"""A KV cache with spare rows, into which each new token is written.
+
+The cache of transformers is copied whole for each new token. This one holds the same keys and values, so the results are
+the same to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Spare rows, as a share of the rows (ours: little enough for memory to stay within 5 % of weights and cache), and the least
+# that a cache grows by after the prefill.
+SPARE_PART = 32
+LEAST_SPARE = 32
+
+
+class ReservedLayer(DynamicLayer):
+    """One layer's keys and values, as the first rows of buffers that have room for more.
+
+    ``num_reserved``: for how many rows there has to be room when the buffers are next allocated. Whoever replaces ``keys``
+    and ``values``, as cropping, reordering and copying do, need not know about the buffers: rows are written into them only
+    while ``keys`` and ``values`` are their first rows.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_reserved = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Append rows, (n, heads, L, d), and return all keys and values.
+
+        Gradients need the earlier tensors as they were, so with gradients the cache is copied as that of transformers.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self._buffers = None
+            return super().update(key_states, value_states, *args, **options)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        room_keys, room_values = self._room_for(end, key_states, value_states)
+        room_keys[..., start:end, :] = key_states
+        room_values[..., start:end, :] = value_states
+        self.keys, self.values = room_keys[..., :end, :], room_values[..., :end, :]
+        return self.keys, self.values
+
+    def _room_for(self, num_rows: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers for ``num_rows`` rows that begin with the rows of the cache: those there are, or else new ones."""
+        held = self._buffers
+        if (
+            held is not None
+            and num_rows <= held[0].shape[-2]
+            and _begins(held[0], self.keys, key_states)
+            and _begins(held[1], self.values, value_states)
+        ):
+            return held
+        self._buffers = held = None
+        start = self.get_seq_length()
+        spare = max(LEAST_SPARE, start // SPARE_PART) if start else 0
+        size = max(self.num_reserved, num_rows + spare)
+        # One after the other: the old keys are gone before there are new values.
+        room_keys = key_states.new_empty((*key_states.shape[:-2], size, key_states.shape[-1]))
+        if start and self.keys is not None:
+            room_keys[..., :start, :] = self.keys
+        self.keys = room_keys[..., :start, :]
+        room_values = value_states.new_empty((*value_states.shape[:-2], size, value_states.shape[-1]))
+        if start and self.values is not None:
+            room_values[..., :start, :] = self.values
+        self.values = room_values[..., :start, :]
+        self._buffers = (room_keys, room_values)
+        return self._buffers
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the sequences ``beam_idx``, which may repeat, and drop the room for more rows."""
+        self._buffers = None
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def reset(self) -> None:
+        """Drop all rows, and the room for them."""
+        self._buffers = None
+        super().reset()
+
+
+def _begins(room: Tensor, rows: Tensor | None, states: Tensor) -> bool:
+    """Whether ``rows`` are the first rows of ``room``, and ``states`` may be written after them."""
+    if room.shape[:-2] != states.shape[:-2] or room.dtype != states.dtype:
+        return False
+    if rows is None or rows.numel() == 0:
+        return True
+    return rows.data_ptr() == room.data_ptr() and rows.stride() == room.stride() and rows.shape[:-2] == room.shape[:-2]
+
+
+def make_cache(config: Any) -> DynamicCache:
+    """An empty cache for one sequence of a decoder with this ``config``. Layers that keep a window or a state are those of
+    transformers."""
+    cache = DynamicCache(config=config)
+    cache.layers = [ReservedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def reserve_rows(cache: Any, num_rows: int) -> None:
+    """Let a cache be allocated for ``num_rows`` rows, and some text after them, when it next has to grow."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, ReservedLayer):
+            layer.num_reserved = num_rows + num_rows // SPARE_PART

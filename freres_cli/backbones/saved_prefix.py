@@ -1,0 +1,174 @@
+"""A prefilled video in a file, so that it need not be prefilled again: one safetensors file, which runs no code.
+
+The file names what it was made from by a digest: of the rows that were prefilled, so of bundle, adapter, prompt and
+positions; and of the model, its precision, attention kernel, device and torch. For any other digest it is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from freres_cli.backbones.base import LanguageModel, PromptRows
+from freres_cli.backbones.engine import VideoPrefix, check_context, memory_of, prefill_rows
+from freres_cli.devices import synchronize
+from freres_cli.errors import BundleError, FreresError, explain_no_file
+from freres_cli.files import write_atomically
+from freres_cli.records import VideoTokens
+
+SUFFIX = ".prefix.safetensors"
+HEADER = "freres.prefix/1"
+HINT = "delete it, or leave out --save-prefix"
+# Values of each weight that go into the digest. Reading all of a large model would take longer than the prefill.
+SAMPLED_VALUES = 256
+
+
+def open_prefix(
+    model: LanguageModel, prefix_ids: tuple[int, ...], video: VideoTokens, text_after: str, path: Path
+) -> VideoPrefix:
+    """``engine.prefill_video``, but read from a file if that holds it, and else written to it.
+
+    ``model``, ``prefix_ids``, ``video``, ``text_after``: as ``prefill_video`` takes them. ``path``: the file. What was read
+    or written, what it took, and why an older file was not used is in the result's notes; so is why nothing could be
+    written. Raises as ``prefill_video``, and BundleError for a file that is not a saved prefix, or is damaged.
+    """
+    # It imports transformers, which whoever only reads tokens does without.
+    from freres_cli.backbones.cache import ReservedLayer, reserve_rows
+
+    rows = model.splice(prefix_ids, video, text_after)
+    notes = check_context(model, len(rows), rows.next_position)
+    cache = model.new_cache()
+    if not all(isinstance(layer, ReservedLayer) for layer in cache.layers):
+        prefix = prefill_rows(model, rows, len(video))
+        prefix.notes += (f"prefix not saved: {model.family} keeps a state, not a row for each token",)
+        return prefix
+    digest = digest_prefix(model, rows)
+    stale: tuple[str, ...] = ()
+    if path.exists() or path.is_symlink():
+        start = time.perf_counter()
+        header = read_header(path)
+        if header["made_from"] == digest:
+            reserve_rows(cache, len(rows))
+            with memory_of(model, len(rows)):
+                read_rows(path, header, model, len(rows), cache)
+            synchronize(model.device)
+            spent_s = time.perf_counter() - start
+            told: tuple[str, ...] = (
+                f"prefix read from {path} in {spent_s:.2f} s; its prefill took {header['prefill_s']:.2f} s",
+            )
+            if spent_s > header["prefill_s"]:
+                told += (f"reading the prefix took longer than its prefill: {HINT}",)
+            return VideoPrefix(cache, len(rows), len(video), rows.next_position, spent_s, (*notes, *told))
+        stale = (f"{path}: made from another bundle, model or setting: written again",)
+    prefix = prefill_rows(model, rows, len(video))
+    prefix.notes += (*stale, write_prefix(path, prefix, digest))
+    return prefix
+
+
+def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:
+    """What a prefilled video depends on, as a SHA-256. ``rows``: all that is prefilled.
+
+    Ours. Of each weight of the decoder, ``SAMPLED_VALUES`` values are read: the fingerprint has only the projector's.
+    """
+    facts = {
+        "model": model.fingerprint,
+        "dtype": str(model.dtype),
+        "attention": model.attention,
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "next_position": rows.next_position,
+        "shape": list(rows.embeds.shape),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for tensor in (rows.embeds, rows.positions):
+        digest.update(_bytes_of(tensor))
+    for name, weight in sorted(model.decoder.named_parameters()):
+        flat = weight.detach().flatten()
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        digest.update(_bytes_of(flat[:: max(1, len(flat) // SAMPLED_VALUES)]))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def write_prefix(path: Path, prefix: VideoPrefix, digest: str) -> str:
+    """Write a prefilled video atomically and return a note that says so, or why it could not be written.
+
+    ``path``: the file. ``prefix``: what to write. ``digest``: from ``digest_prefix``.
+    """
+    tensors = {}
+    for number, layer in enumerate(prefix.cache.layers):
+        tensors[f"keys.{number}"] = layer.keys.cpu().contiguous()
+        tensors[f"values.{number}"] = layer.values.cpu().contiguous()
+    header = {"made_from": digest, "content": _digest_of(tensors), "prefill_s": prefix.prefill_s}
+    metadata = {HEADER: json.dumps(header, sort_keys=True)}
+    try:
+        write_atomically(path, lambda file: save_file(tensors, file.name, metadata), force=True, flag="--save-prefix")
+    except (FreresError, SafetensorError) as error:
+        return f"prefix not saved: {str(getattr(error, 'message', error)).splitlines()[0]}"
+    return f"prefix saved in {path}, {path.stat().st_size} bytes"
+
+
+def _digest_of(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} ".encode())
+        digest.update(_bytes_of(tensors[name]))
+    return digest.hexdigest()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a saved prefix says of itself: ``made_from``, ``content`` and ``prefill_s``. Raises BundleError."""
+    if not path.is_file():
+        raise BundleError(f"{explain_no_file(path)}: expected a saved prefix", HINT)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path}: not a saved prefix, or damaged: {str(error).splitlines()[0][:200]}", HINT
+        ) from error
+    kinds = {"made_from": str, "content": str, "prefill_s": float}
+    if not isinstance(header, dict) or any(not isinstance(header.get(key), kind) for key, kind in kinds.items()):
+        raise BundleError(f"{path}: not a saved prefix: expected the header {HEADER}", HINT)
+    return header
+
+
+def read_rows(path: Path, header: dict[str, Any], model: LanguageModel, num_rows: int, cache: Any) -> None:
+    """Fill an empty cache from a saved prefix, after checking it.
+
+    ``path``, ``header``: the file, and what ``read_header`` gave. ``model``: whose cache it is. ``num_rows``: how many rows
+    it has to hold. ``cache``: the empty cache. Raises BundleError for other tensors than the model's, or other bytes than
+    were written.
+    """
+    config = model.decoder.config
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, num_rows, head_width)
+    names = {f"{part}.{number}" for part in ("keys", "values") for number in range(len(cache.layers))}
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != names:
+                raise BundleError(
+                    f"{path}: damaged prefix: expected keys and values of {len(cache.layers)} layers", HINT
+                )
+            for name in sorted(names):
+                # Before it is read: a header may claim any size.
+                if (found := tuple(file.get_slice(name).get_shape())) != shape:
+                    raise BundleError(f"{path}: damaged prefix: {name}: expected shape {shape}, got {found}", HINT)
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{path}: damaged prefix: {str(error).splitlines()[0][:200]}", HINT) from error
+    if any(tensor.dtype != model.dtype for tensor in tensors.values()) or _digest_of(tensors) != header["content"]:
+        raise BundleError(f"{path}: damaged prefix: its numbers are not those that were written", HINT)
+    for number, layer in enumerate(cache.layers):
+        layer.update(*(tensors.pop(f"{part}.{number}").to(model.device) for part in ("keys", "values")))

@@ -1,0 +1,68 @@
+"""What compress and batch print of many videos: a row as each is done, and how the run ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from freres_cli.cli.output import print_notes, print_path, print_warning
+from freres_cli.errors import FreresError, count_of
+
+
+class VideoRow(Protocol):
+    """The outcome for one video. ``status``: done, skipped or failed. ``error``: why it failed."""
+
+    @property
+    def video(self) -> Path | str: ...
+    @property
+    def bundle(self) -> Path | str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def error(self) -> FreresError | None: ...
+
+
+class VideoRows:
+    """Prints rows as they come. A note that several videos share is told once.
+
+    ``print_line``: prints the JSON line of a row in place of text; ``None`` for text. ``quiet``: print no notes.
+    """
+
+    def __init__(self, print_line: Callable[[Any], None] | None, quiet: bool) -> None:
+        self._print_line, self._quiet = print_line, quiet
+        self._told: set[str] = set()
+
+    def show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
+        """Print a row. ``said``: what became of a video that did not fail. ``notes``: about it."""
+        # A reader that closed the pipe has seen enough; the other videos are still to be compressed.
+        with contextlib.suppress(SystemExit):
+            self._show(row, said, notes)
+
+    def _show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
+        if row.error is not None:
+            print_warning(f"failed: {row.error.message}")
+        if self._print_line is not None:
+            self._print_line(row)
+            return
+        if row.error is not None:
+            return
+        fresh = [note for note in notes if note not in self._told]
+        self._told.update(fresh)
+        print_notes([*fresh, f"{row.video}: {said}"], self._quiet)
+        print_path(row.bundle)
+
+
+def count_statuses(rows: Sequence[VideoRow]) -> Counter[str]:
+    """Return how many videos have each status."""
+    return Counter(row.status for row in rows)
+
+
+def raise_first_failure(rows: Sequence[VideoRow]) -> None:
+    """Raise the error of the first failed video, if one failed, with the number of those that did."""
+    error = next((row.error for row in rows if row.error is not None), None)
+    if error is not None:
+        failed = count_statuses(rows)["failed"]
+        raise type(error)(f"{failed} of {count_of(len(rows), 'video')} failed: {error.message}", error.hint)

@@ -1,0 +1,141 @@
+"""Files on object stores and other remote places, by URL, through fsspec: fetched whole, stored whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from freres_cli.errors import ResourceError, UsageError, VideoError
+
+# s3://bucket/key, memory://file, or a chain such as zip://clip.mp4::s3://bucket/clips.zip
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)(://|::)", re.IGNORECASE)
+_LOCAL = "file://"
+PART_SUFFIX = ".part"
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text names a place on a store rather than a path."""
+    return _URL.match(text) is not None
+
+
+def as_place(text: str) -> str:
+    """Return a place as batch has it: a URL, or a path; ``file://`` names a path."""
+    return text.removeprefix(_LOCAL)
+
+
+def join_url(folder: str, name: str) -> str:
+    """Return the path or URL of ``name`` in a folder; the rest of a chain stays behind it."""
+    if not is_url(folder):
+        return str(Path(folder) / name)
+    head, separator, rest = folder.partition("::")
+    return f"{head.rstrip('/')}/{name}{separator}{rest}"
+
+
+class Store:
+    """The file system that a URL leads to, and the path there.
+
+    Raises ``UsageError`` for a kind of store that is unknown, or whose package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url, self._scheme = url, _URL.match(url)[1]  # type: ignore[index]  # it is a URL
+        try:
+            self.files, self.path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{url}: {_reason(error)}", "install the package that fsspec needs for it") from error
+
+    def url_of(self, path: str) -> str:
+        """Return the URL of another path of this file system."""
+        start = f"{self._scheme}://"
+        chain = "".join(self.url.partition("::")[1:])
+        return (path if path.startswith(start) else start + path) + chain
+
+    def exists(self) -> bool:
+        """Return whether there is a file. Raises ``UsageError``."""
+        with _failures_as(UsageError, self.url, "cannot be read"):
+            return bool(self.files.isfile(self.path))
+
+    def is_folder(self) -> bool:
+        """Return whether there is a folder. Raises ``UsageError``."""
+        with _failures_as(UsageError, self.url, "cannot be read"):
+            return bool(self.files.isdir(self.path))
+
+    def find(self) -> list[tuple[str, PurePosixPath]]:
+        """Return the URL of every file in this folder, or that this pattern fits, and its path relative to the folder, or to
+        the part of the pattern without wildcards. Raises ``UsageError``."""
+        with _failures_as(UsageError, self.url, "cannot be listed"):
+            if not has_wildcard(self.url):
+                root, found = self.path, self.files.find(self.path)
+            else:
+                root = fixed_part(self.path)
+                found = [path for path, facts in self.files.glob(self.path, detail=True).items() if _is_file(facts)]
+        return [(self.url_of(path), PurePosixPath(path).relative_to(PurePosixPath(root))) for path in sorted(found)]
+
+    def read(self) -> bytes:
+        """Return the bytes of a small file. Raises ``UsageError``."""
+        with _failures_as(UsageError, self.url, "cannot be read"):
+            return bytes(self.files.cat_file(self.path))
+
+    def fetch(self, folder: Path) -> Path:
+        """Copy the file into a local folder, and return its path there. Raises ``VideoError``, or ``ResourceError`` for a
+        full disk."""
+        target = folder / PurePosixPath(self.path).name
+        with _failures_as(VideoError, self.url, "cannot be fetched"):
+            self.files.get_file(self.path, str(target))
+        return target
+
+    def put(self, file: Path) -> None:
+        """Store a local file here, whole or not at all: under another name first, then moved. What a killed run left there
+        is overwritten. Raises ``UsageError``."""
+        place = PurePosixPath(self.path)
+        part = str(place.with_name(f".{place.name}{PART_SUFFIX}"))
+        with _failures_as(UsageError, self.url, "cannot be written"):
+            self.files.makedirs(str(place.parent), exist_ok=True)
+            try:
+                self.files.put_file(str(file), part)
+                self.files.mv(part, self.path)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self.files.rm_file(part)
+                raise
+
+
+def has_wildcard(path: str) -> bool:
+    """Return whether a path or URL is a pattern. A question mark in a URL begins its query."""
+    return re.search(r"[*\[]" if is_url(path) else r"[*?\[]", path) is not None
+
+
+def fixed_part(pattern: str) -> str:
+    """Return the folder of a pattern above its first wildcard."""
+    parts = PurePosixPath(pattern).parts
+    return str(PurePosixPath(*parts[: next(i for i, part in enumerate(parts) if has_wildcard(part))]))
+
+
+def _is_file(facts: dict[str, Any]) -> bool:
+    return facts.get("type") == "file"
+
+
+@contextmanager
+def _failures_as(kind: type[UsageError | VideoError], url: str, what: str) -> Iterator[None]:
+    """Turn the error of a store into one of ours. Every store's package has errors of its own."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{url}: {what}: no such file", "check the URL") from error
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise ResourceError(
+                f"{url}: {what}: not enough disk space for a copy", "set TMPDIR to a larger disk"
+            ) from error
+        raise kind(f"{url}: {what}: {_reason(error)}", "check the URL, and your rights there") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,275 @@
+"""freres batch in one process: rows, resuming, stores, and what reaches the user."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+
+from freres_cli.cli.compress import make_options
+from freres_cli.workflows import batch as batch_workflow
+from freres_cli.workflows import batch_ray
+from freres_cli.workflows.batch_store import Store
+from freres_cli.workflows.batch_worker import FACTS, BatchRow, Job, VideoWorker, WorkerSetup
+from tests.clips import write_short_clips
+from tests.runner import check_failure, fails, run_freres
+
+FLAGS = ("--budget", 40, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_short_clips(tmp_path_factory.mktemp("batch"), 2)
+
+
+@pytest.fixture(scope="module")
+def alone(clips, tmp_path_factory):
+    """The bundle of the first clip as ``freres compress`` makes it."""
+    path = tmp_path_factory.mktemp("alone") / "alone.pt"
+    assert run_freres("compress", clips / "clip0.mp4", *FLAGS, "-o", path).status == 0
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Workers of this module share one tower."""
+    worker = VideoWorker(WorkerSetup("", False, "bundled", "cpu"), Path())
+    return worker._open_models()
+
+
+@pytest.fixture
+def run_here(monkeypatch, models, tmp_path):
+    """Stands in for the engine: the same worker, in this process. Returns the statuses of the last run."""
+
+    def engine(jobs, setup, num_actors):
+        worker = worker_of(setup, models, tmp_path / "scratch")
+        yield from enumerate(map(worker.run, jobs))
+
+    monkeypatch.setattr(batch_workflow, "run_local", engine)
+
+
+@pytest.fixture
+def store():
+    files = fsspec.filesystem("memory")
+    yield files
+    files.rm("/", recursive=True)
+
+
+def worker_of(setup, models, scratch):
+    scratch.mkdir(exist_ok=True)
+    worker = VideoWorker(setup, scratch)
+    worker._models = models
+    return worker
+
+
+def job_of(video, name="clip0", **changes):
+    return Job(str(video), name, make_options({"budget_tokens": 40, **changes}, None, None, None, device="cpu"))
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_rows_bundles_and_a_second_run(run_here, clips, alone, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    arguments = ("batch", tmp_path / "bad.mp4", clips, "-o", tmp_path / "out", *FLAGS)
+    run = run_freres(*arguments)
+    assert run.status == 3 and "1 of 3 videos failed" in run.errors[0]
+    assert run.out.split() == [str(tmp_path / "out" / f"clip{i}.pt") for i in range(2)]
+    assert (tmp_path / "out" / "clip0.pt").read_bytes() == alone
+    rows = rows_of(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["failed", "done", "done"]
+    assert len({tuple(row) for row in rows}) == 1  # every row has every key
+    assert rows[0]["exit_status"] == 3 and "bad.mp4" in rows[0]["error"] and rows[0]["visual_tokens"] is None
+    assert rows[1]["visual_tokens"] == 40 and rows[1]["total_s"] > 0 and rows[1]["error"] is None
+    assert rows[1]["bundle_bytes"] == len(alone) and rows[1]["video_bytes"] == (clips / "clip0.mp4").stat().st_size
+    again = run_freres(*arguments, "--json")
+    assert [json.loads(line)["status"] for line in again.out.splitlines()] == ["failed", "skipped", "skipped"]
+    assert [json.loads(line) for line in again.out.splitlines()] == rows_of(tmp_path / "out")
+
+
+def test_a_bundle_made_otherwise_is_a_failed_row_unless_forced(run_here, clips, tmp_path):
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"video": str(clips / "clip0.mp4"), "budget_tokens": 30}) + "\n")
+    assert run_freres("batch", clips / "clip0.mp4", "-o", tmp_path / "out", *FLAGS).status == 0
+    before = (tmp_path / "out" / "clip0.pt").read_bytes()
+    run = run_freres("batch", listed, "-o", tmp_path / "out", *FLAGS)
+    assert run.status == 2 and "differs in budget_tokens" in run.errors[0]
+    assert (tmp_path / "out" / "clip0.pt").read_bytes() == before
+    assert run_freres("batch", listed, "-o", tmp_path / "out", *FLAGS, "--force").status == 0
+    assert rows_of(tmp_path / "out")[0]["visual_tokens"] == 30
+
+
+def test_a_missing_model_ends_the_run_in_one_line(clips, tmp_path):
+    setup = WorkerSetup(str(tmp_path / "out"), False, str(tmp_path), "cpu")
+    row = VideoWorker(setup, tmp_path).run(job_of(clips / "clip0.mp4"))
+    assert row.is_fatal and row.error.exit_status == 5 and "config.json" in row.error.message
+    bad = replace(setup, model="bundled", device="cuda:99")
+    row = VideoWorker(bad, tmp_path).run(job_of(clips / "clip0.mp4"))
+    assert row.is_fatal and row.error.exit_status == 6
+
+
+def test_a_bug_that_one_video_shows_is_a_failed_row(models, clips, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr("freres_cli.workflows.batch_worker.compress_many", fail)
+    worker = worker_of(WorkerSetup(str(tmp_path / "out"), False, "bundled", "cpu"), models, tmp_path / "s")
+    row = worker.run(job_of(clips / "clip0.mp4"))
+    assert row.status == "failed" and not row.is_fatal
+    assert row.error.exit_status == 1 and "unexpected: ZeroDivisionError: inside" in row.error.message
+
+
+def test_on_a_store_the_bundle_is_the_one_that_files_give_and_is_skipped_the_second_time(
+    models, store, clips, alone, tmp_path
+):
+    store.put_file(str(clips / "clip0.mp4"), "/in/clip0.mp4")
+    worker = worker_of(WorkerSetup("memory://out", False, "bundled", "cpu"), models, tmp_path / "s")
+    row = worker.run(job_of("memory://in/clip0.mp4", "deep/clip0"))
+    assert row.status == "done" and row.bundle == "memory://out/deep/clip0.pt", row.error
+    assert {"fetch", "store", "encode"} <= set(row.timings_s)
+    assert store.find("/out") == ["/out/deep/clip0.pt"] and store.cat_file("/out/deep/clip0.pt") == alone
+    before = store.info("/out/deep/clip0.pt")
+    again = worker.run(job_of("memory://in/clip0.mp4", "deep/clip0"))
+    assert again.status == "skipped" and again.facts["bundle_bytes"] == len(alone)
+    assert store.info("/out/deep/clip0.pt") == before
+    assert list((tmp_path / "s").iterdir()) == []  # no copy stays
+
+
+def test_on_a_store_what_differs_or_is_damaged_is_not_replaced_unless_forced(models, store, clips, alone, tmp_path):
+    setup = WorkerSetup("memory://out", False, "bundled", "cpu")
+    worker = worker_of(setup, models, tmp_path / "s")
+    store.pipe_file("/out/clip0.pt", alone[:-100])
+    row = worker.run(job_of(clips / "clip0.mp4"))
+    assert row.status == "failed" and row.error.message.startswith("memory://out/clip0.pt: already exists, and is not")
+    assert store.cat_file("/out/clip0.pt") == alone[:-100]
+    forced = worker_of(replace(setup, force=True), models, tmp_path / "s")
+    assert forced.run(job_of(clips / "clip0.mp4")).status == "done" and store.cat_file("/out/clip0.pt") == alone
+
+
+@pytest.mark.parametrize("step", ["put_file", "mv"])
+def test_a_bundle_that_cannot_be_stored_leaves_nothing(models, store, clips, tmp_path, monkeypatch, step):
+    def fail(*_, **__):
+        raise PermissionError("no rights")
+
+    monkeypatch.setattr(type(store), step, fail)
+    worker = worker_of(WorkerSetup("memory://out", False, "bundled", "cpu"), models, tmp_path / "s")
+    row = worker.run(job_of(clips / "clip0.mp4"))
+    assert (
+        row.status == "failed" and not row.is_fatal and "memory://out/clip0.pt: cannot be written" in row.error.message
+    )
+    assert store.find("/out") == []
+
+
+def test_a_bundle_is_under_its_name_only_when_it_is_whole(store, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"whole")
+    seen = []
+    move = type(store).mv
+
+    def look(self, *arguments):
+        seen.append({path: store.cat_file(path) for path in store.find("/out")})
+        move(self, *arguments)
+
+    monkeypatch.setattr(type(store), "mv", look)
+    Store("memory://out/x.pt").put(tmp_path / "file")
+    assert seen == [{"/out/.x.pt.part": b"whole"}] and store.find("/out") == ["/out/x.pt"]
+
+
+def test_a_video_that_is_not_on_the_store_is_a_failed_row(models, store, tmp_path):
+    worker = worker_of(WorkerSetup(str(tmp_path / "out"), False, "bundled", "cpu"), models, tmp_path / "s")
+    row = worker.run(job_of("memory://in/gone.mp4"))
+    assert row.status == "failed" and not row.is_fatal and row.error.exit_status == 3
+    store.pipe_file("/in/bad.mp4", b"no video")
+    row = worker.run(job_of("memory://in/bad.mp4"))
+    assert row.error.message.startswith("memory://in/bad.mp4: not a video")
+
+
+def test_rows_may_go_to_a_store_and_replace_only_rows(run_here, store, clips, tmp_path):
+    arguments = ("batch", clips / "clip0.mp4", "-o", "memory://out", *FLAGS, "--rows")
+    assert run_freres(*arguments, "memory://out/shard-1.jsonl").status == 0
+    assert json.loads(store.cat_file("/out/shard-1.jsonl"))["status"] == "done"
+    run = run_freres(*arguments, tmp_path / "1.jsonl")
+    assert run.status == 0 and run.out == "memory://out/clip0.pt\n"
+    for place, path in (("memory://out/mine", None), (tmp_path / "mine", tmp_path / "mine")):
+        store.pipe_file("/out/mine", b"mine\n") if path is None else path.write_text("mine\n")
+        check_failure(run_freres(*arguments, place), 2, "holds no rows of a batch")
+    assert (tmp_path / "mine").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--engine", "spark"), "--engine: expected one of local, ray"),
+        (("--address", "auto"), "--address: engine local has none"),
+        (("--actors", "0"), "--actors"),
+        (("--method", "other"), "--method"),
+        (("-o", ""), "-o"),
+        (("-o", "nosuch://out"), "nosuch://out"),
+        (("--rows", "no/such/folder/rows.jsonl"), "folder"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(clips, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.setattr(batch_workflow, "run_local", None)
+    output = () if "-o" in arguments else ("-o", tmp_path / "out")
+    run = run_freres("batch", clips, *output, *FLAGS, *arguments)
+    assert run.status == 2 and text in run.err and run.out == ""
+
+
+def test_without_ray_its_engine_is_refused_by_name(clips, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "--engine", "ray")
+    check_failure(run, 2, "Ray is not installed")
+    assert "freres[ray]" in run.err
+
+
+def test_ray_gets_places_that_do_not_depend_on_the_working_folder(clips, tmp_path, monkeypatch):
+    seen = []
+
+    def engine(jobs, setup, num_actors, address):
+        seen.append((setup.output, setup.model, jobs[0].video))
+        yield 0, BatchRow(jobs[0].video, "clip0.pt", "skipped", dict.fromkeys(FACTS, 1))
+
+    monkeypatch.setattr(batch_workflow, "run_on_ray", engine)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(clips / "clip0.mp4", tmp_path)
+    (tmp_path / "model").mkdir()
+    run = run_freres("batch", "clip0.mp4", "-o", "out", "--engine", "ray", "--model", "model")
+    assert run.status == 0 and seen == [tuple(str(tmp_path / name) for name in ("out", "model", "clip0.mp4"))], run.err
+
+
+@pytest.mark.parametrize(
+    ("cluster", "device", "actors", "expected"),
+    [
+        ({"CPU": 8.0}, None, None, (1, 0.0)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, None, (4, 1.0)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, 8, (8, 0.5)),
+        ({"CPU": 8.0, "GPU": 4.0}, "cpu", 8, (8, 0.0)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, 2, (2, 1.0)),
+    ],
+)
+def test_actors_share_the_gpus_of_a_cluster(cluster, device, actors, expected):
+    setup = WorkerSetup("out", False, "bundled", device)
+    ray = SimpleNamespace(cluster_resources=lambda: cluster)
+    assert batch_ray._share_gpus(ray, setup, actors, 100) == expected
+    with fails(6, "at most one actor a CPU"):
+        batch_ray._share_gpus(ray, setup, 9, 100)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_nothing_answers_is_refused(address):
+    with fails(2, f"--address {address}: Ray cannot be reached"):
+        batch_ray._check_address(address)
+
+
+def test_a_copy_of_a_video_elsewhere_is_the_same_video(run_here, clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "moved")
+    for folder, status in ((clips, "done"), (tmp_path / "moved", "skipped")):
+        assert run_freres("batch", folder, "-o", tmp_path / "out", *FLAGS).status == 0
+        assert {row["status"] for row in rows_of(tmp_path / "out")} == {status}

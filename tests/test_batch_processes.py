@@ -1,0 +1,82 @@
+"""Workers of a batch that break: they are replaced, a video gets a second try, and a run ends for no video's sake."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from freres_cli.errors import ResourceError
+from freres_cli.workflows import batch_process
+from freres_cli.workflows.batch_process import READY, Supervisor, explain_end, run_local
+from tests import broken_workers
+from tests.broken_workers import FakeJob, FakeRow, FakeSetup
+
+
+@pytest.fixture(autouse=True)
+def light_workers(monkeypatch):
+    monkeypatch.setattr(batch_process, "_serve", broken_workers.serve)
+    assert READY == broken_workers.READY
+
+
+@pytest.fixture
+def supervisor(tmp_path):
+    made = Supervisor(FakeSetup(str(tmp_path)))
+    yield made
+    made.close()
+
+
+def test_a_worker_is_kept_until_it_breaks_and_then_replaced(supervisor, tmp_path):
+    first, second, third = (supervisor.run(FakeJob(video)) for video in ("ok-1", "ok-2", "unlucky-1"))
+    assert first.pid == second.pid != third.pid
+    assert (second.tries, third.tries) == (1, 2) and isinstance(third, FakeRow)
+    scratch = Path((tmp_path / "scratch").read_text())
+    assert scratch.name.startswith("freres-batch-") and not scratch.exists()
+
+
+def test_a_video_that_breaks_two_workers_is_a_failed_row_and_the_next_is_done(supervisor):
+    row = supervisor.run(FakeJob("killed-1"))
+    assert row.status == "failed" and row.tries == 2 and not row.is_fatal
+    assert isinstance(row.error, ResourceError) and "killed-1: its worker was killed by SIGKILL" in row.error.message
+    assert supervisor.run(FakeJob("ok-1")).tries == 1
+
+
+def test_a_worker_that_ends_before_it_is_ready_is_no_try_of_a_video(tmp_path):
+    supervisor = Supervisor(FakeSetup(str(tmp_path), "once"))
+    assert supervisor.run(FakeJob("ok-1")).tries == 1
+    supervisor.close()
+
+
+@pytest.mark.parametrize(("breaks", "jobs"), [("always", ("ok-1",)), ("later", ("ok-1", "unlucky-1"))])
+def test_workers_that_cannot_start_end_the_run(tmp_path, monkeypatch, breaks, jobs):
+    monkeypatch.setattr(batch_process, "MOST_ENDS", 2)
+    supervisor = Supervisor(FakeSetup(str(tmp_path), breaks))
+    *_, row = (supervisor.run(FakeJob(job)) for job in jobs)
+    assert row.is_fatal and "2 workers in a row" in row.error.message and "ended with status 7" in row.error.message
+
+
+def test_every_job_has_one_row_whatever_breaks(tmp_path):
+    videos = ["ok-0", "unlucky-1", "killed-2", "ok-3", "ok-4"]
+    rows = dict(run_local([FakeJob(video) for video in videos], FakeSetup(str(tmp_path)), 2))
+    assert [rows[number].video for number in range(5)] == videos
+    assert [rows[number].tries for number in range(5)] == [1, 2, 2, 1, 1]
+    assert isinstance(rows[2].error, ResourceError) and isinstance(rows[1], FakeRow)
+
+
+def test_a_run_that_is_stopped_leaves_no_process_and_no_copy(tmp_path):
+    found = run_local([FakeJob("ok-0"), FakeJob("sleep-1")], FakeSetup(str(tmp_path)), 2)
+    next(found)
+    while not (told := (tmp_path / "asleep")).exists() or not told.read_text():
+        time.sleep(0.01)
+    pid, scratch = told.read_text().split()
+    assert Path(scratch, "copy").exists()
+    found.close()
+    assert not Path(f"/proc/{pid}").exists() and not Path(scratch).exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+def test_how_a_process_ended():
+    assert explain_end(-9) == "was killed by SIGKILL, as when memory runs out"
+    assert explain_end(-11) == "was killed by SIGSEGV" and explain_end(3) == "ended with status 3"

@@ -1,0 +1,169 @@
+"""A compression that is stopped goes on where it was, and gives the bundle that it would have given."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from freres_cli.pipeline import checkpoints, encoding
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.video import decode as decode_module
+from freres_cli.workflows.compress import compress_file
+from tests import clips
+
+FRAMES, BATCH = 76, 8  # the last batch is short
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Numbered frames, each shown twice at first, and a still stretch across the end of a batch."""
+    pictures = (clips.draw_index(min(n, 14) // 2 if n < 30 else n) for n in range(FRAMES))
+    path = tmp_path_factory.mktemp("long") / "clip.mp4"
+    return clips.write_clip(path, FRAMES, pictures=pictures, options={**clips.X264_B_FRAMES, "g": "12"})
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Compressor().models
+
+
+def states(folder):
+    return sorted(folder.glob(".freres-*"))
+
+
+def compress(video, output, models, monkeypatch, stop_at=None, every_s=0.0, told=None, **settings):
+    """Compress, keeping the state after every batch; stop once ``stop_at`` frames are done."""
+    monkeypatch.setattr(encoding, "MAX_BATCH_FRAMES", BATCH)
+    monkeypatch.setattr(checkpoints, "EVERY_S", every_s)
+    monkeypatch.setattr(checkpoints, "MOST_SHARE", float("inf"))
+
+    def progress(done, total):
+        # The state is written after this call, so the last one is that of the batch before.
+        if stop_at is not None and done > stop_at:
+            raise Stopped
+
+    compressor = Compressor(models=models, **{"budget_tokens": 300, **settings})
+    tell = (lambda _: None) if told is None else told.append
+    return compress_file(compressor, video, output, progress=progress, tell=tell)
+
+
+SETTINGS = {
+    "fre-res": {},
+    "adaptive": {"method": "adaptive"},
+    "frames a second": {"sample": "fps", "sample_fps": 11.0},
+    "still": {"still_levels": 3},
+    "adaptive, by quality": {"method": "adaptive", "quality": 0.9},
+}
+
+
+SLOW = ("frames a second", "adaptive, by quality")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in SETTINGS])
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(clip, models, tmp_path, monkeypatch, kind):
+    settings = SETTINGS[kind]
+    whole = compress(clip, tmp_path / "whole.pt", models, monkeypatch, every_s=1e9, **settings)
+    assert states(tmp_path) == []
+    encoded, told = [], []
+    real = models.encoder.encode
+    output = tmp_path / "part.pt"
+    for stop_at in (BATCH, 2 * BATCH):  # stopped twice
+        with pytest.raises(Stopped):
+            compress(clip, output, models, monkeypatch, stop_at=stop_at, **settings)
+        assert len(states(tmp_path)) == 1 and not output.exists()
+    monkeypatch.setattr(models.encoder, "encode", lambda pixels: encoded.append(len(pixels)) or real(pixels))
+    result = compress(clip, output, models, monkeypatch, told=told, **settings)
+    assert result.resumed_frames == 2 * BATCH and len(told) == 1 and f"going on after {2 * BATCH} of" in told[0]
+    assert output.read_bytes() == whole.bundle.read_bytes()
+    assert 0 < sum(encoded) <= whole.manifest["sampling"]["num_frames"] - 2 * BATCH
+    assert states(tmp_path) == []
+
+
+def test_a_run_stopped_after_its_short_last_batch_takes_no_frame_twice(clip, models, tmp_path, monkeypatch):
+    whole = compress(clip, tmp_path / "whole.pt", models, monkeypatch, every_s=1e9)
+    with monkeypatch.context() as stopped:
+
+        def stop(*_):
+            raise Stopped
+
+        stopped.setattr(Compressor, "_count_text", stop)  # all frames are done by then
+        with pytest.raises(Stopped):
+            compress(clip, tmp_path / "part.pt", models, monkeypatch)
+    result = compress(clip, tmp_path / "part.pt", models, monkeypatch)
+    assert result.resumed_frames == FRAMES - FRAMES % BATCH
+    assert result.bundle.read_bytes() == whole.bundle.read_bytes()
+
+
+def test_going_on_does_not_decode_what_was_done(clip, models, tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=56)
+    begun = []
+    real = decode_module.frames_from
+    monkeypatch.setattr(decode_module, "frames_from", lambda *given: begun.append(given[2]) or real(*given))
+    compress(clip, tmp_path / "b.pt", models, monkeypatch)
+    assert len(begun) == 1 and 40 < begun[0].first_index < 56
+
+
+def test_a_state_of_other_work_is_not_used(clip, models, tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=16)
+    (kept,) = states(tmp_path)
+    other = clips.write_clip(tmp_path / "other.mp4", 20)
+    for video, settings in ((other, {}), (clip, {"budget_tokens": 301}), (clip, {"still_levels": 1})):
+        found = compress(video, tmp_path / "c.pt", models, monkeypatch, every_s=1e9, **settings)
+        assert found.resumed_frames == 0
+        (tmp_path / "c.pt").unlink()
+    monkeypatch.setattr(checkpoints, "__version__", "0.0.0")
+    assert compress(clip, tmp_path / "c.pt", models, monkeypatch, every_s=1e9).resumed_frames == 0
+    assert states(tmp_path) == [kept]
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("content", ["damaged", "pickle", "other", "code"])
+def test_a_state_that_cannot_be_read_is_told_and_removed(clip, models, tmp_path, monkeypatch, content):
+    with pytest.raises(Stopped):
+        compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=16)
+    (kept,) = states(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if content == "damaged":
+        clips.cut(kept, 0.5)
+    elif content == "pickle":
+        kept.write_bytes(pickle.dumps(_Evil()))
+    else:
+        torch.save(_Evil() if content == "code" else {"position": 1}, kept)
+    told = []
+    result = compress(clip, tmp_path / "b.pt", models, monkeypatch, every_s=1e9, told=told)
+    assert result.resumed_frames == 0 and len(told) == 1 and "cannot be read" in told[0]
+    assert states(tmp_path) == [] and not (tmp_path / "evil").exists()
+
+
+def test_states_that_nobody_came_back_for_are_swept(clip, models, tmp_path, monkeypatch):
+    old, new = tmp_path / ".freres-old.resume", tmp_path / ".freres-new.resume"
+    old.write_bytes(b"x")
+    new.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    compress(clip, tmp_path / "b.pt", models, monkeypatch, every_s=1e9)
+    assert states(tmp_path) == [new]
+
+
+def test_a_disk_that_is_full_costs_the_state_and_not_the_work(clip, models, tmp_path, monkeypatch):
+    from freres_cli.errors import ResourceError
+
+    def full(path, write, *, force):
+        raise ResourceError(f"{path}: not enough disk space to write it")
+
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    told = []
+    result = compress(clip, tmp_path / "b.pt", models, monkeypatch, told=told)
+    assert result.bundle.exists() and len(told) == 1 and "not enough disk space" in told[0]

@@ -1,0 +1,64 @@
+"""What compress does for long work: a video through a pipe, and a line on the terminal before torch is there."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from freres_cli.errors import ExitStatus
+from tests.pipeline_fixtures import clip as clip
+from tests.runner import check_failure, run_freres
+
+ROOT = Path(__file__).parents[1]
+COMMON = ("--budget", 100, "--device", "cpu")
+
+
+def test_a_video_through_a_pipe_gives_the_bundle_of_the_file(clip, tmp_path):
+    run = run_freres("compress", "-", *COMMON, "-o", tmp_path / "piped.pt", stdin=clip.read_bytes())
+    assert run.status == 0 and "standard input is saved" in run.err, run.err
+    titled = tmp_path / "standard input"
+    titled.write_bytes(clip.read_bytes())
+    assert run_freres("compress", titled, *COMMON, "-o", tmp_path / "file.pt").status == 0
+    assert (tmp_path / "piped.pt").read_bytes() == (tmp_path / "file.pt").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "piped.pt", "standard input"]
+
+
+@pytest.mark.parametrize(("content", "text"), [(b"", "the file is empty"), (b"no video\n" * 99, "not a video")])
+def test_what_is_no_video_is_named_as_standard_input_and_leaves_nothing(tmp_path, content, text):
+    run = run_freres("compress", "-", *COMMON, "-o", tmp_path / "b.pt", stdin=content)
+    check_failure(run, ExitStatus.VIDEO, "standard input: ")
+    assert text in run.err and ".tmp" not in run.err and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_full_for_a_pipe_is_told(tmp_path, monkeypatch):
+    def copy(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("freres_cli.files.shutil.copyfileobj", copy)
+    run = run_freres("compress", "-", *COMMON, "-o", tmp_path / "b.pt", stdin=b"x")
+    check_failure(run, ExitStatus.RESOURCE, "standard input: cannot be saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_says_that_the_model_is_loaded_before_torch_is_imported(clip, tmp_path):
+    # torch cannot be imported here at all, so whatever is shown came before it.
+    code = "import sys; sys.modules['torch'] = None; from freres_cli.cli.app import main; main()"
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", code, "compress", str(clip), "-o", str(tmp_path / "b.pt")]
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=theirs, stdout=subprocess.DEVNULL, env=environment)
+    os.close(theirs)
+    shown, end = b"", time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:  # the other side is closed
+            break
+    os.close(ours)
+    assert process.wait() == 1 and b"loading model" in shown, shown

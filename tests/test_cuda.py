@@ -1,0 +1,193 @@
+"""Every family on CUDA: what stock transformers computes, no mixed devices, and how often the host waits for the device.
+
+``python -m pytest -m gpu`` runs this on a real device. The default run has what a CPU can show: the same code on CPU tensors
+labelled ``cuda:0`` (``tests/labelled_device.py``), with the numbers of the CPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from freres_cli.backbones import engine, language
+from freres_cli.backbones.generation import generate
+from freres_cli.devices import choose_device
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.models import Models, ModelSource
+from freres_cli.workflows.verify import TOLERANCES, draw_frames
+from tests.family_contract import folders as folders
+from tests.family_contract import one_thread as one_thread
+from tests.labelled_device import count_waits, labelled_device, strip
+from tests.runner import run_freres
+from tests.tiny_families import FAMILY_CASES
+from tests.tiny_models import CPU, video_tokens
+
+CASES = {case.name: case for case in FAMILY_CASES}
+# One family of each kind of tower, prompt and cache; the others take the same paths, and as long.
+QUICK = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "minicpmv4_7")
+QUESTION, NUM_NEW = "What moves?", 6
+
+cuda = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+on_both = pytest.mark.parametrize("device", ["labelled", pytest.param("cuda", marks=cuda)], indirect=True)
+each_family = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        yield choose_device("cuda")
+        return
+    with labelled_device(monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def load(folders):
+    """A family's model on a device, each loaded once."""
+    made = {}
+
+    def models(name, device):
+        key = name, device.description
+        if key not in made:
+            made[key] = Models(ModelSource(str(folders(name)), device))
+        return made[key]
+
+    return models
+
+
+@pytest.fixture(scope="module")
+def on_cpu(load):
+    """Latents and answer of each family on the CPU, which labelled tensors must equal."""
+    known = {}
+
+    def run(name):
+        if name not in known:
+            known[name] = encode_and_answer(load(name, CPU), name)
+        return known[name]
+
+    return run
+
+
+def frames_of(name, count):
+    return CASES[name].frames(count)
+
+
+def encode_and_answer(models, name):
+    latents = models.encoder.encode(frames_of(name, 3))
+    model, prompt = models.language_model, models.language_model.prompt(QUESTION)
+    tokens = video_tokens(latents.cpu(), width=models.encoder.width)
+    answer = generate(model, engine.prefill_video(model, prompt.prefix, tokens), prompt.suffix, NUM_NEW)
+    list(answer)
+    return latents, answer.ids
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_law_holds_on_cuda_against_stock(folders, name, dtype):
+    run = run_freres("verify", folders(name), "--device", "cuda", "--dtype", dtype, "--json")
+    assert run.status == 0, run.err
+    laws = {law["name"]: law["state"] for law in run.json["laws"]}
+    assert laws.pop("subset") == ("not run" if CASES[name].is_hybrid else "holds")
+    assert set(laws.values()) == {"holds"} and run.json["environment"]["device"].startswith("cuda")
+
+
+@each_family
+def test_under_a_label_a_family_computes_what_it_does_on_the_cpu(load, on_cpu, name, monkeypatch):
+    latents, ids = on_cpu(name)
+    with labelled_device(monkeypatch) as device:
+        models = load(name, device)
+        ours, told = encode_and_answer(models, name)
+        assert {str(half.device) for half in (models.encoder, models.language_model)} == {"cuda:0"}
+    assert ours.is_cuda and torch.equal(strip(ours), latents) and told == ids
+
+
+@on_both
+@pytest.mark.parametrize("method", ["fre-res", pytest.param("adaptive", marks=pytest.mark.slow)])
+def test_compress_and_ask_on_the_device(load, device, method):
+    def run(where):
+        models = load("qwen3_vl", where)
+        settings = {"preset": "bundled", "sample": "native", "grid": "4x5", "deepstack": "keep"}
+        compressor = Compressor(models=models, budget_tokens=60, method=method, **settings)
+        frames = draw_frames(models.encoder.frame_size(35, 28, (4, 5)), 12)
+        bundle = compressor.compress(frames, seconds=[frame / 8 for frame in range(12)])
+        return bundle.tokens(), bundle.open(models=models).ask(QUESTION, max_new_tokens=NUM_NEW)
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        ours, answer = run(device)
+    assert ours.latents.device.type == "cpu" and len(ours) == answer.num_visual_tokens == 60
+    assert answer.num_new_tokens == NUM_NEW
+    expected, _ = run(CPU)
+    if device.description.startswith("CPU"):
+        assert torch.equal(ours.latents, expected.latents) and torch.equal(ours.positions, expected.positions)
+    else:
+        scale = float(expected.latents.abs().max())
+        assert float((ours.latents - expected.latents).abs().max()) <= TOLERANCES[torch.float32] * scale
+
+
+@on_both
+def test_the_host_waits_for_the_tower_once_a_batch_however_many_frames(load, device):
+    encoder = load("qwen3_vl", device).encoder
+    found = []
+    for count in (4, 12):
+        with count_waits() as waits:
+            encoder.encode(frames_of("qwen3_vl", count))
+        found.append(sum(waits.values()))
+    assert found[0] == found[1] > 0, found
+
+
+@on_both
+def test_waits_of_a_prefill_do_not_grow_and_those_of_an_answer_by_few_a_token(load, device):
+    models = load("qwen3_vl", device)
+    model, prompt = models.language_model, models.language_model.prompt(QUESTION)
+    prefills, answers = [], []
+    for num_frames, num_new in ((2, 4), (6, 8)):
+        latents = models.encoder.encode(frames_of("qwen3_vl", num_frames)).cpu()
+        with count_waits() as waits:
+            prefix = engine.prefill_video(model, prompt.prefix, video_tokens(latents, width=models.encoder.width))
+        prefills.append(sum(waits.values()))
+        with count_waits() as waits:
+            list(generate(model, prefix, prompt.suffix, num_new))
+        answers.append(sum(waits.values()))
+    assert prefills[0] == prefills[1]
+    assert 4 <= answers[1] - answers[0] <= 4 * 3  # four tokens more; one wait each is the least, to know the token
+
+
+@on_both
+def test_a_tensor_left_on_the_host_is_seen(load, device, monkeypatch):
+    models = load("qwen2_5_vl", device)
+    latents, model = models.encoder.encode(frames_of("qwen2_5_vl", 2)).cpu(), models.language_model
+    real = language.DecoderLanguageModel.visual_rows
+
+    def forget(self, *arguments):
+        rows = real(self, *arguments)
+        return type(rows)(rows.embeds.cpu(), rows.positions, rows.next_position, rows.is_visual)
+
+    monkeypatch.setattr(language.DecoderLanguageModel, "visual_rows", forget)
+    with pytest.raises(RuntimeError, match="same device"):
+        engine.prefill_video(model, model.prompt(QUESTION).prefix, video_tokens(latents, width=models.encoder.width))
+
+
+@on_both
+def test_every_way_to_wait_is_counted(device):
+    there = torch.tensor([3.0, 0.0, 2.0], device=device.name)
+    ways = {
+        "item": there[0].item,
+        "bool": lambda: bool(there.any()),
+        "nonzero": there.nonzero,
+        "mask": lambda: there[there > 1],
+        "cpu": there.cpu,
+        "tolist": there.tolist,
+        "copy_": lambda: torch.empty(3).copy_(there),
+        "repeats": lambda: there.repeat_interleave(torch.tensor([1, 2, 1], device=device.name)),
+    }
+    for name, way in ways.items():
+        with count_waits() as waits:
+            way()
+        assert sum(waits.values()) == 1, (name, dict(waits))
+    with count_waits() as waits:
+        (there * 2 + there.flip(0)).softmax(0)[:2].to(torch.float16)
+    assert not waits

@@ -1,0 +1,144 @@
+"""A saved prefix gives the answers of a fresh one to the bit, and no file is trusted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from freres_cli.backbones import engine
+from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
+from freres_cli.backbones.generation import generate
+from freres_cli.backbones.saved_prefix import HEADER, digest_prefix, open_prefix
+from tests import tiny_qwen2_vl
+from tests.runner import fails
+from tests.tiny_models import video_tokens
+from tests.tiny_qwen2_vl import KEEP
+
+tiny = tiny_qwen2_vl.tiny
+OPTIONS = [tuple(b"yes"), tuple(b"no"), tuple(b"maybe")]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "bundle.pt.prefix.safetensors"
+
+
+@pytest.fixture
+def opened(tiny, path):
+    """Open the prefix of a video in that file."""
+
+    def open_it(model=tiny.model, keep=KEEP, prefix_ids=tiny.prompt.prefix):
+        return open_prefix(model, prefix_ids, video_tokens(tiny.latents, keep), "max", path)
+
+    return open_it
+
+
+def is_read(prefix):
+    return any(note.startswith("prefix read from") for note in prefix.notes)
+
+
+def answers_of(model, prefix, suffix):
+    return engine.score_options(model, prefix, suffix, OPTIONS), "".join(generate(model, prefix, suffix, 40))
+
+
+def test_answers_are_those_of_a_fresh_prefix_to_the_bit(tiny, opened):
+    fresh = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP))
+    saved, read = opened(), opened()
+    assert not is_read(saved) and is_read(read)
+    scores, text = answers_of(tiny.model, fresh, tiny.prompt.suffix)
+    for prefix in (saved, read):
+        own = answers_of(tiny.model, prefix, tiny.prompt.suffix)
+        assert torch.equal(own[0], scores) and own[1] == text
+        assert (prefix.num_tokens, prefix.next_position) == (fresh.num_tokens, fresh.next_position)
+    for layer, other in zip(read.cache.layers, fresh.cache.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+
+
+def changed(model, how):
+    model = copy.copy(model)
+    model.decoder = copy.deepcopy(model.decoder)
+    if how == "weights":
+        weight = model.decoder.layers[-1].self_attn.k_proj.weight
+        weight.data += 0.01
+    elif how == "kernel":
+        model.attention = "eager"
+        use_attention(model.decoder, CAUSAL_NO_MASK, "eager")
+    else:
+        model.fingerprint = {**model.fingerprint, "projector_sha256": "another"}
+    return model
+
+
+@pytest.mark.parametrize("what", ["tokens", "prompt", "weights", "kernel", "fingerprint"])
+def test_a_prefix_made_from_anything_else_is_made_again_and_a_note_says_so(tiny, opened, what):
+    opened()
+    other = {
+        "tokens": {"keep": KEEP[:-1]},
+        "prompt": {"prefix_ids": (*tiny.prompt.prefix, 5)},
+    }.get(what) or {"model": changed(tiny.model, what)}
+    remade = opened(**other)
+    assert not is_read(remade) and any("made from another bundle" in note for note in remade.notes)
+    assert is_read(opened(**other)), "the new one has taken its place"
+    assert not is_read(opened())
+
+
+def test_the_digest_depends_on_every_position(tiny):
+    rows = tiny.model.splice(tiny.prompt.prefix, video_tokens(tiny.latents, KEEP))
+    moved = rows.positions.clone()
+    moved[1, 0, -1] += 0.5
+    others = [replace(rows, next_position=rows.next_position + 1), replace(rows, positions=moved)]
+    assert len({digest_prefix(tiny.model, own) for own in (rows, *others)}) == 3
+
+
+class Evil:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def rewrite(path, change, header=None):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {HEADER: json.dumps(json.loads(metadata[HEADER]) | (header or {}))})
+
+
+def flip(tensors):
+    tensors["keys.0"].view(torch.uint8).flatten()[9] ^= 1
+
+
+DAMAGES = {
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Evil())),
+    "a torch file": lambda path: torch.save({"keys.0": torch.zeros(2)}, path),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "another safetensors file": lambda path: save_file({"weight": torch.zeros(2)}, path),
+    "a header that is a list": lambda path: save_file({"weight": torch.zeros(2)}, path, {HEADER: "[" * 50_000}),
+    "one bit": lambda path: rewrite(path, flip),
+    "a layer less": lambda path: rewrite(path, lambda tensors: tensors.pop("keys.0")),
+    "a row less": lambda path: rewrite(path, lambda t: t.update({"keys.0": t["keys.0"][:, :, 1:].contiguous()})),
+    "another dtype": lambda path: rewrite(path, lambda t: t.update({"keys.0": t["keys.0"].to(torch.float16)})),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_no_whole_prefix_is_refused_by_name(opened, path, damage):
+    opened()
+    DAMAGES[damage](path)
+    with fails(4, str(path)):
+        opened()
+
+
+def test_a_place_that_cannot_be_written_costs_no_answer(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "bundle.prefix.safetensors"
+    prefix = open_prefix(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP), "max", path)
+    assert any(note.startswith("prefix not saved: ") for note in prefix.notes)
+    assert answers_of(tiny.model, prefix, tiny.prompt.suffix)[1]
