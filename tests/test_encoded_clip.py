@@ -109,7 +109,12 @@ def test_the_answers_are_those_of_compress_and_ask(folder, questions, tmp_path):
     output = tmp_path / "answers.jsonl"
     assert run_freres("eval", questions, "--methods", "fre-res", "--budgets", "200", "-o", output).status == 0
     row = json.loads(output.read_text().splitlines()[1])
-    assert run_freres("compress", folder / "clip0.mp4", "--method", "fre-res", "--budget", 200, "-o", tmp_path / "b.pt").status == 0
+    assert (
+        run_freres(
+            "compress", folder / "clip0.mp4", "--method", "fre-res", "--budget", 200, "-o", tmp_path / "b.pt"
+        ).status
+        == 0
+    )
     session = open_session(AskRequest(tmp_path / "b.pt", choose_device("cpu")), loaded_models())
     answers = row["cells"][0]["answers"]
     assert row["video"] == "clip0.mp4" and row["cells"][0]["visual_tokens"] == len(session.tokens)

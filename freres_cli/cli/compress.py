@@ -29,6 +29,7 @@ from freres_cli.pipeline.choices import check_revision, choose_method, choose_pr
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
 if TYPE_CHECKING:
+    from freres_cli.evaluation.cells import Cell
     from freres_cli.pipeline.compressor import Compressor, Progress
     from freres_cli.pipeline.planning import CompressOptions, CompressPlan
     from freres_cli.workflows.compress import CompressResult, Row
@@ -72,10 +73,10 @@ def compress(
     """Compress a video into a bundle, or many into a folder of bundles.
 
     Decodes the video, encodes its frames with the model's frozen vision tower, and writes at most --budget visual tokens.
-    Method fre-res keeps sparse full-detail anchor frames and a few temporal DCT coefficients of the rest. Method adaptive
-    cuts each cell's time line where it changes, and keeps the mean of each stretch; it also takes --quality in place of
-    --budget. The other choices of --method are baselines: see freres methods. The video is not needed again. Prints the
-    bundle's path.
+    Method adaptive, the default, cuts each cell's time line where it changes, and keeps the mean of each stretch; it also
+    takes --quality in place of --budget. Method fre-res, the paper's, keeps sparse full-detail anchor frames and a few
+    temporal DCT coefficients of the rest. The other choices of --method are baselines: see freres methods. The video is
+    not needed again. Prints the bundle's path.
 
     The name - stands for a video on standard input, which is saved beside the bundle until it is compressed. Of a file that
     still grows, what it holds at first is used, and a note says so. Work that takes more than five minutes keeps its state
@@ -223,30 +224,40 @@ def make_options(
         find_bundle_method(method)
     check_revision(chosen, revision)
     settings = load_settings(preset or choose_preset(chosen), flags)
-    method = choose_method(method, settings)
+    if method is not None:
+        settings = settings.with_values("flag", method=method)
+    used = choose_method(settings)
     from freres_cli.pipeline.models import make_source
     from freres_cli.pipeline.planning import CompressOptions
 
     source = make_source(chosen, device, dtype, revision, attn)
-    return CompressOptions(source, settings, method, start, end, strict)
+    return CompressOptions(source, settings, used, start, end, strict)
 
 
-def at_budgets(chosen: CompressOptions, verb: str, *, trains: tuple[str, ...] = ()) -> CompressOptions:
+def at_budgets(
+    chosen: CompressOptions, verb: str, cells: Sequence[Cell] = (), *, trains: tuple[str, ...] = ()
+) -> CompressOptions:
     """Return the options of a verb that names its budgets itself.
 
-    ``chosen``: the options. ``verb``: its name. ``trains``: the methods that it trains adapters of; the first is trained
-    unless another is named. Raises ``UsageError`` if the settings name a quality, or a method that is not among these.
+    ``chosen``: the options. ``verb``: its name. ``cells``: what it compares, if it does. ``trains``: the methods that it
+    trains adapters of; the first is trained unless another is named. Raises ``UsageError`` if the settings name a quality,
+    a method that is not among these, or a setting of Fre-Res that changes nothing.
     """
+    from freres_cli.pipeline.planning import refuse_lost_settings
+
     settings = chosen.settings
     if settings.quality is not None:
         raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
     if not trains:
+        methods = dict.fromkeys(cell.method for cell in cells)
+        refuse_lost_settings(settings, methods, "add it to --methods, or leave the setting out")
         return chosen
     if not settings.is_named("method"):
         return replace(chosen, method=trains[0])
     if chosen.method not in trains:
         able = " or ".join(trains)
         raise UsageError(f"method: {verb} trains adapters of {able}, got {chosen.method}", "leave it out")
+    chosen.check_settings()
     return chosen
 
 

@@ -121,6 +121,7 @@ profile:
   examples:
     freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle and of the full-token run.
     freres profile video.mp4 --budget 1280 --repeat 5: Decode, encode and compress as well.
+    freres profile video.mp4 --method fre-res --set anchors=12: The paper's method, with one setting changed.
     freres profile --json > profile.json: A clip made on the spot; every figure with its spread.
   output: >-
     A table with a row for the compressed clip and one for the full-token run of the same model. Figures are medians. A row
@@ -132,7 +133,7 @@ profile:
     revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
-    freres eval questions.jsonl: The bundled model, three methods at four budgets.
+    freres eval questions.jsonl: The bundled model, four methods at four budgets.
     freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
     freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to resume after a stop.
     freres eval questions.jsonl --csv rows.csv --plot rows.png: Rows for a spreadsheet, and accuracy against tokens.

@@ -44,10 +44,8 @@ def check_revision(model: str | None, revision: str | None) -> None:
         )
 
 
-def choose_method(named: str | None, settings: Settings) -> str:
-    """Return the method to use: ``named``, if there is one, else that of the settings. Raises ``UsageError``."""
-    if named is not None:
-        return find_bundle_method(named).name
+def choose_method(settings: Settings) -> str:
+    """Return the method of the settings. Raises ``UsageError``."""
     return find_bundle_method(settings.method, settings.name_of("method")).name
 
 

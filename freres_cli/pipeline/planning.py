@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from freres_cli.backbones.base import VisionEncoder
@@ -14,6 +15,8 @@ from freres_cli.presets import REFERENCE, Settings, parse_grid
 from freres_cli.records import FrameSize, VideoInfo
 from freres_cli.video.sampling import Sampling, num_sampled_frames
 
+# The settings that change nothing in any other method.
+FRE_RES_KEYS = sorted({knob.name for knob in fields(MethodSettings)} - {REFERENCE})
 FULL_BUDGET = 2**31 - 1  # every token of the clip
 
 
@@ -43,13 +46,21 @@ class CompressOptions:
             )
 
     def check_settings(self) -> None:
-        """Refuse a named setting of Fre-Res if the method is another: what it was meant to change would stay as it is."""
-        if self.method == FRE_RES:
-            return
-        own = {knob.name for knob in fields(MethodSettings)} - {REFERENCE}
-        if named := sorted(key for key in own if self.settings.is_named(key)):
+        """Refuse settings of Fre-Res that change nothing, because the method is another.
+
+        They are those that were named, and those of a preset if nothing names a method: it was written when Fre-Res was the
+        default. Raises ``UsageError``.
+        """
+        settings = self.settings
+        is_python = "argument" in settings.sources.values()
+        as_given = f'method="{FRE_RES}"' if is_python else f"--method {FRE_RES}"
+        refuse_lost_settings(settings, (self.method,), f"choose that method as well: {as_given}")
+        own = [key for key in FRE_RES_KEYS if settings.sources[key] != "default"]
+        if self.method != FRE_RES and settings.sources["method"] == "default" and own:
             raise UsageError(
-                f"{named[0]}: a setting of method {FRE_RES}, got method {self.method}", f"choose method {FRE_RES} as well"
+                f"{settings.name_of(own[0])}: a setting of method {FRE_RES}; the preset names no method, and the default is "
+                f"{self.method}",
+                f"add a line to the preset: method: {FRE_RES}",
             )
 
     @property
@@ -97,6 +108,16 @@ class CompressPlan:
         if self.budget is not None:
             return self.budget.is_lossless
         return self.quality is None and self.budget_tokens >= self.full_tokens
+
+
+def refuse_lost_settings(settings: Settings, methods: Collection[str], hint: str) -> None:
+    """Refuse named settings of Fre-Res if it is none of the methods: what they were meant to change would stay as it is.
+
+    ``hint``: what to do. Raises ``UsageError``.
+    """
+    named = [key for key in FRE_RES_KEYS if settings.is_named(key)]
+    if named and FRE_RES not in methods:
+        raise UsageError(f"{named[0]}: a setting of method {FRE_RES}, got method {', '.join(methods)}", hint)
 
 
 def method_settings(settings: Settings) -> MethodSettings:
