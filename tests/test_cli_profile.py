@@ -25,7 +25,7 @@ def test_profile_compares_with_the_full_tokens(clip):
     document = run_freres("profile", clip, *flags).json
     assert document["schema"] == "freres.profile/1"
     ours, full = document["rows"]
-    assert (ours["method"], full["method"]) == ("fre-res", "full")
+    assert (ours["method"], full["method"]) == ("adaptive", "full")
     assert ours["visual_tokens"] == 400 and full["visual_tokens"] == 60 * 36 == full["full_tokens"]
     for row in (ours, full):
         assert row["status"] == "ok"

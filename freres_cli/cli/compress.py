@@ -119,7 +119,9 @@ def compress(
         from freres_cli.pipeline.prompt_text import bound_text
 
         plan = compressor.plan(paths[0])
-        _print_plan(plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
+        _print_plan(
+            plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models, chosen.method)}, chosen, json
+        )
         return
     _print_one(result, chosen, json, quiet)
 

@@ -128,7 +128,7 @@ profile:
     that could not be measured says why: out_of_memory, context_exceeded or timed_out. `--plot` needs matplotlib: pip
     install 'freres[plot]'.
   schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
-  defaults: {timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
+  defaults: {method: the preset's, timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
     plot: none (nothing is drawn), model: "bundled, or the bundle's",
     revision: "the hub's main branch, or the bundle's"}
 eval:

@@ -136,7 +136,7 @@ class Planner:
             settings = options.settings.with_values("flag", budget_tokens=budget_tokens)
             options = replace(options, settings=settings)
         plan = plan_compression(options, self.encoder, self.info)
-        text = bound_text(plan, self.models)
+        text = bound_text(plan, self.models, options.method)
         visual = plan.budget.expected.total if plan.budget else min(plan.budget_tokens, plan.full_tokens)
         context = text["context_tokens"]
         tower, decoder = measure_tower(self.encoder, plan.size), measure_decoder(self.language)
