@@ -19,6 +19,7 @@ VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct", "iquery", "spar
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")
 DEEPSTACK = ("keep", "drop")
+RESIDUAL_GRIDS = FULL, HALF = "full", "half"
 TRENDS = ("drop", "keep")
 
 
@@ -59,6 +60,11 @@ KEYS: dict[str, Key] = {
     ),
     "track_density": Key(int, 1, "frames read for the residual track per sampled frame", low=1, high=64),
     "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
+    "residual_grid": Key(
+        str,
+        "full",
+        "token grid of the frames between anchors: full, half of each side, or ROWSxCOLUMNS; only fre-res",
+    ),
     "tokens_per_frame": Key(int, 576, "maximum tokens per frame, with grid: auto", low=1),
     "variant": Key(str, "absorber", "how residuals become tokens (ablation)", choices=VARIANTS),
     "anchors": Key(int, 8, "evenly spaced anchor frames at the preset's own budget", low=1),
@@ -106,6 +112,7 @@ class Settings:
     still_levels: int
     track_density: int
     grid: str
+    residual_grid: str
     tokens_per_frame: int
     variant: str
     anchors: int
@@ -249,17 +256,25 @@ def check_rule(key: str, rule: Key, value: Any, where: str) -> Any:
         raise PresetError(f"{where}: {key}: expected {limits}, got {_shown(value)}")
     if key == "grid":
         parse_grid(value, where)
+    if key == "residual_grid":
+        parse_grid(value, where, key, RESIDUAL_GRIDS)
     return float(value) if rule.kind is float else value
 
 
-def parse_grid(text: str, where: str = "grid") -> tuple[int, int] | None:
-    """Return (rows, columns) of ``"24x24"``, ``None`` for ``"auto"``. Raises ``PresetError``."""
-    if text == "auto":
+def parse_grid(
+    text: str, where: str = "grid", key: str = "grid", words: tuple[str, ...] = ("auto",)
+) -> tuple[int, int] | None:
+    """Return (rows, columns) of ``"24x24"``, ``None`` for one of the ``words`` that may stand in its place.
+
+    ``text``: the value of ``key``. ``where``: what it was read from. Raises ``PresetError``.
+    """
+    if text in words:
         return None
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 256 for part in parts):
         raise PresetError(
-            f"{where}: grid: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or auto, got {_shown(text)}"
+            f"{where}: {key}: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or {' or '.join(words)}, got "
+            f"{_shown(text)}"
         )
     return int(parts[0]), int(parts[1])
 

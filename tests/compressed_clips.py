@@ -52,7 +52,7 @@ def compress(latents: torch.Tensor, budget: int, **changes: Any) -> tuple[Tracks
 
 def close_gop(frames: torch.Tensor, pooled: tuple[int, int], num_coefficients: int, width: int) -> ClosedGop:
     """The GoP of ``frames`` (1 + L, H, W, C), the first of which is the anchor, with its first coefficients."""
-    gop = OpenGop(0, frames[0].clone(), width, pooled, UNIFORM, 0.0)
-    for frame in frames[1:]:
-        gop.append(frame, pool_to_cells(frame, *pooled))
+    cells = pool_to_cells(frames, *pooled)
+    gop = OpenGop(0, frames[0].clone(), width, pooled, UNIFORM, 0.0, (frames[0], cells[0]))
+    gop.append(frames[1:], cells[1:])
     return gop.close(num_coefficients)

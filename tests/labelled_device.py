@@ -7,6 +7,7 @@ counts the same operations on a real device.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -93,6 +94,8 @@ def move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         place = place.device
     if place is not None and torch.device(place).type == "cpu":
         tensor = tensor.cpu()
+    elif place is not None and not isinstance(tensor, LabelledTensor):
+        kwargs["device"] = place
     rest = dict(zip(("dtype", "non_blocking", "copy"), args, strict=False)) | kwargs
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.to(**{"dtype": tensor.dtype} | {name: value for name, value in rest.items() if value is not None})
@@ -206,6 +209,23 @@ def _outside_modes(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return made
 
 
+class _Event:
+    """A ``torch.cuda.Event``: on the CPU whatever came before it is done."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+        self.seconds = 0.0
+
+    def record(self, stream: Any) -> None:
+        self.seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later: _Event) -> float:
+        return 1000 * (later.seconds - self.seconds)
+
+
 @contextlib.contextmanager
 def labelled_device(monkeypatch: Any) -> Iterator[Device]:
     """Inside the block, ``cuda:0`` is a label for tensors on the CPU."""
@@ -217,6 +237,9 @@ def labelled_device(monkeypatch: Any) -> Iterator[Device]:
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(attention, "_causal_lower_right", _outside_modes(attention._causal_lower_right))
     _ACTIVE.append(waits)
     try:

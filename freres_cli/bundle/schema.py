@@ -28,6 +28,7 @@ SCHEMA_VERSION = 4  # that freres writes
 # Fields added since the versions were fixed. A bundle without one has null in it: not known.
 LATER_FIELDS: Fields = {
     "geometry": {
+        "residual_grid": Field("wholes", may_be_null=True, default=None, length=2, low=1, high=256),
         "text_per_frame": Field("wholes", may_be_null=True, default=None, high=2**31),
         **dict.fromkeys(("text_in_video", "text_around_video"), Field("whole", may_be_null=True, default=None)),
     },

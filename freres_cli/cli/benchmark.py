@@ -9,7 +9,9 @@ saved prefix). Takes about 20 minutes on two cores.
 Only if they are named: ``peers`` (the cost of every method after encoding; it may take hours, and ``--frames`` makes its
 clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and in ``--other CHECKOUT``, in turn) and ``hours``
 (memory against the length of the video, for ``--minutes``). ``kills`` (workers and drivers of ``freres batch`` killed at
-random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``.
+random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``,
+``levers`` (file to first token with each way to encode faster, on ``--frames``) and ``grids`` (accuracy with smaller grids
+for residual frames, on ``--questions``) to ``speed.json``.
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ from freres_cli.bench.apart import FRERES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
 from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
+from freres_cli.cli.benchmark_grids import measure_grids
 from freres_cli.cli.benchmark_hours import measure_hours
+from freres_cli.cli.benchmark_inputs import GRID, TOWER, make_tower, write_video
 from freres_cli.cli.benchmark_lean import measure_lean
+from freres_cli.cli.benchmark_levers import measure_levers
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
@@ -53,16 +58,12 @@ from freres_cli.records import FrameSize
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
-from freres_cli.world.clip import draw_frame
 from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
-# Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
-TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
-GRID = (24, 24)
 # As in the committed results, which are older than the default method.
 FRE_RES = ("--method", "fre-res")
-ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage")
+ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -77,15 +78,7 @@ def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
 
 def measure_method(repeat: int = 3, num_frames: int = 96) -> dict[str, Any]:
     """Time the tower on one 24x24 frame and everything after it per frame of a clip, in one process."""
-    from transformers import Qwen2VLConfig
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-
-    from freres_cli.backbones.qwen2_vl import Qwen2VLVisionEncoder
-    from freres_cli.backbones.qwen_vision import CLIP_PIXELS
-
-    torch.manual_seed(0)
-    config: Any = Qwen2VLConfig(vision_config=TOWER).vision_config
-    encoder = Qwen2VLVisionEncoder(Qwen2VisionTransformerPretrainedModel(config), CLIP_PIXELS, {})
+    encoder = make_tower()
     size = encoder.frame_size(1280, 720, GRID)
     frame = torch.randint(0, 256, (1, size.height_px, size.width_px, 3), dtype=torch.uint8)
     encoder.encode(frame)
@@ -309,26 +302,12 @@ def run_command(*arguments: str) -> str:
     return subprocess.run([*FRERES, "compress", *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def write_video(path: Path, num_frames: int, side: tuple[int, int]) -> Path:
-    """Write an H.264 file at 30 fps that repeats a drawn clip."""
-    pictures = [av.VideoFrame.from_ndarray(draw_frame(i, 120), format="rgb24") for i in range(120)]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
-        stream.width, stream.height = side
-        stream.pix_fmt = "yuv420p"
-        for index in range(num_frames):
-            frame = pictures[index % len(pictures)].reformat(width=side[0], height=side[1], format="yuv420p")
-            frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
 def main() -> None:
     """Run the named parts and write their results; the file keeps the results it has for other parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers measures")
+    parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers and levers measure")
+    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="questions files that grids asks")
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
@@ -353,8 +332,12 @@ def main() -> None:
             "still": lambda: measure_still(Path(folder)),
             "lean": lambda: measure_lean(Path(folder)),
             "peers": lambda: measure_peers(arguments.frames, arguments.limit),
+            "levers": lambda: measure_levers(
+                write_video(Path(folder) / "minute.mp4", arguments.frames, (1280, 720)), Path(folder), arguments.frames
+            ),
+            "grids": lambda: measure_grids(arguments.questions),
             "startup": lambda: measure_startup(Path(folder), arguments.other),
-            "hours": lambda: measure_hours(Path(folder), arguments.minutes, write_video),
+            "hours": lambda: measure_hours(Path(folder), arguments.minutes),
             "kills": lambda: measure_kills(Path(folder)),
             "actors": lambda: measure_actors(Path(folder)),
             "storage": lambda: measure_storage(Path(folder)),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
 
 from freres_cli.bench.apart import FRERES
+from freres_cli.cli.benchmark_inputs import write_video
 
 BASE_MINUTES = 10
 FPS, SAMPLE_FPS = 30, 1
@@ -19,15 +19,12 @@ SIDE = (160, 96)
 LATE_S, LATE_LENGTH_S = 0.95, 60  # --start as a share of the video, and seconds read from there
 FOUR_K, FOUR_K_FRAMES = (3840, 2160), 90
 
-WriteVideo = Callable[[Path, int, tuple[int, int]], Path]
 
-
-def measure_hours(folder: Path, minutes: list[int], write_video: WriteVideo) -> dict[str, Any]:
+def measure_hours(folder: Path, minutes: list[int]) -> dict[str, Any]:
     """Compress 30 fps videos of different lengths, each in a fresh process, with both forms of Fre-Res.
 
     ``folder``: for the files. ``minutes``: lengths, shortest first; all are the same ten minutes, repeated.
-    ``write_video``: makes a clip of so many frames of a size. The longest is also read through a pipe and from a late start,
-    and a short clip of 3840x2160 is compressed.
+    The longest is also read through a pipe and from a late start, and a short clip of 3840x2160 is compressed.
     """
     base = write_video(folder / "base.mp4", BASE_MINUTES * 60 * FPS, SIDE)
     videos = {count: repeat_video(base, folder / f"{count}.mp4", count // BASE_MINUTES) for count in minutes}

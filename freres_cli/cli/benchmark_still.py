@@ -44,7 +44,7 @@ def measure_still(folder: Path) -> dict[str, Any]:
     clips = {"slides": draw_slides(), "still camera": draw_still_camera()}
     rows = []
     for name, frames in clips.items():
-        path = _write(folder / f"{name}.mp4", frames)
+        path = write_clip(folder / f"{name}.mp4", frames)
         Compressor(method="fre-res", budget_tokens=BUDGET_TOKENS).compress(path)  # warm-up
         for levels in LEVELS:
             bundle = Compressor(method="fre-res", budget_tokens=BUDGET_TOKENS, still_levels=levels).compress(path)
@@ -70,7 +70,8 @@ def measure_still(folder: Path) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, frames: Iterator[np.ndarray]) -> Path:
+def write_clip(path: Path, frames: Iterator[np.ndarray]) -> Path:
+    """Write an H.264 file of these frames, (h, w, 3) uint8 RGB, and return its path."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height = SIDE

@@ -58,6 +58,14 @@ def compress(
     fps: options.Fps = None,
     frames: options.Frames = None,
     grid: options.Grid = None,
+    residual_grid: Annotated[
+        str | None,
+        typer.Option(
+            "--residual-grid",
+            metavar="ROWSxCOLS",
+            help="Token grid of frames that are no anchors, full (that of anchors) or half of each side.",
+        ),
+    ] = None,
     assignments: options.Assignments = None,
     start: options.Start = None,
     end: options.End = None,
@@ -94,7 +102,7 @@ def compress(
     paths = [options.check_path(video, "VIDEO") for video in videos]
     place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
-    named |= {"deepstack": deepstack, "quality": quality}
+    named |= {"deepstack": deepstack, "quality": quality, "residual_grid": residual_grid}
     many = is_many(paths) or (output is not None and options.is_folder(output))
     flags = gather_flags(assignments, named)
     print_notes([options.LOADING], quiet)

@@ -30,7 +30,10 @@ compress:
     if the model's tokenizer cannot be read. With `--dry-run`, the first two are upper bounds, because the frames that
     will hold tokens are not known yet. With `--quality`, the number of visual tokens is known only once the frames are
     encoded: `--dry-run` has null for it. Method adaptive records `quality`, the share of energy that its bundle keeps; a
-    note says so if it is below the one asked for. It is null for other methods.
+    note says so if it is below the one asked for. It is null for other methods. Frames are read and resized while others
+    are encoded, so the stages of `timings_s` may add up to more than `total`; `decode` is the time of the thread that
+    reads. With `--residual-grid`, only anchor frames pass the tower at their whole grid; every frame, anchors too, passes it
+    at the smaller one, from which events and residuals are taken. The file is read once. `encoded_tokens` counts both.
   schemas:
     freres.compress/1:
       bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
@@ -44,7 +47,7 @@ compress:
       frames baseline_frames grid num_gops
       num_coefficients pooled_grid max_events is_lossless settings environment
   defaults: {method: the preset's, variant: the preset's, fps: the preset's sample, frames: the preset's sample,
-    grid: the preset's, start: the beginning of the video, end: the end of the video,
+    grid: the preset's, residual_grid: the preset's, start: the beginning of the video, end: the end of the video,
     output: "bundle.pt, or the folder bundles for several videos"}
 batch:
   examples:

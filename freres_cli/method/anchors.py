@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ EVENT_FLOOR = 0.15
 EVENT_FIRST = 0.5
 # Ours. In a whip pan every step is long, so only its onset is an event. A clear cut always is, even right after another.
 EVENT_ONSET = 1.5
+VALUES_AT_ONCE = 1 << 22  # bounds the memory of the distances
 
 
 def anchor_schedule(num_frames: int, num_anchors: int) -> list[int]:
@@ -68,54 +72,101 @@ class EventDetector:
     def __init__(self, tau: float | None) -> None:
         self._tau = tau
         self._history: list[float] = []
-        self._mean: Tensor | None = None
+        self._sorted: list[float] = []  # the history
         self._num_frames = 0
+        self._total: Tensor | None = None  # of the mean tokens of all frames so far, (D,) float64
+        self._last: Tensor | None = None  # the last frame of the batch before, (N, D)
+        self._frames: Tensor | None = None  # those of this batch, (n, N, D) float32, the one before each, and the mean
         self._previous: Tensor | None = None
+        self._means: Tensor | None = None
         self._before_run: Tensor | None = None
 
     def threshold(self) -> float:
         """Return the distance above which the next frame is an event."""
         if self._tau is not None:
             return self._tau
-        if not self._history:
+        if not self._sorted:
             return EVENT_FIRST
-        history = torch.tensor(self._history, dtype=torch.float64)
-        median = history.quantile(0.5)
-        if len(self._history) < MIN_EVENT_HISTORY:
-            return max(EVENT_FIRST, float(2.0 * median))
-        mad = (history - median).abs().quantile(0.5)
-        return max(EVENT_FLOOR, float(median + EVENT_MADS * mad))
+        median = _median(self._sorted)
+        if len(self._sorted) < MIN_EVENT_HISTORY:
+            return max(EVENT_FIRST, 2.0 * median)
+        mad = _median(sorted(abs(value - median) for value in self._sorted))
+        return max(EVENT_FLOOR, median + EVENT_MADS * mad)
 
     def _stands_out(self, distance: float) -> bool:
         before = self._history[-1] if self._history else 0.0
         return distance > EVENT_FIRST or distance > EVENT_ONSET * before
 
-    def observe(self, latents: Tensor) -> tuple[float, bool]:
-        """Take the next frame, (H, W, D). Return its distance to the previous one, and whether it is an event."""
-        frame = latents.reshape(-1, latents.shape[-1]).to(torch.float32)
-        self._num_frames += 1
-        token = frame.mean(0)
-        self._mean = token if self._mean is None else self._mean + (token - self._mean) / self._num_frames
-        previous, self._previous = self._previous, frame
-        if previous is None:
-            return 0.0, False
-        distance, threshold = _distance(frame, previous, self._mean), self.threshold()
+    def _remember(self, distance: float) -> None:
+        self._history.append(distance)
+        insort(self._sorted, distance)
+        if len(self._history) > EVENT_HISTORY:
+            del self._sorted[bisect_left(self._sorted, self._history.pop(0))]
+
+    def measure(self, latents: Tensor) -> Tensor:
+        """Take the next frames, (n, H, W, D). Return the distance of each to the one before, (n,) float64 on their device;
+        0 for the first of all."""
+        frames = latents.flatten(1, 2).to(torch.float32)
+        tokens = frames.mean(1, dtype=torch.float32).to(torch.float64)
+        is_first = self._total is None
+        total = tokens.new_zeros(tokens.shape[1]) if self._total is None else self._total
+        # The running sum goes through the batch, so the result does not depend on how frames are batched.
+        totals = torch.cat([total[None], tokens]).cumsum(0)[1:]
+        counts = torch.arange(1, len(frames) + 1, device=frames.device) + self._num_frames
+        self._frames, self._means = frames, (totals / counts[:, None]).to(torch.float32)
+        self._previous = torch.cat([frames[:1] if self._last is None else self._last[None], frames[:-1]])
+        # Views would keep the batch alive.
+        self._total, self._last = totals[-1].clone(), frames[-1].clone()
+        distances = _distances(frames, self._previous, self._means)
+        if is_first:
+            distances[0] = 0.0
+        return distances
+
+    def judge(self, distances: Sequence[float]) -> list[bool]:
+        """Return which frames of the batch are events. ``distances``: what ``measure`` returned for it.
+
+        Nothing is read from the device, but for a long step that follows an event in the same run.
+        """
+        found = []
+        for index, distance in enumerate(distances):
+            found.append(self._num_frames > 0 and self._is_event(index, distance))
+            self._num_frames += 1
+        self._frames = self._previous = self._means = None
+        return found
+
+    def _is_event(self, index: int, distance: float) -> bool:
+        assert self._frames is not None and self._previous is not None and self._means is not None
+        threshold, before = self.threshold(), self._before_run
         is_long = distance > threshold
         stands_out = is_long and (self._tau is not None or self._stands_out(distance))
-        before = self._before_run
-        is_return = is_long and before is not None and _distance(frame, before, self._mean) <= threshold
+        is_return = False
+        if is_long and before is not None:
+            frame = slice(index, index + 1)
+            is_return = float(_distances(self._frames[frame], before[None], self._means[frame])) <= threshold
         is_event = stands_out or is_return
         if stands_out:
-            self._before_run = previous
+            self._before_run = self._previous[index].clone()
         elif is_event or not is_long:
             self._before_run = None
         # Cuts enter the history too: in a sparse sample, where every step is a cut, none stands out.
-        self._history.append(distance)
-        del self._history[:-EVENT_HISTORY]
-        return distance, is_event
+        self._remember(distance)
+        return is_event
 
 
-def _distance(frame: Tensor, other: Tensor, mean: Tensor) -> float:
-    a, b = frame - mean, other - mean
-    norm = float(a.norm() * b.norm())
-    return 1.0 - float((a * b).sum()) / norm if norm > 1e-12 else 0.0
+def _median(ordered: Sequence[float]) -> float:
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return high - (high - low) * 0.5
+
+
+def _distances(frames: Tensor, others: Tensor, means: Tensor) -> Tensor:
+    """The cosine distance of each pair of frames, (n, N, D), less a mean token, (n, D): (n,) float64."""
+    parts = []
+    per_pass = max(1, VALUES_AT_ONCE // frames[0].numel())
+    for rows in torch.arange(frames.shape[0]).split(per_pass):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        a, b = (x[part] - means[part, None] for x in (frames, others))
+        # Over D first: the order of the additions does not depend on the number of frames.
+        dot, norm_a, norm_b = (x.sum(-1).sum(-1) for x in (a * b, a.square(), b.square()))
+        norm = (norm_a.sqrt() * norm_b.sqrt()).to(torch.float64)
+        parts.append(torch.where(norm > 1e-12, 1.0 - dot / norm, 0.0))
+    return torch.cat(parts)

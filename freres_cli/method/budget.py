@@ -77,15 +77,23 @@ class BudgetPlan:
         return self.grid[0] * self.grid[1]
 
 
-def plan_budget(num_frames: int, grid: tuple[int, int], settings: MethodSettings, budget_tokens: int) -> BudgetPlan:
+def plan_budget(
+    num_frames: int,
+    grid: tuple[int, int],
+    settings: MethodSettings,
+    budget_tokens: int,
+    residual_grid: tuple[int, int] | None = None,
+) -> BudgetPlan:
     """Return the plan for a clip of ``num_frames`` frames of ``grid`` (H, W) tokens under ``budget_tokens``.
 
-    ``settings``: the preset's. Raises ``ValueError`` if a count is below one.
+    ``settings``: the preset's. ``residual_grid``: that of residual frames, if it is smaller; their cells can be no finer.
+    Raises ``ValueError`` if a count is below one.
     """
     if num_frames < 1 or min(grid) < 1 or budget_tokens < 1:
         raise ValueError(f"frames, grid and budget: expected at least 1, got {num_frames}, {grid}, {budget_tokens}")
     tokens = grid[0] * grid[1]
-    pooled = (min(settings.pooled_side, grid[0]), min(settings.pooled_side, grid[1]))
+    finest = residual_grid or grid
+    pooled = (min(settings.pooled_side, finest[0]), min(settings.pooled_side, finest[1]))
     if budget_tokens >= num_frames * tokens and settings.variant != "temporal":
         everything = Allocation(num_frames * tokens, 0, 0, 0)
         return BudgetPlan(

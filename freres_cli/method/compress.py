@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 from torch import Tensor
 
 from freres_cli.method.anchors import EventDetector, anchor_schedule
 from freres_cli.method.budget import BudgetPlan, MethodSettings
-from freres_cli.method.gop import ClosedGop, OpenGop
+from freres_cli.method.gop import ClosedGop, OpenGop, fetch
 from freres_cli.method.residuals import pool_to_cells
 from freres_cli.method.select import select_tracks
 from freres_cli.tracks import GOP_STARTS, Tracks
+
+# Frames of a batch, by index -> their latents on the whole grid, (k, H, W, C).
+EncodeWhole = Callable[[list[int]], Tensor]
 
 UNIFORM, EVENT, DEMOTED = range(len(GOP_STARTS))
 
@@ -39,12 +43,14 @@ class StreamingCompressor:
         self._reach = _choose_reach(plan)
         self._detector = EventDetector(settings.tau) if plan.max_events else None
         self._gops: list[ClosedGop] = []
+        self._on_device: list[ClosedGop] = []  # closed since the last copy
         self._open: OpenGop | None = None
         # The GoP before a uniform anchor that may still move: as it was when it closed, and as it goes on if it does.
         self._held: tuple[OpenGop, ClosedGop] | None = None
         self._events: list[OpenGop | ClosedGop] = []
         self._demoted: list[ClosedGop] = []
         self._seconds = array("d")  # 8 bytes a frame
+        self.num_frames_whole = 0
         self.num_cuts_found = 0
         self.num_cuts_not_honoured = 0
 
@@ -53,25 +59,62 @@ class StreamingCompressor:
         """Number of frames so far."""
         return len(self._seconds)
 
-    def push(self, latents: Tensor, seconds: Iterable[float]) -> None:
-        """Take the next frames: ``latents`` (n, H, W, C) and their times in seconds."""
-        if tuple(latents.shape[1:3]) != self._plan.grid:
+    def push(self, latents: Tensor, seconds: Iterable[float], whole: EncodeWhole | None = None) -> None:
+        """Take the next frames: ``latents`` (n, H, W, C) and their times in ``seconds``.
+
+        With ``whole`` there are two resolutions (method section 9): ``latents`` are on a smaller grid, events and residuals
+        are taken from them, and ``whole`` is asked for the anchor frames of the batch.
+        """
+        if whole is None and tuple(latents.shape[1:3]) != self._plan.grid:
             raise ValueError(f"latents: expected a grid of {self._plan.grid}, got {tuple(latents.shape[1:3])}")
         cells = pool_to_cells(latents, *self._plan.pooled_grid)
-        for frame_latents, frame_cells, second in zip(latents, cells, seconds, strict=True):
-            self._push_frame(frame_latents, frame_cells, second)
+        first = len(self._seconds)
+        self._seconds.extend(seconds)
+        if len(self._seconds) - first != latents.shape[0]:
+            raise ValueError(f"seconds: expected {latents.shape[0]}, got {len(self._seconds) - first}")
+        found = self._detect(latents)
+        starts = [i for i, (_, is_event) in enumerate(found) if is_event or first + i in self._schedule]
+        self.num_frames_whole += 0 if whole is None else len(starts)
+        # Indexing with a list would send the list to the device.
+        anchors = whole(starts) if whole is not None and starts else [latents[i] for i in starts]
+        for run, anchor in zip(_split_runs(starts, len(found)), [None, *anchors], strict=True):
+            if anchor is not None:
+                at, run = run.start, slice(run.start + 1, run.stop)
+                self._begin(first + at, anchor, latents[at : at + 1], cells[at : at + 1], *found[at])
+            if run.start < run.stop:
+                self._append(latents[run], cells[run])
 
-    def _push_frame(self, latents: Tensor, cells: Tensor, second: float) -> None:
-        frame = len(self._seconds)
-        self._seconds.append(second)
-        distance, is_event = 0.0, False
-        if self._detector is not None:
-            distance, is_event = self._detector.observe(latents[..., : self._width])
+    def _detect(self, latents: Tensor) -> list[tuple[float, bool]]:
+        """The distance of each frame to the one before, and whether it is an event.
+
+        These are the only numbers that the rest waits for. The GoPs that closed in the batch before come to the host with
+        them, so there is one copy from the device a batch.
+        """
+        if self._detector is None:
+            self._fetch()
+            return [(0.0, False)] * latents.shape[0]
+        (distances,) = self._fetch(self._detector.measure(latents[..., : self._width]))
+        listed: list[float] = distances.tolist()
+        return list(zip(listed, self._detector.judge(listed), strict=True))
+
+    def _fetch(self, *more: Tensor) -> list[Tensor]:
+        """Bring the closed GoPs to the host, and ``more`` with them, which is returned."""
+        tensors = [gop.tensors() for gop in self._on_device]
+        fetched = iter(fetch([*more, *(tensor for named in tensors for tensor in named.values())]))
+        brought = [next(fetched) for _ in more]
+        for gop, named in zip(self._on_device, tensors, strict=True):
+            for name in named:
+                setattr(gop, name, next(fetched))
+        self._on_device.clear()
+        return brought
+
+    def _begin(
+        self, frame: int, anchor: Tensor, latents: Tensor, cells: Tensor, distance: float, is_event: bool
+    ) -> None:
+        """Open a GoP at an anchor frame. ``anchor``: (H, W, C); ``latents`` (1, h, w, C) and ``cells`` as of a residual
+        frame."""
         self.num_cuts_found += is_event
         is_uniform = frame in self._schedule
-        if self._open is not None and not (is_uniform or is_event):
-            self._append(latents, cells)
-            return
         if self._held is not None and not is_uniform:
             # The uniform anchor moves here, and the GoP before it takes the frames that it had.
             self._open, self._held, is_uniform = self._held[0], None, True
@@ -79,18 +122,20 @@ class StreamingCompressor:
         if self._held is not None:
             self._held[0].append(latents, cells)
         start = UNIFORM if is_uniform else EVENT
-        # A slice of the batch would keep the whole batch alive.
-        self._open = OpenGop(frame, latents.clone(), self._width, self._plan.pooled_grid, start, distance)
+        # Slices of the batch would keep the whole batch alive.
+        reference = latents[0].clone(), cells[0].clone()
+        self._open = OpenGop(frame, anchor.clone(), self._width, self._plan.pooled_grid, start, distance, reference)
         if start == EVENT:
             self._honour(self._open)
 
     def _append(self, latents: Tensor, cells: Tensor) -> None:
-        """Add a residual frame to the open GoP, and to the one before while its uniform anchor may still move."""
+        """Add residual frames to the open GoP, and to the one before while its uniform anchor may still move."""
         assert self._open is not None
         self._open.append(latents, cells)
         if self._held is None:
             return
-        self._held[0].append(latents, cells)
+        left = max(1, self._reach - self._open.num_residuals + latents.shape[0])
+        self._held[0].append(latents[:left], cells[:left])
         if self._open.num_residuals >= self._reach:
             self._settle()
 
@@ -120,7 +165,9 @@ class StreamingCompressor:
         self._settle()
         if self._open is None:
             return
-        self._held = self._open, self._open.close(self._plan.num_coefficients)
+        closed = self._open.close(self._plan.num_coefficients)
+        self._held = self._open, closed
+        self._on_device.append(closed)
         self._open = None
         if not may_go_on or not self._reach:
             self._settle()
@@ -140,9 +187,15 @@ class StreamingCompressor:
     def finish(self) -> Tracks:
         """Close the last GoP and return the tracks. Raises ``ValueError`` if there were no frames."""
         self._close()
+        self._fetch()
         if not self._seconds:
             raise ValueError("no frames: expected at least 1")
         return select_tracks(self._gops, self._plan, self._settings, self._width, self._seconds)
+
+
+def _split_runs(starts: list[int], count: int) -> list[slice]:
+    """Split ``count`` frames at ``starts``: the frames before the first, then those from each to the next."""
+    return [slice(a, b) for a, b in pairwise([0, *starts, count])]
 
 
 def _choose_reach(plan: BudgetPlan) -> int:

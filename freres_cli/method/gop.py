@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,13 @@ from freres_cli.tracks import NUM_REPORTED_BANDS, NUM_SEGMENTS
 
 @dataclass(eq=False)
 class ClosedGop:
-    """A reduced GoP, on the CPU: P cells, K candidate coefficients, C channels.
+    """A reduced GoP, on the device of its latents until it is fetched: P cells, K candidate coefficients, C channels.
 
-    ``anchor``: (H, W, C) as encoded, or ``None`` for an event whose anchor found no room. ``base``: (P, C) float32,
-    pooled anchor. ``coefficients`` (K, P, C), ``energies`` (K, P) and ``segments`` (8, K, P), the inner product of
-    residual and coefficient wave in each eighth, are float32 and empty if the GoP has no residual frames. Energies and
-    inner products are weighted by ``cell_weights``.
+    ``anchor``: (H, W, C) as encoded, or ``None`` for an event whose anchor found no room. ``base``: (P, C), pooled anchor.
+    ``means``: (P, C), of each cell over the residual frames. ``coefficients`` (K, P, C), ``energies`` (K, P) and
+    ``segments`` (8, K, P), the inner product of residual and coefficient wave in each eighth, are empty if the GoP has no
+    residual frames. Energies and inner products are float32, and weighted by ``cell_weights``; latents and coefficients
+    have the dtype of the anchor, as the tracks do.
 
     ``impulses`` (P, C) is the residual of each cell in the one bin, ``impulse_bins`` (P,), that the coefficients miss most;
     ``impulse_energies`` (P,) is the energy that they miss there. Empty if the coefficients miss nothing.
@@ -31,12 +33,13 @@ class ClosedGop:
     bin_frames: int
     start: int
     event_distance: float
-    residual_energy: float
-    pooled_energy: float
+    residual_energy: Tensor
+    pooled_energy: Tensor
     band_energy: Tensor
     segment_energy: Tensor
     anchor: Tensor | None
     base: Tensor
+    means: Tensor
     coefficients: Tensor
     energies: Tensor
     segments: Tensor
@@ -45,6 +48,10 @@ class ClosedGop:
     impulse_energies: Tensor
     summary_base: Tensor
     summary_spectrum: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def drop_anchor(self, start: int) -> None:
         """Give up the raw anchor of an event that found no room among the anchors. Its residual track stays."""
@@ -56,6 +63,7 @@ class ClosedGop:
         # Copies: an empty view would keep the whole storage alive.
         self.coefficients, self.energies = self.coefficients[:0].clone(), self.energies[:0].clone()
         self.segments, self.base = self.segments[:, :0].clone(), self.base[:0].clone()
+        self.means = self.means[:0].clone()
         self.impulses, self.impulse_bins = self.impulses[:0].clone(), self.impulse_bins[:0].clone()
         self.impulse_energies = self.impulse_energies[:0].clone()
 
@@ -68,7 +76,7 @@ def segment_of_bin(num_bins: int) -> Tensor:
 def sum_by_segment(per_bin: Tensor) -> Tensor:
     """Return the sums of (num_bins, ...) over the bins of each eighth of the GoP: (8, ...) float32."""
     members = segment_of_bin(per_bin.shape[0]) == torch.arange(NUM_SEGMENTS)[:, None]
-    return (members.to(torch.float32) @ per_bin.flatten(1)).reshape(NUM_SEGMENTS, *per_bin.shape[1:])
+    return (members.to(per_bin) @ per_bin.flatten(1)).reshape(NUM_SEGMENTS, *per_bin.shape[1:])
 
 
 class OpenGop:
@@ -76,7 +84,9 @@ class OpenGop:
 
     ``anchor_frame``: index of the anchor frame in the clip. ``anchor``: its latents (H, W, C). ``width``: D, the main
     channels, which energies are computed over. ``pooled``: cells (rows, columns). ``start``: index into ``GOP_STARTS``.
-    ``distance``: distance of the anchor frame to the frame before it.
+    ``distance``: distance of the anchor frame to the frame before it. ``reference``: the anchor frame as residual frames
+    are given, its latents (h, w, C) and cells (P, C), which residuals are taken from. With two resolutions that is not
+    ``anchor``.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class OpenGop:
         pooled: tuple[int, int],
         start: int,
         distance: float,
+        reference: tuple[Tensor, Tensor],
     ) -> None:
         self.anchor_frame = anchor_frame
         self.anchor = anchor
@@ -94,40 +105,49 @@ class OpenGop:
         self.event_distance = distance
         self._width = width
         self._base = pool_to_cells(anchor, *pooled)
-        self._weights = cell_weights(anchor.shape[0], anchor.shape[1], *pooled)
+        self._reference, self._reference_cells = reference
+        self._weights = cell_weights(anchor.shape[0], anchor.shape[1], *pooled).to(anchor.device)
+        # As if each token of a smaller grid stood for as many of the anchor's.
+        self._share = anchor[..., 0].numel() / reference[0][..., 0].numel()
         self._trajectory = ResidualTrajectory()
-        self._residual_energy = 0.0
+        self._residual_energy = self._base.new_zeros(1, dtype=torch.float64)
 
     @property
     def num_residuals(self) -> int:
         return self._trajectory.num_frames
 
     def append(self, latents: Tensor, cells: Tensor) -> None:
-        """Add a residual frame: its latents (H, W, C), and the same pooled to cells (P, C) float32."""
-        residual = cells - self._base
-        difference = latents[..., : self._width].to(torch.float32) - self.anchor[..., : self._width].to(torch.float32)
-        self._residual_energy += float(difference.square().sum())
-        per_cell = residual[..., : self._width].square().sum(-1)
-        self._trajectory.append(residual, float((per_cell * self._weights.to(per_cell.device)).sum()))
+        """Add residual frames: their latents (n, h, w, C), and the same pooled to cells (n, P, C) float32."""
+        main = slice(0, self._width)
+        difference = latents[..., main].to(torch.float32) - self._reference[..., main].to(torch.float32)
+        # Over the channels first: the order of the additions does not depend on the number of frames.
+        energies = _sum_after_first(difference.square().sum(-1)).to(torch.float64)
+        self._residual_energy = torch.cat([self._residual_energy, energies]).cumsum(0)[-1:].clone()
+        residuals = cells - self._reference_cells
+        per_cell = residuals[..., main].square().sum(-1) * self._weights
+        for residual, energy in zip(residuals, _sum_after_first(per_cell).to(torch.float64), strict=True):
+            self._trajectory.append(residual, energy)
 
     def close(self, num_coefficients: int) -> ClosedGop:
         """Return the reduced GoP with its first ``num_coefficients`` coefficients, or as many as it has time bins."""
-        channels = self.anchor.shape[-1]
-        cells = self._base.shape[0]
+        cells, channels = self._base.shape
+        new = self._base.new_zeros  # float32, on the device
         k = min(num_coefficients, self._trajectory.num_bins())
-        coefficients = torch.zeros(0, cells, channels)
-        energies, segments = torch.zeros(0, cells), torch.zeros(NUM_SEGMENTS, 0, cells)
-        band_energy, segment_energy = torch.zeros(NUM_REPORTED_BANDS), torch.zeros(NUM_SEGMENTS)
-        pooled_energy = 0.0
+        coefficients, means = new(0, cells, channels), new(0, channels)
+        energies, segments = new(0, cells), new(NUM_SEGMENTS, 0, cells)
+        band_energy, segment_energy = new(NUM_REPORTED_BANDS), new(NUM_SEGMENTS)
+        pooled_energy = new(())
         if k:
             coefficients, band_energy, segments = self._transform(k)
             energies = coefficients[..., : self._width].square().sum(-1) * self._weights
             bin_energy = self._trajectory.bin_energies()
             segment_energy = sum_by_segment(bin_energy[:, None]).squeeze(1)
-            pooled_energy = float(bin_energy.sum())
+            pooled_energy = bin_energy.sum()
+            num_samples = self._trajectory.num_bins() * self._trajectory.bin_frames
+            means = self._base + coefficients[0] / num_samples**0.5
         impulses, impulse_bins, impulse_energies = self._find_impulses(coefficients)
         weights = (self._weights / self._weights.sum())[:, None]
-        base = self._base.cpu()
+        dtype = self.anchor.dtype
         return ClosedGop(
             anchor_frame=self.anchor_frame,
             num_residuals=self._trajectory.num_frames,
@@ -135,25 +155,25 @@ class OpenGop:
             bin_frames=self._trajectory.bin_frames,
             start=self.start,
             event_distance=self.event_distance,
-            residual_energy=self._residual_energy,
+            residual_energy=self._share * self._residual_energy[0],
             pooled_energy=pooled_energy,
             band_energy=band_energy,
             segment_energy=segment_energy,
-            anchor=self.anchor.cpu(),
-            base=base,
-            coefficients=coefficients,
+            anchor=self.anchor,
+            base=self._base.to(dtype),
+            means=means.to(dtype),
+            coefficients=coefficients.to(dtype),
             energies=energies,
             segments=segments,
-            impulses=impulses,
+            impulses=impulses.to(dtype),
             impulse_bins=impulse_bins,
             impulse_energies=impulse_energies,
-            summary_base=(base * weights).sum(0),
-            summary_spectrum=(coefficients * weights).sum(1),
+            summary_base=(self._base * weights).sum(0).to(dtype),
+            summary_spectrum=(coefficients * weights).sum(1).to(dtype),
         )
 
     def _transform(self, num_coefficients: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return coefficients (K, P, C), energy of the first bands (8,), and segment inner products (8, K, P), on the
-        CPU.
+        """Return coefficients (K, P, C), energy of the first bands (8,), and segment inner products (8, K, P).
 
         A bin stands for ``bin_frames`` equal frames, so coefficients are scaled by the square root of that. Energies of
         GoPs of any length can then be compared.
@@ -163,24 +183,44 @@ class OpenGop:
         reported = min(NUM_REPORTED_BANDS, num_bins)
         basis = dct_basis(num_bins, max(num_coefficients, reported), bins.device)
         spectrum = torch.einsum("kb,bpc->kpc", basis, bins) * root
-        band_energy = torch.zeros(NUM_REPORTED_BANDS)
-        band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum(-1).cpu() @ self._weights
+        band_energy = bins.new_zeros(NUM_REPORTED_BANDS)
+        band_energy[:reported] = spectrum[:reported, :, : self._width].square().sum(-1) @ self._weights
         coefficients = spectrum[:num_coefficients].clone()
         main = slice(0, self._width)
         inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
         inner = inner * (basis[:num_coefficients].T * root)[..., None]
-        return coefficients.cpu(), band_energy, sum_by_segment(inner.cpu() * self._weights)
+        return coefficients, band_energy, sum_by_segment(inner * self._weights)
 
     def _find_impulses(self, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the residual (P, C) of each cell in the bin where ``coefficients`` (K, P, C) miss most, the bin and the
-        energy missed, (P,) each, on the CPU; nothing if there is a coefficient for every bin."""
+        energy missed, (P,) each; nothing if there is a coefficient for every bin."""
         num_bins, num_coefficients = self._trajectory.num_bins(), coefficients.shape[0]
+        new = coefficients.new_zeros
         if num_coefficients == num_bins:
-            return coefficients.new_zeros(0, coefficients.shape[2]), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+            return new(0, coefficients.shape[2]), new(0, dtype=torch.int64), new(0)
         bins = self._trajectory.bins()
         waves = dct_basis(num_bins, num_coefficients, bins.device) / self._trajectory.bin_frames**0.5
         main = slice(0, self._width)
-        missed = bins[..., main] - torch.einsum("kb,kpc->bpc", waves, coefficients[..., main].to(bins.device))
+        missed = bins[..., main] - torch.einsum("kb,kpc->bpc", waves, coefficients[..., main])
         energy, at = missed.square().sum(-1).max(0)
         cells = torch.arange(at.shape[0], device=at.device)
-        return bins[at, cells].cpu(), at.cpu(), energy.cpu() * self._weights * self._trajectory.bin_frames
+        return bins[at, cells], at, energy * self._weights * self._trajectory.bin_frames
+
+
+def _sum_after_first(values: Tensor) -> Tensor:
+    """(n, ...) -> (n,)"""
+    return values.flatten(1).sum(1)
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``tensors``, all on one device, on the CPU: all of them in a single copy, so that it waits only once."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return list(tensors)
+    # Wide numbers first, so that each lies at a multiple of its size.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    packed = torch.cat([tensors[i].reshape(-1).view(torch.uint8) for i in order]).cpu()
+    fetched = list(tensors)
+    for i, part in zip(order, packed.split([tensors[i].nbytes for i in order]), strict=True):
+        # A view would keep all of them in memory.
+        fetched[i] = part.view(tensors[i].dtype).reshape(tensors[i].shape).clone()
+    return fetched

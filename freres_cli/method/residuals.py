@@ -69,16 +69,16 @@ class ResidualTrajectory:
     def __init__(self, max_bins: int = MAX_TIME_BINS) -> None:
         self._max_bins = max_bins
         self._sums: list[Tensor] = []
-        self._energies: list[float] = []
+        self._energies: list[Tensor] = []
         self._counts: list[int] = []
         self.bin_frames = 1
         self.num_frames = 0
 
-    def append(self, residual: Tensor, energy: float) -> None:
-        """Add the next residual frame, (P, C) float32, and its energy over the main channels."""
+    def append(self, residual: Tensor, energy: Tensor) -> None:
+        """Add the next residual frame, (P, C) float32, and its energy over the main channels, () float64."""
         if self._counts and self._counts[-1] < self.bin_frames:
             self._sums[-1] = self._sums[-1] + residual
-            self._energies[-1] += energy
+            self._energies[-1] = self._energies[-1] + energy
             self._counts[-1] += 1
         else:
             if len(self._sums) == self._max_bins:
@@ -101,7 +101,7 @@ class ResidualTrajectory:
 
     def bin_energies(self) -> Tensor:
         """Return the exact pooled residual energy of the frames in each bin: (B,) float32."""
-        return torch.tensor(self._energies, dtype=torch.float64).to(torch.float32)
+        return torch.stack(self._energies).to(torch.float32)
 
     def num_bins(self) -> int:
         return len(self._sums)

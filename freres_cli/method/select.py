@@ -209,7 +209,7 @@ def _gather(
         base_latents=_pick(gops, bases[:, 0], lambda g, at: g.base[bases[at, 1]], dtype, channels),
         base_gop=bases[:, 0].clone(),
         base_cell=bases[:, 1].clone(),
-        static_latents=rows([time_mean(gops[g])[p] for g, p in static], channels),
+        static_latents=rows([gops[g].means[p] for g, p in static], channels),
         static_gop=static_rows[:, 0].clone(),
         static_cell=static_rows[:, 1].clone(),
         summary_base=rows([gops[i].summary_base for i in summary], channels),
@@ -230,12 +230,6 @@ def _read_segments(gop: ClosedGop, band: Tensor, cell: Tensor) -> Tensor:
     """Return the inner products of coefficients with the residual in each eighth; zero for impulses, which need none."""
     no_segments = torch.zeros(gop.impulse_bins.shape[0], NUM_SEGMENTS)
     return _read(gop.segments.permute(1, 2, 0), no_segments, band, cell)
-
-
-def time_mean(gop: ClosedGop) -> Tensor:
-    """Return the mean of each cell over the residual frames: (P, C) float32."""
-    scale = (gop.num_bins * gop.bin_frames) ** 0.5
-    return gop.base + gop.coefficients[0] / scale
 
 
 def _padded(spectrum: Tensor, num_bands: int) -> Tensor:

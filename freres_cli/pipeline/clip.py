@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import read_prompt_text
-from freres_cli.pipeline.reduction import Reduction, reduce_latents
+from freres_cli.pipeline.reduction import LatentBatch, Reduction, reduce_latents
 from freres_cli.pipeline.tokens import make_tokens
-from freres_cli.records import VideoTokens
+from freres_cli.presets import FULL
+from freres_cli.records import FrameSize, VideoTokens
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 from freres_cli.video.decode import DecodeReport
@@ -39,11 +42,20 @@ class View:
     pts_seconds: tuple[float, ...]
     report: DecodeReport
 
-    def batches(self, num_frames: int, device: torch.device) -> Iterator[tuple[Sequence[float], Tensor]]:
-        """Yield times and latents, ``num_frames`` at a time, on ``device``."""
+    def batches(self, num_frames: int, device: torch.device, small: View | None = None) -> Iterator[LatentBatch]:
+        """Yield ``num_frames`` at a time, on ``device``. ``small``: the same frames on the grid of residual frames."""
         for start in range(0, len(self.pts_seconds), num_frames):
             part = slice(start, start + num_frames)
-            yield self.pts_seconds[part], self.latents[part].to(device)
+            latents = self.latents[part]
+            if small is None:
+                yield LatentBatch(self.pts_seconds[part], latents.to(device))
+            else:
+                given = small.latents[part].to(device)
+                yield LatentBatch(self.pts_seconds[part], given, partial(_pick_rows, latents, device))
+
+
+def _pick_rows(latents: Tensor, device: torch.device, rows: list[int]) -> Tensor:
+    return latents[rows].to(device)
 
 
 class EncodedClip:
@@ -61,8 +73,9 @@ class EncodedClip:
     ) -> None:
         self._source, self._encoder, self._timer = source, encoder, timer
         self._options = replace(options, method=FRE_RES)
-        self._latents = LatentStream(encoder, timer, options.model.name, keeps_all=True)
-        self._views: dict[Sampling, View] = {}
+        # By the size of residual frames, None for that of anchors.
+        self._latents: dict[FrameSize | None, LatentStream] = {}
+        self._views: dict[tuple[Sampling, FrameSize | None], View] = {}
         self._merged: dict[tuple[Sampling, int, str], tuple[Reduction, float]] = {}
         self._baseline = self._view(self._plan(FULL_BUDGET))
 
@@ -109,7 +122,7 @@ class EncodedClip:
             tracks = self.build_tracks(budget_tokens)
             with self._timer.stage("compress"), torch.no_grad():
                 return make_tokens(tracks, self._options.settings.variant, modules)
-        settings = self._options.settings
+        settings = self._options.settings.with_values("eval", residual_grid=FULL)
         if method == "full":
             settings = settings.with_values("eval", deepstack="keep")
         if not METHODS[method].is_question_blind:
@@ -163,34 +176,43 @@ class EncodedClip:
 
     def _options_for(self, budget_tokens: int, method: str = FRE_RES) -> CompressOptions:
         settings = self._options.settings.with_values("flag", budget_tokens=budget_tokens)
+        if method != FRE_RES:
+            settings = settings.with_values("eval", residual_grid=FULL)
         return replace(self._options, settings=settings, method=method)
 
     def _plan(self, budget_tokens: int) -> CompressPlan:
         return plan_compression(self._options_for(budget_tokens), self._encoder, self._source.info)
 
     def _reduce_tracks(self, plan: CompressPlan) -> tuple[Tracks, Reduction]:
-        batches = self._view(plan).batches(count_batch_frames(plan), self._encoder.device)
+        small = None if plan.residual_size is None else self._view(plan, plan.residual_size)
+        batches = self._view(plan).batches(count_batch_frames(plan), self._encoder.device, small)
         reduction = reduce_latents(batches, plan, self._options, self._encoder.width, self._timer)
         assert isinstance(reduction.content, Tracks)
         return reduction.content, reduction
 
-    def _view(self, plan: CompressPlan) -> View:
-        if plan.sampling not in self._views:
-            self._views[plan.sampling] = self._read_view(plan)
-        return self._views[plan.sampling]
+    def _view(self, plan: CompressPlan, residual_size: FrameSize | None = None) -> View:
+        key = plan.sampling, residual_size
+        if key not in self._views:
+            self._views[key] = self._read_view(plan, residual_size)
+        return self._views[key]
 
-    def _read_view(self, plan: CompressPlan) -> View:
+    def _read_view(self, plan: CompressPlan, residual_size: FrameSize | None) -> View:
         """Decode the plan's frames and encode those not seen before."""
+        if residual_size not in self._latents:
+            encoder, timer, model = self._encoder, self._timer, self._options.model.name
+            self._latents[residual_size] = LatentStream(encoder, timer, model, True, residual_size)
+        known = self._latents[residual_size]
         indices: list[int] = []
         seconds: list[float] = []
         parts: list[Tensor] = []
         stream = self._source.open(plan, self._options)
-        for frames, latents in self._latents.encode(stream):
-            indices += frames.picture_index
-            seconds += frames.pts_seconds
-            parts.append(latents)
+        with closing(known.encode(stream)) as encoded:
+            for frames, latents in encoded:
+                indices += frames.picture_index
+                seconds += frames.pts_seconds
+                parts.append(latents)
         if not parts:
             raise VideoError(f"{self._source.name}: no frame could be decoded in the requested part")
         latents = torch.cat(parts)
-        self._latents.share_storage(indices, latents)
+        known.share_storage(indices, latents)
         return View(latents, tuple(seconds), stream.report)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.notes import describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
-from freres_cli.pipeline.reduction import Reduction, make_reducer, reduce_latents
+from freres_cli.pipeline.reduction import LatentBatch, Reduction, make_reducer, reduce_latents
 from freres_cli.presets import BUNDLED, load_settings
-from freres_cli.video.decode import Decoder, DecodeReport
+from freres_cli.records import Frames
+from freres_cli.video.decode import Decoder, DecodeReport, Position
 from freres_cli.video.frames import FrameArray
 
 Progress = Callable[[int, int], None]
@@ -153,7 +157,8 @@ class Compressor:
         ``compress`` takes them.
         """
         encoder = self.models.encoder
-        frames, stream = source.open(plan, options), LatentStream(encoder, timer, options.model.name)
+        frames = source.open(plan, options)
+        stream = LatentStream(encoder, timer, options.model.name, residual_size=plan.residual_size)
         reducer, total = make_reducer(plan, options, encoder.width), plan.num_frames
         decoder = frames if isinstance(frames, Decoder) else None
         if checkpoints is not None and decoder is not None and reducer is not None:
@@ -163,6 +168,13 @@ class Compressor:
                 stream.known, reducer = state.known, state.reducer
 
         taken = None if decoder is None else decoder.position
+        # The decoder reads ahead: where it was at the end of each batch that is not reduced yet.
+        positions: deque[Position] = deque()
+
+        def make_state() -> State:
+            assert taken is not None and reducer is not None
+            stream.check_finite()
+            return State(taken, stream.known, reducer)
 
         def on_batch(done: int) -> None:
             nonlocal taken
@@ -170,14 +182,22 @@ class Compressor:
                 progress(done, max(done, total))
             if checkpoints is None or decoder is None or reducer is None:
                 return
-            position = decoder.position
+            position = positions.popleft()
             # The short batch at the end of a video moves no position: a state after it would take its frames twice.
             if position is not taken:
                 taken = position
-                checkpoints.offer(lambda: State(position, stream.known, reducer))
+                checkpoints.offer(make_state)
 
-        batches = ((batch.pts_seconds, rows) for batch, rows in stream.encode(frames))
-        return reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer), frames.report
+        is_kept = checkpoints is not None and reducer is not None
+        read = _note_positions(decoder, positions) if is_kept and decoder is not None else frames
+        with closing(stream.encode(read)) as latents:
+            batches = (
+                LatentBatch(
+                    batch.pts_seconds, rows, None if plan.residual_size is None else partial(stream.encode_whole, batch)
+                )
+                for batch, rows in latents
+            )
+            return reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer), frames.report
 
     def _count_text(self, reduction: Reduction) -> tuple[PromptText | None, tuple[str, ...]]:
         """Return the text of a prompt about the clip, or a note that it cannot be counted: that needs the tokenizer."""
@@ -196,6 +216,12 @@ class Compressor:
             raise UsageError("frames: expected no start_s or end_s with frames already decoded", "cut the frames")
         values = {"sample": "native", "sample_fps": None, "sample_count": None, "track_density": 1}
         return replace(options, settings=options.settings.with_values("frames as given", **values))
+
+
+def _note_positions(decoder: Decoder, positions: deque[Position]) -> Iterator[Frames]:
+    for batch in decoder:
+        positions.append(decoder.position)
+        yield batch
 
 
 def _as_video(video: Video | FrameArray, seconds: Any) -> Path | FrameArray:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.bench.clock import StageTimer
 from freres_cli.errors import BackboneError
+from freres_cli.pipeline.ahead import read_ahead
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
-from freres_cli.records import Frames
+from freres_cli.records import Frames, FrameSize
 from freres_cli.video.decode import DecodeReport, decode_frames
 from freres_cli.video.frames import FrameArray
 from freres_cli.video.opening import hash_file
@@ -25,6 +28,8 @@ from freres_cli.world.make import is_world_clip
 # Tokens encoded at a time: bounds the tower's memory whatever the grid; the result does not depend on it.
 ENCODE_BATCH_TOKENS = 4608
 MAX_BATCH_FRAMES = 64
+# Batches read while one is encoded: enough that the tower need not wait, and as few as bound the memory.
+BATCHES_AHEAD = 2
 
 
 class FrameStream(Protocol):
@@ -98,59 +103,105 @@ def count_batch_frames(plan: CompressPlan) -> int:
     return max(1, min(MAX_BATCH_FRAMES, ENCODE_BATCH_TOKENS // plan.size.num_tokens))
 
 
+def shrink_frames(pixels: Tensor, size: FrameSize) -> Tensor:
+    """Return frames (n, h, w, 3) uint8 at a smaller ``size``, where they are: bicubic, without aliasing."""
+    channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32)
+    shrunk = F.interpolate(channels_first, (size.height_px, size.width_px), mode="bicubic", antialias=True)
+    return shrunk.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 class LatentStream:
     """Encodes frames batch by batch. A picture that is shown again does not pass the tower again.
 
     ``encoder``: the tower. ``timer``: records the stages ``decode`` and ``encode``. ``model``: its name, for messages.
     ``keeps_all``: keep the latents of all frames, on the CPU, for later streams of the same clip; else only those of the
-    last frame.
+    last frame. ``residual_size``: that of frames that are no anchors, if it is smaller; all are then encoded at that size,
+    and anchors once more by ``encode_whole``. ``known``: the latents that are kept, by the numbers of their pictures; set it
+    to go on from a checkpoint.
     """
 
-    def __init__(self, encoder: VisionEncoder, timer: StageTimer, model: str, keeps_all: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        timer: StageTimer,
+        model: str,
+        keeps_all: bool = False,
+        residual_size: FrameSize | None = None,
+    ) -> None:
         self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
-        self._known: dict[int, Tensor] = {}
+        self._residual_size = residual_size
+        self.known: dict[int, Tensor] = {}
+        self._last_batch: tuple[Tensor, torch.dtype] | None = None  # whether all of it is finite, and its dtype
 
-    @property
-    def known(self) -> dict[int, Tensor]:
-        """The latents that are kept, by the numbers of their pictures; set them to go on from there."""
-        return self._known
+    def encode(self, batches: Iterable[Frames]) -> Generator[tuple[Frames, Tensor], None, None]:
+        """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite.
 
-    @known.setter
-    def known(self, latents: dict[int, Tensor]) -> None:
-        self._known = latents
+        The next batches are read in another thread, until this generator is closed.
+        """
+        with closing(read_ahead(self._read(batches), BATCHES_AHEAD)) as ahead:
+            for frames in ahead:
+                with self._timer.stage("encode"):
+                    rows = self._encode_batch(frames)
+                yield frames, rows
+        self.check_finite()
 
-    def encode(self, batches: Iterable[Frames]) -> Iterator[tuple[Frames, Tensor]]:
-        """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite."""
-        for frames in self._timed(batches):
-            fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self._known}
-            with self._timer.stage("encode"):
-                if fresh:
-                    latents = self._encoder.encode(frames.pixels[list(fresh.values())])
-                    self._check_finite(latents)
-                    self._known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
-                rows = torch.stack([self._known[n] for n in frames.picture_index])
-            if self._keeps_all:
-                self.share_storage(frames.picture_index, rows)
-            else:
+    def _encode_batch(self, frames: Frames) -> Tensor:
+        fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self.known}
+        if fresh:
+            is_new = len(fresh) == len(frames.picture_index)
+            pixels = frames.pixels if is_new else frames.pixels[list(fresh.values())]
+            if self._residual_size is not None:
+                pixels = shrink_frames(pixels.to(self._encoder.device, non_blocking=True), self._residual_size)
+            latents = self._encode(pixels)
+            if is_new and not self._keeps_all:
                 # A row of the batch would keep the whole batch alive.
-                self._known = {frames.picture_index[-1]: rows[-1].clone()}
-            yield frames, rows
+                self.known = {frames.picture_index[-1]: latents[-1].clone()}
+                return latents
+            self.known.update(zip(fresh, latents.cpu() if self._keeps_all else latents, strict=True))
+        rows = torch.stack([self.known[n] for n in frames.picture_index])
+        if self._keeps_all:
+            self.share_storage(frames.picture_index, rows)
+        else:
+            self.known = {frames.picture_index[-1]: rows[-1].clone()}
+        return rows
+
+    def encode_whole(self, frames: Frames, indices: list[int]) -> Tensor:
+        """Return the latents (k, H, W, C) of some frames of a batch at the size of anchors. ``indices``: which."""
+        with self._timer.stage("encode"):
+            return self._encode(frames.pixels[indices])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        self.check_finite()
+        latents = self._encoder.encode(pixels)
+        self._last_batch = torch.isfinite(latents).all(), latents.dtype
+        return latents
 
     def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
         """Make the kept latents of these pictures rows of ``latents``, so a clip is in memory only once."""
-        self._known.update(zip(indices, latents, strict=True))
+        self.known.update(zip(indices, latents, strict=True))
 
-    def _timed(self, batches: Iterable[Frames]) -> Iterator[Frames]:
+    def _read(self, batches: Iterable[Frames]) -> Iterator[Frames]:
+        """The batches, ready to be copied to the device. This runs in the thread that reads ahead."""
         iterator = iter(batches)
-        while True:
-            with self._timer.stage("decode"):
-                frames = next(iterator, None)
-            if frames is None:
-                return
-            yield frames
+        try:
+            while True:
+                with self._timer.host_stage("decode"):
+                    frames = next(iterator, None)
+                    if frames is not None and self._timer.device.type == "cuda":
+                        # From pinned memory the copy runs beside the tower.
+                        frames = replace(frames, pixels=frames.pixels.pin_memory())
+                if frames is None:
+                    return
+                yield frames
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
 
-    def _check_finite(self, latents: Tensor) -> None:
-        if not bool(torch.isfinite(latents).all()):
-            raise BackboneError(
-                f"{self._model}: latents are not finite in {latents.dtype}", "use --dtype float32 or bfloat16"
-            )
+    def check_finite(self) -> None:
+        """Refuse a batch with latents that are not finite, before the next one is encoded: by then the device knows, so
+        nothing waits for it."""
+        if self._last_batch is None:
+            return
+        is_finite, dtype = self._last_batch
+        if not bool(is_finite):
+            raise BackboneError(f"{self._model}: latents are not finite in {dtype}", "use --dtype float32 or bfloat16")

@@ -70,6 +70,9 @@ def build_manifest(
             "width": reduction.content.width,
             "grid": [num_frames, plan.size.grid_h, plan.size.grid_w],
             "pooled_grid": None if tracks is None else list(tracks.pooled_grid),
+            "residual_grid": None
+            if plan.residual_size is None
+            else [plan.residual_size.grid_h, plan.residual_size.grid_w],
             **describe_frames(plan),
             **record_text(text),
         },
@@ -121,14 +124,14 @@ def describe_tokens(
     ``plan``, ``options``: what was asked for. ``reduction``: what was kept. ``report``: how decoding went.
     """
     by_kind = count_by_kind(reduction.content)
-    per_frame = plan.size.num_tokens
+    per_frame, of_frame = plan.size.num_tokens, plan.residual_size or plan.size
     full = min(plan.baseline_frames, reduction.num_frames) * per_frame
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
     budget_tokens = plan.budget_tokens if options.has_budget else sum(by_kind.values())
     return {
         **token_counts(by_kind, budget_tokens, full),
         "quality": reduction.content.quality if isinstance(reduction.content, Stretches) else None,
-        "encoded_tokens": report.num_pictures * per_frame,
+        "encoded_tokens": report.num_pictures * of_frame.num_tokens + reduction.num_frames_whole * per_frame,
         "num_gops": None if tracks is None else int(tracks.gop_anchor_frame.shape[0]),
         "num_coefficients": None if plan.budget is None else plan.budget.num_coefficients,
         "cuts_found": reduction.num_cuts_found,

@@ -8,7 +8,7 @@ from typing import Any
 from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.errors import count_of
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
-from freres_cli.presets import BUNDLED
+from freres_cli.presets import BUNDLED, FULL
 
 # If less than this share of the budget is used, a note says why.
 FULL_SHARE = 0.98
@@ -55,6 +55,14 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         yield f"method {options.method} holds the latents of the whole clip in memory until its end"
     if settings.sample == "native" and settings.track_density > 1:
         yield "track_density has no effect with sample: native"
+    if plan.residual_size is not None:
+        small = plan.residual_size
+        yield (
+            f"residual_grid: frames between anchors were encoded at {small.grid_h}x{small.grid_w} tokens, anchors at "
+            f"{plan.size.grid_h}x{plan.size.grid_w}"
+        )
+    elif settings.residual_grid != FULL:
+        yield "residual_grid has no effect: every frame is encoded at the grid of the anchors"
     if settings.trends == "keep" and options.method != ADAPTIVE:
         yield f"trends has no effect: method {options.method} has none"
     if settings.deepstack == "drop":

@@ -11,12 +11,12 @@ from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.pipeline.models import ModelSource
-from freres_cli.presets import REFERENCE, Settings, parse_grid
+from freres_cli.presets import FULL, REFERENCE, RESIDUAL_GRIDS, Settings, parse_grid
 from freres_cli.records import FrameSize, VideoInfo
 from freres_cli.video.sampling import Sampling, num_sampled_frames
 
 # The settings that change nothing in any other method.
-FRE_RES_KEYS = sorted({knob.name for knob in fields(MethodSettings)} - {REFERENCE})
+FRE_RES_KEYS = sorted({*(knob.name for knob in fields(MethodSettings)), "residual_grid"} - {REFERENCE})
 FULL_BUDGET = 2**31 - 1  # every token of the clip
 
 
@@ -85,7 +85,8 @@ class CompressPlan:
 
     ``num_frames``: frames that will be read. ``baseline_frames``: frames that the full-token model would read.
     ``budget``: how Fre-Res allocates the budget; ``None`` for other methods. ``quality``: share of the latents' energy to
-    keep in as few tokens as possible; ``None`` to use the budget.
+    keep in as few tokens as possible; ``None`` to use the budget. ``residual_size``: that of frames that are no anchors, if
+    it is smaller.
     """
 
     info: VideoInfo
@@ -96,6 +97,7 @@ class CompressPlan:
     budget_tokens: int
     budget: BudgetPlan | None
     quality: float | None = None
+    residual_size: FrameSize | None = None
 
     @property
     def full_tokens(self) -> int:
@@ -143,8 +145,34 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
         num_frames = _count_frames(sampling, info)
     if options.method == ADAPTIVE:
         return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None, quality)
-    budget = plan_budget(num_frames, (size.grid_h, size.grid_w), method_settings(settings), budget_tokens)
-    return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, budget)
+    residual_size = _choose_residual_size(settings, encoder, info, size) if is_reduced else None
+    residual_grid = None if residual_size is None else (residual_size.grid_h, residual_size.grid_w)
+    grid = size.grid_h, size.grid_w
+    budget = plan_budget(num_frames, grid, method_settings(settings), budget_tokens, residual_grid)
+    return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, budget, None, residual_size)
+
+
+def _choose_residual_size(
+    settings: Settings, encoder: VisionEncoder, info: VideoInfo, size: FrameSize
+) -> FrameSize | None:
+    """Return the size of frames that are no anchors; ``None`` if it is that of anchors."""
+    if settings.residual_grid == FULL:
+        return None
+    grid = parse_grid(settings.residual_grid, "setting", "residual_grid", RESIDUAL_GRIDS)
+    rows, columns = grid or ((size.grid_h + 1) // 2, (size.grid_w + 1) // 2)
+    name = settings.name_of("residual_grid")
+    if rows > size.grid_h or columns > size.grid_w:
+        raise UsageError(
+            f"{name}: expected at most the grid of the anchors, {size.grid_h}x{size.grid_w}, got {rows}x{columns}",
+            "choose a smaller one, or half",
+        )
+    small = encoder.frame_size(info.width_px, info.height_px, (rows, columns))
+    if (small.grid_h, small.grid_w) != (rows, columns):
+        raise UsageError(
+            f"{name}: {encoder.family} takes frames of one size only, {small.grid_h}x{small.grid_w} tokens",
+            "leave it out, or choose a model that takes frames of any size",
+        )
+    return None if small == size else small
 
 
 def _count_frames(sampling: Sampling, info: VideoInfo) -> int:

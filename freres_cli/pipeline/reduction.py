@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +14,41 @@ from freres_cli.bench.clock import StageTimer
 from freres_cli.content import Content
 from freres_cli.errors import BackboneError, VideoError
 from freres_cli.method.adaptive import StretchCompressor
-from freres_cli.method.compress import StreamingCompressor
+from freres_cli.method.compress import EncodeWhole, StreamingCompressor
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, method_settings
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 
-LatentBatches = Iterable[tuple[Sequence[float], Tensor]]
+
+class LatentBatch(NamedTuple):
+    """Consecutive frames: their times in seconds, and latents (n, H, W, C). With two resolutions these are the small ones,
+    and ``whole`` gives those of frames that become anchors."""
+
+    seconds: Sequence[float]
+    latents: Tensor
+    whole: EncodeWhole | None = None
+
+    def narrow(self, width: int) -> LatentBatch:
+        """Return the batch without DeepStack rows: only the first ``width`` channels of every latent."""
+        whole = self.whole
+        own = None if whole is None else lambda rows: whole(rows)[..., :width]
+        return LatentBatch(self.seconds, self.latents[..., :width], own)
+
+
+LatentBatches = Iterable[LatentBatch]
 Reducer = StreamingCompressor | StretchCompressor
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Both forms of Fre-Res count cuts."""
+    """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Both forms of Fre-Res count cuts.
+    ``num_frames_whole``: with two resolutions, frames that were encoded at that of anchors as well."""
 
     content: Content
     num_frames: int
     num_cuts_found: int | None = None
     num_cuts_not_honoured: int | None = None
+    num_frames_whole: int = 0
 
 
 def reduce_latents(
@@ -43,12 +62,13 @@ def reduce_latents(
 ) -> Reduction:
     """Reduce a clip by the method in ``options``.
 
-    ``batches``: times in seconds and latents (n, H, W, C) of consecutive frames. ``plan``: the plan for the clip.
-    ``width``: D. ``timer``: records the stage ``compress``. ``on_batch``: called with the number of frames done.
-    ``reducer``: from ``make_reducer``; it may have taken the frames before these. Raises ``VideoError`` if there are no
-    frames, ``BackboneError`` if a value overflows its dtype.
+    ``batches``: consecutive frames. ``plan``: the plan for the clip. ``width``: D. ``timer``: records the stage
+    ``compress``. ``on_batch``: called with the number of frames done. ``reducer``: from ``make_reducer``; it may have taken
+    the frames before these. Raises ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
     """
     reducer = reducer or make_reducer(plan, options, width)
+    if options.settings.deepstack == "drop":
+        batches = (batch.narrow(width) for batch in batches)
     counted = _counted(batches, on_batch, 0 if reducer is None else reducer.num_frames)
     if reducer is None:
         reduction = _reduce_by_peer(counted, plan, options, width, timer)
@@ -70,9 +90,9 @@ def make_reducer(plan: CompressPlan, options: CompressOptions, width: int) -> Re
 
 
 def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None, done: int) -> LatentBatches:
-    for seconds, latents in batches:
-        yield seconds, latents
-        done += len(seconds)
+    for batch in batches:
+        yield batch
+        done += len(batch.seconds)
         if on_batch is not None:
             on_batch(done)
 
@@ -80,16 +100,19 @@ def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None, don
 def _reduce_in_stream(
     batches: LatentBatches, plan: CompressPlan, options: CompressOptions, timer: StageTimer, reducer: Reducer
 ) -> Reduction:
-    for seconds, latents in batches:
+    for seconds, latents, whole in batches:
         with timer.stage("compress"):
-            reducer.push(latents, seconds)
+            if isinstance(reducer, StreamingCompressor):
+                reducer.push(latents, seconds, whole)
+            else:
+                reducer.push(latents, seconds)
     _check_any(reducer.num_frames, plan)
     with timer.stage("compress"):
-        content: Tracks | Stretches = reducer.finish()
-        # At the end, so the other values are bit for bit those of a bundle that keeps the rows.
-        content = content.without_deep_rows() if options.settings.deepstack == "drop" else content
-    lost = reducer.num_cuts_not_honoured if isinstance(reducer, StreamingCompressor) else 0
-    return Reduction(content, reducer.num_frames, reducer.num_cuts_found, lost)
+        content = reducer.finish()
+    if isinstance(reducer, StreamingCompressor):
+        cuts = reducer.num_cuts_found, reducer.num_cuts_not_honoured
+        return Reduction(content, reducer.num_frames, *cuts, num_frames_whole=reducer.num_frames_whole)
+    return Reduction(content, reducer.num_frames, reducer.num_cuts_found, 0)
 
 
 def _reduce_by_peer(
@@ -97,12 +120,11 @@ def _reduce_by_peer(
 ) -> Reduction:
     compress = METHODS[options.method].compress
     assert compress is not None
-    channels = slice(width if options.settings.deepstack == "drop" else None)
     times: list[float] = []
     parts: list[Tensor] = []
-    for seconds, latents in batches:
+    for seconds, latents, _ in batches:
         times += seconds
-        parts.append(latents[..., channels].cpu())
+        parts.append(latents.cpu())
     _check_any(len(times), plan)
     with timer.stage("compress"), torch.no_grad():
         latents = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,13 +1,15 @@
 """Stream the sampled frames of a video: decode, resize, turn upright, pack into batches.
 
-Only sampled frames are converted to RGB, and one decoded frame is held at a time, so memory use does not grow with the
-length of the clip, but for 8 bytes for the time of each frame.
+Only sampled frames are converted to RGB, by a few threads, and only a few decoded frames are held at a time, so memory use
+does not grow with the length of the clip, but for 8 bytes for the time of each frame.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +17,17 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.error import FFmpegError
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.oddities import OddFrames, screen_colours
+from freres_cli.video.oddities import OddFrames
 from freres_cli.video.opening import iterate_frames, open_video, video_stream
 from freres_cli.video.packets import PacketTable, read_packet_table
+from freres_cli.video.resizing import Resizer
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
 from freres_cli.video.seeking import find_entry, frames_from
 from freres_cli.video.still import StillDetector, read_planes
 from freres_cli.video.turn import Turn
-
-# Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
-RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,35 @@ class _Shown:
     end_s: float
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """A picture that differs from the one before, while it is resized. ``number``: of pictures up to it. The others are as
+    in ``Position``."""
+
+    pixels: Future[np.ndarray]
+    number: int
+    index: int
+    start_s: float
+    slot: int
+    odd: OddFrames
+
+    def locate(self, tally: _Tally) -> Position:
+        """Where reading is, at a frame that shows this picture. Damage that was met since counts as well."""
+        is_clean = not (tally.is_read_again or tally.num_restamped or tally.num_damaged)
+        facts = self.number, self.index, self.start_s, self.slot, self.odd
+        return Position(tally.num_sampled, *facts, is_clean)
+
+
+@dataclass(frozen=True)
+class _Resized:
+    """A sampled frame. ``repeats``: the instants at which it is on screen."""
+
+    picture: _Picture
+    start_s: float
+    index: int
+    repeats: int
+
+
 def _own_time(frame: av.VideoFrame) -> float | None:
     """The frame's own timestamp in seconds, if it has one."""
     if frame.pts is None:
@@ -136,7 +163,6 @@ class Decoder:
             raise ValueError(f"batch_frames: expected at least 1, got {batch_frames}")
         self._path, self._info, self._sampling, self._size = path, info, sampling, size
         self._batch_frames, self._strict, self._still_levels = batch_frames, strict, still_levels
-        self._reformatter = VideoReformatter()
         self._turn = Turn(info.rotation_deg, info.is_mirrored)
         self._report: DecodeReport | None = None
         self._begin = Position(0, 0, 0, float("-inf"), 0, OddFrames.of(info), True)
@@ -280,22 +306,25 @@ class Decoder:
                 if position == len(instants):
                     return
 
-    def _convert(self, frame: av.VideoFrame) -> np.ndarray:
-        """The frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then turned upright."""
-        height, width = self._size.height_px, self._size.width_px
-        if self._turn.rotation_deg % 180:
-            height, width = width, height
-        try:
-            # Decoding already uses several threads; more of them for resizing would only compete.
-            resized = self._reformatter.reformat(
-                frame, width, height, "rgb24", interpolation=RESIZE, threads=1, **screen_colours(frame)
-            )
-        except FFmpegError as error:
-            raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
-        plane = resized.planes[0]
-        # Rows are padded to a multiple of the vector width.
-        rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
-        return self._turn.apply(rows.reshape(height, width, 3))
+    def _resize(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Generator[_Resized, None, None]:
+        """The sampled frames with their pixels, in order. Several are resized at once, each by one thread, so the pixels
+        are those that a single thread makes."""
+        detector = StillDetector(self._still_levels)
+        waiting: deque[_Resized] = deque()
+        slot = tally.num_sampled
+        with Resizer(self._path, self._size, self._turn) as resizer:
+            for shown, repeats in picked:
+                if not detector.is_still(*read_planes(shown.frame)):
+                    odd = replace(self._odd)
+                    self._odd.look_at(shown.frame, shown.start_s)
+                    tally.num_pictures += 1
+                    pixels = resizer.submit(shown.frame)
+                    picture = _Picture(pixels, tally.num_pictures, shown.index, shown.start_s, slot, odd)
+                waiting.append(_Resized(picture, shown.start_s, shown.index, repeats))
+                slot += repeats
+                if len(waiting) > resizer.most_waiting:
+                    yield waiting.popleft()
+            yield from waiting
 
     def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
         shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
@@ -303,32 +332,22 @@ class Decoder:
         times: list[float] = []
         indices: list[int] = []
         picture_indices: list[int] = []
-        detector = StillDetector(self._still_levels)
-        picture, picture_index, picture_s, picture_slot, odd = np.empty(0), 0, 0.0, 0, self._odd
-        for shown, repeats in picked:
-            if not detector.is_still(*read_planes(shown.frame)):
-                odd = replace(self._odd)
-                self._odd.look_at(shown.frame, shown.start_s)
-                picture, picture_index, picture_s = self._convert(shown.frame), shown.index, shown.start_s
-                picture_slot = tally.num_sampled
-                tally.num_pictures += 1
-            for _ in range(repeats):
-                if tally.num_sampled < self._begin.num_sampled:
+        with closing(self._resize(picked, tally)) as resized:
+            for frame in resized:
+                for _ in range(frame.repeats):
+                    if tally.num_sampled < self._begin.num_sampled:
+                        tally.num_sampled += 1
+                        continue
+                    # torch would start a thread pool for this copy, which would compete with the decoder's threads.
+                    pixels.numpy()[len(times)] = frame.picture.pixels.result()
+                    times.append(frame.start_s)
+                    indices.append(frame.index)
+                    picture_indices.append(frame.picture.index)
                     tally.num_sampled += 1
-                    continue
-                # torch would start a thread pool for this copy, which would compete with the decoder's threads.
-                pixels.numpy()[len(times)] = picture
-                times.append(shown.start_s)
-                indices.append(shown.index)
-                picture_indices.append(picture_index)
-                tally.num_sampled += 1
-                if len(times) == self._batch_frames:
-                    is_clean = not (tally.is_read_again or tally.num_restamped or tally.num_damaged)
-                    self._position = Position(
-                        tally.num_sampled, tally.num_pictures, picture_index, picture_s, picture_slot, odd, is_clean
-                    )
-                    yield Frames(pixels, tuple(times), tuple(indices), tuple(picture_indices))
-                    pixels, times, indices, picture_indices = torch.empty(shape, dtype=torch.uint8), [], [], []
+                    if len(times) == self._batch_frames:
+                        self._position = frame.picture.locate(tally)
+                        yield Frames(pixels, tuple(times), tuple(indices), tuple(picture_indices))
+                        pixels, times, indices, picture_indices = torch.empty(shape, dtype=torch.uint8), [], [], []
         if times:
             yield Frames(pixels[: len(times)], tuple(times), tuple(indices), tuple(picture_indices))
 

@@ -61,6 +61,7 @@ class Cost:
 
     ``encode``, ``ask``: the parts of the memory of each, in bytes at its peak. ``context_tokens``: rows of the prompt with an
     empty question, at most; without the text of the prompt if the tokenizer cannot be read. ``chunk``: rows of a pass.
+    ``residual_tower``: the tower at the size of frames that are no anchors, if that is smaller.
     """
 
     plan: CompressPlan
@@ -69,6 +70,7 @@ class Cost:
     text_tokens: int | None
     dtype: torch.dtype
     tower: TowerSizes
+    residual_tower: TowerSizes | None
     decoder: DecoderSizes
     chunk: int
     encode: list[Part]
@@ -152,6 +154,7 @@ class Planner:
             text["text_overhead_tokens"],
             self.dtype,
             tower,
+            None if plan.residual_size is None else measure_tower(self.encoder, plan.residual_size),
             decoder,
             chunk,
             [*encode_parts(tower, batch, frame_px, cells, b), *kept],
@@ -179,7 +182,11 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
     """The time of every stage, one after the other, at ``speed``."""
     plan = cost.plan
     source_px = plan.info.width_px * plan.info.height_px
-    tower_flops = plan.num_frames * cost.tower.flops
+    tower_flops, encoded = plan.num_frames * cost.tower.flops, "every sampled frame"
+    if cost.residual_tower is not None and plan.residual_size is not None and plan.budget is not None:
+        num_anchors, small = plan.budget.num_anchors, plan.residual_size
+        tower_flops = plan.num_frames * cost.residual_tower.flops + num_anchors * cost.tower.flops
+        encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens and {num_anchors} anchors whole"
     prefill_flops = cost.decoder.prefill_flops(cost.context_tokens, cost.chunk)
     rate = f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
     per_token = None
@@ -194,7 +201,7 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
             "every frame of the file, H.264, one thread",
         ),
         Stage("resize", None, plan.num_frames * source_px * RESIZE_S_PER_PX, "every sampled frame, one thread"),
-        Stage("tower", tower_flops, tower_flops / speed.flops_per_s, f"every sampled frame at {rate}"),
+        Stage("tower", tower_flops, tower_flops / speed.flops_per_s, f"{encoded} at {rate}"),
         Stage("prefill", prefill_flops, prefill_flops / speed.flops_per_s, f"the whole prompt at {rate}"),
         Stage("per token", None, per_token, "weights and cache are read once for each token of the answer"),
     ]

@@ -1,0 +1,69 @@
+"""Resize decoded frames on several threads at once, each frame by one thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from freres_cli.errors import VideoError
+from freres_cli.records import FrameSize
+from freres_cli.video.oddities import screen_colours
+from freres_cli.video.turn import Turn
+
+# Without FULL_CHR_H_INT, swscale takes a shortcut that turns white into 253 and makes mid-grey two levels too dark.
+RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
+# Resizing a frame takes up to five times as long as decoding it, and decoding has threads of its own.
+MOST_RESIZE_THREADS = 4
+
+
+class Resizer:
+    """A few threads that make frames into pixels. Leaving its block ends them.
+
+    ``path``: of the video, for messages. ``size``: of the upright frame. ``turn``: what makes a frame upright.
+    ``most_waiting``: frames that may be held while others are resized; more of them would only take memory.
+    """
+
+    def __init__(self, path: str, size: FrameSize, turn: Turn) -> None:
+        self._path, self._size, self._turn = path, size, turn
+        num_threads = min(MOST_RESIZE_THREADS, os.cpu_count() or 1)
+        self.most_waiting = 2 * num_threads
+        self._pool = ThreadPoolExecutor(num_threads, "resize")
+        self._local = threading.local()  # each thread has its own reformatter
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, frame: av.VideoFrame) -> Future[np.ndarray]:
+        """Return what ``convert`` will return of a frame."""
+        return self._pool.submit(self.convert, frame)
+
+    def convert(self, frame: av.VideoFrame) -> np.ndarray:
+        """Return the frame as (height, width, 3) uint8 RGB: resized and converted in one pass, then turned upright.
+
+        Raises ``VideoError`` if that fails.
+        """
+        height, width = self._size.height_px, self._size.width_px
+        if self._turn.rotation_deg % 180:
+            height, width = width, height
+        try:
+            if not hasattr(self._local, "reformatter"):
+                self._local.reformatter = VideoReformatter()
+            resized = self._local.reformatter.reformat(
+                frame, width, height, "rgb24", interpolation=RESIZE, threads=1, **screen_colours(frame)
+            )
+        except FFmpegError as error:
+            raise VideoError(f"{self._path}: a frame cannot be converted to RGB: {error.strerror}") from error
+        plane = resized.planes[0]
+        # Rows are padded to a multiple of the vector width.
+        rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
+        return self._turn.apply(rows.reshape(height, width, 3))

@@ -1,0 +1,65 @@
+"""What the method takes from the device: a count of every copy and read, with CPU tensors labelled ``cuda:0``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from freres_cli.method.budget import plan_budget
+from freres_cli.method.compress import StreamingCompressor, compress_latents
+from tests.compressed_clips import make_settings, smooth_clip
+from tests.labelled_device import LabelledTensor, count_waits, labelled_device
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with labelled_device(monkeypatch) as found:
+        yield found.name
+
+
+def count_by_batch(compressor, latents):
+    """Waits of each batch of eight frames."""
+    found = []
+    for first in range(0, len(latents), 8):
+        with count_waits() as waits:
+            compressor.push(latents[first : first + 8], range(first, first + 8))
+        found.append(sum(waits.values()))
+    return found
+
+
+def make_clip():
+    """Three shots: cuts in the middle of a batch, and right after a uniform anchor."""
+    shots = [smooth_clip(length, (6, 6), seed=seed) for seed, length in ((1, 45), (2, 37), (3, 38))]
+    return torch.cat(shots)
+
+
+def test_a_batch_costs_at_most_one_copy_to_the_host(device):
+    settings = make_settings(events=True)
+    plan = plan_budget(120, (6, 6), settings, 300)
+    compressor = StreamingCompressor(plan, settings, 16)
+    found = count_by_batch(compressor, make_clip().to(device))
+    assert compressor.num_cuts_found == 2 and plan.num_anchors > 3, "cuts are found, and GoPs close"
+    assert found == [1] * 15
+    with count_waits() as waits:
+        tracks = compressor.finish()
+    assert sum(waits.values()) == 1, "the last GoP"
+    assert not any(isinstance(tensor, LabelledTensor) for tensor in tracks.tensors().values())
+
+
+def test_the_device_gives_the_same_tracks(device):
+    """GoPs packed in one copy come out as they went in, in every dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        latents, settings = make_clip().to(dtype), make_settings(events=True)
+        plan = plan_budget(120, (6, 6), settings, 300)
+        ours, theirs = (
+            compress_latents(clip, range(120), plan, settings, 16).tensors() for clip in (latents.to(device), latents)
+        )
+        for name, tensor in theirs.items():
+            assert tensor.dtype == ours[name].dtype and torch.equal(tensor, ours[name]), name
+
+
+def test_a_flash_costs_one_more_read(device):
+    settings, latents = make_settings(events=True), smooth_clip(40, (6, 6)) - 3.0
+    latents[20] += 5 * torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(11))
+    compressor = StreamingCompressor(plan_budget(40, (6, 6), settings, 100), settings, 16)
+    assert count_by_batch(compressor, latents.to(device)) == [1, 1, 2, 1, 1] and compressor.num_cuts_found == 2
