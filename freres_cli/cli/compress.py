@@ -63,7 +63,7 @@ def compress(
         typer.Option(
             "--residual-grid",
             metavar="ROWSxCOLS",
-            help="Token grid of frames that are no anchors, full (that of anchors) or half of each side.",
+            help="Token grid of frames that are no anchors, full (that of anchors) or half of each side (method fre-res).",
         ),
     ] = None,
     assignments: options.Assignments = None,
