@@ -58,7 +58,9 @@ KEYS: dict[str, Key] = {
         low=0,
         high=64,
     ),
-    "track_density": Key(int, 1, "frames read for the residual track per sampled frame", low=1, high=64),
+    "track_density": Key(
+        int, 1, "frames read per sampled frame by adaptive and fre-res, if not all tokens are kept", low=1, high=64
+    ),
     "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
     "residual_grid": Key(
         str,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from freres_cli.bundle.store import read_bundle
+from freres_cli.bundle.version_4 import tensors_of
 from tests.clips import write_clip
 from tests.runner import run_freres
 from tests.tiny_families import FAMILY_CASES
@@ -56,7 +57,7 @@ def test_a_video_is_compressed_and_asked_about(case, method, clip, tmp_path):
     assert manifest["tokens"]["full_tokens"] == full
     assert 0 < manifest["tokens"]["visual_tokens"] <= full // 2
     assert method == "fre-res" or manifest["tokens"]["visual_tokens"] == full // 2
-    stored = read_bundle(bundle).content.tensors()
+    stored = tensors_of(read_bundle(bundle).content)
     assert stored["anchor_latents" if method == "fre-res" else "latents"].shape[1] == manifest["model"]["width"] * (
         1 + case.num_deep
     )

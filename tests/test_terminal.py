@@ -97,8 +97,8 @@ def test_bidi_controls_do_not_reach_the_terminal(bundle):
 
 def test_an_answer_of_numbers_that_are_not_finite_is_refused(bundle, tmp_path):
     """The latents are finite, and what the model makes of them is not."""
-    tracks = read_bundle(bundle).content
-    loud = replace(tracks, anchor_latents=tracks.anchor_latents.sign() * 3e38)
+    content = read_bundle(bundle).content
+    loud = replace(content, latents=content.latents.sign() * 3e38)
     write_bundle(tmp_path / "loud.pt", loud, read_bundle(bundle).manifest)
     for flags in ([], ["--choices", "a|b"]):
         check_failure(run_freres("ask", tmp_path / "loud.pt", "what?", "--device", "cpu", *flags), 5, "not finite")

@@ -134,7 +134,7 @@ def test_only_anchors_pass_the_tower_whole(clip):
 def test_eval_has_the_tokens_of_the_command(clip):
     settings = load_settings("bundled", {"residual_grid": "4x3", "budget_tokens": 200})
     models = loaded_models()
-    options = CompressOptions(models.source, settings)
+    options = CompressOptions(models.source, settings, "fre-res")
     encoded = EncodedClip(VideoSource(clip), options, models.encoder, StageTimer(torch.device("cpu")))
     bundle = Compressor.from_options(options, models).compress(clip)
     assert isinstance(bundle.content, Tracks)

@@ -267,7 +267,7 @@ def at_budgets(
     if chosen.method not in trains:
         able = " or ".join(trains)
         raise UsageError(f"method: {verb} trains adapters of {able}, got {chosen.method}", "leave it out")
-    chosen.check_settings()
+    refuse_lost_settings(settings, (chosen.method,), "leave one of the two out")
     return chosen
 
 
