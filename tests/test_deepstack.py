@@ -68,20 +68,19 @@ def bundles(request, models, clip, tmp_path_factory):
 
 
 def test_dropping_leaves_the_tokens_themselves_as_they_are(bundles):
-    kept = read_bundle(bundles["keep"]).tracks
-    width = kept.width
-    assert kept.anchor_latents.shape[1] == width * (1 + NUM_DEEP)
-    assert bool(kept.anchor_latents[:, width:].any())
+    content = read_bundle(bundles["keep"]).content
+    kept, width, latents = tensors_of(content), content.width, latents_of(content)
+    assert latents.shape[1] == width * (1 + NUM_DEEP) and bool(latents[:, width:].any())
     for name in ("drop", "later"):
-        dropped = read_bundle(bundles[name]).tracks
-        for key, tensor in dropped.tensors().items():
-            whole = kept.tensors()[key]
+        dropped = read_bundle(bundles[name]).content
+        for key, tensor in tensors_of(dropped).items():
+            whole = kept[key]
             expected = whole if whole.shape == tensor.shape else whole[..., :width]
             if name == "later" or not tensor.is_floating_point() or key in ("anchor_latents", "frame_seconds"):
                 assert torch.equal(tensor, expected), (name, key)
             else:  # fewer channels are added and multiplied in another order
                 assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-5), (name, key)
-        assert dropped.anchor_latents.shape[1] == width
+        assert latents_of(dropped).shape[1] == width
 
 
 def test_a_bundle_without_the_rows_is_smaller_by_them(bundles):

@@ -27,7 +27,7 @@ ESCAPES = "\x1b]0;title\x07\x1b[31mred\x9b2J"
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("terminal")
     clip = write_clip(folder / f"clip{ESCAPES}.mp4", 4, fps=4)
-    return Compressor(budget_tokens=20, device="cpu").compress(clip).save(folder / "b.pt").path
+    return Compressor(method="fre-res", budget_tokens=20, device="cpu").compress(clip).save(folder / "b.pt").path
 
 
 def is_harmless(text):
@@ -97,8 +97,8 @@ def test_bidi_controls_do_not_reach_the_terminal(bundle):
 
 def test_an_answer_of_numbers_that_are_not_finite_is_refused(bundle, tmp_path):
     """The latents are finite, and what the model makes of them is not."""
-    content = read_bundle(bundle).content
-    loud = replace(content, latents=content.latents.sign() * 3e38)
+    tracks = read_bundle(bundle).content
+    loud = replace(tracks, anchor_latents=tracks.anchor_latents.sign() * 3e38)
     write_bundle(tmp_path / "loud.pt", loud, read_bundle(bundle).manifest)
     for flags in ([], ["--choices", "a|b"]):
         check_failure(run_freres("ask", tmp_path / "loud.pt", "what?", "--device", "cpu", *flags), 5, "not finite")
