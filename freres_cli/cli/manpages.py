@@ -69,15 +69,13 @@ KEY_EXAMPLES: dict[str, str] = yaml.load(
     yaml.BaseLoader,
 )
 EXAMPLE_PRESET = """\
-# Lectures: few cuts, slow motion.
+# Lectures: slides that stand still.
 description: lectures, one frame a second
 budget_tokens: 1280
 sample: fps
 sample_fps: 1
 grid: 16x16
-anchors: 6
-temporal_share: 0.3
-tau: auto
+still_levels: 2
 """
 
 
