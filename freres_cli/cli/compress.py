@@ -344,7 +344,7 @@ def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptio
 def plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]:
     """Return the JSON keys of a plan: frames, tokens and their allocation, and the settings."""
     budget = plan.budget
-    most = min(plan.budget_tokens, plan.full_tokens)
+    most = plan.most_tokens
     visual = None if plan.quality is not None else most if budget is None else budget.expected.total
     return {
         "method": chosen.method,

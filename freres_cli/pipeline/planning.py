@@ -111,6 +111,12 @@ class CompressPlan:
             return self.budget.is_lossless
         return self.quality is None and self.budget_tokens >= self.full_tokens
 
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that the bundle can hold. With a quality, and frames denser than the full-token model would read,
+        that can be more than ``full_tokens``."""
+        return min(self.budget_tokens, self.num_frames * self.size.num_tokens)
+
 
 def refuse_lost_settings(settings: Settings, methods: Collection[str], hint: str) -> None:
     """Refuse named settings of Fre-Res if it is none of the methods: what they were meant to change would stay as it is.
