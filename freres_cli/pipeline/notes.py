@@ -74,7 +74,7 @@ def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator
     if tokens["visual_tokens"] > plan.full_tokens:
         yield (
             f"{tokens['visual_tokens']} tokens are more than the {plan.full_tokens} of the clip without compression, as "
-            f"{plan.num_frames} frames were read in place of {plan.baseline_frames}: a lower quality, or a budget, takes fewer"
+            f"{plan.num_frames} frames were read in place of {plan.baseline_frames}: lower the quality, or name a budget"
         )
     if tokens["quality"] >= (plan.quality or 0.0):
         return
