@@ -38,7 +38,7 @@ class Key:
 
 KEYS: dict[str, Key] = {
     "description": Key(str, "", "one line that 'freres presets' shows"),
-    "method": Key(str, "fre-res", "compression method, see freres methods"),
+    "method": Key(str, "adaptive", "compression method, see freres methods"),
     "budget_tokens": Key(int, 1280, "maximum visual tokens given to the language model", low=1),
     "quality": Key(
         float,
@@ -58,7 +58,9 @@ KEYS: dict[str, Key] = {
         low=0,
         high=64,
     ),
-    "track_density": Key(int, 1, "frames read for the residual track per sampled frame", low=1, high=64),
+    "track_density": Key(
+        int, 1, "frames read per sampled frame by adaptive and fre-res, if not all tokens are kept", low=1, high=64
+    ),
     "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
     "residual_grid": Key(
         str,

@@ -68,7 +68,7 @@ MANIFEST: dict[str, Any] = {
         "lost_s": 0.0,
         "notes": [],
     },
-    "settings": {"method": {"value": "fre-res", "source": "default"}, **load_settings("bundled", {}).record()},
+    "settings": load_settings("bundled", {"method": "fre-res"}).record(),
     "tokens": {
         "visual_tokens": BUDGET,
         "budget_tokens": BUDGET,

@@ -34,7 +34,7 @@ def clip(tmp_path_factory):
 def bundle(clip, tmp_path_factory):
     """What ``freres compress --budget 300`` writes for the clip."""
     path = tmp_path_factory.mktemp("bundle") / "bundle.pt"
-    assert run_freres("compress", clip, "--budget", BUDGET, "-o", path).status == 0
+    assert run_freres("compress", clip, "--method", "fre-res", "--budget", BUDGET, "-o", path).status == 0
     return path
 
 
@@ -47,4 +47,4 @@ def tiny(tmp_path_factory):
 
 def options_with(**flags) -> CompressOptions:
     """The options that ``freres compress`` makes of these flags, for the bundled model."""
-    return CompressOptions(ModelSource(BUNDLED, CPU), load_settings(BUNDLED, flags))
+    return CompressOptions(ModelSource(BUNDLED, CPU), load_settings(BUNDLED, flags), "fre-res")

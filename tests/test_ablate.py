@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bundle.adapter import read_adapter, write_adapter
-from freres_cli.cli.compress import make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.evaluation.cells import parse_budgets
 from freres_cli.evaluation.questions import read_questions
 from freres_cli.presets import presets_dir
@@ -54,7 +55,7 @@ class Ablation:
 def run_ablate(folder, output, settings=None, tables="components", steps=1, preset=None):
     """What ``run_command`` does, with a model that is loaded already."""
     models, names, log, warned = loaded_models(), ablate.parse_tables(tables), [], []
-    options = make_options(settings or {}, preset, None, device="cpu")
+    options = at_budgets(make_options(settings or {}, preset, None, device="cpu"), "ablate", trains=(FRE_RES,))
     data, sizes = read_questions(folder / "data.jsonl", is_named=False), parse_budgets(BUDGETS)
     adapters = ablate.train_variants(
         data, options, Recipe(sizes, steps), names, output, log.append, warned.append, models

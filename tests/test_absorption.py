@@ -65,7 +65,7 @@ def clip(tmp_path_factory):
 
 
 def compress_clip(clip, path, budget, **settings):
-    options = make_options({"budget_tokens": budget, **settings}, None, None, device="cpu")
+    options = make_options({"method": "fre-res", "budget_tokens": budget, **settings}, None, None, device="cpu")
     Compressor.from_options(options, loaded_models()).compress(clip).save(path)
     return path
 

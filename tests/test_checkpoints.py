@@ -55,12 +55,12 @@ def compress(video, output, models, monkeypatch, stop_at=None, every_s=0.0, told
 
 
 SETTINGS = {
-    "fre-res": {},
-    "adaptive": {"method": "adaptive"},
+    "fre-res": {"method": "fre-res"},
+    "adaptive": {},
     "frames a second": {"sample": "fps", "sample_fps": 11.0},
     "still": {"still_levels": 3},
-    "two resolutions": {"residual_grid": "half", "still_levels": 3},
-    "adaptive, by quality": {"method": "adaptive", "quality": 0.9},
+    "two resolutions": {"method": "fre-res", "residual_grid": "half", "still_levels": 3},
+    "adaptive, by quality": {"quality": 0.9},
 }
 
 

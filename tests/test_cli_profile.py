@@ -25,7 +25,7 @@ def test_profile_compares_with_the_full_tokens(clip):
     document = run_freres("profile", clip, *flags).json
     assert document["schema"] == "freres.profile/1"
     ours, full = document["rows"]
-    assert (ours["method"], full["method"]) == ("fre-res", "full")
+    assert (ours["method"], full["method"]) == ("adaptive", "full")
     assert ours["visual_tokens"] == 400 and full["visual_tokens"] == 60 * 36 == full["full_tokens"]
     for row in (ours, full):
         assert row["status"] == "ok"
@@ -80,7 +80,8 @@ def test_a_full_run_beyond_the_context_is_a_row(clip, tiny):
 
 
 def test_a_bundle_has_been_compressed_already(bundle):
-    check_failure(run_freres("profile", bundle, "--budget", 50), 2, "already compressed")
+    for flags in (("--budget", 50), ("--method", "fre-res")):
+        check_failure(run_freres("profile", bundle, *flags), 2, "already compressed")
 
 
 def test_sigterm_leaves_no_process_and_no_file(clip, tmp_path):

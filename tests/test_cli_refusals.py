@@ -77,5 +77,5 @@ def test_no_memory_is_6(clip, tmp_path, monkeypatch):
     def allocate(*_, **__):
         return torch.empty(1 << 60)
 
-    monkeypatch.setattr("freres_cli.method.compress.pool_to_cells", allocate)
+    monkeypatch.setattr("freres_cli.pipeline.encoding.LatentStream.encode", allocate)
     check_failure(run_freres("compress", clip, "-o", tmp_path / "b.pt"), 6, "memory")

@@ -7,6 +7,7 @@ import torch
 
 from freres_cli.backbones.engine import prefill_video
 from freres_cli.bundle.store import read_bundle
+from freres_cli.bundle.version_4 import tensors_of
 from freres_cli.cli.compress import make_options
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
@@ -39,6 +40,12 @@ def models(folder):
     return Models(make_source(str(folder), "cpu"))
 
 
+def latents_of(content):
+    """The tokens that a bundle stores as the tower made them, or as means of those."""
+    stored = tensors_of(content)
+    return stored["anchor_latents"] if "anchor_latents" in stored else stored["latents"]
+
+
 def compress(clip, models, output, **settings):
     """Write a bundle, and return it with its notes."""
     source = models.source
@@ -47,40 +54,40 @@ def compress(clip, models, output, **settings):
     return Compressor.from_options(options, models).compress(clip).save(output)
 
 
-@pytest.fixture(scope="module")
-def bundles(models, clip, tmp_path_factory):
+@pytest.fixture(scope="module", params=["adaptive", pytest.param("fre-res", marks=pytest.mark.slow)])
+def bundles(request, models, clip, tmp_path_factory):
     """The same clip with the rows, without them, and with them dropped later."""
+    method = request.param
     place = tmp_path_factory.mktemp("bundles")
     paths = {name: place / f"{name}.pt" for name in ("keep", "drop", "later")}
-    compress(clip, models, paths["keep"])
-    compress(clip, models, paths["drop"], deepstack="drop")
+    compress(clip, models, paths["keep"], method=method)
+    compress(clip, models, paths["drop"], method=method, deepstack="drop")
     run = run_freres("repack", paths["keep"], "--deepstack", "drop", "-o", paths["later"])
     assert run.status == 0 and f"{1 + NUM_DEEP} times smaller" in run.err, run.err
     return paths
 
 
 def test_dropping_leaves_the_tokens_themselves_as_they_are(bundles):
-    kept = read_bundle(bundles["keep"]).tracks
-    width = kept.width
-    assert kept.anchor_latents.shape[1] == width * (1 + NUM_DEEP)
-    assert bool(kept.anchor_latents[:, width:].any())
+    content = read_bundle(bundles["keep"]).content
+    kept, width, latents = tensors_of(content), content.width, latents_of(content)
+    assert latents.shape[1] == width * (1 + NUM_DEEP) and bool(latents[:, width:].any())
     for name in ("drop", "later"):
-        dropped = read_bundle(bundles[name]).tracks
-        for key, tensor in dropped.tensors().items():
-            whole = kept.tensors()[key]
+        dropped = read_bundle(bundles[name]).content
+        for key, tensor in tensors_of(dropped).items():
+            whole = kept[key]
             expected = whole if whole.shape == tensor.shape else whole[..., :width]
             if name == "later" or not tensor.is_floating_point() or key in ("anchor_latents", "frame_seconds"):
                 assert torch.equal(tensor, expected), (name, key)
             else:  # fewer channels are added and multiplied in another order
                 assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-5), (name, key)
-        assert dropped.anchor_latents.shape[1] == width
+        assert latents_of(dropped).shape[1] == width
 
 
 def test_a_bundle_without_the_rows_is_smaller_by_them(bundles):
     stored = {
         name: sum(
             t.nbytes
-            for t in read_bundle(path).tracks.tensors().values()
+            for t in tensors_of(read_bundle(path).content).values()
             if t.shape[-1] % CASE_WIDTH == 0 and t.ndim > 1
         )
         for name, path in bundles.items()
@@ -141,7 +148,7 @@ def test_dropped_rows_do_not_come_back(bundles, tmp_path):
         "repack", bundles["keep"], "--deepstack", "drop", "--budget", 30, "-o", tmp_path / "b.pt", "--json"
     )
     assert both.status == 0 and both.json["visual_tokens"] <= 30
-    assert read_bundle(tmp_path / "b.pt").tracks.anchor_latents.shape[1] == CASE_WIDTH
+    assert latents_of(read_bundle(tmp_path / "b.pt").content).shape[1] == CASE_WIDTH
 
 
 def test_a_family_without_the_rows_has_nothing_to_drop(clip, tmp_path):
@@ -151,7 +158,7 @@ def test_a_family_without_the_rows_has_nothing_to_drop(clip, tmp_path):
     cut = compress(clip, models, tmp_path / "b.pt", deepstack="drop")
     assert "deepstack" not in " ".join(whole.notes)
     assert any("deepstack has no effect" in note for note in cut.notes)
-    tensors = [read_bundle(tmp_path / name).tracks.tensors() for name in ("a.pt", "b.pt")]
+    tensors = [tensors_of(read_bundle(tmp_path / name).content) for name in ("a.pt", "b.pt")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
     asked = run_freres("ask", tmp_path / "b.pt", "what moves?", "--max-new-tokens", 2)
     assert asked.status == 0 and "DeepStack" not in asked.err
@@ -162,7 +169,7 @@ def test_latents_are_stored_as_the_tower_ran(folder, clip, tmp_path, dtype):
     compress(clip, Models(make_source(str(folder), "cpu", dtype)), tmp_path / "b.pt")
     bundle = read_bundle(tmp_path / "b.pt")
     assert bundle.manifest["model"]["dtype"] == dtype
-    for name, tensor in bundle.tracks.tensors().items():
+    for name, tensor in tensors_of(bundle.content).items():
         if name.endswith(("latents", "values", "base", "spectrum")):
             assert tensor.dtype == getattr(torch, dtype), name
 

@@ -48,7 +48,7 @@ def old_bundle(clip, old, tmp_path_factory):
     path = tmp_path_factory.mktemp("old") / "old.pt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "bundled_model_dir", lambda: old)
-        assert run_freres("compress", clip, "--budget", 100, "-o", path).status == 0
+        assert run_freres("compress", clip, "--method", "fre-res", "--budget", 100, "-o", path).status == 0
         answer = run_freres("ask", path, *ASKED, "--adapter", "none").json["choices"]
     assert read_bundle(path).manifest["model"]["model_id"] == "bundled"
     return path, answer

@@ -47,7 +47,7 @@ def questions(folder):
 
 
 def options_for(**settings):
-    return make_options(settings, None, None, device="cpu")
+    return make_options({"method": "fre-res", **settings}, None, None, device="cpu")
 
 
 def encode_clip(video, options, encoder=None):
@@ -109,7 +109,8 @@ def test_the_answers_are_those_of_compress_and_ask(folder, questions, tmp_path):
     output = tmp_path / "answers.jsonl"
     assert run_freres("eval", questions, "--methods", "fre-res", "--budgets", "200", "-o", output).status == 0
     row = json.loads(output.read_text().splitlines()[1])
-    assert run_freres("compress", folder / "clip0.mp4", "--budget", 200, "-o", tmp_path / "b.pt").status == 0
+    named = ("--method", "fre-res")
+    assert run_freres("compress", folder / "clip0.mp4", *named, "--budget", 200, "-o", tmp_path / "b.pt").status == 0
     session = open_session(AskRequest(tmp_path / "b.pt", choose_device("cpu")), loaded_models())
     answers = row["cells"][0]["answers"]
     assert row["video"] == "clip0.mp4" and row["cells"][0]["visual_tokens"] == len(session.tokens)

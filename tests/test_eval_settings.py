@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(folder):
-    return make_options(SETTINGS, None, str(folder / "model"), device="cpu")
+    return make_options({**SETTINGS, "method": "fre-res"}, None, str(folder / "model"), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,8 @@ def made(request, clip, tmp_path):
     CASES[request.param].make(model)
     run = run_freres(
         *("compress", clip, "--model", model, "--frames", 8, "--grid", "4x5", "--budget", 70, "--device", "cpu"),
-        *("--set", "anchors=2", "-o", path),
+        "-o",
+        path,
     )
     assert run.status == 0, run.err
     return path, model

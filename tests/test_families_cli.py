@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from freres_cli.bundle.store import read_bundle
+from freres_cli.bundle.version_4 import tensors_of
 from tests.clips import write_clip
 from tests.runner import run_freres
 from tests.tiny_families import FAMILY_CASES
@@ -34,15 +35,16 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", size=(96, 64), pictures=pictures, fps=10)
 
 
+@pytest.mark.parametrize("method", ["adaptive", pytest.param("fre-res", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", FAMILY_CASES, ids=lambda case: case.name)
-def test_a_video_is_compressed_and_asked_about(case, clip, tmp_path):
+def test_a_video_is_compressed_and_asked_about(case, method, clip, tmp_path):
     model, bundle = tmp_path / "model", tmp_path / "b.pt"
     case.make(model)
     rows, columns = case.grid
     full = NUM_FRAMES * rows * columns
     made = run_freres(
         *("compress", clip, "--model", model, "--frames", NUM_FRAMES, "--grid", f"{rows}x{columns}"),
-        *("--budget", full // 2, "--device", "cpu", "-o", bundle),
+        *("--method", method, "--budget", full // 2, "--device", "cpu", "-o", bundle),
     )
     assert made.status == 0, made.err
     assert ("squeezed" in made.err) == (case.num_axes == 1)
@@ -54,7 +56,11 @@ def test_a_video_is_compressed_and_asked_about(case, clip, tmp_path):
     assert manifest["model"]["family"] == case.name and manifest["model"]["num_deep_layers"] == case.num_deep
     assert manifest["tokens"]["full_tokens"] == full
     assert 0 < manifest["tokens"]["visual_tokens"] <= full // 2
-    assert read_bundle(bundle).tracks.anchor_latents.shape[1] == manifest["model"]["width"] * (1 + case.num_deep)
+    assert method == "fre-res" or manifest["tokens"]["visual_tokens"] == full // 2
+    stored = tensors_of(read_bundle(bundle).content)
+    assert stored["anchor_latents" if method == "fre-res" else "latents"].shape[1] == manifest["model"]["width"] * (
+        1 + case.num_deep
+    )
     asked = [run_freres("ask", bundle, "what moves?", "--max-new-tokens", 4, "--json") for _ in range(2)]
     assert asked[0].status == 0, asked[0].err
     assert asked[0].json["visual_tokens"] == manifest["tokens"]["visual_tokens"]

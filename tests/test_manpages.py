@@ -18,7 +18,8 @@ import yaml
 from freres_cli.cli import manpages
 from freres_cli.cli.app import app
 from freres_cli.errors import ExitStatus
-from freres_cli.presets import KEYS, check_value, load_preset, preset_names
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.presets import KEYS, check_value, preset_names
 
 ROOT = Path(__file__).parents[1]
 MAN = ROOT / "man"
@@ -237,7 +238,7 @@ def test_preset_page_holds_every_key_and_legal_examples(tmp_path: Path) -> None:
         check_value(key, yaml.safe_load(manpages.KEY_EXAMPLES[key]), "example")
     preset = tmp_path / "lectures.yaml"
     preset.write_text(manpages.EXAMPLE_PRESET, encoding="utf-8")
-    assert load_preset(str(preset)).values["sample_fps"] == 1.0
+    assert Compressor(preset=str(preset)).options.settings.sample_fps == 1.0
 
 
 def test_overview_names_statuses_variables_and_presets() -> None:

@@ -99,7 +99,7 @@ def test_without_a_model_the_run_ends(clips, tmp_path):
     ("change", "named"),
     [
         ({"budget_tokens": 30}, "budget_tokens"),
-        ({"variant": "idct"}, "variant"),
+        ({"trends": "keep"}, "trends"),
         ({"sample_fps": 2.0}, "sample"),
     ],
 )

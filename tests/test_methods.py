@@ -65,7 +65,7 @@ def test_lists_name_every_method():
     for name, method in METHODS.items():
         assert f"\n{name} " in listed.out and method.summary in listed.out
     told = {row["name"]: row for row in document["methods"]}
-    assert told["fre-res"]["streams"] and told["fre-res"]["training"] == "optional"
+    assert all(told[name]["streams"] and told[name]["training"] == "optional" for name in (FRE_RES, ADAPTIVE))
     assert told["blind"]["makes_bundles"] is False
 
 

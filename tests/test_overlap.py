@@ -137,7 +137,7 @@ def test_a_method_that_fails_leaves_no_thread(clip, monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr("freres_cli.method.compress.StreamingCompressor.push", fail)
+    monkeypatch.setattr("freres_cli.method.adaptive.StretchCompressor.push", fail)
     with pytest.raises(Exception, match="out of memory"):
         Compressor(models=loaded_models()).compress(clip)
     assert not running()

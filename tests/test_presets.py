@@ -12,6 +12,7 @@ from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import compress_latents
 from freres_cli.method.select import cut_tracks
 from freres_cli.method.tokens import build_tokens
+from freres_cli.pipeline.choices import choose_preset
 from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import (
     KEYS,
@@ -111,14 +112,23 @@ def test_the_paper_s_other_numbers():
 
 
 def test_every_shipped_preset_is_whole_and_says_where_its_values_come_from():
-    assert set(preset_names()) == {"bundled", *TABLE}
+    assert set(preset_names()) == {"bundled", "long-video", *TABLE}
     for name in preset_names():
         preset = load_preset(name)
         assert preset.values["description"]
         for line in preset.path.read_text().splitlines()[1:]:
             key = line.split(":")[0]
-            assert key in KEYS, line
+            assert key in KEYS or line.startswith("# For method"), line
         assert "ours" in preset.path.read_text()
+
+
+def test_the_papers_presets_use_its_method_and_the_others_ours():
+    methods = {name: load_preset(name).values["method"] for name in preset_names()}
+    assert methods == {"bundled": "adaptive", "long-video": "adaptive", **dict.fromkeys(TABLE, "fre-res")}
+    assert choose_preset("bundled") == "bundled" and choose_preset("a/b") == "long-video"
+    ours, theirs = (dict(load_preset(name).values) for name in ("long-video", "qwen2-vl-7b"))
+    same = {key for key in ours if ours[key] == theirs.get(key)}
+    assert set(ours) == set(theirs) and set(ours) - same == {"description", "method"}
 
 
 def test_flags_win_over_the_preset_and_sources_are_kept():

@@ -209,7 +209,7 @@ def compressed(request, clip, tmp_path_factory):
     case.make(folder / "model")
     rows, columns = case.grid
     flags = ("compress", clip, "--model", folder / "model", "--frames", 30, "--grid", f"{rows}x{columns}")
-    flags = (*flags, "--budget", 5 * rows * columns, "--set", "anchors=3", "--set", "events=false", "--device", "cpu")
+    flags = (*flags, "--budget", 5 * rows * columns, "--device", "cpu")
     planned = run_freres(*flags, "--dry-run", "--json")
     made = run_freres(*flags, "-o", folder / "b.pt", "--json")
     assert planned.status == made.status == 0, made.err

@@ -286,3 +286,16 @@ def test_a_second_run_skips_the_same_and_refuses_another_quality_or_budget(clip,
             assert "differs in" in status(**other)
         for given in ({"quality": 0.9}, {"quality": 0.9, "budget_tokens": 20}, {"budget_tokens": 20}):
             assert (status(**given) == "skipped") == (given == settings)
+
+
+def test_a_quality_of_denser_frames_may_take_more_than_the_clip_and_the_plan_says_so(clip):
+    dense = Compressor(models=loaded_models(), quality=1.0, sample_count=4, track_density=3)
+    plan, bundle = dense.plan(clip), dense.compress(clip)
+    assert plan.full_tokens == 4 * 36 < bundle.num_visual_tokens <= plan.most_tokens == 12 * 36
+    assert any("more than the 144 of the clip without compression" in note for note in bundle.notes)
+    flags = ("--frames", 4, "--set", "track_density=3", "--dry-run", "--json")
+    for more, most in (((), 12 * 36), (("--budget", 100), 100)):
+        document = run_freres("compress", clip, "--quality", 1.0, *more, *flags).json
+        assert document["budget_tokens"] == most and document["context_tokens"] > most
+    fewer = Compressor(models=loaded_models(), quality=0.5, sample_count=4, track_density=3).compress(clip)
+    assert fewer.num_visual_tokens < 144 and not any("without compression" in note for note in fewer.notes)

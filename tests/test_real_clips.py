@@ -15,15 +15,18 @@ CLIPS = sorted(p for p in FOLDER.rglob("*") if p.suffix not in (".json", ".jsonl
 pytestmark = pytest.mark.skipif(not CLIPS, reason="no real clips here")
 
 
+@pytest.mark.parametrize("method", ["adaptive", pytest.param("fre-res", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", [p for p in CLIPS if p.name not in BROKEN], ids=lambda p: p.name)
-def test_a_real_clip_goes_all_the_way(path, tmp_path):
+def test_a_real_clip_goes_all_the_way(path, method, tmp_path):
     bundle, small = tmp_path / "bundle.pt", tmp_path / "small.pt"
-    made = run_freres("compress", path, "--frames", 40, "--budget", 500, "-o", bundle, "--json").json
+    flags = ("--method", method, "--frames", 40, "--budget", 500)
+    made = run_freres("compress", path, *flags, "-o", bundle, "--json").json
     # A short clip has fewer tokens than the budget, and keeps them all.
-    assert min(490, made["full_tokens"]) <= made["visual_tokens"] <= 500
+    least = 500 if method == "adaptive" else 490
+    assert min(least, made["full_tokens"]) <= made["visual_tokens"] <= 500
     shown = run_freres("inspect", bundle, "--json").json
     assert shown["visual_tokens"] == made["visual_tokens"] and shown["source"]["file"] == path.name
-    times = [gop["start_s"] for gop in shown["gops"]]
+    times = shown["over_time"]["edges_s"] if method == "adaptive" else [gop["start_s"] for gop in shown["gops"]]
     assert times == sorted(times) and times[0] >= shown["source"]["start_s"] - 0.05
     assert run_freres("inspect", bundle).status == 0
     flags = ("what moves?", "--choices", "a dog|a car", "--json")
@@ -40,7 +43,7 @@ def test_a_broken_clip_is_one_line(path, tmp_path):
 
 def test_the_five_cuts_of_the_bike_clip_are_found(tmp_path):
     path = FOLDER / "bikes.mp4"
-    run_freres("compress", path, "--budget", 1280, "-o", tmp_path / "b.pt")
+    run_freres("compress", path, "--method", "fre-res", "--budget", 1280, "-o", tmp_path / "b.pt")
     gops = run_freres("inspect", tmp_path / "b.pt", "--json").json["gops"]
     starts = {gop["anchor_frame"] for gop in gops}
     assert {30, 76, 137, 187, 242} <= starts

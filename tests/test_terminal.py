@@ -27,7 +27,7 @@ ESCAPES = "\x1b]0;title\x07\x1b[31mred\x9b2J"
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("terminal")
     clip = write_clip(folder / f"clip{ESCAPES}.mp4", 4, fps=4)
-    return Compressor(budget_tokens=20, device="cpu").compress(clip).save(folder / "b.pt").path
+    return Compressor(method="fre-res", budget_tokens=20, device="cpu").compress(clip).save(folder / "b.pt").path
 
 
 def is_harmless(text):

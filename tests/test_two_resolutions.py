@@ -116,7 +116,9 @@ def test_only_anchors_pass_the_tower_whole(clip):
     shapes: list[tuple[int, ...]] = []
     encode = tower.encode
     tower.encode = lambda pixels: (shapes.append(tuple(pixels.shape)), encode(pixels))[1]
-    bundle = Compressor(models=models_with(encoder=tower), budget_tokens=300, residual_grid="half").compress(clip)
+    bundle = Compressor(
+        models=models_with(encoder=tower), budget_tokens=300, method="fre-res", residual_grid="half"
+    ).compress(clip)
     facts = bundle.manifest
     num_whole = sum(n for n, height, *_ in shapes if height == 96)
     num_small = sum(n for n, height, *_ in shapes if height == 48)
@@ -132,7 +134,7 @@ def test_only_anchors_pass_the_tower_whole(clip):
 def test_eval_has_the_tokens_of_the_command(clip):
     settings = load_settings("bundled", {"residual_grid": "4x3", "budget_tokens": 200})
     models = loaded_models()
-    options = CompressOptions(models.source, settings)
+    options = CompressOptions(models.source, settings, "fre-res")
     encoded = EncodedClip(VideoSource(clip), options, models.encoder, StageTimer(torch.device("cpu")))
     bundle = Compressor.from_options(options, models).compress(clip)
     assert isinstance(bundle.content, Tracks)
@@ -144,7 +146,9 @@ def test_eval_has_the_tokens_of_the_command(clip):
 
 
 def test_a_budget_for_every_token_has_one_grid(clip):
-    bundle = Compressor(models=loaded_models(), budget_tokens=90 * 36, residual_grid="half").compress(clip)
+    bundle = Compressor(models=loaded_models(), budget_tokens=90 * 36, method="fre-res", residual_grid="half").compress(
+        clip
+    )
     assert bundle.manifest["geometry"]["residual_grid"] is None
     assert bundle.manifest["tokens"]["encoded_tokens"] == 61 * 36
     assert any("residual_grid has no effect" in note for note in bundle.notes)
@@ -153,13 +157,13 @@ def test_a_budget_for_every_token_has_one_grid(clip):
 @pytest.mark.parametrize("grid", ["7x6", "6x7", "24x24"])
 def test_a_grid_that_is_finer_than_that_of_anchors_is_refused(clip, grid):
     with pytest.raises(UsageError, match=f"residual_grid: expected at most .* 6x6, got {grid}"):
-        Compressor(models=loaded_models(), residual_grid=grid).compress(clip)
+        Compressor(models=loaded_models(), method="fre-res", residual_grid=grid).compress(clip)
 
 
 @pytest.mark.parametrize("method", ["adaptive", "uniform", "full"])
 def test_other_methods_refuse_it(clip, tmp_path, method):
     run = run_freres("compress", clip, "--method", method, "--residual-grid", "half", "-o", tmp_path / "b.pt")
-    check_failure(run, 2, f"residual_grid: method {method} has none: expected method fre-res")
+    check_failure(run, 2, f"residual_grid: a setting of method fre-res, got method {method}")
     assert not list(tmp_path.iterdir())
 
 
@@ -172,7 +176,7 @@ def test_a_grid_that_is_none_is_refused(clip, tmp_path, value):
 def test_the_bundle_records_it_and_repack_keeps_it(clip, tmp_path):
     path, smaller = tmp_path / "b.pt", tmp_path / "s.pt"
     flags = ("--budget", 200, "-q", "--device", "cpu", "-o")
-    assert run_freres("compress", clip, "--residual-grid", "half", *flags, path).status == 0
+    assert run_freres("compress", clip, "--method", "fre-res", "--residual-grid", "half", *flags, path).status == 0
     assert run_freres("repack", path, "--budget", 90, "-q", "-o", smaller).status == 0
     for bundle, count in ((read_bundle(path), 200), (read_bundle(smaller), 90)):
         assert bundle.manifest["geometry"]["residual_grid"] == [3, 3]
@@ -181,7 +185,9 @@ def test_the_bundle_records_it_and_repack_keeps_it(clip, tmp_path):
 
 def test_the_plan_counts_the_smaller_frames(clip):
     def flops(*flags):
-        run = run_freres("plan", clip, "--budget", 200, "--tflops", 1, "--device", "cpu", "--json", *flags)
+        run = run_freres(
+            "plan", clip, "--method", "fre-res", "--budget", 200, "--tflops", 1, "--device", "cpu", "--json", *flags
+        )
         return next(s["flops"] for s in run.json["stages"] if s["name"] == "tower")
 
     full, small = flops(), flops("--set", "residual_grid=3x3")
@@ -191,4 +197,4 @@ def test_the_plan_counts_the_smaller_frames(clip):
 
 
 def plan_of(clip):
-    return Compressor(models=loaded_models(), budget_tokens=200, residual_grid="3x3").plan(clip)
+    return Compressor(models=loaded_models(), budget_tokens=200, method="fre-res", residual_grid="3x3").plan(clip)

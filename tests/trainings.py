@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from freres_cli.cli.compress import make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.evaluation.cells import parse_budgets
 from freres_cli.evaluation.questions import read_questions
+from freres_cli.pipeline.adapters import TRAINED_METHODS
 from freres_cli.pipeline.models import Models
 from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
 from tests.loaded_models import loaded_models
@@ -48,7 +49,7 @@ class Training:
     ) -> dict[str, Any]:
         """Train with ``models``, by default the bundled one. ``changed``: fields that differ from the recipe."""
         models = models or loaded_models(dtype=dtype)
-        options = make_options({}, None, None, device="cpu", dtype=dtype)
+        options = at_budgets(make_options({}, None, None, device="cpu", dtype=dtype), "train", trains=TRAINED_METHODS)
         recipe = Recipe(parse_budgets(self.budgets), **{**self.recipe, **changed})
         request = TrainRequest(read_questions(data, is_named=False), options, recipe, output, cache)
         return train_adapter(request, log, models=models)

@@ -8,6 +8,7 @@ METHOD = Method(
     name="adaptive",
     summary="each cell's time line cut where it changes, a token a stretch; calm or moving neighbours merged",
     source="ours, after Fre-Res (arXiv 2605.16366) and Ward (1963): a GoP for each cell, as long as it is calm",
+    training="optional",
     streams=True,
     has_quality=True,
     deviations="of Fre-Res: no fixed GoPs and no coefficients; merging is greedy: see freres(7)",

@@ -35,7 +35,10 @@ class StoredBundle:
         """The tracks of a Fre-Res bundle. Raises ``BundleError`` for a bundle of another method."""
         if not isinstance(self.content, Tracks):
             method = self.manifest["settings"]["method"]["value"]
-            raise BundleError(f"{self.path}: made by method {method}: it holds {kind_of(self.content)}, not tracks")
+            raise BundleError(
+                f"{self.path}: made by method {method}: it holds {kind_of(self.content)}, not tracks",
+                "compress the video with --method fre-res",
+            )
         return self.content
 
 

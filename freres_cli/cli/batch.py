@@ -98,9 +98,11 @@ def batch(
     def make_own(own: Mapping[str, Any]) -> CompressOptions:
         window = (own.get("start_s", start), own.get("end_s", end), own.get("strict", strict))
         named = own.get("method", method)
-        return make_options(
+        made = make_options(
             with_own(flags, own), preset, model, revision, named, *window, device=here[0], dtype=dtype, attn=here[1]
         )
+        made.check_settings()
+        return made
 
     jobs, notes = list_jobs(lists, make_own)
     print_notes(notes, quiet)

@@ -26,7 +26,7 @@ def measure_lean(folder: Path, repeat: int = 5) -> dict[str, Any]:
     """Measure both with the bundled model, each pair in turn, in CPU and wall seconds; the first pair is not counted."""
     (folder / "lean").mkdir()
     clip = folder / "lean" / make_set(folder / "lean", "test", 1)[0].file
-    session = Compressor(device="cpu").compress(clip).open(device="cpu")
+    session = Compressor(method="fre-res", device="cpu").compress(clip).open(device="cpu")
     model, tokens = session.model, session.tokens
     ids, path = model.prompt("?").prefix, folder / "lean.prefix.safetensors"
     open_prefix(model, ids, tokens, session.text_after, path)

@@ -81,7 +81,7 @@ def measure_levers(moving: Path, folder: Path, num_frames: int, repeat: int = 3)
 def _time_once(path: Path, settings: dict[str, Any], models: Models, end_s: float) -> dict[str, float]:
     values = dict(settings)
     with nullcontext() if values.pop("overlap") else without_overlap():
-        compressor = Compressor(models=models, **values)
+        compressor = Compressor(method="fre-res", models=models, **values)
         wall, cpu = time.perf_counter(), time.process_time()
         bundle = compressor.compress(path, end_s=end_s)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

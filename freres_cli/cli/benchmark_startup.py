@@ -26,7 +26,7 @@ def measure_startup(folder: Path, other: Path | None, repeat: int = 3) -> dict[s
     clip = folder / "startup" / make_set(folder / "startup", "test", 1)[0].file
     checkouts = {"this": THIS} | ({} if other is None else {"other": other.resolve()})
     commands = {
-        "compress": ("compress", str(clip), "-o", str(folder / "startup.pt"), "--force"),
+        "compress": ("compress", str(clip), "--method", "fre-res", "-o", str(folder / "startup.pt"), "--force"),
         "ask": ("ask", str(folder / "startup.pt"), QUESTION),
     }
     # Both checkouts keep their compiled modules, as an installed package does, in a place of their own.
@@ -48,7 +48,7 @@ def measure_startup(folder: Path, other: Path | None, repeat: int = 3) -> dict[s
                 row["this_over_other"] = summarize_ratios(values["this"], values["other"])
             measured.setdefault(name, {})[kind] = row
     return {
-        "commands": ["freres compress CLIP -o BUNDLE --force", f'freres ask BUNDLE "{QUESTION}"'],
+        "commands": ["freres compress CLIP --method fre-res -o BUNDLE --force", f'freres ask BUNDLE "{QUESTION}"'],
         "clip": "freres world make --split test, the first: 4 to 5 s at 8 fps",
         "checkouts": {which: describe_checkout(root) for which, root in checkouts.items()},
         "load_average": os.getloadavg()[0],

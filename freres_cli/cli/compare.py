@@ -81,7 +81,9 @@ def compare(
             raise UsageError("--question: is empty", 'for example: --question "what moves first?"')
         check_length((text, *listed), "--question")
     flags = gather_flags_at_budgets(assignments)
-    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "compare")
+    chosen = at_budgets(
+        make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "compare", cells
+    )
     from freres_cli.pipeline.adapters import give_adapters
     from freres_cli.pipeline.session import Query
     from freres_cli.workflows.compare import CompareRequest

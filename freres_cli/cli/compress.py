@@ -30,6 +30,7 @@ from freres_cli.pipeline.choices import check_revision, choose_method, choose_pr
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
 
 if TYPE_CHECKING:
+    from freres_cli.evaluation.cells import Cell
     from freres_cli.pipeline.compressor import Compressor, Progress
     from freres_cli.pipeline.planning import CompressOptions, CompressPlan
     from freres_cli.workflows.compress import CompressResult, Row
@@ -63,7 +64,7 @@ def compress(
         typer.Option(
             "--residual-grid",
             metavar="ROWSxCOLS",
-            help="Token grid of frames that are no anchors, full (that of anchors) or half of each side.",
+            help="Token grid of frames that are no anchors, full (that of anchors) or half of each side (method fre-res).",
         ),
     ] = None,
     assignments: options.Assignments = None,
@@ -81,10 +82,10 @@ def compress(
     """Compress a video into a bundle, or many into a folder of bundles.
 
     Decodes the video, encodes its frames with the model's frozen vision tower, and writes at most --budget visual tokens.
-    Method fre-res keeps sparse full-detail anchor frames and a few temporal DCT coefficients of the rest. Method adaptive
-    cuts each cell's time line where it changes, and keeps the mean of each stretch; it also takes --quality in place of
-    --budget. The other choices of --method are baselines: see freres methods. The video is not needed again. Prints the
-    bundle's path.
+    Method adaptive, the default, cuts each cell's time line where it changes, and keeps the mean of each stretch; it also
+    takes --quality in place of --budget. Method fre-res, the paper's, keeps sparse full-detail anchor frames and a few
+    temporal DCT coefficients of the rest. The other choices of --method are baselines: see freres methods. The video is
+    not needed again. Prints the bundle's path.
 
     The name - stands for a video on standard input, which is saved beside the bundle until it is compressed. Of a file that
     still grows, what it holds at first is used, and a note says so. Work that takes more than five minutes keeps its state
@@ -112,6 +113,7 @@ def compress(
     with progress_bar("compress", quiet or json or dry_run, unit, "loading model") as progress:
         with quick_imports():
             chosen = make_options(flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
+            chosen.check_settings()
             from freres_cli.pipeline.compressor import Compressor
         compressor = Compressor.from_options(chosen)
         if many and not dry_run:
@@ -127,7 +129,9 @@ def compress(
         from freres_cli.pipeline.prompt_text import bound_text
 
         plan = compressor.plan(paths[0])
-        _print_plan(plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models)}, chosen, json)
+        _print_plan(
+            plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models, chosen.method)}, chosen, json
+        )
         return
     _print_one(result, chosen, json, quiet)
 
@@ -232,30 +236,40 @@ def make_options(
         find_bundle_method(method)
     check_revision(chosen, revision)
     settings = load_settings(preset or choose_preset(chosen), flags)
-    method = choose_method(method, settings)
+    if method is not None:
+        settings = settings.with_values("flag", method=method)
+    used = choose_method(settings)
     from freres_cli.pipeline.models import make_source
     from freres_cli.pipeline.planning import CompressOptions
 
     source = make_source(chosen, device, dtype, revision, attn)
-    return CompressOptions(source, settings, method, start, end, strict)
+    return CompressOptions(source, settings, used, start, end, strict)
 
 
-def at_budgets(chosen: CompressOptions, verb: str, *, trains: tuple[str, ...] = ()) -> CompressOptions:
+def at_budgets(
+    chosen: CompressOptions, verb: str, cells: Sequence[Cell] = (), *, trains: tuple[str, ...] = ()
+) -> CompressOptions:
     """Return the options of a verb that names its budgets itself.
 
-    ``chosen``: the options. ``verb``: its name. ``trains``: the methods that it trains adapters of; the first is trained
-    unless another is named. Raises ``UsageError`` if the settings name a quality, or a method that is not among these.
+    ``chosen``: the options. ``verb``: its name. ``cells``: what it compares, if it does. ``trains``: the methods that it
+    trains adapters of; the first is trained unless another is named. Raises ``UsageError`` if the settings name a quality,
+    a method that is not among these, or a setting of Fre-Res that changes nothing.
     """
+    from freres_cli.pipeline.planning import refuse_lost_settings
+
     settings = chosen.settings
     if settings.quality is not None:
         raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
     if not trains:
+        methods = dict.fromkeys(cell.method for cell in cells)
+        refuse_lost_settings(settings, methods, "add it to --methods, or leave the setting out")
         return chosen
     if not settings.is_named("method"):
         return replace(chosen, method=trains[0])
     if chosen.method not in trains:
         able = " or ".join(trains)
         raise UsageError(f"method: {verb} trains adapters of {able}, got {chosen.method}", "leave it out")
+    refuse_lost_settings(settings, (chosen.method,), "leave one of the two out")
     return chosen
 
 
@@ -332,7 +346,7 @@ def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptio
 def plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]:
     """Return the JSON keys of a plan: frames, tokens and their allocation, and the settings."""
     budget = plan.budget
-    most = min(plan.budget_tokens, plan.full_tokens)
+    most = plan.most_tokens
     visual = None if plan.quality is not None else most if budget is None else budget.expected.total
     return {
         "method": chosen.method,

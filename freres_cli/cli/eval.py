@@ -101,7 +101,7 @@ def evaluate(
     made = [
         None if text is None else options.check_path(text, flag) for text, flag in ((table, "--csv"), (plot, "--plot"))
     ]
-    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval")
+    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval", cells)
     from freres_cli.pipeline.adapters import give_adapters
     from freres_cli.workflows.eval_files import EvalFiles
     from freres_cli.workflows.evaluate import EvalRequest

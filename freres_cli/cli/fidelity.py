@@ -80,7 +80,9 @@ def fidelity(
     flags = gather_flags_at_budgets(assignments)
     listing = list_videos(paths)
     print_notes(listing.notes, quiet)
-    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "fidelity")
+    chosen = at_budgets(
+        make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "fidelity", cells
+    )
     from freres_cli.workflows.fidelity import FidelityRequest, measure_fidelity
 
     request = FidelityRequest(tuple(video for video, _ in listing.videos), cells, chosen, picture)

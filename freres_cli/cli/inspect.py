@@ -236,17 +236,19 @@ def _print_gops(gops: list[dict[str, Any]], show_all: bool) -> None:
 
 def _print_settings(settings: dict[str, Any], show_all: bool) -> None:
     """Print the settings that somebody chose, and what the others come from."""
-    chosen = {key: s for key, s in settings.items() if show_all or not s["source"].startswith(("preset", "default"))}
-    if not show_all:
-        chosen = dict(list(chosen.items())[:SHOWN_SETTINGS])
-    letters = None if show_all else SHOWN_LETTERS
-    rows = [(key, str(setting["value"])[:letters], setting["source"][:letters]) for key, setting in chosen.items()]
     print_result("")
-    if rows:
+    if show_all:
+        rows = [(key, str(setting["value"]), setting["source"]) for key, setting in settings.items()]
         print_table(("setting", "value", "from"), rows)
-    if others := [setting["source"] for key, setting in settings.items() if key not in chosen]:
-        sources = ", ".join(dict.fromkeys(others))
-        print_wrapped("settings", f"{len(others)} others, from {sources}; --all for all")
+        return
+    chosen = [key for key, s in settings.items() if not s["source"].startswith(("preset", "default"))][:SHOWN_SETTINGS]
+    shown = [
+        f"{key} {str(settings[key]['value'])[:SHOWN_LETTERS]} ({settings[key]['source'][:SHOWN_LETTERS]})"
+        for key in chosen
+    ]
+    others = dict.fromkeys(setting["source"] for key, setting in settings.items() if key not in chosen)
+    rest = f"{len(settings) - len(chosen)} others, from {', '.join(others)}; --all for all"
+    print_wrapped("settings", "; ".join((*shown, rest)))
 
 
 def _print_picture(drawn: dict[str, Any]) -> None:

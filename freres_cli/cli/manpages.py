@@ -50,7 +50,7 @@ EXIT_MEANINGS = {
 DEFAULTS = {
     "budget": "the preset's",
     "quality": "the preset's",
-    "preset": "bundled for the bundled model, else qwen2-vl-7b",
+    "preset": "bundled for the bundled model, else long-video",
     "model": "bundled",
     "revision": "the hub's main branch",
     "device": "auto (CUDA if available, else the CPU)",
@@ -69,15 +69,13 @@ KEY_EXAMPLES: dict[str, str] = yaml.load(
     yaml.BaseLoader,
 )
 EXAMPLE_PRESET = """\
-# Lectures: few cuts, slow motion.
+# Lectures: slides that stand still.
 description: lectures, one frame a second
 budget_tokens: 1280
 sample: fps
 sample_fps: 1
 grid: 16x16
-anchors: 6
-temporal_share: 0.3
-tau: auto
+still_levels: 2
 """
 
 
@@ -263,6 +261,8 @@ def preset_page() -> str:
         "own budget. A larger budget has more; a smaller one has thinner anchors, and fewer only where they would keep less "
         "than a fifth of their tokens. `quality` needs method adaptive; with it, a budget limits the tokens only if it is a "
         "flag or in the same preset. If `grid` is ROWSxCOLUMNS, `tokens_per_frame` has no effect. "
+        "`residual_grid`, and all from `variant` to `tau`, are settings of method fre-res: to another method they cannot be "
+        "given as a flag, nor by a preset that names no method. "
         "Variants: `absorber` evaluates a cell's coefficients at instants and adds what the "
         "absorber hears around it; `sparse-idct` is the same without the absorber; `iquery` gives the absorber the anchor "
         "alone to ask with, as the paper does; `idct` rebuilds whole frames of cells; `concat` appends coefficients; "

@@ -12,14 +12,14 @@ VERBS: dict[str, dict[str, Any]] = yaml.safe_load("""
 compress:
   examples:
     freres compress video.mp4 --budget 1280: Write bundle.pt with at most 1,280 visual tokens.
-    freres compress video.mp4 --model Qwen/Qwen2-VL-7B-Instruct: Use a larger model, with its preset.
+    freres compress video.mp4 --model Qwen/Qwen2-VL-7B-Instruct: Use a larger model, with the preset long-video.
     freres compress clips/ -o bundles/: Compress every video in a folder. Run it again to resume after a stop.
     freres compress a.mp4 b.mp4 more.txt -o bundles/ --json: Files and a list of paths; one JSON line for each video.
     freres compress video.mp4 --start 60 --end 90 --fps 10 -o part.pt: Half a minute, 10 frames a second.
-    freres compress video.mp4 --method adaptive --quality 0.95: As few tokens as keep 95 % of the energy.
-    freres compress video.mp4 --method uniform --budget 1280: A baseline in place of Fre-Res.
+    freres compress video.mp4 --quality 0.95: As few tokens as keep 95 % of the energy.
+    freres compress video.mp4 --method uniform --budget 1280: A baseline in place of adaptive.
     freres compress video.mp4 --budget 1280 --dry-run: Show the token allocation; encode nothing.
-    freres compress video.mp4 --set temporal_share=0.4: Change one setting of the preset.
+    freres compress video.mp4 --method fre-res --set temporal_share=0.4: The paper's method, with one setting changed.
   output: >-
     The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, as does a warning for
     each video that failed. `context_tokens` are all tokens of the prompt without a question; `text_overhead_tokens` are
@@ -124,18 +124,19 @@ profile:
   examples:
     freres profile bundle.pt: Prefill, TTFT, TPOT and memory of a bundle and of the full-token run.
     freres profile video.mp4 --budget 1280 --repeat 5: Decode, encode and compress as well.
+    freres profile video.mp4 --method fre-res --set anchors=12: The paper's method, with one setting changed.
     freres profile --json > profile.json: A clip made on the spot; every figure with its spread.
   output: >-
     A table with a row for the compressed clip and one for the full-token run of the same model. Figures are medians. A row
     that could not be measured says why: out_of_memory, context_exceeded or timed_out. `--plot` needs matplotlib: pip
     install 'freres[plot]'.
   schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
-  defaults: {timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
+  defaults: {method: the preset's, timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
     plot: none (nothing is drawn), model: "bundled, or the bundle's",
     revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
-    freres eval questions.jsonl: The bundled model, three methods at four budgets.
+    freres eval questions.jsonl: The bundled model, four methods at four budgets.
     freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
     freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to resume after a stop.
     freres eval questions.jsonl --csv rows.csv --plot rows.png: Rows for a spreadsheet, and accuracy against tokens.

@@ -150,7 +150,10 @@ BundleMethod = Annotated[
 ]
 Variant = Annotated[
     str | None,
-    typer.Option("--variant", help="Ablation: absorber, anchors, temporal, concat, idct, iquery or sparse-idct."),
+    typer.Option(
+        "--variant",
+        help="Ablation of method fre-res: absorber, anchors, temporal, concat, idct, iquery or sparse-idct.",
+    ),
 ]
 Fps = Annotated[float | None, typer.Option("--fps", help="Read this many frames per second.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in total.")]

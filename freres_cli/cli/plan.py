@@ -62,6 +62,7 @@ def plan(
     limit = None if device_memory is None else parse_size(device_memory)
     flags = gather_flags(assignments, {"budget_tokens": budget})
     chosen = make_options(flags, preset, model, revision, method, device=device, dtype=dtype)
+    chosen.check_settings()
     from freres_cli.bench.report import describe_environment
     from freres_cli.workflows.plan import Planner, estimate_stages, measure_speed, state_speed
 

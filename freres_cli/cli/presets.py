@@ -20,7 +20,7 @@ def presets(
 ) -> None:
     """List the presets, or print one of them, comments included.
 
-    To make your own, run freres presets qwen2-vl-7b > mine.yaml, edit the file, and pass --preset mine.yaml.
+    To make your own, run freres presets long-video > mine.yaml, edit the file, and pass --preset mine.yaml.
     """
     if name is not None:
         preset = load_preset(name)
@@ -34,5 +34,6 @@ def presets(
     if json:
         print_json("freres.presets/1", {"presets": {preset.name: dict(preset.values) for preset in found}})
         return
-    rows = [(p.name, str(p.values["budget_tokens"]), str(p.values["grid"]), p.values["description"]) for p in found]
-    print_table(("preset", "budget", "grid", "for"), rows)
+    columns = ("method", "budget_tokens", "grid", "description")
+    rows = [(preset.name, *(str(preset.values[key]) for key in columns)) for preset in found]
+    print_table(("preset", "method", "budget", "grid", "for"), rows)

@@ -68,6 +68,7 @@ def profile(
     force: options.Force = False,
     budget: options.Budget = None,
     preset: options.PresetName = None,
+    method: options.BundleMethod = None,
     assignments: options.Assignments = None,
     model: options.Model = None,
     revision: options.Revision = None,
@@ -96,7 +97,8 @@ def profile(
     from freres_cli.world.clip import make_clip
 
     if table is not None:
-        others = {"BUNDLE|VIDEO": target, "--budget": budget, "--preset": preset, "--set": assignments, PLOT_FLAG: plot}
+        others: dict[str, Any] = {"BUNDLE|VIDEO": target, "--budget": budget, "--preset": preset, "--method": method}
+        others |= {"--set": assignments, PLOT_FLAG: plot}
         _refuse_with_table([name for name, value in others.items() if value])
     picture = options.check_plot(plot, force)
     chosen = find_device(device, attn)
@@ -118,15 +120,15 @@ def profile(
         assert subject is not None
         compress = video = bundle = None
         if zipfile.is_zipfile(subject):
-            if budget is not None or preset is not None or assignments or is_random:
-                raise UsageError(
-                    "--budget, --preset, --set, --weights: a bundle is already compressed", "repack it, or name a video"
-                )
+            if any(given is not None for given in (budget, preset, method)) or assignments or is_random:
+                flags = "--budget, --preset, --method, --set, --weights"
+                raise UsageError(f"{flags}: a bundle is already compressed", "repack it, or name a video")
             bundle = AskRequest(subject, chosen, model, revision, find_dtype(dtype))
         else:
-            flags = gather_flags(assignments, {"budget_tokens": budget})
-            compress = make_options(flags, preset, place, revision, device=device, dtype=dtype, attn=attn)
+            named = gather_flags(assignments, {"budget_tokens": budget})
+            compress = make_options(named, preset, place, revision, method, device=device, dtype=dtype, attn=attn)
             compress = replace(compress, model=replace(compress.model, is_random=is_random))
+            compress.check_settings()
             video = subject
         request = ProfileRequest(*asked, timeout or 1800.0, video=video, options=compress, bundle=bundle)
         print_notes(waiting, quiet or json)

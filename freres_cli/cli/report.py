@@ -24,10 +24,10 @@ def report(
 ) -> None:
     """Write a page that shows what a bundle kept, and where.
 
-    One HTML file with everything in it: it opens offline, and runs no script. It shows a time line of GoPs with anchors
-    and events, where the tokens went frame by frame, the energy lost per second, the spectrum of the residuals beside its
-    null, what smaller budgets keep, what the absorber took, and every setting with its source. What a method's bundle
-    does not hold is said in its place.
+    One HTML file with everything in it: it opens offline, and runs no script. It shows a time line with the cuts of method
+    adaptive, or the GoPs, anchors and events of fre-res; where the tokens went frame by frame, what smaller budgets keep,
+    and every setting with its source; of fre-res also the energy lost per second, the spectrum of the residuals beside its
+    null, and what the absorber took. What a method's bundle does not hold is said in its place.
 
     Needs no model. Without --video there are no thumbnails; with it, the video is decoded once, up to the last of at most
     24 pictures. The absorber's maps need trained modules: those of --adapter, or the bundled model's own.

@@ -22,7 +22,7 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
 from freres_cli.pipeline.models import Models, make_source
-from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.planning import CompressOptions, refuse_lost_settings
 from freres_cli.pipeline.session import Session
 from freres_cli.presets import BUNDLED, load_settings
 
@@ -69,7 +69,8 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         chosen = load_settings(str(preset or choose_preset(source.name)), settings, "model_args")
         if chosen.quality is not None:
             raise UsageError("quality: expected none: the budget decides", "leave it out")
-        self._options = CompressOptions(source, chosen)
+        refuse_lost_settings(chosen, (method,), "model_args: name method=fre-res as well")
+        self._options = CompressOptions(source, chosen, method)
         self._models = models or Models(source)
         check_methods([method], self._models.language_model)
         self._timer = StageTimer(torch.device(source.device.name))

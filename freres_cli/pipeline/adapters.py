@@ -167,5 +167,5 @@ def check_variant(adapter: Adapter, variant: str) -> None:
 def _for_another_method(path: Path, expected: str, got: str) -> BackboneError:
     return BackboneError(
         f"{path}: adapter for another method: expected {expected}, got {got}",
-        f"train one with --set method={expected.partition(' ')[0]}",
+        f"compress with --method {got}, or train an adapter with --set method={expected.partition(' ')[0]}",
     )

@@ -33,7 +33,7 @@ def as_number(value: object, name: str) -> float | None:
 
 def choose_preset(model: str) -> str:
     """Return the preset to use with a model if none is named."""
-    return BUNDLED if model == BUNDLED else "qwen2-vl-7b"
+    return BUNDLED if model == BUNDLED else "long-video"
 
 
 def check_revision(model: str | None, revision: str | None) -> None:
@@ -44,10 +44,8 @@ def check_revision(model: str | None, revision: str | None) -> None:
         )
 
 
-def choose_method(named: str | None, settings: Settings) -> str:
-    """Return the method to use: ``named``, if there is one, else that of the settings. Raises ``UsageError``."""
-    if named is not None:
-        return find_bundle_method(named).name
+def choose_method(settings: Settings) -> str:
+    """Return the method of the settings. Raises ``UsageError``."""
     return find_bundle_method(settings.method, settings.name_of("method")).name
 
 

@@ -75,7 +75,10 @@ class Compressor:
             raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
         source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
-        self.options = CompressOptions(source, chosen, choose_method(method, chosen), strict=strict)
+        if method is not None:
+            chosen = chosen.with_values("argument", method=method)
+        self.options = CompressOptions(source, chosen, choose_method(chosen), strict=strict)
+        self.options.check_settings()
         self.models = models or Models(source)
 
     @classmethod

@@ -70,7 +70,12 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
 
 
 def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a note if the quality that was asked for was not reached."""
+    """Yield notes if the quality that was asked for was not reached, or took more tokens than the model would read."""
+    if tokens["visual_tokens"] > plan.full_tokens:
+        yield (
+            f"{tokens['visual_tokens']} tokens are more than the {plan.full_tokens} of the clip without compression, as "
+            f"{plan.num_frames} frames were read in place of {plan.baseline_frames}: lower the quality, or name a budget"
+        )
     if tokens["quality"] >= (plan.quality or 0.0):
         return
     if tokens["visual_tokens"] >= plan.budget_tokens:

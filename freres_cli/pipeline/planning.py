@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from freres_cli.backbones.base import VisionEncoder
@@ -10,10 +11,12 @@ from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.pipeline.models import ModelSource
-from freres_cli.presets import FULL, RESIDUAL_GRIDS, Settings, parse_grid
+from freres_cli.presets import FULL, REFERENCE, RESIDUAL_GRIDS, Settings, parse_grid
 from freres_cli.records import FrameSize, VideoInfo
 from freres_cli.video.sampling import Sampling, num_sampled_frames
 
+# The settings that change nothing in any other method.
+FRE_RES_KEYS = sorted({*(knob.name for knob in fields(MethodSettings)), "residual_grid"} - {REFERENCE})
 FULL_BUDGET = 2**31 - 1  # every token of the clip
 
 
@@ -29,7 +32,7 @@ class CompressOptions:
 
     model: ModelSource
     settings: Settings
-    method: str = FRE_RES
+    method: str
     start_s: float | None = None
     end_s: float | None = None
     strict: bool = False
@@ -41,10 +44,23 @@ class CompressOptions:
                 f"{self.settings.name_of('quality')}: method {self.method} has none: expected method {able}",
                 f"choose method {able}, or name a budget in its place",
             )
-        if self.settings.residual_grid != FULL and self.method != FRE_RES:
+
+    def check_settings(self) -> None:
+        """Refuse settings of Fre-Res that change nothing, because the method is another.
+
+        They are those that were named, and those of a preset if nothing names a method: it was written when Fre-Res was the
+        default. Raises ``UsageError``.
+        """
+        settings = self.settings
+        is_python = "argument" in settings.sources.values()
+        as_given = f'method="{FRE_RES}"' if is_python else f"--method {FRE_RES}"
+        refuse_lost_settings(settings, (self.method,), f"choose that method as well: {as_given}")
+        own = [key for key in FRE_RES_KEYS if settings.sources[key] != "default"]
+        if self.method != FRE_RES and settings.sources["method"] == "default" and own:
             raise UsageError(
-                f"{self.settings.name_of('residual_grid')}: method {self.method} has none: expected method {FRE_RES}",
-                f"leave it out, or choose method {FRE_RES}",
+                f"{settings.name_of(own[0])}: a setting of method {FRE_RES}; the preset names no method, and the default is "
+                f"{self.method}",
+                f"add a line to the preset: method: {FRE_RES}",
             )
 
     @property
@@ -94,6 +110,22 @@ class CompressPlan:
         if self.budget is not None:
             return self.budget.is_lossless
         return self.quality is None and self.budget_tokens >= self.full_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that the bundle can hold. With a quality, and frames denser than the full-token model would read,
+        that can be more than ``full_tokens``."""
+        return min(self.budget_tokens, self.num_frames * self.size.num_tokens)
+
+
+def refuse_lost_settings(settings: Settings, methods: Collection[str], hint: str) -> None:
+    """Refuse named settings of Fre-Res if it is none of the methods: what they were meant to change would stay as it is.
+
+    ``hint``: what to do. Raises ``UsageError``.
+    """
+    named = [key for key in FRE_RES_KEYS if settings.is_named(key)]
+    if named and FRE_RES not in methods:
+        raise UsageError(f"{named[0]}: a setting of method {FRE_RES}, got method {', '.join(methods)}", hint)
 
 
 def method_settings(settings: Settings) -> MethodSettings:

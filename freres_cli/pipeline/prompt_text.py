@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
+from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.content import Content
 from freres_cli.errors import BackboneError
 from freres_cli.method.instants import share_instants
@@ -153,15 +154,15 @@ def describe_moves(moves: Moves | None) -> dict[str, Any]:
     }
 
 
-def bound_text(plan: CompressPlan, models: Models) -> dict[str, int | None]:
+def bound_text(plan: CompressPlan, models: Models, method: str) -> dict[str, int | None]:
     """Return the most text that the prompt of a planned bundle can have, under the first two names of ``COUNTS``; ``None``
     for both if the tokenizer of ``models`` cannot be read.
 
-    Which frames will hold tokens is not known yet. Fre-Res may have an anchor for each event; another method may have
-    tokens at every frame.
+    Which frames will hold tokens is not known yet. All tokens of ``method`` adaptive can share frames, if it merges any;
+    Fre-Res may have an anchor for each event; another method may have tokens at every frame.
     """
     info, num_frames = plan.info, plan.num_frames
-    visual = plan.budget.expected.total if plan.budget else min(plan.budget_tokens, plan.full_tokens)
+    visual = plan.budget.expected.total if plan.budget else plan.most_tokens
     seconds = torch.linspace(info.start_s, info.start_s + info.duration_s, num_frames, dtype=torch.float64)
     try:
         text = read_prompt_text(models.prompt_counter, (num_frames, plan.size.grid_h, plan.size.grid_w), seconds)
@@ -169,8 +170,12 @@ def bound_text(plan: CompressPlan, models: Models) -> dict[str, int | None]:
         return dict.fromkeys(COUNTS[:2])
     longest, runs = int(text.per_frame.max()), min(num_frames, visual)
     most = runs * longest
-    if plan.budget is not None and not plan.budget.is_lossless:
+    num_fixed = None
+    if method == ADAPTIVE and plan.budget_tokens < num_frames * plan.size.num_tokens:
+        num_fixed = 1
+    elif plan.budget is not None and not plan.budget.is_lossless:
         num_fixed = max(1, plan.budget.num_anchors + plan.budget.max_events)
+    if num_fixed is not None:
         most = min(most, max(int(TEXT_SHARE * visual), num_fixed * longest))
     overhead = text.in_video + most
     return {"text_overhead_tokens": overhead, "context_tokens": text.around_video + overhead + visual}

@@ -138,8 +138,8 @@ class Planner:
             settings = options.settings.with_values("flag", budget_tokens=budget_tokens)
             options = replace(options, settings=settings)
         plan = plan_compression(options, self.encoder, self.info)
-        text = bound_text(plan, self.models)
-        visual = plan.budget.expected.total if plan.budget else min(plan.budget_tokens, plan.full_tokens)
+        text = bound_text(plan, self.models, options.method)
+        visual = plan.budget.expected.total if plan.budget else plan.most_tokens
         context = text["context_tokens"]
         tower, decoder = measure_tower(self.encoder, plan.size), measure_decoder(self.language)
         b, chunk, cells = self.dtype.itemsize, choose_chunk(self.language), plan.size.num_tokens
