@@ -19,7 +19,7 @@ class SummaryStore:
     """What is left of GoPs that gave up their residuals, side by side in large blocks.
 
     Ours. Alone, each small tensor would lie between two large ones that are gone, and keep the heap from joining the room
-    that they leave: a film with 2,700 cuts took 100 MB more than what it keeps.
+    that they leave: a film with 2,700 cuts took over 100 MB more than what it keeps.
     """
 
     def __init__(self) -> None:
