@@ -165,7 +165,7 @@ class Bench:
         encoding.MAX_BATCH_FRAMES = 4  # twelve batches, so that there are states to be killed between
         checkpoints.EVERY_S, checkpoints.MOST_SHARE = 0.0, float("inf")
         self.clip = clips.write_clip(folder / f"clip-{os.getpid()}.mp4", 48)
-        self.compressor = Compressor(budget_tokens=300, device="cpu")
+        self.compressor = Compressor(budget_tokens=300, device="cpu", method="fre-res")
         self.whole = self.compress(folder / f"whole-{os.getpid()}.pt").read_bytes()
         start = time.monotonic()
         self.compress(folder / f"again-{os.getpid()}.pt")
