@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -114,3 +118,34 @@ def test_set_seed():
     first = torch.rand(2)
     set_seed(3)
     assert torch.equal(torch.rand(2), first)
+
+
+HEAP = """
+import sys
+from freres_cli.devices import return_large_memory
+
+def resident_bytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+if sys.argv[1] == "return":
+    return_large_memory()
+for _ in range(3):
+    bytes(30 << 20)  # freed at once; by default glibc now keeps pieces of up to this size
+before = resident_bytes()
+large, small = [], []
+for _ in range(100):
+    large.append(b"x" * (2 << 20))
+    small.append(b"x" * 1024)
+held = resident_bytes() - before
+del large[:-1]
+print((resident_bytes() - before) / held)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
+def test_freed_memory_goes_back_to_the_system_on_request():
+    def share_kept(how):
+        run = subprocess.run([sys.executable, "-c", HEAP, how], capture_output=True, text=True, check=True)
+        return float(run.stdout)
+
+    assert share_kept("keep") > 0.9 and share_kept("return") < 0.1

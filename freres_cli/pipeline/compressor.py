@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.bench.clock import PeakMemory, StageTimer
-from freres_cli.devices import Device, memory_errors_as
+from freres_cli.devices import Device, memory_errors_as, return_large_memory
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints, State
@@ -35,6 +35,7 @@ from freres_cli.video.decode import Decoder, DecodeReport, Position
 from freres_cli.video.frames import FrameArray
 
 Progress = Callable[[int, int], None]
+LONG_FRAMES = 2048  # more frames than that are a long video: peak memory then matters more than CPU time
 Video = str | os.PathLike[str] | Tensor | np.ndarray
 
 
@@ -157,6 +158,8 @@ class Compressor:
         ``compress`` takes them.
         """
         encoder = self.models.encoder
+        if plan.num_frames > LONG_FRAMES:
+            return_large_memory()
         frames = source.open(plan, options)
         stream = LatentStream(encoder, timer, options.model.name, residual_size=plan.residual_size)
         reducer, total = make_reducer(plan, options, encoder.width), plan.num_frames
