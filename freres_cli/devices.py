@@ -44,8 +44,8 @@ def return_large_memory() -> None:
     """Let the process give memory of 1 MiB or more back as soon as it is freed.
 
     Otherwise glibc keeps up to 32 MiB pieces for later, and what lives long comes to lie between them: the peak grows with
-    the hours of a video. It takes a fifth more CPU time with the smallest towers, so it is for long videos only. Elsewhere,
-    nothing happens.
+    the hours of a video. It takes more CPU time, most with small towers, so it is for long videos only. Elsewhere, nothing
+    happens.
     """
     _tell_malloc(GLIBC_MMAP_THRESHOLD, RETURNED_BYTES)
 
