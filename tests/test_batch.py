@@ -184,7 +184,7 @@ def test_a_video_that_is_not_on_the_store_is_a_failed_row(models, store, tmp_pat
     worker = worker_of(WorkerSetup(str(tmp_path / "out"), False, "bundled", "cpu"), models, tmp_path / "s")
     row = worker.run(job_of("memory://in/gone.mp4"))
     assert row.status == "failed" and not row.is_fatal and row.error.exit_status == 3
-    store.pipe_file("/in/bad.mp4", b"no video")
+    store.pipe_file("/in/bad.mp4", bytes(range(64)))
     row = worker.run(job_of("memory://in/bad.mp4"))
     assert row.error.message.startswith("memory://in/bad.mp4: not a video")
 
