@@ -256,6 +256,7 @@ def test_towers_do_not_loop_over_frames(tiny, monkeypatch):
 # --- on the command line ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_flag_goes_all_the_way(tmp_path):
     clip = make_clip(tmp_path / "clip.mp4", seconds=0.5)
     make_qwen2_vl(tmp_path / "model")

@@ -128,6 +128,7 @@ def test_a_process_that_sends_nothing_is_a_row_that_says_why(target, status, mes
     assert row["status"] == status and message in row["message"] and row["compress_s"] is None
 
 
+@pytest.mark.slow
 def test_making_the_latents_does_not_count_towards_the_limit(forked):
     """Four seconds in all, with a limit that is longer than either half."""
     outcome = run_apart(prepare_long, (), 3.0)

@@ -174,6 +174,7 @@ def test_latents_are_stored_as_the_tower_ran(folder, clip, tmp_path, dtype):
             assert tensor.dtype == getattr(torch, dtype), name
 
 
+@pytest.mark.slow
 def test_profile_takes_the_setting(folder, clip):
     run = run_freres(
         *("profile", clip, "--model", folder, "--set", "deepstack=drop", "--set", "grid=4x5", "--repeat", 1),

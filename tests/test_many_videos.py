@@ -180,6 +180,7 @@ def test_a_dry_run_is_of_one_video(clips):
     assert run_freres("compress", clips, "--dry-run").status == 2
 
 
+@pytest.mark.slow
 def test_results_reach_stdout_while_a_bar_is_drawn_on_the_terminal(clips, tmp_path):
     ours, theirs = pty.openpty()
     code = "from freres_cli.cli.app import main; main()"
@@ -274,6 +275,7 @@ def test_a_bundle_that_another_run_wrote_meanwhile_is_skipped(clips, compressor,
     assert statuses(compress_many(late, videos, tmp_path / "ours")) == ["skipped"]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_end_the_work(clips, tmp_path):
     code = "from freres_cli.cli.app import main; main()"
     flags = " ".join(map(str, FLAGS))

@@ -85,6 +85,7 @@ def test_an_endless_question_is_refused_at_once(bundle, where):
     assert time.perf_counter() - start < 20
 
 
+@pytest.mark.slow
 def test_the_longest_question_is_answered(bundle):
     run = run_freres("ask", bundle, "word " * (MAX_TEXT_BYTES // 5), "--max-new-tokens", 1, "--device", "cpu")
     assert run.status == 0, run.err

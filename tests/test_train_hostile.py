@@ -46,6 +46,7 @@ def run_command(data, output, *flags):
     return run_freres("train", data, "-o", output, "--cache", data.parent / "cache", *TRAINING.flags, *flags)
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_only_where_it_came_from(folder, tmp_path):
     """The videos that can be used decide which are held out."""
     output, data = tmp_path / "a.safetensors", folder / "questions.jsonl"
@@ -100,6 +101,7 @@ def test_one_clip_under_two_names_is_one_video(folder, tmp_path):
     assert done["num_videos"] == 4 and done["num_questions"] == len(rows) == 8
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_made_anew(folder, tmp_path):
     cache, data = tmp_path / "cache", folder / "questions.jsonl"
     train(data, tmp_path / "a.safetensors", cache)

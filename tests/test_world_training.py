@@ -334,6 +334,7 @@ def few_clips(monkeypatch):
     monkeypatch.setattr(train_tower, "SCENES_A_STEP", 6)
 
 
+@pytest.mark.slow
 def test_world_train_writes_a_model_and_resumes(tmp_path, monkeypatch):
     few_clips(monkeypatch)
     monkeypatch.setattr(train_language, "LOG_EVERY", 1)
