@@ -35,7 +35,7 @@ from freres_cli.bench.report import describe_environment, summarize_ratios, summ
 from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
 from freres_cli.cli.benchmark_grids import measure_grids
 from freres_cli.cli.benchmark_hours import measure_hours
-from freres_cli.cli.benchmark_inputs import GRID, TOWER, make_tower, write_video
+from freres_cli.cli.benchmark_inputs import GRID, METHOD, METHOD_FLAGS, TOWER, make_tower, write_video
 from freres_cli.cli.benchmark_lean import measure_lean
 from freres_cli.cli.benchmark_levers import measure_levers
 from freres_cli.cli.benchmark_peers import measure_peers
@@ -61,8 +61,6 @@ from freres_cli.video.sampling import Sampling
 from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
-# As in the committed results, which are older than the default method.
-FRE_RES = ("--method", "fre-res")
 ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids")
 
 
@@ -242,19 +240,21 @@ def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, An
     for run in range(repeat):
         out = folder / f"many-{run}"
         start = time.perf_counter()
-        rows = [json.loads(line) for line in run_command(str(clips), *FRE_RES, "-o", str(out), "--json").splitlines()]
+        rows = [
+            json.loads(line) for line in run_command(str(clips), *METHOD_FLAGS, "-o", str(out), "--json").splitlines()
+        ]
         walls["one_command"].append(time.perf_counter() - start)
         loads["first"].append(rows[0]["timings_s"]["load"])
         loads["others"].append(sum(row["timings_s"]["load"] for row in rows[1:]))
         start = time.perf_counter()
         for video in videos:
-            run_command(str(video), *FRE_RES, "-o", str(folder / f"alone-{run}-{video.stem}.pt"), "--json")
+            run_command(str(video), *METHOD_FLAGS, "-o", str(folder / f"alone-{run}-{video.stem}.pt"), "--json")
         walls["a_command_each"].append(time.perf_counter() - start)
     ratios = [one / each for one, each in zip(walls["one_command"], walls["a_command_each"], strict=True)]
     return {
         "commands": [
-            "freres compress CLIPS/ --method fre-res -o BUNDLES/ --json",
-            "freres compress CLIP --method fre-res -o BUNDLE --json, for each clip",
+            f"freres compress CLIPS/ --method {METHOD} -o BUNDLES/ --json",
+            f"freres compress CLIP --method {METHOD} -o BUNDLE --json, for each clip",
         ],
         "clips": f"{count} of freres world make --split test, 4 to 5 s at 8 fps",
         "warmup": 0,
@@ -269,7 +269,7 @@ def measure_questions(folder: Path, repeat: int = 5) -> dict[str, Any]:
     """Time 32 questions about one bundle, answered together, against one at a time, in turn."""
     (folder / "asked").mkdir()
     made = make_set(folder / "asked", "test", 8)
-    bundle = Compressor(method="fre-res", budget_tokens=322, device="cpu").compress(folder / "asked" / made[0].file)
+    bundle = Compressor(method=METHOD, budget_tokens=322, device="cpu").compress(folder / "asked" / made[0].file)
     session = bundle.open(device="cpu")
     questions = [question for clip in made for question in clip.questions]
     kinds = {

@@ -22,6 +22,7 @@ from typing import Any
 from freres_cli.bench.apart import FRERES, children_cpu_s
 from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.bundle.store import read_bundle
+from freres_cli.cli.benchmark_inputs import METHOD, METHOD_FLAGS
 from freres_cli.errors import BundleError
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models
@@ -32,7 +33,6 @@ WORKER = b"spawn_main"  # in the command line of every process that multiprocess
 DRIVER_SHARE = 0.3  # of the kills; the others meet a worker
 EARLY_SHARE = 0.2  # of the kills, which need not wait for a bundle: most meet a process that is starting
 BUDGET_TOKENS = 300
-METHOD = ("--method", "fre-res")  # of kills and actors, as in the committed results
 
 
 @dataclass
@@ -191,7 +191,7 @@ def measure_kills(folder: Path, count: int = 40, num_kills: int = 50, longest_s:
     clips.mkdir()
     out.mkdir()
     make_set(clips, "test", count)
-    flags = ("--actors", "2", *METHOD, "--budget", str(BUDGET_TOKENS), "--device", "cpu")
+    flags = ("--actors", "2", *METHOD_FLAGS, "--budget", str(BUDGET_TOKENS), "--device", "cpu")
     found = KilledBatch(clips, out, flags, longest_s).run(num_kills)
     return {
         "command": f"freres batch CLIPS -o OUT --json -q {' '.join(flags)}",
@@ -220,7 +220,7 @@ def measure_actors(folder: Path, count: int = 40, repeat: int = 3) -> dict[str, 
             rates[actors].append(_rate_of(clips, folder / f"actors-{run}-{actors}", actors))
             cpu[actors].append((children_cpu_s() - before) / count)
     return {
-        "command": "freres batch CLIPS -o OUT --json -q --actors N --method fre-res --device cpu",
+        "command": f"freres batch CLIPS -o OUT --json -q --actors N --method {METHOD} --device cpu",
         "clips": f"{count} of freres world make --split test, 4 to 5 s at 8 fps",
         "warmup": 0,
         "runs": repeat,
@@ -261,7 +261,7 @@ def _size_of(clip: Path, method: str, budget: int, models: Models, folder: Path)
 
 def _rate_of(clips: Path, out: Path, actors: int) -> float:
     """Videos a second between the first row and the last; the first of each worker is not counted."""
-    flags = ("--actors", str(actors), *METHOD, "--budget", str(BUDGET_TOKENS), "--device", "cpu")
+    flags = ("--actors", str(actors), *METHOD_FLAGS, "--budget", str(BUDGET_TOKENS), "--device", "cpu")
     command = [*FRERES, "batch", str(clips), "-o", str(out), "--json", "-q", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:

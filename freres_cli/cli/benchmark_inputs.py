@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import av
 import torch
 
+from freres_cli.baselines.registry import FRE_RES
 from freres_cli.world.clip import draw_frame
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 # Qwen2-VL-7B: the tower that 2B, 7B and 72B share, and the width of its language model.
 TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584}
 GRID = (24, 24)
+# As in the committed results, which are older than the default method.
+METHOD = FRE_RES
+METHOD_FLAGS = ("--method", METHOD)
 
 
 def make_tower(depth: int = TOWER["depth"]) -> Qwen2VLVisionEncoder:

@@ -15,6 +15,7 @@ from freres_cli.backbones.cache import make_cache, reserve_rows
 from freres_cli.backbones.engine import prefill, prefill_video
 from freres_cli.backbones.saved_prefix import open_prefix
 from freres_cli.bench.report import summarize_ratios, summarize_runs
+from freres_cli.cli.benchmark_inputs import METHOD
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.world.make import make_set
 
@@ -26,7 +27,7 @@ def measure_lean(folder: Path, repeat: int = 5) -> dict[str, Any]:
     """Measure both with the bundled model, each pair in turn, in CPU and wall seconds; the first pair is not counted."""
     (folder / "lean").mkdir()
     clip = folder / "lean" / make_set(folder / "lean", "test", 1)[0].file
-    session = Compressor(method="fre-res", device="cpu").compress(clip).open(device="cpu")
+    session = Compressor(method=METHOD, device="cpu").compress(clip).open(device="cpu")
     model, tokens = session.model, session.tokens
     ids, path = model.prompt("?").prefix, folder / "lean.prefix.safetensors"
     open_prefix(model, ids, tokens, session.text_after, path)

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from freres_cli.bench.report import summarize_runs
-from freres_cli.cli.benchmark_inputs import GRID, TOWER, make_tower
+from freres_cli.cli.benchmark_inputs import GRID, METHOD, TOWER, make_tower
 from freres_cli.cli.benchmark_still import FPS, NUM_SLIDES, SLIDE_S, draw_slides, write_clip
 from freres_cli.cli.output import print_line
 from freres_cli.pipeline import encoding
@@ -67,7 +67,7 @@ def measure_levers(moving: Path, folder: Path, num_frames: int, repeat: int = 3)
     return {
         "clips": "moving: 1280x720, H.264, a drawn clip; slides: 640x360, H.264; 30 fps",
         "model": "bundled, both halves loaded before",
-        "method": "fre-res",
+        "method": METHOD,
         "kept": f"one token in {SHARE}, at most {MOST_TOKENS}",
         "measured": "compress, then ask: seconds from opening the file to the first token of the answer; and the seconds of "
         "CPU time of the process",
@@ -81,7 +81,7 @@ def measure_levers(moving: Path, folder: Path, num_frames: int, repeat: int = 3)
 def _time_once(path: Path, settings: dict[str, Any], models: Models, end_s: float) -> dict[str, float]:
     values = dict(settings)
     with nullcontext() if values.pop("overlap") else without_overlap():
-        compressor = Compressor(method="fre-res", models=models, **values)
+        compressor = Compressor(method=METHOD, models=models, **values)
         wall, cpu = time.perf_counter(), time.process_time()
         bundle = compressor.compress(path, end_s=end_s)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -10,6 +10,7 @@ from typing import Any
 
 from freres_cli.bench.apart import FRERES, children_cpu_s
 from freres_cli.bench.report import summarize_ratios, summarize_runs
+from freres_cli.cli.benchmark_inputs import METHOD, METHOD_FLAGS
 from freres_cli.world.make import make_set
 
 THIS = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def measure_startup(folder: Path, other: Path | None, repeat: int = 3) -> dict[s
     clip = folder / "startup" / make_set(folder / "startup", "test", 1)[0].file
     checkouts = {"this": THIS} | ({} if other is None else {"other": other.resolve()})
     commands = {
-        "compress": ("compress", str(clip), "--method", "fre-res", "-o", str(folder / "startup.pt"), "--force"),
+        "compress": ("compress", str(clip), *METHOD_FLAGS, "-o", str(folder / "startup.pt"), "--force"),
         "ask": ("ask", str(folder / "startup.pt"), QUESTION),
     }
     # Both checkouts keep their compiled modules, as an installed package does, in a place of their own.
@@ -48,7 +49,7 @@ def measure_startup(folder: Path, other: Path | None, repeat: int = 3) -> dict[s
                 row["this_over_other"] = summarize_ratios(values["this"], values["other"])
             measured.setdefault(name, {})[kind] = row
     return {
-        "commands": ["freres compress CLIP --method fre-res -o BUNDLE --force", f'freres ask BUNDLE "{QUESTION}"'],
+        "commands": [f"freres compress CLIP --method {METHOD} -o BUNDLE --force", f'freres ask BUNDLE "{QUESTION}"'],
         "clip": "freres world make --split test, the first: 4 to 5 s at 8 fps",
         "checkouts": {which: describe_checkout(root) for which, root in checkouts.items()},
         "load_average": os.getloadavg()[0],

@@ -9,6 +9,7 @@ from typing import Any
 import av
 import numpy as np
 
+from freres_cli.cli.benchmark_inputs import METHOD
 from freres_cli.pipeline.compressor import Compressor
 
 SIDE = (640, 360)
@@ -45,9 +46,9 @@ def measure_still(folder: Path) -> dict[str, Any]:
     rows = []
     for name, frames in clips.items():
         path = write_clip(folder / f"{name}.mp4", frames)
-        Compressor(method="fre-res", budget_tokens=BUDGET_TOKENS).compress(path)  # warm-up
+        Compressor(method=METHOD, budget_tokens=BUDGET_TOKENS).compress(path)  # warm-up
         for levels in LEVELS:
-            bundle = Compressor(method="fre-res", budget_tokens=BUDGET_TOKENS, still_levels=levels).compress(path)
+            bundle = Compressor(method=METHOD, budget_tokens=BUDGET_TOKENS, still_levels=levels).compress(path)
             facts = bundle.manifest
             tokens, num_frames = facts["tokens"], facts["sampling"]["num_frames"]
             num_encoded = tokens["encoded_tokens"] * num_frames // tokens["full_tokens"]
