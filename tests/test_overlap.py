@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from freres_cli.errors import BackboneError, VideoError
+from freres_cli.pipeline import compressor
 from freres_cli.pipeline.ahead import read_ahead
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.records import FrameSize
@@ -141,6 +142,15 @@ def test_a_method_that_fails_leaves_no_thread(clip, monkeypatch):
     with pytest.raises(Exception, match="out of memory"):
         Compressor(models=loaded_models()).compress(clip)
     assert not running()
+
+
+@pytest.mark.parametrize(("long_frames", "calls"), [(199, 1), (200, 0)])
+def test_only_a_long_video_gives_freed_memory_back(clip, monkeypatch, long_frames, calls):
+    found = []
+    monkeypatch.setattr(compressor, "LONG_FRAMES", long_frames)
+    monkeypatch.setattr(compressor, "return_large_memory", lambda: found.append(1))
+    Compressor(models=loaded_models()).compress(clip)
+    assert len(found) == calls
 
 
 INTERRUPTED = """
