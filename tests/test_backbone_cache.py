@@ -14,7 +14,8 @@ from transformers import DynamicCache, Qwen2VLConfig
 from freres_cli.backbones import attention, engine
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.base import PromptRows
-from freres_cli.backbones.cache import LEAST_SPARE, make_cache, reserve_rows
+from freres_cli.backbones.cache import LEAST_SPARE, reserve_rows
+from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel
 from tests import tiny_qwen2_vl
 from tests.tiny_models import video_tokens

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from freres_cli.backbones.cache import make_cache, reserve_rows
+from freres_cli.backbones.cache import reserve_rows
 from freres_cli.backbones.engine import prefill, prefill_video
+from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.saved_prefix import open_prefix
 from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.cli.benchmark_inputs import METHOD

@@ -99,6 +99,20 @@ Attention = Annotated[
         "--attn", metavar="NAME", help="Attention kernels: auto, sdpa, eager or flash (16-bit models on CUDA)."
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype", metavar="NAME", help="Numbers of the KV cache: auto (as --dtype), int8 or fp8; 8 bits are lossy."
+    ),
+]
+WeightDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--weight-dtype",
+        metavar="NAME",
+        help="Weights of the decoder's linear layers: auto (as --dtype), int8 or fp8 (lossy; need torchao).",
+    ),
+]
 DeepStack = Annotated[
     str | None,
     typer.Option(
