@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from typing import Any
 # transformers' losses for object detection take one function from it, and are imported with every model.
 PUT_OFF = "scipy.optimize"
 PUT_OFF_FUNCTION = "linear_sum_assignment"
+# Where it is installed, transformers imports torchao with every model. It warns about each of its libraries for other
+# devices, and torch warns about what it registers.
+NOISY = ("torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -25,13 +29,26 @@ def quick_imports() -> Iterator[None]:
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        with _put_off_scipy():
+        with _put_off_scipy(), quiet_torchao():
             yield
     finally:
         if was_collecting:
             # Modules stay until the end, so later collections need not look at them.
             gc.freeze()
             gc.enable()
+
+
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Import torchao inside the block without its warnings. Errors are shown."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    try:
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -6,9 +6,7 @@ torchao turns a matrix back into the model's precision for the moment of its pro
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from freres_cli.errors import BackboneError
+from freres_cli.imports import quiet_torchao
 
 # What torchao keeps beside a row: a scale in float32, and with int8 a zero point in 8 bits.
 ROW_BYTES = {"int8": 5, "fp8": 4}
@@ -31,7 +30,7 @@ def quantize_linears(decoder: nn.Module, weights: str | None, device: torch.devi
     linears = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     before = sum(linear.weight.nbytes for linear in linears)
     try:
-        with _no_import_notes():
+        with quiet_torchao():
             from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow, quantize_
         made: Any = Int8WeightOnlyConfig if weights == "int8" else Float8WeightOnlyConfig
         # It would change settings of torch.compile for the whole process.
@@ -63,14 +62,3 @@ def plain_tensors(weight: Tensor) -> Iterator[Tensor]:
         return
     for name in weight.__tensor_flatten__()[0]:
         yield from plain_tensors(getattr(weight, name))
-
-
-@contextmanager
-def _no_import_notes() -> Iterator[None]:
-    """torchao warns when it is imported about each library for other devices that it cannot load."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -184,7 +184,7 @@ def evaluate_video(
             clip = EncodedClip(VideoSource(video), options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
-                _try_cell(cell, lambda cell: _ask_cell(cell, clip, request, questions, model, modules, timer))
+                _try_cell(cell, lambda cell: ask_cell(cell, clip, request, questions, model, modules, timer))
                 for cell in request.cells
             ]
     except FreresError as error:
@@ -215,7 +215,7 @@ def describe_failure(error: Exception, name: str) -> str:
     return f"{name}: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _ask_cell(
+def ask_cell(
     cell: Cell,
     clip: EncodedClip,
     request: EvalRequest,
@@ -226,7 +226,9 @@ def _ask_cell(
 ) -> dict[str, Any]:
     """Return tokens, times and answers of one method at one budget.
 
-    An answer, by question id, is (text, whether it is right, seconds to the first token).
+    ``cell``: the method and its budget. ``clip``: the encoded clip. ``request``: what the run asks for. ``questions``: about
+    this clip. ``model``: the language half. ``modules``: trained modules by adapter path. ``timer``: that of the clip. An
+    answer, by question id, is (text, whether it is right, seconds to the first token).
     """
     budget_tokens = {"full": clip.full_tokens, "blind": 0}.get(cell.method)
     if cell.budget is not None:
