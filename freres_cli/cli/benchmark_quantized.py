@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,20 +35,21 @@ STORAGES = {
     "kv fp8": ("fp8", None),
     "weights int8": (None, "int8"),
     "weights fp8": (None, "fp8"),
-    "kv and weights int8": ("int8", "int8"),
 }
-LENGTHS = (1000, 8000)
+LENGTHS = (1000, 4000)
 
 
-def measure_quantized(questions: Sequence[Path], repeat: int = 5) -> dict[str, Any]:
+def measure_quantized(questions: Sequence[Path], repeat: int = 3) -> dict[str, Any]:
     """Ask the questions of each file with every storage of ``STORAGES``, each clip encoded once, and compare in pairs.
 
-    ``questions``: files of the world, such as ``freres world make`` writes. ``repeat``: pairs of timed runs. Needs torchao.
+    ``questions``: files of the world, such as ``freres world make`` writes. ``repeat``: pairs of timed runs. Needs torchao. A
+    run that was stopped goes on from the answers beside the questions.
     """
     models = {
         name: Models(make_source(BUNDLED, "cpu", storage=choose_storage(kv, weights))).language_model
         for name, (kv, weights) in STORAGES.items()
     }
+    asked = {path.parent.name: ask_all(path, models) for path in questions}
     plain = models["float32"]
     rounded: dict[str, Any] = {name: model for name, model in models.items() if name != "float32"}
     return {
@@ -67,7 +69,7 @@ def measure_quantized(questions: Sequence[Path], repeat: int = 5) -> dict[str, A
             for length in LENGTHS
         },
         "prefill": {name: _time_prefill(model, plain, repeat) for name, model in rounded.items()},
-        "sets": {path.parent.name: ask_all(path, models) for path in questions},
+        "sets": asked,
     }
 
 
@@ -94,10 +96,16 @@ def ask_all(path: Path, models: dict[str, LanguageModel]) -> dict[str, Any]:
     cells = {name: [Cell(method, budget, f"{method}, {name}") for method, budget in kinds] for name in models}
     listed = tuple(cell for own in cells.values() for cell in own)
     request = EvalRequest(file, listed, compressor.options)
-    rows = []
-    for video, asked in file.by_video().items():
-        rows.append(_ask_video(video, asked, compressor, models, cells, request))
-        print_line(f"{path.parent.name}: {len(rows)} of {len(file.by_video())} videos")
+    kept = path.with_name("quantized.jsonl")
+    done = {row["video"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    videos = file.by_video()
+    for number, (video, asked) in enumerate(videos.items(), 1):
+        if video not in done:
+            done[video] = _ask_video(video, asked, compressor, models, cells, request)
+            with kept.open("a") as out:
+                out.write(json.dumps(done[video]) + "\n")
+        print_line(f"{path.parent.name}: {number} of {len(videos)} videos")
+    rows = [done[video] for video in videos]
     return {**summarize(file, rows, listed), "questions_file": f"{path.parent.name}/{path.name}"}
 
 
