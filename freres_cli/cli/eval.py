@@ -97,14 +97,13 @@ def evaluate(
     """
     from freres_cli.evaluation.results import results_path
 
-    cells = choose_cells(methods, budgets, METHODS)
+    cells, storage = choose_cells(methods, budgets, METHODS), choose_storage(kv_dtype, weight_dtype)
     flags = gather_flags_at_budgets(assignments)
     file = read_any_questions(questions, benchmark, limit)
     path = None if output is None else results_path(output, questions)
     made = [
         None if text is None else options.check_path(text, flag) for text, flag in ((table, "--csv"), (plot, "--plot"))
     ]
-    storage = choose_storage(kv_dtype, weight_dtype)
     made_options = make_options(flags, preset, model, revision, device=device, dtype=dtype, storage=storage)
     chosen = at_budgets(made_options, "eval", cells)
     from freres_cli.pipeline.adapters import give_adapters
