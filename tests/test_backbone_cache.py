@@ -152,8 +152,8 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])
 @torch.no_grad()
 def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch, kv):
-    """Qwen2-VL-7B on torch's meta device, which computes nothing. The kernel is taken to hold only its result. Of a cache in 8
-    bits, the rows of one layer are there in the model's precision as well."""
+    """Qwen2-VL-7B on torch's meta device, which computes nothing. The kernel is taken to hold only its result. Of a cache in
+    8 bits, the rows of one layer are there in the model's precision as well."""
     text = {
         "hidden_size": 3584,
         "intermediate_size": 18944,
