@@ -101,16 +101,14 @@ Attention = Annotated[
 ]
 KvDtype = Annotated[
     str | None,
-    typer.Option(
-        "--kv-dtype", metavar="NAME", help="Numbers of the KV cache: auto (as --dtype), int8 or fp8; 8 bits are lossy."
-    ),
+    typer.Option("--kv-dtype", metavar="NAME", help="Numbers of the KV cache: auto, int8 or fp8 (lossy)."),
 ]
 WeightDtype = Annotated[
     str | None,
     typer.Option(
         "--weight-dtype",
         metavar="NAME",
-        help="Weights of the decoder's linear layers: auto (as --dtype), int8 or fp8 (lossy; need torchao).",
+        help="Weights of the decoder's linear layers: auto, int8 or fp8 (lossy; need torchao).",
     ),
 ]
 DeepStack = Annotated[
