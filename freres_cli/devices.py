@@ -86,6 +86,12 @@ class Storage:
     kv: str | None = None
     weights: str | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before a model is loaded."""
+        named = (("KV cache", self.kv), ("weights of the decoder's linear layers", self.weights))
+        return tuple(f"{what} in {name}: rounded, so answers may change" for what, name in named if name is not None)
+
     def describe(self, dtype: torch.dtype) -> dict[str, str]:
         """The numbers of both, as the JSON documents have them. ``dtype``: the model's precision."""
         own = str(dtype).removeprefix("torch.")

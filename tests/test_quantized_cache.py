@@ -204,6 +204,13 @@ def test_ask_says_what_is_lost(bundle):
     assert not any("KV cache" in note for note in plain["notes"])
 
 
+def test_profile_says_so_as_well(bundle):
+    flags = ("--device", "cpu", "--kv-dtype", "fp8", "--repeat", 1, "--warmup", 0, "--max-new-tokens", 1)
+    document = run_freres("profile", bundle, *flags, "--json").json
+    assert {row["kv_dtype"] for row in document["rows"]} == {"fp8"}
+    assert "KV cache in fp8: rounded, so answers may change" in document["notes"]
+
+
 def test_plan_counts_the_cache_as_it_is_kept(clip):
     flags = (clip, "--tflops", 1, "--device", "cpu", "--json")
     plain, small = run_freres("plan", *flags).json, run_freres("plan", *flags, "--kv-dtype", "fp8").json

@@ -110,7 +110,7 @@ def profile(
     asked, is_random = (chosen, question, repeat, warmup, max_new_tokens), weights == "random"
     with ExitStack() as stack:
         place, about = stack.enter_context(weights_of(model, weights))
-        told = [*about, chosen.note, chosen.attention_note]
+        told = [*about, chosen.note, chosen.attention_note, *storage.notes]
         waiting = [*told, f"{repeat} runs per row after {warmup} warm-up; please wait"]
         if table is not None:
             source = make_source(place or BUNDLED, chosen, dtype, revision, storage=storage)
