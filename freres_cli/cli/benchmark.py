@@ -64,6 +64,8 @@ from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
 ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids", "quantized")
+# Parts with a file of their own.
+NAMED_ALONE = ("hours", "quantized")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -351,7 +353,7 @@ def main() -> None:
             results["environment"] = describe_environment(choose_device("cpu"))
             named = " ".join(["", *arguments.parts])
             place = f"freres_cli/bench/results/{arguments.output.name}"
-            results["command"] = f"python -m freres_cli.cli.benchmark -o {place}{named if part == 'hours' else ''}"
+            results["command"] = f"python -m freres_cli.cli.benchmark -o {place}{named if part in NAMED_ALONE else ''}"
             results[part] = measures[part]()
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
             print_result(f"{part}: done")
