@@ -204,6 +204,7 @@ def test_ask_says_what_is_lost(bundle):
     assert not any("KV cache" in note for note in plain["notes"])
 
 
+@pytest.mark.slow
 def test_profile_says_so_as_well(bundle):
     flags = ("--device", "cpu", "--kv-dtype", "fp8", "--repeat", 1, "--warmup", 0, "--max-new-tokens", 1)
     document = run_freres("profile", bundle, *flags, "--json").json
