@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from freres_cli.errors import ResourceError, UsageError, count_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION_NAMES = ("auto", "sdpa", "eager", "flash")
+STORAGE_NAMES = ("auto", "int8", "fp8")
 
 # Below this size float32 costs little memory, and CPUs without bfloat16 instructions are slow in bfloat16.
 SMALL_MODEL_BYTES = 2**30
@@ -74,6 +76,45 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.name.startswith("cuda")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """In which 8-bit numbers a language half keeps its KV cache (``kv``) and the weights of its linear layers
+    (``weights``): int8 or fp8, or ``None`` for the precision that it computes in. Both lose accuracy."""
+
+    kv: str | None = None
+    weights: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before a model is loaded."""
+        named = (("KV cache", self.kv), ("weights of the decoder's linear layers", self.weights))
+        return tuple(f"{what} in {name}: rounded, so answers may change" for what, name in named if name is not None)
+
+    def describe(self, dtype: torch.dtype) -> dict[str, str]:
+        """The numbers of both, as the JSON documents have them. ``dtype``: the model's precision."""
+        own = str(dtype).removeprefix("torch.")
+        return {"kv_dtype": self.kv or own, "weight_dtype": self.weights or own}
+
+
+AS_COMPUTED = Storage()
+
+
+def choose_storage(kv: str | None = None, weights: str | None = None) -> Storage:
+    """Turn two of ``STORAGE_NAMES`` into a storage. ``auto`` (or None) is the model's precision.
+
+    Raises UsageError for an unknown name, and for weights if torchao is not installed.
+    """
+    for flag, name in (("--kv-dtype", kv), ("--weight-dtype", weights)):
+        if name not in (None, *STORAGE_NAMES):
+            raise UsageError(f"{flag}: expected one of {', '.join(STORAGE_NAMES)}, got {name}")
+    chosen = Storage(*(None if name == "auto" else name for name in (kv, weights)))
+    if chosen.weights is not None and find_spec("torchao") is None:
+        raise UsageError(
+            f"--weight-dtype {weights}: needs torchao, which is not installed", "run: pip install 'freres[quant]'"
+        )
+    return chosen
 
 
 def choose_device(requested: str | None = None, attention: str | None = None) -> Device:

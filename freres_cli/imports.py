@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +22,9 @@ COMPILER = "torch._dynamo"
 PUT_OFF = {SCIPY: "linear_sum_assignment", f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex"}
 # Decorators that only tell torch.compile something.
 MARKS = ("assume_constant_result", "allow_in_graph", "disable")
+# Where it is installed, transformers imports torchao with every model. It warns about each of its libraries for other
+# devices, and torch warns about what it registers.
+NOISY = ("torchao", "torch.utils._pytree")
 
 _is_command = False
 
@@ -43,7 +49,7 @@ def quick_imports() -> Iterator[None]:
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        with _put_off(SCIPY), without_compiler():
+        with _put_off(SCIPY), without_compiler(), quiet_torchao():
             yield
     finally:
         if was_collecting:
@@ -73,6 +79,19 @@ def without_compiler() -> Iterator[None]:
 
 
 @contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Import torchao inside the block without its warnings. Errors are shown."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    try:
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
 def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, function)
@@ -92,11 +111,13 @@ def _put_off(*names: str) -> Iterator[None]:
     if names[0] in sys.modules:
         yield
         return
-    stand_ins = {name: _StandIn(name) for name in names}
+    stand_ins, finder = {name: _StandIn(name) for name in names}, _PartsOfWhole()
     sys.modules.update(stand_ins)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         for name, stand_in in stand_ins.items():
             if sys.modules.get(name) is stand_in:
                 del sys.modules[name]
@@ -106,6 +127,10 @@ class _StandIn(ModuleType):
     """What stands in for a module until something of it is used: a function of ``PUT_OFF`` when it is called, and any other
     name but a mark at once."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []  # a package, whose modules ``_PartsOfWhole`` finds
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -114,6 +139,24 @@ class _StandIn(ModuleType):
         if self.__name__ == COMPILER and name in MARKS:
             return _keep_unmarked
         return getattr(_import(self.__name__), name)
+
+
+class _PartsOfWhole(MetaPathFinder, Loader):
+    """Finds a module of a package that has a stand-in: the package itself is imported, and takes the stand-in's place."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package = fullname.rpartition(".")[0]
+        if not isinstance(sys.modules.get(package), _StandIn):
+            return None
+        _import(package)
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        self._spec = (module := import_module(spec.name)).__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # it ran when its package was imported
 
 
 def _import(name: str) -> ModuleType:

@@ -14,8 +14,10 @@ from transformers import DynamicCache, Qwen2VLConfig
 from freres_cli.backbones import attention, engine
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.base import PromptRows
-from freres_cli.backbones.cache import LEAST_SPARE, make_cache, reserve_rows
+from freres_cli.backbones.cache import LEAST_SPARE, reserve_rows
+from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel
+from freres_cli.devices import Storage
 from tests import tiny_qwen2_vl
 from tests.tiny_models import video_tokens
 
@@ -147,9 +149,11 @@ class LiveBytes(TorchDispatchMode):
             self.now -= num_bytes
 
 
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
 @torch.no_grad()
-def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch):
-    """Qwen2-VL-7B on torch's meta device, which computes nothing. The kernel is taken to hold only its result."""
+def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch, kv):
+    """Qwen2-VL-7B on torch's meta device, which computes nothing. The kernel is taken to hold only its result. Of a cache in
+    8 bits, the rows of one layer are there in the model's precision as well."""
     text = {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -162,6 +166,7 @@ def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch):
         half, _ = Qwen2VLLanguageModel.build_half(Qwen2VLConfig(text_config=text), torch.bfloat16)
     model = object.__new__(Qwen2VLLanguageModel)
     model.half, model.decoder, model.width, model.num_deep_layers = half, half.decoder, 3584, 0
+    model.storage = Storage(kv)
     model.max_context_tokens = half.decoder.config.max_position_embeddings
     use_attention(half.decoder, CAUSAL_NO_MASK)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
@@ -174,4 +179,5 @@ def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch):
     weights = sum(parameter.nbytes for parameter in half.parameters())
     held = num_rows * model.kv_bytes_per_token
     assert held == sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
-    assert held < live.peak and weights + live.peak < 1.05 * (weights + held)
+    layer = 0 if kv is None else num_rows * 2 * 4 * 128 * 2
+    assert held < live.peak and weights + live.peak < 1.05 * (weights + held) + layer

@@ -38,6 +38,10 @@ assert scipy.optimize.linear_sum_assignment([[2.0, 1.0], [1.0, 2.0]])[1].tolist(
     [
         ("from scipy.optimize import linear_sum_assignment", False),
         ("from scipy.optimize import minimize; assert minimize.__module__.startswith('scipy')", True),
+        (
+            "import scipy.optimize._root as r; assert r is sys.modules['scipy.optimize']._root and r.__spec__.origin",
+            True,
+        ),
     ],
 )
 def test_scipy_is_whole_again_after_the_block(statement: str, is_imported: bool) -> None:
@@ -77,11 +81,12 @@ assert int(torch.compile(lambda x: x + 1, backend="eager")(torch.tensor(1))) == 
 
 
 USE = "from torch._dynamo import config; assert config.__name__ == 'torch._dynamo.config'"
+USE_PART = "import torch._dynamo.utils as u; assert u is sys.modules['torch._dynamo'].utils and u.__spec__.origin"
 
 
 @pytest.mark.parametrize(
     ("statement", "environment", "is_imported"),
-    [("pass", {}, False), (USE, {}, True), ("pass", {"WORLD_SIZE": "2"}, True)],
+    [("pass", {}, False), (USE, {}, True), (USE_PART, {}, True), ("pass", {"WORLD_SIZE": "2"}, True)],
 )
 def test_a_command_imports_no_compiler_until_it_is_used(statement, environment, is_imported) -> None:
     command = [sys.executable, "-c", COMMAND.format(statement=statement)]

@@ -17,6 +17,7 @@ from freres_cli.backbones import hub
 from freres_cli.backbones.sizes import measure_decoder, measure_tower
 from freres_cli.cli.compress import make_options
 from freres_cli.cli.plan import parse_size
+from freres_cli.devices import AS_COMPUTED, Storage
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows.plan import Planner
@@ -57,7 +58,9 @@ def test_flops_are_those_that_torch_counts(case, tmp_path):
     slack = 1e-4 if case.is_hybrid else 0.0
     assert counter.get_total_flops() == pytest.approx(decoder.prefill_flops(ROWS, 4096), rel=slack, abs=0)
     assert decoder.num_parameters == model.num_parameters
-    assert decoder.kv_values * model.dtype.itemsize == model.kv_bytes_per_token
+    for storage in (AS_COMPUTED, Storage("int8"), Storage("fp8")):
+        model.storage = storage
+        assert decoder.row_bytes(model.dtype.itemsize, storage) == model.kv_bytes_per_token
     assert decoder.state_values == sum(
         state.numel()
         for layer in cache.layers

@@ -16,6 +16,7 @@ from freres_cli.backbones import engine
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.saved_prefix import HEADER, digest_prefix, open_prefix
+from freres_cli.devices import Storage
 from tests import tiny_qwen2_vl
 from tests.runner import fails
 from tests.tiny_models import video_tokens
@@ -48,13 +49,16 @@ def answers_of(model, prefix, suffix):
     return engine.score_options(model, prefix, suffix, OPTIONS), "".join(generate(model, prefix, suffix, 40))
 
 
-def test_answers_are_those_of_a_fresh_prefix_to_the_bit(tiny, opened):
-    fresh = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP))
-    saved, read = opened(), opened()
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_answers_are_those_of_a_fresh_prefix_to_the_bit(tiny, opened, path, kv):
+    model = changed(tiny.model, kv)
+    fresh = engine.prefill_video(model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP))
+    saved, read = opened(model), opened(model)
     assert not is_read(saved) and is_read(read)
-    scores, text = answers_of(tiny.model, fresh, tiny.prompt.suffix)
+    assert path.stat().st_size < fresh.num_tokens * model.kv_bytes_per_token + 4096
+    scores, text = answers_of(model, fresh, tiny.prompt.suffix)
     for prefix in (saved, read):
-        own = answers_of(tiny.model, prefix, tiny.prompt.suffix)
+        own = answers_of(model, prefix, tiny.prompt.suffix)
         assert torch.equal(own[0], scores) and own[1] == text
         assert (prefix.num_tokens, prefix.next_position) == (fresh.num_tokens, fresh.next_position)
     for layer, other in zip(read.cache.layers, fresh.cache.layers, strict=True):
@@ -64,7 +68,9 @@ def test_answers_are_those_of_a_fresh_prefix_to_the_bit(tiny, opened):
 def changed(model, how):
     model = copy.copy(model)
     model.decoder = copy.deepcopy(model.decoder)
-    if how == "weights":
+    if how in (None, "int8", "fp8"):
+        model.storage = Storage(how)
+    elif how == "weights":
         weight = model.decoder.layers[-1].self_attn.k_proj.weight
         weight.data += 0.01
     elif how == "kernel":
@@ -75,7 +81,7 @@ def changed(model, how):
     return model
 
 
-@pytest.mark.parametrize("what", ["tokens", "prompt", "weights", "kernel", "fingerprint"])
+@pytest.mark.parametrize("what", ["tokens", "prompt", "weights", "kernel", "fingerprint", "int8"])
 def test_a_prefix_made_from_anything_else_is_made_again_and_a_note_says_so(tiny, opened, what):
     opened()
     other = {

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from freres_cli.devices import Storage
 from freres_cli.records import FrameSize, VideoTokens
 
 
@@ -130,7 +131,8 @@ class LanguageModel(Protocol):
     gives the answer of the full sequence with the other tokens masked.
 
     ``choices_as``: how options are scored, by the ``letters`` they are listed under, as released models expect, or by
-    their own ``words``, for models trained to answer in words. ``decoder``: the module, with its weights and config.
+    their own ``words``, for models trained to answer in words. ``storage``: how cache and weights are kept. ``decoder``: the
+    module, with its weights and config.
     """
 
     family: str
@@ -144,6 +146,7 @@ class LanguageModel(Protocol):
     notes: tuple[str, ...]
     max_context_tokens: int
     choices_as: str
+    storage: Storage
     kv_bytes_per_token: int
     activation_bytes_per_token: int
     num_parameters: int

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 # Spare rows, as a share of the rows (ours: little enough for memory to stay within 5 % of weights and cache), and the least
@@ -40,13 +39,17 @@ class ReservedLayer(DynamicLayer):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             self._buffers = None
             return super().update(key_states, value_states, *args, **options)
+        return self.append(key_states, value_states)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append rows as they are stored, (n, heads, L, w), and return all of them."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(keys, values)
         start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        room_keys, room_values = self._room_for(end, key_states, value_states)
-        room_keys[..., start:end, :] = key_states
-        room_values[..., start:end, :] = value_states
+        end = start + keys.shape[-2]
+        room_keys, room_values = self._room_for(end, keys, values)
+        room_keys[..., start:end, :] = keys
+        room_values[..., start:end, :] = values
         self.keys, self.values = room_keys[..., :end, :], room_values[..., :end, :]
         return self.keys, self.values
 
@@ -94,14 +97,6 @@ def _begins(room: Tensor, rows: Tensor | None, states: Tensor) -> bool:
     if rows is None or rows.numel() == 0:
         return True
     return rows.data_ptr() == room.data_ptr() and rows.stride() == room.stride() and rows.shape[:-2] == room.shape[:-2]
-
-
-def make_cache(config: Any) -> DynamicCache:
-    """An empty cache for one sequence of a decoder with this ``config``. Layers that keep a window or a state are those of
-    transformers."""
-    cache = DynamicCache(config=config)
-    cache.layers = [ReservedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def reserve_rows(cache: Any, num_rows: int) -> None:

@@ -15,11 +15,12 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import PromptIds, PromptRows
-from freres_cli.backbones.cache import make_cache
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
+from freres_cli.backbones.quantized_cache import make_cache, row_format
+from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.templates import render_chat
-from freres_cli.devices import Device, choose_dtype, fit_attention
+from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
 from freres_cli.imports import without_compiler
 from freres_cli.presets import TEXT_AFTER
@@ -49,11 +50,13 @@ class DecoderLanguageModel(ABC):
     ``config`` is the model's config from transformers, ``half`` its decoder and head, ``tokenizer`` its tokenizer.
     ``stop_ids``: the tokens that end an answer. ``fingerprint``: what identifies the checkpoint. ``notes``: what the
     user should know. ``attention``: the kernel, one of sdpa, flash and eager. ``choices_as``: letters or words.
+    ``storage``: how cache and weights are kept; the weights are already.
     """
 
     files: ClassVar[FamilyFiles]
     num_axes: ClassVar[int] = 3
     video_token: ClassVar[str | None] = None
+    storage: Storage = AS_COMPUTED
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class DecoderLanguageModel(ABC):
         notes: tuple[str, ...] = (),
         attention: str = "sdpa",
         choices_as: str = "letters",
+        storage: Storage = AS_COMPUTED,
     ) -> None:
         use_attention(half.decoder, CAUSAL_NO_MASK, attention)
         self.attention = attention
@@ -79,15 +83,22 @@ class DecoderLanguageModel(ABC):
         )
         self.stop_ids = stop_ids
         self.fingerprint = fingerprint
-        self.notes = notes
+        self.storage = storage
+        self.notes = (*notes, *self.describe_kv())
         self.width = int(half.decoder.config.hidden_size)
         self.num_layers = len(half.decoder.layers)
         self.num_deep_layers = self.count_deep_layers(config)
         self.max_context_tokens = int(half.decoder.config.max_position_embeddings)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> Self:
-        """Read the language half of a checkpoint and its tokenizer, without reading other weights."""
+    def load(
+        cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None, storage: Storage = AS_COMPUTED
+    ) -> Self:
+        """Read the language half of a checkpoint and its tokenizer, without reading other weights.
+
+        ``checkpoint``: where it is. ``device``, ``dtype``: where and in which precision it runs. ``storage``: how its cache
+        and weights are kept.
+        """
         config = read_config(checkpoint, cls.files)
         if getattr(config.text_config, "use_sliding_window", False):
             raise BackboneError(f"{checkpoint.model_id}: sliding-window attention is not supported")
@@ -97,25 +108,32 @@ class DecoderLanguageModel(ABC):
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):
             half, prefixes = cls.build_half(config, chosen)
-            load_submodule(checkpoint, half, prefixes, chosen, torch.device(device.name), cls.files.transposed)
+            place = torch.device(device.name)
+            # Weights to be quantized reach the device one by one, so that it need not hold all of them as they are stored.
+            first = place if storage.weights is None else torch.device("cpu")
+            load_submodule(checkpoint, half, prefixes, chosen, first, cls.files.transposed)
+            weights_note = quantize_linears(half.decoder, storage.weights, place)
+            half.to(place)
         stop = checkpoint.read_json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
-        notes = tuple(filter(None, (device.note, dtype_note, attention_note, *_rope_notes(config.text_config))))
+        notes = tuple(
+            filter(None, (device.note, dtype_note, attention_note, weights_note, *_rope_notes(config.text_config)))
+        )
         choices_as = checkpoint.read_json(MODEL_INFO_FILE).get("choices_as", "letters")
-        return cls(config, half, tokenizer, stop_ids, digests, notes, attention, choices_as)
+        return cls(config, half, tokenizer, stop_ids, digests, notes, attention, choices_as, storage)
 
     @classmethod
-    def load_without_weights(cls, checkpoint: Checkpoint) -> Self:
+    def load_without_weights(cls, checkpoint: Checkpoint, storage: Storage = AS_COMPUTED) -> Self:
         """The language half on torch's meta device, which holds no values: it can count the rows of prompts, not run.
 
-        Only the config and the tokenizer are read.
+        Only the config and the tokenizer are read. ``storage``: how a cache would be kept.
         """
         config = read_config(checkpoint, cls.files)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with without_compiler(), torch.device("meta"):
             half, _ = cls.build_half(config, torch.float32)
-        return cls(config, half, tokenizer, frozenset(), {})
+        return cls(config, half, tokenizer, frozenset(), {}, storage=storage)
 
     @classmethod
     def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
@@ -155,12 +173,24 @@ class DecoderLanguageModel(ABC):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one token takes in the KV cache, over all layers that have one."""
+        """Bytes that one token takes in the KV cache, with its scales, over all layers that have one."""
+        return self._kv_bytes(self.storage.kv)
+
+    def _kv_bytes(self, kv: str | None) -> int:
         config = self.decoder.config
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         num_layers = sum(kind == "full_attention" for kind in kinds)
-        return int(2 * num_layers * config.num_key_value_heads * head_width * self.dtype.itemsize)
+        numbers, dtype = row_format(head_width, self.dtype, kv)
+        return int(2 * num_layers * config.num_key_value_heads * numbers * dtype.itemsize)
+
+    def describe_kv(self) -> tuple[str, ...]:
+        """A note on what the cache loses and saves, if it is kept in other numbers than the model's."""
+        if self.storage.kv is None:
+            return ()
+        held, plain = self.kv_bytes_per_token, self._kv_bytes(None)
+        saved = f"{held} bytes a token in place of {plain}"
+        return (f"KV cache in {self.storage.kv}, {saved}: keys and values are rounded, so answers may change",)
 
     @property
     def activation_bytes_per_token(self) -> int:
@@ -256,7 +286,7 @@ class DecoderLanguageModel(ABC):
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache for one sequence."""
-        return make_cache(self.decoder.config)
+        return make_cache(self.decoder.config, self.storage.kv)
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
         """Run rows on top of the cache. Returns the last hidden states, (L, D)."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.checkpoint import Checkpoint, resolve_checkpoint
-from freres_cli.devices import Device
+from freres_cli.devices import AS_COMPUTED, Device, Storage
 from freres_cli.errors import BackboneError
 from freres_cli.imports import quick_imports
 
@@ -143,13 +143,14 @@ def load_language_model(
     dtype: str | None = None,
     revision: str | None = None,
     bundled_directory: Path | None = None,
+    storage: Storage = AS_COMPUTED,
 ) -> LanguageModel:
     """Load the language half of a model and its tokenizer. Of the vision half, only the projector is read, to hash it.
 
-    See ``load_vision_encoder`` for the arguments.
+    See ``load_vision_encoder`` for the arguments. ``storage``: how cache and weights are kept.
     """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
-    return _class_of(checkpoint, "language").load(checkpoint, device, dtype)
+    return _class_of(checkpoint, "language").load(checkpoint, device, dtype, storage)
 
 
 def load_prompt_counter(
@@ -158,14 +159,15 @@ def load_prompt_counter(
     dtype: str | None = None,
     revision: str | None = None,
     bundled_directory: Path | None = None,
+    storage: Storage = AS_COMPUTED,
 ) -> LanguageModel:
     """Return the language half without weights: it counts the rows of prompts, and cannot run. Only config and tokenizer
     are read.
 
-    See ``load_vision_encoder`` for the arguments; ``device`` and ``dtype`` have no effect.
+    See ``load_language_model`` for the arguments; ``device`` and ``dtype`` have no effect.
     """
     checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
-    return _class_of(checkpoint, "language").load_without_weights(checkpoint)
+    return _class_of(checkpoint, "language").load_without_weights(checkpoint, storage)
 
 
 def load_weightless_encoder(

@@ -1,7 +1,8 @@
 """A prefilled video in a file, so that it need not be prefilled again: one safetensors file, which runs no code.
 
 The file names what it was made from by a digest: of the rows that were prefilled, so of bundle, adapter, prompt and
-positions; and of the model, its precision, attention kernel, device and torch. For any other digest it is not used.
+positions; and of the model, its precision, numbers of the cache, attention kernel, device and torch. For any
+other digest it is not used.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.engine import VideoPrefix, check_context, memory_of, prefill_rows
-from freres_cli.devices import synchronize
+from freres_cli.backbones.quantized_weights import plain_tensors
+from freres_cli.devices import AS_COMPUTED, synchronize
 from freres_cli.errors import BundleError, FreresError, explain_no_file
 from freres_cli.files import write_atomically
 from freres_cli.records import VideoTokens
@@ -86,14 +89,16 @@ def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:
         "torch": torch.__version__,
         "next_position": rows.next_position,
         "shape": list(rows.embeds.shape),
+        **({} if model.storage == AS_COMPUTED else asdict(model.storage)),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for tensor in (rows.embeds, rows.positions):
         digest.update(_bytes_of(tensor))
     for name, weight in sorted(model.decoder.named_parameters()):
-        flat = weight.detach().flatten()
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
-        digest.update(_bytes_of(flat[:: max(1, len(flat) // SAMPLED_VALUES)]))
+        for part in plain_tensors(weight.detach()):
+            flat = part.flatten()
+            digest.update(_bytes_of(flat[:: max(1, len(flat) // SAMPLED_VALUES)]))
     return digest.hexdigest()
 
 
@@ -151,9 +156,12 @@ def read_rows(path: Path, header: dict[str, Any], model: LanguageModel, num_rows
     it has to hold. ``cache``: the empty cache. Raises BundleError for other tensors than the model's, or other bytes than
     were written.
     """
+    from freres_cli.backbones.quantized_cache import row_format
+
     config = model.decoder.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_key_value_heads, num_rows, head_width)
+    numbers, dtype = row_format(head_width, model.dtype, model.storage.kv)
+    shape = (1, config.num_key_value_heads, num_rows, numbers)
     names = {f"{part}.{number}" for part in ("keys", "values") for number in range(len(cache.layers))}
     try:
         with safe_open(path, framework="pt") as file:
@@ -168,7 +176,7 @@ def read_rows(path: Path, header: dict[str, Any], model: LanguageModel, num_rows
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{path}: damaged prefix: {str(error).splitlines()[0][:200]}", HINT) from error
-    if any(tensor.dtype != model.dtype for tensor in tensors.values()) or _digest_of(tensors) != header["content"]:
+    if any(tensor.dtype != dtype for tensor in tensors.values()) or _digest_of(tensors) != header["content"]:
         raise BundleError(f"{path}: damaged prefix: its numbers are not those that were written", HINT)
     for number, layer in enumerate(cache.layers):
-        layer.update(*(tensors.pop(f"{part}.{number}").to(model.device) for part in ("keys", "values")))
+        layer.append(*(tensors.pop(f"{part}.{number}").to(model.device) for part in ("keys", "values")))

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
+from freres_cli.backbones.quantized_weights import ROW_BYTES
+from freres_cli.devices import Storage
 from freres_cli.records import FrameSize
 
 # Tokens that the reference code of linear attention takes at a time.
@@ -47,7 +49,9 @@ class DecoderSizes:
     attention of one query and one key, over all layers. ``head_flops``: one row of logits. ``width``, ``inner``: of a row
     in the layers and of the widest part of them. ``heads_width``: of all queries. ``kv_values``: numbers that a row keeps
     in the cache. ``kv_layer_values``: the same of one layer. ``state_values``: numbers that linear attention keeps for a
-    sequence. ``num_deep_layers``: DeepStack rows of a token.
+    sequence. ``num_deep_layers``: DeepStack rows of a token. ``kv_heads``: heads of keys and of values in all layers.
+    ``linear_weights``, ``linear_rows``: numbers, and rows of matrices, in the linear layers; ``largest_linear``: numbers of
+    the largest.
     """
 
     num_parameters: int
@@ -61,6 +65,24 @@ class DecoderSizes:
     kv_layer_values: int
     state_values: int
     num_deep_layers: int
+    kv_heads: int
+    linear_weights: int
+    linear_rows: int
+    largest_linear: int
+
+    def row_bytes(self, itemsize: int, storage: Storage) -> int:
+        """Bytes that a row takes in the cache. ``itemsize``: of the model's precision, which scales have too."""
+        return self.kv_values * itemsize if storage.kv is None else self.kv_values + self.kv_heads * itemsize
+
+    def weight_bytes(self, itemsize: int, storage: Storage) -> int:
+        """Bytes of the weights of decoder and head. ``itemsize``: of the model's precision."""
+        if storage.weights is None:
+            return self.num_parameters * itemsize
+        return (self.num_parameters - self.linear_weights) * itemsize + self.linear_bytes(storage.weights)
+
+    def linear_bytes(self, weights: str) -> int:
+        """Bytes of the linear layers in 8 bits, with their scales. ``weights``: int8 or fp8."""
+        return self.linear_weights + self.linear_rows * ROW_BYTES[weights]
 
     def prefill_flops(self, num_rows: int, chunk: int) -> int:
         """FLOPs of a prefill of ``num_rows`` in passes of ``chunk`` rows.
@@ -165,18 +187,23 @@ def measure_decoder(model: LanguageModel) -> DecoderSizes:
     kv_layer = 2 * config.num_key_value_heads * head_width
     delta_flops, state = _linear_attention(config) if num_linear else (0, 0)
     heads_width = config.num_attention_heads * head_width
+    linears = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     return DecoderSizes(
         num_parameters=model.num_parameters,
         row_flops=_matrix_flops(decoder, config) + num_linear * delta_flops,
         pair_flops=4 * heads_width * num_full,
         head_flops=2 * config.hidden_size * config.vocab_size,
         width=config.hidden_size,
-        inner=max(module.out_features for module in decoder.modules() if isinstance(module, nn.Linear)),
+        inner=max(linear.out_features for linear in linears),
         heads_width=heads_width,
         kv_values=kv_layer * num_full,
         kv_layer_values=kv_layer if num_full else 0,
         state_values=num_linear * state,
         num_deep_layers=model.num_deep_layers,
+        kv_heads=2 * config.num_key_value_heads * num_full,
+        linear_weights=sum(linear.weight.numel() for linear in linears),
+        linear_rows=sum(linear.out_features for linear in linears),
+        largest_linear=max(linear.weight.numel() for linear in linears),
     )
 
 

@@ -23,6 +23,7 @@ from freres_cli.cli.output import (
     print_text,
     progress_bar,
 )
+from freres_cli.devices import choose_storage
 from freres_cli.errors import FreresError, UsageError, count_of
 from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision
@@ -80,6 +81,8 @@ def ask(
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
+    kv_dtype: options.KvDtype = None,
+    weight_dtype: options.WeightDtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -99,8 +102,8 @@ def ask(
 
     With --save-prefix, the prefilled video is kept in BUNDLE.prefix.safetensors, as large as its KV cache, and the next
     question with --save-prefix reads it. The answers are the same. The file is used only for the same bundle, model,
-    precision, attention kernel, device and torch; else it is written again, and a note says so. Reading pays on a CPU. On
-    a fast GPU, reading and checking the file may take longer than the prefill; a note then says that.
+    precision, numbers of the cache, attention kernel, device and torch; else it is written again, and a note says so. Reading
+    pays on a CPU. On a fast GPU, reading and checking the file may take longer than the prefill; a note then says that.
 
     --where adds which seconds of the clip got the most attention from the last token of the question, just before the
     answer begins: mean over heads, and over the layers from the middle to just before the end, next to the share of the
@@ -126,6 +129,7 @@ def ask(
         check_choices(listed)
     check_length((text or "", *listed))
     check_revision(model, revision)
+    storage = choose_storage(kv_dtype, weight_dtype)
     print_notes([options.LOADING], quiet)
     with quick_imports():
         from freres_cli.backbones.generation import Sampling
@@ -138,7 +142,7 @@ def ask(
     manner["refine"] = refine
     rows = None if questions is None else read_queries(questions)
     place, precision = find_device(device, attn), find_dtype(dtype)
-    request = AskRequest(bundle, place, model, revision, precision, adapter, text_after, save_prefix)
+    request = AskRequest(bundle, place, model, revision, precision, adapter, text_after, save_prefix, storage)
     session = open_session(request)
     print_notes(session.notes, quiet)
     if rows is not None:
@@ -337,5 +341,6 @@ def _document(
         "model": session.model.fingerprint,
         "text_after": session.text_after,
         "notes": [*session.notes, *answer.notes],
+        **session.model.storage.describe(session.model.dtype),
         "environment": describe_environment(request.device, session.model.dtype),
     }

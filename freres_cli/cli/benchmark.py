@@ -11,7 +11,8 @@ clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and i
 (memory against the length of the video, for ``--minutes``). ``kills`` (workers and drivers of ``freres batch`` killed at
 random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``,
 ``levers`` (file to first token with each way to encode faster, on ``--frames``) and ``grids`` (accuracy with smaller grids
-for residual frames, on ``--questions``) to ``speed.json``.
+for residual frames, on ``--questions``) to ``speed.json``; ``quantized`` (cache and weights in 8 bits, on ``--questions``;
+needs torchao) to ``quantized.json``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from freres_cli.cli.benchmark_inputs import GRID, METHOD, METHOD_FLAGS, TOWER, m
 from freres_cli.cli.benchmark_lean import measure_lean
 from freres_cli.cli.benchmark_levers import measure_levers
 from freres_cli.cli.benchmark_peers import measure_peers
+from freres_cli.cli.benchmark_quantized import measure_quantized
 from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
@@ -61,7 +63,9 @@ from freres_cli.video.sampling import Sampling
 from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
-ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids")
+ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids", "quantized")
+# Parts with a file of their own.
+NAMED_ALONE = ("hours", "quantized")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -307,7 +311,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers and levers measure")
-    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="questions files that grids asks")
+    parser.add_argument(
+        "--questions", type=Path, nargs="+", default=[], help="questions files that grids and quantized ask"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
@@ -336,6 +342,7 @@ def main() -> None:
                 write_video(Path(folder) / "minute.mp4", arguments.frames, (1280, 720)), Path(folder), arguments.frames
             ),
             "grids": lambda: measure_grids(arguments.questions),
+            "quantized": lambda: measure_quantized(arguments.questions),
             "startup": lambda: measure_startup(Path(folder), arguments.other),
             "hours": lambda: measure_hours(Path(folder), arguments.minutes),
             "kills": lambda: measure_kills(Path(folder)),
@@ -346,7 +353,7 @@ def main() -> None:
             results["environment"] = describe_environment(choose_device("cpu"))
             named = " ".join(["", *arguments.parts])
             place = f"freres_cli/bench/results/{arguments.output.name}"
-            results["command"] = f"python -m freres_cli.cli.benchmark -o {place}{named if part == 'hours' else ''}"
+            results["command"] = f"python -m freres_cli.cli.benchmark -o {place}{named if part in NAMED_ALONE else ''}"
             results[part] = measures[part]()
             arguments.output.write_text(json.dumps(results, indent=2) + "\n")
             print_result(f"{part}: done")

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from freres_cli.backbones.cache import make_cache, reserve_rows
+from freres_cli.backbones.cache import reserve_rows
 from freres_cli.backbones.engine import prefill, prefill_video
+from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.saved_prefix import open_prefix
 from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.cli.benchmark_inputs import METHOD
@@ -31,7 +32,13 @@ def measure_lean(folder: Path, repeat: int = 5) -> dict[str, Any]:
     model, tokens = session.model, session.tokens
     ids, path = model.prompt("?").prefix, folder / "lean.prefix.safetensors"
     open_prefix(model, ids, tokens, session.text_after, path)
-    rows = {f"decoding_after_{length}_rows": measure_decoding(model, length, repeat) for length in LENGTHS}
+    config = model.decoder.config
+    rows = {
+        f"decoding_after_{length}_rows": measure_decoding(
+            model, length, repeat, {"this": make_cache(config), "other": DynamicCache(config=config)}
+        )
+        for length in LENGTHS
+    }
     rows["saved_prefix"] = compare(
         lambda: open_prefix(model, ids, tokens, session.text_after, path),
         lambda: prefill_video(model, ids, tokens, session.text_after),
@@ -49,10 +56,14 @@ def measure_lean(folder: Path, repeat: int = 5) -> dict[str, Any]:
     }
 
 
-def measure_decoding(model: Any, num_rows: int, repeat: int) -> dict[str, Any]:
-    """Time ``STEPS`` decoded tokens after ``num_rows`` rows, prefilled once."""
-    config, made = model.decoder.config, {}
-    for name, cache in (("this", make_cache(config)), ("other", DynamicCache(config=config))):
+def measure_decoding(model: Any, num_rows: int, repeat: int, caches: dict[str, Any]) -> dict[str, Any]:
+    """Time ``STEPS`` decoded tokens after rows that are prefilled once.
+
+    ``model``: the language half. ``num_rows``: how many rows. ``repeat``: pairs of runs. ``caches``: two empty ones, as
+    ``this`` and ``other``.
+    """
+    made = {}
+    for name, cache in caches.items():
         reserve_rows(cache, num_rows)
         prefill(model, model.text_rows([5] * num_rows, 0, 0.0), cache)
         made[name] = cache

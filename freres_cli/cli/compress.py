@@ -23,7 +23,7 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
-from freres_cli.devices import use_one_heap
+from freres_cli.devices import AS_COMPUTED, Storage, use_one_heap
 from freres_cli.errors import UsageError, count_of
 from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
@@ -225,11 +225,13 @@ def make_options(
     device: str | None = None,
     dtype: str | None = None,
     attn: str | None = None,
+    storage: Storage = AS_COMPUTED,
 ) -> CompressOptions:
     """Turn flags into options.
 
     ``flags``: settings that were given. ``preset``, ``model``, ``revision``, ``method``, ``start``, ``end``, ``strict``,
-    ``device``, ``dtype``, ``attn``: the flags with these names. Raises ``UsageError`` or ``PresetError``.
+    ``device``, ``dtype``, ``attn``: the flags with these names. ``storage``: of the language half, from
+    ``devices.choose_storage``. Raises ``UsageError`` or ``PresetError``.
     """
     chosen = model or BUNDLED
     if method is not None:
@@ -242,7 +244,7 @@ def make_options(
     from freres_cli.pipeline.models import make_source
     from freres_cli.pipeline.planning import CompressOptions
 
-    source = make_source(chosen, device, dtype, revision, attn)
+    source = make_source(chosen, device, dtype, revision, attn, storage)
     return CompressOptions(source, settings, used, start, end, strict)
 
 

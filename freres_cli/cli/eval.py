@@ -12,6 +12,7 @@ from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
 from freres_cli.cli.eval_tables import print_differences, print_rows, print_totals
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
+from freres_cli.devices import choose_storage
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
 from freres_cli.pipeline.choices import choose_cells
 
@@ -70,6 +71,8 @@ def evaluate(
     revision: options.Revision = None,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
+    kv_dtype: options.KvDtype = None,
+    weight_dtype: options.WeightDtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -94,14 +97,15 @@ def evaluate(
     """
     from freres_cli.evaluation.results import results_path
 
-    cells = choose_cells(methods, budgets, METHODS)
+    cells, storage = choose_cells(methods, budgets, METHODS), choose_storage(kv_dtype, weight_dtype)
     flags = gather_flags_at_budgets(assignments)
     file = read_any_questions(questions, benchmark, limit)
     path = None if output is None else results_path(output, questions)
     made = [
         None if text is None else options.check_path(text, flag) for text, flag in ((table, "--csv"), (plot, "--plot"))
     ]
-    chosen = at_budgets(make_options(flags, preset, model, revision, device=device, dtype=dtype), "eval", cells)
+    made_options = make_options(flags, preset, model, revision, device=device, dtype=dtype, storage=storage)
+    chosen = at_budgets(made_options, "eval", cells)
     from freres_cli.pipeline.adapters import give_adapters
     from freres_cli.workflows.eval_files import EvalFiles
     from freres_cli.workflows.evaluate import EvalRequest
@@ -158,5 +162,6 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
         "model": result.run["model"],
         "settings": {key: s for key, s in request.options.settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),
+        **result.storage,
         "environment": describe_environment(request.options.model.device, result.dtype),
     }

@@ -55,6 +55,8 @@ DEFAULTS = {
     "revision": "the hub's main branch",
     "device": "auto (CUDA if available, else the CPU)",
     "dtype": "auto (float32 for small models on the CPU, else the checkpoint's own)",
+    "kv_dtype": "auto (the model's precision)",
+    "weight_dtype": "auto (the model's precision)",
     "attn": "auto (flash kernels if installed and supported, else PyTorch's own, which are exact on the CPU)",
     "deepstack": "the preset's",
 }

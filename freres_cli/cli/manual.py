@@ -92,7 +92,8 @@ plan:
     freres.plan/2:
       the keys of freres.plan/1; model dtype device_memory_bytes fits largest_budget peak_memory_bytes base_memory_bytes
       kv_bytes frame_tower_flops prefill_chunk_tokens speed (flops_per_s bytes_per_s source) stages (name flops seconds
-      assumes) memory (compress ask, each with bytes and parts (name num_bytes formula is_on_device)) notes environment
+      assumes) memory (compress ask, each with bytes and parts (name num_bytes formula is_on_device)) kv_dtype weight_dtype
+      notes environment
   defaults: {device_memory: nothing is compared, tflops: measured on this device, method: the preset's}
 ask:
   examples:
@@ -114,7 +115,8 @@ ask:
     freres.ask/1:
       bundle question answer choices visual_tokens refined_tokens context_tokens text_overhead_tokens moved_tokens
       moved_outside mean_shift_s max_shift_s new_tokens ttft_s cold_ttft_s tpot_s load_s finish_reason
-      model text_after notes environment where (num_layers visual_share, and spans with start_s end_s share token_share)
+      model kv_dtype weight_dtype text_after notes environment where (num_layers visual_share, and spans with start_s
+      end_s share token_share)
     freres.answer/1 lines with --questions:
       id question answer choices visual_tokens refined_tokens context_tokens new_tokens finish_reason notes
   defaults: {choices: none (a free answer), questions: none, refine: none (every token),
@@ -167,7 +169,7 @@ eval:
       visual_tokens_max context_tokens num_videos failed accuracy ci_low ci_high retention chance num_questions
       mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s kv_cache_bytes peak_memory_bytes)
       differences (method minus budget num_questions difference ci_low ci_high mean_over_categories) results_file csv plot
-      scoring (benchmark answers prompt extraction) num_videos_resumed model settings notes environment
+      scoring (benchmark answers prompt extraction) num_videos_resumed model kv_dtype weight_dtype settings notes environment
   defaults: {output: none (nothing is kept), limit: every question, table: none (nothing is written),
     benchmark: "by the files in the folder; none for a file",
     plot: none (nothing is drawn),

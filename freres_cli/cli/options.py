@@ -99,6 +99,18 @@ Attention = Annotated[
         "--attn", metavar="NAME", help="Attention kernels: auto, sdpa, eager or flash (16-bit models on CUDA)."
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option("--kv-dtype", metavar="NAME", help="Numbers of the KV cache: auto, int8 or fp8 (lossy)."),
+]
+WeightDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--weight-dtype",
+        metavar="NAME",
+        help="Weights of the decoder's linear layers: auto, int8 or fp8 (lossy; need torchao).",
+    ),
+]
 DeepStack = Annotated[
     str | None,
     typer.Option(

@@ -18,6 +18,7 @@ from freres_cli.cli.output import (
     print_result,
     print_table,
 )
+from freres_cli.devices import choose_storage
 from freres_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def plan(
     assignments: options.Assignments = None,
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
+    kv_dtype: options.KvDtype = None,
+    weight_dtype: options.WeightDtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -61,7 +64,8 @@ def plan(
     path = options.check_path(video, "VIDEO")
     limit = None if device_memory is None else parse_size(device_memory)
     flags = gather_flags(assignments, {"budget_tokens": budget})
-    chosen = make_options(flags, preset, model, revision, method, device=device, dtype=dtype)
+    storage = choose_storage(kv_dtype, weight_dtype)
+    chosen = make_options(flags, preset, model, revision, method, device=device, dtype=dtype, storage=storage)
     chosen.check_settings()
     from freres_cli.bench.report import describe_environment
     from freres_cli.workflows.plan import Planner, estimate_stages, measure_speed, state_speed
@@ -138,6 +142,7 @@ def _document(cost: Cost, stages: list[Stage], speed: Speed) -> dict[str, Any]:
         "context_tokens": cost.context_tokens,
         "text_overhead_tokens": cost.text_tokens,
         "dtype": str(cost.dtype).removeprefix("torch."),
+        **cost.storage.describe(cost.dtype),
         "kv_bytes": cost.kv_bytes,
         "peak_memory_bytes": cost.peak_bytes,
         "base_memory_bytes": cost.base_bytes,

@@ -24,6 +24,7 @@ from freres_cli.cli.output import (
     print_table,
 )
 from freres_cli.cli.profile_table import find_table, print_cost_table, weights_of
+from freres_cli.devices import choose_storage
 from freres_cli.errors import UsageError, VideoError, explain_no_file
 from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
 from freres_cli.presets import BUNDLED
@@ -75,6 +76,8 @@ def profile(
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
+    kv_dtype: options.KvDtype = None,
+    weight_dtype: options.WeightDtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -100,17 +103,18 @@ def profile(
         others: dict[str, Any] = {"BUNDLE|VIDEO": target, "--budget": budget, "--preset": preset, "--method": method}
         others |= {"--set": assignments, PLOT_FLAG: plot}
         _refuse_with_table([name for name, value in others.items() if value])
-    picture = options.check_plot(plot, force)
+    picture, storage = options.check_plot(plot, force), choose_storage(kv_dtype, weight_dtype)
     chosen = find_device(device, attn)
     if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
         raise VideoError(explain_no_file(target), "name a video or a bundle")
     asked, is_random = (chosen, question, repeat, warmup, max_new_tokens), weights == "random"
     with ExitStack() as stack:
         place, about = stack.enter_context(weights_of(model, weights))
-        told = [*about, chosen.note, chosen.attention_note]
+        told = [*about, chosen.note, chosen.attention_note, *storage.notes]
         waiting = [*told, f"{repeat} runs per row after {warmup} warm-up; please wait"]
         if table is not None:
-            source = replace(make_source(place or BUNDLED, chosen, dtype, revision), is_random=is_random)
+            source = make_source(place or BUNDLED, chosen, dtype, revision, storage=storage)
+            source = replace(source, is_random=is_random)
             costs = TableRequest(*asked, timeout or 110.0, model=source, table=find_table(table))
             print_notes(waiting, quiet or json)
             print_cost_table(costs, {"model": model or BUNDLED, "weights": weights, "notes": told}, json=json)
@@ -123,11 +127,11 @@ def profile(
             if any(given is not None for given in (budget, preset, method)) or assignments or is_random:
                 flags = "--budget, --preset, --method, --set, --weights"
                 raise UsageError(f"{flags}: a bundle is already compressed", "repack it, or name a video")
-            bundle = AskRequest(subject, chosen, model, revision, find_dtype(dtype))
+            bundle = AskRequest(subject, chosen, model, revision, find_dtype(dtype), storage=storage)
         else:
             named = gather_flags(assignments, {"budget_tokens": budget})
             compress = make_options(named, preset, place, revision, method, device=device, dtype=dtype, attn=attn)
-            compress = replace(compress, model=replace(compress.model, is_random=is_random))
+            compress = replace(compress, model=replace(compress.model, is_random=is_random, storage=storage))
             compress.check_settings()
             video = subject
         request = ProfileRequest(*asked, timeout or 1800.0, video=video, options=compress, bundle=bundle)

@@ -9,7 +9,7 @@ from typing import Any
 
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.content import Content
-from freres_cli.devices import Device
+from freres_cli.devices import Device, choose_storage
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.choices import as_number, as_whole, check_revision
 from freres_cli.pipeline.cutting import Cut, cut_content
@@ -78,18 +78,23 @@ class Bundle:
         attention: str | None = None,
         adapter: str | None = None,
         text_after: str | None = None,
+        kv_dtype: str | None = None,
+        weight_dtype: str | None = None,
         models: Models | None = None,
     ) -> Session:
         """Load the language model and return a session to ask.
 
         ``model``, ``revision``: where to find the model, if not where the bundle says. ``device``, ``dtype``,
         ``attention``: as ``models.find_device`` and ``find_dtype`` take them. ``adapter``: as ``tokens`` takes it.
-        ``text_after``: overrides the bundle's. ``models``: a model that is already loaded. Raises ``BackboneError`` or
-        ``ResourceError``.
+        ``text_after``: overrides the bundle's. ``kv_dtype``, ``weight_dtype``: int8 or fp8 for the model's cache and for its
+        linear layers (``devices.choose_storage``). ``models``: a model that is already loaded, in place of all of these.
+        Raises ``BackboneError``, ``ResourceError`` or ``UsageError``.
         """
         check_revision(model, revision)
         place, precision = find_device(device, attention), find_dtype(dtype)
-        request = AskRequest(self.path or Path(self.name), place, model, revision, precision, adapter, text_after)
+        storage = choose_storage(kv_dtype, weight_dtype)
+        own = (model, revision, precision, adapter, text_after)
+        request = AskRequest(self.path or Path(self.name), place, *own, storage=storage)
         return open_bundle(self, request, models)
 
     def repack(self, budget_tokens: int | None = None, *, quality: float | None = None) -> Bundle:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes
+from freres_cli.devices import AS_COMPUTED, Storage
 from freres_cli.method.adaptive import MOST_STRETCHES
 from freres_cli.method.budget import BudgetPlan
 from freres_cli.method.residuals import MAX_TIME_BINS
@@ -100,11 +101,13 @@ def method_parts(
     return [Part("latents of all frames", whole, "2 copies of T*N*C*b", is_on_device=False), result]
 
 
-def ask_parts(decoder: DecoderSizes, visual: int, context: int, chunk: int, itemsize: int) -> list[Part]:
+def ask_parts(
+    decoder: DecoderSizes, visual: int, context: int, chunk: int, itemsize: int, storage: Storage = AS_COMPUTED
+) -> list[Part]:
     """The memory of prefilling the video and answering.
 
     ``decoder``: from ``measure_decoder``. ``visual``: S. ``context``: L, rows of the prompt. ``chunk``: q at most.
-    ``itemsize``: b.
+    ``itemsize``: b. ``storage``: of cache and weights.
     """
     b, q = itemsize, min(context, chunk)
     row = decoder.width * (1 + decoder.num_deep_layers) * b
@@ -112,12 +115,24 @@ def ask_parts(decoder: DecoderSizes, visual: int, context: int, chunk: int, item
     mlp = q * b * (3 * decoder.width + 3 * decoder.inner)
     attention = q * b * (2 * decoder.width + 4 * decoder.heads_width)
     mask = q * context * (1 + b) if context > chunk else 0
+    # Moved to where there is room; or, from 8 bits, in the model's precision while attention reads it.
     cat = context * decoder.kv_layer_values * b
+    weights, held = f"{decoder.num_parameters} parameters * {b} bytes", f"L * {decoder.kv_values} numbers * b"
+    what, whole = "one layer's cache moved", 0
+    if storage.kv is not None:
+        held = f"L * ({decoder.kv_values} numbers in {storage.kv} + {decoder.kv_heads} scales * b)"
+        what = f"one layer's cache in {b} bytes a number"
+    if storage.weights is not None:
+        weights = (
+            f"{decoder.linear_weights} of {decoder.num_parameters} parameters in {storage.weights}, the others * b"
+        )
+        whole = decoder.largest_linear * b
+        what += f", and its largest matrix of {decoder.largest_linear} numbers"
     return [
-        Part("decoder weights", decoder.num_parameters * b, f"{decoder.num_parameters} parameters * {b} bytes"),
+        Part("decoder weights", decoder.weight_bytes(b, storage), weights),
         Part("visual tokens", visual * row, "S*C*b", is_on_device=False),
         Part("prompt rows", context * row, "L*C*b"),
-        Part("KV cache", context * decoder.kv_values * b, f"L * {decoder.kv_values} numbers * b"),
+        Part("KV cache", context * decoder.row_bytes(b, storage), held),
         Part("recurrent states", decoder.state_values * FLOAT32, "of linear attention, in float32"),
-        Part("prefill activations", max(mlp, attention) + mask + cat, "q*b*(3w + 3I), and one layer's cache moved"),
+        Part("prefill activations", max(mlp, attention) + mask + cat + whole, f"q*b*(3w + 3I), and {what}"),
     ]

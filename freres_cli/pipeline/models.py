@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from freres_cli.backbones.registry import (
     load_weightless_encoder,
 )
 from freres_cli.bundle.adapter import MODEL_FACTS
-from freres_cli.devices import DTYPE_NAMES, Device, choose_device
+from freres_cli.devices import AS_COMPUTED, DTYPE_NAMES, Device, Storage, choose_device
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import BUNDLED, environment_value
@@ -34,7 +34,7 @@ class ModelSource:
 
     ``name``: ``bundled``, a folder, or a hub id. ``revision``: branch, tag or commit of a hub model. ``dtype``: one of
     ``devices.DTYPE_NAMES``, ``None`` for automatic. ``is_random``: only the config and the tokenizer of a folder are read;
-    its weights are drawn at random.
+    its weights are drawn at random. ``storage``: how the language half keeps its cache and its weights.
     """
 
     name: str
@@ -42,6 +42,7 @@ class ModelSource:
     revision: str | None = None
     dtype: str | None = None
     is_random: bool = False
+    storage: Storage = AS_COMPUTED
 
     @property
     def folder(self) -> str | None:
@@ -68,15 +69,16 @@ def make_source(
     dtype: str | None = None,
     revision: str | None = None,
     attention: str | None = None,
+    storage: Storage = AS_COMPUTED,
 ) -> ModelSource:
     """Return a model source. A missing device or dtype comes from FRERES_DEVICE or FRERES_DTYPE, else it is automatic.
 
     ``name``: ``bundled``, a folder, or a hub id. ``device``: a name, or a device already chosen. ``dtype``,
-    ``revision``: as ``ModelSource`` has them. ``attention``: one of ``devices.ATTENTION_NAMES``. Raises ``UsageError``
-    or ``ResourceError``.
+    ``revision``: as ``ModelSource`` has them. ``attention``: one of ``devices.ATTENTION_NAMES``. ``storage``: from
+    ``devices.choose_storage``. Raises ``UsageError`` or ``ResourceError``.
     """
     check_revision(name, revision)
-    return ModelSource(name, find_device(device, attention), revision, find_dtype(dtype))
+    return ModelSource(name, find_device(device, attention), revision, find_dtype(dtype), storage=storage)
 
 
 def find_device(device: str | Device | None = None, attention: str | None = None) -> Device:
@@ -127,7 +129,7 @@ class Models:
     def language_model(self) -> LanguageModel:
         """The language half, with its tokenizer."""
         if self._language_model is None:
-            self._language_model = self._from_checkpoint(load_language_model)
+            self._language_model = self._from_checkpoint(partial(load_language_model, storage=self.source.storage))
         return self._language_model
 
     @property
@@ -136,7 +138,7 @@ class Models:
         if self._language_model is not None:
             return self._language_model
         if self._prompt_counter is None:
-            self._prompt_counter = self._from_checkpoint(load_prompt_counter)
+            self._prompt_counter = self._from_checkpoint(partial(load_prompt_counter, storage=self.source.storage))
         return self._prompt_counter
 
     @property
@@ -187,11 +189,12 @@ def find_model(
     model: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    storage: Storage = AS_COMPUTED,
 ) -> ModelSource:
     """Return where to find a bundle's own model, unless another one is named.
 
     ``recorded``: the manifest's facts about the model. ``bundle``: its name, for messages. ``model``: the named one, if
-    there is one. ``device``, ``revision``, ``dtype``: as ``ModelSource`` has them. Raises ``BackboneError``.
+    there is one. ``device``, ``revision``, ``dtype``, ``storage``: as ``ModelSource`` has them. Raises ``BackboneError``.
     """
     name, folder = model or recorded["model_id"], recorded["folder"]
     if model is None and folder is not None:
@@ -201,7 +204,7 @@ def find_model(
                 "name that model's folder with --model",
             )
         name = folder
-    return ModelSource(name, device, revision or recorded["revision"], dtype)
+    return ModelSource(name, device, revision or recorded["revision"], dtype, storage=storage)
 
 
 def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, name: str) -> None:

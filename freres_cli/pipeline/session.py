@@ -18,7 +18,7 @@ from freres_cli.backbones.generation import Sampling, TextStream, generate
 from freres_cli.backbones.pruning import Pruning
 from freres_cli.backbones.saved_prefix import SUFFIX, open_prefix
 from freres_cli.bundle.store import read_bundle
-from freres_cli.devices import Device
+from freres_cli.devices import AS_COMPUTED, Device, Storage
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.evaluation.questions import (
     check_choices,
@@ -66,7 +66,8 @@ class AskRequest:
 
     ``model``, ``revision``: where to find the model, if not where the bundle says. ``dtype``: the language model's.
     ``adapter``: as ``adapters.choose_adapter`` takes it. ``text_after``: overrides the bundle's. ``save_prefix``: keep the
-    prefilled video in a file beside the bundle, and read it from there.
+    prefilled video in a file beside the bundle, and read it from there. ``storage``: how the language model keeps its cache
+    and its weights.
     """
 
     bundle: Path
@@ -77,6 +78,7 @@ class AskRequest:
     adapter: str | None = None
     text_after: str | None = None
     save_prefix: bool = False
+    storage: Storage = AS_COMPUTED
 
 
 @dataclass
@@ -368,7 +370,7 @@ def open_bundle(
     manifest = bundle.manifest
     recorded = manifest["model"]
     if models is None:
-        own = (request.model, request.revision, request.dtype)
+        own = (request.model, request.revision, request.dtype, request.storage)
         models = Models(find_model(recorded, str(request.bundle), request.device, *own))
     model = models.language_model
     check_model(recorded, bundle.content.width, model, str(request.bundle))

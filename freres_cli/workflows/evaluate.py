@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.baselines.registry import METHODS
 from freres_cli.bench.clock import PeakMemory, StageTimer
-from freres_cli.devices import memory_errors_as
+from freres_cli.devices import AS_COMPUTED, memory_errors_as
 from freres_cli.errors import FreresError, VideoError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import Question, QuestionFile
@@ -66,13 +66,14 @@ class EvalResult:
     """What an evaluation found.
 
     ``summary``: rows, questions and failed videos, as in the ``--json`` document. ``run``: what decides the answers, from
-    ``describe_run``. ``dtype``: of the language model. ``num_resumed``: videos that an earlier run had answered.
-    ``notes``: what the user should know.
+    ``describe_run``. ``dtype``: of the language model; ``storage``: of its cache and weights. ``num_resumed``: videos that an
+    earlier run had answered. ``notes``: what the user should know.
     """
 
     summary: dict[str, Any]
     run: dict[str, Any]
     dtype: torch.dtype
+    storage: dict[str, str]
     num_resumed: int
     notes: tuple[str, ...]
 
@@ -120,7 +121,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     limits = describe_limits(request.options.model.name, is_known)
     notes = (*limits, *_describe_drop(request, model), *encoder.notes, *model.notes)
     notes = (*request.questions.notes, *_describe_unread(request.questions, rows), *notes)
-    return EvalResult(summary, run, model.dtype, num_resumed, tuple(dict.fromkeys(notes)))
+    return EvalResult(
+        summary, run, model.dtype, model.storage.describe(model.dtype), num_resumed, tuple(dict.fromkeys(notes))
+    )
 
 
 def load_all_modules(cells: Sequence[Cell], options: CompressOptions, model: LanguageModel) -> Modules:
@@ -150,6 +153,7 @@ def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
         "model": dict(model.fingerprint),
         "device": request.options.model.device.name,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if model.storage == AS_COMPUTED else asdict(model.storage)),
         "settings": settings,
         "max_answer_tokens": request.max_answer_tokens if protocol is None else protocol.max_new_tokens,
     }
@@ -180,7 +184,7 @@ def evaluate_video(
             clip = EncodedClip(VideoSource(video), options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
-                _try_cell(cell, lambda cell: _ask_cell(cell, clip, request, questions, model, modules, timer))
+                _try_cell(cell, lambda cell: ask_cell(cell, clip, request, questions, model, modules, timer))
                 for cell in request.cells
             ]
     except FreresError as error:
@@ -211,7 +215,7 @@ def describe_failure(error: Exception, name: str) -> str:
     return f"{name}: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _ask_cell(
+def ask_cell(
     cell: Cell,
     clip: EncodedClip,
     request: EvalRequest,
@@ -222,7 +226,9 @@ def _ask_cell(
 ) -> dict[str, Any]:
     """Return tokens, times and answers of one method at one budget.
 
-    An answer, by question id, is (text, whether it is right, seconds to the first token).
+    ``cell``: the method and its budget. ``clip``: the encoded clip. ``request``: what the run asks for. ``questions``: about
+    this clip. ``model``: the language half. ``modules``: trained modules by adapter path. ``timer``: that of the clip. An
+    answer, by question id, is (text, whether it is right, seconds to the first token).
     """
     budget_tokens = {"full": clip.full_tokens, "blind": 0}.get(cell.method)
     if cell.budget is not None:

@@ -12,8 +12,9 @@ import torch
 
 from freres_cli.backbones.checkpoint import config_dtype
 from freres_cli.backbones.engine import choose_chunk
+from freres_cli.backbones.quantized_weights import describe_weights
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, measure_decoder, measure_tower
-from freres_cli.devices import choose_dtype, memory_errors_as, synchronize
+from freres_cli.devices import Storage, choose_dtype, memory_errors_as, synchronize
 from freres_cli.pipeline.costs import (
     CUDA_CONTEXT_BYTES,
     Part,
@@ -61,7 +62,8 @@ class Cost:
 
     ``encode``, ``ask``: the parts of the memory of each, in bytes at its peak. ``context_tokens``: rows of the prompt with an
     empty question, at most; without the text of the prompt if the tokenizer cannot be read. ``chunk``: rows of a pass.
-    ``residual_tower``: the tower at the size of frames that are no anchors, if that is smaller.
+    ``residual_tower``: the tower at the size of frames that are no anchors, if that is smaller. ``storage``: of cache and
+    weights.
     """
 
     plan: CompressPlan
@@ -76,11 +78,12 @@ class Cost:
     encode: list[Part]
     ask: list[Part]
     is_cuda: bool
+    storage: Storage
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache of the prompt."""
-        return self.context_tokens * self.decoder.kv_values * self.dtype.itemsize
+        return self.context_tokens * self.decoder.row_bytes(self.dtype.itemsize, self.storage)
 
     @property
     def encode_bytes(self) -> int:
@@ -124,12 +127,17 @@ class Planner:
         self.language.half.to(self.dtype)
 
     @property
-    def notes(self) -> tuple[str, str]:
+    def notes(self) -> tuple[str, ...]:
         """What the user should know about the figures."""
         levels = self.options.settings.still_levels
         still = f"in which nothing moved by more than {levels} levels" if levels else "that repeat the last one"
         skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
-        return self.dtype_note, skipped
+        told = [self.dtype_note, skipped, *self.language.describe_kv()]
+        if (weights := self.options.model.storage.weights) is not None:
+            sizes = measure_decoder(self.language)
+            before = sizes.linear_weights * self.dtype.itemsize
+            told.append(describe_weights(weights, sizes.linear_bytes(weights), before))
+        return tuple(told)
 
     def cost(self, budget_tokens: int | None = None) -> Cost:
         """The cost at the options' budget, or another one."""
@@ -143,6 +151,7 @@ class Planner:
         context = text["context_tokens"]
         tower, decoder = measure_tower(self.encoder, plan.size), measure_decoder(self.language)
         b, chunk, cells = self.dtype.itemsize, choose_chunk(self.language), plan.size.num_tokens
+        storage = options.model.storage
         batch = min(count_batch_frames(plan), plan.num_frames)
         frame_px = plan.size.height_px * plan.size.width_px
         kept = method_parts(plan.budget, options.method, plan.num_frames, cells, visual, tower.out_channels, b)
@@ -158,8 +167,9 @@ class Planner:
             decoder,
             chunk,
             [*encode_parts(tower, batch, frame_px, cells, b), *kept],
-            ask_parts(decoder, visual, rows, chunk, b),
+            ask_parts(decoder, visual, rows, chunk, b, storage),
             self.is_cuda,
+            storage,
         )
 
     def largest_budget(self, device_bytes: int) -> int | None:
@@ -191,7 +201,7 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
     rate = f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
     per_token = None
     if speed.bytes_per_s is not None:
-        weights = cost.decoder.num_parameters * cost.dtype.itemsize
+        weights = cost.decoder.weight_bytes(cost.dtype.itemsize, cost.storage)
         per_token = (weights + cost.kv_bytes) / speed.bytes_per_s
     return [
         Stage(

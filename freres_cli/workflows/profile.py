@@ -104,6 +104,8 @@ def empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
         "status": status,
         "message": message,
         "dtype": None,
+        "kv_dtype": None,
+        "weight_dtype": None,
         "attention": None,
         **figures,
         **dict.fromkeys(STAGES),
@@ -168,7 +170,7 @@ def measure_asks(
     for run in range(-request.warmup, request.repeat):
         context_tokens = _ask_once(session, request, runs if run >= 0 else None)
     row["dtype"] = str(session.model.dtype).removeprefix("torch.")
-    row["attention"] = session.model.attention
+    row |= {"attention": session.model.attention, **session.model.storage.describe(session.model.dtype)}
     row["ask_peak_memory_bytes"] = memory.read_bytes()
     row["peak_memory_bytes"] = max(row["ask_peak_memory_bytes"], row["encode_peak_memory_bytes"] or 0)
     row |= {"visual_tokens": len(session.tokens), "full_tokens": session.full_tokens, "context_tokens": context_tokens}

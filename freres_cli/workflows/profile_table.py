@@ -18,7 +18,7 @@ from freres_cli.backbones.engine import choose_chunk
 from freres_cli.backbones.sizes import DecoderSizes, measure_decoder
 from freres_cli.bench.clock import PeakMemory, StageTimer, total_memory_bytes
 from freres_cli.bench.tables import CostRow, CostTable
-from freres_cli.devices import choose_dtype
+from freres_cli.devices import AS_COMPUTED, Storage, choose_dtype
 from freres_cli.pipeline.made_clip import fill_tokens, fit_prompt, place_made_tokens
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.session import Session
@@ -57,17 +57,22 @@ def profile_table(
         if on_row is not None:
             on_row(rows[-1])
     speed = max((row["flops_per_s"] for row in rows if row["flops_per_s"]), default=None)
-    return [row | {"floor": find_floor(sizes, row["context_tokens"], dtype, speed)} for row in rows]
+    storage = request.model.storage
+    return [row | {"floor": find_floor(sizes, row["context_tokens"], dtype, speed, storage)} for row in rows]
 
 
 def find_floor(
-    sizes: DecoderSizes, context_tokens: int, dtype: torch.dtype, flops_per_s: float | None
+    sizes: DecoderSizes,
+    context_tokens: int,
+    dtype: torch.dtype,
+    flops_per_s: float | None,
+    storage: Storage = AS_COMPUTED,
 ) -> dict[str, Any]:
     """Return the least time and memory of a prompt, as the JSON has it.
 
     Every row passes the matrices once, attends to itself and the rows before it and no others, and one row is turned into
     logits; weights and KV cache are in memory. ``sizes``: of the decoder. ``context_tokens``: rows. ``dtype``: of weights
-    and cache. ``flops_per_s``: of a large matrix product, ``None`` if not known.
+    and cache, where ``storage`` names no other. ``flops_per_s``: of a large matrix product, ``None`` if not known.
     """
     pairs = context_tokens * (context_tokens + 1) // 2
     flops = context_tokens * sizes.row_flops + pairs * sizes.pair_flops + sizes.head_flops
@@ -75,12 +80,13 @@ def find_floor(
         "flops": flops,
         "flops_per_s": flops_per_s,
         "ttft_s": None if flops_per_s is None else flops / flops_per_s,
-        "memory_bytes": _least_bytes(sizes, context_tokens, dtype),
+        "memory_bytes": _least_bytes(sizes, context_tokens, dtype, storage),
     }
 
 
-def _least_bytes(sizes: DecoderSizes, context_tokens: int, dtype: torch.dtype) -> int:
-    return (sizes.num_parameters + context_tokens * sizes.kv_values) * dtype.itemsize
+def _least_bytes(sizes: DecoderSizes, context_tokens: int, dtype: torch.dtype, storage: Storage) -> int:
+    b = dtype.itemsize
+    return sizes.weight_bytes(b, storage) + context_tokens * sizes.row_bytes(b, storage)
 
 
 def _choose_dtype(request: TableRequest, sizes: DecoderSizes) -> torch.dtype:
@@ -94,7 +100,7 @@ def _explain_too_large(
 ) -> dict[str, Any] | None:
     """Return the row of a prompt that cannot fit, ``None`` if it may. Filling a device until it is full takes minutes."""
     needed, room = (
-        _least_bytes(sizes, wanted.context_tokens, dtype),
+        _least_bytes(sizes, wanted.context_tokens, dtype, request.model.storage),
         total_memory_bytes(torch.device(request.device.name)),
     )
     if needed <= room:
