@@ -11,7 +11,7 @@ clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and i
 (memory against the length of the video, for ``--minutes``). ``kills`` (workers and drivers of ``freres batch`` killed at
 random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``,
 ``levers`` (file to first token with each way to encode faster, on ``--frames``) and ``grids`` (accuracy with smaller grids
-for residual frames, on ``--questions``) to ``speed.json``.
+for residual frames, on ``--questions``) to ``speed.json``, as does ``lines`` (``line_levels``: speed and accuracy, on both).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from freres_cli.cli.benchmark_hours import measure_hours
 from freres_cli.cli.benchmark_inputs import GRID, METHOD, METHOD_FLAGS, TOWER, make_tower, write_video
 from freres_cli.cli.benchmark_lean import measure_lean
 from freres_cli.cli.benchmark_levers import measure_levers
+from freres_cli.cli.benchmark_lines import measure_lines
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
@@ -61,7 +62,8 @@ from freres_cli.video.sampling import Sampling
 from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
-ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids")
+USUAL = "method, decode, memory, bounded, many, questions, still, lean"
+ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids", "lines")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -306,19 +308,18 @@ def main() -> None:
     """Run the named parts and write their results; the file keeps the results it has for other parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers and levers measure")
-    parser.add_argument("--questions", type=Path, nargs="+", default=[], help="questions files that grids asks")
+    parser.add_argument(
+        "--frames", type=int, default=1800, help="frames of the clip that peers, levers and lines measure"
+    )
+    parser.add_argument(
+        "--questions", type=Path, nargs="+", default=[], help="questions files that grids and lines ask"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
         "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
     )
-    parser.add_argument(
-        "parts",
-        nargs="*",
-        default=[],
-        help=f"method, decode, memory, bounded, many, questions, still, lean; and, if named, {', '.join(ONLY_IF_NAMED)}",
-    )
+    parser.add_argument("parts", nargs="*", default=[], help=f"{USUAL}; and, if named, {', '.join(ONLY_IF_NAMED)}")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -335,6 +336,7 @@ def main() -> None:
             "levers": lambda: measure_levers(
                 write_video(Path(folder) / "minute.mp4", arguments.frames, (1280, 720)), Path(folder), arguments.frames
             ),
+            "lines": lambda: measure_lines(Path(folder), arguments.frames, arguments.questions),
             "grids": lambda: measure_grids(arguments.questions),
             "startup": lambda: measure_startup(Path(folder), arguments.other),
             "hours": lambda: measure_hours(Path(folder), arguments.minutes),

@@ -64,8 +64,8 @@ DEFAULTS = {
 KEY_EXAMPLES: dict[str, str] = yaml.load(
     """{description: one line, method: adaptive, budget_tokens: 1280, quality: 0.95, sample: fps, sample_fps: 1,
     sample_count: 16, still_levels: 2, line_levels: 24, track_density: 4, grid: 24x24, residual_grid: 12x12,
-    tokens_per_frame: 256, variant: anchors, anchors: 4, keep_per_block: 8, temporal_share: 0.3, static_per_gop: 0, pooled_side: 6,
-    max_coefficients: 5, events: false, tau: 0.25, text_after: hf, deepstack: drop, trends: keep}""",
+    tokens_per_frame: 256, variant: anchors, anchors: 4, keep_per_block: 8, temporal_share: 0.3, static_per_gop: 0,
+    pooled_side: 6, max_coefficients: 5, events: false, tau: 0.25, text_after: hf, deepstack: drop, trends: keep}""",
     yaml.BaseLoader,
 )
 EXAMPLE_PRESET = """\
