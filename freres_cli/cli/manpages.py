@@ -262,7 +262,7 @@ def preset_page() -> str:
         "than a fifth of their tokens. `quality` needs method adaptive; with it, a budget limits the tokens only if it is a "
         "flag or in the same preset. If `grid` is ROWSxCOLUMNS, `tokens_per_frame` has no effect. "
         "`residual_grid`, and all from `variant` to `tau`, are settings of method fre-res: to another method they cannot be "
-        "given as a flag, nor by a preset that names no method. "
+        "given as a flag, nor by a preset that names no method. `line_levels` is for adaptive alone; freres(7) explains it. "
         "Variants: `absorber` evaluates a cell's coefficients at instants and adds what the "
         "absorber hears around it; `sparse-idct` is the same without the absorber; `iquery` gives the absorber the anchor "
         "alone to ask with, as the paper does; `idct` rebuilds whole frames of cells; `concat` appends coefficients; "
