@@ -142,7 +142,7 @@ def test_a_flash_in_a_few_cells_is_no_cut():
 def test_noise_is_no_cut():
     detector = CutDetector()
     torch.manual_seed(0)
-    assert not any(detector.observe(frame) for frame in 5 + 0.3 * torch.randn(50, 1, 1, D) + torch.randn(1, 6, 6, D))
+    assert not any(detector.observe(5 + 0.3 * torch.randn(50, 1, 1, D) + torch.randn(1, 6, 6, D)))
 
 
 def test_tokens_lie_in_the_middle_of_what_they_stand_for():

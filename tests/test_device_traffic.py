@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from freres_cli.method import adaptive
+from freres_cli.method.adaptive import StretchCompressor
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import StreamingCompressor, compress_latents
+from freres_cli.method.merging import Merger
+from freres_cli.stretches import STRETCH_COLUMNS
 from tests.compressed_clips import make_settings, smooth_clip
 from tests.labelled_device import LabelledTensor, count_waits, labelled_device
 
@@ -63,3 +67,31 @@ def test_a_flash_costs_one_more_read(device):
     latents[20] += 5 * torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(11))
     compressor = StreamingCompressor(plan_budget(40, (6, 6), settings, 100), settings, 16)
     assert count_by_batch(compressor, latents.to(device)) == [1, 1, 2, 1, 1] and compressor.num_cuts_found == 2
+
+
+def test_adaptive_costs_one_copy_a_batch_and_one_a_round_of_merges(device, monkeypatch):
+    """The latents stay on the device: the host gets what finds cuts, and the costs of merges."""
+    monkeypatch.setattr(adaptive, "MOST_STRETCHES", 300)
+    rounds, choose = [], Merger._choose
+    monkeypatch.setattr(Merger, "_choose", lambda merger: rounds.append(1) or choose(merger))
+    compressor, spent = StretchCompressor((6, 6), 16, 100), []
+    clip = make_clip().to(device)
+    for first in range(0, len(clip), 8):
+        rounds.clear()
+        with count_waits() as waits:
+            compressor.push(clip[first : first + 8], range(first, first + 8))
+        spent.append((sum(waits.values()), len(rounds)))
+    assert all(waits == 1 + num_rounds for waits, num_rounds in spent)
+    assert any(num_rounds for _, num_rounds in spent) and compressor.num_cuts_found == 2
+
+
+def test_the_device_gives_the_same_stretches(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for clip in (make_clip().to(dtype).to(device), make_clip().to(dtype)):
+            compressor = StretchCompressor((6, 6), 16, 100, keeps_trends=True)
+            compressor.push(clip, range(len(clip)))
+            found.append(compressor.finish())
+        for name in STRETCH_COLUMNS:
+            ours, theirs = (getattr(stretches, name) for stretches in found)
+            assert not isinstance(ours, LabelledTensor) and torch.equal(ours, theirs), name

@@ -259,6 +259,26 @@ def test_an_interruption_while_writing_is_no_bug_and_leaves_nothing(tmp_path, na
     assert (run.returncode, run.stderr) == (status, "") and list(tmp_path.iterdir()) == []
 
 
+INTERRUPTED_IMPORT = """
+import importlib.abc, sys
+from importlib.metadata import entry_points
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+(start,) = entry_points(group="console_scripts", name="freres")
+sys.meta_path.insert(0, Interrupt())
+start.load()()
+"""
+
+
+def test_an_interruption_while_modules_are_read_is_as_quiet():
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (ExitStatus.INTERRUPTED, "")
+
+
 def test_repack_and_compress_take_the_same_outputs(tmp_path, monkeypatch):
     """A file, a folder that exists, and a new folder, which is named with a slash at its end."""
     monkeypatch.chdir(tmp_path)

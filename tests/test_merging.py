@@ -52,6 +52,33 @@ def test_the_error_is_exact_and_the_clip_is_covered_once(grid, share):
     assert merger.lost == pytest.approx(float((clip - shown).square().sum()), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("most", [150, 301])
+def test_merges_do_not_depend_on_when_rows_of_memory_are_cleared(most, monkeypatch):
+    """Costs that were computed before rows moved stay valid, and none is left over from before a merge."""
+    monkeypatch.setattr(merging, "ROUND_SHARE", 0.5)  # many merges since costs were last computed
+    clip, found = walk(30, 8, 8), []
+    for rows in (most, None):
+        merger, merges = Merger((8, 8), D, D, clip.dtype, rows), []
+        merger.on_merges = lambda a, b, loss, to=merges: to.append(loss)
+        for frame, latents in enumerate(clip):
+            merger.append(latents, frame, 0)
+            if frame % 4 == 3:
+                merger.merge_down(100)
+        merger.merge_down(1)
+        found.append(torch.cat(merges))
+    assert torch.equal(*found)
+
+
+def test_pairs_may_be_compared_in_any_parts(monkeypatch):
+    clip, found = walk(12, 3, 5), []
+    for num_bytes in (1, 1000, 2**20):
+        monkeypatch.setattr(merging, "PAIR_BYTES_AT_ONCE", num_bytes)
+        merger = merge(clip, 20)
+        found.append((merger.values, merger.boxes, merger.lost))
+    for values, boxes, lost in found[1:]:
+        assert torch.equal(values, found[0][0]) and torch.equal(boxes, found[0][1]) and lost == found[0][2]
+
+
 def test_without_merges_the_latents_stay_bit_for_bit():
     clip = walk(5, 2, 3).bfloat16()
     merger = merge(clip, 100)

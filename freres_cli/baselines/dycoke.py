@@ -17,6 +17,8 @@ else:
     torch = lazy_module("torch")
 
 WINDOW = 4  # frames in a group, of the paper
+# Ours: at a quarter of the tokens, whole frames of windows of 4 would be the whole budget, and none of what changes be kept.
+FIRST_FRAMES_SHARE = 0.75
 
 
 def drop_similar_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
@@ -25,10 +27,10 @@ def drop_similar_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
 
     B is ``budget_tokens``. A window has 4 frames: the second refers to the first, the third to the first, and the fourth
     to the third, each as it was before anything was dropped. All frames but the first of a window keep the same number of
-    tokens, except that some, evenly spread, keep one more. If the first frames alone exceed B, windows double until they
-    do not; a window of 8 adds a fifth frame that refers to the first, and so on (ours). If B is below one frame, B tokens
-    of the first are kept, evenly spread. Likeness is the cosine over the first D channels; ties in raster order.
-    ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
+    tokens, except that some, evenly spread, keep one more. If the first frames exceed three quarters of B, windows double
+    until they do not, or there is only one; a window of 8 adds a fifth frame that refers to the first, and so on (ours). If
+    B is below one frame, B tokens of the first are kept, evenly spread. Likeness is the cosine over the first D channels;
+    ties in raster order. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
     if budget_tokens < per_frame:
@@ -57,7 +59,7 @@ def count_kept(num_frames: int, per_frame: int, budget_tokens: int) -> Tensor:
     ``per_frame``: H*W. ``budget_tokens``: B, at least H*W.
     """
     window = WINDOW
-    while -(-num_frames // window) * per_frame > budget_tokens:
+    while window < num_frames and -(-num_frames // window) * per_frame > FIRST_FRAMES_SHARE * budget_tokens:
         window *= 2
     counts = torch.full((num_frames,), per_frame)
     others = (torch.arange(num_frames) % window).nonzero()[:, 0]
@@ -72,8 +74,9 @@ METHOD = Method(
     name="dycoke",
     summary="whole frames at the start of windows, and of the others the tokens least like an earlier frame's",
     source="DyCoke, first stage, arXiv 2411.15024",
-    deviations="the share that is dropped follows from the budget; below a quarter of the tokens windows of 4 frames double "
-    "until the budget is met; a last frame without a partner is kept, not lost; every third frame of a window is pruned, the "
-    "last window's too; tokens stay in raster order; a budget below one frame thins the first frame evenly",
+    deviations="the share that is dropped follows from the budget; below a third of the tokens windows of 4 frames double "
+    "until their first frames are at most three quarters of the budget; a last frame without a partner is kept, not lost; "
+    "every third frame of a window is pruned, the last window's too; tokens stay in raster order; a budget below one frame "
+    "thins the first frame evenly",
     compress=drop_similar_tokens,
 )

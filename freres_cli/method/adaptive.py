@@ -37,17 +37,26 @@ class CutDetector:
         self._squares = 0.0
         self._count = 0
 
-    def observe(self, latents: Tensor) -> bool:
-        """Take the next frame, (H, W, D). Return whether it is the first one after a cut."""
-        frame = latents.reshape(-1, latents.shape[-1]).to(torch.float32)
-        self._sum = self._sum + frame.sum(0, dtype=torch.float64)
-        self._squares += float(frame.square().sum(dtype=torch.float64))
-        self._count += frame.shape[0]
-        previous, self._previous = self._previous, frame
-        if previous is None:
-            return False
-        change = float((frame - previous).square().sum(-1).median())
-        return change > CUT_SHARE * 2 * self.energy / self._count
+    def observe(self, latents: Tensor) -> list[bool]:
+        """Take the next frames, (n, H, W, D). Return for each whether it is the first one after a cut.
+
+        What is needed of a device is copied from it once.
+        """
+        measures = torch.stack([self._measure(frame.flatten(0, 1).to(torch.float32)) for frame in latents]).cpu()
+        is_cut = []
+        for change, squares, total in zip(*measures[:, :2].T.tolist(), measures[:, 2:], strict=True):
+            self._sum = self._sum + total
+            self._squares += squares
+            self._count += latents.shape[1:3].numel()
+            is_cut.append(change > CUT_SHARE * 2 * self.energy / self._count)
+        return is_cut
+
+    def _measure(self, frame: Tensor) -> Tensor:
+        """Take a frame, (P, D) float32. Return (2 + D,) float64: its change, 0 for the first frame, its squares, its sum."""
+        previous, self._previous = frame if self._previous is None else self._previous, frame
+        change = (frame - previous).square().sum(-1).median().to(torch.float64)
+        squares, total = frame.square().sum(dtype=torch.float64), frame.sum(0, dtype=torch.float64)
+        return torch.cat([torch.stack([change, squares]), total])
 
     @property
     def energy(self) -> float:
@@ -94,11 +103,14 @@ class StretchCompressor:
         """Take the next frames: ``latents`` (n, H, W, C) and their times in seconds."""
         if tuple(latents.shape[1:3]) != self._grid:
             raise ValueError(f"latents: expected a grid of {self._grid}, got {tuple(latents.shape[1:3])}")
-        for frame, second in zip(latents.cpu(), seconds, strict=True):
-            if self._merger is None:
-                shape = (self._grid, latents.shape[-1], self._width)
-                self._merger = Merger(*shape, latents.dtype, 2 * self._most, self._keeps_trends)
-            if self._detector.observe(frame[..., : self._width]):
+        if not latents.shape[0]:
+            return
+        if self._merger is None:
+            shape = (self._grid, latents.shape[-1], self._width)
+            self._merger = Merger(*shape, latents.dtype, 2 * self._most, self._keeps_trends, latents.device)
+        are_cuts = self._detector.observe(latents[..., : self._width])
+        for frame, second, is_cut in zip(latents, seconds, are_cuts, strict=True):
+            if is_cut:
                 self._cuts.append(len(self._seconds))
             if len(self._merger) + frame.shape[0] * frame.shape[1] > 2 * self._most:
                 self._merger.merge_down(self._most)

@@ -95,7 +95,7 @@ def method_parts(
         ]
     if method == "adaptive":
         most = min(2 * max(MOST_STRETCHES, visual), 2 * num_frames * frame_tokens)
-        return [Part("stretches", most * row, f"{most} rows of C*b", is_on_device=False), result]
+        return [Part("stretches", most * row, f"{most} rows of C*b"), result]
     whole = 2 * num_frames * frame_tokens * row
     return [Part("latents of all frames", whole, "2 copies of T*N*C*b", is_on_device=False), result]
 

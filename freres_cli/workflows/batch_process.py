@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
+from freres_cli.devices import use_one_heap
 from freres_cli.errors import ResourceError
 from freres_cli.workflows.batch_worker import BatchRow, Job, VideoWorker, WorkerSetup, broken_row
 
@@ -31,6 +32,7 @@ def _serve(connection: Connection, setup: WorkerSetup, rank: int, scratch: str) 
     # Ctrl-C reaches every process of a terminal; the driver decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    use_one_heap()  # a worker may serve for days
     threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
     import torch
 
