@@ -224,6 +224,11 @@ def test_elsewhere_every_frame_is_encoded_and_a_note_says_so(frames, settings):
     assert bundle.manifest["tokens"] == compress(frames[:20], **settings).manifest["tokens"]
 
 
+def test_the_plan_says_that_frames_may_be_left_out(clip):
+    run = run_freres("plan", clip, "--budget", 200, "--tflops", 1, "--set", "line_levels=16", "--json")
+    assert any("within 16 levels of the line between two others, are not encoded" in note for note in run.json["notes"])
+
+
 def test_levels_that_are_none_are_refused(clip, tmp_path):
     for value in (-1, 65, "half"):
         run = run_freres("compress", clip, "--set", f"line_levels={value}", "-o", tmp_path / "b.pt")

@@ -64,13 +64,9 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
     elif settings.residual_grid != FULL:
         yield "residual_grid has no effect: every frame is encoded at the grid of the anchors"
     if plan.line_levels:
-        whole, per_frame, num_frames = (
-            tokens["encoded_tokens"],
-            plan.size.num_tokens,
-            manifest["sampling"]["num_frames"],
-        )
+        count, num_frames = tokens["encoded_tokens"] // plan.size.num_tokens, manifest["sampling"]["num_frames"]
         yield (
-            f"line_levels: {whole // per_frame} of {num_frames} frames were encoded; the latents of the others are drawn on "
+            f"line_levels: {count} of {num_frames} frames were encoded; the latents of the others are drawn on "
             f"the line between two of these, from which no colour in them is further than {plan.line_levels} levels"
         )
     elif settings.line_levels:

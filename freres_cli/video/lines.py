@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Ours: half a second of 30 fps video. It bounds what is waited for, and how long a change that no pixel shows goes unseen.
+# Ours: half a second of 30 fps video. It bounds what is waited for, and how long a change too fine for colours is unseen.
 MOST_APART = 16
 
 
@@ -23,8 +23,8 @@ class KeyFinder:
 
     ``levels``: a frame lies on it if no colour of ``measure_colours`` is further away than this. The first and the last
     frame are key frames, and no two are more than ``MOST_APART`` frames apart. Each line is made as long as that allows, so
-    the choice depends on the frames alone. The first and the last frame of a flash, and those on both sides of a cut, are
-    key frames if they differ by more than that. Ours, as piecewise linear approximation does it (Keogh et al., 2001).
+    the choice depends on the frames alone. A flash, and the frames on both sides of a cut, are key frames if the change is
+    more than twice the levels. Ours, as piecewise linear approximation does it (Keogh et al., 2001).
     """
 
     def __init__(self, levels: float) -> None:
