@@ -1,18 +1,36 @@
-"""Import large libraries in less time. Nothing is left out: what is put off is imported when it is first used."""
+"""Import large libraries in less time. What is put off is imported when it is first used."""
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-# transformers' losses for object detection take one function from it, and are imported with every model.
-PUT_OFF = "scipy.optimize"
-PUT_OFF_FUNCTION = "linear_sum_assignment"
+SCIPY = "scipy.optimize"
+COMPILER = "torch._dynamo"
+# The one function that transformers takes from each as it is imported with a model: for losses of object detection, and for
+# masks.
+PUT_OFF = {SCIPY: "linear_sum_assignment", f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex"}
+# Decorators that only tell torch.compile something.
+MARKS = ("assume_constant_result", "allow_in_graph", "disable")
+
+_is_command = False
+
+
+def declare_command() -> None:
+    """Say that this process runs a ``freres`` command, and nobody else's code.
+
+    ``quick_imports`` then leaves out torch's compiler and its tensors over several devices, which no command uses: a quarter
+    of what ``freres ask`` takes to start. With several processes, as under torchrun, it leaves out nothing.
+    """
+    global _is_command
+    _is_command = "WORLD_SIZE" not in os.environ
 
 
 @contextmanager
@@ -20,12 +38,12 @@ def quick_imports() -> Iterator[None]:
     """Import inside the block without garbage collection, and without scipy, which no model of ours needs.
 
     An import makes many objects and nearly no garbage, so that looking for it is a seventh of the time of importing torch
-    and transformers.
+    and transformers. In a process of ``declare_command``, leave out what that says.
     """
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        with _put_off_scipy():
+        with _put_off(SCIPY), without_compiler():
             yield
     finally:
         if was_collecting:
@@ -35,35 +53,77 @@ def quick_imports() -> Iterator[None]:
 
 
 @contextmanager
-def _put_off_scipy() -> Iterator[None]:
-    """Let ``from scipy.optimize import linear_sum_assignment`` inside the block give a function that imports it when it is
-    called. Any other name is taken from scipy itself, at once."""
-    if PUT_OFF in sys.modules:
+def without_compiler() -> Iterator[None]:
+    """Inside the block, leave out what ``declare_command`` says, if it was called.
+
+    transformers finds a torch for one device, as some builds are, and marks for torch.compile are not set. torch's first
+    arithmetic on the meta device would import the compiler, too.
+    """
+    if not _is_command:
         yield
         return
-    sys.modules[PUT_OFF] = stand_in = _StandIn(PUT_OFF)
+    import torch
+
+    with (
+        _put_off(COMPILER, *(name for name in PUT_OFF if name.startswith(COMPILER))),
+        _replaced(torch.distributed, "is_available", lambda: False),
+        _replaced(torch.compiler, "disable", _keep_unmarked),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        if sys.modules.get(PUT_OFF) is stand_in:
-            del sys.modules[PUT_OFF]
+        setattr(module, name, before)
+
+
+def _keep_unmarked(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
+    return _keep_unmarked if function is None else function
+
+
+@contextmanager
+def _put_off(*names: str) -> Iterator[None]:
+    """Let stand-ins take the place of these modules inside the block, unless the first is there already."""
+    if names[0] in sys.modules:
+        yield
+        return
+    stand_ins = {name: _StandIn(name) for name in names}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name, stand_in in stand_ins.items():
+            if sys.modules.get(name) is stand_in:
+                del sys.modules[name]
 
 
 class _StandIn(ModuleType):
-    """What stands in for ``scipy.optimize`` until something of it is used."""
+    """What stands in for a module until something of it is used: a function of ``PUT_OFF`` when it is called, and any other
+    name but a mark at once."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return linear_sum_assignment if name == PUT_OFF_FUNCTION else getattr(_import_scipy(), name)
+        if name == PUT_OFF.get(self.__name__):
+            return partial(call_later, self.__name__)
+        if self.__name__ == COMPILER and name in MARKS:
+            return _keep_unmarked
+        return getattr(_import(self.__name__), name)
 
 
-def _import_scipy() -> ModuleType:
-    if isinstance(sys.modules.get(PUT_OFF), _StandIn):
-        del sys.modules[PUT_OFF]
-    return import_module(PUT_OFF)
+def _import(name: str) -> ModuleType:
+    root = name.partition(".")[0]
+    for other in [other for other, module in sys.modules.items() if isinstance(module, _StandIn)]:
+        if other.partition(".")[0] == root:
+            del sys.modules[other]
+    return import_module(name)
 
 
-def linear_sum_assignment(*arguments: Any, **options: Any) -> Any:
-    """``scipy.optimize.linear_sum_assignment``, with scipy imported at the first call."""
-    return _import_scipy().linear_sum_assignment(*arguments, **options)
+def call_later(module: str, *arguments: Any, **options: Any) -> Any:
+    """Call the function of ``PUT_OFF`` in ``module``, which is imported at the first call."""
+    return getattr(_import(module), PUT_OFF[module])(*arguments, **options)

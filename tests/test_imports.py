@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -10,14 +11,13 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment as theirs
 
-from freres_cli.imports import linear_sum_assignment as ours
-from freres_cli.imports import quick_imports
+from freres_cli.imports import SCIPY, call_later, quick_imports
 
 
 def test_the_function_that_is_put_off_is_scipys() -> None:
     costs = np.random.default_rng(0).random((6, 8))
     for maximize in (False, True):
-        got, expected = ours(costs, maximize=maximize), theirs(costs, maximize=maximize)
+        got, expected = call_later(SCIPY, costs, maximize=maximize), theirs(costs, maximize=maximize)
         assert all(np.array_equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -55,3 +55,35 @@ def test_garbage_collection_is_as_it_was_even_after_an_error(is_collecting: bool
         assert gc.isenabled() == is_collecting
     finally:
         gc.enable()
+
+
+COMMAND = """
+import sys
+from freres_cli import imports
+imports.declare_command()
+with imports.quick_imports():
+    from transformers.masking_utils import TransformGetItemToIndex
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+    {statement}
+print([name in sys.modules for name in ("torch._dynamo", "torch.distributed.tensor", "sympy")])
+import torch, torch._dynamo
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as theirs
+assert type(torch._dynamo) is type(sys) and torch.distributed.is_available()
+assert torch.compiler.disable.__module__ == "torch.compiler"
+with TransformGetItemToIndex() as mode:
+    assert type(mode) is theirs
+assert int(torch.compile(lambda x: x + 1, backend="eager")(torch.tensor(1))) == 2
+"""
+
+
+USE = "from torch._dynamo import config; assert config.__name__ == 'torch._dynamo.config'"
+
+
+@pytest.mark.parametrize(
+    ("statement", "environment", "is_imported"),
+    [("pass", {}, False), (USE, {}, True), ("pass", {"WORLD_SIZE": "2"}, True)],
+)
+def test_a_command_imports_no_compiler_until_it_is_used(statement, environment, is_imported) -> None:
+    command = [sys.executable, "-c", COMMAND.format(statement=statement)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    assert run.stdout == f"{[is_imported] * 3}\n"

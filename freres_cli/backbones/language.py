@@ -21,6 +21,7 @@ from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import Device, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
+from freres_cli.imports import without_compiler
 from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
 
@@ -112,7 +113,7 @@ class DecoderLanguageModel(ABC):
         """
         config = read_config(checkpoint, cls.files)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
-        with torch.device("meta"):
+        with without_compiler(), torch.device("meta"):
             half, _ = cls.build_half(config, torch.float32)
         return cls(config, half, tokenizer, frozenset(), {})
 

@@ -13,7 +13,7 @@ from typing import Any
 
 STARTED = "started"
 # ``freres`` in a process of its own, from the code that is running or that of the working folder: append its arguments.
-FRERES = (sys.executable, "-c", "from freres_cli.cli.app import main; main()")
+FRERES = (sys.executable, "-c", "from freres_cli.cli.start import main; main()")
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,12 @@ def measure_startup(folder: Path, other: Path | None, repeat: int = 3) -> dict[s
 def run_cold(root: Path, command: tuple[str, ...], environment: dict[str, str]) -> dict[str, float]:
     """Run ``freres`` of the checkout at ``root`` with the variables of ``environment``, and return its CPU and wall seconds,
     and those to its first line on stderr."""
+    # The command of an older checkout begins elsewhere.
+    is_old = not (root / "freres_cli" / "cli" / "start.py").exists()
+    freres = [part.replace("cli.start", "cli.app") if is_old else part for part in FRERES]
     before, start = children_cpu_s(), time.perf_counter()
     with subprocess.Popen(
-        [*FRERES, *command],
+        [*freres, *command],
         cwd=root,
         env=environment,
         stdout=subprocess.DEVNULL,

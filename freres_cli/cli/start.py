@@ -11,6 +11,8 @@ def main() -> None:
     """Run ``freres``. Ctrl-C while its modules are read ends it as quietly as later on."""
     try:
         from freres_cli.cli.app import main as run
+        from freres_cli.imports import declare_command
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    declare_command()
     run()
