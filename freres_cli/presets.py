@@ -58,6 +58,14 @@ KEYS: dict[str, Key] = {
         low=0,
         high=64,
     ),
+    "line_levels": Key(
+        int,
+        0,
+        "a frame is not encoded if none of its colours is further from the line between two frames that are, in levels of "
+        "255; 0: all are; only adaptive",
+        low=0,
+        high=64,
+    ),
     "track_density": Key(
         int, 1, "frames read per sampled frame by adaptive and fre-res, if not all tokens are kept", low=1, high=64
     ),
@@ -112,6 +120,7 @@ class Settings:
     sample_fps: float | None
     sample_count: int | None
     still_levels: int
+    line_levels: int
     track_density: int
     grid: str
     residual_grid: str

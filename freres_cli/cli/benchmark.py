@@ -11,8 +11,8 @@ clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and i
 (memory against the length of the video, for ``--minutes``). ``kills`` (workers and drivers of ``freres batch`` killed at
 random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``,
 ``levers`` (file to first token with each way to encode faster, on ``--frames``) and ``grids`` (accuracy with smaller grids
-for residual frames, on ``--questions``) to ``speed.json``; ``quantized`` (cache and weights in 8 bits, on ``--questions``;
-needs torchao) to ``quantized.json``.
+for residual frames, on each ``--questions``) to ``speed.json``, as does ``lines`` (``line_levels``: speed and accuracy, on
+both); ``quantized`` (cache and weights in 8 bits, on each ``--questions``; needs torchao) to ``quantized.json``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from freres_cli.cli.benchmark_hours import measure_hours
 from freres_cli.cli.benchmark_inputs import GRID, METHOD, METHOD_FLAGS, TOWER, make_tower, write_video
 from freres_cli.cli.benchmark_lean import measure_lean
 from freres_cli.cli.benchmark_levers import measure_levers
+from freres_cli.cli.benchmark_lines import measure_lines
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_quantized import measure_quantized
 from freres_cli.cli.benchmark_startup import measure_startup
@@ -63,7 +64,8 @@ from freres_cli.video.sampling import Sampling
 from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
-ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids", "quantized")
+USUAL = "method, decode, memory, bounded, many, questions, still, lean"
+ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids", "lines", "quantized")
 # Parts with a file of their own.
 NAMED_ALONE = ("hours", "quantized")
 
@@ -310,21 +312,22 @@ def main() -> None:
     """Run the named parts and write their results; the file keeps the results it has for other parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--frames", type=int, default=1800, help="frames of the clip that peers and levers measure")
     parser.add_argument(
-        "--questions", type=Path, nargs="+", default=[], help="questions files that grids and quantized ask"
+        "--frames", type=int, default=1800, help="frames of the clip that peers, levers and lines measure"
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        action="append",
+        default=[],
+        help="a questions file that grids, lines and quantized ask",
     )
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
         "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
     )
-    parser.add_argument(
-        "parts",
-        nargs="*",
-        default=[],
-        help=f"method, decode, memory, bounded, many, questions, still, lean; and, if named, {', '.join(ONLY_IF_NAMED)}",
-    )
+    parser.add_argument("parts", nargs="*", default=[], help=f"{USUAL}; and, if named, {', '.join(ONLY_IF_NAMED)}")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -341,6 +344,7 @@ def main() -> None:
             "levers": lambda: measure_levers(
                 write_video(Path(folder) / "minute.mp4", arguments.frames, (1280, 720)), Path(folder), arguments.frames
             ),
+            "lines": lambda: measure_lines(Path(folder), arguments.frames, arguments.questions),
             "grids": lambda: measure_grids(arguments.questions),
             "quantized": lambda: measure_quantized(arguments.questions),
             "startup": lambda: measure_startup(Path(folder), arguments.other),

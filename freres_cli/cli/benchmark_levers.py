@@ -55,12 +55,12 @@ def measure_levers(moving: Path, folder: Path, num_frames: int, repeat: int = 3)
         grid_h, grid_w = (int(side) for side in grid.split("x"))
         budget = {"budget_tokens": min(MOST_TOKENS, count * grid_h * grid_w // SHARE)}
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in levers}
-        _time_once(path, {**NO_LEVER, **budget, "grid": grid}, models, WARM_UP_S)
+        time_once(path, {**NO_LEVER, **budget, "grid": grid}, models, WARM_UP_S)
         for _ in range(repeat):
             for name in levers:
                 settings = {**NO_LEVER, **LEVERS[name], **budget, "grid": grid}
-                runs[name].append(_time_once(path, settings, models, count / FPS))
-        found = [_describe(clip, grid, name, of, runs["none"]) for name, of in runs.items()]
+                runs[name].append(time_once(path, settings, models, count / FPS))
+        found = [compare_runs(clip, grid, name, of, runs["none"]) for name, of in runs.items()]
         rows += [{"num_frames": count, **budget, **row} for row in found]
         for row in found:
             print_line(f"{clip}, {grid}, {row['lever']}: {row['times_as_fast']['median']:.2f} times as fast")
@@ -78,10 +78,14 @@ def measure_levers(moving: Path, folder: Path, num_frames: int, repeat: int = 3)
     }
 
 
-def _time_once(path: Path, settings: dict[str, Any], models: Models, end_s: float) -> dict[str, float]:
+def time_once(
+    path: Path, settings: dict[str, Any], models: Models, end_s: float, method: str = METHOD
+) -> dict[str, float]:
+    """Time one compression and a first token. ``path``: of the video. ``settings``: of the compression, and ``overlap``.
+    ``models``: loaded. ``end_s``: seconds of the video that are read. ``method``: its name."""
     values = dict(settings)
     with nullcontext() if values.pop("overlap") else without_overlap():
-        compressor = Compressor(method=METHOD, models=models, **values)
+        compressor = Compressor(method=method, models=models, **values)
         wall, cpu = time.perf_counter(), time.process_time()
         bundle = compressor.compress(path, end_s=end_s)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -97,9 +101,10 @@ def _time_once(path: Path, settings: dict[str, Any], models: Models, end_s: floa
     }
 
 
-def _describe(
+def compare_runs(
     clip: str, grid: str, lever: str, runs: list[dict[str, float]], without: list[dict[str, float]]
 ) -> dict[str, Any]:
+    """Return a row of the results. ``clip``, ``grid``, ``lever``: its names. ``runs``: of the lever. ``without``: of none."""
     ratios = {
         name: summarize_runs([b[key] / a[key] for a, b in zip(runs, without, strict=True)])
         for name, key in (("times_as_fast", "seconds"), ("times_as_fast_in_cpu_time", "cpu_seconds"))

@@ -65,9 +65,9 @@ DEFAULTS = {
 # A legal value of each key, for freres-preset(5); read as text.
 KEY_EXAMPLES: dict[str, str] = yaml.load(
     """{description: one line, method: adaptive, budget_tokens: 1280, quality: 0.95, sample: fps, sample_fps: 1,
-    sample_count: 16, still_levels: 2, track_density: 4, grid: 24x24, residual_grid: 12x12, tokens_per_frame: 256,
-    variant: anchors, anchors: 4, keep_per_block: 8, temporal_share: 0.3, static_per_gop: 0, pooled_side: 6,
-    max_coefficients: 5, events: false, tau: 0.25, text_after: hf, deepstack: drop, trends: keep}""",
+    sample_count: 16, still_levels: 2, line_levels: 24, track_density: 4, grid: 24x24, residual_grid: 12x12,
+    tokens_per_frame: 256, variant: anchors, anchors: 4, keep_per_block: 8, temporal_share: 0.3, static_per_gop: 0,
+    pooled_side: 6, max_coefficients: 5, events: false, tau: 0.25, text_after: hf, deepstack: drop, trends: keep}""",
     yaml.BaseLoader,
 )
 EXAMPLE_PRESET = """\
@@ -264,7 +264,7 @@ def preset_page() -> str:
         "than a fifth of their tokens. `quality` needs method adaptive; with it, a budget limits the tokens only if it is a "
         "flag or in the same preset. If `grid` is ROWSxCOLUMNS, `tokens_per_frame` has no effect. "
         "`residual_grid`, and all from `variant` to `tau`, are settings of method fre-res: to another method they cannot be "
-        "given as a flag, nor by a preset that names no method. "
+        "given as a flag, nor by a preset that names no method. `line_levels` is for adaptive alone; freres(7) explains it. "
         "Variants: `absorber` evaluates a cell's coefficients at instants and adds what the "
         "absorber hears around it; `sparse-idct` is the same without the absorber; `iquery` gives the absorber the anchor "
         "alone to ask with, as the paper does; `idct` rebuilds whole frames of cells; `concat` appends coefficients; "

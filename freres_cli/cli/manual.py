@@ -33,7 +33,8 @@ compress:
     note says so if it is below the one asked for. It is null for other methods. Frames are read and resized while others
     are encoded, so the stages of `timings_s` may add up to more than `total`; `decode` is the time of the thread that
     reads. With `--residual-grid`, only anchor frames pass the tower at their whole grid; every frame, anchors too, passes it
-    at the smaller one, from which events and residuals are taken. The file is read once. `encoded_tokens` counts both.
+    at the smaller one, from which events and residuals are taken. The file is read once. `encoded_tokens` counts both. With
+    `--set line_levels=N`, it counts the frames that passed the tower; see freres(7).
   schemas:
     freres.compress/1:
       bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality

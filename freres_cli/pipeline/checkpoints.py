@@ -28,10 +28,13 @@ from freres_cli.method.compress import StreamingCompressor
 from freres_cli.method.gop import ClosedGop, OpenGop, SummaryStore
 from freres_cli.method.merging import STATE_CLASSES
 from freres_cli.method.residuals import ResidualTrajectory
+from freres_cli.pipeline.between import Waiting
 from freres_cli.pipeline.encoding import VideoSource, count_batch_frames
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.pipeline.reduction import Reducer
+from freres_cli.records import Frames
 from freres_cli.video.decode import Position
+from freres_cli.video.lines import KeyFinder
 from freres_cli.video.oddities import OddFrames
 
 PREFIX, SUFFIX = ".freres-", ".resume"
@@ -43,18 +46,19 @@ KEPT_S = 14 * 24 * 3600.0  # nobody comes back for an older one
 CLASSES = (
     *(StreamingCompressor, OpenGop, ClosedGop, SummaryStore, ResidualTrajectory, EventDetector),
     *(BudgetPlan, Allocation, MethodSettings, StretchCompressor, CutDetector, *STATE_CLASSES),
-    *(Position, OddFrames, array),
+    *(Position, OddFrames, array, Waiting, KeyFinder, Frames),
 )
 
 
 @dataclass(frozen=True)
 class State:
     """How far a compression has come. ``position``: of the decoder. ``known``: latents of the last picture, by its number.
-    ``reducer``: what it keeps so far."""
+    ``reducer``: what it keeps so far. ``waiting``: the frames since the last key frame, if frames between are not encoded."""
 
     position: Position
     known: dict[int, Tensor]
     reducer: Reducer
+    waiting: Waiting | None = None
 
 
 class Checkpoints:
@@ -105,7 +109,7 @@ class Checkpoints:
             return
         self._path = self._path or self._place()
         state = make_state()
-        parts = {"position": state.position, "known": state.known, "reducer": state.reducer}
+        parts = {"position": state.position, "known": state.known, "reducer": state.reducer, "waiting": state.waiting}
         try:
             write_atomically(self._path, lambda file: torch.save(parts, file), force=True)
         except FreresError as error:
@@ -153,6 +157,6 @@ def _read(path: Path) -> State | None:
             if os.fstat(file.fileno()).st_uid != os.getuid():
                 return None
             parts: dict[str, Any] = torch.load(file, weights_only=True)
-        return State(parts["position"], parts["known"], parts["reducer"])
+        return State(parts["position"], parts["known"], parts["reducer"], parts["waiting"])
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
         return None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from freres_cli.content import Content
 from freres_cli.errors import VideoError
 from freres_cli.method.adaptive import MOST_STRETCHES, cut_stretches
 from freres_cli.pipeline.adapters import AnyModules
+from freres_cli.pipeline.between import LineStream
 from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_frames
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
@@ -35,12 +37,13 @@ from freres_cli.video.sampling import Sampling
 
 @dataclass(frozen=True)
 class View:
-    """The frames of one sampling: ``latents`` (T, H, W, C) on the CPU, the time of each in seconds, and how decoding
-    went."""
+    """The frames of one sampling: ``latents`` (T, H, W, C) on the CPU, the time of each in seconds, how decoding went, and
+    how many pictures were encoded, if those between others were not."""
 
     latents: Tensor
     pts_seconds: tuple[float, ...]
     report: DecodeReport
+    num_encoded: int | None = None
 
     def batches(self, num_frames: int, device: torch.device, small: View | None = None) -> Iterator[LatentBatch]:
         """Yield ``num_frames`` at a time, on ``device``. ``small``: the same frames on the grid of residual frames."""
@@ -75,8 +78,8 @@ class EncodedClip:
         self._options = replace(options, method=FRE_RES)
         # By the size of residual frames, None for that of anchors.
         self._latents: dict[FrameSize | None, LatentStream] = {}
-        self._views: dict[tuple[Sampling, FrameSize | None], View] = {}
-        self._merged: dict[tuple[Sampling, int, str], tuple[Reduction, float]] = {}
+        self._views: dict[tuple[Sampling, FrameSize | None, int], View] = {}
+        self._merged: dict[tuple[Sampling, int, str, int], tuple[Reduction, float]] = {}
         self._baseline = self._view(self._plan(FULL_BUDGET))
 
     @property
@@ -140,12 +143,14 @@ class EncodedClip:
         options = self._options_for(budget_tokens, ADAPTIVE)
         plan = plan_compression(options, self._encoder, self._source.info)
         most = max(MOST_STRETCHES, budget_tokens)
-        key = (plan.sampling, most, options.settings.trends)
+        key = (plan.sampling, most, options.settings.trends, plan.line_levels)
         if key not in self._merged:
             before = self._timer.seconds.get("compress", 0.0)
-            batches = self._view(plan).batches(count_batch_frames(plan), torch.device("cpu"))
+            view = self._view(plan)
+            batches = view.batches(count_batch_frames(plan), torch.device("cpu"))
             whole = replace(plan, budget_tokens=most)
             reduction = reduce_latents(batches, whole, options, self._encoder.width, self._timer)
+            reduction = replace(reduction, num_encoded=view.num_encoded)
             self._merged[key] = reduction, self._timer.seconds["compress"] - before
             self._timer.seconds["compress"] = before
         reduction, merge_s = self._merged[key]
@@ -191,17 +196,14 @@ class EncodedClip:
         return reduction.content, reduction
 
     def _view(self, plan: CompressPlan, residual_size: FrameSize | None = None) -> View:
-        key = plan.sampling, residual_size
+        key = plan.sampling, residual_size, plan.line_levels
         if key not in self._views:
-            self._views[key] = self._read_view(plan, residual_size)
+            self._views[key] = self._draw_view(plan) if plan.line_levels else self._read_view(plan, residual_size)
         return self._views[key]
 
     def _read_view(self, plan: CompressPlan, residual_size: FrameSize | None) -> View:
         """Decode the plan's frames and encode those not seen before."""
-        if residual_size not in self._latents:
-            encoder, timer, model = self._encoder, self._timer, self._options.model.name
-            self._latents[residual_size] = LatentStream(encoder, timer, model, True, residual_size)
-        known = self._latents[residual_size]
+        known = self._stream(residual_size)
         indices: list[int] = []
         seconds: list[float] = []
         parts: list[Tensor] = []
@@ -216,3 +218,17 @@ class EncodedClip:
         latents = torch.cat(parts)
         known.share_storage(indices, latents)
         return View(latents, tuple(seconds), stream.report)
+
+    def _draw_view(self, plan: CompressPlan) -> View:
+        """Decode the plan's frames, and encode the key frames not seen before; those between them are drawn."""
+        frames = self._source.open(plan, self._options)
+        lines = LineStream(self._stream(None), (plan.size.grid_h, plan.size.grid_w), plan.line_levels)
+        with closing(lines.encode(frames)) as drawn:
+            seconds, parts = zip(*drawn, strict=True)
+        return View(torch.cat(parts), tuple(chain(*seconds)), frames.report, lines.waiting.num_encoded)
+
+    def _stream(self, residual_size: FrameSize | None) -> LatentStream:
+        if residual_size not in self._latents:
+            encoder, timer, model = self._encoder, self._timer, self._options.model.name
+            self._latents[residual_size] = LatentStream(encoder, timer, model, True, residual_size)
+        return self._latents[residual_size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as, return_large_memory
 from freres_cli.errors import BackboneError, UsageError
+from freres_cli.pipeline.between import LineStream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints, State
 from freres_cli.pipeline.choices import as_number, as_whole, choose_method, choose_preset
@@ -162,6 +163,8 @@ class Compressor:
             return_large_memory()
         frames = source.open(plan, options)
         stream = LatentStream(encoder, timer, options.model.name, residual_size=plan.residual_size)
+        grid = plan.size.grid_h, plan.size.grid_w
+        lines = LineStream(stream, grid, plan.line_levels) if plan.line_levels else None
         reducer, total = make_reducer(plan, options, encoder.width), plan.num_frames
         decoder = frames if isinstance(frames, Decoder) else None
         if checkpoints is not None and decoder is not None and reducer is not None:
@@ -169,6 +172,8 @@ class Compressor:
             if state is not None:
                 decoder.resume(state.position)
                 stream.known, reducer = state.known, state.reducer
+                if lines is not None and state.waiting is not None:
+                    lines.waiting = state.waiting
 
         taken = None if decoder is None else decoder.position
         # The decoder reads ahead: where it was at the end of each batch that is not reduced yet.
@@ -177,7 +182,7 @@ class Compressor:
         def make_state() -> State:
             assert taken is not None and reducer is not None
             stream.check_finite()
-            return State(taken, stream.known, reducer)
+            return State(taken, stream.known, reducer, None if lines is None else lines.waiting)
 
         def on_batch(done: int) -> None:
             nonlocal taken
@@ -193,14 +198,11 @@ class Compressor:
 
         is_kept = checkpoints is not None and reducer is not None
         read = _note_positions(decoder, positions) if is_kept and decoder is not None else frames
-        with closing(stream.encode(read)) as latents:
-            batches = (
-                LatentBatch(
-                    batch.pts_seconds, rows, None if plan.residual_size is None else partial(stream.encode_whole, batch)
-                )
-                for batch, rows in latents
-            )
-            return reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer), frames.report
+        with closing(_encode(stream, lines, read, plan)) as batches:
+            reduction = reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer)
+        if lines is not None:
+            reduction = replace(reduction, num_encoded=lines.waiting.num_encoded)
+        return reduction, frames.report
 
     def _count_text(self, reduction: Reduction) -> tuple[PromptText | None, tuple[str, ...]]:
         """Return the text of a prompt about the clip, or a note that it cannot be counted: that needs the tokenizer."""
@@ -219,6 +221,20 @@ class Compressor:
             raise UsageError("frames: expected no start_s or end_s with frames already decoded", "cut the frames")
         values = {"sample": "native", "sample_fps": None, "sample_count": None, "track_density": 1}
         return replace(options, settings=options.settings.with_values("frames as given", **values))
+
+
+def _encode(
+    stream: LatentStream, lines: LineStream | None, frames: Iterable[Frames], plan: CompressPlan
+) -> Generator[LatentBatch, None, None]:
+    if lines is not None:
+        with closing(lines.encode(frames)) as drawn:
+            for seconds, latents in drawn:
+                yield LatentBatch(seconds, latents)
+        return
+    with closing(stream.encode(frames)) as encoded:
+        for batch, latents in encoded:
+            whole = None if plan.residual_size is None else partial(stream.encode_whole, batch)
+            yield LatentBatch(batch.pts_seconds, latents, whole)
 
 
 def _note_positions(decoder: Decoder, positions: deque[Position]) -> Iterator[Frames]:

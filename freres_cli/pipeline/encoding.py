@@ -128,7 +128,7 @@ class LatentStream:
         keeps_all: bool = False,
         residual_size: FrameSize | None = None,
     ) -> None:
-        self._encoder, self._timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
+        self._encoder, self.timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
         self._residual_size = residual_size
         self.known: dict[int, Tensor] = {}
         self._last_batch: tuple[Tensor, torch.dtype] | None = None  # whether all of it is finite, and its dtype
@@ -138,14 +138,15 @@ class LatentStream:
 
         The next batches are read in another thread, until this generator is closed.
         """
-        with closing(read_ahead(self._read(batches), BATCHES_AHEAD)) as ahead:
+        with closing(read_ahead(self.read(batches), BATCHES_AHEAD)) as ahead:
             for frames in ahead:
-                with self._timer.stage("encode"):
-                    rows = self._encode_batch(frames)
+                with self.timer.stage("encode"):
+                    rows = self.encode_batch(frames)
                 yield frames, rows
         self.check_finite()
 
-    def _encode_batch(self, frames: Frames) -> Tensor:
+    def encode_batch(self, frames: Frames) -> Tensor:
+        """Return the latents (n, H, W, C) of a batch. A picture whose latents are kept is not encoded again."""
         fresh = {n: i for i, n in enumerate(frames.picture_index) if n not in self.known}
         if fresh:
             is_new = len(fresh) == len(frames.picture_index)
@@ -167,7 +168,7 @@ class LatentStream:
 
     def encode_whole(self, frames: Frames, indices: list[int]) -> Tensor:
         """Return the latents (k, H, W, C) of some frames of a batch at the size of anchors. ``indices``: which."""
-        with self._timer.stage("encode"):
+        with self.timer.stage("encode"):
             return self._encode(frames.pixels[indices])
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -180,14 +181,14 @@ class LatentStream:
         """Make the kept latents of these pictures rows of ``latents``, so a clip is in memory only once."""
         self.known.update(zip(indices, latents, strict=True))
 
-    def _read(self, batches: Iterable[Frames]) -> Iterator[Frames]:
-        """The batches, ready to be copied to the device. This runs in the thread that reads ahead."""
+    def read(self, batches: Iterable[Frames]) -> Iterator[Frames]:
+        """Yield the batches, ready to be copied to the device. This runs in the thread that reads ahead."""
         iterator = iter(batches)
         try:
             while True:
-                with self._timer.host_stage("decode"):
+                with self.timer.host_stage("decode"):
                     frames = next(iterator, None)
-                    if frames is not None and self._timer.device.type == "cuda":
+                    if frames is not None and self.timer.device.type == "cuda":
                         # From pinned memory the copy runs beside the tower.
                         frames = replace(frames, pixels=frames.pixels.pin_memory())
                 if frames is None:

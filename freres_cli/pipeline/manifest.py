@@ -125,13 +125,14 @@ def describe_tokens(
     """
     by_kind = count_by_kind(reduction.content)
     per_frame, of_frame = plan.size.num_tokens, plan.residual_size or plan.size
+    num_encoded = report.num_pictures if reduction.num_encoded is None else reduction.num_encoded
     full = min(plan.baseline_frames, reduction.num_frames) * per_frame
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
     budget_tokens = plan.budget_tokens if options.has_budget else sum(by_kind.values())
     return {
         **token_counts(by_kind, budget_tokens, full),
         "quality": reduction.content.quality if isinstance(reduction.content, Stretches) else None,
-        "encoded_tokens": report.num_pictures * of_frame.num_tokens + reduction.num_frames_whole * per_frame,
+        "encoded_tokens": num_encoded * of_frame.num_tokens + reduction.num_frames_whole * per_frame,
         "num_gops": None if tracks is None else int(tracks.gop_anchor_frame.shape[0]),
         "num_coefficients": None if plan.budget is None else plan.budget.num_coefficients,
         "cuts_found": reduction.num_cuts_found,

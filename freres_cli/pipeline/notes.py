@@ -63,6 +63,14 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         )
     elif settings.residual_grid != FULL:
         yield "residual_grid has no effect: every frame is encoded at the grid of the anchors"
+    if plan.line_levels:
+        count, num_frames = tokens["encoded_tokens"] // plan.size.num_tokens, manifest["sampling"]["num_frames"]
+        yield (
+            f"line_levels: {count} of {num_frames} frames were encoded; the latents of the others are drawn on "
+            f"the line between two of these, from which no colour in them is further than {plan.line_levels} levels"
+        )
+    elif settings.line_levels:
+        yield "line_levels has no effect: every frame is encoded"
     if settings.trends == "keep" and options.method != ADAPTIVE:
         yield f"trends has no effect: method {options.method} has none"
     if settings.deepstack == "drop":

@@ -86,7 +86,8 @@ class CompressPlan:
     ``num_frames``: frames that will be read. ``baseline_frames``: frames that the full-token model would read.
     ``budget``: how Fre-Res allocates the budget; ``None`` for other methods. ``quality``: share of the latents' energy to
     keep in as few tokens as possible; ``None`` to use the budget. ``residual_size``: that of frames that are no anchors, if
-    it is smaller.
+    it is smaller. ``line_levels``: how far a frame may lie off the line between two others and not be encoded, in levels
+    of 255; 0 if every frame is encoded.
     """
 
     info: VideoInfo
@@ -98,6 +99,7 @@ class CompressPlan:
     budget: BudgetPlan | None
     quality: float | None = None
     residual_size: FrameSize | None = None
+    line_levels: int = 0
 
     @property
     def full_tokens(self) -> int:
@@ -150,7 +152,10 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
         sampling = choose_sampling(options, settings.track_density)
         num_frames = _count_frames(sampling, info)
     if options.method == ADAPTIVE:
-        return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None, quality)
+        levels = settings.line_levels if is_reduced else 0
+        return CompressPlan(
+            info, sampling, size, num_frames, baseline, budget_tokens, None, quality, line_levels=levels
+        )
     residual_size = _choose_residual_size(settings, encoder, info, size) if is_reduced else None
     residual_grid = None if residual_size is None else (residual_size.grid_h, residual_size.grid_w)
     grid = size.grid_h, size.grid_w

@@ -42,13 +42,15 @@ Reducer = StreamingCompressor | StretchCompressor
 @dataclass(frozen=True)
 class Reduction:
     """What is kept of a clip, in ``content``. ``num_frames``: frames that were read. Both forms of Fre-Res count cuts.
-    ``num_frames_whole``: with two resolutions, frames that were encoded at that of anchors as well."""
+    ``num_frames_whole``: with two resolutions, frames that were encoded at that of anchors as well. ``num_encoded``: pictures
+    that were encoded, if those between others were not."""
 
     content: Content
     num_frames: int
     num_cuts_found: int | None = None
     num_cuts_not_honoured: int | None = None
     num_frames_whole: int = 0
+    num_encoded: int | None = None
 
 
 def reduce_latents(

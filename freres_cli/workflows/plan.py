@@ -14,6 +14,7 @@ from freres_cli.backbones.checkpoint import config_dtype
 from freres_cli.backbones.engine import choose_chunk
 from freres_cli.backbones.quantized_weights import describe_weights
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, measure_decoder, measure_tower
+from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.devices import Storage, choose_dtype, memory_errors_as, synchronize
 from freres_cli.pipeline.costs import (
     CUDA_CONTEXT_BYTES,
@@ -131,6 +132,8 @@ class Planner:
         """What the user should know about the figures."""
         levels = self.options.settings.still_levels
         still = f"in which nothing moved by more than {levels} levels" if levels else "that repeat the last one"
+        lines = self.options.settings.line_levels if self.options.method == ADAPTIVE else 0
+        still += f", or that lie within {lines} levels of the line between two others," if lines else ""
         skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
         told = [self.dtype_note, skipped, *self.language.describe_kv()]
         if (weights := self.options.model.storage.weights) is not None:
