@@ -308,8 +308,7 @@ def run_command(*arguments: str) -> str:
     return subprocess.run([*FRERES, "compress", *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def main() -> None:
-    """Run the named parts and write their results; the file keeps the results it has for other parts."""
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument(
@@ -328,7 +327,12 @@ def main() -> None:
         "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
     )
     parser.add_argument("parts", nargs="*", default=[], help=f"{USUAL}; and, if named, {', '.join(ONLY_IF_NAMED)}")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the named parts and write their results; the file keeps the results it has for other parts."""
+    arguments = _parse_arguments()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         measures = {
