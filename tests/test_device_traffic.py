@@ -87,9 +87,9 @@ def test_adaptive_costs_one_copy_a_batch_and_one_a_round_of_merges(device, monke
 
 def test_the_device_gives_the_same_stretches(device):
     for dtype in (torch.float32, torch.bfloat16):
-        found, made = [], make_clip()[40:60].to(dtype)
+        found, made = [], make_clip()[40:52, :3, :3].to(dtype)
         for clip in (made.to(device), made):
-            compressor = StretchCompressor((6, 6), 16, 100, keeps_trends=True)
+            compressor = StretchCompressor((3, 3), 16, 40, keeps_trends=True)
             compressor.push(clip, range(len(clip)))
             found.append(compressor.finish())
         for name in STRETCH_COLUMNS:
