@@ -186,10 +186,17 @@ class _Counts(TorchDispatchMode):
 @contextlib.contextmanager
 def count_waits() -> Iterator[Waits]:
     """Count what waits inside the block, on a real device or under ``labelled_device``."""
-    found = _ACTIVE[-1] if _ACTIVE else Waits()
-    with contextlib.nullcontext() if _ACTIVE else _Counts(found):
-        found.clear()
-        yield found
+    if _ACTIVE:
+        _ACTIVE[-1].clear()
+        yield _ACTIVE[-1]
+        return
+    found, bias = Waits(), attention._causal_lower_right
+    attention._causal_lower_right = _outside_modes(bias)
+    try:
+        with _Counts(found):
+            yield found
+    finally:
+        attention._causal_lower_right = bias
 
 
 _ACTIVE: list[Waits] = []
