@@ -62,8 +62,8 @@ def quick_imports() -> Iterator[None]:
 def without_compiler() -> Iterator[None]:
     """Inside the block, leave out what ``declare_command`` says, if it was called.
 
-    transformers finds a torch for one device, as some builds are, and marks for torch.compile are not set. torch's first
-    arithmetic on the meta device would import the compiler, too.
+    transformers finds a torch for one device, as some builds are, and keeps to that until the process ends. Marks for
+    torch.compile are not set. torch's first arithmetic on the meta device would import the compiler, too.
     """
     if not _is_command:
         yield
@@ -101,8 +101,8 @@ def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> It
         setattr(module, name, before)
 
 
-def _keep_unmarked(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
-    return _keep_unmarked if function is None else function
+def _keep_unmarked(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
+    return _keep_unmarked if fn is None else fn
 
 
 @contextmanager
@@ -130,6 +130,7 @@ class _StandIn(ModuleType):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.__path__: list[str] = []  # a package, whose modules ``_PartsOfWhole`` finds
+        self.__spec__ = ModuleSpec(name, None, is_package=True)  # for those who look whether it is there
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -49,7 +49,7 @@ def pack_rows(rows: Tensor, kv: str) -> Tensor:
 
 def unpack_rows(packed: Tensor, dtype: torch.dtype, kv: str) -> Tensor:
     """The rows that ``pack_rows`` rounded: (..., d + bytes of a scale) uint8 -> (..., d) of the model's ``dtype``."""
-    scales = packed[..., -dtype.itemsize :].contiguous().view(dtype)
+    scales = packed[..., -dtype.itemsize :].clone(memory_format=torch.contiguous_format).view(dtype)
     codes = packed[..., : -dtype.itemsize].view(CODES[kv][0])
     # Every code is exact in the model's precision, so there is one rounding, and no copy in float32.
     return codes.to(dtype).mul_(scales)

@@ -43,6 +43,8 @@ class CutDetector:
         What is needed of a device is copied from it once.
         """
         measures = torch.stack([self._measure(frame.flatten(0, 1).to(torch.float32)) for frame in latents]).cpu()
+        # A view of the last frame would keep its whole batch alive.
+        self._previous = None if self._previous is None else self._previous.clone()
         is_cut = []
         for change, squares, total in zip(*measures[:, :2].T.tolist(), measures[:, 2:], strict=True):
             self._sum = self._sum + total

@@ -25,6 +25,8 @@ NONE = -1
 PAIR_BYTES_AT_ONCE = 2**20
 DEVICE_PAIR_BYTES_AT_ONCE = 2**26  # a GPU is faster with more at once; this bounds its memory
 
+ROWS_AT_ONCE = 1024  # bounds the memory of moving rows
+
 
 # (slots that remain, slots merged into them, squared error added by each)
 OnMerges = Callable[[Tensor, Tensor, Tensor], None]
@@ -147,8 +149,11 @@ class Merger:
         size = max(self._storage.shape[0], 2 * (alive + count))
         if self._most is not None:
             size = max(alive + count, min(size, self._most))
-        storage = self._storage.new_empty(size, self._storage.shape[1])
-        storage[:alive] = self._storage[self._rows.slot]
+        is_larger = size > self._storage.shape[0]
+        storage = self._storage.new_empty(size, self._storage.shape[1]) if is_larger else self._storage
+        # Slots ascend, so rows only ever move forward, and a few at a time need no second storage.
+        for part in torch.arange(alive).split(ROWS_AT_ONCE):
+            storage[part] = self._storage[self._rows.slot[part]]
         changed = torch.zeros(size, dtype=torch.bool)
         changed[:alive] = self._changed[self._rows.slot]
         # Costs stay valid: partners are found under their new names. One that was merged away is none of them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -65,20 +66,25 @@ class LineStream:
             if is_last and count - 1 not in keys:
                 keys.append(count - 1)
             key_frames = _pick(frames, keys, waiting.last)
-            latents = self._fill(keys, key_frames)
+            # With the frame before it, there may be one more than a batch, which the tower's memory is planned for.
+            rows = [[0], list(range(1, len(keys)))] if len(keys) > count else [list(range(len(keys)))]
+            latents = self._fill(keys, [_pick(key_frames, own) for own in rows])
         waiting.last = _pick(frames, [count - 1])
         seconds = [*waiting.seconds, *frames.pts_seconds]
         waiting.seconds = seconds[len(latents) :]
         return tuple(seconds[: len(latents)]), latents
 
-    def _fill(self, keys: list[int], frames: Frames) -> Tensor:
-        """Return the latents of all frames after the last key frame, up to the last of these. ``keys``: their rows."""
+    def _fill(self, keys: list[int], batches: list[Frames]) -> Tensor:
+        """Return the latents of all frames after the last key frame, up to the last of these. ``keys``: their rows.
+        ``batches``: the key frames, as they are encoded."""
         waiting = self.waiting
         if not keys:
             assert waiting.latents is not None  # the first frame is a key frame
             return waiting.latents[None][:0]
         at, parts = -1 - len(waiting.seconds), []
-        for key, latents, picture in zip(keys, self._stream.encode_batch(frames), frames.picture_index, strict=True):
+        encoded = chain.from_iterable(self._stream.encode_batch(frames) for frames in batches)
+        pictures = chain.from_iterable(frames.picture_index for frames in batches)
+        for key, latents, picture in zip(keys, encoded, pictures, strict=True):
             start = latents if waiting.latents is None else waiting.latents
             parts.append(draw_line(start, latents, key - at))
             at = key

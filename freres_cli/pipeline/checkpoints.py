@@ -158,5 +158,7 @@ def _read(path: Path) -> State | None:
                 return None
             parts: dict[str, Any] = torch.load(file, weights_only=True)
         return State(parts["position"], parts["known"], parts["reducer"], parts["waiting"])
+    except torch.OutOfMemoryError:
+        raise  # the state is good, and stays for when there is room
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
         return None

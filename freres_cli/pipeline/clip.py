@@ -147,7 +147,7 @@ class EncodedClip:
         if key not in self._merged:
             before = self._timer.seconds.get("compress", 0.0)
             view = self._view(plan)
-            batches = view.batches(count_batch_frames(plan), torch.device("cpu"))
+            batches = view.batches(count_batch_frames(plan), self._encoder.device)
             whole = replace(plan, budget_tokens=most)
             reduction = reduce_latents(batches, whole, options, self._encoder.width, self._timer)
             reduction = replace(reduction, num_encoded=view.num_encoded)
