@@ -174,3 +174,9 @@ def test_what_cannot_be_is_refused():
         StretchCompressor((2, 2), D, 4).push(torch.zeros(1, 3, 2, D), [0.0])
     with pytest.raises(ValueError, match="budget: expected at least 1"):
         cut_stretches(compress(walk(4, 2, 2), 8), 0)
+
+
+def test_the_last_frame_does_not_keep_its_batch():
+    detector = CutDetector()
+    detector.observe(torch.randn(32, 4, 4, D))
+    assert detector._previous.untyped_storage().nbytes() == 16 * D * 4

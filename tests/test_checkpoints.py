@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from freres_cli.errors import ResourceError
 from freres_cli.pipeline import checkpoints, encoding
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.video import decode as decode_module
@@ -152,6 +153,20 @@ def test_a_state_that_cannot_be_read_is_told_and_removed(clip, models, tmp_path,
     assert states(tmp_path) == [] and not (tmp_path / "evil").exists()
 
 
+def test_a_state_that_does_not_fit_in_memory_is_kept(clip, models, tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=16)
+
+    def fill(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kept = states(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="memory"):
+        patch.setattr(torch, "load", fill)
+        compress(clip, tmp_path / "b.pt", models, monkeypatch, every_s=1e9)
+    assert states(tmp_path) == kept != []
+
+
 def test_states_that_nobody_came_back_for_are_swept(clip, models, tmp_path, monkeypatch):
     old, new = tmp_path / ".freres-old.resume", tmp_path / ".freres-new.resume"
     old.write_bytes(b"x")
@@ -162,7 +177,6 @@ def test_states_that_nobody_came_back_for_are_swept(clip, models, tmp_path, monk
 
 
 def test_a_disk_that_is_full_costs_the_state_and_not_the_work(clip, models, tmp_path, monkeypatch):
-    from freres_cli.errors import ResourceError
 
     def full(path, write, *, force):
         raise ResourceError(f"{path}: not enough disk space to write it")
