@@ -149,8 +149,8 @@ class Merger:
         size = max(self._storage.shape[0], 2 * (alive + count))
         if self._most is not None:
             size = max(alive + count, min(size, self._most))
-        is_larger = size > self._storage.shape[0]
-        storage = self._storage.new_empty(size, self._storage.shape[1]) if is_larger else self._storage
+        is_same = size == self._storage.shape[0]
+        storage = self._storage if is_same else self._storage.new_empty(size, self._storage.shape[1])
         # Slots ascend, so rows only ever move forward, and a few at a time need no second storage.
         for part in torch.arange(alive).split(ROWS_AT_ONCE):
             storage[part] = self._storage[self._rows.slot[part]]
