@@ -20,6 +20,7 @@ from tests.pipeline_fixtures import tiny as tiny
 from tests.runner import check_failure, run_freres
 
 
+@pytest.mark.slow
 def test_profile_compares_with_the_full_tokens(clip):
     flags = ("--budget", 400, "--repeat", 1, "--warmup", 0, "--max-new-tokens", 2, "--json")
     document = run_freres("profile", clip, *flags).json

@@ -215,6 +215,7 @@ def test_a_quality_that_is_no_share_is_refused(clip, path, tmp_path, quality):
 # --- presets ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_preset_names_method_budget_and_quality(clip, tmp_path):
     preset = tmp_path / "mine.yaml"
 

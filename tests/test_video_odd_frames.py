@@ -88,6 +88,7 @@ def _pq(signal):
     return 10000 * np.power(np.maximum(power - c1, 0) / (c2 - c3 * power), 1 / m1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not clips.has_encoder("libx265"), reason="no HEVC encoder in this build")
 def test_pq_is_shown_as_its_standard_says_with_reference_white_as_white(tmp_path):
     levels = [0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.7, 0.9]
