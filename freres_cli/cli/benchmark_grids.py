@@ -10,8 +10,10 @@ from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli.output import print_line
 from freres_cli.devices import choose_device
 from freres_cli.evaluation.cells import Cell, parse_budget
-from freres_cli.evaluation.questions import read_questions
+from freres_cli.evaluation.questions import QuestionFile, read_questions
 from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.presets import FULL, HALF
 from freres_cli.workflows.evaluate import EvalRequest, evaluate
 
@@ -33,14 +35,21 @@ def measure_grids(questions: Sequence[Path]) -> dict[str, Any]:
             for budget in BUDGETS
             for grid in GRIDS
         )
-        request = EvalRequest(
-            read_questions(path), cells, compressor.options, path.with_name("grids.jsonl"), remedy="remove grids.jsonl"
-        )
-        result = evaluate(request, lambda done, total: print_line(f"{done} of {total} videos"), compressor.models)
-        name = f"{path.parent.name}/{path.name}"
-        found[path.parent.name] = {
-            "questions_sha256": request.questions.sha256,
-            **result.summary,
-            "questions_file": name,
-        }
+        asked = read_questions(path)
+        found[path.parent.name] = ask_set(asked, cells, compressor.options, compressor.models, "grids.jsonl")
     return {"device": choose_device("cpu").description, "sets": found}
+
+
+def ask_set(
+    questions: QuestionFile, cells: tuple[Cell, ...], options: CompressOptions, models: Models, results: str
+) -> dict[str, Any]:
+    """Return the summary of the answers to one file.
+
+    ``questions``: the file. ``cells``: what is compared. ``options``, ``models``: how clips are read, and by what.
+    ``results``: name of the answers beside the questions, from which a run that was stopped goes on.
+    """
+    path = questions.path
+    request = EvalRequest(questions, cells, options, path.with_name(results), remedy=f"remove {results}")
+    result = evaluate(request, lambda done, total: print_line(f"{done} of {total} videos"), models)
+    name = f"{path.parent.name}/{path.name}"
+    return {"questions_sha256": questions.sha256, **result.summary, "questions_file": name}

@@ -9,6 +9,7 @@ from typing import Any
 
 from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.bench.report import summarize_runs
+from freres_cli.cli.benchmark_grids import ask_set
 from freres_cli.cli.benchmark_inputs import write_video
 from freres_cli.cli.benchmark_levers import MOST_TOKENS, NO_LEVER, SHARE, WARM_UP_S, compare_runs, time_once
 from freres_cli.cli.benchmark_still import FPS
@@ -19,7 +20,6 @@ from freres_cli.evaluation.questions import read_questions
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models
 from freres_cli.presets import load_settings
-from freres_cli.workflows.evaluate import EvalRequest, evaluate
 
 BUDGETS = ("0.25", "0.1")
 GRID = "12x12"
@@ -85,13 +85,9 @@ def _measure_answers(path: Path, models: Models) -> dict[str, Any]:
         for label, settings in variants.items()
     )
     questions = read_questions(path)
-    request = EvalRequest(questions, cells, options, path.with_name("lines.jsonl"), remedy="remove lines.jsonl")
-    result = evaluate(request, lambda done, total: print_line(f"{done} of {total} videos"), models)
     videos = [asked[0].video for asked in questions.by_video().values()]
     return {
-        "questions_sha256": questions.sha256,
-        **result.summary,
-        "questions_file": f"{path.parent.name}/{path.name}",
+        **ask_set(questions, cells, options, models, "lines.jsonl"),
         "share_of_tokens_encoded": {name: _measure_share(videos, settings, models) for name, settings in LINES.items()},
     }
 

@@ -24,7 +24,6 @@ NONE = -1
 # latents five times as fast as 8,192 pairs at once.
 PAIR_BYTES_AT_ONCE = 2**20
 DEVICE_PAIR_BYTES_AT_ONCE = 2**26  # a GPU is faster with more at once; this bounds its memory
-
 ROWS_AT_ONCE = 1024  # bounds the memory of moving rows
 
 
