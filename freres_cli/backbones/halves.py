@@ -41,17 +41,20 @@ class FamilyFiles:
         return next(iter(self.vision.values()))
 
 
-class EmptyOnMeta(TorchFunctionMode):
-    """Inside the block, tensors made without values, as weights are until they are read, are on torch's meta device.
+class MatricesOnMeta(TorchFunctionMode):
+    """Inside the block, matrices made without values, as weights are until they are read, are on torch's meta device.
 
-    All others, such as rotary frequencies, stay where they are: arithmetic on the meta device would import torch's
-    symbolic shapes and sympy, an eighth of what ``freres compress`` takes to start.
+    Vectors and tensors with values, such as rotary frequencies, stay where they are, because some families compute with
+    them: arithmetic on the meta device imports torch's symbolic shapes and sympy, which takes longer than all the rest.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return func(*args, **({"device": "meta"} if func is torch.empty else {}) | (kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.empty and (made := func(*args, **{"device": "meta", **kwargs})).dim() > 1:
+            return made
+        return func(*args, **kwargs)
 
 
 def qwen_files(

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
-from freres_cli.backbones.halves import EmptyOnMeta, FamilyFiles, loading, read_config, read_tokenizer
+from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config, read_tokenizer
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.templates import render_chat
@@ -130,7 +130,7 @@ class DecoderLanguageModel(ABC):
         """
         config = read_config(checkpoint, cls.files)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
-        with EmptyOnMeta():
+        with MatricesOnMeta():
             half, _ = cls.build_half(config, torch.float32)
         return cls(config, half.to("meta"), tokenizer, frozenset(), {}, storage=storage)
 
