@@ -15,7 +15,7 @@ from freres_cli.method.adaptive import (
     count_for_quality,
     cut_stretches,
 )
-from freres_cli.method.merging import box_sizes
+from freres_cli.method.stretch_means import box_sizes
 from tests.test_merging import D, walk
 
 
