@@ -18,7 +18,7 @@ from freres_cli.records import VideoTokens
 from freres_cli.stretches import Stretches
 
 # Ours. At most twice as many stretches as this are in memory, or twice the budget if that is more. A clip with no more
-# latents than that is merged exactly; of a longer one, the cheapest merges are made as it arrives.
+# latents than that is merged as a whole; of a longer one, the cheapest merges are made as it arrives.
 MOST_STRETCHES = 16384
 # Ours. At a cut, half of the cells change by more than this share of the mean squared distance between two tokens.
 CUT_SHARE = 0.5
@@ -133,7 +133,8 @@ class StretchCompressor:
         merger, energy = self._merger, self._detector.energy
         most_lost = torch.inf if self._quality is None else _most_lost(self._quality, energy)
         curve = _Curve(len(merger), merger.lost)
-        curve.add(merger.merge_down(self._most, most_lost))
+        if len(merger) < self.num_frames * math.prod(self._grid):  # not as a whole
+            curve.add(merger.merge_down(self._most, most_lost))
         count, order = len(merger), merger.merge_all()
         curve.add(order.loss)
         steps = 0 if self._quality is None else count_within(order.loss, merger.lost, most_lost)
@@ -202,13 +203,12 @@ def _most_lost(quality: float, energy: float) -> float:
 
 def count_for_quality(stretches: Stretches, quality: float) -> int:
     """Return the fewest tokens, of all smaller budgets, that keep this share of the energy, or S if none does."""
-    lost = stretches.energy[1] + stretches.merge_loss.cumsum(0)
-    fits = lost <= _most_lost(quality, float(stretches.energy[0]))
-    return len(stretches) - int(fits.to(torch.int64).cumprod(0).sum())
+    energy, lost = stretches.energy.tolist()
+    return len(stretches) - count_within(stretches.merge_loss, lost, _most_lost(quality, energy))
 
 
 def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
-    """Return the stretches that compressing to ``budget_tokens`` gives, bit for bit, if the clip was merged exactly or
+    """Return the stretches that compressing to ``budget_tokens`` gives, bit for bit, if the clip was merged as a whole or
     both budgets are at most ``MOST_STRETCHES``. Raises ``ValueError`` if the budget is below one."""
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
