@@ -33,7 +33,6 @@ TREE_SHARE = 0.25
 PAIR_BYTES_AT_ONCE = 2**20
 DEVICE_PAIR_BYTES_AT_ONCE = 2**26  # a GPU is faster with more at once; this bounds its memory
 ROWS_AT_ONCE = 1024  # bounds the memory of moving rows
-STALE = -2  # the partner of a stretch that has just been made
 GONE = 2**30  # the rectangle of a stretch that was merged into another
 FIRST, LAST = -(2**63), 2**63 - 1
 
@@ -235,6 +234,7 @@ class Merger:
         is_beside = (rows.cell[beside] == sibling) & (rows.time[beside] == rows.time).all(1)
         partner = torch.stack([after, torch.where((sibling > rows.cell) & is_beside, beside, NONE)], dim=1)
         names = torch.where(partner == NONE, NONE, rows.name[partner])
+        # What ends elsewhere, or has other cells, has other partners: one whose partners are the same has not changed itself.
         a, kind = ((names != rows.partner) & (partner != NONE)).nonzero().unbind(1)
         rows.partner.copy_(names)
         rows.cost[a, kind], rows.loss[a, kind] = self._price(a, partner[a, kind])
@@ -273,7 +273,6 @@ class Merger:
         rows.cell[a] = torch.where(merges.kind == 0, rows.cell[a], self._tree.parent[rows.cell[a]])
         rows.shots[a, 1] = torch.maximum(rows.shots[a, 1], rows.shots[b, 1])
         rows.height[a] = torch.maximum(merges.key, torch.maximum(rows.height[a], rows.height[b]))
-        rows.partner[a] = STALE
         rows.cell[b] = GONE
         self._num_named += a.shape[0]
         self._num_left -= a.shape[0]
