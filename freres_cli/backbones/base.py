@@ -21,21 +21,71 @@ from freres_cli.records import FrameSize, VideoTokens
 
 
 @dataclass(frozen=True)
-class PromptRows:
-    """A part of the prompt as input rows for the decoder.
+class Piece:
+    """Rows of a prompt, (n, C), that are not copied before they are needed: those of ``table`` (m, C) at ``index`` (n,), or
+    all of them. An index is in host memory, or where the table is."""
 
-    ``embeds``: (L, C); the DeepStack channels of text rows are zero. ``positions``: (R, 1, L) float32, where R = 4 for
-    M-RoPE families (plain index, t, h, w) and 1 for the others. ``next_position``: the position of the next text token.
-    ``is_visual``: (L,) bool, which rows are tokens of the video; ``None`` if none is.
+    table: Tensor
+    index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.table) if self.index is None else len(self.index)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows themselves."""
+        return self.table if self.index is None else self.table[self.index]
+
+    def cut(self, start: int, stop: int) -> Piece:
+        """The rows from ``start`` to before ``stop``."""
+        if self.index is None:
+            return Piece(self.table[start:stop])
+        return Piece(self.table, self.index[start:stop])
+
+    def channels(self, part: slice) -> Piece:
+        """A part of the channels of these rows."""
+        return Piece(self.table[:, part], self.index)
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """A part of the prompt as input rows for the decoder, on one device.
+
+    ``pieces``: one after the other, L rows; the DeepStack channels of text rows are zero. ``positions``: (R, 1, L) float32,
+    where R = 4 for M-RoPE families (plain index, t, h, w) and 1 for the others. ``next_position``: the position of the next
+    text token. ``is_visual``: (L,) bool, which rows are tokens of the video; ``None`` if none is.
     """
 
-    embeds: Tensor
+    pieces: tuple[Piece, ...]
     positions: Tensor
     next_position: float
     is_visual: Tensor | None = None
 
     def __len__(self) -> int:
-        return int(self.embeds.shape[0])
+        return int(self.positions.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.positions.device
+
+    @property
+    def embeds(self) -> Tensor:
+        """All rows, (L, C). They are copied, unless there is one piece with all rows of its table."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].rows
+        return _gather(self.pieces)
+
+    def to(self, device: torch.device) -> PromptRows:
+        """These rows on ``device``. From host memory to a GPU, without waiting for the copy."""
+        if device == self.device:
+            return self
+        is_upload = self.device.type == "cpu" and device.type == "cuda"
+        embeds, others = _gather(self.pieces, is_pinned=is_upload), [self.positions, self.visual_mask]
+        if is_upload:
+            others = [tensor.contiguous().pin_memory() for tensor in others]
+        moved, positions, is_visual = (tensor.to(device, non_blocking=is_upload) for tensor in (embeds, *others))
+        return PromptRows((Piece(moved),), positions, self.next_position, is_visual)
 
     def then(self, other: PromptRows) -> PromptRows:
         """These rows followed by those of ``other``."""
@@ -45,12 +95,14 @@ class PromptRows:
     def visual_mask(self) -> Tensor:
         """``is_visual``, also where none is: (L,) bool."""
         if self.is_visual is None:
-            return torch.zeros(len(self), dtype=torch.bool, device=self.embeds.device)
+            return torch.zeros(len(self), dtype=torch.bool, device=self.device)
         return self.is_visual
 
     def pick(self, rows: Tensor | slice) -> PromptRows:
-        """Some of these rows, at their positions. ``rows``: a slice, indices, or a mask (L,)."""
-        return PromptRows(self.embeds[rows], self.positions[..., rows], self.next_position, self.visual_mask[rows])
+        """Some of these rows, at their positions. ``rows``: a slice without a step, indices, or a mask (L,)."""
+        ends = rows.indices(len(self))[:2] if isinstance(rows, slice) else None
+        pieces = (Piece(self.embeds[rows]),) if ends is None else _cut(self.pieces, *ends)
+        return PromptRows(pieces, self.positions[..., rows], self.next_position, self.visual_mask[rows])
 
     def split(self, num_rows: int) -> Iterator[PromptRows]:
         """These rows, ``num_rows`` at a time."""
@@ -59,13 +111,41 @@ class PromptRows:
 
 
 def join_rows(parts: Sequence[PromptRows], next_position: float) -> PromptRows:
-    """Parts of the prompt one after the other, with a single copy."""
+    """Parts of the prompt one after the other, where the first of them is. Their rows are not copied there."""
+    here = [part.to(parts[0].device) for part in parts]
     return PromptRows(
-        torch.cat([part.embeds for part in parts]),
-        torch.cat([part.positions for part in parts], dim=-1),
+        tuple(piece for part in here for piece in part.pieces),
+        torch.cat([part.positions for part in here], dim=-1),
         next_position,
-        torch.cat([part.visual_mask for part in parts]),
+        torch.cat([part.visual_mask for part in here]),
     )
+
+
+def _cut(pieces: Sequence[Piece], start: int, stop: int) -> tuple[Piece, ...]:
+    """The rows from ``start`` to before ``stop``, in at least one piece."""
+    kept, first = [], 0
+    for piece in pieces:
+        last = first + len(piece)
+        if first < stop and start < last:
+            kept.append(piece.cut(max(0, start - first), min(len(piece), stop - first)))
+        first = last
+    return tuple(kept) or (pieces[0].cut(0, 0),)
+
+
+def _gather(pieces: Sequence[Piece], *, is_pinned: bool = False) -> Tensor:
+    """The rows of all pieces, (L, C), each copied once. ``is_pinned``: into memory that a GPU can read by itself."""
+    table = pieces[0].table
+    if torch.is_grad_enabled() and any(piece.table.requires_grad for piece in pieces):
+        return torch.cat([piece.rows for piece in pieces])
+    lengths = [len(piece) for piece in pieces]
+    shape = (sum(lengths), *table.shape[1:])
+    rows = torch.empty(shape, dtype=table.dtype, device=table.device, pin_memory=is_pinned)
+    for piece, part in zip(pieces, rows.split(lengths), strict=True):
+        if piece.index is None:
+            part.copy_(piece.table)
+        else:
+            torch.index_select(piece.table, 0, piece.index.to(table.device), out=part)
+    return rows
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class DeepStackLanguageModel(TimestampLanguageModel):
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
         """See ``DecoderLanguageModel``. All rows are treated as visual: text rows add zeros, which changes nothing."""
         deep = embeds[:, self.width :]
-        if not deep.any():
+        if not deep.shape[1]:
             return {}
         everywhere = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
         return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": list(deep.split(self.width, dim=1))}

@@ -81,6 +81,7 @@ def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:
 
     Ours. Of each weight of the decoder, ``SAMPLED_VALUES`` values are read: the fingerprint has only the projector's.
     """
+    embeds = rows.embeds
     facts = {
         "model": model.fingerprint,
         "dtype": str(model.dtype),
@@ -88,11 +89,11 @@ def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:
         "device": model.device.type,
         "torch": torch.__version__,
         "next_position": rows.next_position,
-        "shape": list(rows.embeds.shape),
+        "shape": list(embeds.shape),
         **({} if model.storage == AS_COMPUTED else asdict(model.storage)),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for tensor in (rows.embeds, rows.positions):
+    for tensor in (embeds, rows.positions):
         digest.update(_bytes_of(tensor))
     for name, weight in sorted(model.decoder.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
