@@ -56,7 +56,8 @@ class DeepStackLanguageModel(TimestampLanguageModel):
         deep = embeds[:, self.width :]
         if not deep.shape[1]:
             return {}
-        everywhere = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
+        # All rows of the only sequence. For a mask, the host would wait twice a layer, to know how many rows it has.
+        everywhere = torch.zeros(1, dtype=torch.int64, device=embeds.device)
         return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": list(deep.split(self.width, dim=1))}
 
 
