@@ -41,8 +41,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class DeviceBytes(LiveBytes):
-    """Counts only tensors that are labelled as on a device."""
+    """Counts only tensors that are labelled as on a device, or are on torch's meta device."""
 
     def add(self, tensor):
         if isinstance(tensor, LabelledTensor):
             super().add(tensor.elem)
+        elif tensor.is_meta:
+            super().add(tensor)

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from freres_cli.backbones import attention, engine
+from freres_cli.backbones.base import Piece, PromptRows
+from freres_cli.backbones.qwen3_vl import Qwen3VLLanguageModel
+from freres_cli.backbones.released import write_weightless
 from freres_cli.devices import Storage
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.session import Session
@@ -16,7 +19,7 @@ from tests.family_contract import one_thread as one_thread
 from tests.labelled_device import LabelledTensor, count_waits, labelled_device, strip
 from tests.live_bytes import DeviceBytes
 from tests.tiny_families import FAMILY_CASES
-from tests.tiny_models import CPU, video_tokens
+from tests.tiny_models import CPU, open_checkpoint, video_tokens
 
 CASES = {case.name: case for case in FAMILY_CASES}
 # One that has no text in the video, and one with text around every frame and DeepStack rows.
@@ -94,7 +97,7 @@ def test_a_cache_in_8_bits_adds_one_layer_in_the_precision_of_the_model(load, de
     assert 0 < long - short <= (num_long - num_short) * layer
 
 
-@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize("kv", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_what_comes_in_parts_is_what_the_cpu_has_and_waits_do_not_grow(load, device, kv):
     model, there = (copy.copy(load("qwen3_vl", place)) for place in (CPU, device))
     model.storage = there.storage = Storage(kv)
@@ -127,3 +130,22 @@ def test_answers_are_those_of_the_cpu_alone_and_together_and_from_a_file(load, d
         assert any("prefix read from" in note for note in again.notes) and again.text == alone[0]
         answers.append((alone, together))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_papers_prompt_takes_the_weights_the_cache_and_five_percent(tmp_path, monkeypatch):
+    """Qwen3-VL-8B on torch's meta device, which computes nothing, and 46,102 rows in host memory. The kernel is taken to hold
+    only its result."""
+    folder = write_weightless("Qwen3-VL-8B", tmp_path)
+    model = Qwen3VLLanguageModel.load_without_weights(open_checkpoint(folder))
+    model.half.to(torch.bfloat16)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    monkeypatch.setattr(attention, "_causal_lower_right", lambda *_: None)
+    num_rows = 46_102
+    row = torch.ones(1, model.width * (1 + model.num_deep_layers), dtype=torch.bfloat16)
+    piece = Piece(row, torch.zeros(num_rows, dtype=torch.int64))
+    with DeviceBytes() as live:
+        prefix = engine.prefill_rows(model, PromptRows((piece,), torch.zeros(4, 1, num_rows), 0.0), num_rows)
+    weights, held = sum(parameter.nbytes for parameter in model.half.parameters()), num_rows * model.kv_bytes_per_token
+    assert held < room_of(prefix.cache) < live.peak and weights + live.peak < 1.05 * (weights + held)
