@@ -10,7 +10,7 @@ prompt; the others are the rows that the family adds to it after its first langu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from freres_cli.devices import Storage
 from freres_cli.records import FrameSize, VideoTokens
+
+# Host memory that a GPU copies rows from at a time (ours): little to pin, and enough for the speed of the bus.
+UPLOAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,16 @@ class PromptRows:
         if device == self.device:
             return self
         is_upload = self.device.type == "cpu" and device.type == "cuda"
-        embeds, others = _gather(self.pieces, is_pinned=is_upload), [self.positions, self.visual_mask]
+        embeds = _upload(self.pieces, device) if is_upload else self.embeds.to(device)
+        places = [self.positions, self.visual_mask]
         if is_upload:
-            others = [tensor.contiguous().pin_memory() for tensor in others]
-        moved, positions, is_visual = (tensor.to(device, non_blocking=is_upload) for tensor in (embeds, *others))
-        return PromptRows((Piece(moved),), positions, self.next_position, is_visual)
+            places = [tensor.contiguous().pin_memory() for tensor in places]
+        positions, is_visual = (tensor.to(device, non_blocking=is_upload) for tensor in places)
+        return PromptRows((Piece(embeds),), positions, self.next_position, is_visual)
+
+    def channels(self, part: slice) -> PromptRows:
+        """These rows with a part of their channels."""
+        return replace(self, pieces=tuple(piece.channels(part) for piece in self.pieces))
 
     def then(self, other: PromptRows) -> PromptRows:
         """These rows followed by those of ``other``."""
@@ -111,7 +119,7 @@ class PromptRows:
 
 
 def join_rows(parts: Sequence[PromptRows], next_position: float) -> PromptRows:
-    """Parts of the prompt one after the other, where the first of them is. Their rows are not copied there."""
+    """Parts of the prompt one after the other, where the first of them is. Rows that are there are not copied."""
     here = [part.to(parts[0].device) for part in parts]
     return PromptRows(
         tuple(piece for part in here for piece in part.pieces),
@@ -135,7 +143,7 @@ def _cut(pieces: Sequence[Piece], start: int, stop: int) -> tuple[Piece, ...]:
 def _gather(pieces: Sequence[Piece], *, is_pinned: bool = False) -> Tensor:
     """The rows of all pieces, (L, C), each copied once. ``is_pinned``: into memory that a GPU can read by itself."""
     table = pieces[0].table
-    if torch.is_grad_enabled() and any(piece.table.requires_grad for piece in pieces):
+    if _needs_gradients(pieces):
         return torch.cat([piece.rows for piece in pieces])
     lengths = [len(piece) for piece in pieces]
     shape = (sum(lengths), *table.shape[1:])
@@ -146,6 +154,24 @@ def _gather(pieces: Sequence[Piece], *, is_pinned: bool = False) -> Tensor:
         else:
             torch.index_select(piece.table, 0, piece.index.to(table.device), out=part)
     return rows
+
+
+def _upload(pieces: Sequence[Piece], device: torch.device) -> Tensor:
+    """The rows of all pieces, (L, C), on a GPU, which copies a block while the host gathers the next."""
+    if _needs_gradients(pieces):
+        return _gather(pieces).to(device)
+    table, count = pieces[0].table, sum(map(len, pieces))
+    rows = torch.empty((count, *table.shape[1:]), dtype=table.dtype, device=device)
+    step = max(1, UPLOAD_BYTES // max(1, table[:1].nbytes))
+    for start in range(0, count, step):
+        # PyTorch uses pinned memory again only after what copies it is done.
+        block = _gather(_cut(pieces, start, min(count, start + step)), is_pinned=True)
+        rows[start : start + step].copy_(block, non_blocking=True)
+    return rows
+
+
+def _needs_gradients(pieces: Sequence[Piece]) -> bool:
+    return torch.is_grad_enabled() and any(piece.table.requires_grad for piece in pieces)
 
 
 @dataclass(frozen=True)
@@ -248,7 +274,7 @@ class LanguageModel(Protocol):
 
         ``text_after`` decides where the text after the video starts: ``max`` is one past the largest position of the
         full grid, as the released models were trained; ``hf`` is where transformers puts it. They differ only for
-        Qwen2-VL and Qwen2.5-VL.
+        Qwen2-VL and Qwen2.5-VL. The rows are where the latents are, or on the model's device if that is no GPU.
         """
         ...
 
@@ -265,7 +291,8 @@ class LanguageModel(Protocol):
         ...
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
-        """Run rows through the decoder on top of the cache, extending it. Returns the last hidden states (L, D)."""
+        """Run rows, wherever they are, through the decoder on top of the cache, extending it. Returns the last hidden states
+        (L, D)."""
         ...
 
     def decode_layers(

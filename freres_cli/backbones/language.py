@@ -334,10 +334,10 @@ class DecoderLanguageModel(ABC):
 
     def leave_out_zeros(self, rows: PromptRows) -> PromptRows:
         """These rows without their DeepStack channels, if all of those are zero."""
-        first, deep = slice(self.width), slice(self.width, None)
-        if not self.num_deep_layers or any(bool(piece.channels(deep).rows.any()) for piece in rows.pieces):
+        deep = rows.channels(slice(self.width, None))
+        if not self.num_deep_layers or any(bool(piece.rows.any()) for piece in deep.pieces):
             return rows
-        return replace(rows, pieces=tuple(piece.channels(first) for piece in rows.pieces))
+        return rows.channels(slice(self.width))
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Run the text rows of several sequences at once. See ``base.LanguageModel``."""

@@ -114,5 +114,5 @@ def _later_rows(model: LanguageModel, rows: PromptRows, hidden: Tensor, num_laye
     """Rows for the layers after the first ``num_layers``, which gave ``hidden`` (L, D). Those have added their DeepStack
     channels."""
     added = slice(model.width * (1 + min(num_layers, model.num_deep_layers)), None)
-    rest = replace(rows, pieces=tuple(piece.channels(added) for piece in rows.pieces)).to(hidden.device)
+    rest = rows.channels(added).to(hidden.device)
     return replace(rest, pieces=(Piece(torch.cat([hidden, rest.embeds], dim=1)),))

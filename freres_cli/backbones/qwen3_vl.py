@@ -56,7 +56,7 @@ class DeepStackLanguageModel(TimestampLanguageModel):
         deep = embeds[:, self.width :]
         if not deep.shape[1]:
             return {}
-        # All rows of the only sequence. For a mask, the host would wait twice a layer, to know how many rows it has.
+        # All rows of the only sequence, as an index. With a mask, the host would wait twice a layer, to count its rows.
         everywhere = torch.zeros(1, dtype=torch.int64, device=embeds.device)
         return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": list(deep.split(self.width, dim=1))}
 
