@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from freres_cli.backbones import attention, engine
+from freres_cli.backbones import attention, base, engine
 from freres_cli.backbones.base import Piece, PromptRows
+from freres_cli.backbones.pruning import Pruning
 from freres_cli.backbones.qwen3_vl import Qwen3VLLanguageModel
 from freres_cli.backbones.released import write_weightless
 from freres_cli.devices import Storage
@@ -98,9 +99,11 @@ def test_a_cache_in_8_bits_adds_one_layer_in_the_precision_of_the_model(load, de
 
 
 @pytest.mark.parametrize("kv", [None, pytest.param("int8", marks=pytest.mark.slow)])
-def test_what_comes_in_parts_is_what_the_cpu_has_and_waits_do_not_grow(load, device, kv):
+def test_what_comes_in_parts_is_what_the_cpu_has_and_waits_do_not_grow(load, device, monkeypatch, kv):
     model, there = (copy.copy(load("qwen3_vl", place)) for place in (CPU, device))
     model.storage = there.storage = Storage(kv)
+    # A pass comes in several blocks, and the last of them is not full.
+    monkeypatch.setattr(base, "UPLOAD_BYTES", 5 * 4 * model.width * (1 + model.num_deep_layers))
     found = []
     for num_frames in (3, 9):
         tokens = tokens_of(model, "qwen3_vl", num_frames)
@@ -129,6 +132,19 @@ def test_answers_are_those_of_the_cpu_alone_and_together_and_from_a_file(load, d
         again = kept.ask(QUESTIONS[0], max_new_tokens=5)
         assert any("prefix read from" in note for note in again.notes) and again.text == alone[0]
         answers.append((alone, together))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
+def test_a_pruned_video_gives_the_answers_of_the_cpu(load, device, name):
+    pruning = Pruning(1, 20, lambda weights, count: weights.mean((0, 1)).topk(count).indices.sort().values, "some")
+    answers = []
+    for place in (device, CPU):
+        model = load(name, place)
+        tokens = tokens_of(model, name, 3)
+        session = Session(model, tokens, len(tokens), "max", 0.0, pruning=pruning)
+        answers.append([session.ask(question, max_new_tokens=5).text for question in QUESTIONS])
     assert answers[0] == answers[1]
 
 
