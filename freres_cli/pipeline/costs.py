@@ -133,7 +133,7 @@ def ask_parts(
     return [
         Part("decoder weights", decoder.weight_bytes(b, storage), weights),
         Part("visual tokens", visual * row, "S*C*b", is_on_device=False),
-        Part("prompt rows", context * row, "L*C*b"),
+        Part("prompt rows", q * row, "q*C*b: those of one pass"),
         Part("KV cache", context * decoder.row_bytes(b, storage), held),
         Part("recurrent states", decoder.state_values * FLOAT32, "of linear attention, in float32"),
         Part("prefill activations", max(mlp, attention) + mask + cat + whole, f"q*b*(3w + 3I), and {what}"),
