@@ -22,6 +22,7 @@ from torch import Tensor
 from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.engine import PREFILL_CHUNK_TOKENS, VideoPrefix, check_context, memory_of, prefill_rows
 from freres_cli.backbones.quantized_weights import plain_tensors
+from freres_cli.backbones.sizes import find_head_width
 from freres_cli.devices import AS_COMPUTED, synchronize
 from freres_cli.errors import BundleError, FreresError, explain_no_file
 from freres_cli.files import write_atomically
@@ -160,8 +161,7 @@ def read_rows(path: Path, header: dict[str, Any], model: LanguageModel, num_rows
     from freres_cli.backbones.quantized_cache import row_format
 
     config = model.decoder.config
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers, dtype = row_format(head_width, model.dtype, model.storage.kv)
+    numbers, dtype = row_format(find_head_width(config), model.dtype, model.storage.kv)
     shape = (1, config.num_key_value_heads, num_rows, numbers)
     names = {f"{part}.{number}" for part in ("keys", "values") for number in range(len(cache.layers))}
     try:
