@@ -33,7 +33,7 @@ class Stretches:
     """S stretches in sequence order: by the middle of their time, then of their rows, then of their columns.
 
     ``latents``: (S, C), each the mean of what it stands for, or a latent as encoded if that is a single one. ``trends``:
-    (S, D) how each changes over its time, see ``method.merging.merge_trends``, or (S, 0) if that is not kept. ``boxes``:
+    (S, D) how each changes over its time, see ``stretch_means.merge_trends``, or (S, 0) if that is not kept. ``boxes``:
     (S, 6) int64, the sampled frames and the cells each stands for, t0, t1, h0, h1, w0, w1, half-open; together they cover
     the clip once. ``merges``: (S-1, 2) int64, how merging goes on down to a single stretch: two rows, or S + i for the
     result of merge i. ``merge_loss``: (S-1,) float64, the squared error that each merge adds. ``energy``: (2,) float64,

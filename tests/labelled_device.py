@@ -160,11 +160,13 @@ class _Labels(TorchDispatchMode):
         return run_labelled(func, args, kwargs or {})
 
 
-class _FromLists(TorchFunctionMode):
-    """``torch.tensor`` copies to its device below the level where a label can be followed."""
+class _MadeOnDevice(TorchFunctionMode):
+    """``torch.tensor`` copies to its device below the level where a label can be followed. There is no pinned memory."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs.pop("pin_memory", None)
         if func is torch.Tensor.new_tensor and "device" not in kwargs:
             kwargs["device"] = args[0].device
         if func not in (torch.tensor, torch.Tensor.new_tensor) or "cuda" not in str(kwargs.get("device")):
@@ -250,7 +252,7 @@ def labelled_device(monkeypatch: Any) -> Iterator[Device]:
     monkeypatch.setattr(attention, "_causal_lower_right", _outside_modes(attention._causal_lower_right))
     _ACTIVE.append(waits)
     try:
-        with _FromLists(), _Labels():
+        with _MadeOnDevice(), _Labels():
             yield LABELLED
     finally:
         _ACTIVE.pop()

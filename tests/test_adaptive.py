@@ -15,7 +15,7 @@ from freres_cli.method.adaptive import (
     count_for_quality,
     cut_stretches,
 )
-from freres_cli.method.merging import box_sizes
+from freres_cli.method.stretch_means import box_sizes
 from tests.test_merging import D, walk
 
 
@@ -55,6 +55,14 @@ def test_cutting_equals_compressing_anew_bit_for_bit(dtype):
         for smaller in budgets:
             if smaller < larger:
                 assert_equal(cut_stretches(compress(clip, larger), smaller), compress(clip, smaller))
+
+
+@pytest.mark.parametrize("most", [100, 192])
+def test_cutting_holds_for_a_clip_that_just_fits_and_for_budgets_above_half_of_the_memory(most, monkeypatch):
+    monkeypatch.setattr(adaptive, "MOST_STRETCHES", most)
+    clip = walk(16, 3, 4)
+    for larger, smaller in ((180, 150), (180, 60), (120, 101), (96, 5)):
+        assert_equal(cut_stretches(compress(clip, larger), smaller), compress(clip, smaller))
 
 
 def test_cutting_twice_equals_cutting_once():

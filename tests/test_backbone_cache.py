@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2VLConfig
 
 from freres_cli.backbones import attention, engine
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
-from freres_cli.backbones.base import PromptRows
+from freres_cli.backbones.base import Piece, PromptRows
 from freres_cli.backbones.cache import LEAST_SPARE, reserve_rows
 from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel
 from freres_cli.devices import Storage
 from tests import tiny_qwen2_vl
+from tests.live_bytes import LiveBytes
 from tests.tiny_models import video_tokens
 
 tiny = tiny_qwen2_vl.tiny
@@ -50,7 +49,7 @@ def test_logits_and_rows_are_those_of_the_growing_cache_to_the_bit(tiny, kernel,
     model.decoder = copy.deepcopy(model.decoder).to(dtype)
     model.head_weight = model.head_weight.to(dtype)
     use_attention(model.decoder, CAUSAL_NO_MASK, kernel)
-    rows = PromptRows(rows.embeds.to(dtype), rows.positions, rows.next_position)
+    rows = replace(rows, pieces=(Piece(rows.embeds.to(dtype)),))
     ours, theirs = both_caches(tiny)
     reserve_rows(ours, len(rows))
     for part in rows.split(30):
@@ -113,40 +112,11 @@ def test_gradients_are_those_of_the_growing_cache(tiny):
     found = []
     for cache in both_caches(tiny):
         embeds = rows.embeds.clone().requires_grad_()
-        hidden = tiny.model.decode(PromptRows(embeds, rows.positions, rows.next_position), cache)
+        hidden = tiny.model.decode(replace(rows, pieces=(Piece(embeds),)), cache)
         text = tiny.model.text_rows([1], len(rows), rows.next_position)
         (tiny.model.decode(text, cache).sum() + hidden.sum()).backward()
         found.append(embeds.grad)
     assert torch.equal(*found) and found[0].abs().sum() > 0
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages made inside, while any tensor of them is alive. ``peak``: the most at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.users, self.now, self.peak, self.known = Counter(), 0, 0, weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
-        return out
-
-    def add(self, tensor):
-        storage = tensor.untyped_storage()
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if not self.users[key]:
-            self.now += num_bytes
-            self.peak = max(self.peak, self.now)
-        self.users[key] += 1
-        weakref.finalize(tensor, self.drop, key, num_bytes)
-
-    def drop(self, key, num_bytes):
-        self.users[key] -= 1
-        if not self.users[key]:
-            self.now -= num_bytes
 
 
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])
@@ -174,7 +144,7 @@ def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch, kv)
     num_rows = 12_000
     with LiveBytes() as live:
         embeds = torch.empty(num_rows, 3584, dtype=torch.bfloat16, device="meta")
-        rows = PromptRows(embeds, torch.empty(4, 1, num_rows, device="meta"), 0.0)
+        rows = PromptRows((Piece(embeds),), torch.empty(4, 1, num_rows, device="meta"), 0.0)
         prefix = engine.prefill_rows(model, rows, num_rows)
     weights = sum(parameter.nbytes for parameter in half.parameters())
     held = num_rows * model.kv_bytes_per_token

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from freres_cli.backbones import attention, base, engine
+from freres_cli.backbones import attention, engine
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.registry import FAMILIES
 from freres_cli.records import nearest_frames
@@ -95,7 +96,7 @@ def test_a_subset_answers_as_the_full_sequence_with_the_others_hidden(tiny):
 def test_the_comparison_sees_positions(tiny):
     rows = tiny.whole_prompt(tiny.tokens(tiny.keep))
     plain = torch.arange(len(rows), dtype=torch.float32).expand(rows.positions.shape)
-    compacted = base.PromptRows(rows.embeds, plain, 0.0)
+    compacted = replace(rows, positions=plain)
     assert difference(tiny.last_logits(compacted), tiny.last_logits(rows)) > 1e-2
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from freres_cli.backbones import attention, base, batches, engine
+from freres_cli.backbones import attention, batches, engine
 from freres_cli.backbones.generation import generate
 from freres_cli.errors import BackboneError
 from tests import family_contract
@@ -66,9 +66,7 @@ class MaskShapes(TorchDispatchMode):
 
 def test_a_later_chunk_of_a_prefill_builds_no_mask(tiny, monkeypatch):
     rows, cache = tiny.whole_prompt(tiny.tokens()), tiny.model.new_cache()
-    parts = [
-        base.PromptRows(e, p, 0.0) for e, p in zip(rows.embeds.split(37), rows.positions.split(37, -1), strict=True)
-    ]
+    parts = list(rows.split(37))
     engine.prefill(tiny.model, parts[0], cache)
     shapes, biases = MaskShapes((37, 74)), []
     real, real_bias = attention.scaled_dot_product_attention, attention._causal_lower_right

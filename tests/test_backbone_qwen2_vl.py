@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from freres_cli.backbones import attention, base, engine
+from freres_cli.backbones import attention, engine
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
 from freres_cli.backbones.qwen_vision import fit_grid
 from freres_cli.errors import BackboneError
@@ -194,7 +196,7 @@ def test_the_comparison_sees_positions(tiny):
     rows = tiny.whole_prompt(video_tokens(tiny.latents, KEEP))
     right = tiny.last_logits(rows)
     plain = torch.arange(len(rows), dtype=torch.float32).expand(4, 1, -1)
-    assert largest_difference(tiny.last_logits(base.PromptRows(rows.embeds, plain, 0.0)), right) > 1e-2
+    assert largest_difference(tiny.last_logits(replace(rows, positions=plain)), right) > 1e-2
     long = video_tokens(tiny.latents.repeat(3, 1, 1, 1))
     rules = [tiny.last_logits(tiny.whole_prompt(long, rule)) for rule in TEXT_AFTER]
     assert largest_difference(*rules) > 1e-2

@@ -6,10 +6,12 @@ labelled ``cuda:0`` (``tests/labelled_device.py``), with the numbers of the CPU.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from freres_cli.backbones import engine, language
+from freres_cli.backbones import base, engine
 from freres_cli.backbones.generation import generate
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
@@ -160,13 +162,13 @@ def test_waits_of_a_prefill_do_not_grow_and_those_of_an_answer_by_few_a_token(lo
 def test_a_tensor_left_on_the_host_is_seen(load, device, monkeypatch):
     models = load("qwen2_5_vl", device)
     latents, model = models.encoder.encode(frames_of("qwen2_5_vl", 2)).cpu(), models.language_model
-    real = language.DecoderLanguageModel.visual_rows
+    real = base.PromptRows.to
 
-    def forget(self, *arguments):
-        rows = real(self, *arguments)
-        return type(rows)(rows.embeds.cpu(), rows.positions, rows.next_position, rows.is_visual)
+    def forget(self, device):
+        rows = real(self, device)
+        return replace(rows, pieces=(base.Piece(rows.embeds.cpu()),))
 
-    monkeypatch.setattr(language.DecoderLanguageModel, "visual_rows", forget)
+    monkeypatch.setattr(base.PromptRows, "to", forget)
     with pytest.raises(RuntimeError, match="same device"):
         engine.prefill_video(model, model.prompt(QUESTION).prefix, video_tokens(latents, width=models.encoder.width))
 

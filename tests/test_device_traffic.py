@@ -69,11 +69,12 @@ def test_a_flash_costs_one_more_read(device):
     assert count_by_batch(compressor, latents.to(device)) == [1, 1, 2, 1, 1] and compressor.num_cuts_found == 2
 
 
-def test_adaptive_costs_one_copy_a_batch_and_one_a_round_of_merges(device, monkeypatch):
-    """The latents stay on the device: the host gets what finds cuts, and the costs of merges."""
+def test_adaptive_costs_one_copy_a_batch_and_two_waits_a_round_of_merges(device, monkeypatch):
+    """Latents and all that is known of stretches stay on the device: the host learns where cuts are, how many pairs have no
+    cost yet and how many merge, and after the last round what was lost."""
     monkeypatch.setattr(adaptive, "MOST_STRETCHES", 300)
     rounds, choose = [], Merger._choose
-    monkeypatch.setattr(Merger, "_choose", lambda merger: rounds.append(1) or choose(merger))
+    monkeypatch.setattr(Merger, "_choose", lambda merger, most: rounds.append(1) or choose(merger, most))
     compressor, spent = StretchCompressor((6, 6), 16, 100), []
     clip = make_clip()[:88].to(device)
     for first in range(0, len(clip), 8):
@@ -81,8 +82,12 @@ def test_adaptive_costs_one_copy_a_batch_and_one_a_round_of_merges(device, monke
         with count_waits() as waits:
             compressor.push(clip[first : first + 8], range(first, first + 8))
         spent.append((sum(waits.values()), len(rounds)))
-    assert all(waits == 1 + num_rounds for waits, num_rounds in spent)
+    assert all(waits == 1 + 2 * num_rounds + bool(num_rounds) for waits, num_rounds in spent)
     assert any(num_rounds for _, num_rounds in spent) and compressor.num_cuts_found == 2
+    rounds.clear()
+    with count_waits() as waits:
+        compressor.finish()
+    assert sum(waits.values()) <= 2 * len(rounds) + 10 and 20 < len(rounds) < 100
 
 
 def test_the_device_gives_the_same_stretches(device):

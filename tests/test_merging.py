@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from freres_cli.method import merging
-from freres_cli.method.merging import Merger, merge_means, split_grid
+from freres_cli.method.cell_tree import split_grid
+from freres_cli.method.merging import Merger
+from freres_cli.method.stretch_means import merge_means
 
 D = 8
 
@@ -22,13 +25,39 @@ def walk(num_frames, grid_h, grid_w, seed=0, channels=D):
     return clip
 
 
-def merge(clip, *counts, shots=None, width=D):
-    merger = Merger(clip.shape[1:3], clip.shape[-1], width, clip.dtype)
-    for frame, latents in enumerate(clip):
-        merger.append(latents, frame, shots[frame] if shots else 0)
-    for count in counts:
-        merger.merge_down(count)
+@dataclass
+class Merged:
+    values: torch.Tensor
+    boxes: torch.Tensor
+    lost: float
+
+    def __len__(self):
+        return len(self.boxes)
+
+
+def feed(clip, shots=None, width=D, most=None):
+    merger = Merger(clip.shape[1:3], clip.shape[-1], width, clip.dtype, most)
+    merger.append(clip, 0, shots or [0] * len(clip))
     return merger
+
+
+def look(merger):
+    return Merged(merger.read(merger.slots)[0], merger.boxes, merger.lost)
+
+
+def merge(clip, count, shots=None, width=D):
+    """The clip after the first merges of the order in which all of it merges."""
+    merger = feed(clip, shots, width)
+    order = merger.merge_all()
+    steps = max(0, len(order.loss) + 1 - count)
+    left = order.left_after(steps)
+    return Merged(merger.read(order.slots[left])[0], order.boxes[left], float(order.loss[:steps].sum()))
+
+
+def merge_in_place(clip, count, shots=None, width=D):
+    merger = feed(clip, shots, width)
+    merger.merge_down(count)
+    return look(merger)
 
 
 def rebuild(merger, clip):
@@ -40,41 +69,53 @@ def rebuild(merger, clip):
     return shown
 
 
+@pytest.mark.parametrize("how", [merge, merge_in_place])
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (3, 5), (7, 4)])
 @pytest.mark.parametrize("share", [1, 0.5, 0.1, 0.02, 0])
-def test_the_error_is_exact_and_the_clip_is_covered_once(grid, share):
+def test_the_error_is_exact_and_the_clip_is_covered_once(grid, share, how):
     clip = walk(12, *grid)
     count = max(1, int(share * clip[..., 0].numel()))
-    merger = merge(clip, count)
-    assert len(merger) == count
-    shown = rebuild(merger, clip)
+    merged = how(clip, count)
+    assert len(merged) == count
+    shown = rebuild(merged, clip)
     assert not shown.isnan().any()
-    assert merger.lost == pytest.approx(float((clip - shown).square().sum()), rel=1e-4, abs=1e-4)
+    assert merged.lost == pytest.approx(float((clip - shown).square().sum()), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("most", [150, 301])
+@pytest.mark.parametrize("most", [356, 601])
 def test_merges_do_not_depend_on_when_rows_of_memory_are_cleared(most, monkeypatch):
     """Costs that were computed before rows moved stay valid, and none is left over from before a merge."""
-    monkeypatch.setattr(merging, "ROUND_SHARE", 0.5)  # many merges since costs were last computed
+    monkeypatch.setattr(merging, "STREAM_SHARE", 0.5)  # many merges since costs were last computed
     clip, found = walk(30, 8, 8), []
     for rows in (most, None):
-        merger, merges = Merger((8, 8), D, D, clip.dtype, rows), []
-        merger.on_merges = lambda a, b, loss, to=merges: to.append(loss)
-        for frame, latents in enumerate(clip):
-            merger.append(latents, frame, 0)
-            if frame % 4 == 3:
+        merger = Merger((8, 8), D, D, clip.dtype, rows)
+        for frame in range(0, len(clip), 2):
+            merger.append(clip[frame : frame + 2], frame, [0, 0])
+            if frame % 4 == 2:
                 merger.merge_down(100)
-        merger.merge_down(1)
-        found.append(torch.cat(merges))
-    assert torch.equal(*found)
+        assert rows is None or merger._storage.shape[0] <= rows
+        lost, order = merger.lost, merger.merge_all()
+        found.append((order.pairs, order.loss, order.boxes, merger.read(order.slots)[0], torch.tensor(lost)))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_frames_may_come_in_any_batches():
+    clip, found = walk(12, 3, 5), []
+    for size in (1, 5, 12):
+        merger = Merger((3, 5), D, D, clip.dtype)
+        for frame, part in zip(range(0, 12, size), clip.split(size), strict=True):
+            merger.append(part, frame, [int(index > 6) for index in range(frame, frame + len(part))])
+        found.append(merger.merge_all())
+    for order in found[1:]:
+        assert torch.equal(order.pairs, found[0].pairs) and torch.equal(order.loss, found[0].loss)
 
 
 def test_pairs_may_be_compared_in_any_parts(monkeypatch):
     clip, found = walk(12, 3, 5), []
     for num_bytes in (1, 1000, 2**20):
         monkeypatch.setattr(merging, "PAIR_BYTES_AT_ONCE", num_bytes)
-        merger = merge(clip, 20)
-        found.append((merger.values, merger.boxes, merger.lost))
+        merged = merge(clip, 20)
+        found.append((merged.values, merged.boxes, merged.lost))
     for values, boxes, lost in found[1:]:
         assert torch.equal(values, found[0][0]) and torch.equal(boxes, found[0][1]) and lost == found[0][2]
 
@@ -108,46 +149,63 @@ def greedy(line, count, exponent):
     return [0, *itertools.accumulate(len(part) for part in parts)][:-1]
 
 
+@pytest.mark.parametrize("how", [merge, merge_in_place])
 @pytest.mark.parametrize("seed", range(5))
-def test_one_merge_a_round_is_the_greedy_of_the_definition(monkeypatch, seed):
-    monkeypatch.setattr(merging, "ROUND_SHARE", 0)
+def test_one_merge_a_round_is_the_greedy_of_the_definition(monkeypatch, seed, how):
+    """Order by height changes nothing then: a merge makes only merges cheaper that take part in its result."""
+    monkeypatch.setattr(merging, "TREE_SHARE", 0)
+    monkeypatch.setattr(merging, "STREAM_SHARE", 0)
     clip = walk(24, 1, 1, seed)
     for count in (16, 9, 4, 1):
-        starts = sorted(merge(clip, count).boxes[:, 0].tolist())
+        starts = sorted(how(clip, count).boxes[:, 0].tolist())
         assert starts == greedy(clip.flatten(1), count, merging.COST_EXPONENT)
 
 
-def test_rounds_of_merges_lose_hardly_more_than_one_at_a_time(monkeypatch):
+@pytest.mark.parametrize("how", [merge, merge_in_place])
+@pytest.mark.parametrize("count", [256, 128, 51, 26])
+def test_rounds_of_merges_lose_hardly_more_than_one_at_a_time(monkeypatch, count, how):
     clip = walk(32, 4, 4)
-    in_rounds = merge(clip, 51).lost
-    monkeypatch.setattr(merging, "ROUND_SHARE", 0)
-    assert in_rounds == pytest.approx(merge(clip, 51).lost, rel=0.03)
+    in_rounds = how(clip, count).lost
+    monkeypatch.setattr(merging, "TREE_SHARE", 0)
+    assert in_rounds == pytest.approx(merge(clip, count).lost, rel=0.03)
 
 
-def test_the_way_does_not_depend_on_the_stops():
-    clip = walk(16, 3, 3).bfloat16()
-    for count in (100, 61, 10, 1):
-        direct, with_stops = (
-            merge(clip, count),
-            merge(clip, *(stop for stop in (140, 139, 103, 61) if stop > count), count),
-        )
-        assert torch.equal(direct.values, with_stops.values) and torch.equal(direct.boxes, with_stops.boxes)
-        assert direct.lost == with_stops.lost
+def test_each_merge_is_of_stretches_that_are_there_and_touch():
+    clip = walk(16, 3, 4).bfloat16()
+    order = feed(clip).merge_all()
+    there, boxes = set(range(192)), order.boxes.tolist()
+    for index, (a, b) in enumerate(order.pairs.tolist()):
+        there -= {a, b}
+        there.add(192 + index)
+        assert len(there) == 191 - index
+        low = [min(x, y) for x, y in zip(boxes[a][::2], boxes[b][::2], strict=True)]
+        high = [max(x, y) for x, y in zip(boxes[a][1::2], boxes[b][1::2], strict=True)]
+        assert [*low, *high] == [*boxes[192 + index][::2], *boxes[192 + index][1::2]]
+        sides = [[stop - start for start, stop in zip(boxes[i][::2], boxes[i][1::2], strict=True)] for i in (a, b)]
+        assert sum(x != y for x, y in zip(*sides, strict=True)) <= 1
+    assert there == {2 * 192 - 2}
 
 
-def test_a_limit_on_the_loss_gives_the_fewest_that_keep_it():
+def test_a_limit_on_the_loss_is_kept_and_used():
     clip = walk(16, 3, 3)
-    limited = merge(clip)
-    limited.merge_down(1, most_lost=50.0)
-    assert limited.lost <= 50.0 < merge(clip, len(limited) - 1).lost
-    assert torch.equal(limited.boxes, merge(clip, len(limited)).boxes)
+    limited, free = feed(clip), feed(clip)
+    losses, all_losses = limited.merge_down(1, most_lost=50.0), free.merge_down(1)
+    assert limited.lost <= 50.0 < limited.lost + float(all_losses[len(losses)])
+    assert torch.equal(losses, all_losses[: len(losses)]) and len(limited) == 144 - len(losses)
+
+
+def test_a_line_of_equal_latents_takes_few_rounds(monkeypatch):
+    rounds, choose = [], Merger._choose
+    monkeypatch.setattr(Merger, "_choose", lambda merger, most: rounds.append(1) or choose(merger, most))
+    merge(walk(1, 3, 4).repeat(200, 1, 1, 1), 12)
+    assert len(rounds) < 40
 
 
 def test_a_clip_that_stands_still_loses_nothing_at_one_token_a_cell():
     clip = walk(1, 3, 4).repeat(20, 1, 1, 1)
-    merger = merge(clip, 12)
-    assert merger.lost == 0 and torch.equal(rebuild(merger, clip), clip)
-    assert set(merger.boxes[:, 1].tolist()) == {20}
+    merged = merge(clip, 12)
+    assert merged.lost == 0 and torch.equal(rebuild(merged, clip), clip)
+    assert set(merged.boxes[:, 1].tolist()) == {20}
 
 
 def test_frames_without_detail_merge_in_space_first():
@@ -156,11 +214,12 @@ def test_frames_without_detail_merge_in_space_first():
     assert merger.lost == 0 and torch.equal(rebuild(merger, clip), clip)
 
 
-def test_no_stretch_crosses_a_cut_while_another_merge_is_left():
-    clip = walk(1, 2, 2).repeat(12, 1, 1, 1)  # nothing changes, so merging over the cut would be free
+@pytest.mark.parametrize("how", [merge, merge_in_place])
+def test_no_stretch_crosses_a_cut_while_another_merge_is_left(how):
+    clip = walk(1, 2, 2).repeat(12, 1, 1, 1)  # along time nothing changes, so merging over the cut would be free
     shots = [0] * 5 + [1] * 7
-    assert set(merge(clip, 2, shots=shots).boxes[:, :2].flatten().tolist()) == {0, 5, 12}
-    assert len(merge(clip, 1, shots=shots)) == 1
+    assert set(how(clip, 2, shots=shots).boxes[:, :2].flatten().tolist()) == {0, 5, 12}
+    assert len(how(clip, 1, shots=shots)) == 1
 
 
 def test_only_the_main_channels_decide_and_all_are_averaged():

@@ -8,7 +8,7 @@ import torch
 
 from freres_cli.method import adaptive
 from freres_cli.method.adaptive import StretchCompressor, cut_stretches
-from freres_cli.method.merging import box_sizes
+from freres_cli.method.stretch_means import box_sizes
 from freres_cli.stretches import STRETCH_COLUMNS
 from tests.test_adaptive import assert_equal
 from tests.test_merging import D, walk

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from freres_cli.backbones import language, qwen3_vl, stock, vision
-from freres_cli.backbones.base import PromptRows
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows import verify
 from tests.family_contract import folders as folders
@@ -56,7 +56,7 @@ def break_position(monkeypatch):
     monkeypatch.setattr(
         language.DecoderLanguageModel,
         "visual_rows",
-        lambda self, latents, index, axes, after: real(self, latents, index, axes + 1, after),
+        lambda self, piece, index, axes, after: real(self, piece, index, axes + 1, after),
     )
 
 
@@ -66,7 +66,7 @@ def break_next_position(monkeypatch):
 
     def splice(self, *arguments):
         rows = real(self, *arguments)
-        return PromptRows(rows.embeds, rows.positions, rows.next_position + 1)
+        return replace(rows, next_position=rows.next_position + 1)
 
     monkeypatch.setattr(language.DecoderLanguageModel, "splice", splice)
 

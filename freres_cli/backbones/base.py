@@ -10,7 +10,7 @@ prompt; the others are the rows that the family adds to it after its first langu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,23 +19,81 @@ from torch import Tensor
 from freres_cli.devices import Storage
 from freres_cli.records import FrameSize, VideoTokens
 
+# Host memory that a GPU copies rows from at a time (ours): little to pin, and enough for the speed of the bus.
+UPLOAD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a prompt, (n, C), that are not copied before they are needed: those of ``table`` (m, C) at ``index`` (n,), or
+    all of them. An index is in host memory, or where the table is."""
+
+    table: Tensor
+    index: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.table) if self.index is None else len(self.index)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows themselves."""
+        return self.table if self.index is None else self.table[self.index]
+
+    def cut(self, start: int, stop: int) -> Piece:
+        """The rows from ``start`` to before ``stop``."""
+        if self.index is None:
+            return Piece(self.table[start:stop])
+        return Piece(self.table, self.index[start:stop])
+
+    def channels(self, part: slice) -> Piece:
+        """A part of the channels of these rows."""
+        return Piece(self.table[:, part], self.index)
+
 
 @dataclass(frozen=True)
 class PromptRows:
-    """A part of the prompt as input rows for the decoder.
+    """A part of the prompt as input rows for the decoder, on one device.
 
-    ``embeds``: (L, C); the DeepStack channels of text rows are zero. ``positions``: (R, 1, L) float32, where R = 4 for
-    M-RoPE families (plain index, t, h, w) and 1 for the others. ``next_position``: the position of the next text token.
-    ``is_visual``: (L,) bool, which rows are tokens of the video; ``None`` if none is.
+    ``pieces``: one after the other, L rows; the DeepStack channels of text rows are zero. ``positions``: (R, 1, L) float32,
+    where R = 4 for M-RoPE families (plain index, t, h, w) and 1 for the others. ``next_position``: the position of the next
+    text token. ``is_visual``: (L,) bool, which rows are tokens of the video; ``None`` if none is.
     """
 
-    embeds: Tensor
+    pieces: tuple[Piece, ...]
     positions: Tensor
     next_position: float
     is_visual: Tensor | None = None
 
     def __len__(self) -> int:
-        return int(self.embeds.shape[0])
+        return int(self.positions.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.positions.device
+
+    @property
+    def embeds(self) -> Tensor:
+        """All rows, (L, C). They are copied, unless there is one piece with all rows of its table."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].rows
+        return _gather(self.pieces)
+
+    def to(self, device: torch.device) -> PromptRows:
+        """These rows on ``device``. From host memory to a GPU, without waiting for the copy."""
+        if device == self.device:
+            return self
+        is_upload = self.device.type == "cpu" and device.type == "cuda"
+        embeds = _upload(self.pieces, device) if is_upload else self.embeds.to(device)
+        places = [self.positions, self.visual_mask]
+        if is_upload:
+            places = [tensor.contiguous().pin_memory() for tensor in places]
+        positions, is_visual = (tensor.to(device, non_blocking=is_upload) for tensor in places)
+        return PromptRows((Piece(embeds),), positions, self.next_position, is_visual)
+
+    def channels(self, part: slice) -> PromptRows:
+        """These rows with a part of their channels."""
+        return replace(self, pieces=tuple(piece.channels(part) for piece in self.pieces))
 
     def then(self, other: PromptRows) -> PromptRows:
         """These rows followed by those of ``other``."""
@@ -45,12 +103,14 @@ class PromptRows:
     def visual_mask(self) -> Tensor:
         """``is_visual``, also where none is: (L,) bool."""
         if self.is_visual is None:
-            return torch.zeros(len(self), dtype=torch.bool, device=self.embeds.device)
+            return torch.zeros(len(self), dtype=torch.bool, device=self.device)
         return self.is_visual
 
     def pick(self, rows: Tensor | slice) -> PromptRows:
-        """Some of these rows, at their positions. ``rows``: a slice, indices, or a mask (L,)."""
-        return PromptRows(self.embeds[rows], self.positions[..., rows], self.next_position, self.visual_mask[rows])
+        """Some of these rows, at their positions. ``rows``: a slice without a step, indices, or a mask (L,)."""
+        ends = rows.indices(len(self))[:2] if isinstance(rows, slice) else None
+        pieces = (Piece(self.embeds[rows]),) if ends is None else _cut(self.pieces, *ends)
+        return PromptRows(pieces, self.positions[..., rows], self.next_position, self.visual_mask[rows])
 
     def split(self, num_rows: int) -> Iterator[PromptRows]:
         """These rows, ``num_rows`` at a time."""
@@ -59,13 +119,59 @@ class PromptRows:
 
 
 def join_rows(parts: Sequence[PromptRows], next_position: float) -> PromptRows:
-    """Parts of the prompt one after the other, with a single copy."""
+    """Parts of the prompt one after the other, where the first of them is. Rows that are there are not copied."""
+    here = [part.to(parts[0].device) for part in parts]
     return PromptRows(
-        torch.cat([part.embeds for part in parts]),
-        torch.cat([part.positions for part in parts], dim=-1),
+        tuple(piece for part in here for piece in part.pieces),
+        torch.cat([part.positions for part in here], dim=-1),
         next_position,
-        torch.cat([part.visual_mask for part in parts]),
+        torch.cat([part.visual_mask for part in here]),
     )
+
+
+def _cut(pieces: Sequence[Piece], start: int, stop: int) -> tuple[Piece, ...]:
+    """The rows from ``start`` to before ``stop``, in at least one piece."""
+    kept, first = [], 0
+    for piece in pieces:
+        last = first + len(piece)
+        if first < stop and start < last:
+            kept.append(piece.cut(max(0, start - first), min(len(piece), stop - first)))
+        first = last
+    return tuple(kept) or (pieces[0].cut(0, 0),)
+
+
+def _gather(pieces: Sequence[Piece], *, is_pinned: bool = False) -> Tensor:
+    """The rows of all pieces, (L, C), each copied once. ``is_pinned``: into memory that a GPU can read by itself."""
+    table = pieces[0].table
+    if _needs_gradients(pieces):
+        return torch.cat([piece.rows for piece in pieces])
+    lengths = [len(piece) for piece in pieces]
+    shape = (sum(lengths), *table.shape[1:])
+    rows = torch.empty(shape, dtype=table.dtype, device=table.device, pin_memory=is_pinned)
+    for piece, part in zip(pieces, rows.split(lengths), strict=True):
+        if piece.index is None:
+            part.copy_(piece.table)
+        else:
+            torch.index_select(piece.table, 0, piece.index.to(table.device), out=part)
+    return rows
+
+
+def _upload(pieces: Sequence[Piece], device: torch.device) -> Tensor:
+    """The rows of all pieces, (L, C), on a GPU, which copies a block while the host gathers the next."""
+    if _needs_gradients(pieces):
+        return _gather(pieces).to(device)
+    table, count = pieces[0].table, sum(map(len, pieces))
+    rows = torch.empty((count, *table.shape[1:]), dtype=table.dtype, device=device)
+    step = max(1, UPLOAD_BYTES // max(1, table[:1].nbytes))
+    for start in range(0, count, step):
+        # PyTorch uses pinned memory again only after what copies it is done.
+        block = _gather(_cut(pieces, start, min(count, start + step)), is_pinned=True)
+        rows[start : start + step].copy_(block, non_blocking=True)
+    return rows
+
+
+def _needs_gradients(pieces: Sequence[Piece]) -> bool:
+    return torch.is_grad_enabled() and any(piece.table.requires_grad for piece in pieces)
 
 
 @dataclass(frozen=True)
@@ -168,7 +274,7 @@ class LanguageModel(Protocol):
 
         ``text_after`` decides where the text after the video starts: ``max`` is one past the largest position of the
         full grid, as the released models were trained; ``hf`` is where transformers puts it. They differ only for
-        Qwen2-VL and Qwen2.5-VL.
+        Qwen2-VL and Qwen2.5-VL. The rows are where the latents are, or on the model's device if that is no GPU.
         """
         ...
 
@@ -189,7 +295,8 @@ class LanguageModel(Protocol):
         ...
 
     def decode(self, rows: PromptRows, cache: Any) -> Tensor:
-        """Run rows through the decoder on top of the cache, extending it. Returns the last hidden states (L, D)."""
+        """Run rows, wherever they are, through the decoder on top of the cache, extending it. Returns the last hidden states
+        (L, D)."""
         ...
 
     def decode_layers(

@@ -75,7 +75,7 @@ def find_places(
     coded = blank.clone()
     coded[:, :4] = digits.to(blank.dtype)
     first, second = (
-        model.splice(prefix_ids, replace(video, latents=latents), text_after).embeds[:, :4].float().cpu()
+        model.splice(prefix_ids, replace(video, latents=latents), text_after).channels(slice(4)).embeds.float().cpu()
         for latents in (blank, coded)
     )
     differs = (second - first).round().long()

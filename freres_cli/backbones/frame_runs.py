@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from freres_cli.backbones.base import PromptRows, join_rows
+from freres_cli.backbones.base import Piece, PromptRows, join_rows
 from freres_cli.backbones.language import DecoderLanguageModel
 from freres_cli.records import VideoTokens, nearest_frames
 
@@ -60,6 +60,9 @@ class FrameRunLanguageModel(DecoderLanguageModel):
         ``text_after`` has no effect, because in these families text follows the largest position under either rule.
         """
         texts = self.frame_texts(video)
+        num_frames, place = video.grid[0], video.latents.device
+        around = [*texts.before, *texts.after, texts.intro, texts.outro]
+        *pieces, intro, outro = self.text_pieces(around, place)
         parts: list[PromptRows] = []
 
         def add(part: PromptRows) -> None:
@@ -68,19 +71,19 @@ class FrameRunLanguageModel(DecoderLanguageModel):
             index += len(part)
 
         span = video.grid[1] * video.grid[2] if self.counts_raster else max(video.grid[1:])
-        add(self.text_rows(texts.intro, index, position))
-        position += len(texts.intro)
+        add(self.rows_of_text(intro, index, position))
+        position += len(intro)
         for frame, mine in enumerate(self.tokens_of_frames(video)):
-            before, after = texts.before[frame], texts.after[frame]
+            before, after = pieces[frame], pieces[num_frames + frame]
             first = position + len(before)
             if len(mine):
-                add(self.text_rows(before, index, position))
+                add(self.rows_of_text(before, index, position))
                 axes = self.axes_in_frame(video.positions[mine], video.grid[2]) + first
-                add(self.visual_rows(video.latents[mine], index, axes, first + span))
-                add(self.text_rows(after, index, first + span))
+                add(self.visual_rows(Piece(video.latents, mine), index, axes, first + span))
+                add(self.rows_of_text(after, index, first + span))
             position = first + span + len(after)
-        add(self.text_rows(texts.outro, index, position))
-        return join_rows(parts, position + len(texts.outro))
+        add(self.rows_of_text(outro, index, position))
+        return join_rows(parts, position + len(outro))
 
     def tokens_of_frames(self, video: VideoTokens) -> tuple[Tensor, ...]:
         """The indices of the tokens in the run of each of the T sampled frames."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,11 +15,12 @@ from transformers import AutoModel, DynamicCache
 from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
-from freres_cli.backbones.base import PromptIds, PromptRows
+from freres_cli.backbones.base import Piece, PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config, read_tokenizer
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
+from freres_cli.backbones.sizes import find_head_width
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
@@ -177,10 +179,9 @@ class DecoderLanguageModel(ABC):
 
     def _kv_bytes(self, kv: str | None) -> int:
         config = self.decoder.config
-        head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         num_layers = sum(kind == "full_attention" for kind in kinds)
-        numbers, dtype = row_format(head_width, self.dtype, kv)
+        numbers, dtype = row_format(find_head_width(config), self.dtype, kv)
         return int(2 * num_layers * config.num_key_value_heads * numbers * dtype.itemsize)
 
     def describe_kv(self) -> tuple[str, ...]:
@@ -241,15 +242,20 @@ class DecoderLanguageModel(ABC):
             got = f"{video.latents.shape[1]} (D = {video.width})"
             hint = "use the model that the video was compressed with"
             raise BackboneError(f"visual tokens: expected {channels} channels, got {got}", hint)
-        text = self.text_rows(prefix_ids, 0, 0.0)
+        # On a GPU, rows stay in host memory if the latents do, and the decoder gets those of one pass at a time.
+        place = video.latents.device if self.device.type == "cuda" else self.device
+        video = replace(video, latents=video.latents.to(device=place, dtype=self.dtype))
+        (piece,) = self.text_pieces([prefix_ids], place)
+        text = self.rows_of_text(piece, 0, 0.0)
         return text.then(self.video_rows(video, len(prefix_ids), float(len(prefix_ids)), text_after))
 
     @abstractmethod
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
         """The tokens of ``video`` as rows for the decoder, together with the family's own text in it.
 
-        ``index``: number of rows before the video. ``position``: position of its first row. ``text_after``: the rule
-        for the position of the text after it, as in ``splice``.
+        Rows are where ``video.latents`` are, which have the decoder's dtype. ``index``: number of rows before the video.
+        ``position``: position of its first row. ``text_after``: the rule for the position of the text after it, as in
+        ``splice``.
         """
 
     def text_per_frame(self, video: VideoTokens) -> Tensor:
@@ -260,31 +266,44 @@ class DecoderLanguageModel(ABC):
         """See ``base.LanguageModel``. None, in a family that writes nothing around its visual tokens."""
         return 0
 
-    def visual_rows(self, latents: Tensor, index: int, axes: Tensor, next_position: float) -> PromptRows:
+    def visual_rows(self, piece: Piece, index: int, axes: Tensor, next_position: float) -> PromptRows:
         """Visual tokens as rows for the decoder.
 
-        ``latents``: (n, C). ``axes``: their positions, (num_axes, n). ``index``: number of rows before them.
-        ``next_position``: position of the text after them.
+        ``piece``: of the video's latents, n rows. ``axes``: their positions, (num_axes, n). ``index``: number of rows before
+        them. ``next_position``: position of the text after them.
         """
-        embeds = latents.to(device=self.device, dtype=self.dtype)
-        axes = axes.to(device=self.device, dtype=torch.float32)
-        is_visual = torch.ones(len(embeds), dtype=torch.bool, device=self.device)
-        return PromptRows(embeds, self._positions(axes, index), next_position, is_visual)
+        axes = axes.to(device=piece.table.device, dtype=torch.float32)
+        is_visual = torch.ones(len(piece), dtype=torch.bool, device=piece.table.device)
+        return PromptRows((piece,), self._positions(axes, index), next_position, is_visual)
 
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text tokens as rows, all axes counting up from ``position``, and the plain index from ``index``."""
-        embeds = self.decoder.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
-        if self.num_deep_layers:
-            embeds = nn.functional.pad(embeds, (0, self.width * self.num_deep_layers))
-        steps = torch.arange(len(ids), dtype=torch.float32, device=self.device)
+        embeds = self._embed(torch.tensor(ids, dtype=torch.long, device=self.device))
+        return self.rows_of_text(Piece(embeds), index, position)
+
+    def text_pieces(self, texts: Sequence[Sequence[int]], place: torch.device) -> list[Piece]:
+        """The rows of several texts, for ``rows_of_text``. ``place`` gets each token of them once, in one copy."""
+        ids = torch.tensor([token for text in texts for token in text], dtype=torch.long)
+        tokens, index = ids.unique(return_inverse=True)
+        table = self._embed(tokens.to(self.device)).to(place)
+        return [Piece(table, part) for part in index.split([len(text) for text in texts])]
+
+    def rows_of_text(self, piece: Piece, index: int, position: float) -> PromptRows:
+        """``text_rows`` of embedded tokens, where they are."""
+        steps = torch.arange(len(piece), dtype=torch.float32, device=piece.table.device)
         axes = (steps + position).expand(self.num_axes, -1)
-        return PromptRows(embeds, self._positions(axes, index), position + len(ids))
+        return PromptRows((piece,), self._positions(axes, index), position + len(piece))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Token ids (n,) on the device -> their rows, (n, C)."""
+        embeds: Tensor = self.decoder.embed_tokens(ids)
+        return nn.functional.pad(embeds, (0, self.width * self.num_deep_layers)) if self.num_deep_layers else embeds
 
     def _positions(self, axes: Tensor, index: int) -> Tensor:
         """(R, 1, n): three-axis families put the plain index, which is only used for masks, before the axes."""
         if self.num_axes == 1:
             return axes[:, None]
-        plain = torch.arange(index, index + axes.shape[1], dtype=torch.float32, device=self.device)
+        plain = torch.arange(index, index + axes.shape[1], dtype=torch.float32, device=axes.device)
         return torch.cat([plain[None], axes])[:, None]
 
     def new_cache(self) -> DynamicCache:
@@ -303,16 +322,25 @@ class DecoderLanguageModel(ABC):
             return self._run(rows, cache, **({} if attended is None else {"attended": attended}))
 
     def _run(self, rows: PromptRows, cache: Any, **of_attention: Any) -> Tensor:
+        rows = self.leave_out_zeros(rows).to(self.device)
+        embeds = rows.embeds
         out = self.decoder(
-            inputs_embeds=rows.embeds[None, :, : self.width],
+            inputs_embeds=embeds[None, :, : self.width],
             position_ids=rows.positions if self.num_axes > 1 else rows.positions[0],
             past_key_values=cache,
             use_cache=True,
-            **self.deep_inputs(rows.embeds),
+            **self.deep_inputs(embeds),
             **of_attention,
         )
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+    def leave_out_zeros(self, rows: PromptRows) -> PromptRows:
+        """These rows without their DeepStack channels, if all of those are zero."""
+        deep = rows.channels(slice(self.width, None))
+        if not self.num_deep_layers or any(bool(piece.rows.any()) for piece in deep.pieces):
+            return rows
+        return rows.channels(slice(self.width))
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Run the text rows of several sequences at once. See ``base.LanguageModel``."""
@@ -340,7 +368,7 @@ class DecoderLanguageModel(ABC):
         return torch.stack(kept).mean(1)
 
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
-        """Extra arguments of the decoder for the DeepStack channels of its rows (L, C)."""
+        """Extra arguments of the decoder for the DeepStack channels of its rows (L, C), if these have any."""
         return {}
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from freres_cli.backbones.base import PromptRows, join_rows
+from freres_cli.backbones.base import Piece, PromptRows, join_rows
 from freres_cli.backbones.halves import FamilyFiles
 from freres_cli.backbones.language import DecoderLanguageModel, LanguageHalf
 from freres_cli.backbones.square_vision import SquareVisionEncoder
@@ -95,6 +95,7 @@ class LlavaOnevisionLanguageModel(DecoderLanguageModel):
         t, row, column = video.positions.to(torch.float32).unbind(1)
         raster = (t * grid_h + row) * grid_w + column
         end = position + num_frames * grid_h * grid_w
-        visual = self.visual_rows(video.latents, index, raster[None] + position, end)
-        newline = self.visual_rows(self.newline[None], index + len(visual), torch.tensor([[end]]), end + 1)
+        visual = self.visual_rows(Piece(video.latents), index, raster[None] + position, end)
+        row_after = Piece(self.newline[None].to(video.latents.device))
+        newline = self.visual_rows(row_after, index + len(visual), torch.tensor([[end]]), end + 1)
         return join_rows([visual, replace(newline, is_visual=None)], end + 1)

@@ -18,7 +18,7 @@ from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6Mode
 from transformers.models.minicpmv4_7.modeling_minicpmv4_7 import MiniCPMV4_7Model
 
 from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
-from freres_cli.backbones.base import PromptIds, PromptRows, join_rows
+from freres_cli.backbones.base import Piece, PromptIds, PromptRows, join_rows
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.frame_runs import FrameRunLanguageModel, FrameTexts
 from freres_cli.backbones.halves import FamilyFiles
@@ -187,7 +187,7 @@ class MiniCPMV47LanguageModel(MiniCPMV46LanguageModel):
         """
         num_frames, height, width = video.grid
         frames = self.tokens_of_frames(video)
-        before, after = self.markers()
+        before, after, feeds = self.text_pieces([*self.markers(), self.line_feeds], video.latents.device)
         parts: list[PromptRows] = []
         base = position
         for frame in range(num_frames):
@@ -197,14 +197,14 @@ class MiniCPMV47LanguageModel(MiniCPMV46LanguageModel):
             parts.append(self.pinned_rows(before, index, (base, max(base - 1, 0), max(base - 1, 0))))
             index += len(before)
             axes = self.axes_in_frame(video.positions[mine], width) + base
-            parts.append(self.visual_rows(video.latents[mine], index, axes, base))
+            parts.append(self.visual_rows(Piece(video.latents, mine), index, axes, base))
             index += len(mine)
             parts.append(self.pinned_rows(after, index, (base, base + height, base + width)))
             index += len(after)
-        parts.append(self.pinned_rows(self.line_feeds, index, (base, base, base)))
+        parts.append(self.pinned_rows(feeds, index, (base, base, base)))
         return join_rows(parts, base + max(height, width) + 1)
 
-    def pinned_rows(self, ids: Any, index: int, place: tuple[float, float, float]) -> PromptRows:
+    def pinned_rows(self, piece: Piece, index: int, place: tuple[float, float, float]) -> PromptRows:
         """Text tokens that all have the same position, ``place``: (t, h, w)."""
-        axes = torch.tensor(place, dtype=torch.float32, device=self.device)[:, None].expand(-1, len(ids))
-        return PromptRows(self.text_rows(ids, index, 0.0).embeds, self._positions(axes, index), place[0])
+        axes = torch.tensor(place, dtype=torch.float32, device=piece.table.device)[:, None].expand(-1, len(piece))
+        return PromptRows((piece,), self._positions(axes, index), place[0])

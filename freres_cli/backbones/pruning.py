@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freres_cli.backbones.base import LanguageModel, PromptRows
+from freres_cli.backbones.base import LanguageModel, Piece, PromptRows
 from freres_cli.errors import BackboneError
 
 
@@ -113,5 +113,6 @@ def read_pruned(model: LanguageModel, video: PrunedVideo, rows: PromptRows, cach
 def _later_rows(model: LanguageModel, rows: PromptRows, hidden: Tensor, num_layers: int) -> PromptRows:
     """Rows for the layers after the first ``num_layers``, which gave ``hidden`` (L, D). Those have added their DeepStack
     channels."""
-    deep = rows.embeds[:, model.width * (1 + min(num_layers, model.num_deep_layers)) :]
-    return replace(rows, embeds=torch.cat([hidden, deep], dim=1))
+    added = slice(model.width * (1 + min(num_layers, model.num_deep_layers)), None)
+    rest = rows.channels(added).to(hidden.device)
+    return replace(rest, pieces=(Piece(torch.cat([hidden, rest.embeds], dim=1)),))

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from freres_cli.backbones.base import PromptRows
+from freres_cli.backbones.base import Piece, PromptRows
 from freres_cli.backbones.halves import qwen_files
 from freres_cli.backbones.language import DecoderLanguageModel
 from freres_cli.backbones.qwen_vision import QwenVisionEncoder
@@ -41,7 +41,7 @@ class Qwen2VLLanguageModel(DecoderLanguageModel):
         axes[0] = self.time_positions(axes[0], video)
         last = float(self.time_positions(torch.tensor([num_frames - 1.0]), video)[0])
         span = max(last + 1, grid_h, grid_w) if text_after == "max" else max(grid_h, grid_w)
-        return self.visual_rows(video.latents, index, axes + position, position + span)
+        return self.visual_rows(Piece(video.latents), index, axes + position, position + span)
 
     def time_positions(self, frames: Tensor, video: VideoTokens) -> Tensor:
         """Temporal positions of sampled frames, which may be fractional: their own numbers, (n,) float32."""

@@ -54,9 +54,10 @@ class DeepStackLanguageModel(TimestampLanguageModel):
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
         """See ``DecoderLanguageModel``. All rows are treated as visual: text rows add zeros, which changes nothing."""
         deep = embeds[:, self.width :]
-        if not deep.any():
+        if not deep.shape[1]:
             return {}
-        everywhere = torch.ones(1, len(embeds), dtype=torch.bool, device=embeds.device)
+        # All rows of the only sequence, as an index. With a mask, the host would wait twice a layer, to count its rows.
+        everywhere = torch.zeros(1, dtype=torch.int64, device=embeds.device)
         return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": list(deep.split(self.width, dim=1))}
 
 

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
-from freres_cli.backbones.engine import VideoPrefix, check_context, memory_of, prefill_rows
+from freres_cli.backbones.engine import PREFILL_CHUNK_TOKENS, VideoPrefix, check_context, memory_of, prefill_rows
 from freres_cli.backbones.quantized_weights import plain_tensors
+from freres_cli.backbones.sizes import find_head_width
 from freres_cli.devices import AS_COMPUTED, synchronize
 from freres_cli.errors import BundleError, FreresError, explain_no_file
 from freres_cli.files import write_atomically
@@ -88,12 +89,13 @@ def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:
         "device": model.device.type,
         "torch": torch.__version__,
         "next_position": rows.next_position,
-        "shape": list(rows.embeds.shape),
+        "shape": [len(rows), rows.pieces[0].table.shape[1]],
         **({} if model.storage == AS_COMPUTED else asdict(model.storage)),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for tensor in (rows.embeds, rows.positions):
-        digest.update(_bytes_of(tensor))
+    for chunk in rows.split(PREFILL_CHUNK_TOKENS):
+        digest.update(_bytes_of(chunk.embeds))
+    digest.update(_bytes_of(rows.positions))
     for name, weight in sorted(model.decoder.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
         for part in plain_tensors(weight.detach()):
@@ -159,8 +161,7 @@ def read_rows(path: Path, header: dict[str, Any], model: LanguageModel, num_rows
     from freres_cli.backbones.quantized_cache import row_format
 
     config = model.decoder.config
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers, dtype = row_format(head_width, model.dtype, model.storage.kv)
+    numbers, dtype = row_format(find_head_width(config), model.dtype, model.storage.kv)
     shape = (1, config.num_key_value_heads, num_rows, numbers)
     names = {f"{part}.{number}" for part in ("keys", "values") for number in range(len(cache.layers))}
     try:

@@ -176,11 +176,16 @@ def _attended_pairs(family: str, config: Any, size: FrameSize, patches: int) -> 
     return depth * patches**2
 
 
+def find_head_width(config: Any) -> int:
+    """Return the width of an attention head of a decoder. ``config``: the text part of a model's configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def measure_decoder(model: LanguageModel) -> DecoderSizes:
     """The sizes of a language half, with or without weights."""
     decoder = model.decoder
     config = decoder.config
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_width = find_head_width(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     num_full = sum(kind == "full_attention" for kind in kinds)
     num_linear = len(kinds) - num_full

@@ -10,14 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from freres_cli.method.merging import Merger, add_up, merge_stretches
+from freres_cli.method.merging import Merger, add_up, count_within
+from freres_cli.method.stretch_means import merge_stretches
 from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.method.tokens import seconds_at
 from freres_cli.records import VideoTokens
 from freres_cli.stretches import Stretches
 
 # Ours. At most twice as many stretches as this are in memory, or twice the budget if that is more. A clip with no more
-# latents than that is merged exactly; of a longer one, the cheapest merges are made as it arrives.
+# latents than that is merged as a whole; of a longer one, the cheapest merges are made as it arrives.
 MOST_STRETCHES = 16384
 # Ours. At a cut, half of the cells change by more than this share of the mean squared distance between two tokens.
 CUT_SHARE = 0.5
@@ -110,46 +111,48 @@ class StretchCompressor:
         if self._merger is None:
             shape = (self._grid, latents.shape[-1], self._width)
             self._merger = Merger(*shape, latents.dtype, 2 * self._most, self._keeps_trends, latents.device)
-        are_cuts = self._detector.observe(latents[..., : self._width])
-        for frame, second, is_cut in zip(latents, seconds, are_cuts, strict=True):
+        shots = []
+        for second, is_cut in zip(seconds, self._detector.observe(latents[..., : self._width]), strict=True):
             if is_cut:
                 self._cuts.append(len(self._seconds))
-            if len(self._merger) + frame.shape[0] * frame.shape[1] > 2 * self._most:
-                self._merger.merge_down(self._most)
-            self._merger.append(frame, len(self._seconds), len(self._cuts))
+            shots.append(len(self._cuts))
             self._seconds.append(second)
+        first = len(self._seconds) - len(shots)
+        cells, done = latents.shape[1] * latents.shape[2], 0
+        while done < len(shots):
+            if len(self._merger) + cells > 2 * self._most:
+                self._merger.merge_down(self._most)
+            part = slice(done, done + max(1, (2 * self._most - len(self._merger)) // cells))
+            self._merger.append(latents[part], first + done, shots[part])
+            done = part.stop
 
     def finish(self) -> Stretches:
         """Return the stretches. Raises ``ValueError`` if there were no frames."""
         if self._merger is None:
             raise ValueError("no frames: expected at least 1")
         merger, energy = self._merger, self._detector.energy
+        most_lost = torch.inf if self._quality is None else _most_lost(self._quality, energy)
         curve = _Curve(len(merger), merger.lost)
-        merger.on_merges = lambda a, b, loss: curve.add(loss)
-        if self._quality is not None:
-            merger.merge_down(1, _most_lost(self._quality, energy))
+        if len(merger) < self.num_frames * math.prod(self._grid):  # not as a whole
+            curve.add(merger.merge_down(self._most, most_lost))
+        count, order = len(merger), merger.merge_all()
+        curve.add(order.loss)
+        steps = 0 if self._quality is None else count_within(order.loss, merger.lost, most_lost)
         if self._budget is not None:
-            merger.merge_down(self._budget)
-        values, trends, boxes, lost = merger.values, merger.trends, merger.boxes, merger.lost
-        order = sequence_order(boxes)
-        merges = _Names(merger.slots[order])
-
-        def record(a: Tensor, b: Tensor, loss: Tensor) -> None:
-            curve.add(loss)
-            merges.add(a, b, loss)
-
-        merger.on_merges = record
-        merger.merge_down(1)
+            steps = max(steps, count - self._budget)
+        left = order.left_after(steps)
+        left = left[sequence_order(order.boxes[left])]
+        values, trends = merger.read(order.slots[left])
         return Stretches(
             width=self._width,
             grid=(len(self._seconds), *self._grid),
             frame_seconds=torch.tensor(self._seconds, dtype=torch.float64),
-            latents=values[order],
-            trends=trends[order],
-            boxes=boxes[order],
-            merges=torch.tensor(merges.pairs, dtype=torch.int64).reshape(-1, 2),
-            merge_loss=torch.tensor(merges.losses, dtype=torch.float64),
-            energy=torch.tensor([energy, lost], dtype=torch.float64),
+            latents=values,
+            trends=trends,
+            boxes=order.boxes[left],
+            merges=_rename(order.pairs[steps:], left, count + steps),
+            merge_loss=order.loss[steps:],
+            energy=torch.tensor([energy, add_up(order.loss[:steps], merger.lost)], dtype=torch.float64),
             curve_tokens=torch.tensor(curve.tokens, dtype=torch.int64),
             curve_loss=torch.tensor(curve.losses, dtype=torch.float64),
             cut_frame=torch.tensor(self._cuts, dtype=torch.int64),
@@ -173,21 +176,12 @@ class _Curve:
                 self.losses.append(self._lost)
 
 
-class _Names:
-    """Merges as pairs of rows; the result of merge i is row S + i."""
-
-    def __init__(self, slots: Tensor) -> None:
-        self._row = {slot: row for row, slot in enumerate(slots.tolist())}
-        self._next = len(self._row)
-        self.pairs: list[tuple[int, int]] = []
-        self.losses: list[float] = []
-
-    def add(self, a: Tensor, b: Tensor, loss: Tensor) -> None:
-        for kept, merged, value in zip(a.tolist(), b.tolist(), loss.tolist(), strict=True):
-            self.pairs.append((self._row[kept], self._row.pop(merged)))
-            self.losses.append(value)
-            self._row[kept] = self._next
-            self._next += 1
+def _rename(pairs: Tensor, left: Tensor, first: int) -> Tensor:
+    """Return merges (m, 2) of rows: stretch ``left[i]`` is row i, and the result of merge i is stretch ``first`` + i."""
+    rows = torch.full((first + len(pairs),), -1)
+    rows[left] = torch.arange(len(left))
+    rows[first:] = torch.arange(len(pairs)) + len(left)
+    return rows[pairs]
 
 
 def sequence_order(boxes: Tensor) -> Tensor:
@@ -209,13 +203,12 @@ def _most_lost(quality: float, energy: float) -> float:
 
 def count_for_quality(stretches: Stretches, quality: float) -> int:
     """Return the fewest tokens, of all smaller budgets, that keep this share of the energy, or S if none does."""
-    lost = stretches.energy[1] + stretches.merge_loss.cumsum(0)
-    fits = lost <= _most_lost(quality, float(stretches.energy[0]))
-    return len(stretches) - int(fits.to(torch.int64).cumprod(0).sum())
+    energy, lost = stretches.energy.tolist()
+    return len(stretches) - count_within(stretches.merge_loss, lost, _most_lost(quality, energy))
 
 
 def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
-    """Return the stretches that compressing to ``budget_tokens`` gives, bit for bit, if the clip was merged exactly or
+    """Return the stretches that compressing to ``budget_tokens`` gives, bit for bit, if the clip was merged as a whole or
     both budgets are at most ``MOST_STRETCHES``. Raises ``ValueError`` if the budget is below one."""
     if budget_tokens < 1:
         raise ValueError(f"budget: expected at least 1, got {budget_tokens}")
@@ -227,39 +220,34 @@ def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
     kept, channels = torch.cat([stretches.latents, stretches.trends], dim=1), stretches.latents.shape[1]
     values = torch.cat([kept, kept.new_empty(steps, kept.shape[1])])
     boxes = torch.cat([stretches.boxes, stretches.boxes.new_empty(steps, 6)])
-    for part in _independent_runs(pairs, count):
-        rows = torch.arange(part.start, part.stop) + count
+    for part in _levels(pairs, count):
         a, b = pairs[part].unbind(1)
-        values[rows] = merge_stretches(values[a], values[b], boxes[a], boxes[b], channels)
+        values[part + count] = merge_stretches(values[a], values[b], boxes[a], boxes[b], channels)
         low, high = torch.minimum(boxes[a], boxes[b]), torch.maximum(boxes[a], boxes[b])
-        boxes[rows] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
+        boxes[part + count] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
     is_left = torch.ones(count + steps, dtype=torch.bool)
     is_left[pairs.flatten()] = False
     left = is_left.nonzero().squeeze(1)
-    order = sequence_order(boxes[left])
-    left = left[order]
-    later = torch.cat([torch.full((count + steps,), -1), torch.arange(len(stretches.merges) - steps) + budget_tokens])
-    later[left] = torch.arange(budget_tokens)
+    left = left[sequence_order(boxes[left])]
     lost = add_up(stretches.merge_loss[:steps], float(stretches.energy[1]))
     return replace(
         stretches,
         latents=values[left, :channels],
         trends=values[left, channels:],
         boxes=boxes[left],
-        merges=later[stretches.merges[steps:]],
+        merges=_rename(stretches.merges[steps:], left, count + steps),
         merge_loss=stretches.merge_loss[steps:].clone(),
         energy=torch.stack([stretches.energy[0], torch.tensor(lost, dtype=torch.float64)]),
     )
 
 
-def _independent_runs(pairs: Tensor, count: int) -> list[slice]:
-    """Split merges into runs in which none needs the result of another."""
-    runs, start = [], 0
-    for index, latest in enumerate((pairs.amax(1) - count).tolist()):
-        if latest >= start:
-            runs.append(slice(start, index))
-            start = index
-    return [*runs, slice(start, len(pairs))]
+def _levels(pairs: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Split merges into parts, (k,) indices each, that need the results of the parts before them only."""
+    level = [0] * (count + len(pairs))
+    for index, (a, b) in enumerate(pairs.tolist(), start=count):
+        level[index] = 1 + max(level[a], level[b])
+    levels = torch.tensor(level[count:])
+    return levels.argsort(stable=True).split(levels.bincount()[1:].tolist())
 
 
 def build_stretch_tokens(stretches: Stretches, modules: StretchModules | None = None) -> VideoTokens:

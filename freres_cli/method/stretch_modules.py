@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from freres_cli.method.absorber import NEIGHBOURHOOD, QUERIES_AT_ONCE, SpatialGuidedAbsorber
 from freres_cli.method.fusion import SMALLEST_UNIT, BottleneckAdapter, ModuleShape, with_main
-from freres_cli.method.merging import box_sizes
+from freres_cli.method.stretch_means import box_sizes
 from freres_cli.records import TOKEN_KINDS
 from freres_cli.stretches import Stretches
 

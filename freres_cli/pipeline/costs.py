@@ -95,8 +95,10 @@ def method_parts(
             result,
         ]
     if method == "adaptive":
-        most = min(2 * max(MOST_STRETCHES, visual), 2 * num_frames * frame_tokens)
-        return [Part("stretches", most * row, f"{most} rows of C*b"), result]
+        most, latents = 2 * max(MOST_STRETCHES, visual), num_frames * frame_tokens
+        # A clip that is merged as a whole keeps every stretch on the way, and moves once to where there is room for them.
+        rows = most if latents > most else 3 * latents
+        return [Part("stretches", rows * row, f"{rows} rows of C*b"), result]
     whole = 2 * num_frames * frame_tokens * row
     return [Part("latents of all frames", whole, "2 copies of T*N*C*b", is_on_device=False), result]
 
@@ -131,7 +133,7 @@ def ask_parts(
     return [
         Part("decoder weights", decoder.weight_bytes(b, storage), weights),
         Part("visual tokens", visual * row, "S*C*b", is_on_device=False),
-        Part("prompt rows", context * row, "L*C*b"),
+        Part("prompt rows", q * row, "q*C*b: those of one pass"),
         Part("KV cache", context * decoder.row_bytes(b, storage), held),
         Part("recurrent states", decoder.state_values * FLOAT32, "of linear attention, in float32"),
         Part("prefill activations", max(mlp, attention) + mask + cat + whole, f"q*b*(3w + 3I), and {what}"),

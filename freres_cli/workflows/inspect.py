@@ -11,7 +11,7 @@ from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.content import Content, latents_of
 from freres_cli.method.allocation import frame_edges_s, frames_at, sum_in_time, token_boxes
 from freres_cli.method.energy import EnergyReport, lost_in_time, report_energy
-from freres_cli.method.merging import box_sizes
+from freres_cli.method.stretch_means import box_sizes
 from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import TOKEN_KINDS, VideoTokens
