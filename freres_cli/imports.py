@@ -63,7 +63,7 @@ def without_compiler() -> Iterator[None]:
     """Inside the block, leave out what ``declare_command`` says, if it was called.
 
     transformers finds a torch for one device, as some builds are, and keeps to that until the process ends. Marks for
-    torch.compile are not set. torch's first arithmetic on the meta device would import the compiler, too.
+    torch.compile are not set.
     """
     if not _is_command:
         yield

@@ -119,7 +119,7 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path, delay
     path = tmp_path / "b.pt"
     path.write_bytes(b"old")
     code = """
-import sys, time, torch
+import sys
 from pathlib import Path
 from freres_cli.files import write_atomically
 data = bytes(8 << 20)

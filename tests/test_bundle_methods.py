@@ -35,13 +35,27 @@ DEEP = next(case for case in FAMILY_CASES if case.name == "qwen3_vl")
 
 
 @pytest.fixture(scope="module")
-def paths(clip, tmp_path_factory):
-    """The bundle of each method, as the command writes it."""
+def written(clip, tmp_path_factory):
+    """The bundle of each method, as the command writes it, and what the command says."""
     folder = tmp_path_factory.mktemp("peers")
+    found = {}
     for method, (flags, _) in PEERS.items():
         run = run_freres("compress", clip, "--method", method, *flags, "-o", folder / f"{method}.pt")
         assert run.status == 0, run.err
-    return {method: folder / f"{method}.pt" for method in PEERS}
+        found[method] = folder / f"{method}.pt", run.err
+    return found
+
+
+@pytest.fixture(scope="module")
+def latents(clip):
+    """The latents of all frames, and their times."""
+    models, options = loaded_models(), Compressor(method="full").options
+    source = VideoSource(clip)
+    plan = plan_compression(options, models.encoder, source.info)
+    stream = LatentStream(models.encoder, StageTimer(torch.device("cpu")), "bundled").encode(source.open(plan, options))
+    batches = [(batch.pts_seconds, rows) for batch, rows in stream]
+    seconds = torch.tensor([second for times, _ in batches for second in times], dtype=torch.float64)
+    return torch.cat([rows for _, rows in batches]), seconds
 
 
 @pytest.fixture(params=PEERS)
@@ -50,23 +64,16 @@ def method(request):
 
 
 @pytest.fixture
-def path(paths, method):
-    return paths[method]
+def path(written, method):
+    return written[method][0]
 
 
 # --- written and read -------------------------------------------------------------------------------------------------
 
 
-def test_the_bundle_is_the_method_s_tokens_of_the_clip_s_latents(clip, path, method):
-    models, options = loaded_models(), Compressor(method=method).options
-    source = VideoSource(clip)
-    plan = plan_compression(options, models.encoder, source.info)
-    stream = LatentStream(models.encoder, StageTimer(torch.device("cpu")), "bundled").encode(source.open(plan, options))
-    batches = [(batch.pts_seconds, rows) for batch, rows in stream]
-    latents = torch.cat([rows for _, rows in batches])
-    seconds = torch.tensor([second for times, _ in batches for second in times], dtype=torch.float64)
-    num_tokens = PEERS[method][1]
-    same_tokens(read_bundle(path).content, METHODS[method].compress(latents, seconds, num_tokens, models.encoder.width))
+def test_the_bundle_is_the_method_s_tokens_of_the_clip_s_latents(latents, path, method):
+    expected = METHODS[method].compress(*latents, PEERS[method][1], loaded_models().encoder.width)
+    same_tokens(read_bundle(path).content, expected)
 
 
 def test_what_is_read_is_what_was_compressed(clip, path, method):
@@ -127,10 +134,11 @@ def test_it_is_asked(path, method):
     same_tokens(open_session(AskRequest(path, CPU), loaded_models()).tokens, read_bundle(path).content)
 
 
-def test_full_answers_as_fre_res_does_with_every_token_kept(paths, clip, tmp_path):
-    assert run_freres("compress", clip, "--budget", FULL_TOKENS, "-o", tmp_path / "b.pt").status == 0
+def test_full_answers_as_the_default_method_does_with_every_token_kept(written, clip, tmp_path):
+    made = run_freres("compress", clip, "--budget", FULL_TOKENS, "-o", tmp_path / "b.pt")
+    assert made.status == 0 and "holds the latents" not in made.err
     flags = ("what moves?", "--choices", "A cat|A dog", "--adapter", "none", "--json")
-    answers = [run_freres("ask", path, *flags).json for path in (paths["full"], tmp_path / "b.pt")]
+    answers = [run_freres("ask", path, *flags).json for path in (written["full"][0], tmp_path / "b.pt")]
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
@@ -224,9 +232,6 @@ def test_deepstack_rows_are_dropped(clip, deep, method, tmp_path):
     check_failure(run_freres("repack", drop, "--deepstack", "keep", "-o", tmp_path / "k.pt"), 2, "cannot come back")
 
 
-def test_notes_say_what_a_method_costs_and_no_budget_that_it_has_not(clip, tmp_path, method):
-    run = run_freres("compress", clip, "--method", method, *PEERS[method][0], "-o", tmp_path / "b.pt")
-    assert f"method {method} holds the latents of the whole clip" in run.err
-    assert "the budget of" not in run.err
-    ours = run_freres("compress", clip, "--budget", BUDGET, "-o", tmp_path / "ours.pt")
-    assert "holds the latents" not in ours.err
+def test_notes_say_what_a_method_costs_and_no_budget_that_it_has_not(written, method):
+    said = written[method][1]
+    assert f"method {method} holds the latents of the whole clip" in said and "the budget of" not in said

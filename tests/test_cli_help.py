@@ -25,14 +25,27 @@ GROUP: Any = typer.main.get_command(app)
 VERBS = list(GROUP.commands)
 LEAVES = [verb for verb in leaf_commands(GROUP) if " " in verb]
 HEAVY = {"torch", "transformers", "av", "numpy", "safetensors", "tokenizers", "huggingface_hub"}
-# The command as its script runs it; at the end the names of all loaded modules go to a file.
-SCRIPT = """
-import atexit, json, pathlib, sys
-modules = pathlib.Path(sys.argv[1])
-sys.argv = ["freres", *sys.argv[2:]]
-atexit.register(lambda: modules.write_text(json.dumps(list(sys.modules))))
-from freres_cli.cli.app import main
-main()
+# Runs the command once for each line that it reads, in a process that has made the command and run nothing yet. The
+# answer is the exit status; both streams and the names of all loaded modules are in files.
+SERVER = """
+import json, os, pathlib, sys
+import typer
+from freres_cli.cli.app import app, main
+typer.main.get_command(app)
+for line in sys.stdin:
+    arguments, variables, folder = json.loads(line)
+    if (child := os.fork()) == 0:
+        os.chdir(folder)
+        os.environ.update(variables)
+        for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+        sys.argv = ["freres", *arguments]
+        try:
+            main()
+        finally:
+            pathlib.Path("modules").write_text("\\n".join(sys.modules))
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -44,22 +57,23 @@ class Run:
     heavy: set[str]
 
 
-@pytest.fixture
-def freres(tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def freres(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Run the command in a process of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("FRERES_", "_FRERES", "COLUMNS"))}
+    variables = {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=variables, stdin=pipe, stdout=pipe, text=True) as server:
 
-    def run(*arguments: str, **environment: str) -> Run:
-        kept = {
-            key: value for key, value in os.environ.items() if not key.startswith(("FRERES_", "_FRERES", "COLUMNS"))
-        }
-        variables = {**kept, "PYTHONPATH": str(ROOT), "COLUMNS": "80", **environment}
-        modules = tmp_path / "modules.json"
-        command = [sys.executable, "-c", SCRIPT, str(modules), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
-        loaded = {name.partition(".")[0] for name in json.loads(modules.read_text())}
-        return Run(done.returncode, done.stdout, done.stderr, loaded & HEAVY)
+        def run(*arguments: str, **environment: str) -> Run:
+            print(json.dumps([arguments, environment, str(folder)]), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            out, err, modules = ((folder / name).read_text() for name in ("out", "err", "modules"))
+            return Run(status, out, err, {name.partition(".")[0] for name in modules.splitlines()} & HEAVY)
 
-    return run
+        yield run
+        server.stdin.close()
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS, *LEAVES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -65,7 +66,9 @@ def _starved(connection, request, method):
 @pytest.mark.parametrize(
     ("target", "status"), [(_killed, "out_of_memory"), (_starved, "out_of_memory"), (_slow, "timed_out")]
 )
-def test_a_row_that_cannot_be_measured_is_a_row(target, status):
+def test_a_row_that_cannot_be_measured_is_a_row(target, status, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # it need not import torch anew
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
     request = ProfileRequest(choose_device("cpu"), "what?", 1, 0, 1, 1.0 if target is _slow else 60.0)
     row = run_apart(request, "full", target)
     assert row["status"] == status and row["message"] and row["ttft_s"] is None and row["method"] == "full"

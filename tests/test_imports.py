@@ -12,6 +12,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment as theirs
 
 from freres_cli.imports import SCIPY, call_later, quick_imports
+from tests.clips import write_clip
 
 
 def test_the_function_that_is_put_off_is_scipys() -> None:
@@ -80,15 +81,23 @@ assert int(torch.compile(lambda x: x + 1, backend="eager")(torch.tensor(1))) == 
 """
 
 
+# After the block: a whole command, which is not to import them either.
+RUN = """pass
+from freres_cli.cli import start
+try:
+    start.main()
+except SystemExit as end:
+    assert not end.code"""
 USE = "from torch._dynamo import config; assert config.__name__ == 'torch._dynamo.config'"
 USE_PART = "import torch._dynamo.utils as u; assert u is sys.modules['torch._dynamo'].utils and u.__spec__.origin"
 
 
 @pytest.mark.parametrize(
     ("statement", "environment", "is_imported"),
-    [("pass", {}, False), (USE, {}, True), (USE_PART, {}, True), ("pass", {"WORLD_SIZE": "2"}, True)],
+    [(RUN, {}, False), (USE, {}, True), (USE_PART, {}, True), ("pass", {"WORLD_SIZE": "2"}, True)],
 )
-def test_a_command_imports_no_compiler_until_it_is_used(statement, environment, is_imported) -> None:
-    command = [sys.executable, "-c", COMMAND.format(statement=statement)]
+def test_a_command_imports_no_compiler_until_it_is_used(statement, environment, is_imported, tmp_path) -> None:
+    clip, bundle = write_clip(tmp_path / "clip.mp4", 4), tmp_path / "b.pt"
+    command = [sys.executable, "-c", COMMAND.format(statement=statement), "compress", clip, "-o", bundle]
     run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
-    assert run.stdout == f"{[is_imported] * 3}\n"
+    assert run.stdout == f"{bundle}\n" * (statement == RUN) + f"{[is_imported] * 3}\n"

@@ -282,6 +282,10 @@ class LanguageModel(Protocol):
         """How many text tokens the family writes around each of the T sampled frames if it holds tokens, (T,) int64."""
         ...
 
+    def text_in_video(self, video: VideoTokens) -> int:
+        """How many rows that are no visual tokens the family writes once for the whole video, whatever tokens it holds."""
+        ...
+
     def text_rows(self, ids: Sequence[int], index: int, position: float) -> PromptRows:
         """Text as rows for the decoder. ``index``: number of rows before it. ``position``: position of its first token."""
         ...

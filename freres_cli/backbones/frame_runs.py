@@ -49,6 +49,11 @@ class FrameRunLanguageModel(DecoderLanguageModel):
         texts = self.frame_texts(video)
         return torch.tensor([len(before) + len(after) for before, after in zip(texts.before, texts.after, strict=True)])
 
+    def text_in_video(self, video: VideoTokens) -> int:
+        """See ``base.LanguageModel``."""
+        texts = self.frame_texts(video)
+        return len(texts.intro) + len(texts.outro)
+
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
         """See ``DecoderLanguageModel.video_rows``. Runs are in order of time.
 

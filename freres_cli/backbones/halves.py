@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, PretrainedConfig
 
 from freres_cli.backbones.checkpoint import Checkpoint
@@ -36,6 +39,22 @@ class FamilyFiles:
     @property
     def first_vision_prefixes(self) -> tuple[str, ...]:
         return next(iter(self.vision.values()))
+
+
+class MatricesOnMeta(TorchFunctionMode):
+    """Inside the block, matrices made without values, as weights are until they are read, are on torch's meta device.
+
+    Vectors and tensors with values, such as rotary frequencies, stay where they are, because some families compute with
+    them: arithmetic on the meta device imports torch's symbolic shapes and sympy, which takes longer than all the rest.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and (made := func(*args, **{"device": "meta", **kwargs})).dim() > 1:
+            return made
+        return func(*args, **kwargs)
 
 
 def qwen_files(

@@ -17,14 +17,13 @@ from transformers.initialization import no_init_weights
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
-from freres_cli.backbones.halves import FamilyFiles, loading, read_config, read_tokenizer
+from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config, read_tokenizer
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.sizes import find_head_width
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
-from freres_cli.imports import without_compiler
 from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
 
@@ -133,9 +132,9 @@ class DecoderLanguageModel(ABC):
         """
         config = read_config(checkpoint, cls.files)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
-        with without_compiler(), torch.device("meta"):
+        with MatricesOnMeta():
             half, _ = cls.build_half(config, torch.float32)
-        return cls(config, half, tokenizer, frozenset(), {}, storage=storage)
+        return cls(config, half.to("meta"), tokenizer, frozenset(), {}, storage=storage)
 
     @classmethod
     def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
@@ -262,6 +261,10 @@ class DecoderLanguageModel(ABC):
     def text_per_frame(self, video: VideoTokens) -> Tensor:
         """See ``base.LanguageModel``. None, in a family whose visual tokens form one run."""
         return torch.zeros(video.grid[0], dtype=torch.int64)
+
+    def text_in_video(self, video: VideoTokens) -> int:
+        """See ``base.LanguageModel``. None, in a family that writes nothing around its visual tokens."""
+        return 0
 
     def visual_rows(self, piece: Piece, index: int, axes: Tensor, next_position: float) -> PromptRows:
         """Visual tokens as rows for the decoder.

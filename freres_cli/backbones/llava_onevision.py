@@ -81,6 +81,10 @@ class LlavaOnevisionLanguageModel(DecoderLanguageModel):
         opening = f"<|im_start|>system\n{system}<|im_end|>" if system else ""
         return f"{opening}<|im_start|>user {video}\n{question}<|im_end|><|im_start|>assistant\n"
 
+    def text_in_video(self, video: VideoTokens) -> int:
+        """See ``base.LanguageModel``. The newline row."""
+        return 1
+
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
         """See ``DecoderLanguageModel.video_rows``. ``text_after`` has no effect.
 

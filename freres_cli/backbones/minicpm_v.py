@@ -175,6 +175,10 @@ class MiniCPMV47LanguageModel(MiniCPMV46LanguageModel):
         end = next((place for place, token in enumerate(suffix) if token != newline), len(suffix))
         return suffix[:end]
 
+    def text_in_video(self, video: VideoTokens) -> int:
+        """See ``base.LanguageModel``. The line feeds."""
+        return len(self.line_feeds)
+
     def video_rows(self, video: VideoTokens, index: int, position: float, text_after: str) -> PromptRows:
         """See ``DecoderLanguageModel.video_rows``. ``text_after`` has no effect.
 

@@ -13,7 +13,6 @@ from freres_cli.backbones.base import LanguageModel
 from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.content import Content
 from freres_cli.errors import BackboneError
-from freres_cli.imports import without_compiler
 from freres_cli.method.instants import share_instants
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressPlan
@@ -122,9 +121,7 @@ def read_prompt_text(model: LanguageModel, grid: tuple[int, int, int], frame_sec
         frame_seconds=frame_seconds,
     )
     ids = model.prompt("")
-    with without_compiler():
-        in_video = len(model.splice(ids.prefix, empty)) - len(ids.prefix)
-    return PromptText(model.text_per_frame(empty), in_video, len(ids.prefix) + len(ids.suffix))
+    return PromptText(model.text_per_frame(empty), model.text_in_video(empty), len(ids.prefix) + len(ids.suffix))
 
 
 def describe_text(content: Content, variant: str, text: PromptText | None) -> dict[str, Any]:
