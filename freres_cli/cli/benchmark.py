@@ -2,7 +2,7 @@
 
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
-against merging it exactly), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
+against merging it as a whole), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
 together against one at a time), ``still`` (frames in which nothing moved) and ``lean`` (the cache with spare rows, and a
 saved prefix). Takes about 20 minutes on two cores.
 
@@ -190,7 +190,7 @@ def _measure_peaks(folder: Path, videos: dict[int, Path], method: str, repeat: i
 
 
 def measure_bounded(folder: Path, count: int = 3, num_frames: int = 360) -> dict[str, Any]:
-    """Compare the quality of stretches merged in bounded memory with that of the same clips merged exactly.
+    """Compare the quality of stretches merged in bounded memory with that of the same clips merged as a whole.
 
     ``count``: level 3 clips with at least ``num_frames`` frames.
     """

@@ -17,8 +17,8 @@ from freres_cli.method.tokens import seconds_at
 from freres_cli.records import VideoTokens
 from freres_cli.stretches import Stretches
 
-# Ours. At most twice as many stretches as this are in memory, or twice the budget if that is more. A clip with no more
-# latents than that is merged as a whole; of a longer one, the cheapest merges are made as it arrives.
+# Ours. A clip with at most twice as many latents as this, or as twice the budget if that is more, is merged as a whole. Of a
+# longer one no more stretches than that are in memory: the cheapest merges are made as it arrives.
 MOST_STRETCHES = 16384
 # Ours. At a cut, half of the cells change by more than this share of the mean squared distance between two tokens.
 CUT_SHARE = 0.5
@@ -127,17 +127,18 @@ class StretchCompressor:
             done = part.stop
 
     def finish(self) -> Stretches:
-        """Return the stretches. Raises ``ValueError`` if there were no frames."""
+        """Return the stretches; nothing can follow. Raises ``ValueError`` if there were no frames."""
         if self._merger is None:
             raise ValueError("no frames: expected at least 1")
         merger, energy = self._merger, self._detector.energy
-        most_lost = torch.inf if self._quality is None else _most_lost(self._quality, energy)
         curve = _Curve(len(merger), merger.lost)
         if len(merger) < self.num_frames * math.prod(self._grid):  # not as a whole
-            curve.add(merger.merge_down(self._most, most_lost))
+            curve.add(merger.merge_down(self._most))
         count, order = len(merger), merger.merge_all()
         curve.add(order.loss)
-        steps = 0 if self._quality is None else count_within(order.loss, merger.lost, most_lost)
+        steps = 0
+        if self._quality is not None:
+            steps = count_within(order.loss, merger.lost, _most_lost(self._quality, energy))
         if self._budget is not None:
             steps = max(steps, count - self._budget)
         left = order.left_after(steps)

@@ -5,7 +5,7 @@ each stretch is one token, the mean of its latents. Where a whole neighbourhood 
 after Ward (1963): the paper's GoPs spend as much on cells that stand still as on cells that move.
 
 Merges are made in rounds: pairs that are the cheapest for both of their sides merge at once, as in clustering by mutual
-nearest neighbours (de Rham, 1980). All of it runs where the latents are; the host only learns how many pairs there are.
+nearest neighbours (de Rham, 1980). Rounds run where the latents are; of each, the host learns how many pairs there are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAIR_BYTES_AT_ONCE = 2**20
 DEVICE_PAIR_BYTES_AT_ONCE = 2**26  # a GPU is faster with more at once; this bounds its memory
 ROWS_AT_ONCE = 1024  # bounds the memory of moving rows
 GONE = 2**30  # the rectangle of a stretch that was merged into another
-FIRST, LAST = -(2**63), 2**63 - 1
+FIRST, LAST = -(2**63), 2**63 - 1  # keys of merges lie between
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Merger:
 
     ``grid``: (H, W). ``channels``: C. ``width``: D, the channels that costs are computed over. ``dtype``: of the latents.
     A mean is rounded to it at every merge, so that a bundle can go on merging where compression stopped. ``most``: rows of
-    memory, as long as no more stretches are left than that; by default, up to twice as many as there are stretches.
+    memory while frames come in, if no more stretches are left than that; by default, up to twice as many as there are.
     ``keeps_trends``: carry the trend of each stretch beside its mean. ``device``: of the latents.
     """
 
@@ -113,8 +113,9 @@ class Merger:
         """Add frames. ``latents``: (n, H, W, C). ``frame``: index of the first. ``shots``: of each, number of cuts before."""
         cells = self._tree.leaves.shape[0]
         count = cells * len(latents)
-        left = len(self)
-        self._make_room(count, 2 * (left + count) if self._most is None else min(2 * (left + count), self._most))
+        wanted = 2 * (len(self) + count)
+        # At once where it would be half of the way: two storages are there while one moves into the other.
+        self._make_room(count, self._most if self._most is not None and 2 * wanted > self._most else wanted)
         slot = torch.arange(self._used, self._used + count, device=self._storage.device)
         new_storage = self._storage[self._used : self._used + count]
         self._used += count
@@ -146,24 +147,17 @@ class Merger:
         self._rows.slot[order] = torch.arange(left, device=slots.device)
         self._storage, self._used = storage, left
 
-    def merge_down(self, count: int, most_lost: float = torch.inf) -> Tensor:
-        """Merge until ``count`` >= 1 stretches are left, or one more merge would lose more than ``most_lost`` in all.
+    def merge_down(self, count: int) -> Tensor:
+        """Merge until ``count`` >= 1 stretches are left. The way depends on ``count``.
 
-        Return the squared error that each merge adds, (k,) float64, on the CPU. The way depends on ``count``.
+        Return the squared error that each merge adds, (k,) float64, on the CPU.
         """
-        losses, lost = [self._rows.loss[:0, 0]], self.lost
+        losses = [self._rows.loss[:0, 0]]
         while len(self) > count:
-            # No round takes a pair that is dearer than as many others as are still to be merged.
+            # Of n merges that are still to be made, none is dearer than the n-th cheapest pair.
             merges = self._choose(min(len(self) - count, max(1, int(STREAM_SHARE * len(self)))))
-            found = len(merges.a)
-            if most_lost < torch.inf:
-                loss = merges.loss.cpu()
-                merges = merges.take(count_within(loss, lost, most_lost))
-                lost = add_up(loss[: len(merges.a)], lost)
             self._merge(merges, None)
             losses.append(merges.loss)
-            if len(merges.a) < found:
-                break
         added = torch.cat(losses).cpu()
         self.lost = add_up(added, self.lost)
         return added
@@ -172,8 +166,8 @@ class Merger:
         """Merge until one stretch is left, and return in which order. Every stretch on the way stays readable.
 
         A merge comes no earlier than those that made its sides, and otherwise by cost: where it would come if one merge
-        were made at a time, unless a merge made another one cheaper. Above this stands that no merge crosses a cut while
-        another is left.
+        were made at a time, unless a merge made another one cheaper. Merges across a cut come last; in a round with few
+        pairs, one may take a stretch that another merge would have needed. Nothing is left to merge afterwards.
         """
         count = len(self)
         self._make_room(count - 1, 2 * count - 1)
@@ -207,9 +201,10 @@ class Merger:
         bits = rows.cost.view(torch.int64)
         crosses = rows.shots[:, 1:] != rows.shots[:, 0][partner]
         keys = torch.where(partner == NONE, LAST, torch.where(crosses, bits, bits | FIRST)).flatten()
-        # Of equal costs every second row comes first: so a line of equal latents halves in a round.
+        # Of equal costs, merges along time come first, and of these every second one: so a line of equal latents halves in a
+        # round, and no cells merge before their time lines have.
         index = torch.arange(keys.shape[0], device=keys.device).view(-1, 2)
-        index = torch.cat([index[::2], index[1::2]]).flatten()
+        index = torch.cat([index[::2, 0], index[1::2, 0], index[:, 1]])
         order = index[keys[index].argsort(stable=True)[:most]]
         key, a = keys[order], order // 2
         is_pair = key != LAST
@@ -310,16 +305,13 @@ def _sort(names: Tensor, first_name: int, made: MergeOrder, height: Tensor) -> M
 @dataclass(frozen=True)
 class _Merges:
     """Merges in order: rows ``b`` go into rows ``a``. ``kind``: 0 along time, 1 with the sibling cells. ``loss``: the
-    squared error that each adds. ``key``: what they are ordered by."""
+    squared error that each adds. ``key``: whether they cross a cut, then their cost, as one number."""
 
     a: Tensor
     b: Tensor
     kind: Tensor
     loss: Tensor
     key: Tensor
-
-    def take(self, count: int) -> _Merges:
-        return _Merges(self.a[:count], self.b[:count], self.kind[:count], self.loss[:count], self.key[:count])
 
 
 @dataclass

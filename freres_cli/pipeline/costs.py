@@ -96,8 +96,8 @@ def method_parts(
         ]
     if method == "adaptive":
         most, latents = 2 * max(MOST_STRETCHES, visual), num_frames * frame_tokens
-        # A clip that is merged as a whole keeps every stretch on the way, and moves once to where there is room for them.
-        rows = most if latents > most else 3 * latents
+        # A clip that is merged as a whole keeps every stretch on the way. A large one moves to where there is room for them.
+        rows = most if latents > most else latents * (3 if 2 * latents > most else 2)
         return [Part("stretches", rows * row, f"{rows} rows of C*b"), result]
     whole = 2 * num_frames * frame_tokens * row
     return [Part("latents of all frames", whole, "2 copies of T*N*C*b", is_on_device=False), result]
