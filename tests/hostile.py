@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests import clips
 from tests.hostile_cases import CHECKS, run_case
@@ -159,11 +160,8 @@ class Bench:
     made: Bench | None = None
 
     def __init__(self, folder: Path) -> None:
-        from freres_cli.pipeline import checkpoints, encoding
         from freres_cli.pipeline.compressor import Compressor
 
-        encoding.MAX_BATCH_FRAMES = 4  # twelve batches, so that there are states to be killed between
-        checkpoints.EVERY_S, checkpoints.MOST_SHARE = 0.0, float("inf")
         self.clip = clips.write_clip(folder / f"clip-{os.getpid()}.mp4", 48)
         self.compressor = Compressor(budget_tokens=300, device="cpu", method="fre-res")
         self.whole = self.compress(folder / f"whole-{os.getpid()}.pt").read_bytes()
@@ -177,9 +175,13 @@ class Bench:
         return cls.made
 
     def compress(self, output: Path, force: bool = False) -> Path:
+        from freres_cli.pipeline import checkpoints, encoding
         from freres_cli.workflows.compress import compress_file
 
-        return compress_file(self.compressor, self.clip, output, force=force).bundle
+        # Twelve batches, so that there are states to be killed between.
+        often = mock.patch.multiple(checkpoints, EVERY_S=0.0, MOST_SHARE=float("inf"))
+        with mock.patch.object(encoding, "MAX_BATCH_FRAMES", 4), often:
+            return compress_file(self.compressor, self.clip, output, force=force).bundle
 
     def fork(self, output: Path, force: bool = False, limit: int | None = None) -> int:
         """Compress in a fork, whose exit status is that of the command. ``limit``: most bytes of a file."""
