@@ -8,12 +8,14 @@ import torch
 from freres_cli.backbones import engine
 from freres_cli.backbones.stock import StockClip, StockPath
 from freres_cli.backbones.stock_processors import stock_pixels, stock_prompt_ids
+from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.workflows.verify import PERIOD_S, choose_subset, run_steps, whole_prompt
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, PATCH_PX, open_checkpoint, video_tokens
 
 T, STEPS = 4, 12
 QUESTION = "What is it? Ünïcödé"
+CASES = {case.name: case for case in FAMILY_CASES}
 
 
 class Tiny:
@@ -53,6 +55,12 @@ class Tiny:
         return run_steps(self.model, rows, tokens)
 
 
+def by_family(quick):
+    """A test of each family; those that are not ``quick`` take the same paths, and as long, and are slow."""
+    names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    return pytest.mark.parametrize("name", names)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """On models this small, threads cost more than they gain, especially on a busy machine."""
@@ -70,10 +78,24 @@ def folders(tmp_path_factory):
     def folder(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            next(case for case in FAMILY_CASES if case.name == name).make(made[name])
+            CASES[name].make(made[name])
         return made[name]
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def load(folders):
+    """A family's model on a device, each loaded once."""
+    made = {}
+
+    def models(name, device):
+        key = name, device.description
+        if key not in made:
+            made[key] = Models(ModelSource(str(folders(name)), device))
+        return made[key]
+
+    return models
 
 
 @pytest.fixture(scope="module", params=FAMILY_CASES, ids=lambda case: case.name)

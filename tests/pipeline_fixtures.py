@@ -5,6 +5,7 @@ A test file imports the fixtures it uses, and those they depend on, by name.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -48,3 +49,10 @@ def tiny(tmp_path_factory):
 def options_with(**flags) -> CompressOptions:
     """The options that ``freres compress`` makes of these flags, for the bundled model."""
     return CompressOptions(ModelSource(BUNDLED, CPU), load_settings(BUNDLED, flags), "fre-res")
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that start at once, without importing anything."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)

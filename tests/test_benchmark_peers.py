@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from freres_cli.bench.apart import STARTED, run_apart
 from freres_cli.bench.latents import NUM_SCENES, MadeLatents
 from freres_cli.cli import benchmark, benchmark_peers
 from freres_cli.cli.benchmark_peers import measure_peers, measure_stream, measure_whole
+from tests.pipeline_fixtures import forked as forked
 
 GRID, WIDTH = (6, 6), 16
 MEASURED = [name for name, method in METHODS.items() if method.has_budget and method.is_question_blind]
@@ -89,13 +89,6 @@ def test_a_method_that_does_not_finish_is_a_row_and_is_measured_on_fewer_frames(
     rows = measure_peers(1000, 1.0, ["evs"])["rows"]
     assert [row["num_frames"] for row in rows] == asked == [1000, 100]
     assert [row["status"] for row in rows] == ["over_limit", "ok"]
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Processes that start at once, without importing anything."""
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
 
 
 def sleep(connection, *_):

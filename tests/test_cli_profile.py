@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from freres_cli.workflows.profile import ProfileRequest, run_apart
 from tests.pipeline_fixtures import COMMAND
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
+from tests.pipeline_fixtures import forked as forked
 from tests.pipeline_fixtures import tiny as tiny
 from tests.runner import check_failure, run_freres
 
@@ -66,9 +66,7 @@ def _starved(connection, request, method):
 @pytest.mark.parametrize(
     ("target", "status"), [(_killed, "out_of_memory"), (_starved, "out_of_memory"), (_slow, "timed_out")]
 )
-def test_a_row_that_cannot_be_measured_is_a_row(target, status, monkeypatch):
-    fork = multiprocessing.get_context("fork")  # it need not import torch anew
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+def test_a_row_that_cannot_be_measured_is_a_row(target, status, forked):
     request = ProfileRequest(choose_device("cpu"), "what?", 1, 0, 1, 1.0 if target is _slow else 60.0)
     row = run_apart(request, "full", target)
     assert row["status"] == status and row["message"] and row["ttft_s"] is None and row["method"] == "full"

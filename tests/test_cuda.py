@@ -15,25 +15,22 @@ from freres_cli.backbones import base, engine
 from freres_cli.backbones.generation import generate
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
-from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.workflows.verify import TOLERANCES, draw_frames
+from tests.family_contract import CASES, by_family
 from tests.family_contract import folders as folders
+from tests.family_contract import load as load
 from tests.family_contract import one_thread as one_thread
 from tests.labelled_device import count_waits, labelled_device, strip
 from tests.runner import run_freres
-from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, video_tokens
 
-CASES = {case.name: case for case in FAMILY_CASES}
 # One family of each kind of tower, prompt and cache; the others take the same paths, and as long.
 QUICK = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "minicpmv4_7")
 QUESTION, NUM_NEW = "What moves?", 6
 
 cuda = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 on_both = pytest.mark.parametrize("device", ["labelled", pytest.param("cuda", marks=cuda)], indirect=True)
-each_family = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+each_family = by_family(QUICK)
 
 
 @pytest.fixture
@@ -43,20 +40,6 @@ def device(request, monkeypatch):
         return
     with labelled_device(monkeypatch) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def load(folders):
-    """A family's model on a device, each loaded once."""
-    made = {}
-
-    def models(name, device):
-        key = name, device.description
-        if key not in made:
-            made[key] = Models(ModelSource(str(folders(name)), device))
-        return made[key]
-
-    return models
 
 
 @pytest.fixture(scope="module")

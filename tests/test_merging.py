@@ -10,7 +10,7 @@ import torch
 
 from freres_cli.method import merging
 from freres_cli.method.cell_tree import split_grid
-from freres_cli.method.merging import Merger
+from freres_cli.method.merging import Merger, left_after
 from freres_cli.method.stretch_means import merge_means
 
 D = 8
@@ -41,23 +41,20 @@ def feed(clip, shots=None, width=D, most=None):
     return merger
 
 
-def look(merger):
-    return Merged(merger.read(merger.slots)[0], merger.boxes, merger.lost)
-
-
 def merge(clip, count, shots=None, width=D):
     """The clip after the first merges of the order in which all of it merges."""
     merger = feed(clip, shots, width)
     order = merger.merge_all()
     steps = max(0, len(order.loss) + 1 - count)
-    left = order.left_after(steps)
+    left = left_after(order.pairs[:steps], len(order.loss) + 1)
     return Merged(merger.read(order.slots[left])[0], order.boxes[left], float(order.loss[:steps].sum()))
 
 
 def merge_in_place(clip, count, shots=None, width=D):
     merger = feed(clip, shots, width)
     merger.merge_down(count)
-    return look(merger)
+    left, lost, order = len(merger), merger.lost, merger.merge_all()
+    return Merged(merger.read(order.slots[:left])[0], order.boxes[:left], lost)
 
 
 def rebuild(merger, clip):

@@ -13,38 +13,21 @@ from freres_cli.backbones.pruning import Pruning
 from freres_cli.backbones.qwen3_vl import Qwen3VLLanguageModel
 from freres_cli.backbones.released import write_weightless
 from freres_cli.devices import Storage
-from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.session import Session
+from tests.family_contract import CASES, by_family
 from tests.family_contract import folders as folders
+from tests.family_contract import load as load
 from tests.family_contract import one_thread as one_thread
 from tests.labelled_device import LabelledTensor, count_waits, labelled_device, strip
 from tests.live_bytes import DeviceBytes
-from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, open_checkpoint, video_tokens
 
-CASES = {case.name: case for case in FAMILY_CASES}
 # One that has no text in the video, and one with text around every frame and DeepStack rows.
 QUICK = ("qwen2_5_vl", "qwen3_vl")
 CHUNK = 32
 QUESTIONS = ["What moves?", "What is it, and where?"]
 
-each_family = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
-
-
-@pytest.fixture(scope="module")
-def load(folders):
-    """A family's language model on a device, each loaded once."""
-    made = {}
-
-    def model(name, device):
-        key = name, device.description
-        if key not in made:
-            made[key] = Models(ModelSource(str(folders(name)), device)).language_model
-        return made[key]
-
-    return model
+each_family = by_family(QUICK)
 
 
 @pytest.fixture
@@ -83,14 +66,14 @@ def measure(model, name, num_frames):
 
 @each_family
 def test_memory_beyond_the_cache_does_not_grow_with_the_prompt(load, device, name):
-    model = load(name, device)
+    model = load(name, device).language_model
     (short, num_short), (long, num_long) = (measure(model, name, num_frames) for num_frames in (6, 18))
     assert num_long > 2 * num_short > 6 * CHUNK and short > CHUNK * model.width * model.dtype.itemsize
     assert short == long, f"{long - short} bytes more for {num_long - num_short} rows"
 
 
 def test_a_cache_in_8_bits_adds_one_layer_in_the_precision_of_the_model(load, device):
-    model = copy.copy(load("qwen2_5_vl", device))
+    model = copy.copy(load("qwen2_5_vl", device).language_model)
     model.storage = Storage("int8")
     (short, num_short), (long, num_long) = (measure(model, "qwen2_5_vl", num_frames) for num_frames in (6, 18))
     config = model.decoder.config
@@ -100,7 +83,7 @@ def test_a_cache_in_8_bits_adds_one_layer_in_the_precision_of_the_model(load, de
 
 @pytest.mark.parametrize("kv", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_what_comes_in_parts_is_what_the_cpu_has_and_waits_do_not_grow(load, device, monkeypatch, kv):
-    model, there = (copy.copy(load("qwen3_vl", place)) for place in (CPU, device))
+    model, there = (copy.copy(load("qwen3_vl", place).language_model) for place in (CPU, device))
     model.storage = there.storage = Storage(kv)
     # A pass comes in several blocks, and the last of them is not full.
     monkeypatch.setattr(base, "UPLOAD_BYTES", 5 * 4 * model.width * (1 + model.num_deep_layers))
@@ -121,7 +104,7 @@ def test_what_comes_in_parts_is_what_the_cpu_has_and_waits_do_not_grow(load, dev
 def test_answers_are_those_of_the_cpu_alone_and_together_and_from_a_file(load, device, tmp_path):
     answers = []
     for place in (device, CPU):
-        model = load("qwen3_vl", place)
+        model = load("qwen3_vl", place).language_model
         tokens = tokens_of(model, "qwen3_vl", 3)
         kept = Session(
             model, tokens, len(tokens), "max", 0.0, prefix_file=tmp_path / f"{model.device.type}.safetensors"
@@ -141,7 +124,7 @@ def test_a_pruned_video_gives_the_answers_of_the_cpu(load, device, name):
     pruning = Pruning(1, 20, lambda weights, count: weights.mean((0, 1)).topk(count).indices.sort().values, "some")
     answers = []
     for place in (device, CPU):
-        model = load(name, place)
+        model = load(name, place).language_model
         tokens = tokens_of(model, name, 3)
         session = Session(model, tokens, len(tokens), "max", 0.0, pruning=pruning)
         answers.append([session.ask(question, max_new_tokens=5).text for question in QUESTIONS])

@@ -20,7 +20,7 @@ from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submod
 from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config, read_tokenizer
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
-from freres_cli.backbones.sizes import find_head_width
+from freres_cli.backbones.sizes import find_head_width, find_layer_kinds
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
@@ -179,8 +179,7 @@ class DecoderLanguageModel(ABC):
 
     def _kv_bytes(self, kv: str | None) -> int:
         config = self.decoder.config
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        num_layers = sum(kind == "full_attention" for kind in kinds)
+        num_layers = find_layer_kinds(config).count("full_attention")
         numbers, dtype = row_format(find_head_width(config), self.dtype, kv)
         return int(2 * num_layers * config.num_key_value_heads * numbers * dtype.itemsize)
 

@@ -181,13 +181,18 @@ def find_head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def find_layer_kinds(config: Any) -> list[str]:
+    """Return the kind of attention of each layer of a decoder. ``config``: the text part of a model's configuration."""
+    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+
+
 def measure_decoder(model: LanguageModel) -> DecoderSizes:
     """The sizes of a language half, with or without weights."""
     decoder = model.decoder
     config = decoder.config
     head_width = find_head_width(config)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    num_full = sum(kind == "full_attention" for kind in kinds)
+    kinds = find_layer_kinds(config)
+    num_full = kinds.count("full_attention")
     num_linear = len(kinds) - num_full
     kv_layer = 2 * config.num_key_value_heads * head_width
     delta_flops, state = _linear_attention(config) if num_linear else (0, 0)

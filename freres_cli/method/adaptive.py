@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from freres_cli.method.merging import Merger, add_up, count_within
+from freres_cli.method.merging import Merger, add_up, count_within, left_after
 from freres_cli.method.stretch_means import merge_stretches
 from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.method.tokens import seconds_at
@@ -141,7 +141,7 @@ class StretchCompressor:
             steps = count_within(order.loss, merger.lost, _most_lost(self._quality, energy))
         if self._budget is not None:
             steps = max(steps, count - self._budget)
-        left = order.left_after(steps)
+        left = left_after(order.pairs[:steps], count)
         left = left[sequence_order(order.boxes[left])]
         values, trends = merger.read(order.slots[left])
         return Stretches(
@@ -226,9 +226,7 @@ def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
         values[part + count] = merge_stretches(values[a], values[b], boxes[a], boxes[b], channels)
         low, high = torch.minimum(boxes[a], boxes[b]), torch.maximum(boxes[a], boxes[b])
         boxes[part + count] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
-    is_left = torch.ones(count + steps, dtype=torch.bool)
-    is_left[pairs.flatten()] = False
-    left = is_left.nonzero().squeeze(1)
+    left = left_after(pairs, count)
     left = left[sequence_order(boxes[left])]
     lost = add_up(stretches.merge_loss[:steps], float(stretches.energy[1]))
     return replace(

@@ -42,19 +42,14 @@ class MergeOrder:
     """How n stretches merge into one, cheapest first: stretch n + i is the result of merge i. On the CPU.
 
     ``pairs``: (n-1, 2) int64. ``loss``: (n-1,) float64, the squared error that each adds. ``boxes``: (2n-1, 6) int64, what
-    each stretch stands for, as in ``Merger.boxes``. ``slots``: (2n-1,), its place in ``Merger.read``.
+    each stretch stands for: frames and cells, t0, t1, h0, h1, w0, w1, half-open. ``slots``: (2n-1,), where ``Merger.read``
+    finds it.
     """
 
     pairs: Tensor
     loss: Tensor
     boxes: Tensor
     slots: Tensor
-
-    def left_after(self, num_merges: int) -> Tensor:
-        """Return the stretches that are left after the first merges, ascending, (n - ``num_merges``,)."""
-        is_left = torch.ones(len(self.pairs) + 1 + num_merges, dtype=torch.bool)
-        is_left[self.pairs[:num_merges].flatten()] = False
-        return is_left.nonzero().squeeze(1)
 
 
 class Merger:
@@ -81,7 +76,8 @@ class Merger:
         self._most = most
         self._storage = torch.zeros(0, channels + (width if keeps_trends else 0), dtype=dtype, device=device)
         self._used = 0  # rows of the storage
-        self._rows = _Rows.of(self._tree.leaves[:0], 0, self._tree.leaves[:0], self._tree.leaves[:0])
+        nothing = self._tree.leaves[:0]
+        self._rows = _Rows.of(nothing, 0, nothing, nothing, nothing)
         self._num_left = 0
         self._num_named = 0
         self.lost = 0.0
@@ -89,20 +85,11 @@ class Merger:
     def __len__(self) -> int:
         return self._num_left
 
-    @property
-    def boxes(self) -> Tensor:
-        """(n, 6) int64, the frames and cells each stretch stands for, t0, t1, h0, h1, w0, w1, half-open. On the CPU."""
-        self._settle()
-        return self._boxes_of(slice(None)).cpu()
-
-    @property
-    def slots(self) -> Tensor:
-        """Where ``read`` finds each stretch, (n,), in the order of ``boxes``."""
-        self._settle()
-        return self._rows.slot
-
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return means (n, C) and trends (n, D), or (n, 0) if those are not kept, on the CPU. See ``merge_trends``."""
+        """Return means (k, C) and trends (k, D), or (k, 0) if those are not kept, on the CPU. See ``merge_trends``.
+
+        ``slots``: some of those of a ``MergeOrder``, (k,).
+        """
         rows = self._storage[slots.to(self._storage.device)].cpu()
         return rows[:, : self._channels], rows[:, self._channels :]
 
@@ -278,6 +265,13 @@ def add_up(losses: Tensor, start: float) -> float:
     return sum(losses.tolist(), start)
 
 
+def left_after(pairs: Tensor, count: int) -> Tensor:
+    """Return which of ``count`` stretches and of the results of merges are left after these, (k, 2): ascending, (n - k,)."""
+    is_left = torch.ones(count + len(pairs), dtype=torch.bool)
+    is_left[pairs.flatten()] = False
+    return is_left.nonzero().squeeze(1)
+
+
 def count_within(losses: Tensor, start: float, most: float) -> int:
     """Return how many of the first losses, (k,), can be added to ``start`` with no sum above ``most``."""
     fits = start + losses.cumsum(0) <= most
@@ -328,11 +322,10 @@ class _Rows:
     costs: Tensor
 
     @staticmethod
-    def of(slot: Tensor, first_name: int, cell: Tensor, frame: Tensor, shot: Tensor | None = None) -> _Rows:
+    def of(slot: Tensor, first_name: int, cell: Tensor, frame: Tensor, shot: Tensor) -> _Rows:
         """Return rows of latents that nothing was merged with."""
         count = slot.shape[0]
         name = torch.arange(first_name, first_name + count, device=slot.device)
-        shot = torch.zeros_like(slot) if shot is None else shot
         none, height = torch.full_like(slot, NONE), torch.full_like(slot, FIRST)
         ints = torch.stack([slot, name, frame, frame + 1, cell, shot, shot, none, none, height], dim=1)
         return _Rows(ints, torch.zeros(count, 4, dtype=torch.float64, device=slot.device))
