@@ -21,8 +21,8 @@ from freres_cli.workflows.fidelity import rebuild_clip
 
 SIDE = (640, 360)
 FPS = 30
-NO_LIMIT: dict[str, int] = {}
-WAYS: dict[str, tuple[dict[str, int], ...]] = {
+NO_LIMIT: dict[str, Any] = {}
+WAYS: dict[str, tuple[dict[str, Any], ...]] = {
     FRE_RES: (NO_LIMIT, {"still_levels": 2}, {"still_levels": 8}),
     ADAPTIVE: (NO_LIMIT, {"still_levels": 2}, {"line_levels": 16}, {"line_levels": 48}),
 }
