@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.base import EncoderIdentity
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
-from freres_cli.backbones.halves import FamilyFiles, loading, read_config
+from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config
 from freres_cli.devices import Device, choose_dtype, fit_attention, memory_errors_as
 from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
@@ -100,9 +100,9 @@ class FrameEncoder(ABC):
         Only the config and the preprocessor's config are read.
         """
         config = read_config(checkpoint, cls.files)
-        with torch.device("meta"), no_init_weights():
+        with MatricesOnMeta(), no_init_weights():
             tower = cls.build_tower(config, torch.float32)
-        return cls(tower, cls.default_rule.read(checkpoint), {})
+        return cls(tower.to("meta"), cls.default_rule.read(checkpoint), {})
 
     @classmethod
     def identify(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> EncoderIdentity:
