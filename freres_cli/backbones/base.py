@@ -39,6 +39,10 @@ class Piece:
         """The rows themselves."""
         return self.table if self.index is None else self.table[self.index]
 
+    def has_values(self) -> bool:
+        """Whether any of these rows is not zero. The first one nearly always tells, and saves gathering all."""
+        return any(bool(part.rows.any()) for part in (self.cut(0, 1), self))
+
     def cut(self, start: int, stop: int) -> Piece:
         """The rows from ``start`` to before ``stop``."""
         if self.index is None:

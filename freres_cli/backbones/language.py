@@ -337,7 +337,7 @@ class DecoderLanguageModel(ABC):
     def leave_out_zeros(self, rows: PromptRows) -> PromptRows:
         """These rows without their DeepStack channels, if all of those are zero."""
         deep = rows.channels(slice(self.width, None))
-        if not self.num_deep_layers or any(bool(piece.rows.any()) for piece in deep.pieces):
+        if not self.num_deep_layers or any(piece.has_values() for piece in deep.pieces):
             return rows
         return rows.channels(slice(self.width))
 
