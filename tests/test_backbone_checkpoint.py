@@ -311,7 +311,10 @@ def test_the_bundled_model_is_written_the_same_each_time(tmp_path):
     assert contents[0] == contents[1]
     shipped = bundled_model_dir()
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json"):
-        assert (shipped / name).read_bytes() == contents[0][name], f"{name} is not what the code writes"
+        own, written = (json.loads(text) for text in ((shipped / name).read_text(), contents[0][name]))
+        for document in (own, written):
+            document.pop("transformers_version", None)
+        assert own == written, f"{name} is not what the code writes"
     assert sum(path.stat().st_size for path in shipped.iterdir()) < 24_000_000
 
 

@@ -138,7 +138,9 @@ def test_waits_of_a_prefill_do_not_grow_and_those_of_an_answer_by_few_a_token(lo
             list(generate(model, prefix, prompt.suffix, num_new))
         answers.append(sum(waits.values()))
     assert prefills[0] == prefills[1]
-    assert 4 <= answers[1] - answers[0] <= 4 * 3  # four tokens more; one wait each is the least, to know the token
+    assert (
+        4 <= answers[1] - answers[0] <= 4 * 2
+    )  # four tokens more, each with one wait to check the scores and one to know the token
 
 
 @on_both

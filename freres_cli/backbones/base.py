@@ -114,7 +114,8 @@ class PromptRows:
         """Some of these rows, at their positions. ``rows``: a slice without a step, indices, or a mask (L,)."""
         ends = rows.indices(len(self))[:2] if isinstance(rows, slice) else None
         pieces = (Piece(self.embeds[rows]),) if ends is None else _cut(self.pieces, *ends)
-        return PromptRows(pieces, self.positions[..., rows], self.next_position, self.visual_mask[rows])
+        is_visual = None if self.is_visual is None else self.is_visual[rows]
+        return PromptRows(pieces, self.positions[..., rows], self.next_position, is_visual)
 
     def split(self, num_rows: int) -> Iterator[PromptRows]:
         """These rows, ``num_rows`` at a time."""

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import __version__
 from transformers.cache_utils import DynamicLayer
+
+# The argument by which a decoder of transformers takes its cache.
+CACHE_ARGUMENT = "cache" if tuple(map(int, __version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 # Spare rows, as a share of the rows (ours: little enough for memory to stay within 5 % of weights and cache), and the least
 # that a cache grows by after the prefill.

@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows
+from freres_cli.backbones.cache import CACHE_ARGUMENT
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config, read_tokenizer
 from freres_cli.backbones.quantized_cache import make_cache, row_format
@@ -326,8 +327,8 @@ class DecoderLanguageModel(ABC):
         out = self.decoder(
             inputs_embeds=embeds[None, :, : self.width],
             position_ids=rows.positions if self.num_axes > 1 else rows.positions[0],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_ARGUMENT: cache},
             **self.deep_inputs(embeds),
             **of_attention,
         )
@@ -335,9 +336,9 @@ class DecoderLanguageModel(ABC):
         return hidden
 
     def leave_out_zeros(self, rows: PromptRows) -> PromptRows:
-        """These rows without their DeepStack channels, if all of those are zero."""
-        deep = rows.channels(slice(self.width, None))
-        if not self.num_deep_layers or any(piece.has_values() for piece in deep.pieces):
+        """These rows without their DeepStack channels, if all of those are zero, as they are for text."""
+        deep = rows.channels(slice(self.width, None)).pieces
+        if not self.num_deep_layers or (rows.is_visual is not None and any(piece.has_values() for piece in deep)):
             return rows
         return rows.channels(slice(self.width))
 
@@ -348,8 +349,8 @@ class DecoderLanguageModel(ABC):
                 inputs_embeds=embeds[..., : self.width],
                 position_ids=positions if self.num_axes > 1 else positions[0],
                 attention_mask=mask,
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE_ARGUMENT: cache},
             )
         hidden: Tensor = out.last_hidden_state
         return hidden

@@ -34,7 +34,7 @@ class Qwen2VLLanguageModel(DecoderLanguageModel):
 
         For a full grid, positions equal those of ``get_rope_index`` in transformers; otherwise they may be fractional.
         Later text starts one past the largest position of the full grid under ``max`` (how the released models were
-        trained, and transformers 4), and at base + max(H, W) under ``hf`` (transformers 5.23).
+        trained, and transformers 4), and at base + max(H, W) under ``hf`` (transformers 5.24).
         """
         num_frames, grid_h, grid_w = video.grid
         axes = video.positions.T.to(torch.float32).clone()

@@ -79,7 +79,7 @@ def pack(
 
     ``prefix``: ids of the text before the video. ``end``: id of the token that ends an answer; its weight in the loss is
     ``end_weight``. ``grid``: larger side of the token grid, in tokens. Positions after the video continue from ``grid``,
-    as in transformers 5.23 (``text_after: hf``): close enough to the video to tell rows and columns apart, however long
+    as in transformers 5.24 (``text_after: hf``): close enough to the video to tell rows and columns apart, however long
     the clip is.
     """
     batch, p = len(views), len(prefix)
