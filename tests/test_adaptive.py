@@ -183,6 +183,19 @@ def test_deepstack_rows_go_along_and_can_be_dropped():
     assert_equal(stretches.without_deep_rows(), compress(clip[..., :D].contiguous(), 9))
 
 
+def test_a_push_that_is_refused_takes_nothing():
+    clip, times = walk(6, 2, 2), [float(i) for i in range(6)]
+    compressor = StretchCompressor((2, 2), D, 5)
+    compressor.push(clip[:3], times[:3])
+    for wrong in (times[3:5], times[2:]):
+        with pytest.raises(ValueError, match=f"seconds: expected 3, got {len(wrong)}"):
+            compressor.push(clip[3:], wrong)
+    compressor.push(clip[3:], times[3:])
+    whole = StretchCompressor((2, 2), D, 5)
+    whole.push(clip, times)
+    assert_equal(compressor.finish(), whole.finish())
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="budget: expected at least 1"):
         StretchCompressor((2, 2), D, 0)

@@ -243,6 +243,20 @@ def test_no_residual_crosses_a_cut_and_the_strongest_cuts_win():
     assert len(build_tokens(tracks)) <= 60
 
 
+def test_a_push_that_is_refused_takes_nothing():
+    latents, settings = smooth_clip(12, (4, 4)), make_settings(reference_budget_tokens=40)
+    plan = plan_budget(12, (4, 4), settings, 40)
+    compressor = StreamingCompressor(plan, settings, 16)
+    compressor.push(latents[:6], range(6))
+    for wrong in (range(6, 9), range(6, 14)):
+        with pytest.raises(ValueError, match=f"seconds: expected 6, got {len(wrong)}"):
+            compressor.push(latents[6:], wrong)
+    compressor.push(latents[6:], range(6, 12))
+    whole = compress_latents(latents, range(12), plan, settings, 16)
+    for name, tensor in compressor.finish().tensors().items():
+        assert torch.equal(tensor, getattr(whole, name)), name
+
+
 @pytest.mark.parametrize("strength", [1.0, 5.0])
 def test_a_flash_leaves_no_energy_behind(strength):
     """Neither the flash nor the return from it is a residual: both frames are anchors."""

@@ -57,6 +57,16 @@ def test_a_row_is_off_by_at_most_half_a_step(kv, dtype):
     assert (off > steps / 4).any(), "a step that is too fine would not fit in 8 bits"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kv", KINDS)
+def test_the_largest_number_stays_finite(kv, dtype):
+    most = torch.finfo(dtype).max
+    rows = torch.tensor([[most, -most, 1.0, 0.0]], dtype=dtype)
+    found = unpack_rows(pack_rows(rows, kv), dtype, kv)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[0, :2].double(), rows[0, :2].double(), rtol=torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize("kv", KINDS)
 def test_numbers_that_are_not_finite_stay_visible(kv):
     rows = random_rows(3)

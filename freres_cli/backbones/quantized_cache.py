@@ -11,6 +11,7 @@ Attention gets the rows of its own layer in the model's precision, and drops the
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,11 +41,23 @@ def pack_rows(rows: Tensor, kv: str) -> Tensor:
     dtype, largest = CODES[kv]
     exact = rows.float()
     # Codes are made with the scale as it is stored. Below the smallest normal number it would be far off, or zero.
-    scales = (exact.abs().amax(-1, keepdim=True) / largest).to(rows.dtype).clamp(min=torch.finfo(rows.dtype).tiny)
+    tops = exact.abs().amax(-1, keepdim=True)
+    scales = (tops / largest).to(rows.dtype).clamp(min=torch.finfo(rows.dtype).tiny)
+    # A row that is not finite stays so.
+    scales = scales.where(tops.isinf(), scales.clamp(max=largest_scale(rows.dtype, largest)))
     codes = (exact / scales.float()).clamp_(-largest, largest)
     if kv == "int8":
         codes.round_()
     return torch.cat([codes.to(dtype).view(torch.uint8), scales.view(torch.uint8)], dim=-1)
+
+
+@functools.cache
+def largest_scale(dtype: torch.dtype, largest: float) -> float:
+    """The largest scale in ``dtype`` whose product with the ``largest`` code is finite in it."""
+    scale = torch.tensor(torch.finfo(dtype).max / largest, dtype=dtype)
+    if not (scale * largest).isfinite():
+        scale = torch.nextafter(scale, torch.zeros_like(scale))
+    return float(scale)
 
 
 def unpack_rows(packed: Tensor, dtype: torch.dtype, kv: str) -> Tensor:

@@ -103,10 +103,14 @@ class StretchCompressor:
         return len(self._cuts)
 
     def push(self, latents: Tensor, seconds: Iterable[float]) -> None:
-        """Take the next frames: ``latents`` (n, H, W, C) and their times in seconds."""
+        """Take the next frames: ``latents`` (n, H, W, C) and their n times in ``seconds``. Raises ``ValueError`` for another
+        grid or number of times, and takes nothing then."""
         if tuple(latents.shape[1:3]) != self._grid:
             raise ValueError(f"latents: expected a grid of {self._grid}, got {tuple(latents.shape[1:3])}")
-        if not latents.shape[0]:
+        seconds = list(seconds)
+        if len(seconds) != latents.shape[0]:
+            raise ValueError(f"seconds: expected {latents.shape[0]}, got {len(seconds)}")
+        if not seconds:
             return
         if self._merger is None:
             shape = (self._grid, latents.shape[-1], self._width)

@@ -66,15 +66,17 @@ class StreamingCompressor:
         """Take the next frames: ``latents`` (n, H, W, C) and their times in ``seconds``.
 
         With ``whole`` there are two resolutions (method section 9): ``latents`` are on a smaller grid, events and residuals
-        are taken from them, and ``whole`` is asked for the anchor frames of the batch.
+        are taken from them, and ``whole`` is asked for the anchor frames of the batch. Raises ``ValueError`` for another
+        grid or number of times, and takes nothing then.
         """
         if whole is None and tuple(latents.shape[1:3]) != self._plan.grid:
             raise ValueError(f"latents: expected a grid of {self._plan.grid}, got {tuple(latents.shape[1:3])}")
+        seconds = list(seconds)
+        if len(seconds) != latents.shape[0]:
+            raise ValueError(f"seconds: expected {latents.shape[0]}, got {len(seconds)}")
         cells = pool_to_cells(latents, *self._plan.pooled_grid)
         first = len(self._seconds)
         self._seconds.extend(seconds)
-        if len(self._seconds) - first != latents.shape[0]:
-            raise ValueError(f"seconds: expected {latents.shape[0]}, got {len(self._seconds) - first}")
         found = self._detect(latents)
         starts = [i for i, (_, is_event) in enumerate(found) if is_event or first + i in self._schedule]
         self.num_frames_whole += 0 if whole is None else len(starts)
