@@ -321,6 +321,7 @@ def _parse_arguments() -> argparse.Namespace:
         default=[],
         help="a questions file that grids, lines and quantized ask",
     )
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="those that peers measures; by default all")
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
@@ -344,7 +345,7 @@ def main() -> None:
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
             "lean": lambda: measure_lean(Path(folder)),
-            "peers": lambda: measure_peers(arguments.frames, arguments.limit),
+            "peers": lambda: measure_peers(arguments.frames, arguments.limit, arguments.methods),
             "levers": lambda: measure_levers(
                 write_video(Path(folder) / "minute.mp4", arguments.frames, (1280, 720)), Path(folder), arguments.frames
             ),
