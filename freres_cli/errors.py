@@ -79,6 +79,19 @@ class ResourceError(FreresError):
     exit_status = ExitStatus.RESOURCE
 
 
+def as_freres_error(error: Exception, what: str) -> FreresError:
+    """Return the failure of one of many things as one of ours, so that the others go on. ``what``: is named first. With
+    FRERES_DEBUG=1 an unexpected error is raised, with its traceback."""
+    if isinstance(error, FreresError):
+        return error
+    if os.environ.get("FRERES_DEBUG") == "1":
+        raise error
+    reason = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError):
+        return ResourceError(f"{what}: not enough memory", "use a smaller --budget or --grid, or a larger machine")
+    return FreresError(f"{what}: unexpected {type(error).__name__}: {reason}", "this is a bug in freres")
+
+
 def find_interruption(error: BaseException | None) -> BaseException | None:
     """Return the interruption that ``error`` came from: a ``SystemExit`` or ``KeyboardInterrupt`` that was being handled
     when cleaning up failed, as torch's writer does when it is stopped half way."""

@@ -176,6 +176,7 @@ def _move(temporary: Path, path: Path, force: bool, flag: str) -> None:
             temporary.rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # some file systems cannot; the file is in its place all the same
+            os.fsync(folder)
     finally:
         os.close(folder)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from freres_cli import Compressor, Query, Sampling, Session, VideoTokens, load_bundle
+from freres_cli.backbones import batches
 from freres_cli.bundle.store import read_bundle
 from freres_cli.bundle.version_4 import tensors_of
 from freres_cli.errors import BundleError, PresetError, UsageError, VideoError
@@ -313,3 +314,28 @@ def test_a_model_that_is_open_is_not_another_one(models):
         Compressor("Qwen/Qwen2-VL-2B-Instruct", models=models)
     with pytest.raises(UsageError, match="dtype"):
         Compressor(dtype="float8")
+
+
+def test_a_reader_that_stops_early_leaves_the_session_usable(clip, models):
+    session = Compressor(budget_tokens=BUDGET, models=models).compress(clip).open(models=models)
+    wanted = session.ask("What moves?", max_new_tokens=4).text
+
+    def stop(_):
+        raise InterruptedError("enough")
+
+    for _ in range(2):
+        with pytest.raises(InterruptedError) as kept:
+            session.ask("What moves?", max_new_tokens=4, on_text=stop)
+    assert session.ask("What moves?", max_new_tokens=4).text == wanted and kept is not None
+
+
+def test_many_options_take_no_more_copies_of_the_cache_than_questions(clip, models, monkeypatch):
+    session = Compressor(budget_tokens=BUDGET, models=models).compress(clip).open(models=models)
+    words = ("left", "right", "up", "down", "round and round", "not at all", "away")
+    queries = [Query("Where does it go?", words), Query("And then?", words)]
+    counts, pick = [], batches.Branches.pick
+    monkeypatch.setattr(batches.Branches, "pick", lambda own, rows: counts.append(len(rows)) or pick(own, rows))
+    together = session.ask_many(queries)
+    assert max(counts) == 2 and sum(counts) == 2 + 2 * len(words)
+    for query, answer in zip(queries, together, strict=True):
+        assert answer.choices == pytest.approx(session.ask(query.question, choices=words).choices, abs=1e-4)

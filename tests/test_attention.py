@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from freres_cli import devices
 from freres_cli.backbones import attention
-from freres_cli.backbones.attention import CAUSAL_NO_MASK, PACKED_FRAMES, WHOLE_FRAMES, use_attention
+from freres_cli.backbones.attention import (
+    CAUSAL_NO_MASK,
+    PACKED_FRAMES,
+    WHOLE_FRAMES,
+    packed_frames_attention,
+    use_attention,
+)
 from freres_cli.backbones.engine import prefill
 from freres_cli.backbones.square_vision import SquareVisionEncoder
 from freres_cli.bench.report import describe_environment
@@ -286,3 +294,17 @@ def test_flash_on_the_cpu_is_exit_6(tmp_path, verb):
     run = run_freres(verb, clip, *question, "--device", "cpu", "--attn", "flash")
     check_failure(run, 6, "attention flash: expected a CUDA device, got cpu")
     check_failure(run_freres(verb, clip, *question, "--attn", "no"), 2, "--attn: expected one of")
+
+
+def test_uneven_segments_are_looked_up_once_for_all_layers(monkeypatch):
+    """Looking them up waits for the device. Every layer of a pass has the same boundaries."""
+    counts, unique = [], torch.Tensor.unique
+    monkeypatch.setattr(torch.Tensor, "unique", lambda own: counts.append(len(own)) or unique(own))
+    bounds = torch.tensor([0, 4, 6, 10, 12])
+    for seed, own in ((0, bounds), (1, bounds), (2, torch.tensor([0, 2, 6, 12]))):
+        query, key, value = torch.randn(3, 1, 2, 12, 8, generator=torch.Generator().manual_seed(seed))
+        got, _ = packed_frames_attention(nn.Module(), query, key, value, None, None, own, own.diff().max())
+        for low, high in pairwise(own.tolist()):
+            part = (tensor[:, :, low:high] for tensor in (query, key, value))
+            torch.testing.assert_close(got[:, low:high].transpose(1, 2), scaled_dot_product_attention(*part))
+    assert counts == [4, 3]

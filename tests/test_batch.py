@@ -122,7 +122,7 @@ def test_a_bug_that_one_video_shows_is_a_failed_row(models, clips, tmp_path, mon
     worker = worker_of(WorkerSetup(str(tmp_path / "out"), False, "bundled", "cpu"), models, tmp_path / "s")
     row = worker.run(job_of(clips / "clip0.mp4"))
     assert row.status == "failed" and not row.is_fatal
-    assert row.error.exit_status == 1 and "unexpected: ZeroDivisionError: inside" in row.error.message
+    assert row.error.exit_status == 1 and "unexpected ZeroDivisionError: inside" in row.error.message
 
 
 def test_on_a_store_the_bundle_is_the_one_that_files_give_and_is_skipped_the_second_time(
@@ -252,6 +252,8 @@ def test_ray_gets_places_that_do_not_depend_on_the_working_folder(clips, tmp_pat
         ({"CPU": 8.0, "GPU": 4.0}, None, 8, (8, 0.5)),
         ({"CPU": 8.0, "GPU": 4.0}, "cpu", 8, (8, 0.0)),
         ({"CPU": 8.0, "GPU": 4.0}, None, 2, (2, 1.0)),
+        ({"CPU": 8.0, "GPU": 4.0}, None, 6, (6, 0.5)),  # not 0.67: a share below 1 is of one GPU
+        ({"CPU": 8.0, "GPU": 1.0}, None, 6, (6, 0.1666)),  # Ray rounds 1/6 up, and six of those are more than one
     ],
 )
 def test_actors_share_the_gpus_of_a_cluster(cluster, device, actors, expected):
@@ -273,3 +275,37 @@ def test_a_copy_of_a_video_elsewhere_is_the_same_video(run_here, clips, tmp_path
     for folder, status in ((clips, "done"), (tmp_path / "moved", "skipped")):
         assert run_freres("batch", folder, "-o", tmp_path / "out", *FLAGS).status == 0
         assert {row["status"] for row in rows_of(tmp_path / "out")} == {status}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_store_that_does_not_say_what_it_holds_is_not_written_to_unless_forced(
+    models, store, clips, tmp_path, monkeypatch, force
+):
+    def refuse(*_, **__):
+        raise PermissionError("403")
+
+    worker = worker_of(WorkerSetup("memory://out", force, "bundled", "cpu"), models, tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "info", refuse)
+        row = worker.run(job_of(clips / "clip0.mp4"))
+    assert row.status == ("done" if force else "failed"), row.error
+    assert store.find("/out") == (["/out/clip0.pt"] if force else [])
+    assert force or row.error.message.startswith("memory://out/clip0.pt: cannot be read: PermissionError: 403")
+
+
+def test_the_rows_do_not_replace_a_list(clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"video": "x.mp4"}\n')
+    run = run_freres("batch", "rows.jsonl", "-o", ".", "--force")
+    check_failure(run, 2, "rows.jsonl: is one of the lists")
+    assert (tmp_path / "rows.jsonl").read_text() == '{"video": "x.mp4"}\n'
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, 4), ("cuda", 4), ("cuda:1", 1), ("cpu", 1)])
+def test_a_worker_a_gpu_unless_one_gpu_is_named(clips, tmp_path, monkeypatch, device, expected):
+    started = []
+    monkeypatch.setattr(batch_workflow.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(batch_workflow, "run_local", lambda jobs, setup, count: started.append(count) or iter(()))
+    setup = WorkerSetup(str(tmp_path), False, "bundled", device)
+    batch_workflow._start(batch_workflow.BatchRequest([None] * 9, setup, "local", None, None, ""))
+    assert started == [expected]

@@ -13,6 +13,7 @@ from freres_cli.cli.compress import make_options
 from freres_cli.errors import FreresError
 from freres_cli.video.listing import list_videos
 from freres_cli.workflows.batch_list import list_jobs, with_own
+from freres_cli.workflows.batch_store import short_name
 from tests.runner import fails
 
 FLAGS = {"budget_tokens": 40, "sample_count": 8}
@@ -165,6 +166,11 @@ def test_folders_patterns_and_lists_on_a_store(store):
     assert found == {"a": "memory:///in/a.mp4", "b": "memory:///in/b.webm", "deep/a": "memory:///in/deep/a.mp4"}
     assert jobs_of(["memory://in"])[1] == ["memory://in: skipped 1 file without a video suffix"]
     assert set(named("memory://in/**/a.mp4")) == {"a", "deep/a"}
+    with fails(2, "memory://in/*.mkv: no file fits the pattern"):
+        named("memory://in/a.mp4", "memory://in/*.mkv")
+    store.pipe_file("/in/talk [1].mp4", b"x")
+    assert named("memory://in/talk [1].mp4") == {"talk [1]": "memory://in/talk [1].mp4"}
+    store.rm_file("/in/talk [1].mp4")
     assert named("memory://in/a.mp4") == {"a": "memory://in/a.mp4"}
     store.pipe_file("/in/rows.jsonl", b'{"video": "deep/a.mp4", "name": "x"}\n{"video": "memory://in/b.webm"}\n')
     store.pipe_file("/in/list.txt", b"a.mp4\n")
@@ -197,3 +203,19 @@ def test_stores_and_lists_that_are_not_there_are_refused_at_once(url):
 def test_arguments_that_name_no_video(arguments):
     with fails(2):
         named(*arguments)
+
+
+def test_a_pattern_that_fits_lists_reads_them(videos, tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", {"video": f"videos/{name}.{'mp4' if name == 'a' else 'webm'}"})
+    assert set(named(tmp_path / "?.jsonl")) == {"a", "b"}
+
+
+def test_a_signed_url_gives_a_short_name_without_the_signature(tmp_path):
+    signed = f"https://host/deep/clip.mp4?X-Amz-Signature={'f' * 400}"
+    assert short_name(signed) == "clip.mp4" and short_name("s3://bucket/what?.mp4") == "what?.mp4"
+    assert short_name("zip://in/a.mp4::https://host/x.zip?key=1") == "a.mp4"
+    long = short_name(f"https://host/{'é' * 300}.mp4")
+    assert long.endswith("é.mp4") and len(long.encode()) <= 200
+    rows = write(tmp_path / "rows.jsonl", {"video": signed})
+    assert list(named(rows).items()) == [("clip", signed)]

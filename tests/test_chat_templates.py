@@ -78,3 +78,27 @@ def test_a_template_that_works_gives_what_transformers_gives(language, monkeypat
     monkeypatch.setattr(language.tokenizer, "chat_template", template)
     expected = language.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert render_chat(language.tokenizer, MESSAGES) == expected == "<user>[video][text]"
+
+
+def test_two_threads_leave_the_limit_as_it_was():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    inside, second, left = threading.Event(), threading.Event(), threading.Event()
+
+    def first():
+        with templates._bounded_memory():
+            inside.set()
+            second.wait(0.3)  # one that is let in beside the first would take its limit for what was before
+        left.set()
+
+    def follow():
+        inside.wait(10)
+        with templates._bounded_memory():
+            second.set()
+            left.wait(10)
+
+    threads = [threading.Thread(target=target) for target in (first, follow)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

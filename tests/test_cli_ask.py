@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from freres_cli.bundle.adapter import write_adapter
+from freres_cli.bundle.adapter import HEADER, write_adapter
 from freres_cli.bundle.store import read_bundle
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from tests.pipeline_fixtures import bundle as bundle
@@ -95,6 +97,9 @@ def test_adapters_are_used_and_foreign_ones_refused(bundle, tmp_path):
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "later.safetensors"), 5, "absorber values")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "bad.safetensors"), 5, "damaged adapter")
+    for text, message in (("[" * 50_000, "damaged adapter"), (json.dumps({**header, "training": "x"}), "not a freres")):
+        save_file({"weight": torch.zeros(2)}, tmp_path / "bad.safetensors", {HEADER: text})
+        check_failure(run_freres("ask", bundle, "x", "--adapter", tmp_path / "bad.safetensors"), 5, message)
     check_failure(
         run_freres("ask", bundle, "x", "--adapter", tmp_path / "none"), 5, "no such file: expected an adapter"
     )

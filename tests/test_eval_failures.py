@@ -91,7 +91,7 @@ def test_a_row_without_any_answer_is_empty_and_a_video_without_any_is_failed(que
     rows = run_eval(questions, "full,blind", models=models_with(language_model=model)).summary["rows"]
     assert rows[0]["accuracy"] is None and rows[0]["visual_tokens"] is None and rows[0]["num_questions"] == 0
     assert rows[1]["num_questions"] == 6 and rows[1]["retention"] is None
-    with fails(3, "none of 3 videos could be used: full: out of memory"):
+    with fails(6, "none of 3 videos could be used: full: out of memory"):
         run_eval(questions, "full", models=models_with(language_model=model))
 
 
@@ -123,3 +123,13 @@ def test_memory_and_encoding_do_not_grow_with_the_cells(questions):
         assert sum(encoder.num_frames) == FRAMES
         peaks.append(max(held))
     assert peaks[1] <= peaks[0]
+
+
+def test_a_question_that_is_too_long_is_refused_by_its_line_before_any_work(questions, tmp_path):
+    rows = read_rows(questions)
+    rows[1]["question"] = "why " * 9000
+    path = write_rows(questions.parent / "long.jsonl", rows)
+    encoder = CountingEncoder(loaded_models().encoder)
+    with fails(2, f"{path}:2: too long"):
+        run_eval(path, *CELLS, models=models_with(encoder=encoder))
+    assert encoder.num_frames == []

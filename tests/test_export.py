@@ -135,3 +135,11 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(bundle, tiny, tm
 
 def test_the_version_of_the_page_is_that_of_the_package():
     assert f'"freres {__version__}"' in (MAN / PAGE).read_text(encoding="utf-8")
+
+
+def test_an_export_does_not_replace_its_own_bundle(bundle, tmp_path):
+    copy = tmp_path / "bundle.pt"
+    copy.write_bytes(bundle.read_bytes())
+    run = run_freres("export", copy, "--to", "safetensors", "-o", copy, "--force")
+    check_failure(run, 2, "is the bundle itself")
+    assert copy.read_bytes() == bundle.read_bytes()

@@ -19,7 +19,9 @@ from freres_cli.errors import BackboneError, UsageError, VideoError
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.matching import find_differences
 from freres_cli.pipeline.models import Models, make_source
+from freres_cli.video.ending import DAMAGED, ENDS_INSIDE, SKIPPED
 from freres_cli.video.listing import is_many, list_videos
+from freres_cli.workflows import compress as compress_workflow
 from freres_cli.workflows.compress import compress_many
 from tests.clips import write_short_clips
 from tests.runner import run_freres
@@ -293,3 +295,32 @@ def test_a_bundle_of_a_release_that_recorded_no_attention_kernel_may_match(clips
     for recorded, differing in ((None, []), ("flash", ["attention"])):
         changed = {**manifest, "model": {**manifest["model"], "attention": recorded}}
         assert find_differences(changed, sha256, model, compressor.options) == differing
+
+
+def test_a_fault_that_one_video_shows_does_not_end_the_run(clips, compressor, tmp_path, monkeypatch):
+    whole = compress_workflow.compress_file
+
+    def fail_first(compressor, video, *rest, **options):
+        if video.name == "clip0.mp4":
+            raise IndexError("index 7 is out\nof bounds")
+        return whole(compressor, video, *rest, **options)
+
+    monkeypatch.setattr(compress_workflow, "compress_file", fail_first)
+    rows = compress_many(compressor, videos_of(clips), tmp_path / "out")
+    assert statuses(rows) == ["failed", "done", "done"] and rows[0].error.exit_status == 1
+    assert rows[0].error.message.endswith("clip0.mp4: unexpected IndexError: index 7 is out of bounds")
+    monkeypatch.setenv("FRERES_DEBUG", "1")
+    with pytest.raises(IndexError):
+        compress_many(compressor, videos_of(clips), tmp_path / "debug")
+
+
+@pytest.mark.parametrize("note", [ENDS_INSIDE, f"{DAMAGED}: 3", f"{SKIPPED}: 1"])
+def test_a_bundle_of_a_damaged_video_is_another_one_if_asked_to_be_strict(clips, compressor, tmp_path, note):
+    compress_many(compressor, videos_of(clips)[:1], tmp_path)
+    manifest = read_bundle(tmp_path / "clip0.pt").manifest
+    found = (manifest["source"]["sha256"], compressor.models.identify_encoder())
+    strict = replace(compressor.options, strict=True)
+    assert find_differences(manifest, *found, strict) == []
+    damaged = {**manifest, "sampling": {**manifest["sampling"], "notes": ["timed by their order: 2", note]}}
+    assert find_differences(damaged, *found, strict) == ["strict"]
+    assert find_differences(damaged, *found, compressor.options) == []

@@ -165,6 +165,12 @@ def test_what_does_not_fit_says_what_would(clip, tmp_path):
     hopeless = run(100, "1KiB")
     check_failure(hopeless, 6)
     assert "no budget fits" in hopeless.err
+    flags = ("--model", tmp_path, "--tflops", 1, "--device", "cpu", "--set", "grid=12x12", "--method", "full", "--json")
+    whole = run_freres("plan", clip, *flags, "--device-memory", f"{limit}B")
+    check_failure(whole, 6, "does not fit: expected at most")
+    assert "method full keeps every token: use another one" in whole.err
+    roomy = run_freres("plan", clip, *flags, "--device-memory", "24GiB")
+    assert roomy.json["largest_budget"] == planner.cost().plan.full_tokens
 
 
 def test_a_gpu_has_a_context_and_no_frames(clip, tiny):

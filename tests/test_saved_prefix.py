@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from freres_cli.backbones import engine
+from freres_cli.backbones import engine, saved_prefix
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.saved_prefix import HEADER, digest_prefix, open_prefix
@@ -140,6 +140,21 @@ def test_a_file_that_is_no_whole_prefix_is_refused_by_name(opened, path, damage)
     DAMAGES[damage](path)
     with fails(4, str(path)):
         opened()
+
+
+def test_a_file_that_another_run_replaced_meanwhile_is_not_damaged(opened, path, monkeypatch):
+    opened()
+    read_rows = saved_prefix.read_rows
+
+    def replaced_first(where, header, *rest):
+        rewrite(path, lambda tensors: tensors.pop("keys.0"), {"made_from": "another bundle"})
+        read_rows(where, header, *rest)
+
+    monkeypatch.setattr(saved_prefix, "read_rows", replaced_first)
+    prefix = opened()
+    assert not is_read(prefix) and any("written again" in note for note in prefix.notes)
+    monkeypatch.undo()
+    assert is_read(opened())
 
 
 def test_a_place_that_cannot_be_written_costs_no_answer(tiny, tmp_path):

@@ -103,3 +103,41 @@ def test_compress_says_how_many_frames_were_encoded(tmp_path):
         made = run.json
         assert run.status == 0 and made["encoded_tokens"] * 6 == made["full_tokens"]
         assert [note for note in made["notes"] if "not encoded" in note] == notes
+
+
+def test_a_palette_is_compared_by_the_colours_it_stands_for():
+    grey = np.stack([np.arange(256, dtype=np.uint8)] * 3 + [np.full(256, 255, np.uint8)], axis=1)
+    pictures = [np.zeros((16, 38), np.uint8), np.zeros((16, 38), np.uint8)]
+    pictures[1][-1, -1] = 200
+    faded = grey.copy()
+    faded[0, :3] = 9
+    frames = [av.VideoFrame.from_ndarray(each, format="pal8") for each in ((pictures[0], grey), (pictures[1], grey))]
+    frames.append(av.VideoFrame.from_ndarray((pictures[1], faded), format="pal8"))
+    detector = StillDetector(0)
+    assert [detector.is_still(*read_planes(frame)) for frame in (*frames, frames[2])] == [False, False, False, True]
+
+
+def test_rows_stored_from_the_bottom_up(tmp_path):
+    """Uncompressed AVI as Windows writes it: the height in its header is above zero, and FFmpeg's rows run backwards."""
+    pictures = slides([2, 3])
+    path = clips.write_clip(tmp_path / "dib.avi", pictures=pictures, codec="rawvideo", pix_fmt="bgr24")
+    content = bytearray(path.read_bytes())
+    place = content.index(b"strf") + 8 + 8
+    assert int.from_bytes(content[place : place + 4], "little", signed=True) == -64
+    content[place : place + 4] = (64).to_bytes(4, "little")
+    path.write_bytes(content)
+    size = FrameSize(64, 64, 1, 1)
+    batches = list(decode_frames(path, probe_video(path), Sampling("native"), size, batch_frames=2))
+    assert picture_indices(batches) == [0, 0, 2, 2, 2]
+    for pixels, picture in zip(torch.cat([b.pixels for b in batches]), pictures, strict=True):
+        assert np.abs(pixels.numpy().astype(int) - picture[::-1].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("pix_fmt", ["monob", "monow"])
+def test_the_last_samples_of_a_row_that_fills_no_byte(pix_fmt):
+    picture = np.zeros((16, 38, 3), np.uint8)
+    moved = picture.copy()
+    moved[-1, -1] = 255
+    frames = [av.VideoFrame.from_ndarray(each, format="rgb24").reformat(format=pix_fmt) for each in (picture, moved)]
+    detector = StillDetector(0)
+    assert [detector.is_still(*read_planes(frame)) for frame in (*frames, frames[1])] == [False, False, True]

@@ -24,6 +24,7 @@ from freres_cli.integrations.vllm_positions import (
     place_prompt,
 )
 from freres_cli.pipeline.bundle import load_bundle
+from freres_cli.workflows.export import HEADER
 from freres_cli.world.bundled_model import bundled_model_dir
 from tests import family_contract
 from tests.pipeline_fixtures import bundle, clip, tiny
@@ -116,6 +117,18 @@ def test_what_the_engine_would_trip_over_is_refused(reader, bundle, tiny, tmp_pa
     content = bundle.read_bytes()
     with fails(4, "bundle: not a freres bundle"):
         reader.read(content[:-2000] + bytes(2000))
+    facts = {"format": "freres.vllm/1", "width": 8, "next_position": 1.0, "model": {}}
+    for headers in (
+        json.dumps({key: fact for key, fact in facts.items() if key != "model"}),
+        json.dumps({**facts, "model": 5}),
+        json.dumps({**facts, "width": float("inf")}),
+        "[" * 50_000,
+    ):
+        with fails(4, "neither a bundle nor a file of"):
+            reader.read(save({"ids": torch.zeros(1)}, {HEADER: headers}))
+    (tmp_path / "empty.pt").touch()
+    with fails(4, "empty.pt: is empty"):
+        load_payload(tmp_path / "empty.pt")
     with fails(4, "neither a bundle nor a file of"):
         reader.read(b"nonsense")
     with fails(5, "bundle: made for another model"):

@@ -65,12 +65,27 @@ def packed_frames_attention(
     if (cu_seq_lens_q.shape[0] - 1) * longest == total:
         return _attend_segments(attend, packed, longest, scaling)[None], None
     out = torch.empty_like(packed[2])
-    lengths = cu_seq_lens_q.diff()
-    for length in lengths.unique().tolist():
-        starts = cu_seq_lens_q[:-1][lengths == length]
-        rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
+    for length, rows in _rows_by_length(cu_seq_lens_q):
         out[rows] = _attend_segments(attend, [tensor[rows] for tensor in packed], length, scaling)
     return out[None], None
+
+
+# The boundaries last seen, and what was found for them: every layer of a pass has the same, and looking them up waits for
+# the device.
+_LAST_ROWS: list[tuple[Tensor, list[tuple[int, Tensor]]]] = []
+
+
+def _rows_by_length(bounds: Tensor) -> list[tuple[int, Tensor]]:
+    """Each length of a segment, and the rows of all segments that have it. ``bounds``: (n + 1,)."""
+    for known, found in _LAST_ROWS:
+        if known is bounds:
+            return found
+    lengths, made = bounds.diff(), []
+    for length in lengths.unique().tolist():
+        starts = bounds[:-1][lengths == length]
+        made.append((length, (starts[:, None] + torch.arange(length, device=starts.device)).flatten()))
+    _LAST_ROWS[:] = [(bounds, made)]
+    return made
 
 
 def _attend_segments(attend: Attend, packed: list[Tensor], length: int, scaling: float | None) -> Tensor:

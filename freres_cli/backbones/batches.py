@@ -11,7 +11,7 @@ The cache of n questions takes n times the memory of the prefix. The caller choo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,12 @@ class Branches:
     def pick(self, rows: Sequence[int]) -> Branches:
         """A copy of these rows, which may repeat."""
         index = torch.tensor(rows, device=self.is_token.device)
-        cache = copy.deepcopy(self.cache)
+        if getattr(self.cache, "is_croppable", True):
+            # Picking puts new keys and values in the place of the old ones: to copy those first would only take memory.
+            cache = copy.copy(self.cache)
+            cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        else:
+            cache = copy.deepcopy(self.cache)
         cache.reorder_cache(index)
         return Branches(cache, self.is_token[index])
 
@@ -68,7 +73,9 @@ def score_options_batch(
                 for j, option in enumerate(options[i]):
                     scores[i][j] = first[row, option[0]]
                     later += [(row, i, j)] if len(option) > 1 else []
-            for part in _groups(trunk, [len(options[i][j]) for _, i, j in later]):
+            lengths = [len(options[i][j]) for _, i, j in later]
+            # Each option continues a copy of the video's cache, and no more copies fit than there are questions.
+            for part in _parts(_groups(trunk, lengths), len(suffixes)):
                 chosen = [later[place] for place in part]
                 twigs = branches.pick([row for row, _, _ in chosen])
                 texts = [
@@ -133,6 +140,13 @@ def _lend(model: LanguageModel, prefix: VideoPrefix, num_tokens: Sequence[int]) 
     check_context(model, longest, prefix.next_position, prefix.num_tokens)
     with lend_cache(prefix) as cache:
         yield Branches(cache, torch.ones(1, prefix.num_tokens, dtype=torch.bool, device=model.device))
+
+
+def _parts(groups: Iterable[list[int]], most: int) -> Iterator[list[int]]:
+    """The groups, ``most`` sequences at a time."""
+    for group in groups:
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
 
 
 def _groups(trunk: Branches, lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ class Generation:
     """
 
     num_context_tokens: int
-    pieces: Iterator[str] = field(init=False, repr=False)
+    pieces: Generator[str] = field(init=False, repr=False)
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ttft_s: float | None = None
@@ -97,7 +97,7 @@ def _pieces(
     sampling: Sampling,
     submitted_s: float | None,
     result: Generation,
-) -> Iterator[str]:
+) -> Generator[str]:
     start_s = time.perf_counter() if submitted_s is None else submitted_s
     picker = torch.Generator().manual_seed(sampling.seed)
     stream = TextStream(model.tokenizer)

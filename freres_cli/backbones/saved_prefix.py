@@ -45,7 +45,7 @@ def open_prefix(
     written. Raises as ``prefill_video``, and BundleError for a file that is not a saved prefix, or is damaged.
     """
     # It imports transformers, which whoever only reads tokens does without.
-    from freres_cli.backbones.cache import ReservedLayer, reserve_rows
+    from freres_cli.backbones.cache import ReservedLayer
 
     rows = model.splice(prefix_ids, video, text_after)
     notes = check_context(model, len(rows), rows.next_position)
@@ -59,10 +59,7 @@ def open_prefix(
     if path.exists() or path.is_symlink():
         start = time.perf_counter()
         header = read_header(path)
-        if header["made_from"] == digest:
-            reserve_rows(cache, len(rows))
-            with memory_of(model, len(rows)):
-                read_rows(path, header, model, len(rows), cache)
+        if header["made_from"] == digest and _fill(path, header, model, len(rows), cache):
             synchronize(model.device)
             spent_s = time.perf_counter() - start
             told: tuple[str, ...] = (
@@ -75,6 +72,21 @@ def open_prefix(
     prefix = prefill_rows(model, rows, len(video))
     prefix.notes += (*stale, write_prefix(path, prefix, digest))
     return prefix
+
+
+def _fill(path: Path, header: dict[str, Any], model: LanguageModel, num_rows: int, cache: Any) -> bool:
+    """Fill an empty cache from a file, or return False if another run has replaced it since its header was read."""
+    from freres_cli.backbones.cache import reserve_rows
+
+    reserve_rows(cache, num_rows)
+    try:
+        with memory_of(model, num_rows):
+            read_rows(path, header, model, num_rows, cache)
+    except BundleError:
+        if read_header(path) == header:
+            raise
+        return False
+    return True
 
 
 def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:

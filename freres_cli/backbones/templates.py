@@ -18,7 +18,11 @@ LIMIT_S = 5.0  # a template takes milliseconds
 GRACE_S = 1.0
 MAX_CHARACTERS = 2**20
 MOST_BYTES = 2**30  # more than before, while a template runs; it takes kilobytes
+# Reasoning would fill the tokens that an answer may have. Templates that know no reasoning ignore the wish.
+OPTIONS = {"add_generation_prompt": True, "enable_thinking": False}
 HINT = "its chat template is at fault: use another copy of the model"
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _OutOfTimeError(BaseException):
@@ -27,7 +31,7 @@ class _OutOfTimeError(BaseException):
 
 def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
     """Return the prompt that the tokenizer's chat template makes of ``messages``; ``None`` if it has none, or one that
-    cannot handle a message in parts.
+    cannot handle a message in parts. The template is asked to leave out reasoning.
 
     Templates run in a sandbox of transformers, which bounds a loop but not loops within loops. So the template runs in a
     thread that is stopped after ``LIMIT_S`` (ours). A single operation cannot be stopped, so memory has a limit too. Raises
@@ -41,7 +45,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
 
     def render() -> None:
         try:
-            made.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            made.append(tokenizer.apply_chat_template(messages, tokenize=False, **OPTIONS))
         except BaseException as error:  # handed to the caller's thread
             failures.append(error)
 
@@ -71,14 +75,15 @@ def _bounded_memory() -> Iterator[None]:
     except OSError:
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = pages * resource.getpagesize() + MOST_BYTES
-    if soft == resource.RLIM_INFINITY or most < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with _ONE_AT_A_TIME:  # the limit is the process's: a second thread would take this one's for what was before
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = pages * resource.getpagesize() + MOST_BYTES
+        if soft == resource.RLIM_INFINITY or most < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _judge(failure: BaseException) -> None:

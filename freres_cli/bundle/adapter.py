@@ -44,9 +44,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
-    if not isinstance(header, dict) or not all(isinstance(header.get(key), dict) for key in ("model", "shape")):
+    is_header = isinstance(header, dict) and all(isinstance(header.get(key), dict) for key in ("model", "shape"))
+    if not is_header or not isinstance(header.get("training"), dict | None):
         raise BackboneError(f"{path}: not a freres adapter")
     return weights, header
 

@@ -12,7 +12,7 @@ from freres_cli.cli import options
 from freres_cli.cli.compress import gather_flags, make_options
 from freres_cli.cli.output import format_bytes, format_seconds, print_json_line, print_notes, progress_bar
 from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
-from freres_cli.errors import count_of
+from freres_cli.errors import UsageError, count_of
 from freres_cli.presets import BUNDLED, environment_value
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def batch(
     """
     from freres_cli.workflows.batch import RAY, BatchRequest, check_engine, run_batch
     from freres_cli.workflows.batch_list import list_jobs, with_own
-    from freres_cli.workflows.batch_store import as_place, is_url, join_url
+    from freres_cli.workflows.batch_store import as_place, is_among, is_url, join_url
     from freres_cli.workflows.batch_worker import WorkerSetup
 
     check_engine(engine, address)
@@ -104,11 +104,16 @@ def batch(
         made.check_settings()
         return made
 
+    rows_place = as_place(rows or join_url(place, ROWS_FILE))
+    if is_among(rows_place, lists):
+        raise UsageError(
+            f"{rows_place}: is one of the lists, and would be replaced by the rows", "name another with --rows"
+        )
     jobs, notes = list_jobs(lists, make_own)
     print_notes(notes, quiet)
     device, dtype = device or environment_value("device"), dtype or environment_value("dtype")
     setup = WorkerSetup(place, force, absolute_model(model or BUNDLED), device, dtype, revision, attn)
-    request = BatchRequest(jobs, setup, engine, actors, address, as_place(rows or join_url(place, ROWS_FILE)))
+    request = BatchRequest(jobs, setup, engine, actors, address, rows_place)
     shown = VideoRows(_print_line if json else None, quiet)
 
     def on_row(row: BatchRow) -> None:

@@ -321,7 +321,9 @@ def _parse_arguments() -> argparse.Namespace:
         default=[],
         help="a questions file that grids, lines and quantized ask",
     )
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="those that peers measures; by default all")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), help="those that peers measures; by default all"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(

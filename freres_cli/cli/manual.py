@@ -207,9 +207,9 @@ compare:
   schemas:
     freres.compare/1:
       video num_frames full_tokens decode_s encode_s questions
-      rows (method budget status (ok or failed) message budget_tokens visual_tokens full_tokens context_tokens kept_hold
-      kept_linear compress_s prefill_s ttft_s notes answers (question answer choices context_tokens new_tokens finish_reason
-      ttft_s)) adapter model settings notes environment
+      rows (method budget status (ok or failed) message budget_tokens visual_tokens full_tokens adapter context_tokens
+      kept_hold kept_linear compress_s prefill_s ttft_s notes answers (question answer choices context_tokens new_tokens
+      finish_reason ttft_s)) model settings notes environment
   defaults: {question: none (no language model is loaded), choices: none (free answers),
     adapter: "the bundled model's own, none for others"}
 train:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freres_cli.baselines.registry import METHODS
 from freres_cli.cli import options
 from freres_cli.cli.compress import gather_flags, make_options, plan_document
 from freres_cli.cli.output import (
@@ -82,6 +83,8 @@ def plan(
         if not json:
             _print_cost(cost, stages, speed)
         hint = "no budget fits: use a smaller --dtype or model" if largest is None else f"--budget {largest} would fit"
+        if not METHODS[chosen.method].has_budget:
+            hint = f"method {chosen.method} keeps every token: use another one, a smaller --dtype or model"
         raise ResourceError(
             f"{path}: does not fit: expected at most {format_bytes(limit)}, got {format_bytes(needed)}", hint
         )

@@ -23,6 +23,7 @@ from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.planning import CompressOptions, refuse_lost_settings
+from freres_cli.pipeline.reasoning import refuse_reasoning
 from freres_cli.pipeline.session import Session
 from freres_cli.presets import BUNDLED, load_settings
 
@@ -73,6 +74,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         self._options = CompressOptions(source, chosen, method)
         self._models = models or Models(source)
         check_methods([method], self._models.language_model)
+        refuse_reasoning(self._models.language_model, "lmms-eval")
         self._timer = StageTimer(torch.device(source.device.name))
         self._modules = self._load_modules(adapter) if method in TRAINED_METHODS else None
 

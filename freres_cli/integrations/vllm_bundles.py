@@ -61,7 +61,10 @@ def load_payload(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise BundleError(f"{explain_no_file(path)}: expected a bundle", "make one with: freres compress VIDEO")
-    return make_payload(path.read_bytes())
+    content = path.read_bytes()
+    if not content:
+        raise BundleError(f"{path}: is empty: expected a bundle", "make one with: freres compress VIDEO")
+    return make_payload(content)
 
 
 def is_payload(data: object) -> bool:
@@ -124,12 +127,12 @@ class BundleReader:
             facts = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][HEADER])
             if facts["format"] != VLLM_FORMAT:
                 raise BundleError(f"bundle: expected {VLLM_FORMAT}, got {facts['format']}", "export it with --to vllm")
-            width, after = int(facts["width"]), float(facts["next_position"])
+            width, after, model = int(facts["width"]), float(facts["next_position"]), dict(facts["model"])
             ids, positions, latents = (tensors[name] for name in ("ids", "positions", "latents"))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise BundleError("bundle: neither a bundle nor a file of freres export --to vllm") from error
         counter, identity = self._models.prompt_counter, self._models.identify_encoder().fingerprint
-        check_identity(facts["model"], width, identity, counter.width, "bundle")
+        check_identity(model, width, identity, counter.width, "bundle")
         pad: int = counter.video_token_id  # type: ignore[attr-defined]
         return PlacedVideo(ids, ids == pad, positions.T, latents, width, after)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from freres_cli.backbones.base import EncoderIdentity
 from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.video.ending import tells_damage
 
 MODEL_FACTS = ("revision", "config_sha256", "projector_sha256")
 
@@ -46,6 +47,6 @@ def find_differences(
     found = [name for name, (stored, wanted) in pairs.items() if stored != wanted]
     if any(step.get("verb") != "compress" for step in manifest["history"]):
         found.append("history")
-    if options.strict and sampling["lost_s"] > 0:
+    if options.strict and (sampling["lost_s"] > 0 or tells_damage(sampling["notes"])):
         found.append("strict")
     return found

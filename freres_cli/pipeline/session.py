@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from freres_cli.evaluation.questions import (
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
+from freres_cli.pipeline.reasoning import NOTE, opens_reasoning, refuse_reasoning
 from freres_cli.pipeline.refining import AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.records import Answer, VideoTokens
@@ -167,9 +169,10 @@ class Session:
             return answer
         prefix, suffix = self._prompt(query, refine)
         generation = generate(self.model, prefix, suffix, max_new_tokens, sampling, submitted)
-        for piece in generation:
-            if on_text is not None:
-                on_text(piece)
+        with closing(generation.pieces) as pieces:  # whatever on_text raises, the prefix is given back at once
+            for piece in pieces:
+                if on_text is not None:
+                    on_text(piece)
         assert generation.ttft_s is not None
         return Answer(
             text=generation.text,
@@ -289,6 +292,7 @@ class Session:
         check_length(query.texts)
         if query.choices:
             check_choices(query.choices, "choices", "commas")
+            refuse_reasoning(self.model, "choices")
         refuse_control_tokens([("question", query.texts)], self.model)
 
     def _prompt(self, query: Query, refine: int | None = None, text: str | None = None) -> tuple[VideoPrefix, Ids]:
@@ -380,7 +384,8 @@ def open_bundle(
     load_s = time.perf_counter() - start
     full_tokens = manifest["tokens"]["full_tokens"]
     kept = request.bundle.with_name(request.bundle.name + SUFFIX) if request.save_prefix else None
-    notes = (*limits, *model.notes, *loaded.notes)
+    reasons = (NOTE,) if opens_reasoning(model) else ()
+    notes = (*limits, *model.notes, *reasons, *loaded.notes)
     return Session(model, loaded.tokens, full_tokens, text_after, load_s, notes, prefix_file=kept)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.ending import ENDS_INSIDE
+from freres_cli.video.ending import DAMAGED, ENDS_INSIDE, SKIPPED
 from freres_cli.video.oddities import OddFrames
 from freres_cli.video.opening import iterate_frames, open_video, video_stream
 from freres_cli.video.packets import PacketTable, read_packet_table
@@ -392,8 +392,8 @@ class Decoder:
         if tally.num_restamped:
             yield f"timestamps run backwards or are missing; frames timed by their order: {tally.num_restamped}"
         if tally.num_failed:
-            yield f"packets skipped because they cannot be decoded: {tally.num_failed}"
+            yield f"{SKIPPED}: {tally.num_failed}"
         if tally.num_damaged:
-            yield f"damaged frames: {tally.num_damaged}"
+            yield f"{DAMAGED}: {tally.num_damaged}"
         if lost > 0:
             yield f"{lost:.2f} s of video are lost"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 ENDS_INSIDE = "the file ends inside a packet: it was longer, and does not say by how much"
+SKIPPED = "packets skipped because they cannot be decoded"
+DAMAGED = "damaged frames"
 LOOK_BYTES = 1 << 16  # an Ogg page has at most 65,307 bytes
 TS_SYNC, TS_SIZES, TS_RUN = 0x47, (188, 192, 204), 5
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -97,3 +100,8 @@ def _ends_inside_fragment(path: str, num_bytes: int) -> bool:
             if at > num_bytes:
                 return has_fragments and kind in (b"moof", b"mdat")
     return False
+
+
+def tells_damage(notes: Iterable[str]) -> bool:
+    """Whether the notes on a decoded video name damage that --strict would refuse."""
+    return any(note.startswith((ENDS_INSIDE, SKIPPED, DAMAGED)) for note in notes)

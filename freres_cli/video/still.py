@@ -40,6 +40,10 @@ def _is_close(a: np.ndarray, b: np.ndarray, bound: int) -> bool:
 
 def read_planes(frame: av.VideoFrame) -> tuple[list[np.ndarray], int]:
     """Return the visible samples of each plane of a frame as views, (rows, samples), and the bits of a sample."""
+    if frame.format.name == "pal8" or any(plane.line_size <= 0 for plane in frame.planes):
+        frame = frame.reformat(
+            format="rgb24"
+        )  # a palette is no plane of samples, and bottom-up rows lie before their start
     components = frame.format.components
     bits = max(component.bits for component in components)
     dtype = np.dtype(np.uint8 if bits <= BITS_OF_LEVELS else "<u2")
@@ -48,7 +52,7 @@ def read_planes(frame: av.VideoFrame) -> tuple[list[np.ndarray], int]:
         # Rows are padded; what the padding holds means nothing.
         num_bytes = plane.width * sum((c.bits + 7) // 8 for c in components if c.plane == index)
         if len(frame.planes) == 1:
-            num_bytes = plane.width * frame.format.padded_bits_per_pixel // 8
+            num_bytes = -(-plane.width * frame.format.padded_bits_per_pixel // 8)
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height]
         planes.append(rows[:, : min(num_bytes, plane.line_size)].view(dtype))
     return planes, bits

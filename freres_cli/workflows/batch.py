@@ -81,7 +81,8 @@ def run_batch(
 def _start(request: BatchRequest) -> Generator[tuple[int, BatchRow]]:
     if request.engine == RAY:
         return run_on_ray(request.jobs, request.setup, request.num_actors, request.address)
-    num_gpus = 0 if request.setup.device == "cpu" else torch.cuda.device_count()
+    device = request.setup.device or ""
+    num_gpus = 0 if device == "cpu" else 1 if ":" in device else torch.cuda.device_count()
     num_actors = min(request.num_actors or num_gpus or 1, len(request.jobs))
     # Threads of several workers that wait for the same cores cost more than they gain.
     num_threads = None if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // num_actors)

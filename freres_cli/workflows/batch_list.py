@@ -22,7 +22,7 @@ from freres_cli.video.listing import (
     read_lines,
     refuse_same_outputs,
 )
-from freres_cli.workflows.batch_store import Store, as_place, fixed_part, has_wildcard, is_url, join_url
+from freres_cli.workflows.batch_store import Store, as_place, fixed_part, has_wildcard, is_url, join_url, short_name
 from freres_cli.workflows.batch_worker import Job
 
 ROWS_SUFFIX = ".jsonl"
@@ -116,7 +116,10 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
         if not found:
             raise UsageError(f"{argument}: no file fits the pattern", "put the pattern in quotes, and check its folder")
         for path in found:
-            yield Listed(path, Path(path).relative_to(fixed_part(argument)), path)
+            if _is_list(path, (ROWS_SUFFIX, LIST_SUFFIX)):
+                yield from _read_list(path)
+            else:
+                yield Listed(path, Path(path).relative_to(fixed_part(argument)), path)
     else:
         for video, name in expand(Path(argument), notes):
             yield Listed(str(video), name, str(video))
@@ -130,11 +133,15 @@ def _is_list(argument: str, suffixes: str | tuple[str, ...]) -> bool:
 
 def _expand_url(url: str, notes: list[str]) -> Iterator[Listed]:
     store = Store(url)
-    if not has_wildcard(url) and not store.is_folder():
-        yield Listed(url, Path(PurePosixPath(store.path).name), url)  # the worker says what is wrong with it
+    # A name that holds a bracket is a name if there is such a file.
+    is_pattern = has_wildcard(url) and not store.exists()
+    if not is_pattern and not store.is_folder():
+        yield Listed(url, Path(short_name(url)), url)  # the worker says what is wrong with it
         return
     files = store.find()
-    if not has_wildcard(url):
+    if is_pattern and not files:
+        raise UsageError(f"{url}: no file fits the pattern", "check the pattern and its folder")
+    if not is_pattern:
         kept = [found for found in files if found[1].suffix.lower() in VIDEO_SUFFIXES]
         if len(kept) < len(files):
             notes.append(f"{url}: skipped {count_of(len(files) - len(kept), 'file')} without a video suffix")
@@ -150,7 +157,7 @@ def _read_list(argument: str) -> Iterator[Listed]:
         place = f"{argument}:{number}"
         row = _read_row(line, place) if _is_list(argument, ROWS_SUFFIX) else {"video": line}
         video = _beside(argument, as_place(row.pop("video")))
-        file = Path(PurePosixPath(video.partition("::")[0] if is_url(video) else video).name)
+        file = Path(short_name(video) if is_url(video) else PurePosixPath(video).name)
         if file.name in ("", ".."):
             raise UsageError(f"{place}: {video}: expected a video file, got a folder", "name a file")
         yield Listed(video, file, f"{place}: {video}", name=row.pop("name", None), changes=row)

@@ -39,7 +39,7 @@ def _serve(connection: Connection, setup: WorkerSetup, rank: int, scratch: str) 
     if setup.num_threads is not None:
         torch.set_num_threads(setup.num_threads)
     if torch.cuda.device_count() > 1:
-        os.environ.setdefault("LOCAL_RANK", str(rank % torch.cuda.device_count()))
+        os.environ["LOCAL_RANK"] = str(rank % torch.cuda.device_count())  # not the one of whoever started the batch
     worker = VideoWorker(setup, Path(scratch))
     connection.send(READY)
     with contextlib.suppress(EOFError):

@@ -122,4 +122,6 @@ def _share_gpus(ray: Any, setup: WorkerSetup, num_actors: int | None, num_jobs: 
     if wanted > resources.get("CPU", 0.0):
         cpus = f"{resources.get('CPU', 0.0):g}"
         raise ResourceError(f"--actors {wanted}: the cluster has {cpus} CPUs: expected at most one actor a CPU")
-    return wanted, min(1.0, gpus / wanted)
+    # Ray gives a share below 1 from one GPU only, in steps of 1e-4: rounded up, the last actors would wait for ever.
+    a_gpu = math.ceil(wanted / gpus) if gpus >= 1 else 0
+    return wanted, math.floor(1e4 / a_gpu) / 1e4 if a_gpu else min(1.0, gpus / wanted)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +15,9 @@ from freres_cli.errors import ResourceError, UsageError, VideoError
 
 # s3://bucket/key, memory://file, or a chain such as zip://clip.mp4::s3://bucket/clips.zip
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)(://|::)", re.IGNORECASE)
+_WEB = re.compile("https?://", re.IGNORECASE)
 _LOCAL = "file://"
+MOST_NAME_BYTES, SUFFIX_CHARACTERS = 200, 16
 PART_SUFFIX = ".part"
 
 
@@ -26,6 +29,14 @@ def is_url(text: str) -> bool:
 def as_place(text: str) -> str:
     """Return a place as batch has it: a URL, or a path; ``file://`` names a path."""
     return text.removeprefix(_LOCAL)
+
+
+def is_among(place: str, others: Iterable[str]) -> bool:
+    """Whether a path or URL is one of others."""
+    if is_url(place):
+        return place in map(as_place, others)
+    paths = [own for own in map(as_place, others) if os.path.exists(own)]  # noqa: PTH110 (it takes any text)
+    return Path(place).exists() and any(Path(place).samefile(own) for own in paths)
 
 
 def join_url(folder: str, name: str) -> str:
@@ -58,9 +69,12 @@ class Store:
         return (path if path.startswith(start) else start + path) + chain
 
     def exists(self) -> bool:
-        """Return whether there is a file. Raises ``UsageError``."""
+        """Return whether there is a file. Raises ``UsageError`` if the store does not say."""
         with _failures_as(UsageError, self.url, "cannot be read"):
-            return bool(self.files.isfile(self.path))
+            try:  # ``isfile`` takes any failure, such as missing rights, for no file
+                return _is_file(self.files.info(self.path))
+            except FileNotFoundError:
+                return False
 
     def is_folder(self) -> bool:
         """Return whether there is a folder. Raises ``UsageError``."""
@@ -86,7 +100,7 @@ class Store:
     def fetch(self, folder: Path) -> Path:
         """Copy the file into a local folder, and return its path there. Raises ``VideoError``, or ``ResourceError`` for a
         full disk."""
-        target = folder / PurePosixPath(self.path).name
+        target = folder / short_name(self.url)
         with _failures_as(VideoError, self.url, "cannot be fetched"):
             self.files.get_file(self.path, str(target))
         return target
@@ -105,6 +119,17 @@ class Store:
                 with contextlib.suppress(Exception):
                     self.files.rm_file(part)
                 raise
+
+
+def short_name(url: str) -> str:
+    """Return the last part of a URL as the name of a local file: without a query, which may hold a signature, and no longer
+    than systems allow."""
+    head = url.partition("::")[0]
+    name = PurePosixPath(head.partition("?")[0] if _WEB.match(head) else head).name
+    if len(name.encode()) > MOST_NAME_BYTES:
+        suffix = PurePosixPath(name).suffix[:SUFFIX_CHARACTERS]
+        name = name.encode()[: MOST_NAME_BYTES - len(suffix.encode())].decode(errors="ignore") + suffix
+    return name
 
 
 def has_wildcard(path: str) -> bool:

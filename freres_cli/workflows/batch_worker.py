@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from freres_cli.errors import ExitStatus, FreresError, ResourceError
+from freres_cli.errors import ExitStatus, FreresError, ResourceError, as_freres_error
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.planning import CompressOptions
@@ -115,14 +115,11 @@ class VideoWorker:
             row = self._run(job, bundle)
         except _FatalError as fatal:
             row = BatchRow(job.video, bundle, "failed", error=fatal.error, is_fatal=True)
-        except FreresError as error:
-            row = BatchRow(job.video, bundle, "failed", error=error)
         except MemoryError:
             hint = "lower its budget or grid, or use fewer --actors"
             row = BatchRow(job.video, bundle, "failed", error=ResourceError(f"{job.video}: not enough memory", hint))
         except Exception as error:  # a bug that one video shows must not end the run for all others
-            what = f"{job.video}: unexpected: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            row = BatchRow(job.video, bundle, "failed", error=FreresError(what, "this is a bug in freres"))
+            row = BatchRow(job.video, bundle, "failed", error=as_freres_error(error, job.video))
         return replace(row, total_s=time.perf_counter() - start)
 
     def _run(self, job: Job, bundle: str) -> BatchRow:
@@ -168,7 +165,7 @@ class VideoWorker:
         store = Store(self._setup.bundle_of(job))
         local = folder / (job.name + SUFFIX)
         local.parent.mkdir(parents=True)
-        if store.exists():
+        if not self._setup.force and store.exists():
             shutil.move(store.fetch(folder), local)
         row = self._compress(compressor, video, job, folder)
         if row.status == "done":

@@ -23,7 +23,7 @@ from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.session import Query, Session, refuse_control_tokens
 from freres_cli.records import VideoTokens
-from freres_cli.workflows.evaluate import Modules, describe_failure, load_all_modules
+from freres_cli.workflows.evaluate import Modules, failure_of, load_all_modules
 from freres_cli.workflows.fidelity import rebuild_clip, rebuild_tokens
 from freres_cli.world.make import is_world_clip
 
@@ -64,7 +64,7 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
 
     A method that fails is a row that says why. ``models``: a model that is already loaded. Raises ``UsageError`` for a
     method that needs a question where there is none, ``VideoError`` for a video that cannot be read, and
-    ``FreresError`` if every method fails.
+    the error of the first method if every one fails.
     """
     for cell in request.cells:
         if not (METHODS[cell.method].is_question_blind or request.queries):
@@ -83,9 +83,14 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
     with memory_errors_as(f"video {request.video}", "compare a shorter part, or use a smaller --dtype"):
         clip = EncodedClip(VideoSource(request.video), request.options, encoder, timer)
         energy = measure_energy(clip.latents, encoder.width)
-    rows = [_try_cell(cell, clip, energy, request, models, modules.get(cell.adapter), timer) for cell in request.cells]
-    if all(row["status"] == "failed" for row in rows):
-        raise FreresError(f"{request.video}: every method failed: {rows[0]['message']}", "try a smaller budget")
+    failures: list[FreresError] = []
+    rows = [
+        _try_cell(cell, clip, energy, request, models, modules.get(cell.adapter), timer, failures)
+        for cell in request.cells
+    ]
+    if len(failures) == len(rows):
+        first = failures[0]
+        raise type(first)(f"{request.video}: every method failed: {first.message}", first.hint)
     return CompareResult(
         rows,
         clip.num_frames,
@@ -106,8 +111,10 @@ def _try_cell(
     models: Models,
     modules: AnyModules | None,
     timer: StageTimer,
+    failures: list[FreresError],
 ) -> dict[str, Any]:
-    """Return the row of one method at one budget; if it fails, with the reason and what was known by then."""
+    """Return the row of one method at one budget; if it fails, with the reason, which ``failures`` gets as well, and what
+    was known by then."""
     budget_tokens = {"full": clip.full_tokens, "blind": 0}.get(cell.method, 0)
     if cell.budget is not None:
         budget_tokens = cell.budget.tokens(clip.full_tokens)
@@ -140,7 +147,8 @@ def _try_cell(
                 row |= _ask(session, request)
                 row["compress_s"] += session.refine_s
     except Exception as error:
-        row |= {"status": "failed", "message": describe_failure(error, cell.name)}
+        failures.append(failure_of(error, cell.name))
+        row |= {"status": "failed", "message": failures[-1].message}
     return row
 
 

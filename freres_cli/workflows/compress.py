@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 
 from freres_cli.bundle.store import read_bundle, write_bundle
-from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, UsageError
+from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, UsageError, as_freres_error
 from freres_cli.files import check_destination, make_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
@@ -154,11 +154,11 @@ def compress_many(
         output = folder / name.with_name(name.name + SUFFIX)
         try:
             row = _compress_one(compressor, video, output, force, tell)
-        except FreresError as error:
+        except Exception as error:
             # Without a model, every other video would fail for the same reason.
             if isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder:
                 raise
-            row = Row(video, output, "failed", error=error)
+            row = Row(video, output, "failed", error=as_freres_error(error, str(video)))
         rows.append(row)
         if on_row is not None:
             on_row(row)

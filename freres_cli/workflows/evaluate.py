@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +15,9 @@ from freres_cli.backbones.base import LanguageModel
 from freres_cli.baselines.registry import METHODS
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import AS_COMPUTED, memory_errors_as
-from freres_cli.errors import FreresError, VideoError
+from freres_cli.errors import FreresError, VideoError, as_freres_error
 from freres_cli.evaluation.cells import Cell
-from freres_cli.evaluation.questions import Question, QuestionFile
+from freres_cli.evaluation.questions import Question, QuestionFile, check_length
 from freres_cli.evaluation.results import REMEDY, ResultsFile
 from freres_cli.evaluation.scores import summarize
 from freres_cli.pipeline.adapters import AnyModules, load_modules_for
@@ -28,6 +27,7 @@ from freres_cli.pipeline.method_session import check_methods, make_method_sessio
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.reasoning import refuse_reasoning
 from freres_cli.pipeline.session import Session, refuse_control_tokens
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
@@ -83,35 +83,34 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
 
     A video that cannot be used becomes a failed row, and its questions count for no method. A method that fails on a
     video at a budget loses that video in that row of the results only. ``progress``: called with the number of videos
-    done and the number of all videos. ``models``: a model that is already loaded. Raises ``VideoError`` if no video could
-    be used, and ``UsageError`` for a question that holds a control token of the model or a file that cannot be
-    written, and ``BackboneError`` for a method that cannot prune its decoder.
+    done and the number of all videos. ``models``: a model that is already loaded. Raises the error of the first video
+    if none could be used, and ``UsageError`` for a question that holds a control token of the model or a file that cannot be
+    written, and ``BackboneError`` for a method that cannot prune its decoder or a model that reasons first.
     """
     request.files.check(request.force, (request.questions.path, request.output))
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
+    for where, texts in request.questions.places():
+        check_length(texts, where)
     refuse_control_tokens(request.questions.places(), model)
+    refuse_reasoning(model, "eval")
     check_methods((cell.method for cell in request.cells), model)
     modules = load_all_modules(request.cells, request.options, model)
     run = describe_run(request, model)
     results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
     num_resumed = 0
+    failures: list[FreresError] = []
     for done, (name, questions) in enumerate(videos.items()):
         if progress is not None:
             progress(done, len(videos))
         if _is_done(results.rows.get(name), questions, len(request.cells)):
             num_resumed += 1
             continue
-        results.append(evaluate_video(request, name, questions, models, modules))
+        results.append(evaluate_video(request, name, questions, models, modules, failures))
     rows = [results.rows[name] for name in videos]
     if all(row["status"] == "failed" for row in rows):
-        raise VideoError(
-            f"{request.questions.path}: none of {len(rows)} videos could be used: {rows[0]['message']}",
-            "paths of videos are relative to the questions file"
-            if request.questions.protocol is None
-            else "compare the folder with freres-benchmarks(7)",
-        )
+        raise _explain_none(request.questions, rows, failures[0])
     summary = summarize(request.questions, rows, request.cells)
     request.files.write(summary, request.force)
     # This opens every file again, so it is done only for the bundled model.
@@ -124,6 +123,19 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     return EvalResult(
         summary, run, model.dtype, model.storage.describe(model.dtype), num_resumed, tuple(dict.fromkeys(notes))
     )
+
+
+def _explain_none(questions: QuestionFile, rows: Sequence[Mapping[str, Any]], first: FreresError) -> FreresError:
+    """The error of a run in which no video could be used: that of the first of them."""
+    hint = first.hint
+    if isinstance(first, VideoError):
+        is_own = questions.protocol is None
+        hint = (
+            "paths of videos are relative to the questions file"
+            if is_own
+            else "see freres-benchmarks(7) for its layout"
+        )
+    return type(first)(f"{questions.path}: none of {len(rows)} videos could be used: {rows[0]['message']}", hint)
 
 
 def load_all_modules(cells: Sequence[Cell], options: CompressOptions, model: LanguageModel) -> Modules:
@@ -165,11 +177,13 @@ def evaluate_video(
     questions: Sequence[Question],
     models: Models,
     modules: Modules,
+    failures: list[FreresError],
 ) -> dict[str, Any]:
     """Return the row of one video. It is encoded once, and prefilled once for each method and budget.
 
     ``request``: what the run asks for. ``name``: the video's name in the questions file. ``questions``: the questions
-    about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path.
+    about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path. ``failures``: gets
+    what goes wrong.
     """
     first = questions[0]
     video, model = first.video, models.language_model
@@ -184,35 +198,39 @@ def evaluate_video(
             clip = EncodedClip(VideoSource(video), options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
-                _try_cell(cell, lambda cell: ask_cell(cell, clip, request, questions, model, modules, timer))
+                _try_cell(cell, lambda cell: ask_cell(cell, clip, request, questions, model, modules, timer), failures)
                 for cell in request.cells
             ]
     except FreresError as error:
+        failures.append(error)
         return {"video": name, "status": "failed", "message": error.message}
     if all(part["status"] == "failed" for part in row["cells"]):
         return {"video": name, "status": "failed", "message": row["cells"][0]["message"]}
     return row | {"decode_s": timer.seconds["decode"], "encode_s": timer.seconds["encode"]}
 
 
-def _try_cell(cell: Cell, ask: Callable[[Cell], dict[str, Any]]) -> dict[str, Any]:
+def _try_cell(cell: Cell, ask: Callable[[Cell], dict[str, Any]], failures: list[FreresError]) -> dict[str, Any]:
     """Return what ``ask`` returns of a cell, or why it failed: one method must not lose the answers of the others."""
     try:
         with memory_errors_as(cell.name, "use a smaller --dtype, or leave it out"):
             return ask(cell)
     except Exception as error:
-        budget = None if cell.budget is None else cell.budget.number
-        message = describe_failure(error, cell.name)
-        return {"method": cell.method, "budget": budget, "status": "failed", "message": message, "answers": {}}
+        failures.append(failure_of(error, cell.name))
+        return {
+            "method": cell.method,
+            "budget": None if cell.budget is None else cell.budget.number,
+            "status": "failed",
+            "message": failures[-1].message,
+            "answers": {},
+        }
 
 
-def describe_failure(error: Exception, name: str) -> str:
-    """Return why a method failed on a video, in a line. ``name``: the method and its budget. FRERES_DEBUG=1 lets an
-    unexpected error through, with its traceback."""
+def failure_of(error: Exception, name: str) -> FreresError:
+    """Return why a method failed on a video, as an error with one line. ``name``: the method and its budget."""
     if isinstance(error, FreresError):
-        return error.message if error.message.startswith(name) else f"{name}: {error.message}"
-    if os.environ.get("FRERES_DEBUG") == "1":
-        raise error
-    return f"{name}: unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+        is_named = error.message.startswith(name)
+        return error if is_named else type(error)(f"{name}: {error.message}", error.hint)
+    return as_freres_error(error, name)
 
 
 def ask_cell(

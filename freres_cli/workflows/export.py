@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.devices import Device
+from freres_cli.errors import UsageError
 from freres_cli.files import check_destination, write_atomically
 from freres_cli.pipeline.models import Models, find_model
 from freres_cli.pipeline.placing import place_bundle, split_chat
@@ -61,6 +62,8 @@ def export_bundle(request: ExportRequest) -> ExportResult:
     """Write what another runtime takes. Raises ``BundleError`` for a bad bundle, ``BackboneError`` for a model that is not
     the bundle's or whose family the target cannot take, ``UsageError`` for a file that cannot be written."""
     check_destination(request.output, request.force)
+    if request.output.exists() and request.output.samefile(request.bundle):
+        raise UsageError(f"{request.output}: is the bundle itself", "name another file with -o")
     bundle = read_bundle(request.bundle)
     made = TARGETS[request.target](bundle, request)
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}

@@ -14,7 +14,7 @@ from freres_cli.backbones.checkpoint import config_dtype
 from freres_cli.backbones.engine import choose_chunk
 from freres_cli.backbones.quantized_weights import describe_weights
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, measure_decoder, measure_tower
-from freres_cli.baselines.registry import ADAPTIVE
+from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.devices import Storage, choose_dtype, memory_errors_as, synchronize
 from freres_cli.pipeline.costs import (
     CUDA_CONTEXT_BYTES,
@@ -183,6 +183,9 @@ class Planner:
             return cost.peak_bytes + cost.base_bytes <= device_bytes
 
         low, high = 0, self.cost().plan.full_tokens
+        if not METHODS[self.options.method].has_budget:
+            whole = self.cost()
+            return high if whole.peak_bytes + whole.base_bytes <= device_bytes else None
         if fits(high):
             return high
         while high - low > max(1, low // 1000):

@@ -33,6 +33,7 @@ from freres_cli.pipeline.adapters import AnyModules
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.prompt_text import settle_tokens
+from freres_cli.pipeline.reasoning import refuse_reasoning
 from freres_cli.pipeline.session import refuse_control_tokens
 from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.training.state import put_back, read_state, save_state
@@ -129,6 +130,7 @@ def train_adapter(
     for note in model.notes:
         log(note)
     refuse_control_tokens(request.data.places(), model)
+    refuse_reasoning(model, "train")
     videos = list(request.data.by_video().values())
     data = workers.first_then_all(
         lambda: prepare_data(videos, recipe.budgets, options, models, request.cache, progress)
