@@ -51,14 +51,16 @@ class Checkpoint:
         if index.is_file():
             return self._read_index(index)
         if self.is_remote:
-            self.fetch_files([SINGLE_FILE])
+            self.fetch_files([SINGLE_FILE], are_needed=False)
         if single.is_file():
             with open_safetensors(single) as file:
                 return dict.fromkeys(file.keys(), single)
         if any(next(self.directory.glob(pattern), None) for pattern in _PICKLES):
             hint = "convert the weights to safetensors; pickle files can run code and are never read"
             raise BackboneError(f"{self.model_id}: only pickled weights: expected model.safetensors", hint)
-        raise BackboneError(f"{self.model_id}: no weights: expected model.safetensors in {self.directory}")
+        where = "or its index on the hub, or in the local cache" if self.is_remote else f"in {self.directory}"
+        advice = "pickled weights are never read; convert them to safetensors" if self.is_remote else None
+        raise BackboneError(f"{self.model_id}: no weights: expected model.safetensors {where}", advice)
 
     def _read_index(self, index: Path) -> dict[str, Path]:
         weight_map = _read_json(index).get("weight_map")
@@ -74,9 +76,16 @@ class Checkpoint:
     @property
     def weight_bytes(self) -> int:
         """Size of all weight files in bytes; for a hub model, according to its index."""
-        if self.is_remote and isinstance(size := self.read_json(INDEX_FILE).get("metadata", {}).get("total_size"), int):
-            return size
+        facts = self.read_json(INDEX_FILE).get("metadata")
+        if self.is_remote and isinstance(facts, dict) and isinstance(size := facts.get("total_size"), int | float):
+            return int(size)
         return sum(path.stat().st_size for path in set(self.files_by_key.values()) if path.is_file())
+
+    def read_processor(self) -> dict[str, Any]:
+        """The settings of the image processor: as transformers, those in ``processor_config.json`` before those in a file of
+        their own."""
+        nested = self.read_json("processor_config.json").get("image_processor")
+        return nested if isinstance(nested, dict) else self.read_json("preprocessor_config.json")
 
     def fetch_files(self, names: Iterable[str], *, are_needed: bool = True) -> None:
         """Download those of these files that are missing. Does nothing for a local folder.

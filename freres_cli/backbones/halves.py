@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, PretrainedConfig
 
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.hub import TOKENIZER_FILES
+from freres_cli.backbones.sizes import find_layer_kinds
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError
 
@@ -39,6 +42,20 @@ class FamilyFiles:
     @property
     def first_vision_prefixes(self) -> tuple[str, ...]:
         return next(iter(self.vision.values()))
+
+
+class LanguageHalf(nn.Module):
+    """A decoder and its head. ``lm_head`` is None if the head is tied to the embeddings."""
+
+    def __init__(self, decoder: Any, lm_head: nn.Linear | None) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.lm_head = lm_head
+
+    def tie_equal_head(self) -> None:
+        """Drop a head that holds the same numbers as the embeddings."""
+        if self.lm_head is not None and torch.equal(self.lm_head.weight, self.decoder.embed_tokens.weight):
+            self.lm_head = None
 
 
 class MatricesOnMeta(TorchFunctionMode):
@@ -78,10 +95,23 @@ def qwen_files(
 def read_config(checkpoint: Checkpoint, files: FamilyFiles) -> Any:
     """The checkpoint's config as the class from transformers. Raises BackboneError with a one-line message."""
     try:
-        return files.config_class.from_dict(checkpoint.config)
+        # transformers writes into what it is given, and the config's hash identifies the model.
+        return files.config_class.from_dict(copy.deepcopy(checkpoint.config))
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BackboneError(f"{checkpoint.model_id}: config.json is not a {files.title} config: {reason}") from error
+
+
+def check_decoder(checkpoint: Checkpoint, text_config: Any) -> None:
+    """Refuse decoders whose attention or storage is not that of the families here. ``text_config``: the decoder's. Raises
+    BackboneError."""
+    kinds = set(find_layer_kinds(text_config)) - {"full_attention", "linear_attention"}
+    if kinds or getattr(text_config, "use_sliding_window", False):
+        named = ", ".join(sorted(kinds)) or "sliding_attention"
+        raise BackboneError(f"{checkpoint.model_id}: layers of kind {named} are not supported", "see: freres models")
+    if any(".experts.0." in key for key in checkpoint.files_by_key):
+        hint = "load it with transformers 5 and save it again, which stores them together"
+        raise BackboneError(f"{checkpoint.model_id}: experts that are stored one by one are not supported", hint)
 
 
 def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:

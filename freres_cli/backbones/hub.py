@@ -14,6 +14,7 @@ INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # Small files that both halves read. Never *.bin, *.pt or *.py: pickles and code are never loaded.
 CONFIG_FILES = (
     "config.json",
+    "processor_config.json",
     "preprocessor_config.json",
     "generation_config.json",
     "chat_template.json",

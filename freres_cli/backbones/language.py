@@ -18,28 +18,25 @@ from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows
 from freres_cli.backbones.cache import CACHE_ARGUMENT
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
-from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config, read_tokenizer
+from freres_cli.backbones.halves import (
+    FamilyFiles,
+    LanguageHalf,
+    MatricesOnMeta,
+    check_decoder,
+    loading,
+    read_config,
+    read_tokenizer,
+)
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
-from freres_cli.backbones.sizes import find_head_width, find_layer_kinds
+from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_widest_row
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
 from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
 
-
-class LanguageHalf(nn.Module):
-    """A decoder and its head. ``lm_head`` is None if the head is tied to the embeddings."""
-
-    def __init__(self, decoder: Any, lm_head: nn.Linear | None) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.lm_head = lm_head
-
-
-# Written by ``freres world train`` next to the models it trains; released checkpoints do not have it.
-MODEL_INFO_FILE = "MODEL_INFO.json"
+MODEL_INFO_FILE = "MODEL_INFO.json"  # written by ``freres world train``; released checkpoints do not have it
 
 
 class DecoderLanguageModel(ABC):
@@ -102,20 +99,21 @@ class DecoderLanguageModel(ABC):
         and weights are kept.
         """
         config = read_config(checkpoint, cls.files)
-        if getattr(config.text_config, "use_sliding_window", False):
-            raise BackboneError(f"{checkpoint.model_id}: sliding-window attention is not supported")
+        check_decoder(checkpoint, config.text_config)
         stored = checkpoint.stored_dtype(cls.files.decoder)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
         attention, attention_note = fit_attention(device, chosen)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):
-            half, prefixes = cls.build_half(config, chosen)
+            is_tied = config.tie_word_embeddings and not checkpoint.keys_under(cls.files.head)[1]
+            half, prefixes = cls.build_half(config, chosen, is_tied)
             place = torch.device(device.name)
             # Weights to be quantized reach the device one by one, so that it need not hold all of them as they are stored.
             first = place if storage.weights is None else torch.device("cpu")
             load_submodule(checkpoint, half, prefixes, chosen, first, cls.files.transposed)
             weights_note = quantize_linears(half.decoder, storage.weights, place)
             half.to(place)
+            half.tie_equal_head()
         stop = checkpoint.read_json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
@@ -138,13 +136,16 @@ class DecoderLanguageModel(ABC):
         return cls(config, half.to("meta"), tokenizer, frozenset(), {}, storage=storage)
 
     @classmethod
-    def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
-        """A decoder and head without weights, and the prefixes under which each is stored."""
+    def build_half(
+        cls, config: Any, dtype: torch.dtype, is_tied: bool | None = None
+    ) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
+        """A decoder and head without weights, and the prefixes under which each is stored. ``is_tied``: whether the head is
+        the embeddings, if not as the config says."""
         text = config.text_config
         prefixes: dict[str, tuple[str, ...]] = {"decoder.": cls.files.decoder}
         with no_init_weights():
             decoder = AutoModel.from_config(text, dtype=dtype)
-            if config.tie_word_embeddings:
+            if config.tie_word_embeddings if is_tied is None else is_tied:
                 return LanguageHalf(decoder, None), prefixes
             head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, dtype=dtype)
         return LanguageHalf(decoder, head), prefixes | {"lm_head.": cls.files.head}
@@ -194,9 +195,8 @@ class DecoderLanguageModel(ABC):
 
     @property
     def activation_bytes_per_token(self) -> int:
-        """Bytes that the widest layer holds for one token of a forward pass: about three outputs, as in a gated MLP."""
-        linears = (module for module in self.decoder.modules() if isinstance(module, nn.Linear))
-        return 3 * max(linear.out_features for linear in linears) * self.dtype.itemsize
+        """Bytes that the widest layer holds for one token of a forward pass."""
+        return find_widest_row(self.decoder) * self.dtype.itemsize
 
     def prompt(self, question: str, system: str | None = None) -> PromptIds:
         """The chat prompt around one video and one question, from the tokenizer's template or else the family's own.

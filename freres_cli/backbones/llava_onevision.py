@@ -11,8 +11,8 @@ from transformers import LlavaOnevisionConfig
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from freres_cli.backbones.base import Piece, PromptRows, join_rows
-from freres_cli.backbones.halves import FamilyFiles
-from freres_cli.backbones.language import DecoderLanguageModel, LanguageHalf
+from freres_cli.backbones.halves import FamilyFiles, LanguageHalf
+from freres_cli.backbones.language import DecoderLanguageModel
 from freres_cli.backbones.square_vision import SquareVisionEncoder
 from freres_cli.backbones.vision import PixelRule
 from freres_cli.records import VideoTokens
@@ -66,8 +66,10 @@ class LlavaOnevisionLanguageModel(DecoderLanguageModel):
     num_axes = 1
 
     @classmethod
-    def build_half(cls, config: Any, dtype: torch.dtype) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
-        half, prefixes = super().build_half(config, dtype)
+    def build_half(
+        cls, config: Any, dtype: torch.dtype, is_tied: bool | None = None
+    ) -> tuple[LanguageHalf, dict[str, tuple[str, ...]]]:
+        half, prefixes = super().build_half(config, dtype, is_tied)
         half.register_parameter("image_newline", nn.Parameter(torch.empty(config.text_config.hidden_size, dtype=dtype)))
         return half, prefixes | {"image_newline": _NEWLINE}
 

@@ -19,7 +19,6 @@ from transformers.models.minicpmv4_7.modeling_minicpmv4_7 import MiniCPMV4_7Mode
 
 from freres_cli.backbones.attention import PACKED_FRAMES, use_attention
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows, join_rows
-from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.frame_runs import FrameRunLanguageModel, FrameTexts
 from freres_cli.backbones.halves import FamilyFiles
 from freres_cli.backbones.qwen_vision import fit_grid
@@ -47,10 +46,10 @@ FILES_4_7 = _files("minicpmv4_7", "MiniCPM-V 4.7", MiniCPMV4_7Config)
 class ScalePixelRule(PixelRule):
     """A rule whose ``max_pixels`` is the area that every frame is scaled to."""
 
-    def read(self, checkpoint: Checkpoint) -> PixelRule:
-        """The checkpoint's rule, with the area that its ``scale_resolution`` gives."""
-        side = checkpoint.read_json("preprocessor_config.json").get("scale_resolution")
-        rule = super().read(checkpoint)
+    def fill(self, stored: dict[str, Any]) -> PixelRule:
+        """See ``PixelRule``; the area is the one that ``scale_resolution`` gives."""
+        side = stored.get("scale_resolution")
+        rule = super().fill(stored)
         return replace(rule, max_pixels=side**2) if side else rule
 
 

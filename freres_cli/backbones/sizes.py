@@ -186,6 +186,15 @@ def find_layer_kinds(config: Any) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
+def find_widest_row(decoder: nn.Module) -> int:
+    """Numbers that the widest layer of a decoder holds for a row at once: three outputs, as a gated MLP does; or of the
+    experts that a row passes, about four of its width each, as transformers computes them together."""
+    linears = (module for module in decoder.modules() if isinstance(module, nn.Linear))
+    config: Any = decoder.config
+    experts = 4 * (getattr(config, "num_experts_per_tok", 0) or 0) * int(config.hidden_size)
+    return max(3 * max(linear.out_features for linear in linears), experts)
+
+
 def measure_decoder(model: LanguageModel) -> DecoderSizes:
     """The sizes of a language half, with or without weights."""
     decoder = model.decoder
@@ -204,7 +213,7 @@ def measure_decoder(model: LanguageModel) -> DecoderSizes:
         pair_flops=4 * heads_width * num_full,
         head_flops=2 * config.hidden_size * config.vocab_size,
         width=config.hidden_size,
-        inner=max(linear.out_features for linear in linears),
+        inner=-(-find_widest_row(decoder) // 3),
         heads_width=heads_width,
         kv_values=kv_layer * num_full,
         kv_layer_values=kv_layer if num_full else 0,

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.video_utils import VideoMetadata
 
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.smolvlm import in_words
+from freres_cli.backbones.templates import OPTIONS
 from freres_cli.backbones.vision import PixelRule
 from freres_cli.errors import BackboneError
 
@@ -44,6 +46,16 @@ PROCESSORS = {
     "minicpmv4_6": "minicpmv4_6.processing_minicpmv4_6:MiniCPMV4_6Processor",
     "minicpmv4_7": "minicpmv4_7.processing_minicpmv4_7:MiniCPMV4_7Processor",
 }
+
+
+def read_stock_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of the image processor as transformers itself finds them in the checkpoint's folder; none if it has no
+    such file."""
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(str(checkpoint.directory), local_files_only=True)
+    except (OSError, ValueError):
+        return {}
+    return dict(settings)
 
 
 def stock_pixels(family: str, frames: Tensor, rule: PixelRule, patch_px: int, merge: int) -> Tensor:
@@ -119,7 +131,7 @@ def _write_messages(module: Any, tokenizer: Any, family: str, question: str) -> 
     template = module.DEFAULT_CHAT_TEMPLATE if family == "smolvlm" else None
     return str(
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, chat_template=template
+            [{"role": "user", "content": content}], tokenize=False, chat_template=template, **OPTIONS
         )
     )
 

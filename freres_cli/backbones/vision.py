@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.base import EncoderIdentity
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
-from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, loading, read_config
+from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, check_decoder, loading, read_config
 from freres_cli.devices import Device, choose_dtype, fit_attention, memory_errors_as
 from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
@@ -25,7 +25,7 @@ _LEAST_TOKENS_PER_PASS = 64
 
 @dataclass(frozen=True)
 class PixelRule:
-    """How uint8 pixels are normalized, and how many pixels a frame may have, from ``preprocessor_config.json``."""
+    """How uint8 pixels are normalized, and how many pixels a frame may have, as the checkpoint's processor has it."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -35,7 +35,10 @@ class PixelRule:
 
     def read(self, checkpoint: Checkpoint) -> PixelRule:
         """The checkpoint's rule, with the values of this one for whatever its file does not give."""
-        stored = checkpoint.read_json("preprocessor_config.json")
+        return self.fill(checkpoint.read_processor())
+
+    def fill(self, stored: dict[str, Any]) -> PixelRule:
+        """This rule with the values that ``stored``, an image processor's settings, has of its own."""
         size = stored.get("size") or {}
         return PixelRule(
             tuple(stored.get("image_mean") or self.mean),
@@ -83,14 +86,19 @@ class FrameEncoder(ABC):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> Self:
-        """Read the vision half of a checkpoint, without reading other weights."""
+        """Read the vision half of a checkpoint, without reading other weights. Refuses a model whose other half is."""
         config = read_config(checkpoint, cls.files)
+        check_decoder(checkpoint, config.text_config)
         chosen, attention, notes = cls._choose_precision(checkpoint, device, dtype)
         with loading(checkpoint, "vision tower"):
             with no_init_weights():
                 tower = cls.build_tower(config, chosen)
             load_submodule(checkpoint, tower, cls.files.vision, chosen, torch.device(device.name))
         digests = fingerprint(checkpoint, cls.files.projector)
+        if not {"image_mean", "image_std"} <= checkpoint.read_processor().keys():
+            notes += (
+                "the model's files have no mean and deviation of pixels: those of its family's first release are used",
+            )
         return cls(tower, cls.default_rule.read(checkpoint), digests, notes, attention)
 
     @classmethod

@@ -204,7 +204,9 @@ def find_model(
                 "name that model's folder with --model",
             )
         name = folder
-    return ModelSource(name, device, revision or recorded["revision"], dtype, storage=storage)
+    # Another repository has other commits.
+    own = recorded["revision"] if name == recorded["model_id"] else None
+    return ModelSource(name, device, revision or own, dtype, storage=storage)
 
 
 def check_model(recorded: Mapping[str, Any], width: int, model: LanguageModel, name: str) -> None:

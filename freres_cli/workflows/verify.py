@@ -17,7 +17,12 @@ from freres_cli.backbones import engine
 from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.stock import StockClip, StockPath, load_stock_model
-from freres_cli.backbones.stock_processors import prompt_note, stock_pixels, stock_prompt_ids
+from freres_cli.backbones.stock_processors import (
+    prompt_note,
+    read_stock_settings,
+    stock_pixels,
+    stock_prompt_ids,
+)
 from freres_cli.baselines.full import gather_tokens
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError
@@ -150,7 +155,8 @@ def run_stock(models: Models, frames: Tensor, size: FrameSize, keep: Tensor) -> 
     sizes: Any = models.weightless_encoder
     checkpoint, family = models.checkpoint, models.checkpoint.model_type
     patch_px, side_patches = getattr(sizes, "patch_px", 0), getattr(sizes, "merge", 1)
-    pixels = stock_pixels(family, frames, sizes.pixel_rule, patch_px, side_patches)
+    rule = sizes.default_rule.fill(read_stock_settings(checkpoint))
+    pixels = stock_pixels(family, frames, rule, patch_px, side_patches)
     counter: Any = models.prompt_counter
     grid, reason, ids = (len(frames), size.grid_h, size.grid_w), None, None
     try:
