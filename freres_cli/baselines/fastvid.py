@@ -33,9 +33,9 @@ def prune_segments(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, w
     tokens 40 % are context tokens: the centres of DPC-kNN in every fourth frame, at most all of these frames' tokens.
     Salient are the tokens of largest norm among the others, spread evenly over the frames. Every other token joins the
     context token with which its cosine is highest. One that n tokens joined keeps max(1 / (n + 1), 0.6) of its own, the
-    rest is their mean. Tokens stay at their own places; boxes are set. Decisions are over the first D channels. Time
-    is quadratic in a frame, and in a segment's tokens times its context tokens. ``frame_seconds``: (T,) float64.
-    ``width``: D. Raises ``ValueError`` if the budget is below one.
+    rest is their mean. Tokens stay at their own places; boxes are set. Decisions are over the first D channels. Time is
+    quadratic in a frame, and in a segment's tokens times its context tokens. ``frame_seconds``: (T,) float64. ``width``:
+    D. Raises ``ValueError`` if the budget is below one.
     """
     num_frames, grid_h, grid_w, _ = latents.shape
     per_frame = grid_h * grid_w

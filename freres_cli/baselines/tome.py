@@ -25,13 +25,14 @@ NUM_PARTS = 8  # of the tokens that are compared with those before them: what co
 def merge_similar_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
     """Return min(B, T*H*W) means of tokens of ``latents`` (T, H, W, C), at the mean positions of what they hold.
 
-    B is ``budget_tokens``. In a round, groups of frames form pairs, at first single frames: (0, 1), (2, 3) and so on. In the
-    first round each token of the later frame is linked to the most similar token of the earlier one, by the cosine over the
-    first D channels; in later rounds each token to the most similar one before it in its pair of groups, by that of their
-    means. So like tokens that a round leaves are still linked in the next. The most similar links are merged, those that
-    form a chain into one token, into means weighted by the tokens that they hold, and each pair is one group in the next
-    round. Every round reduces the clip by the same ratio, so that B is met when one group is left, but by no more than half
-    of its tokens, and where that is not enough that group has more rounds. Ties go to the first in sequence.
+    B is ``budget_tokens``. In a round, groups of frames form pairs, at first single frames: (0, 1), (2, 3) and so on. In
+    the first round each token of the later frame is linked to the most similar token of the earlier one, by the cosine
+    over the first D channels; in later rounds each token to the most similar one before it in its pair of groups, by that
+    of their means. So like tokens that a round leaves are still linked in the next. The most similar links are merged,
+    those that form a chain into one token, into means weighted by the tokens that they hold, and each pair is one group
+    in the next round. Every round reduces the clip by the same ratio, so that B is met when one group is left, but by no
+    more than half of its tokens, and where that is not enough that group has more rounds. Ties go to the first in
+    sequence.
 
     Time grows with T times the square of H*W, and in the last rounds with the square of B. Memory beyond the latents grows
     with B. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
