@@ -23,7 +23,7 @@ from tests.test_change_baselines import drifting_clip, kept_indices
 NAMES = ["framefusion", "sttm", "prunevid", "flashvid-div", "aot-norm", "todre"]
 NAMES += ["fastvid-norm", "visionzip-norm", "holitom-norm", "prumerge-norm"]
 # Those whose tokens stay at cells of the grid.
-AT_CELLS = ["framefusion", "flashvid-div", "aot-norm", "todre", "fastvid-norm", "visionzip-norm", "prumerge-norm"]
+AT_CELLS = ["framefusion", "flashvid-div", "todre", "fastvid-norm", "visionzip-norm", "prumerge-norm"]
 
 
 def compress(name, latents, budget, width=None):

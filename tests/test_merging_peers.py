@@ -13,10 +13,10 @@ from freres_cli.baselines.apet import choose_basis, measure_error, merge_into_un
 from freres_cli.baselines.fourier import crop_frequencies, make_crop
 from freres_cli.baselines.fourier_raw import crop_raw_frequencies
 from freres_cli.baselines.tome import merge_similar_tokens, place_groups
-from tests.test_change_baselines import one_minus_cosine
+from tests.test_change_baselines import kept_indices, one_minus_cosine
 
 D = 6
-MERGING = [merge_similar_tokens, merge_into_unusual_tokens]
+MERGING = [merge_similar_tokens]
 
 
 def random_clip(*grid, channels=D, seed=0):
@@ -175,17 +175,33 @@ def test_the_error_of_apet_is_what_least_squares_leaves():
     assert float(measure_error(torch.cat([tokens, 3 * tokens[basis[:1]] - tokens[basis[1:2]]]), basis)[-1]) < 1e-3
 
 
-def test_apet_keeps_the_largest_errors_and_merges_each_other_token_into_the_most_similar_of_them():
+def test_apet_keeps_seeds_and_the_largest_errors_and_merges_the_others_into_the_most_similar_of_these():
     latents, seconds = random_clip(4, 3, 4, channels=16)
     flat = latents.flatten(0, 2)
-    error = measure_error(flat, choose_basis(flat))
-    for budget in (2, 9, 30):
-        kept = sorted(range(48), key=lambda i: -float(error[i]))[:budget]
+    basis = choose_basis(flat)
+    error = measure_error(flat, basis)
+    for budget, num_seeds in ((2, 0), (9, 2), (33, 10)):
+        seeds = basis[:num_seeds].tolist()
+        others = [i for i in range(48) if i not in seeds]
+        kept = sorted(others, key=lambda i: -float(error[i]))[: budget - num_seeds]
         groups = {i: [i] for i in kept}
-        for i in range(48):
+        for i in others:
             if i not in groups:
                 groups[min(kept, key=lambda j: one_minus_cosine(flat[i], flat[j]))].append(i)
-        means = torch.stack([flat[own].mean(0) for own in groups.values()])
-        rows = merge_into_unusual_tokens(latents, seconds, budget, 16).latents
-        apart = torch.cdist(rows.double(), means.double())
-        assert float(apart.min(0).values.max()) < 1e-5 and float(apart.min(1).values.max()) < 1e-5
+        groups |= {i: [i] for i in seeds}
+        tokens = merge_into_unusual_tokens(latents, seconds, budget, 16)
+        assert kept_indices(tokens) == sorted(groups)
+        means = torch.stack([flat[groups[i]].mean(0) for i in sorted(groups)])
+        torch.testing.assert_close(tokens.latents, means, atol=1e-5, rtol=0)
+
+
+def test_apet_loses_nothing_that_is_there_once():
+    """Things unlike all else are the basis itself; they have no error, and are kept all the same."""
+    generator = torch.Generator().manual_seed(0)
+    latents = (torch.randn(64, generator=generator) + 0.01 * torch.randn(12, 6, 6, 64, generator=generator)).clone()
+    things = torch.randn(6, 64, generator=generator)
+    for place, thing in enumerate(things):
+        latents[2 * place, place, place] = thing
+    tokens = merge_into_unusual_tokens(latents, torch.arange(12.0).double(), 43, 64)
+    units = torch.nn.functional.normalize(tokens.latents, dim=1)
+    assert float((torch.nn.functional.normalize(things, dim=1) @ units.T).amax(1).min()) > 0.999

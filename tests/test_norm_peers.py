@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from freres_cli.baselines.aot import absorb, count_anchors, find_plan, pick_anchors
+from freres_cli.baselines.aot import absorb, find_plan, lay_out, pick_anchors, share_out
 from freres_cli.baselines.clustering import cut_by_similarity
 from freres_cli.baselines.fastvid import keep_own_share
 from freres_cli.baselines.flashvid import find_trees, pick_far_apart
@@ -183,15 +183,48 @@ def test_aot_anchors_are_large_and_in_every_window():
     norms[:16] += 1
     anchors = pick_anchors(norms, 8, 32)
     assert len(anchors.unique()) == 32 and set(range(16)) <= set(anchors.tolist())
-    windows = anchors // 16 * 4 + anchors % 8 // 2
-    assert torch.bincount(windows, minlength=16)[4:].min() >= 1
-    assert [count_anchors(196, share) for share in (0.1, 0.2, 0.5)] == [126, 196, 196]
+    windows = anchors // 8 * 3 // 8 * 3 + anchors % 8 * 3 // 8
+    assert torch.bincount(windows, minlength=9).min() >= 1
+
+
+@pytest.mark.parametrize(("num_frames", "per_frame"), [(1, 5), (2, 1), (3, 36), (9, 7), (36, 36), (64, 729)])
+def test_aot_spends_the_whole_budget(num_frames, per_frame):
+    for num_tokens in {1, 2, 3, per_frame, *range(1, num_frames * per_frame, max(1, num_frames * per_frame // 97))}:
+        if num_tokens >= num_frames * per_frame:
+            continue
+        layout = lay_out(num_frames, per_frame, num_tokens)
+        lengths = [stop - first for first, stop in layout.clips]
+        assert sum(lengths) == num_frames and len(lengths) <= 8 and 1 <= layout.num_anchors <= per_frame
+        merged = sum(length > 1 for length in lengths) * layout.has_merged
+        assert layout.num_anchors * (len(lengths) + merged) + layout.num_distinct == num_tokens
+        assert 0 <= layout.num_distinct <= layout.num_anchors * (num_frames - len(lengths))
+
+
+def test_aot_has_the_anchors_of_the_paper():
+    """64 frames of 729 tokens: 126 anchors where a tenth is kept, 205 where a quarter is; 8 clips."""
+    for share, anchors in ((0.1, 126), (0.15, 144), (0.2, 196), (0.25, 205)):
+        layout = lay_out(64, 729, round(64 * 729 * share))
+        assert (layout.num_anchors, len(layout.clips)) == (anchors, 8)
 
 
 def test_aot_keeps_what_appears_in_a_clip():
-    """Two frames alike but for tokens that match no anchor: these are kept."""
+    """A clip keeps the anchors of its first frame, the same after they took in its later frames, and what is new."""
     first = torch.eye(6)[None, None]
     second = first.clone()
     second[0, 0, 2] = 1.0
-    tokens = compress("aot-norm", torch.cat([first, second]), 7)
-    assert kept_indices(tokens) == [0, 1, 2, 3, 4, 5, 8]
+    clip = torch.cat([first, second, second, second])
+    layout = lay_out(4, 6, 9)
+    assert layout.clips == [(0, 1), (1, 2), (2, 4)] and (layout.num_anchors, layout.num_distinct) == (2, 1)
+    tokens = compress("aot-norm", clip, 9)
+    times = tokens.positions[:, 0].tolist()
+    assert [times.count(time) for time in (0.0, 1.0, 2.0, 3.0)] == [2, 2, 2, 3]  # the merged anchors lie at 3
+    assert torch.equal(tokens.latents[:2].argmax(1), tokens.positions[:2, 2].long())
+
+
+def test_aot_gives_all_of_a_token_that_is_not_kept_to_the_anchors():
+    """An anchor that takes in its like of one later frame, a little changed, moves half of the way."""
+    first = torch.eye(6)
+    later = first + 0.2
+    merged = absorb(first, later, share_out(find_plan(later, first)))
+    moved = (merged - first).norm(dim=1) / (later - first).norm(dim=1)
+    assert float(moved.min()) > 0.4

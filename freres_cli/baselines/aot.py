@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.clustering import Span
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import pick_highest
+from freres_cli.baselines.full import gather_tokens
 from freres_cli.baselines.groups import locate, place_rows
 from freres_cli.baselines.shares import clamp_budget, share_budget
 from freres_cli.baselines.visionzip import measure_norms
@@ -19,62 +22,104 @@ else:
     torch = lazy_module("torch")
 
 ENTROPY, NUM_ITERATIONS = 0.1, 100  # of Sinkhorn's algorithm, as in the paper
-CLIP_FRAMES = 8  # ours: the paper's number is not known to us
-WINDOWS_A_SIDE = 4  # ours, likewise
+NUM_CLIPS, WINDOWS_A_SIDE = 8, 3  # of the authors' code
+# Of the authors' code: anchors of the 729 tokens of a frame, for these shares of all tokens.
+SHARES, ANCHORS, OF_TOKENS = (0.10, 0.15, 0.20, 0.25), (126, 144, 196, 205), 729
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a budget is spent. ``clips``: their frames, [first, stop). ``num_anchors``: A of every frame. ``has_merged``:
+    whether a clip also keeps its anchors as they are after they took in its later frames. ``num_distinct``: what is left
+    for tokens of later frames."""
+
+    clips: list[Span]
+    num_anchors: int
+    has_merged: bool
+    num_distinct: int
 
 
 def transport_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
-    """Return min(B, T*H*W) tokens of ``latents`` (T, H, W, C): the anchors of the first frame of each clip, and the tokens of
-    later frames that match them least, all at their own places.
+    """Return min(B, T*H*W) tokens of ``latents`` (T, H, W, C): the anchors of the first frame of each clip, the same after
+    they took in its later frames, and the tokens of later frames that match them least.
 
-    B is ``budget_tokens``. Each frame has A anchors, see ``count_anchors`` and ``pick_anchors``; its other tokens are
-    carried to them, see ``absorb``. The video is cut into equal clips of at most 8 frames, longer where B cannot hold the
-    anchors of all. Between the anchors of a clip's first frame and those of a later one the transport plan is found; a
-    token of the later frame matches as well as the largest share of it that goes to one anchor. The B less A a clip that
-    match least are kept, ties in raster order. The rest are carried to the clip's anchors, frame by frame. If B is below
-    A, a single clip has B anchors. Decisions are over the first D channels. A video that fits the budget stays as encoded.
-    Time is 100*A*H*W a frame besides the distances, memory linear: float32 for one frame and for what is kept.
-    ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
+    B is ``budget_tokens``, spent as ``lay_out`` says. Each frame has A anchors, see ``pick_anchors``; its other tokens are
+    carried to them, see ``absorb``. Between the anchors of a clip's first frame and those of a later one the transport
+    plan is found; a token of the later frame matches as well as the largest share of it that goes to one anchor. Those
+    that match least are kept, over all clips, ties in raster order. Each of the rest gives itself to the clip's anchors,
+    frame by frame, in those shares; the anchors that took them in lie in the middle of the clip, all others at their own
+    places. Decisions are over the first D channels. A video that fits the budget stays as encoded. Time is 100*A*H*W a
+    frame besides the distances, memory linear: float32 for one frame and for what is kept. ``frame_seconds``: (T,)
+    float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     num_frames, grid_h, grid_w, _ = latents.shape
-    per_frame = grid_h * grid_w
-    num_tokens = clamp_budget(latents, budget_tokens)
-    num_anchors = min(num_tokens, count_anchors(per_frame, num_tokens / (num_frames * per_frame)))
-    num_clips = min(-(-num_frames // CLIP_FRAMES), num_tokens // num_anchors)
+    per_frame, num_tokens = grid_h * grid_w, clamp_budget(latents, budget_tokens)
     if num_tokens == num_frames * per_frame:
-        num_clips = num_frames
-    ends = [index * num_frames // num_clips for index in range(num_clips + 1)]
-    clips = list(zip(ends, ends[1:], strict=False))
-    is_kept = _find_distinct(latents, clips, num_anchors, num_tokens - num_clips * num_anchors, width)
-    rows, places = [], []
-    for first, stop in clips:
-        anchors, cells = _frame_anchors(latents[first], num_anchors, width)
-        own: list[tuple[Tensor, int, Tensor]] = []
+        return gather_tokens(latents, frame_seconds, torch.arange(num_tokens), width)
+    layout = lay_out(num_frames, per_frame, num_tokens)
+    is_kept = _find_distinct(latents, layout, width)
+    rows, places, boxes = [], [], []
+    for first, stop in layout.clips:
+        anchors, cells = _frame_anchors(latents[first], layout.num_anchors, width)
+        own: list[tuple[Tensor, int, int, Tensor]] = [(anchors, first, first + 1, cells)]
+        merged = anchors
         for frame in range(first + 1, stop):
-            later, later_cells = _frame_anchors(latents[frame], num_anchors, width)
+            later, later_cells = _frame_anchors(latents[frame], layout.num_anchors, width)
             keep = is_kept[frame]
             if not bool(keep.all()):
-                plan = find_plan(later[:, :width], anchors[:, :width])
-                anchors = absorb(anchors, later[~keep], plan[~keep])
-            own.append((later[keep], frame, later_cells[keep]))
-        for values, frame, where in [(anchors, first, cells), *own]:
+                shares = share_out(find_plan(later[:, :width], merged[:, :width]))
+                merged = absorb(merged, later[~keep], shares[~keep])
+            own.append((later[keep], frame, frame + 1, later_cells[keep]))
+        if layout.has_merged and stop - first > 1:
+            own.append((merged, first + 1, stop, cells))
+        for values, begin, end, where in own:
             rows.append(values.to(latents.dtype))
-            places.append(locate(frame * per_frame + where, (num_frames, grid_h, grid_w)))
-    return place_rows(torch.cat(rows), torch.cat(places), latents, frame_seconds, width)
+            place = locate(where, (1, grid_h, grid_w))
+            time = torch.tensor([begin, end]).expand(len(where), 2)
+            cell = place[:, 1:].long()
+            boxes.append(torch.stack([*time.T, cell[:, 0], cell[:, 0] + 1, cell[:, 1], cell[:, 1] + 1], dim=1))
+            place[:, 0] = (begin + end - 1) / 2
+            places.append(place)
+    return place_rows(torch.cat(rows), torch.cat(places), latents, frame_seconds, width, boxes=torch.cat(boxes))
 
 
-def count_anchors(per_frame: int, share: float) -> int:
-    """Return A, how many of the H*W tokens of a frame are anchors, if ``share`` of all tokens is kept.
+def lay_out(num_frames: int, per_frame: int, num_tokens: int) -> Layout:
+    """Return how B = ``num_tokens`` below T*H*W are spent on T = ``num_frames`` of H*W = ``per_frame`` tokens.
 
-    On the line through the paper's settings for LLaVA-OneVision: 126 of 196 tokens for 10 %, all of them for 20 %.
+    The video is cut into 8 equal clips, or as many as B has room for: a clip of several frames takes 2*A tokens, a single
+    frame A. A is on the line through the authors' settings for the share of tokens kept. Where the anchors of all frames
+    would not fill B, A is larger, and nothing is left to be taken in, so no merged anchors are kept (ours). A single clip
+    with too little room has B/2 anchors (ours).
     """
-    return min(per_frame, max(1, -(-int(1000 * per_frame * (0.28 + 3.6 * share)) // 1000)))
+    share = num_tokens / (num_frames * per_frame)
+    wanted = max(1, round(_interpolate(share) / OF_TOKENS * per_frame))
+    for count in range(min(NUM_CLIPS, num_frames), 0, -1):
+        ends = [index * num_frames // count for index in range(count + 1)]
+        clips = list(pairwise(ends))
+        num_merged = sum(stop - first > 1 for first, stop in clips)
+        more = -(-num_tokens // num_frames)
+        if wanted * (num_frames + num_merged) <= num_tokens and more * count <= num_tokens:
+            return Layout(clips, more, False, num_tokens - more * count)
+        left = num_tokens - wanted * (count + num_merged)
+        if 0 <= left <= wanted * (num_frames - count):
+            return Layout(clips, wanted, True, left)
+    has_merged = num_frames > 1 and num_tokens > 1
+    anchors = num_tokens // 2 if has_merged else num_tokens
+    return Layout([(0, num_frames)], anchors, has_merged, num_tokens - anchors * (1 + has_merged))
+
+
+def _interpolate(share: float) -> float:
+    """The authors' number of anchors for a share of all tokens; between two of their shares on the line."""
+    for (low, high), (fewer, more) in zip(pairwise(SHARES), pairwise(ANCHORS), strict=True):
+        if share <= high:
+            return fewer + (more - fewer) * max(0.0, share - low) / (high - low)
+    return ANCHORS[-1]
 
 
 def pick_anchors(norms: Tensor, grid_w: int, count: int) -> Tensor:
     """Return ``count`` <= N anchors of a frame, (count,) raster indices, increasing.
 
-    Half, rounded up, are the tokens of largest norm in the frame; the others the largest that are left in each of 4 x 4
+    Half, rounded up, are the tokens of largest norm in the frame; the others the largest that are left in each of 3 x 3
     windows, which share them by size. ``norms``: (N,). ``grid_w``: W.
     """
     per_frame = norms.shape[0]
@@ -107,6 +152,11 @@ def find_plan(sources: Tensor, targets: Tensor) -> Tensor:
     return scale[:, None] * kernel * target_scale
 
 
+def share_out(plan: Tensor) -> Tensor:
+    """Return the share of each source that goes to each target, rows that add up to 1: (n, m). ``plan``: (n, m)."""
+    return plan / plan.sum(1, keepdim=True)
+
+
 def absorb(anchors: Tensor, others: Tensor, plan: Tensor) -> Tensor:
     """Return ``anchors`` (m, C) after they took in ``others`` (n, C): (x + sum p y) / (1 + sum p), p of ``plan`` (n, m)."""
     return (anchors + plan.T @ others) / (1 + plan.sum(0))[:, None]
@@ -124,26 +174,26 @@ def _frame_anchors(frame: Tensor, count: int, width: int) -> tuple[Tensor, Tenso
     return absorb(anchors, others, find_plan(others[:, :width], anchors[:, :width])), cells
 
 
-def _find_distinct(latents: Tensor, clips: list[Span], num_anchors: int, count: int, width: int) -> Tensor:
-    """Whether each anchor of each frame is kept although it is not in a clip's first frame: (T, A) bool, ``count`` in all."""
-    match = torch.full((latents.shape[0], num_anchors), torch.inf)
-    for first, stop in clips:
-        anchors, _ = _frame_anchors(latents[first], num_anchors, width)
+def _find_distinct(latents: Tensor, layout: Layout, width: int) -> Tensor:
+    """Whether each anchor of each frame is kept although it is not in a clip's first frame: (T, A) bool."""
+    match = torch.full((latents.shape[0], layout.num_anchors), torch.inf)
+    for first, stop in layout.clips:
+        anchors, _ = _frame_anchors(latents[first], layout.num_anchors, width)
         for frame in range(first + 1, stop):
-            later, _ = _frame_anchors(latents[frame], num_anchors, width)
-            plan = find_plan(later[:, :width], anchors[:, :width])
-            match[frame] = (plan / plan.sum(1, keepdim=True)).amax(1)
+            later, _ = _frame_anchors(latents[frame], layout.num_anchors, width)
+            match[frame] = share_out(find_plan(later[:, :width], anchors[:, :width])).amax(1)
     is_kept = torch.zeros(match.shape, dtype=torch.bool)
-    is_kept.view(-1)[pick_highest(-match, count)] = True
+    is_kept.view(-1)[pick_highest(-match, layout.num_distinct)] = True
     return is_kept
 
 
 METHOD = Method(
     name="aot-norm",
-    summary="anchors of large norm in every frame, to which optimal transport carries what is like them; the rest stays",
-    source="AOT, arXiv 2603.01400, from its abstract and published notes on it",
-    deviations="the norm of a token stands in for the attention it gets in the tower, also in the windows; the threshold "
-    "of distinct tokens is the one that meets the budget, measured against a clip's anchors before any "
-    "change; clips of 8 frames and 4 x 4 windows are ours; a small budget makes clips longer",
+    summary="anchors of large norm in 8 frames, the same after optimal transport brought them later frames, and what is new",
+    source="AOT, arXiv 2603.01400",
+    deviations="the norm of a token stands in for the attention it gets in the tower, also in the windows; the cost of "
+    "transport is 1 - cos alone, without terms for space and time, and no part of a hard merge is mixed in; the "
+    "tokens that are new are those of the whole clip that the budget has room for, not a quantile of each frame, and "
+    "are measured against a clip's anchors before any change; a small budget has fewer clips, a large one more anchors",
     compress=transport_tokens,
 )

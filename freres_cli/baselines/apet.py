@@ -1,4 +1,4 @@
-"""ApET: the tokens that a few basis tokens approximate worst; the others are merged into them."""
+"""ApET: a few basis tokens, and the tokens that they approximate worst, into which the others are merged."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import pick_highest
+from freres_cli.baselines.groups import average_groups, locate, place_rows
 from freres_cli.baselines.shares import clamp_budget
-from freres_cli.baselines.tome import place_groups
 from freres_cli.records import VideoTokens
 
 if TYPE_CHECKING:
@@ -16,25 +16,36 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-NUM_BASIS = 10  # of the authors' code
+NUM_BASIS, TOKENS_A_FRAME = 10, 32  # of the authors' code for video: ten of the tokens that a frame keeps are its basis
 RIDGE = 1e-5  # of the authors' code
 CHUNK_VALUES = 2**24  # values in float32 at a time
 
 
 def merge_into_unusual_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
-    """Return min(B, T*H*W) means of tokens of ``latents`` (T, H, W, C), at the mean positions of what they hold.
+    """Return min(B, T*H*W) tokens of ``latents`` (T, H, W, C): some of the basis, and those that it explains worst.
 
-    B is ``budget_tokens``. The tokens with the largest error, as ``measure_error`` says, are kept, ties in raster order.
-    Every other token joins the kept one with the largest cosine over the first D channels, and each becomes the mean of
-    what it holds. Time grows with B*T*H*W; memory beyond the latents with B. ``frame_seconds``: (T,) float64. ``width``:
-    D. Raises ``ValueError`` if the budget is below one.
+    B is ``budget_tokens``. The first S tokens of ``choose_basis`` are kept as they are, S at most ten in 32 of B, as in the
+    authors' code for video. The B - S others are those with the largest error, as ``measure_error`` says, ties in raster
+    order. Every token that is not kept joins the one of these with the largest cosine over the first D channels, and each
+    becomes the mean of what it holds, at its own place. Time grows with B*T*H*W; memory beyond the latents with B.
+    ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     budget_tokens = clamp_budget(latents, budget_tokens)
     tokens = latents[..., :width].flatten(0, 2)
-    if budget_tokens >= tokens.shape[0]:
-        return place_groups(latents, frame_seconds, torch.arange(tokens.shape[0]), width)
-    kept = pick_highest(measure_error(tokens, choose_basis(tokens)), budget_tokens)
-    return place_groups(latents, frame_seconds, _join(tokens, kept), width)
+    owner = torch.arange(tokens.shape[0])
+    kept = owner
+    if budget_tokens < tokens.shape[0]:
+        basis = choose_basis(tokens)
+        seeds = basis[: budget_tokens * NUM_BASIS // TOKENS_A_FRAME]
+        error = measure_error(tokens, basis)
+        error[seeds] = -1.0
+        unusual = pick_highest(error, budget_tokens - len(seeds))
+        owner = _join(tokens, unusual)
+        owner[seeds] = len(unusual) + torch.arange(len(seeds))
+        kept = torch.cat([unusual, seeds])
+    rows, _ = average_groups(latents, owner, len(kept))
+    num_frames, grid_h, grid_w = latents.shape[:3]
+    return place_rows(rows, locate(kept, (num_frames, grid_h, grid_w)), latents, frame_seconds, width)
 
 
 def choose_basis(tokens: Tensor) -> Tensor:
@@ -86,9 +97,10 @@ def _parts(tokens: Tensor) -> tuple[Tensor, ...]:
 
 METHOD = Method(
     name="apet",
-    summary="the tokens that ten basis tokens approximate worst, each the mean of itself and the tokens most like it",
+    summary="some of ten basis tokens, and those that these approximate worst, each the mean of itself and what is like it",
     source="ApET, arXiv 2602.19870, ahead of the language model",
-    deviations="sampling of the basis starts at the token farthest from the mean, not at random; basis tokens are not mixed "
-    "into the weakest kept ones; nothing is dropped in later layers",
+    deviations="basis, choice and merging are over the whole clip, where the authors' code for video works frame by frame; "
+    "sampling of the basis starts at the token farthest from the mean, not at random; fewer basis tokens are kept where "
+    "the budget is below 32; nothing is dropped in later layers",
     compress=merge_into_unusual_tokens,
 )

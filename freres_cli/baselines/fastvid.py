@@ -56,7 +56,7 @@ def prune_segments(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, w
     kept = (holder >= 0).nonzero().squeeze(1)
     places = locate(kept[holder[kept].argsort()], (num_frames, grid_h, grid_w))
     boxes = bound_groups(torch.where(holder >= 0, holder, joined), places, (num_frames, grid_h, grid_w))
-    return place_rows(rows, places, latents, frame_seconds, width, boxes)
+    return place_rows(rows, places, latents, frame_seconds, width, boxes=boxes)
 
 
 def keep_own_share(num_joined: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def merge_trees(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
     rows, _ = average_groups(latents, owner, num_tokens)
     places = locate(heads, (num_frames, grid_h, grid_w))
     boxes = bound_groups(owner, places, (num_frames, grid_h, grid_w))
-    return place_rows(rows, places, latents, frame_seconds, width, boxes)
+    return place_rows(rows, places, latents, frame_seconds, width, boxes=boxes)
 
 
 def pick_far_apart(units: Tensor, count: int) -> Tensor:

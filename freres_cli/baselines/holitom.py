@@ -76,7 +76,7 @@ def merge_windows(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, wi
     rows = average_around(latents, holder.flatten(), joined.flatten(), keep_own_share(torch.cat(numbers)))
     box = torch.cat(boxes)
     places = (box[:, 0::2] + box[:, 1::2] - 1).to(torch.float32) / 2
-    return place_rows(rows, places, latents, frame_seconds, width, box)
+    return place_rows(rows, places, latents, frame_seconds, width, boxes=box)
 
 
 def find_windows(still_pairs: Tensor) -> list[Span]:

@@ -63,7 +63,7 @@ def merge_still_cells(latents: Tensor, frame_seconds: Tensor, budget_tokens: int
     sums.index_add_(0, owner[held], locate(held, (num_frames, grid_h, grid_w)).double())
     places = sums / sizes[:, None]
     boxes = bound_groups(owner, places, (num_frames, grid_h, grid_w))
-    return place_rows(rows, places, latents, frame_seconds, width, boxes)
+    return place_rows(rows, places, latents, frame_seconds, width, boxes=boxes)
 
 
 def cut_by_clusters(means: Tensor) -> list[Span]:

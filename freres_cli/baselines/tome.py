@@ -65,9 +65,8 @@ def place_groups(latents: Tensor, frame_seconds: Tensor, owner: Tensor, width: i
     """Return a token for each group of tokens of ``latents`` (T, H, W, C), in raster order: their mean, over all channels,
     at their mean position and time.
 
-    ``owner``: (T*H*W,) int64, the group of each token, from 0. The box of a group is its
-    own if it fills it, else the cell nearest to its mean position, over the time from its first token to its last.
-    ``frame_seconds``: (T,) float64. ``width``: D.
+    ``owner``: (T*H*W,) int64, the group of each token, from 0. Boxes are those of ``bound_groups``. ``frame_seconds``:
+    (T,) float64. ``width``: D.
     """
     grid = (latents.shape[0], latents.shape[1], latents.shape[2])
     means, counts = average_groups(latents, owner, int(owner.max()) + 1)
@@ -88,7 +87,8 @@ def place_groups(latents: Tensor, frame_seconds: Tensor, owner: Tensor, width: i
 
 
 def _link(latents: Tensor, owner: Tensor, span: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Link tokens of groups of ``span`` frames. Yield linked tokens, what each is linked to, and the cosines: (n,) each.
+    """Link tokens of pairs of groups of ``span`` frames. Yield linked tokens, what each is linked to, which is before it, and
+    the cosines: (n,) each.
 
     ``owner``: (T, N), the token that holds each latent; tokens of a group of frames follow each other.
     """
