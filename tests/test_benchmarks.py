@@ -10,6 +10,7 @@ import pytest
 
 from freres_cli.evaluation.questions import Question
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
+from freres_cli.pipeline.refining import refine_tokens
 from freres_cli.pipeline.session import Query, Session
 from freres_cli.records import Answer
 from freres_cli.workflows.evaluate import evaluate
@@ -107,6 +108,21 @@ def test_the_prompt_is_the_published_one_and_the_right_letter_is_right(copies, n
     assert prompts[0] == PROMPTS[name]
     say(monkeypatch, lambda prompt: "B" if letters[prompt] == "A" else "A")
     assert evaluate(request, models=loaded_models()).summary["rows"][0]["accuracy"] == 0.0
+
+
+def test_what_is_relevant_is_the_question_without_options_and_template(copies, monkeypatch):
+    """The text that ``cdpruner`` picks tokens by."""
+    request = request_for(copies["video-mme"], methods="cdpruner")
+    texts = []
+
+    def refine(tokens, model, text, count):
+        texts.append(text)
+        return refine_tokens(tokens, model, text, count)
+
+    monkeypatch.setattr("freres_cli.pipeline.session.refine_tokens", refine)
+    evaluate(request, models=loaded_models())
+    assert texts == [question.question for question in request.questions.questions]
+    assert not any(question.prompt in texts for question in request.questions.questions)
 
 
 def test_answers_are_the_letters_of_the_published_ones(copies):

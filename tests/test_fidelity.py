@@ -62,6 +62,26 @@ def test_a_still_clip_is_rebuilt_from_one_token_a_cell(read, method):
         assert kept(latents, read(tokens_of(method, latents, budget))) == 1
 
 
+@pytest.mark.parametrize(("method", "segments"), [("tome", 4), ("holitom-norm", 4), ("prunevid", 8)])
+def test_still_shots_are_rebuilt_from_one_token_a_cell_and_segment(method, segments):
+    """PruneVid cuts eight segments of 32 frames, whatever they show."""
+    latents = some_latents((4, 6, 6), 32)[0].repeat_interleave(8, 0)
+    tokens = tokens_of(method, latents, segments * 36)
+    assert kept(latents, hold(tokens)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("method", "count", "edge"), [("flashvid-div", 3, 1), ("fastvid-norm", 5, 4)])
+def test_cells_that_a_token_averages_show_it(read, method, count, edge):
+    """Rows of ten cells, which but for their first few are of one colour, averaged into one token each; the first few are
+    kept as they are: by FlashVID because they differ, by FastVID because they are the largest."""
+    colours = torch.nn.functional.normalize(some_latents((4, 1, 2), 32)[0], dim=-1)
+    latents = colours[:, :, 1:].repeat(1, 1, 10, 1)
+    latents[:, :, :edge] = 5 * colours[:, :, :1]
+    if method == "flashvid-div":
+        latents[:, :, 9:] = -latents[:, :, :1]
+    assert kept(latents, read(tokens_of(method, latents, 4 * count))) == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 8])
 def test_hold_shows_the_nearest_earlier_frame(num_frames):
     latents, _ = some_latents((T, H, W))

@@ -142,6 +142,24 @@ def test_cluster_centres_are_those_of_the_definition(monkeypatch, chunk):
             assert torch.equal(cluster, nearest)
 
 
+@pytest.mark.parametrize("method", ["flashvid-div", "holitom-norm"])
+def test_no_more_neighbours_are_asked_for_than_clusters(method, monkeypatch):
+    """As in both originals: 7, or the number of clusters if that is less."""
+    asked = set()
+
+    def find(tokens, count, num_neighbours):
+        asked.add((count, num_neighbours))
+        return find_clusters(tokens, count, num_neighbours)
+
+    module = METHODS[method].compress.__module__
+    monkeypatch.setattr(f"{module}.find_clusters", find)
+    latents = some_latents((4, 5, 6), 8)[0].repeat_interleave(4, 0)
+    for budget in (20, 60, 300):
+        compress(method, latents, budget)
+    assert all(k == min(7, count) for count, k in asked)
+    assert min(asked)[0] < 7 < max(asked)[0]
+
+
 def test_densities_too_small_for_float32_still_rank():
     tokens = 15 * torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     for count in (1, 5, 12):
@@ -277,7 +295,7 @@ def test_prunevid_averages_still_cells_over_their_segment():
     assert still.positions[:, 0].tolist().count(1.5) == 6
     at_middle = still.positions[:, 0] == 1.5
     torch.testing.assert_close(still.latents[at_middle], latents[0, :2].flatten(0, 1))
-    assert bool((still.stretches[at_middle] == torch.tensor([0.0, 4.0])).all())
+    assert still.boxes[at_middle, :2].tolist() == [[0, 4]] * 6
 
 
 def test_as_few_cells_are_released_as_the_budget_needs():

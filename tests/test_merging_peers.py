@@ -114,6 +114,17 @@ def test_tome_spreads_merging_over_its_rounds():
         assert len(tokens) == budget and float(apart.max()) < 1e-5
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+def test_tome_finds_all_that_is_alike_before_it_merges_what_is_not(length, noise):
+    """Four still shots, and as many tokens as they have cells. Deep rows say of which cell and shot a token is."""
+    shots = random_clip(4, 6, 6, channels=144)[0].repeat_interleave(length, 0)
+    shots = shots + noise * random_clip(4 * length, 6, 6, channels=144, seed=1)[0]
+    marks = torch.eye(144).reshape(4, 6, 6, 144).repeat_interleave(length, 0)
+    tokens = merge_similar_tokens(torch.cat([shots, marks], -1), torch.arange(4 * length).double(), 144, 144)
+    assert len(tokens) == 144 and float(tokens.latents[:, 144:].amax(1).min()) > 0.999
+
+
 @pytest.mark.parametrize("frames", [2, 3, 4, 7, 8])
 def test_tome_makes_one_picture_of_a_still_clip(frames):
     picture, _ = random_clip(1, 3, 4)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from freres_cli.baselines.aot import absorb, find_plan, lay_out, pick_anchors, share_out
+from freres_cli.baselines.clustering import cut_by_similarity
 from freres_cli.baselines.fastvid import keep_own_share
 from freres_cli.baselines.flashvid import find_trees, pick_far_apart
 from freres_cli.baselines.prumerge import count_outliers, merge_frame
@@ -46,6 +47,35 @@ def test_flashvid_follows_what_moves():
     assert len(undone.unique()) == 21
 
 
+def test_flashvid_picks_repeats_last_in_order():
+    """Equal tokens are 0 apart, so none is picked twice before all others are, and then the first in order."""
+    generator = torch.Generator().manual_seed(4)
+    which = torch.cat([torch.arange(9), torch.randint(9, (191,), generator=generator)])
+    units = unit(torch.randn(9, 64, generator=generator)).float()[which]
+    picked = pick_far_apart(units, 60).tolist()
+    assert picked[0] == 0 and sorted(which[picked[:9]].tolist()) == list(range(9))
+    left = [index for index in range(200) if index not in picked[:9]]
+    assert picked[9:] == left[:51]
+
+
+def test_flashvid_merges_trees_of_a_frame_only():
+    """Frames of one segment whose tokens are not like any of the frame before: each is a tree of its own. Deep rows say of
+    which frame a token is."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(12, 6, 6, 64, generator=generator) + torch.randn(64, generator=generator)
+    frame = torch.nn.functional.one_hot(torch.arange(12), 64).float()[:, None, None].expand(12, 6, 6, 64)
+    assert max(stop - first for first, stop in cut_by_similarity(latents, 64, 0.9, 8)) > 1
+    for budget in (60, 100, 144, 300):
+        tokens = compress("flashvid-div", torch.cat([latents, frame], -1), budget, 64)
+        of_frame = tokens.latents[:, 64:]
+        assert torch.equal(of_frame, of_frame.round()) and torch.equal(
+            of_frame.argmax(1), tokens.positions[:, 0].long()
+        )
+        # Frames have like numbers of trees, so of the rest as of the picked each gets its even share.
+        counts = torch.bincount(tokens.positions[:, 0].long(), minlength=12)
+        assert int(counts.max() - counts.min()) <= 2
+
+
 def test_flashvid_keeps_seventy_percent_as_encoded():
     latents, _ = some_latents((6, 3, 4))
     tokens = compress("flashvid-div", latents, 40)
@@ -61,7 +91,7 @@ def test_fastvid_keeps_the_salient_and_averages_the_rest():
     kept = kept_indices(tokens)
     assert {1, 13, 25} <= set(kept)
     assert keep_own_share(torch.tensor([0, 1, 9])).tolist() == pytest.approx([1, 0.6, 0.6])
-    assert bool((tokens.stretches[:, 0] <= tokens.positions[:, 0]).all())
+    assert bool((tokens.boxes[:, 0] <= tokens.positions[:, 0]).all())
 
 
 def test_todre_picks_the_least_similar_sum():

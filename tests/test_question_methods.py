@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from freres_cli.baselines.registry import METHODS
+from freres_cli.errors import UsageError
 from freres_cli.pipeline.refining import refine_tokens
-from freres_cli.pipeline.session import Session
+from freres_cli.pipeline.session import Query, Session
 from tests.evaluations import make_request, read_rows, rows_for, run_eval, write_clips, write_rows
 from tests.loaded_models import CountingLanguageModel, loaded_models, models_with
 from tests.runner import check_failure, run_freres
@@ -80,6 +82,30 @@ def test_cdpruner_answers_from_the_tokens_of_each_question(folder, questions, tm
             row["question"], choices=row["choices"], max_new_tokens=2
         )
         assert answers[row["id"]][0] == said.text
+
+
+def test_tokens_are_picked_by_the_relevant_text_if_there_is_one(folder, questions):
+    model, options = loaded_models().language_model, make_request(questions, "full").options
+    clip = encode_clip(folder / "clip0.mp4", options)
+    every = clip.build_tokens("full", clip.full_tokens)
+    asked, about = "What is it? A. red B. blue", "Which way does it move?"
+    picked = [refine_tokens(every, model, text, COUNT) for text in (about, asked)]
+    assert not torch.equal(picked[0].positions, picked[1].positions)
+
+    def answer(tokens, choices, **more):
+        session = Session(model, tokens, clip.full_tokens, options.settings.text_after, 0.0)
+        return session.ask(asked, choices=choices, max_new_tokens=4, **more)
+
+    for choices in ((), ("red", "blue")):
+        for tokens, text in zip(picked, (about, None), strict=True):
+            expected, found = answer(tokens, choices), answer(every, choices, refine=COUNT, relevant_text=text)
+            assert (found.text, found.choices) == (expected.text, expected.choices)
+    session = Session(model, every, clip.full_tokens, options.settings.text_after, 0.0)
+    queries = [Query(asked, ("red", "blue"), text) for text in (about, None)]
+    for tokens, found in zip(picked, session.ask_many(queries, refine=COUNT), strict=True):
+        assert found.choices == answer(tokens, ("red", "blue")).choices
+    with pytest.raises(UsageError, match="question: is empty"):
+        session.ask(asked, relevant_text=" ")
 
 
 @pytest.mark.parametrize("method", ["fastv", "framefusion-prune"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from freres_cli.baselines.clustering import cut_by_similarity, find_peaks
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import pick_highest, unit_tokens
-from freres_cli.baselines.groups import average_around, locate, place_rows, span_groups
+from freres_cli.baselines.groups import average_around, bound_groups, locate, place_rows
 from freres_cli.baselines.shares import clamp_budget, share_budget, share_evenly
 from freres_cli.baselines.visionzip import measure_norms
 from freres_cli.records import VideoTokens
@@ -33,9 +33,9 @@ def prune_segments(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, w
     tokens 40 % are context tokens: the centres of DPC-kNN in every fourth frame, at most all of these frames' tokens.
     Salient are the tokens of largest norm among the others, spread evenly over the frames. Every other token joins the
     context token with which its cosine is highest. One that n tokens joined keeps max(1 / (n + 1), 0.6) of its own, the
-    rest is their mean. Tokens stay at their own places; stretches are set. Decisions are over the first D channels. Time
-    is quadratic in a frame, and in a segment's tokens times its context tokens. ``frame_seconds``: (T,) float64.
-    ``width``: D. Raises ``ValueError`` if the budget is below one.
+    rest is their mean. Tokens stay at their own places; boxes are set. Decisions are over the first D channels. Time is
+    quadratic in a frame, and in a segment's tokens times its context tokens. ``frame_seconds``: (T,) float64. ``width``:
+    D. Raises ``ValueError`` if the budget is below one.
     """
     num_frames, grid_h, grid_w, _ = latents.shape
     per_frame = grid_h * grid_w
@@ -54,10 +54,9 @@ def prune_segments(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, w
     numbers = torch.bincount(joined[joined >= 0], minlength=num_tokens)
     rows = average_around(latents, holder, joined, keep_own_share(numbers))
     kept = (holder >= 0).nonzero().squeeze(1)
-    order = holder[kept]
-    stretches = span_groups(torch.where(holder >= 0, holder, joined), num_tokens, per_frame)[order]
-    places = locate(kept, (num_frames, grid_h, grid_w))
-    return place_rows(rows[order], places, latents, frame_seconds, width, stretches=stretches)
+    places = locate(kept[holder[kept].argsort()], (num_frames, grid_h, grid_w))
+    boxes = bound_groups(torch.where(holder >= 0, holder, joined), places, (num_frames, grid_h, grid_w))
+    return place_rows(rows, places, latents, frame_seconds, width, boxes=boxes)
 
 
 def keep_own_share(num_joined: Tensor) -> Tensor:

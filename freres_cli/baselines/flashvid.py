@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from freres_cli.baselines.clustering import cut_by_similarity, find_clusters
+from freres_cli.baselines.clustering import ROUNDING, cut_by_similarity, find_clusters
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import unit_tokens
-from freres_cli.baselines.groups import average_groups, locate, place_rows, span_groups
+from freres_cli.baselines.groups import average_groups, bound_groups, locate, place_rows
 from freres_cli.baselines.shares import clamp_budget, share_budget, share_evenly
 from freres_cli.records import VideoTokens
 
@@ -30,11 +30,11 @@ def merge_trees(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
     B is ``budget_tokens``. The 70 %, rounded, are shared evenly among the frames, see ``pick_far_apart``. In each segment
     of ``cut_by_similarity``, every other token is linked to the one of the frame before, of those not picked, with which
     its cosine is highest, if that is above 0.8; of all links the weakest are undone if fewer trees than tokens would be
-    left. Trees are averaged; where there are too many, segments share the budget in proportion to their trees, and
-    DPC-kNN merges trees. A merged token stands where the first token of its (central) tree was; stretches are set.
-    Decisions are over the first D channels. Time is quadratic in the trees of a segment, memory linear: the trees of one
-    segment are held in float32. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is
-    below one.
+    left. Trees are averaged; where there are too many, frames share the budget in proportion to the trees that begin in
+    them, and DPC-kNN merges those of a frame (k is 7, at most the number of clusters). A merged token stands where the
+    first token of its (central) tree was; boxes are set. Decisions are over the first D channels. Time is quadratic in
+    the trees of a frame, memory linear: the trees of one segment are held in float32. ``frame_seconds``: (T,) float64.
+    ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     num_frames, grid_h, grid_w, _ = latents.shape
     per_frame = grid_h * grid_w
@@ -50,27 +50,28 @@ def merge_trees(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
     heads = is_picked.flatten().nonzero().squeeze(1)
     owner[heads] = torch.arange(num_picked)
     is_root = root == torch.arange(root.shape[0])
-    counts = torch.stack([is_root[first * per_frame : stop * per_frame].sum() for first, stop in segments])
+    counts = is_root.reshape(num_frames, per_frame).sum(1)
     shares = share_budget(num_tokens - num_picked, counts, counts)
-    for (first, stop), share in zip(segments, shares.tolist(), strict=True):
-        if share:
-            part = slice(first * per_frame, stop * per_frame)
+    for first, stop in segments:
+        part, share = slice(first * per_frame, stop * per_frame), shares[first:stop].tolist()
+        if any(share):
             centres, cluster = _merge_segment(latents[first:stop], root[part] - first * per_frame, share, width)
             owner[part] = torch.where(cluster >= 0, cluster + heads.shape[0], owner[part])
             heads = torch.cat([heads, centres + first * per_frame])
     rows, _ = average_groups(latents, owner, num_tokens)
-    stretches = span_groups(owner, num_tokens, per_frame)
     places = locate(heads, (num_frames, grid_h, grid_w))
-    return place_rows(rows, places, latents, frame_seconds, width, stretches=stretches)
+    boxes = bound_groups(owner, places, (num_frames, grid_h, grid_w))
+    return place_rows(rows, places, latents, frame_seconds, width, boxes=boxes)
 
 
 def pick_far_apart(units: Tensor, count: int) -> Tensor:
     """Return ``count`` <= n tokens of ``units`` (n, D), of norm 1, far apart by 1 - cos: (count,) int64, in order of picking.
 
     The first is the one whose nearest other is farthest; then each is the one whose nearest picked is farthest; ties in
-    order.
+    order. A distance is 0 where rounding leaves nothing of it, as for equal tokens.
     """
     distance = 1 - units @ units.T
+    distance.masked_fill_(distance <= ROUNDING, 0.0)
     nearest = distance.clone().fill_diagonal_(torch.inf).min(1).values
     picked = torch.empty(count, dtype=torch.int64)
     is_free = torch.ones(units.shape[0], dtype=torch.bool)
@@ -113,17 +114,26 @@ def find_trees(latents: Tensor, is_picked: Tensor, starts: list[int], fewest: in
     return root.flatten()
 
 
-def _merge_segment(latents: Tensor, root: Tensor, share: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return where the tokens of a segment stand, (share,) raster indices, and the token that each of its own goes into,
-    (L*N,) int64, -1 for the picked. ``root``: (L*N,), negative for the picked."""
+def _merge_segment(latents: Tensor, root: Tensor, shares: list[int], width: int) -> tuple[Tensor, Tensor]:
+    """Return where the tokens of a segment stand, (n,) raster indices, and the token that each of its own goes into,
+    (L*N,) int64, -1 for the picked and for trees of frames without a share. ``root``: (L*N,), negative for the picked.
+    ``shares``: tokens of the trees that begin in each frame."""
     heads, tree = root.clamp(min=-1).unique(return_inverse=True)
     if int(heads[0]) < 0:
         heads, tree = heads[1:], tree - 1
-    if share == heads.shape[0]:
-        return heads, tree
     means, _ = average_groups(latents[..., :width], tree, heads.shape[0])
-    centres, cluster = find_clusters(means, share, NUM_NEIGHBOURS)
-    return heads[centres], torch.where(tree >= 0, cluster[tree.clamp(min=0)], -1)
+    token = torch.full_like(heads, -1)
+    centres: list[Tensor] = []
+    done = 0
+    frame_of = heads // (latents.shape[1] * latents.shape[2])
+    for frame, share in enumerate(shares):
+        if share:
+            own = (frame_of == frame).nonzero().squeeze(1)
+            peaks, cluster = find_clusters(means[own], share, min(NUM_NEIGHBOURS, share))
+            centres.append(heads[own[peaks]])
+            token[own] = done + cluster
+            done += share
+    return torch.cat(centres), torch.where(tree >= 0, token[tree.clamp(min=0)], -1)
 
 
 METHOD = Method(
@@ -132,7 +142,7 @@ METHOD = Method(
     source="FlashVID, arXiv 2602.08024",
     deviations="its attention-free mode, without the pruning in the decoder, which 1.25 times as many tokens would "
     "enter; no random noise in DPC-kNN; all tokens of a tree count alike in its mean; the weakest links are "
-    "undone where too few trees would be left; segments longer than 32 frames are cut; trees of segments "
-    "without a share are left out",
+    "undone where too few trees would be left; segments longer than 32 frames are cut; trees that begin in "
+    "a frame without a share are left out",
     compress=merge_trees,
 )

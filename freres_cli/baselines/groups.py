@@ -52,14 +52,13 @@ def place_rows(
     latents: Tensor,
     frame_seconds: Tensor,
     width: int,
-    stretches: Tensor | None = None,
     boxes: Tensor | None = None,
 ) -> VideoTokens:
     """Return merged tokens in raster order of their positions, in the dtype of the clip. Between two frames, the time of a
     token lies between theirs.
 
     ``rows``: (S, C). ``positions``: (S, 3), t, h, w. ``latents``: (T, H, W, C), for its grid and dtype. ``frame_seconds``:
-    (T,) float64. ``width``: D. ``stretches``: (S, 2) and ``boxes``: (S, 6), see ``VideoTokens``.
+    (T,) float64. ``width``: D. ``boxes``: (S, 6), see ``VideoTokens``.
     """
     order = raster_order(positions)
     positions = positions[order].to(torch.float32)
@@ -69,12 +68,7 @@ def place_rows(
     before = positions[:, 0].floor().long()
     after = (before + 1).clamp(max=grid[0] - 1)
     seconds = torch.lerp(frame_seconds[before], frame_seconds[after], positions[:, 0].double() - before)
-    return replace(
-        tokens,
-        seconds=seconds,
-        stretches=None if stretches is None else stretches[order].to(torch.float32),
-        boxes=None if boxes is None else boxes[order],
-    )
+    return replace(tokens, seconds=seconds, boxes=None if boxes is None else boxes[order])
 
 
 def locate(index: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -84,13 +78,23 @@ def locate(index: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return torch.stack(places, dim=1).to(torch.float32)
 
 
-def span_groups(owner: Tensor, count: int, per_frame: int) -> Tensor:
-    """Return the time that each group spans, [from, to) on the frame axis: (count, 2) float32.
+def bound_groups(owner: Tensor, positions: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Return the box of each group of tokens, (S, 6) int64, see ``VideoTokens``.
 
-    ``owner``: (T*H*W,) group of each token, -1 for none. ``count``: number of groups, none empty. ``per_frame``: H*W.
+    It is that around the group if the group fills it, else the cell nearest to the position of its token, over the time
+    from the group's first token to its last. ``owner``: (T*H*W,) group of each token, -1 for none; no group is empty.
+    ``positions``: (S, 3) t, h, w of the token of each group. ``grid``: T, H, W.
     """
-    chosen = (owner >= 0).nonzero().squeeze(1)
-    frame, group = (chosen // per_frame).to(torch.float32), owner[chosen]
-    first = torch.full((count,), torch.inf).scatter_reduce(0, group, frame, "amin")
-    last = torch.full((count,), -torch.inf).scatter_reduce(0, group, frame, "amax")
-    return torch.stack([first, last + 1], dim=1)
+    _, grid_h, grid_w = grid
+    members = (owner >= 0).nonzero().squeeze(1)
+    group = owner[members]
+    counts = torch.bincount(group, minlength=positions.shape[0])
+    index = [members // (grid_h * grid_w), members // grid_w % grid_h, members % grid_w]
+    first = torch.stack([counts.new_full(counts.shape, 2**60).scatter_reduce(0, group, i, "amin") for i in index], 1)
+    last = torch.stack([torch.zeros_like(counts).scatter_reduce(0, group, i, "amax") for i in index], 1)
+    is_filled = (last - first + 1).prod(1) == counts
+    nearest = (positions + 0.5).floor().long()
+    for axis in (1, 2):
+        first[:, axis] = torch.where(is_filled, first[:, axis], nearest[:, axis])
+        last[:, axis] = torch.where(is_filled, last[:, axis], nearest[:, axis])
+    return torch.stack([first, last + 1], dim=2).flatten(1)

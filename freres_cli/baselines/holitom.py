@@ -29,13 +29,14 @@ def merge_windows(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, wi
     """Return min(B, T*H*W) tokens of ``latents`` (T, H, W, C): still cells averaged over time, moving cells as encoded.
 
     B is ``budget_tokens``. A cell is still from one frame to the next if the cosine of its tokens is above 0.65 for up to
-    10 % of the tokens, else 0.8. The clip is cut into the windows of ``find_windows``. A cell that is still throughout its
-    window becomes one token, its mean over time; those with the lowest cosine in their window are released where fewer
-    than B tokens would be left. The still cells of a window and the moving cells of each of its frames get their share of
-    B. Of still cells, centres of DPC-kNN are kept, and the others join the nearest as in ``fastvid-norm``; of moving ones
-    those of largest norm are kept. Still tokens stand in the middle of their window; boxes are set, without what joined.
-    Decisions are over the first D channels. Time is quadratic in the frames and in a frame's tokens, memory linear.
-    ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
+    10 % of the tokens, else 0.8. The clip is cut into the windows of ``find_windows``. A cell that is still throughout
+    its window becomes one token, its mean over time; those with the lowest cosine in their window are released where
+    fewer than B tokens would be left. The still cells of a window and the moving cells of each of its frames get their
+    share of B. Of still cells, centres of DPC-kNN are kept (k is 7, at most the number of centres), and the others join
+    the nearest as in ``fastvid-norm``; of moving ones those of largest norm are kept. Still tokens stand in the middle of
+    their window; boxes are set, without what joined. Decisions are over the first D channels. Time is quadratic in the
+    frames and in a frame's tokens, memory linear. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if
+    the budget is below one.
     """
     num_frames, grid_h, grid_w, _ = latents.shape
     per_frame = grid_h * grid_w
@@ -58,7 +59,7 @@ def merge_windows(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, wi
         if num_still:
             cells = still.nonzero().squeeze(1)
             means = average_window(latents[first:stop], cells, width)
-            centres, cluster = find_clusters(means, num_still, NUM_NEIGHBOURS)
+            centres, cluster = find_clusters(means, num_still, min(NUM_NEIGHBOURS, num_still))
             joined[first:stop, cells] = done + cluster
             joined[first:stop, cells[centres]] = -1
             holder[first:stop, cells[centres]] = done + torch.arange(num_still)

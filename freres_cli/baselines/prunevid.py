@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from freres_cli.baselines.clustering import Span, find_clusters, mean_frames
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import unit_tokens
-from freres_cli.baselines.groups import average_groups, locate, place_rows, span_groups
+from freres_cli.baselines.groups import average_groups, bound_groups, locate, place_rows
 from freres_cli.baselines.shares import clamp_budget
 from freres_cli.baselines.still import average_window, release_cells, share_sets
 from freres_cli.records import VideoTokens
@@ -29,7 +29,7 @@ def merge_still_cells(latents: Tensor, frame_seconds: Tensor, budget_tokens: int
     B is ``budget_tokens``. In a segment of ``cut_by_clusters`` of two frames or more, a cell is still if the mean cosine
     of its tokens, all pairs, is above 0.8; the least alike are released until no fewer than B tokens are left when each
     still cell becomes its mean over time. The still cells of a segment, and the moving cells of each frame, are then
-    merged in space, each set to its share of B: clusters of DPC-kNN, averaged. Stretches are set. Decisions are over the
+    merged in space, each set to its share of B: clusters of DPC-kNN, averaged. Boxes are set. Decisions are over the
     first D channels. Time is quadratic in the frames and in a frame's tokens, memory linear. ``frame_seconds``: (T,)
     float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
@@ -61,8 +61,9 @@ def merge_still_cells(latents: Tensor, frame_seconds: Tensor, budget_tokens: int
     held = (owner >= 0).nonzero().squeeze(1)
     sums = torch.zeros(num_tokens, 3, dtype=torch.float64)
     sums.index_add_(0, owner[held], locate(held, (num_frames, grid_h, grid_w)).double())
-    stretches = span_groups(owner, num_tokens, per_frame)
-    return place_rows(rows, sums / sizes[:, None], latents, frame_seconds, width, stretches=stretches)
+    places = sums / sizes[:, None]
+    boxes = bound_groups(owner, places, (num_frames, grid_h, grid_w))
+    return place_rows(rows, places, latents, frame_seconds, width, boxes=boxes)
 
 
 def cut_by_clusters(means: Tensor) -> list[Span]:

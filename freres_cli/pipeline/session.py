@@ -21,13 +21,7 @@ from freres_cli.backbones.saved_prefix import SUFFIX, open_prefix
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import AS_COMPUTED, Device, Storage
 from freres_cli.errors import BackboneError, UsageError
-from freres_cli.evaluation.questions import (
-    check_choices,
-    check_length,
-    check_text,
-    find_control_token,
-    format_choices,
-)
+from freres_cli.evaluation.questions import check_choices, check_length, check_text, find_control_token, format_choices
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
@@ -45,21 +39,23 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Query:
-    """A question, with its options if it has any."""
+    """A question, with its options if it has any, and what ``refine`` picks tokens by, if not by the question."""
 
     question: str
     choices: tuple[str, ...] = ()
+    relevant_text: str | None = None
 
-    def __init__(self, question: str, choices: Sequence[str] | None = ()) -> None:
+    def __init__(self, question: str, choices: Sequence[str] | None = (), relevant_text: str | None = None) -> None:
         if isinstance(choices, str):
             raise UsageError(f"choices: expected a list of texts, got {choices!r}", f"pass [{choices!r}, ...]")
         object.__setattr__(self, "question", question)
         object.__setattr__(self, "choices", () if choices is None else tuple(choices))
+        object.__setattr__(self, "relevant_text", relevant_text)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The question and its options."""
-        return (self.question, *self.choices)
+        """The question, its options and its relevant text."""
+        return (self.question, *self.choices, *(() if self.relevant_text is None else (self.relevant_text,)))
 
 
 @dataclass(frozen=True)
@@ -146,17 +142,20 @@ class Session:
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
         refine: int | None = None,
+        relevant_text: str | None = None,
     ) -> Answer:
         """Answer a question. TTFT counts from this call, with bundle and model loaded.
 
         ``question``: the text. ``choices``: the answer is the option whose letter or words are most likely (the model's
         ``choices_as`` decides which). ``max_new_tokens``: limit for a free answer. ``sampling``: how its tokens are
         picked, greedily by default. ``on_text``: called with each piece of text. ``refine``: only use this many visual
-        tokens, those that the question needs, as CDPruner picks them; they are prefilled for this question alone. Raises
+        tokens, those that the question needs, as CDPruner picks them; they are prefilled for this question alone.
+        ``relevant_text``: what they are picked by, if not by the question: one without its options, for example. Raises
         ``UsageError`` or ``BackboneError``.
         """
         submitted = time.perf_counter()
-        query, refine = Query(question, choices), check_refine(self.refine if refine is None else refine)
+        query = Query(question, choices, relevant_text)
+        refine = check_refine(self.refine if refine is None else refine)
         self._check(query)
         told = describe_refine(refine, len(self.tokens))
         if query.choices:
@@ -223,7 +222,11 @@ class Session:
         if self.pruning is not None or (refine is not None and refine < len(self.tokens)):
             for place, query in enumerate(asked):
                 answers[place] = self.ask(
-                    query.question, choices=query.choices, max_new_tokens=max_new_tokens, refine=refine
+                    query.question,
+                    choices=query.choices,
+                    max_new_tokens=max_new_tokens,
+                    refine=refine,
+                    relevant_text=query.relevant_text,
                 )
                 if on_answer is not None:
                     on_answer(place, answers[place])
@@ -287,7 +290,7 @@ class Session:
     def _check(self, query: Query) -> None:
         for text in query.texts:
             check_text(text)
-        if not query.question.strip():
+        if not query.question.strip() or (query.relevant_text is not None and not query.relevant_text.strip()):
             raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
         check_length(query.texts)
         if query.choices:
@@ -299,7 +302,8 @@ class Session:
         """Return the prefilled [system + video], computed once unless refined, and the ids after it: those of ``text``, or
         else of the question."""
         ids, start = self.model.prompt(text or query.question), time.perf_counter()
-        tokens = self.tokens if refine is None else refine_tokens(self.tokens, self.model, query.question, refine)
+        tokens, about = self.tokens, query.relevant_text or query.question
+        tokens = tokens if refine is None else refine_tokens(tokens, self.model, about, refine)
         refine_s = 0.0 if tokens is self.tokens else time.perf_counter() - start
         prefix = self._prefixes.get(ids.prefix) if tokens is self.tokens else None
         if prefix is None and self.prefix_file is not None and tokens is self.tokens:
@@ -384,8 +388,7 @@ def open_bundle(
     load_s = time.perf_counter() - start
     full_tokens = manifest["tokens"]["full_tokens"]
     kept = request.bundle.with_name(request.bundle.name + SUFFIX) if request.save_prefix else None
-    reasons = (NOTE,) if opens_reasoning(model) else ()
-    notes = (*limits, *model.notes, *reasons, *loaded.notes)
+    notes = (*limits, *model.notes, *((NOTE,) if opens_reasoning(model) else ()), *loaded.notes)
     return Session(model, loaded.tokens, full_tokens, text_after, load_s, notes, prefix_file=kept)
 
 

@@ -286,7 +286,8 @@ def _ask(session: Session, question: Question, request: EvalRequest) -> Answer:
     """Ask one question: a benchmark's prompt is answered in words, as its protocol has it."""
     protocol = request.questions.protocol
     if protocol is not None:
-        return session.ask(question.prompt, max_new_tokens=protocol.max_new_tokens)
+        # The prompt lists the options, and has no part in what is relevant.
+        return session.ask(question.prompt, max_new_tokens=protocol.max_new_tokens, relevant_text=question.question)
     return session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
 
 
