@@ -206,7 +206,9 @@ def test_files_the_hub_does_not_have_are_named(hub, repository, tmp_path):
         load_language_model("org/name", CPU)
     (part / INDEX).unlink()
     shutil.rmtree(hub.snapshot)
-    with pytest.raises(BackboneError, match=r"org/name: no weights: expected model.safetensors or its index on the hub"):
+    with pytest.raises(
+        BackboneError, match=r"org/name: no weights: expected model.safetensors or its index on the hub"
+    ):
         load_vision_encoder("org/name", CPU)
     (part / "config.json").unlink()
     shutil.rmtree(hub.snapshot)
