@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from freres_cli.backbones.registry import identify_vision_encoder, load_vision_encoder
+from freres_cli.backbones.registry import identify_vision_encoder, load_prompt_counter, load_vision_encoder
+from freres_cli.backbones.stock_processors import stock_prompt_ids
 from freres_cli.errors import BackboneError
 from freres_cli.pipeline.models import find_model
-from tests.runner import run_freres
 from tests.test_reasoning import MAY
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint
@@ -107,12 +107,14 @@ def test_a_decoder_that_would_compute_something_else_is_refused_before_the_video
         load(open_checkpoint(tmp_path), CPU)
 
 
-def test_verify_asks_for_no_reasoning_either(tmp_path):
-    CASES["qwen3_5"].make(tmp_path)
+def test_the_stock_prompt_of_verify_asks_for_no_reasoning_either(tmp_path):
+    case = CASES["qwen3_5"]
+    case.make(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(MAY)
-    run = run_freres("verify", tmp_path, "--json")
-    assert run.status == 0, run.err
-    assert any(law["name"].startswith("prompt") and law["state"] == "holds" for law in run.json["laws"])
+    counter = load_prompt_counter(str(tmp_path), CPU)
+    stock = stock_prompt_ids(open_checkpoint(tmp_path), counter.config, counter.tokenizer, (2, 2, 2), 0.5, "what?")
+    end = list(counter.prompt("what?").suffix)
+    assert stock[-len(end) :] == end and counter.tokenizer.decode(end).endswith("<think>\n\n</think>\n\n")
 
 
 def test_another_repository_has_other_commits():
