@@ -80,10 +80,12 @@ class ResourceError(FreresError):
 
 
 def as_freres_error(error: Exception, what: str) -> FreresError:
-    """Return the failure of one of many things as one of ours, so that the others go on. ``what``: is named first. With
-    FRERES_DEBUG=1 an unexpected error is raised, with its traceback."""
+    """Return the failure of one of many things as one of ours, so that the others go on. ``what``: is named first. Raises the
+    interruption that it came from, if it did, and with FRERES_DEBUG=1 an unexpected error, with its traceback."""
     if isinstance(error, FreresError):
         return error
+    if (interruption := find_interruption(error)) is not None:
+        raise interruption from None
     if os.environ.get("FRERES_DEBUG") == "1":
         raise error
     reason = " ".join(str(error).split())[:200]

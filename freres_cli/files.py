@@ -38,15 +38,15 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
         raise UsageError(f"{path.name[:40]}...: name too long: expected at most {MAX_NAME_BYTES} bytes")
     if os.path.isdir(path):  # noqa: PTH112 (os.path takes names too long for the system)
         raise UsageError(f"{path}: is a folder: expected a file name", another)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
         raise UsageError(f"{path}: not a regular file: expected a file name", another)
     if _is_in_kernel(path):
         raise UsageError(f"{path}: is in a file system of the kernel, which holds no files of users", another)
-    if os.path.islink(path) and not path.exists():  # noqa: PTH114
+    if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114
         raise UsageError(f"{path}: is a link to a file that does not exist", f"remove the link, or {another}")
     if not os.path.isdir(path.parent):  # noqa: PTH112
         raise UsageError(f"{path}: folder {path.parent} does not exist", "make the folder first")
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:  # noqa: PTH110
         raise UsageError(
             f"{path}: already exists", f"name another file with {flag}, or overwrite it with {_force(flag)}"
         )

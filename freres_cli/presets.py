@@ -301,6 +301,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     return key.strip(), check_value(key.strip(), parsed, "--set")
 
 
+SAMPLE_OF = {"sample_fps": "fps", "sample_count": "count"}  # the sampling that each number is for
+
+
 def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag") -> Settings:
     """Return every setting. A given value overrides the preset, and the preset overrides the default.
 
@@ -312,8 +315,13 @@ def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag
         if "sample_fps" in given and "sample_count" in given:
             raise PresetError("--fps and --frames: expected one of them, got both")
         given["sample"] = "fps" if "sample_fps" in given else "count"
+    for key, sample in SAMPLE_OF.items():
+        if given.get(key) is None:
+            continue
+        if given["sample"] != sample:
+            raise PresetError(f"sample: {key} belongs to {sample}, got {given['sample']}", "leave one of them out")
         # A density belongs to the preset's own sampling, not to one that replaces it.
-        if given["sample"] != preset.values.get("sample", KEYS["sample"].default):
+        if sample != preset.values.get("sample", KEYS["sample"].default):
             given.setdefault("track_density", 1)
     if "tokens_per_frame" in given and "grid" not in given:
         given["grid"] = "auto"

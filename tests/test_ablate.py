@@ -153,6 +153,12 @@ def test_training_settings_change_only_where_the_sweep_needs_more():
         assert without_variant(found.record()) == without_variant(settings.record())
 
 
+def test_rows_of_frames_read_the_rate_in_their_names_whatever_the_preset():
+    for row, rate in zip(ablate.TABLES["frames"], (4.0, 2.0), strict=True):
+        settings = make_options({}, "long-video", None, device="cpu").settings.with_values("eval", **dict(row.settings))
+        assert settings.sample == "fps" and settings.sample_fps * settings.track_density == rate
+
+
 def without_variant(settings):
     return {key: value for key, value in settings.items() if key != "variant"}
 

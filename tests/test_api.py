@@ -339,3 +339,11 @@ def test_many_options_take_no_more_copies_of_the_cache_than_questions(clip, mode
     assert max(counts) == 2 and sum(counts) == 2 + 2 * len(words)
     for query, answer in zip(queries, together, strict=True):
         assert answer.choices == pytest.approx(session.ask(query.question, choices=words).choices, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "argument", [{"device": "cpu"}, {"dtype": "float32"}, {"revision": "main"}, {"attention": "sdpa"}]
+)
+def test_what_an_open_model_has_settled_is_not_ignored(models, argument):
+    with pytest.raises(UsageError, match=f"{next(iter(argument))}: expected none with models"):
+        Compressor(models=models, **argument)

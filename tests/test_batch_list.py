@@ -209,12 +209,20 @@ def test_a_pattern_that_fits_lists_reads_them(videos, tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", {"video": f"videos/{name}.{'mp4' if name == 'a' else 'webm'}"})
     assert set(named(tmp_path / "?.jsonl")) == {"a", "b"}
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "a.mp4").touch()
+    write(tmp_path / "all" / "rows.jsonl", {"bundle": "a.pt"})  # of an earlier run of the same command
+    assert set(named(tmp_path / "all" / "*.mp*")) == {"a"}
+    assert {str(Path(video).name) for video in named(tmp_path / "all" / "*").values()} == {"a.mp4", "rows.jsonl"}
 
 
 def test_a_signed_url_gives_a_short_name_without_the_signature(tmp_path):
     signed = f"https://host/deep/clip.mp4?X-Amz-Signature={'f' * 400}"
     assert short_name(signed) == "clip.mp4" and short_name("s3://bucket/what?.mp4") == "what?.mp4"
+    assert short_name("https://host/clip.mp4?sv=2&sig=abc") == "clip.mp4"
+    assert short_name("https://host/get?id=1") == "get?id=1"  # it tells videos apart
     assert short_name("zip://in/a.mp4::https://host/x.zip?key=1") == "a.mp4"
+    assert short_name("simplecache::s3://bucket/b.mp4") == "b.mp4"
     long = short_name(f"https://host/{'é' * 300}.mp4")
     assert long.endswith("é.mp4") and len(long.encode()) <= 200
     rows = write(tmp_path / "rows.jsonl", {"video": signed})

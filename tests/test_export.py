@@ -143,3 +143,6 @@ def test_an_export_does_not_replace_its_own_bundle(bundle, tmp_path):
     run = run_freres("export", copy, "--to", "safetensors", "-o", copy, "--force")
     check_failure(run, 2, "is the bundle itself")
     assert copy.read_bytes() == bundle.read_bytes()
+    check_failure(
+        run_freres("export", tmp_path / "no.pt", "--to", "safetensors", "-o", copy, "--force"), 4, "no such file"
+    )

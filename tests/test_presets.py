@@ -162,6 +162,12 @@ def test_a_rate_or_a_count_by_flag_chooses_the_sampling():
     assert settings.sample == "fps" and settings.track_density == 1
     assert merge_settings(load_preset("compact-16f"), {"sample_count": 12}).track_density == 4
     assert merge_settings(load_preset("dense-30fps"), {"sample_count": 8}).sample == "count"
+    for named in ({"sample_fps": 2.0}, {"sample_fps": 2.0, "sample": "fps"}):
+        assert merge_settings(load_preset("long-video"), named).track_density == 1
+    for wrong in ({"sample_fps": 2.0, "sample": "native"}, {"sample_count": 8, "sample": "fps"}):
+        with pytest.raises(PresetError, match="belongs to"):
+            merge_settings(load_preset("dense-30fps"), wrong)
+    assert merge_settings(load_preset("long-video"), {"sample": "native", "sample_fps": None}).sample == "native"
     with pytest.raises(PresetError, match="got both"):
         merge_settings(load_preset("bundled"), {"sample_fps": 2.0, "sample_count": 8})
 

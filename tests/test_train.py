@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,8 +283,12 @@ def test_two_workers_take_the_steps_of_one(folder, adapter, tmp_path):
 
 def test_training_data_that_cannot_be_split_is_refused(folder, tmp_path):
     one = write_rows(folder / "one.jsonl", read_rows(folder / "data.jsonl")[:1])
-    with fails(2, "at least 2 videos"):
+    with fails(2, "at least 2 videos that can be used, got 1"):
         TRAINING.run(one, tmp_path / "a.safetensors", folder / "cache")
+    recipe = train_adapter.Recipe((), 1, validation_share=0.99)
+    for count in (2, 3, 5):
+        learned, held_out = train_adapter._split(SimpleNamespace(examples=list(range(count))), recipe)
+        assert len(learned) == 1 and sorted((*learned, *held_out)) == list(range(count))
 
 
 def test_what_is_asked_is_what_asking_asks(folder):

@@ -121,6 +121,9 @@ def test_a_teacher_that_does_not_fit_is_done_without(folder, tmp_path):
     done = train(folder / "questions.jsonl", tmp_path / "a.safetensors", tmp_path / "cache", models=models)
     assert max(model.num_video_tokens) > MOST_IN_MEMORY
     assert "4 videos without a full-token teacher" in "".join(describe_left_out(done))
+    # With more memory they are taught after all, from the same cache.
+    more = train(folder / "questions.jsonl", tmp_path / "b.safetensors", tmp_path / "cache")
+    assert "without a full-token teacher" not in "".join(describe_left_out(more))
 
 
 def test_running_out_of_memory_is_not_a_bug(folder, tmp_path):
@@ -159,3 +162,6 @@ def test_processes_started_together_may_not_share_a_gpu(folder, tmp_path, monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = run_command(folder / "questions.jsonl", tmp_path / "a.safetensors", "--device", "cuda:0")
     check_failure(run, 2, "--device cuda:0: every process would use this one")
+    monkeypatch.setenv("FRERES_DEVICE", "cuda:1")
+    run = run_freres("train", folder / "questions.jsonl", "-o", tmp_path / "a.safetensors")
+    check_failure(run, 2, "--device cuda:1: every process would use this one")

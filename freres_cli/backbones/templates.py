@@ -70,12 +70,12 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
 @contextmanager
 def _bounded_memory() -> Iterator[None]:
     """Let this process take at most ``MOST_BYTES`` more than it has. Without /proc there is no limit."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:
-        yield
-        return
     with _ONE_AT_A_TIME:  # the limit is the process's: a second thread would take this one's for what was before
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+        except OSError:
+            yield
+            return
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         most = pages * resource.getpagesize() + MOST_BYTES
         if soft == resource.RLIM_INFINITY or most < soft:

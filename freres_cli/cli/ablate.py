@@ -39,7 +39,7 @@ def ablate(
         str, typer.Option("--train-budgets", metavar="SIZE,...", help="Budgets to train the adapters for.")
     ] = "0.5,0.25,0.1",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each adapter.")] = 500,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed for training.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed for training.")] = 0,
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG of the accuracy of every setting.")
     ] = None,

@@ -129,6 +129,8 @@ def _run() -> None:
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None:
+            _fail(UsageError(f"{error.filename}: no permission", "name another place, or ask for rights there"), error)
         if error.errno != errno.ENAMETOOLONG:
             _fail_unexpected(error)
         _fail(UsageError(f"{str(error.filename)[:60]}...: file name too long", "name a shorter one"), error)

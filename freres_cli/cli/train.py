@@ -15,6 +15,7 @@ from freres_cli.cli.compress import at_budgets, gather_flags, make_options
 from freres_cli.cli.output import print_json, print_notes, print_result, print_warning, progress_bar
 from freres_cli.errors import UsageError
 from freres_cli.files import check_destination
+from freres_cli.presets import environment_value
 
 
 def train(
@@ -83,8 +84,9 @@ def train(
         raise UsageError(f"--validation: expected a share between 0 and 1, got {validation}")
     if not math.isfinite(learning_rate):
         raise UsageError(f"--learning-rate: expected a number, got {learning_rate}")
-    if count_processes() > 1 and device and ":" in device:
-        raise UsageError(f"--device {device}: every process would use this one", "use --device cuda")
+    place = device or environment_value("device") or ""
+    if count_processes() > 1 and ":" in place:
+        raise UsageError(f"--device {place}: every process would use this one", "use --device cuda")
     # The state and the cache next to it are named after it.
     check_destination(output, True)
     flags = gather_flags(assignments, {})

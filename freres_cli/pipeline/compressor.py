@@ -75,6 +75,10 @@ class Compressor:
         )
         if models is not None and model not in (None, models.source.name):
             raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
+        named = {"device": device, "dtype": dtype, "revision": revision, "attention": attention}
+        if models is not None and any(named.values()):
+            first = next(key for key, value in named.items() if value)
+            raise UsageError(f"{first}: expected none with models, which are loaded already", "leave it out")
         source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
         if method is not None:

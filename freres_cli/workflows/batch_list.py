@@ -116,7 +116,7 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
         if not found:
             raise UsageError(f"{argument}: no file fits the pattern", "put the pattern in quotes, and check its folder")
         for path in found:
-            if _is_list(path, (ROWS_SUFFIX, LIST_SUFFIX)):
+            if _is_list(argument, (ROWS_SUFFIX, LIST_SUFFIX)):  # a pattern of lists, not of whatever lies there
                 yield from _read_list(path)
             else:
                 yield Listed(path, Path(path).relative_to(fixed_part(argument)), path)
@@ -134,7 +134,7 @@ def _is_list(argument: str, suffixes: str | tuple[str, ...]) -> bool:
 def _expand_url(url: str, notes: list[str]) -> Iterator[Listed]:
     store = Store(url)
     # A name that holds a bracket is a name if there is such a file.
-    is_pattern = has_wildcard(url) and not store.exists()
+    is_pattern = has_wildcard(url) and not _is_there(store)
     if not is_pattern and not store.is_folder():
         yield Listed(url, Path(short_name(url)), url)  # the worker says what is wrong with it
         return
@@ -148,6 +148,14 @@ def _expand_url(url: str, notes: list[str]) -> Iterator[Listed]:
         files = kept
     for found, name in files:
         yield Listed(found, Path(name), found)
+
+
+def _is_there(store: Store) -> bool:
+    """Whether a file has this very name; not, if the store refuses such names."""
+    try:
+        return store.exists()
+    except UsageError:
+        return False
 
 
 def _read_list(argument: str) -> Iterator[Listed]:

@@ -39,7 +39,9 @@ def _serve(connection: Connection, setup: WorkerSetup, rank: int, scratch: str) 
     if setup.num_threads is not None:
         torch.set_num_threads(setup.num_threads)
     if torch.cuda.device_count() > 1:
-        os.environ["LOCAL_RANK"] = str(rank % torch.cuda.device_count())  # not the one of whoever started the batch
+        # Whoever starts a batch for each GPU gives each its own rank, to which the workers of one batch add theirs.
+        first = int(os.environ.get("LOCAL_RANK", "0"))
+        os.environ["LOCAL_RANK"] = str((first + rank) % torch.cuda.device_count())
     worker = VideoWorker(setup, Path(scratch))
     connection.send(READY)
     with contextlib.suppress(EOFError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from freres_cli.errors import ResourceError, UsageError, VideoError
+from freres_cli.errors import FreresError, ResourceError, UsageError, VideoError
 
 # s3://bucket/key, memory://file, or a chain such as zip://clip.mp4::s3://bucket/clips.zip
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)(://|::)", re.IGNORECASE)
-_WEB = re.compile("https?://", re.IGNORECASE)
+# The parameters by which S3, Google Cloud and Azure sign a URL.
+_SIGNED = re.compile(r"https?://[^?]*\?(.*&)?(X-Amz-|X-Goog-|sig=|Signature=)", re.IGNORECASE)
 _LOCAL = "file://"
 MOST_NAME_BYTES, SUFFIX_CHARACTERS = 200, 16
 PART_SUFFIX = ".part"
@@ -32,10 +34,11 @@ def as_place(text: str) -> str:
 
 
 def is_among(place: str, others: Iterable[str]) -> bool:
-    """Whether a path or URL is one of others."""
+    """Whether a path or URL is one of others, or fits a pattern among them."""
     if is_url(place):
         return place in map(as_place, others)
-    paths = [own for own in map(as_place, others) if os.path.exists(own)]  # noqa: PTH110 (it takes any text)
+    found = [own for other in map(as_place, others) for own in (other, *glob.glob(other, recursive=True))]  # noqa: PTH207
+    paths = [own for own in found if os.path.exists(own)]  # noqa: PTH110 (it takes any text)
     return Path(place).exists() and any(Path(place).samefile(own) for own in paths)
 
 
@@ -75,6 +78,9 @@ class Store:
                 return _is_file(self.files.info(self.path))
             except FileNotFoundError:
                 return False
+            except PermissionError as error:  # of S3 also where nothing is, to those who may not list
+                hint = "with --force it is replaced, whatever is there"
+                raise UsageError(f"{self.url}: whether it exists cannot be read: {_reason(error)}", hint) from error
 
     def is_folder(self) -> bool:
         """Return whether there is a folder. Raises ``UsageError``."""
@@ -122,10 +128,10 @@ class Store:
 
 
 def short_name(url: str) -> str:
-    """Return the last part of a URL as the name of a local file: without a query, which may hold a signature, and no longer
-    than systems allow."""
-    head = url.partition("::")[0]
-    name = PurePosixPath(head.partition("?")[0] if _WEB.match(head) else head).name
+    """Return the last part of a URL as the name of a local file, no longer than systems allow. Of a signed URL, without the
+    query, which holds the signature; any other query may be what tells two videos apart."""
+    head = next((part for part in url.split("::") if "://" in part), url)
+    name = PurePosixPath(head.partition("?")[0] if _SIGNED.match(head) else head).name
     if len(name.encode()) > MOST_NAME_BYTES:
         suffix = PurePosixPath(name).suffix[:SUFFIX_CHARACTERS]
         name = name.encode()[: MOST_NAME_BYTES - len(suffix.encode())].decode(errors="ignore") + suffix
@@ -152,6 +158,8 @@ def _failures_as(kind: type[UsageError | VideoError], url: str, what: str) -> It
     """Turn the error of a store into one of ours. Every store's package has errors of its own."""
     try:
         yield
+    except FreresError:
+        raise
     except FileNotFoundError as error:
         raise kind(f"{url}: {what}: no such file", "check the URL") from error
     except Exception as error:

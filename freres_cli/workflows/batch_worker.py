@@ -165,8 +165,12 @@ class VideoWorker:
         store = Store(self._setup.bundle_of(job))
         local = folder / (job.name + SUFFIX)
         local.parent.mkdir(parents=True)
-        if not self._setup.force and store.exists():
-            shutil.move(store.fetch(folder), local)
+        try:
+            if store.exists():
+                shutil.move(store.fetch(folder), local)
+        except FreresError:
+            if not self._setup.force:
+                raise
         row = self._compress(compressor, video, job, folder)
         if row.status == "done":
             start = time.perf_counter()

@@ -62,9 +62,9 @@ def export_bundle(request: ExportRequest) -> ExportResult:
     """Write what another runtime takes. Raises ``BundleError`` for a bad bundle, ``BackboneError`` for a model that is not
     the bundle's or whose family the target cannot take, ``UsageError`` for a file that cannot be written."""
     check_destination(request.output, request.force)
+    bundle = read_bundle(request.bundle)
     if request.output.exists() and request.output.samefile(request.bundle):
         raise UsageError(f"{request.output}: is the bundle itself", "name another file with -o")
-    bundle = read_bundle(request.bundle)
     made = TARGETS[request.target](bundle, request)
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
     facts = {"format": f"freres.{request.target}/1", "model": bundle.manifest["model"], **made.facts}

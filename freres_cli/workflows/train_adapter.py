@@ -162,7 +162,8 @@ def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["num_left_out"] > len(shown):
         yield f"{facts['num_left_out'] - len(shown)} {'more ' if shown else ''}were left out of the training"
     if facts["num_videos_untaught"]:
-        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: too long, or only free answers"
+        why = "too long for the model or for memory, or only free answers"
+        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: {why}"
 
 
 def make_modules(model: LanguageModel, options: CompressOptions, rank: int | None) -> AnyModules:
@@ -195,9 +196,9 @@ def _size(kind: type[AnyModules], shape: ModuleShape) -> int:
 def _split(data: TrainingData, recipe: Recipe) -> tuple[list[Example], list[Example]]:
     """Return training and validation videos. Apart from the data, the split depends only on the seed."""
     order = np.random.default_rng([recipe.seed, 1]).permutation(len(data.examples))
-    count = max(1, round(recipe.validation_share * len(order)))
-    if len(order) - count < 1:
-        raise UsageError("training data: expected at least 2 videos that can be used, got 1", "add videos")
+    if len(order) < 2:
+        raise UsageError(f"training data: expected at least 2 videos that can be used, got {len(order)}", "add videos")
+    count = min(len(order) - 1, max(1, round(recipe.validation_share * len(order))))
     chosen = [data.examples[i] for i in order]
     return chosen[count:], chosen[:count]
 

@@ -105,6 +105,9 @@ def _claim(request: TrainRequest, states: Path) -> None:
             known = dict(json.loads(path.read_bytes()))
             differing = [key for key, value in same.items() if known[key] != value]
             differing += [key for key, value in steps.items() if value < known[key]]
+            # A decoder belongs to the tower whose latents it learned from.
+            if steps["tower_steps"] != known["tower_steps"] and (states / "language.pt").exists():
+                differing.append("tower_steps")
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: damaged", remedy) from error
         if differing:

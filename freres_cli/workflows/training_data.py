@@ -176,8 +176,11 @@ class _Store:
             timer = StageTimer(torch.device(self.options.model.device.name))
             clip = EncodedClip(VideoSource(questions[0].video), self.options, self.models.encoder, timer)
             _write_bundles(clip, self.budgets, bundles, self.model, self.options.method)
-            taught |= _teach(clip, missing, self.model, self.options.settings.text_after)
-            write_atomically(path, lambda file: file.write(json.dumps(taught).encode()), force=True)
+            made, failing = _teach(clip, missing, self.model, self.options.settings.text_after)
+            taught |= made
+            # What failed on this device may work on another one, or in another precision: it is tried again.
+            kept = {key: scores for key, scores in taught.items() if key not in failing}
+            write_atomically(path, lambda file: file.write(json.dumps(kept).encode()), force=True)
         asked = []
         tokens = self._largest(bundles)
         for question in questions:
@@ -253,9 +256,11 @@ def _write_bundles(
 
 def _teach(
     clip: EncodedClip, questions: Sequence[Question], model: LanguageModel, text_after: str
-) -> dict[str, list[float] | None]:
-    """Return the log-likelihoods of the options with every token of the clip, by question. They are ``None`` for free
-    answers, and if all tokens exceed the model's context or the device's memory."""
+) -> tuple[dict[str, list[float] | None], set[str]]:
+    """Return the log-likelihoods of the options with every token of the clip, by question, and which questions failed. They
+    are ``None`` for free answers, if all tokens exceed the model's context, and where it failed: for want of memory, or with
+    scores that are not finite."""
+    failing: set[str] = set()
     taught: dict[str, list[float] | None] = {}
     tokens = clip.build_tokens("full", clip.full_tokens)
     prefixes: dict[Ids, Any] = {}
@@ -266,10 +271,12 @@ def _teach(
                 if question.choices and prefix not in prefixes:
                     prefixes = {prefix: prefill_video(model, prefix, tokens, text_after)}
             scores = score_options(model, prefixes[prefix], suffix, list(answers)) if question.choices else None
-        except (BackboneError, ResourceError):
+        except (BackboneError, ResourceError) as error:
             scores = None
+            if isinstance(error, ResourceError) or prefix in prefixes:
+                failing.add(_text_key(question))
         taught[_text_key(question)] = None if scores is None else scores.tolist()
-    return taught
+    return taught, failing
 
 
 def _asked(model: LanguageModel, question: Question, teacher: list[float] | None) -> Asked:
