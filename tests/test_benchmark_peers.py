@@ -131,8 +131,10 @@ def test_making_the_latents_does_not_count_towards_the_limit(forked):
 def test_the_command_writes_the_part_and_runs_it_only_if_named(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(benchmark, "measure_peers", lambda *given: asked.append(given) or {"rows": []})
-    monkeypatch.setattr(
-        sys, "argv", ["benchmark", "-o", str(tmp_path / "r.json"), "peers", "--frames", "7", "--limit", "9"]
-    )
+    command = ["benchmark", "-o", str(tmp_path / "r.json"), "peers", "--frames", "7", "--limit", "9"]
+    monkeypatch.setattr(sys, "argv", command)
     benchmark.main()
-    assert asked == [(7, 9.0)] and json.loads((tmp_path / "r.json").read_text())["peers"] == {"rows": []}
+    monkeypatch.setattr(sys, "argv", [*command, "--methods", "evs,dtd"])
+    benchmark.main()
+    assert asked == [(7, 9.0, None), (7, 9.0, ["evs", "dtd"])]
+    assert json.loads((tmp_path / "r.json").read_text())["peers"] == {"rows": []}
