@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
 import pytest
 
-from freres_cli.errors import BackboneError, ExitStatus, count_of
+from freres_cli.cli import app as cli_app
+from freres_cli.errors import BackboneError, ExitStatus, as_freres_error, count_of
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
@@ -96,3 +98,24 @@ def test_json_escapes_every_control_that_text_loses(bundle):
     run = run_freres("ask", bundle, "what?", "--choices", f"a{controls}|b", "--json", "--device", "cpu")
     assert run.status == 0 and not set(controls) & set(run.out)
     assert f"a{controls}" in run.json["choices"]
+
+
+def test_a_place_without_permission_is_no_bug(monkeypatch):
+    def refuse():
+        raise PermissionError(errno.EACCES, "Permission denied", "/theirs/x.pt")
+
+    monkeypatch.setattr(cli_app, "app", refuse)
+    check_failure(run_freres("doctor"), 2, "/theirs/x.pt: no permission")
+
+
+def test_an_interruption_is_no_failure_of_one_of_many():
+    """torch's writer raises an error of its own when it is stopped half way."""
+    try:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("writer")  # noqa: B904
+    except RuntimeError as error:
+        with pytest.raises(KeyboardInterrupt):
+            as_freres_error(error, "clip.mp4")
+    assert as_freres_error(RuntimeError("a\nfault"), "clip.mp4").message == "clip.mp4: unexpected RuntimeError: a fault"
