@@ -56,10 +56,9 @@ class LanguageHalf(nn.Module):
         """Drop a head that holds the same numbers as the embeddings."""
         if self.lm_head is None:
             return
-        pairs = zip(self.lm_head.weight.split(1024), self.decoder.embed_tokens.weight.split(1024), strict=False)
-        if all(
-            torch.equal(own, row) for own, row in pairs
-        ):  # in parts: a comparison takes memory, and most differ at once
+        # In parts: a comparison takes memory, and most heads differ at once.
+        parts = zip(self.lm_head.weight.split(1024), self.decoder.embed_tokens.weight.split(1024), strict=False)
+        if all(torch.equal(own, row) for own, row in parts):
             self.lm_head = None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from freres_cli.baselines.clustering import Span
+from freres_cli.baselines.clustering import Span, cut_evenly
 from freres_cli.baselines.declaration import Method, lazy_module
 from freres_cli.baselines.evs import pick_highest
 from freres_cli.baselines.full import gather_tokens
@@ -94,8 +94,7 @@ def lay_out(num_frames: int, per_frame: int, num_tokens: int) -> Layout:
     share = num_tokens / (num_frames * per_frame)
     wanted = max(1, round(_interpolate(share) / OF_TOKENS * per_frame))
     for count in range(min(NUM_CLIPS, num_frames), 0, -1):
-        ends = [index * num_frames // count for index in range(count + 1)]
-        clips = list(pairwise(ends))
+        clips = cut_evenly(0, num_frames, count)
         num_merged = sum(stop - first > 1 for first, stop in clips)
         more = -(-num_tokens // num_frames)
         if wanted * (num_frames + num_merged) <= num_tokens and more * count <= num_tokens:

@@ -95,10 +95,14 @@ def cut_by_similarity(latents: Tensor, width: int, threshold: float, fewest: int
     is_first = change > 1 - threshold
     is_first[lowest] = True
     starts = [0, *(is_first.nonzero().squeeze(1) + 1).tolist(), latents.shape[0]]
-    return [part for first, stop in zip(starts, starts[1:], strict=False) for part in _cut_evenly(first, stop)]
+    return [
+        part
+        for first, stop in zip(starts, starts[1:], strict=False)
+        for part in cut_evenly(first, stop, -(-(stop - first) // MOST_FRAMES))
+    ]
 
 
-def _cut_evenly(first: int, stop: int) -> list[Span]:
-    count = -(-(stop - first) // MOST_FRAMES)
+def cut_evenly(first: int, stop: int, count: int) -> list[Span]:
+    """Return ``count`` spans of [first, stop), in order, as equal as they can be."""
     ends = [first + index * (stop - first) // count for index in range(count + 1)]
     return list(zip(ends, ends[1:], strict=False))
