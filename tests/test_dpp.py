@@ -29,8 +29,10 @@ def pick_by_determinants(units, relevance, count):
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("num_active", [1, 3, 1024])
 @pytest.mark.parametrize("has_relevance", [False, True])
-def test_picks_are_those_of_the_largest_determinant(seed, has_relevance):
+def test_picks_are_those_of_the_largest_determinant(seed, num_active, has_relevance, monkeypatch):
+    monkeypatch.setattr("freres_cli.baselines.falling.NUM_ACTIVE", num_active)
     units = random_units(12, 8, seed)
     relevance = torch.rand(12, generator=torch.Generator().manual_seed(seed)) if has_relevance else torch.ones(12)
     assert pick_diverse(units, relevance, 8).tolist() == pick_by_determinants(units, relevance, 8)
@@ -54,6 +56,19 @@ def test_once_every_direction_is_spent_the_search_starts_over():
     assert first.tolist() == pick_by_determinants(units, relevance, 6)
     rest = torch.tensor([i for i in range(30) if i not in first.tolist()])
     assert later.tolist() == rest[pick_by_determinants(units[rest], relevance[rest], 6)].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_whose_scores_wait_are_picked_as_if_all_followed(dtype, monkeypatch):
+    """Over several rounds, with chunks that end anywhere, and tokens of any length."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = (torch.randn(300, 24, generator=generator) * torch.rand(300, 1, generator=generator)).to(dtype)
+    relevance = torch.rand(300, generator=generator)
+    monkeypatch.setattr("freres_cli.baselines.falling.NUM_ACTIVE", 300)
+    wanted = pick_diverse(tokens, relevance, 80)
+    monkeypatch.setattr("freres_cli.baselines.falling.NUM_ACTIVE", 7)
+    monkeypatch.setattr("freres_cli.baselines.falling.CHUNK_VALUES", 24 * 41)
+    assert torch.equal(pick_diverse(tokens, relevance, 80), wanted)
 
 
 def test_a_repeated_frame_adds_nothing_until_the_first_is_spent():

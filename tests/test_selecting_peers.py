@@ -134,7 +134,9 @@ def brute_force_diverse(tokens, count):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_divprune_is_the_greedy_of_max_min_distance(seed):
+@pytest.mark.parametrize("num_active", [1, 5, 1024])
+def test_divprune_is_the_greedy_of_max_min_distance(seed, num_active, monkeypatch):
+    monkeypatch.setattr("freres_cli.baselines.falling.NUM_ACTIVE", num_active)
     tokens = torch.randn(40, D, generator=torch.Generator().manual_seed(seed))
     assert choose_diverse(tokens, 39).tolist() == brute_force_diverse(tokens, 39)
     latents, seconds = tokens.reshape(2, 4, 5, D), torch.zeros(2, dtype=torch.float64)
@@ -144,7 +146,9 @@ def test_divprune_is_the_greedy_of_max_min_distance(seed):
         )
 
 
-def test_divprune_takes_repeats_last_however_long_they_are():
+@pytest.mark.parametrize("num_active", [4, 1024])
+def test_divprune_takes_repeats_last_however_long_they_are(num_active, monkeypatch):
+    monkeypatch.setattr("freres_cli.baselines.falling.NUM_ACTIVE", num_active)
     distinct = torch.randn(9, D, generator=torch.Generator().manual_seed(3))
     which = torch.randint(9, (200,), generator=torch.Generator().manual_seed(4))
     which[:9] = torch.arange(9)

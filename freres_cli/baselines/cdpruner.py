@@ -23,7 +23,7 @@ def pick_relevant(tokens: Tensor, question: Tensor, count: int) -> Tensor:
     """
     units = torch.nn.functional.normalize(tokens.to(torch.float32), dim=-1)
     words = torch.nn.functional.normalize(question.to(torch.float32), dim=-1)
-    return pick_diverse(units, measure_relevance(units, words), count).sort().values
+    return pick_diverse(tokens, measure_relevance(units, words), count).sort().values
 
 
 def measure_relevance(units: Tensor, words: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
+from freres_cli.baselines.falling import CHUNK_VALUES, FallingScores, inverse_norms
 from freres_cli.baselines.full import gather_tokens
 from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 else:
     torch = lazy_module("torch")
 
-CHUNK_VALUES = 2**22  # values in float32 at a time
-COPY_VALUES = 2**26  # latents of up to this many values are copied to float32
 BLOCK_TOKENS = 1024  # tokens whose distances to all others are taken at a time
 SAME = 1e-6  # distances below are rounding
 
@@ -25,7 +24,7 @@ def keep_diverse_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
     """Return min(B, T*H*W) tokens of ``latents`` (T, H, W, C), chosen as ``choose_diverse`` does, in raster order.
 
     B is ``budget_tokens``. Time grows with the square of T*H*W, for the first choice, and with B*T*H*W; memory beyond the
-    latents with T*H*W. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
+    latents with T*H*W and B. ``frame_seconds``: (T,) float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     budget_tokens = clamp_budget(latents, budget_tokens)
     tokens = latents[..., :width].flatten(0, 2)
@@ -42,28 +41,37 @@ def choose_diverse(tokens: Tensor, count: int) -> Tensor:
     The first is the token whose nearest other token is farthest. Each further one is farthest from the nearest of those
     chosen. Distance is 1 - cos, ties go to the first token.
     """
-    if tokens.numel() <= COPY_VALUES:
-        # Every choice reads all tokens, and converting them takes longer than the products.
-        tokens = tokens.to(torch.float32)
-    scale = _inverse_norms(tokens)
-    chosen = torch.empty(count, dtype=torch.int64)
-    chosen[0] = _nearest_others(tokens, scale).argmax()
-    nearest = torch.full((tokens.shape[0],), torch.inf)
-    for index in range(1, count):
-        last = chosen[index - 1]
-        unit = tokens[last].to(torch.float32) * scale[last]
-        nearest = torch.minimum(nearest, _distances(tokens, scale, unit[None])[0])
-        nearest[last] = -torch.inf
-        chosen[index] = nearest.argmax()
-    return chosen
+    scale = inverse_norms(tokens)
+    first = int(_nearest_others(tokens, scale).argmax())
+    chosen, units = [first], tokens.new_empty(count, tokens.shape[1], dtype=torch.float32)
+    units[0] = tokens[first].to(torch.float32) * scale[first]
+
+    def fall(vectors: Tensor, nearest: Tensor, since: int) -> Tensor:
+        return torch.minimum(nearest, _distances(vectors, units[1 + since : len(chosen)]).amin(0))
+
+    nearest = _distances_of_all(tokens, scale, units[:1])[0]
+    nearest[first] = -torch.inf
+    scores = FallingScores(tokens, scale, nearest, fall)
+    while len(chosen) < count:
+        best, _ = scores.find_best()
+        units[len(chosen)] = tokens[best].to(torch.float32) * scale[best]
+        chosen.append(best)
+        scores.pick(best)
+    return torch.tensor(chosen)
 
 
-def _distances(tokens: Tensor, scale: Tensor, units: Tensor) -> Tensor:
-    """Return 1 - cos of each of ``units`` (U, D) to each of ``tokens`` (N, D): (U, N). Equal tokens are 0 apart."""
-    step = max(1, CHUNK_VALUES // tokens.shape[1])
-    parts = [units @ part.to(torch.float32).T for part in tokens.split(step)]
-    apart = 1 - torch.cat(parts, dim=1) * scale
+def _distances(vectors: Tensor, units: Tensor) -> Tensor:
+    """Return 1 - cos of each of ``units`` (U, D) to each of ``vectors`` (N, D), both of norm 1: (U, N). Equal ones are 0
+    apart."""
+    apart = 1 - units @ vectors.T
     return apart.masked_fill_(apart < SAME, 0.0)
+
+
+def _distances_of_all(tokens: Tensor, scale: Tensor, units: Tensor) -> Tensor:
+    """Return the ``_distances`` of ``tokens`` (N, D) of any dtype, scaled by ``scale`` (N,) to norm 1: (U, N)."""
+    step = max(1, CHUNK_VALUES // tokens.shape[1])
+    parts = zip(tokens.split(step), scale.split(step), strict=True)
+    return torch.cat([_distances(part.to(torch.float32) * own[:, None], units) for part, own in parts], dim=1)
 
 
 def _nearest_others(tokens: Tensor, scale: Tensor) -> Tensor:
@@ -72,18 +80,11 @@ def _nearest_others(tokens: Tensor, scale: Tensor) -> Tensor:
     step = max(1, min(BLOCK_TOKENS, CHUNK_VALUES // tokens.shape[0]))
     for first in range(0, tokens.shape[0], step):
         part = slice(first, first + step)
-        apart = _distances(tokens, scale, tokens[part].to(torch.float32) * scale[part, None])
+        apart = _distances_of_all(tokens, scale, tokens[part].to(torch.float32) * scale[part, None])
         rows = torch.arange(apart.shape[0])
         apart[rows, first + rows] = torch.inf
         nearest.append(apart.min(1).values)
     return torch.cat(nearest)
-
-
-def _inverse_norms(tokens: Tensor) -> Tensor:
-    """Return one over the norm of each token, (N,) float32; 0 for zero tokens."""
-    step = max(1, CHUNK_VALUES // tokens.shape[1])
-    norms = torch.cat([part.to(torch.float32).norm(dim=-1) for part in tokens.split(step)])
-    return torch.where(norms > 0, 1 / norms, 0.0)
 
 
 METHOD = Method(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
-from freres_cli.baselines.evs import unit_tokens
+from freres_cli.baselines.falling import FallingScores, inverse_norms
 from freres_cli.baselines.full import gather_tokens
 from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens
@@ -26,43 +26,55 @@ def keep_diverse_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
     Raises ``ValueError`` if the budget is below one.
     """
     budget_tokens = clamp_budget(latents, budget_tokens)
-    units = unit_tokens(latents, width).flatten(0, 1)
-    keep = pick_diverse(units, torch.ones(len(units)), budget_tokens).sort().values
+    tokens = latents[..., :width].flatten(0, 2)
+    keep = pick_diverse(tokens, torch.ones(len(tokens)), budget_tokens).sort().values
     return gather_tokens(latents, frame_seconds, keep, width)
 
 
-def pick_diverse(units: Tensor, relevance: Tensor, count: int) -> Tensor:
-    """Return the indices of min(``count``, S) tokens in the order in which they are picked, (n,) int64.
+def pick_diverse(tokens: Tensor, relevance: Tensor, count: int) -> Tensor:
+    """Return the indices of min(``count``, S) of ``tokens`` (S, D) in the order in which they are picked, (n,) int64.
 
     Greedy maximum of the determinant of K = diag(r) Z Z^T diag(r) over the tokens picked so far (CDPruner; greedy search
-    as in Chen et al., arXiv 1709.05135). Of equal gains, the first token is picked. A token's gain is its squared length
-    across the span of those picked, which is kept as an orthonormal basis: the same picks as from Cholesky rows, without
-    the (n, S) matrix of those. Once no token adds volume, the search starts over among the rest (ours, because D
-    directions are spent after D picks, and the budget is exact). ``units``: (S, D) float32, rows of norm 1, or zeros.
-    ``relevance``: (S,) r, 0 or more.
+    as in Chen et al., arXiv 1709.05135). Z is the tokens at norm 1, r the ``relevance``, (S,) float32, 0 or more. Of equal
+    gains, the first token is picked. A token's gain is its squared length across the span of those picked, which is kept
+    as an orthonormal basis: the same picks as from Cholesky rows, without the (n, S) matrix of those. Once no token adds
+    volume, the search starts over among the rest (ours, because D directions are spent after D picks, and the budget is
+    exact).
     """
-    num_tokens, width = units.shape
-    count = min(count, num_tokens)
-    weights = relevance.square() * units.any(dim=1)
-    gains, is_left = weights.clone(), torch.ones(num_tokens, dtype=torch.bool, device=units.device)
-    basis, size = units.new_empty(min(count, width), width), 0
+    count = min(count, len(tokens))
+    inverse = inverse_norms(tokens)
+    weights = relevance.square() * (inverse > 0)
     picked: list[int] = []
     while len(picked) < count:
-        best = int(torch.where(is_left, gains, -torch.inf).argmax())
-        most = torch.where(is_left, weights, 0.0).max()
-        if size and (size == width or bool(gains[best] <= SPENT * most)):
-            gains, size = weights.clone(), 0
-            continue
-        picked.append(best)
-        is_left[best] = False
-        direction = units[best]
+        round_of_picks = _pick_until_spent(tokens, inverse, relevance, weights, count - len(picked))
+        picked += round_of_picks
+        weights[round_of_picks] = -torch.inf
+    return torch.tensor(picked, dtype=torch.int64, device=tokens.device)
+
+
+def _pick_until_spent(tokens: Tensor, inverse: Tensor, relevance: Tensor, weights: Tensor, count: int) -> list[int]:
+    """Pick until ``count`` tokens are picked, or what is left adds no volume. ``inverse``: (S,) one over their norms.
+    ``weights``: (S,) their own volumes; -inf for those picked before."""
+    left, width = weights.clone(), tokens.shape[1]
+    basis = tokens.new_empty(min(count, width), width, dtype=torch.float32)
+    picked: list[int] = []
+
+    def fall(vectors: Tensor, gains: Tensor, since: int) -> Tensor:
+        return gains - (vectors @ basis[since : len(picked)].T).square().sum(1)
+
+    gains = FallingScores(tokens, relevance * inverse, weights, fall)
+    while len(picked) < len(basis):
+        best, gain = gains.find_best()
+        if picked and gain <= SPENT * max(0.0, float(left.max())):
+            break
+        direction = tokens[best].to(torch.float32) * inverse[best]
         for _ in range(2):  # once more, because one subtraction leaves rounding along the basis
-            direction = direction - basis[:size].T @ (basis[:size] @ direction)
-        if len(picked) < count:
-            basis[size] = torch.nn.functional.normalize(direction, dim=0)
-            gains = gains - relevance.square() * (units @ basis[size]).square()
-            size += 1
-    return torch.tensor(picked, dtype=torch.int64, device=units.device)
+            direction = direction - basis[: len(picked)].T @ (basis[: len(picked)] @ direction)
+        basis[len(picked)] = torch.nn.functional.normalize(direction, dim=0)
+        picked.append(best)
+        left[best] = -torch.inf
+        gains.pick(best)
+    return picked
 
 
 METHOD = Method(

@@ -103,8 +103,9 @@ class Background:
 class Shot:
     """Frames ``start`` to ``end`` (excluded) with one background.
 
-    ``elapsed``: frames cut off at the start of the shot; a drifting background has moved on by as many. ``camera`` and
-    ``haze``: level 3 only; ``camera`` covers the whole shot, with the frames cut off.
+    ``elapsed``: frames cut off at the start of the shot; a drifting background has moved on by as many. ``camera``:
+    levels 2 and 3 only; covers the whole shot, with the frames cut off, and takes the place of the background's drift.
+    ``haze``: level 3 only.
     """
 
     start: int

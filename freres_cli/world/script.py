@@ -9,7 +9,7 @@ from numpy.random import Generator
 
 from freres_cli.world.background import random_background
 from freres_cli.world.footage import add_footage
-from freres_cli.world.scene import COLOURS, DIRECTIONS, SHAPES, SIDE, STEPS, Scene, Shot, Thing
+from freres_cli.world.scene import COLOURS, DIRECTIONS, SHAPES, SIDE, STEPS, Camera, Scene, Shot, Thing
 
 FPS = 8
 SECONDS = (4, 5)
@@ -18,6 +18,7 @@ FOOTAGE_SECONDS, FOOTAGE_FPS = (4, 20), (8, 10, 12, 15, 20, 24, 25, 30)
 SWAY_SHARE, SWAY_PX = 0.5, 5.0
 SMALL_SHARE, SMALL_RADII, LARGE_RADII = 0.2, (1.44, 4.5), (5.5, 14.4)
 KINDS = ("motion", "cut", "hit", "order", "repeat")
+MOVING_KINDS = ("motion", "hit")
 CORNERS = ((24.0, 24.0), (72.0, 24.0), (24.0, 72.0), (72.0, 72.0))
 
 SPEED_PX = {"slowly": 1.0, "steadily": 2.5, "quickly": 6.0}  # per frame
@@ -77,11 +78,11 @@ def make_scene(seed: int, kind: str | None = None, level: int = 1) -> Scene:
 
 def _refine(scene: Scene, rng: Generator, fps: int, sway_share: float) -> Scene:
     """The same events at a higher frame rate, with the transient object in 1 to 5 of its frames, under a camera that
-    sways in ``sway_share`` of all clips."""
+    sways in ``sway_share`` of the clips without questions about motion: those are about the picture."""
     ticks = np.arange(scene.num_frames * fps // FPS) * (FPS / fps)
     nearest = np.minimum(ticks.astype(int), scene.num_frames - 1)
     sway = np.zeros((len(ticks), 2))
-    if rng.random() < sway_share:
+    if rng.random() < sway_share and scene.facts["kind"] not in MOVING_KINDS:
         periods = rng.uniform(40, 90, 2)
         sway = SWAY_PX * np.sin(ticks[:, None] * (2 * np.pi / periods) + rng.uniform(0, 2 * np.pi, 2))
     for thing in scene.things:
@@ -100,10 +101,15 @@ def _refine(scene: Scene, rng: Generator, fps: int, sway_share: float) -> Scene:
             thing.visible[first : first + length] = True
             thing.facts |= {"frames": length, "starts": first}
     for shot in scene.shots:
-        shot.start, shot.end = (round(at * fps / FPS) for at in (shot.start, shot.end))
+        # Up, as ``nearest`` rounds ticks down: an object of the shot before is gone at the first frame of the next.
+        shot.start, shot.end = (-(-at * fps // FPS) for at in (shot.start, shot.end))
+    scene.shots[-1].end = len(ticks)
+    for shot in scene.shots:
         drift = shot.background.drift
         shot.background.drift = (drift[0] * FPS / fps, drift[1] * FPS / fps)
-    scene.shots[-1].end = len(ticks)
+        if sway.any():
+            drifted = np.arange(shot.end - shot.start)[:, None] * shot.background.drift
+            shot.camera = Camera(drifted - sway[shot.start : shot.end], np.ones(len(drifted)))
     scene.fade = np.interp(ticks, np.arange(scene.num_frames), scene.fade)
     scene.num_frames, scene.fps = len(ticks), fps
     return scene
