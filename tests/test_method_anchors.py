@@ -57,11 +57,11 @@ def test_every_prefix_of_the_spread_order_is_spread():
             assert max(gaps) <= 4 * count / length + 1
 
 
-def watch(clip):
+def watch(clip, is_repeat=None):
     """The distance of each frame (H, W, D) to the one before, and the frames that are events."""
     detector = EventDetector(None)
     distances = detector.measure(torch.stack(list(clip))).tolist()
-    return distances, [i for i, is_event in enumerate(detector.judge(distances)) if is_event]
+    return distances, [i for i, is_event in enumerate(detector.judge(distances, is_repeat or [False] * len(distances))) if is_event]
 
 
 def test_cuts_are_found_and_drift_is_not():
@@ -80,6 +80,21 @@ def test_a_shared_component_does_not_hide_a_cut():
 def test_still_frames_are_not_events_and_among_cuts_none_stands_out():
     assert not watch(torch.ones(20, 4, 4, 8))[1]
     assert len(watch(torch.randn(40, 8, 8, 8, generator=torch.Generator().manual_seed(0)))[1]) <= 1
+
+
+def test_a_frame_sampled_again_is_no_step():
+    """Twice and three times as many frames as the video has find the events that the video has."""
+    noise = torch.randn(80, 6, 6, 16, generator=torch.Generator().manual_seed(1))
+    clip = noise.clone()
+    for frame in (*range(1, 40), *range(41, 80)):
+        clip[frame] = 0.7 * clip[frame - 1] + 0.51**0.5 * noise[frame]
+    distances, once = watch(clip)
+    assert min(distances[1:]) > 0.15 and once == [40], "every step is long, and only the cut stands out"
+    for times in (2, 3):
+        again = [frame % times > 0 for frame in range(times * len(clip))]
+        assert watch(clip.repeat_interleave(times, dim=0), again)[1] == [times * 40]
+    different = torch.cat([clip[:41], clip[:1], clip[41:]])
+    assert 41 in watch(different, [frame == 41 for frame in range(81)])[1], "a different frame at the same time is a step"
 
 
 def flash_at(frame, clip, strength, seed=11):
@@ -115,7 +130,7 @@ def test_the_threshold_is_made_of_the_quantiles_of_the_last_distances(length):
     clip = torch.randn(length + 1, 2, 2, 4, generator=torch.Generator().manual_seed(length)).cumsum(0)
     detector = EventDetector(None)
     distances = detector.measure(clip).tolist()
-    detector.judge(distances)
+    detector.judge(distances, [False] * len(distances))
     history = torch.tensor(distances[1:][-256:], dtype=torch.float64)
     median = history.quantile(0.5)
     mad = (history - median).abs().quantile(0.5)
@@ -129,7 +144,7 @@ def test_distances_are_those_of_the_definition():
     found: list[float] = []
     for part in clip.split(7):
         distances = detector.measure(part).tolist()
-        detector.judge(distances)
+        detector.judge(distances, [False] * len(distances))
         found += distances
     for i in range(1, 20):
         mean = clip[: i + 1].double().mean((0, 1, 2))

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from freres_cli.stretches import Stretches
 MOST_STRETCHES = 16384
 # Ours. At a cut, half of the cells change by more than this share of the mean squared distance between two tokens.
 CUT_SHARE = 0.5
+# Ours. It also stands out: of a flat picture nothing is left but noise, which is new in every frame.
+CUT_ONSET = 1.5
+CUT_HISTORY = 15  # frames
 CURVE_STEPS_AN_OCTAVE = 8
 
 
@@ -29,7 +33,8 @@ class CutDetector:
     """Finds hard cuts: the frames in which most cells change at once. A flash, or an object that appears, is no cut.
 
     The measure is the median over cells of the squared distance to the frame before, in units of that between two random
-    tokens of the clip so far (ours: a global distance is ruled by the few cells with the largest latents).
+    tokens of the clip so far (ours: a global distance is ruled by the few cells with the largest latents). It must also be
+    ``CUT_ONSET`` times its median over the ``CUT_HISTORY`` frames before.
     """
 
     def __init__(self) -> None:
@@ -37,6 +42,7 @@ class CutDetector:
         self._sum = torch.zeros((), dtype=torch.float64)
         self._squares = 0.0
         self._count = 0
+        self._recent: list[float] = []  # changes, the last ``CUT_HISTORY``
 
     def observe(self, latents: Tensor) -> list[bool]:
         """Take the next frames, (n, H, W, D). Return for each whether it is the first one after a cut.
@@ -51,7 +57,10 @@ class CutDetector:
             self._sum = self._sum + total
             self._squares += squares
             self._count += latents.shape[1:3].numel()
-            is_cut.append(change > CUT_SHARE * 2 * self.energy / self._count)
+            usual = median(self._recent) if self._recent else 0.0
+            is_cut.append(change > max(CUT_SHARE * 2 * self.energy / self._count, CUT_ONSET * usual))
+            if self._count > latents.shape[1:3].numel():  # the first frame has none before it
+                self._recent = [*self._recent[1 - CUT_HISTORY :], change]
         return is_cut
 
     def _measure(self, frame: Tensor) -> Tensor:

@@ -122,14 +122,17 @@ class EventDetector:
             distances[0] = 0.0
         return distances
 
-    def judge(self, distances: Sequence[float]) -> list[bool]:
+    def judge(self, distances: Sequence[float], is_repeat: Sequence[bool]) -> list[bool]:
         """Return which frames of the batch are events. ``distances``: what ``measure`` returned for it.
 
-        Nothing is read from the device, but for a long step that follows an event in the same run.
+        ``is_repeat``: which frames have the time of the one before. Unless they differ, they are that frame once more, as in
+        a sample that is denser than the video, and no steps: counted, they would hide how long the others are. Nothing is read from the device, but for a long
+        step that follows an event in the same run.
         """
         found = []
-        for index, distance in enumerate(distances):
-            found.append(self._num_frames > 0 and self._is_event(index, distance))
+        for index, (distance, is_again) in enumerate(zip(distances, is_repeat, strict=True)):
+            is_step = self._num_frames > 0 and not (is_again and distance < EVENT_FLOOR)
+            found.append(is_step and self._is_event(index, distance))
             self._num_frames += 1
         self._frames = self._previous = self._means = None
         return found

@@ -76,8 +76,9 @@ class StreamingCompressor:
             raise ValueError(f"seconds: expected {latents.shape[0]}, got {len(seconds)}")
         cells = pool_to_cells(latents, *self._plan.pooled_grid)
         first = len(self._seconds)
+        last = self._seconds[-1] if self._seconds else None
         self._seconds.extend(seconds)
-        found = self._detect(latents)
+        found = self._detect(latents, [a == b for a, b in pairwise([last, *seconds])])
         starts = [i for i, (_, is_event) in enumerate(found) if is_event or first + i in self._schedule]
         self.num_frames_whole += 0 if whole is None else len(starts)
         # Indexing with a list would send the list to the device.
@@ -89,7 +90,7 @@ class StreamingCompressor:
             if run.start < run.stop:
                 self._append(latents[run], cells[run])
 
-    def _detect(self, latents: Tensor) -> list[tuple[float, bool]]:
+    def _detect(self, latents: Tensor, is_repeat: list[bool]) -> list[tuple[float, bool]]:
         """The distance of each frame to the one before, and whether it is an event.
 
         These are the only numbers that the rest waits for. The GoPs that closed in the batch before come to the host with
@@ -100,7 +101,7 @@ class StreamingCompressor:
             return [(0.0, False)] * latents.shape[0]
         (distances,) = self._fetch(self._detector.measure(latents[..., : self._width]))
         listed: list[float] = distances.tolist()
-        return list(zip(listed, self._detector.judge(listed), strict=True))
+        return list(zip(listed, self._detector.judge(listed, is_repeat), strict=True))
 
     def _fetch(self, *more: Tensor) -> list[Tensor]:
         """Bring the closed GoPs to the host, and ``more`` with them, which is returned."""
