@@ -91,8 +91,7 @@ class Stretches:
 
     def quality_at(self, lost: float) -> float:
         """Return the share of the energy that is left when ``lost`` of it, a squared error, is gone."""
-        total = float(self.energy[0])
-        return min(1.0, max(0.0, 1.0 - lost / total)) if total > 0 else 1.0
+        return share_kept(lost, float(self.energy[0]))
 
     @property
     def kind(self) -> Tensor:
@@ -107,3 +106,8 @@ class Stretches:
     def without_deep_rows(self) -> Stretches:
         """Return the same stretches with the main channels only."""
         return replace(self, latents=self.latents[:, : self.width].contiguous())
+
+
+def share_kept(lost: float, energy: float) -> float:
+    """Return the share of ``energy`` that is left when ``lost`` of it is gone, in [0, 1]; 1 where there is none."""
+    return min(1.0, max(0.0, 1.0 - lost / energy)) if energy > 0 else 1.0

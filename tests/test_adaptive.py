@@ -110,6 +110,17 @@ def test_quality_is_kept_with_the_fewest_tokens(quality):
     assert_equal(cut_stretches(whole, len(stretches)), stretches)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_asking_for_the_quality_of_a_bundle_gives_that_bundle(seed):
+    clip = walk(16, 3, 4, seed)
+    whole = compress(clip, 10**6)
+    for budget in range(1, 193, 3):
+        smaller = cut_stretches(whole, budget)
+        again = compress(clip, quality=smaller.quality)
+        assert len(again) == count_for_quality(whole, smaller.quality) <= budget
+        assert again.quality == smaller.quality, "only merges that lose nothing can be made beyond"
+
+
 def test_the_curve_is_the_quality_at_other_budgets_and_does_not_depend_on_the_budget():
     clip = walk(16, 3, 4)
     small, large = compress(clip, 10), compress(clip, 150)
@@ -117,6 +128,12 @@ def test_the_curve_is_the_quality_at_other_budgets_and_does_not_depend_on_the_bu
     for count, loss in zip(small.curve_tokens.tolist(), small.curve_loss.tolist(), strict=True):
         assert loss == pytest.approx(float(compress(clip, count).energy[1]))
     assert small.curve_tokens[0] == 16 * 12 and small.curve_tokens[-1] == 1
+
+
+def test_a_budget_above_the_memory_is_met_exactly(monkeypatch):
+    """Of 4,800 latents at most 2,000 stretches are in memory, twice the budget."""
+    monkeypatch.setattr(adaptive, "MOST_STRETCHES", 256)
+    assert len(compress(walk(400, 3, 4), 1000)) == 1000
 
 
 def test_memory_is_bounded_and_little_is_lost_by_it(monkeypatch):

@@ -61,7 +61,8 @@ def watch(clip, is_repeat=None):
     """The distance of each frame (H, W, D) to the one before, and the frames that are events."""
     detector = EventDetector(None)
     distances = detector.measure(torch.stack(list(clip))).tolist()
-    return distances, [i for i, is_event in enumerate(detector.judge(distances, is_repeat or [False] * len(distances))) if is_event]
+    found = detector.judge(distances, is_repeat or [False] * len(distances))
+    return distances, [i for i, is_event in enumerate(found) if is_event]
 
 
 def test_cuts_are_found_and_drift_is_not():
@@ -94,7 +95,9 @@ def test_a_frame_sampled_again_is_no_step():
         again = [frame % times > 0 for frame in range(times * len(clip))]
         assert watch(clip.repeat_interleave(times, dim=0), again)[1] == [times * 40]
     different = torch.cat([clip[:41], clip[:1], clip[41:]])
-    assert 41 in watch(different, [frame == 41 for frame in range(81)])[1], "a different frame at the same time is a step"
+    assert 41 in watch(different, [frame == 41 for frame in range(81)])[1], (
+        "a different frame at the same time is a step"
+    )
 
 
 def flash_at(frame, clip, strength, seed=11):

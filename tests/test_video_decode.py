@@ -18,8 +18,9 @@ from freres_cli.records import FrameSize
 from freres_cli.video import decode as decode_module
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.opening import hash_file
+from freres_cli.video.packets import read_packet_table
 from freres_cli.video.probe import probe_video
-from freres_cli.video.sampling import Sampling, num_sampled_frames
+from freres_cli.video.sampling import Sampling, num_sampled_frames, num_shown_frames
 from tests import clips, decoding
 from tests.decoding import NATIVE, SMALL, decode
 
@@ -99,6 +100,21 @@ def test_windows_count_from_the_first_frame(tmp_path):
     assert decode(path, Sampling("native", start_s=0.5, end_s=1.0))[0] == list(range(12, 24))
     assert decode(path, Sampling("fps", fps=4, start_s=1.0))[0] == [24, 30, 36, 42]
     assert decode(path, Sampling("fps", fps=4, start_s=0.5, end_s=1.0))[0] == [12, 18]
+
+
+@pytest.mark.parametrize("window", [(2.0, None), (None, 2.0), (1.3, 2.9), (0.1, 0.15), (3.99, None), (2.01, 2.02)])
+@pytest.mark.parametrize("name", ["phone.mp4", "phone.mkv"])
+def test_a_window_of_a_variable_rate_holds_as_many_frames_as_planned(tmp_path, name, window):
+    """Two seconds at 5 frames a second, then two at 30."""
+    pts = [*range(0, 2000, 200), *(round(2000 + k * 1000 / 30) for k in range(60))]
+    path = clips.write_clip(tmp_path / name, 70, pts=pts, time_base=Fraction(1, 1000))
+    info = probe_video(path)
+    stamps = read_packet_table(str(path), info.stream_index).stamps_s
+    for mode in ({"mode": "native"}, {"mode": "count", "count": 30}):
+        sampling = Sampling(**mode, start_s=window[0], end_s=window[1])
+        clip = info.start_s, info.duration_s
+        planned = num_sampled_frames(sampling, *clip, num_shown_frames(sampling, *clip, stamps))
+        assert decode(path, sampling)[4].num_frames_sampled == planned
 
 
 def test_native_window_inside_one_long_frame_gives_that_frame(tmp_path):

@@ -32,7 +32,9 @@ class FallingScores:
     So the picks are those of a search that updates every score after each pick.
     """
 
-    def __init__(self, tokens: Tensor, scale: Tensor, scores: Tensor, fall: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+    def __init__(
+        self, tokens: Tensor, scale: Tensor, scores: Tensor, fall: Callable[[Tensor, Tensor, int], Tensor]
+    ) -> None:
         """``tokens``: (N, D), any dtype. ``scale``: (N,) float32, the factor of each row in the vectors given to ``fall``.
         ``scores``: (N,) float32 before any pick; -inf is never picked.
 

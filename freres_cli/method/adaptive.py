@@ -6,17 +6,18 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import takewhile
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from freres_cli.method.merging import Merger, add_up, count_within, left_after
+from freres_cli.method.merging import Merger, left_after, running_sums
 from freres_cli.method.stretch_means import merge_stretches
 from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.method.tokens import seconds_at
 from freres_cli.records import VideoTokens
-from freres_cli.stretches import Stretches
+from freres_cli.stretches import Stretches, share_kept
 
 # Ours. A clip with at most twice as many latents as this, or as twice the budget if that is more, is merged as a whole. Of a
 # longer one no more stretches than that are in memory: the cheapest merges are made as it arrives.
@@ -151,7 +152,7 @@ class StretchCompressor:
         curve.add(order.loss)
         steps = 0
         if self._quality is not None:
-            steps = count_within(order.loss, merger.lost, _most_lost(self._quality, energy))
+            steps = _count_keeping(self._quality, order.loss, merger.lost, energy)
         if self._budget is not None:
             steps = max(steps, count - self._budget)
         left = left_after(order.pairs[:steps], count)
@@ -166,7 +167,7 @@ class StretchCompressor:
             boxes=order.boxes[left],
             merges=_rename(order.pairs[steps:], left, count + steps),
             merge_loss=order.loss[steps:],
-            energy=torch.tensor([energy, add_up(order.loss[:steps], merger.lost)], dtype=torch.float64),
+            energy=torch.tensor([energy, running_sums(order.loss[:steps], merger.lost)[-1]], dtype=torch.float64),
             curve_tokens=torch.tensor(curve.tokens, dtype=torch.int64),
             curve_loss=torch.tensor(curve.losses, dtype=torch.float64),
             cut_frame=torch.tensor(self._cuts, dtype=torch.int64),
@@ -209,16 +210,17 @@ def sequence_order(boxes: Tensor) -> Tensor:
     return order
 
 
-def _most_lost(quality: float, energy: float) -> float:
-    """Return the squared error that a quality allows. Summed by merges, that of a single token may exceed the energy by a
-    rounding error, and quality 0 allows any."""
-    return (1 - quality) * energy if quality > 0 else torch.inf
+def _count_keeping(quality: float, losses: Tensor, lost: float, energy: float) -> int:
+    """Return how many of the first merges keep this share of the energy, of which ``lost`` is gone already. The shares are
+    those that are reported, to the bit: so asking for the quality of a bundle gives that bundle."""
+    shares = (share_kept(total, energy) for total in running_sums(losses, lost)[1:])
+    return sum(1 for _ in takewhile(lambda share: share >= quality, shares))
 
 
 def count_for_quality(stretches: Stretches, quality: float) -> int:
     """Return the fewest tokens, of all smaller budgets, that keep this share of the energy, or S if none does."""
     energy, lost = stretches.energy.tolist()
-    return len(stretches) - count_within(stretches.merge_loss, lost, _most_lost(quality, energy))
+    return len(stretches) - _count_keeping(quality, stretches.merge_loss, lost, energy)
 
 
 def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
@@ -241,7 +243,7 @@ def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
         boxes[part + count] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
     left = left_after(pairs, count)
     left = left[sequence_order(boxes[left])]
-    lost = add_up(stretches.merge_loss[:steps], float(stretches.energy[1]))
+    lost = running_sums(stretches.merge_loss[:steps], float(stretches.energy[1]))[-1]
     return replace(
         stretches,
         latents=values[left, :channels],

@@ -126,8 +126,8 @@ class EventDetector:
         """Return which frames of the batch are events. ``distances``: what ``measure`` returned for it.
 
         ``is_repeat``: which frames have the time of the one before. Unless they differ, they are that frame once more, as in
-        a sample that is denser than the video, and no steps: counted, they would hide how long the others are. Nothing is read from the device, but for a long
-        step that follows an event in the same run.
+        a sample that is denser than the video, and no steps: counted, they would hide how long the others are. Nothing is
+        read from the device, but for a long step that follows an event in the same run.
         """
         found = []
         for index, (distance, is_again) in enumerate(zip(distances, is_repeat, strict=True)):

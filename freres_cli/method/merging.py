@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ class Merger:
             self._merge(merges, None)
             losses.append(merges.loss)
         added = torch.cat(losses).cpu()
-        self.lost = add_up(added, self.lost)
+        self.lost = running_sums(added, self.lost)[-1]
         return added
 
     def merge_all(self) -> MergeOrder:
@@ -260,9 +261,10 @@ class Merger:
         self._num_left -= a.shape[0]
 
 
-def add_up(losses: Tensor, start: float) -> float:
-    """Return ``start`` plus the losses, added one after the other: the same bits however they are split."""
-    return sum(losses.tolist(), start)
+def running_sums(losses: Tensor, start: float) -> list[float]:
+    """Return ``start`` and its sums with the first losses, (k,), added one after the other: the same bits however they are
+    split, which ``sum`` of Python 3.12 does not promise."""
+    return list(accumulate(losses.tolist(), initial=start))
 
 
 def left_after(pairs: Tensor, count: int) -> Tensor:
@@ -270,12 +272,6 @@ def left_after(pairs: Tensor, count: int) -> Tensor:
     is_left = torch.ones(count + len(pairs), dtype=torch.bool)
     is_left[pairs.flatten()] = False
     return is_left.nonzero().squeeze(1)
-
-
-def count_within(losses: Tensor, start: float, most: float) -> int:
-    """Return how many of the first losses, (k,), can be added to ``start`` with no sum above ``most``."""
-    fits = start + losses.cumsum(0) <= most
-    return int(fits.to(torch.int64).cumprod(0).sum())
 
 
 def _keys(cell: Tensor, frame: Tensor) -> Tensor:

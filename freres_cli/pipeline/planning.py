@@ -13,7 +13,8 @@ from freres_cli.method.budget import BudgetPlan, MethodSettings, plan_budget
 from freres_cli.pipeline.models import ModelSource
 from freres_cli.presets import FULL, REFERENCE, RESIDUAL_GRIDS, Settings, parse_grid
 from freres_cli.records import FrameSize, VideoInfo
-from freres_cli.video.sampling import Sampling, num_sampled_frames
+from freres_cli.video.packets import read_packet_table
+from freres_cli.video.sampling import Sampling, num_sampled_frames, num_shown_frames
 
 # The settings that change nothing in any other method.
 FRE_RES_KEYS = sorted({*(knob.name for knob in fields(MethodSettings)), "residual_grid"} - {REFERENCE})
@@ -187,7 +188,11 @@ def _choose_residual_size(
 
 
 def _count_frames(sampling: Sampling, info: VideoInfo) -> int:
-    return num_sampled_frames(sampling, info.start_s, info.duration_s, info.num_packets)
+    num_shown = info.num_packets
+    if sampling.start_s is not None or sampling.end_s is not None:  # of a file: decoded frames have no window
+        stamps_s = read_packet_table(info.path, info.stream_index, info.num_bytes).stamps_s
+        num_shown = num_shown_frames(sampling, info.start_s, info.duration_s, stamps_s)
+    return num_sampled_frames(sampling, info.start_s, info.duration_s, num_shown)
 
 
 def _budget_of(method: Method, options: CompressOptions, full_tokens: int) -> int:

@@ -83,7 +83,8 @@ def reduce_latents(
 def make_reducer(plan: CompressPlan, options: CompressOptions, width: int) -> Reducer | None:
     """Return what takes frames as they arrive, D = ``width``; ``None`` for a method that needs them all at once."""
     if options.method == ADAPTIVE:
-        budget_tokens = None if plan.budget_tokens >= FULL_BUDGET else plan.budget_tokens
+        # A budget of more tokens than the clip has still bounds what is kept; a quality alone has none.
+        budget_tokens = None if plan.quality is not None and plan.budget_tokens >= FULL_BUDGET else plan.most_tokens
         grid, keeps_trends = (plan.size.grid_h, plan.size.grid_w), options.settings.trends == "keep"
         return StretchCompressor(grid, width, budget_tokens, plan.quality, keeps_trends)
     if plan.budget is None:

@@ -25,7 +25,7 @@ from freres_cli.video.oddities import OddFrames
 from freres_cli.video.opening import iterate_frames, open_video, video_stream
 from freres_cli.video.packets import PacketTable, read_packet_table
 from freres_cli.video.resizing import Resizer
-from freres_cli.video.sampling import TOLERANCE_S, Sampling, sampling_instants, sampling_window
+from freres_cli.video.sampling import TOLERANCE_S, Sampling, num_shown_frames, sampling_instants, sampling_window
 from freres_cli.video.seeking import find_entry, frames_from
 from freres_cli.video.still import StillDetector, read_planes
 from freres_cli.video.turn import Turn
@@ -285,10 +285,10 @@ class Decoder:
 
     def _pick(self, table: PacketTable, tally: _Tally) -> Generator[tuple[_Shown, int], None, None]:
         """The sampled frames, each with the number of instants at which it is on screen."""
-        info = self._info
-        first, last = sampling_window(self._sampling, info.start_s, info.duration_s)
+        clip = self._info.start_s, self._info.duration_s
+        first, last = sampling_window(self._sampling, *clip)
         has_window = self._sampling.start_s is not None or self._sampling.end_s is not None
-        instants = sampling_instants(self._sampling, info.start_s, info.duration_s, info.num_packets)
+        instants = sampling_instants(self._sampling, *clip, num_shown_frames(self._sampling, *clip, table.stamps_s))
         position = self._begin.picture_slot
         with closing(self._show(table, tally)) as frames:
             for shown in frames:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,36 +76,44 @@ def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tu
     return start_s + start, start_s + end
 
 
-def sampling_instants(
-    sampling: Sampling, start_s: float, duration_s: float, num_packets: int
-) -> Sequence[float] | None:
+def sampling_instants(sampling: Sampling, start_s: float, duration_s: float, num_shown: int) -> Sequence[float] | None:
     """The instants to sample, ascending, in seconds on the file's own clock; ``None`` means every frame.
 
-    ``sampling`` is applied to a clip that starts at ``start_s`` on that clock, lasts ``duration_s`` and has
-    ``num_packets`` frames. A count above the number of frames is reduced to it.
+    ``sampling`` is applied to a clip that starts at ``start_s`` on that clock, lasts ``duration_s`` and shows
+    ``num_shown`` frames in the window. A count above the number of frames is reduced to it.
     """
     if sampling.mode == "native":
         return None
     first, last = sampling_window(sampling, start_s, duration_s)
     span = last - first
-    count = num_sampled_frames(sampling, start_s, duration_s, num_packets)
+    count = num_sampled_frames(sampling, start_s, duration_s, num_shown)
     # Each instant is computed from its index: adding up steps of 1/fps drifts by a frame per hour.
     if sampling.fps is not None:
         return array("d", (first + k / sampling.fps for k in range(count)))
     return array("d", (first + (i + 0.5) * span / count for i in range(count)))
 
 
-def num_sampled_frames(sampling: Sampling, start_s: float, duration_s: float, num_packets: int) -> int:
-    """How many frames ``sampling`` will return, at least 1, computed without decoding.
+def num_sampled_frames(sampling: Sampling, start_s: float, duration_s: float, num_shown: int) -> int:
+    """How many frames ``sampling`` will return, at least 1, computed without decoding; exact if every packet decodes.
 
-    ``start_s``, ``duration_s`` and ``num_packets`` describe the clip, as in ``sampling_instants``. The result is exact if
-    every packet decodes, except for a window in ``native`` mode, where frames are assumed to be evenly spaced.
+    ``start_s``, ``duration_s`` and ``num_shown`` describe the clip, as in ``sampling_instants``.
+    """
+    if sampling.fps is not None:
+        first, last = sampling_window(sampling, start_s, duration_s)
+        # An instant within the tolerance of the end would show a frame that is already over.
+        return max(1, math.ceil((last - first - TOLERANCE_S) * sampling.fps - 1e-6))
+    num_shown = max(1, num_shown)
+    return num_shown if sampling.count is None else min(sampling.count, num_shown)
+
+
+def num_shown_frames(sampling: Sampling, start_s: float, duration_s: float, stamps_s: Sequence[float]) -> int:
+    """How many frames are on screen in the window of ``sampling``.
+
+    ``stamps_s``: when each frame of the clip appears, ascending, in seconds on the file's own clock; it stays until the next
+    one does. ``start_s``, ``duration_s``: as in ``sampling_instants``.
     """
     first, last = sampling_window(sampling, start_s, duration_s)
-    span = last - first
-    if sampling.fps is not None:
-        # An instant within the tolerance of the end would show a frame that is already over.
-        return max(1, math.ceil((span - TOLERANCE_S) * sampling.fps - 1e-6))
-    share = span / duration_s if duration_s > 0 else 1.0
-    num_frames = max(1, math.ceil(num_packets * share - 1e-6))
-    return num_frames if sampling.count is None else min(sampling.count, num_frames)
+    if sampling.start_s is None and sampling.end_s is None:
+        return len(stamps_s)
+    num_over = max(0, bisect_right(stamps_s, first + TOLERANCE_S) - 1)
+    return bisect_left(stamps_s, last - TOLERANCE_S) - num_over
