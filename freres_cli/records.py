@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _require(condition: bool, what: str) -> None:
+def require(condition: bool, what: str) -> None:
+    """Raise ``ValueError`` with ``what`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(what)
 
@@ -68,11 +69,11 @@ class Frames:
 
     def __post_init__(self) -> None:
         n = self.pixels.shape[0]
-        _require(
+        require(
             self.pixels.ndim == 4 and self.pixels.shape[-1] == 3,
             f"pixels: expected (n, h, w, 3), got {tuple(self.pixels.shape)}",
         )
-        _require(
+        require(
             len(self.pts_seconds) == len(self.source_index) == len(self.picture_index) == n,
             "pts_seconds, source_index, picture_index: expected one for each frame",
         )
@@ -136,19 +137,19 @@ class VideoTokens:
 
     def __post_init__(self) -> None:
         s = self.latents.shape[0]
-        _require(
+        require(
             self.latents.ndim == 2 and self.latents.shape[1] % self.width == 0,
             "latents: expected (S, C), C a multiple of D",
         )
-        _require(
+        require(
             tuple(self.positions.shape) == (s, 3), f"positions: expected ({s}, 3), got {tuple(self.positions.shape)}"
         )
         for name in ("seconds", "kind", "gop", "energy"):
-            _require(tuple(getattr(self, name).shape) == (s,), f"{name}: expected ({s},)")
-        _require(tuple(self.frame_seconds.shape) == self.grid[:1], f"frame_seconds: expected {self.grid[:1]}")
+            require(tuple(getattr(self, name).shape) == (s,), f"{name}: expected ({s},)")
+        require(tuple(self.frame_seconds.shape) == self.grid[:1], f"frame_seconds: expected {self.grid[:1]}")
         if self.boxes is not None:
             self._check_boxes(self.boxes)
-        _require(self.stretches is None or tuple(self.stretches.shape) == (s, 2), f"stretches: expected ({s}, 2)")
+        require(self.stretches is None or tuple(self.stretches.shape) == (s, 2), f"stretches: expected ({s}, 2)")
 
     @property
     def spans(self) -> Tensor | None:
@@ -157,11 +158,11 @@ class VideoTokens:
 
     def _check_boxes(self, boxes: Tensor) -> None:
         s = self.latents.shape[0]
-        _require(tuple(boxes.shape) == (s, 6), f"boxes: expected ({s}, 6), got {tuple(boxes.shape)}")
-        _require(str(boxes.dtype) == "torch.int64", f"boxes: expected int64, got {boxes.dtype}")
+        require(tuple(boxes.shape) == (s, 6), f"boxes: expected ({s}, 6), got {tuple(boxes.shape)}")
+        require(str(boxes.dtype) == "torch.int64", f"boxes: expected int64, got {boxes.dtype}")
         first, stop = boxes[:, 0::2], boxes[:, 1::2]
         inside = (first >= 0) & (first < stop) & (stop <= boxes.new_tensor(self.grid))
-        _require(bool(inside.all()), "boxes: expected at least one cell each, on the grid")
+        require(bool(inside.all()), "boxes: expected at least one cell each, on the grid")
 
     def __len__(self) -> int:
         return int(self.latents.shape[0])

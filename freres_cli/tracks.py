@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from freres_cli.records import TOKEN_KINDS
+from freres_cli.records import TOKEN_KINDS, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,8 +155,8 @@ class Tracks:
     def __post_init__(self) -> None:
         t, h, w = self.grid
         rows, columns = self.pooled_grid
-        _require(min(t, h, w, rows, columns, self.width) >= 1, "grid, pooled grid and width: expected at least 1")
-        _require(rows <= h and columns <= w, "pooled_grid: expected no more cells than the grid has tokens")
+        require(min(t, h, w, rows, columns, self.width) >= 1, "grid, pooled grid and width: expected at least 1")
+        require(rows <= h and columns <= w, "pooled_grid: expected no more cells than the grid has tokens")
         for name, column in COLUMNS.items():
             self._check_column(name, column)
         self._check_gops()
@@ -183,22 +183,22 @@ class Tracks:
         tensor: Tensor = getattr(self, name)
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         allowed = LATENT_DTYPES if column.is_latent else (column.dtype,)
-        _require(dtype in allowed, f"{name}: expected {' or '.join(allowed)}, got {dtype}")
+        require(dtype in allowed, f"{name}: expected {' or '.join(allowed)}, got {dtype}")
         num_rows = self.grid[0] if column.table == "frame" else self._num_rows(column.table)
         channels = self.anchor_latents.shape[-1]
         sizes = {"C": channels, "K": shape[1] if len(shape) > 1 else 0}
         expected = (num_rows, *(sizes[axis] if axis in sizes else int(axis) for axis in column.shape))
-        _require(shape == expected, f"{name}: expected shape {expected}, got {shape}")
+        require(shape == expected, f"{name}: expected shape {expected}, got {shape}")
         if column.is_latent:
             is_multiple = channels > 0 and channels % self.width == 0
-            _require(is_multiple, f"{name}: expected a multiple of {self.width} channels, got {channels}")
+            require(is_multiple, f"{name}: expected a multiple of {self.width} channels, got {channels}")
         if name.endswith("_energy"):
-            _require(not bool((tensor < 0).any()), f"{name}: expected 0 or more")
+            require(not bool((tensor < 0).any()), f"{name}: expected 0 or more")
         if column.limit is not None and tensor.numel():
             limits = {"G": self._num_rows("gop"), "N": self.grid[1] * self.grid[2], "P": self.num_cells}
             limit = limits[column.limit] if column.limit in limits else int(column.limit)
             inside = int(tensor.min()) >= 0 and int(tensor.max()) < limit
-            _require(inside, f"{name}: expected 0..{limit - 1}")
+            require(inside, f"{name}: expected 0..{limit - 1}")
 
     def _num_rows(self, table: str) -> int:
         first = self.gop_anchor_frame if table == "gop" else getattr(self, f"{table}_gop")
@@ -208,26 +208,24 @@ class Tracks:
         """GoPs follow one another within the clip, and their bins cover their residual frames."""
         frame, length = self.gop_anchor_frame, self.gop_num_residuals
         bins, bin_frames = self.gop_num_bins, self.gop_bin_frames
-        _require(frame.shape[0] >= 1 and int(frame.min()) >= 0, "gop_anchor_frame: expected 0 or more")
-        _require(bool((frame.diff() > 0).all()), "gop_anchor_frame: expected increasing frames")
-        _require(int(length.min()) >= 0, "gop_num_residuals: expected 0 or more")
-        _require(
-            int((frame + length).max()) < self.grid[0], f"gop_num_residuals: expected to end before {self.grid[0]}"
-        )
+        require(frame.shape[0] >= 1 and int(frame.min()) >= 0, "gop_anchor_frame: expected 0 or more")
+        require(bool((frame.diff() > 0).all()), "gop_anchor_frame: expected increasing frames")
+        require(int(length.min()) >= 0, "gop_num_residuals: expected 0 or more")
+        require(int((frame + length).max()) < self.grid[0], f"gop_num_residuals: expected to end before {self.grid[0]}")
         is_legal = (bins >= 0) & (bins <= length) & (bin_frames >= 1) & (bin_frames <= self.grid[0])
         covers = bins * bin_frames >= length
-        _require(bool((is_legal & covers).all()), "gop_num_bins: expected bins that cover the residual frames")
+        require(bool((is_legal & covers).all()), "gop_num_bins: expected bins that cover the residual frames")
         within = self.coefficient_band % IMPULSE < bins[self.coefficient_gop]
-        _require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
+        require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
 
     def _check_bases(self) -> None:
         """Every coefficient occurs once, and its cell has a base."""
         base = self.base_gop * self.num_cells + self.base_cell
-        _require(bool((base.diff() > 0).all()), "base_cell: expected rows by GoP, then cell")
+        require(bool((base.diff() > 0).all()), "base_cell: expected rows by GoP, then cell")
         needed = self.coefficient_gop * self.num_cells + self.coefficient_cell
         places = needed * MAX_BANDS + self.coefficient_band
-        _require(places.unique().shape == places.shape, "coefficient_band: expected each coefficient once")
-        _require(
+        require(places.unique().shape == places.shape, "coefficient_band: expected each coefficient once")
+        require(
             set(needed.tolist()) <= set(base.tolist()), "base_latents: expected one for each cell with coefficients"
         )
 
@@ -263,8 +261,3 @@ def complete_columns(tensors: Mapping[str, Tensor], columns: Mapping[str, Column
         shape = [num_rows, *(latents.shape[-1] if axis == "C" else int(axis) for axis in column.shape)]
         complete[name] = latents.new_zeros(shape, dtype=latents.dtype if column.is_latent else dtypes[column.dtype])
     return complete
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(what)

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from freres_cli.method import adaptive
-from freres_cli.method.adaptive import StretchCompressor
+from freres_cli.method.adaptive import StretchCompressor, build_stretch_tokens
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import StreamingCompressor, compress_latents
+from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.merging import Merger
+from freres_cli.method.stretch_modules import StretchModules
+from freres_cli.method.tokens import build_tokens
 from freres_cli.stretches import STRETCH_COLUMNS
-from tests.compressed_clips import make_settings, smooth_clip
+from tests.compressed_clips import compress, make_settings, smooth_clip
 from tests.labelled_device import LabelledTensor, count_waits, labelled_device
 
 
@@ -100,3 +103,36 @@ def test_the_device_gives_the_same_stretches(device):
         for name in STRETCH_COLUMNS:
             ours, theirs = (getattr(stretches, name) for stretches in found)
             assert not isinstance(ours, LabelledTensor) and torch.equal(ours, theirs), name
+
+
+def put_on(modules, device):
+    """``Module.to`` keeps the label off parameters."""
+    for part in modules.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            part.register_parameter(name, torch.nn.Parameter(value.detach().to(device), requires_grad=False))
+    return modules
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["absorber", "concat", "idct"])
+def test_trained_modules_on_a_device_take_tracks_from_the_host(device, variant):
+    tracks, _, _ = compress(smooth_clip(40, (8, 8)), 300, variant=variant)
+    torch.manual_seed(0)
+    modules = FreResModules(ModuleShape(16, 4, 4))
+    for value in modules.parameters():
+        value.copy_(torch.randn(value.shape))
+    wanted = build_tokens(tracks, variant, modules)
+    found = build_tokens(tracks, variant, put_on(modules, device))
+    assert not isinstance(found.latents, LabelledTensor)
+    assert torch.equal(found.latents, wanted.latents)
+
+
+@torch.no_grad()
+def test_trained_modules_on_a_device_take_stretches_from_the_host(device):
+    compressor = StretchCompressor((8, 8), 16, 300, keeps_trends=True)
+    compressor.push(smooth_clip(40, (8, 8)), range(40))
+    stretches, modules = compressor.finish(), StretchModules(ModuleShape(16, 4, 3))
+    wanted = build_stretch_tokens(stretches, modules)
+    found = build_stretch_tokens(stretches, put_on(modules, device))
+    assert not isinstance(found.latents, LabelledTensor)
+    assert torch.equal(found.latents, wanted.latents)

@@ -130,7 +130,7 @@ def test_a_whip_pan_is_one_event():
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 100, 256, 300])
 def test_the_threshold_is_made_of_the_quantiles_of_the_last_distances(length):
     """Against torch.quantile, bit for bit."""
-    clip = torch.randn(length + 1, 2, 2, 4, generator=torch.Generator().manual_seed(length)).cumsum(0)
+    clip = torch.randn(length + 1, 2, 2, 4, generator=torch.Generator().manual_seed(length))
     detector = EventDetector(None)
     distances = detector.measure(clip).tolist()
     detector.judge(distances, [False] * len(distances))

@@ -9,7 +9,7 @@ import torch
 
 from freres_cli.method.anchors import anchor_schedule
 from freres_cli.method.budget import MethodSettings, plan_budget
-from freres_cli.method.compress import StreamingCompressor, compress_latents
+from freres_cli.method.compress import StreamingCompressor, _choose_reach, compress_latents
 from freres_cli.method.energy import report_energy
 from freres_cli.method.residuals import MAX_TIME_BINS, cell_centres, pool_to_cells
 from freres_cli.method.select import cut_tracks
@@ -288,6 +288,23 @@ def test_a_uniform_anchor_moves_to_a_cut_right_after_it(late):
     mine = (tracks.coefficient_gop == 1) & ~tracks.is_impulse
     values = longer.coefficients[tracks.coefficient_band[mine], tracks.coefficient_cell[mine]]
     assert mine.any() and torch.allclose(tracks.coefficient_values[mine], values, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_gop_whose_anchor_moves_has_frames_for_every_coefficient_and_an_impulse(seed):
+    rng = random.Random(seed)
+    settings = make_settings(events=True, anchors=rng.randint(1, 12), max_coefficients=rng.randint(1, 8))
+    plan = plan_budget(rng.randint(12, 200), (8, 8), settings, rng.randint(100, 800))
+    reach, length = _choose_reach(plan), plan.num_frames // plan.num_anchors
+    assert 0 <= reach <= max(1, length // 4)
+    assert reach == 0 or length - reach - 1 >= plan.num_coefficients + 1
+
+
+def test_below_its_own_budget_a_preset_ranks_the_same_coefficients():
+    settings = make_settings(max_coefficients=16, reference_budget_tokens=1200, pooled_side=8)
+    plans = [plan_budget(400, (16, 16), settings, budget) for budget in (300, 450, 600, 800, 1200)]
+    assert {plan.num_anchors for plan in plans} == {4}
+    assert {plan.num_coefficients for plan in plans} == {5}, "fewer than the setting allows"
 
 
 def test_a_uniform_anchor_stays_where_the_cut_is_far_or_the_first_frame_would_be_lost():

@@ -11,6 +11,8 @@ from scipy.fft import idct as scipy_idct
 
 from freres_cli.method.energy import report_energy
 from freres_cli.method.residuals import cell_edges, pool_to_cells
+from freres_cli.method.tokens import build_tokens
+from freres_cli.records import TOKEN_KINDS
 from freres_cli.tracks import IMPULSE
 from tests.compressed_clips import compress, smooth_clip
 
@@ -106,3 +108,52 @@ def test_of_two_cells_that_move_alike_the_larger_is_kept_first():
 
 def cells_of_band(tracks, band):
     return tracks.coefficient_cell[tracks.coefficient_band == band].tolist()
+
+
+def still_for_four_frames_each(seed):
+    """An anchor and 400 frames that are equal in fours, so that bins of four frames lose nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    anchor, bins = torch.randn(1, 4, 4, 6, generator=generator), 0.3 * torch.randn(100, 4, 4, 6, generator=generator)
+    bins = bins.cumsum(0)
+    bins[33 + seed, 1] += 9
+    return torch.cat([anchor, bins.repeat_interleave(4, dim=0)])
+
+
+def in_frames(spectrum):
+    """What coefficients of 100 bins of four frames, (100, 16, 6), hold of each of the 400 frames."""
+    bins = scipy_idct(spectrum.numpy(), type=2, norm="ortho", axis=0) / 2
+    return torch.from_numpy(bins).repeat_interleave(4, dim=0)
+
+
+def test_what_long_gops_tell_is_that_of_their_frames():
+    """400 residual frames in 100 bins: energies of impulses, what is kept and lost, and summaries, against direct sums."""
+    latents = torch.cat([still_for_four_frames_each(seed) for seed in range(3)])
+    tracks, plan, _ = compress(latents, 240, anchors=3, reference_budget_tokens=240)
+    assert tracks.gop_bin_frames.tolist() == [4] * 3 and tracks.gop_anchor_frame.tolist() == [0, 401, 802]
+    pooled, lost, energy = pool_to_cells(latents, 4, 4), 0.0, 0.0
+    for gop, first in enumerate((0, 401, 802)):
+        residual = pooled[first + 1 : first + 401] - pooled[first]
+        known = torch.zeros(100, 16, 6)
+        spectrum = scipy_dct(residual[::4].numpy(), type=2, norm="ortho", axis=0)
+        known[: plan.num_coefficients] = 2 * torch.from_numpy(spectrum)[: plan.num_coefficients]
+        missed = (residual - in_frames(known)).square().sum(2)
+        mine = tracks.coefficient_gop == gop
+        waves, sharp = (part.nonzero().squeeze(1) for part in (mine & ~tracks.is_impulse, mine & tracks.is_impulse))
+        kept = torch.zeros(100, 16, 6)
+        kept[tracks.coefficient_band[waves], tracks.coefficient_cell[waves]] = tracks.coefficient_values[waves]
+        rebuilt = in_frames(kept)
+        assert len(waves) and len(sharp)
+        for row in sharp.tolist():
+            at, cell = 4 * (int(tracks.coefficient_band[row]) - IMPULSE), int(tracks.coefficient_cell[row])
+            rebuilt[at : at + 4, cell] = tracks.coefficient_values[row]
+            told = float(tracks.coefficient_energy[row])
+            assert told == pytest.approx(float(missed[at : at + 4, cell].sum()), rel=1e-3)
+        lost, energy = lost + float((residual - rebuilt).square().sum()), energy + float(residual.square().sum())
+    report = report_energy(tracks)
+    assert report.clip_kept == pytest.approx(1 - lost / energy, rel=1e-4)
+    told = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in report.losses)
+    assert told == pytest.approx(lost, rel=1e-3)
+    tokens = build_tokens(tracks)
+    summary = tokens.latents[tokens.kind == TOKEN_KINDS.index("summary")]
+    means = torch.stack([pooled[first + 1 : first + 401].mean((0, 1)) for first in (0, 401, 802)])
+    torch.testing.assert_close(summary, means, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freres_cli.method.residuals import cell_edges
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 
 ANCHOR, SUMMARY = TOKEN_KINDS.index("anchor"), TOKEN_KINDS.index("summary")
@@ -31,13 +32,21 @@ def token_boxes(tokens: VideoTokens, pooled_grid: tuple[int, int] | None = None)
         spans = (tokens.stretches.to(torch.float64) + 0.5).clamp(0, tokens.grid[0])
         boxes[:, :2] = torch.where((spreads & (spans[:, 1] > spans[:, 0]))[:, None], spans, boxes[:, :2])
     if pooled_grid is not None:
-        cell = size[1:] / torch.tensor(pooled_grid, dtype=torch.float64)
-        low = ((tokens.positions[:, 1:].to(torch.float64) + 0.5) / cell).floor() * cell
-        cells = torch.stack([low, low + cell], dim=2).flatten(1)
+        cells = torch.cat(
+            [_cells_around(tokens, axis, count) for axis, count in enumerate(pooled_grid, start=1)], dim=1
+        )
         boxes[:, 2:] = torch.where(spreads[:, None], cells, boxes[:, 2:])
         whole = torch.stack([torch.zeros(2, dtype=torch.float64), size[1:]], dim=1).flatten()
         boxes[:, 2:] = torch.where((tokens.kind == SUMMARY)[:, None], whole, boxes[:, 2:])
     return boxes
+
+
+def _cells_around(tokens: VideoTokens, axis: int, count: int) -> Tensor:
+    """Return the edges of the cell, of ``count`` along an ``axis`` of the grid, that each token is in: (S, 2) float64."""
+    edges = torch.tensor(cell_edges(tokens.grid[axis], count), dtype=torch.float64)
+    middle = tokens.positions[:, axis].to(torch.float64) + 0.5
+    cell = torch.searchsorted(edges, middle, right=True) - 1
+    return torch.stack([edges[cell], edges[cell + 1]], dim=1)
 
 
 def share_of_interval(boxes: Tensor, low: float, high: float) -> Tensor:

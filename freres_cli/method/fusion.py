@@ -69,7 +69,8 @@ class BottleneckAdapter(nn.Module):
 
 
 class FreResModules(nn.Module):
-    """Everything that is trained on top of a frozen backbone (paper E.1). Works on the main channels, in float32."""
+    """Everything that is trained on top of a frozen backbone (paper E.1). Works on the main channels, in float32, on
+    the device it is on; tokens come from another and go back there."""
 
     def __init__(self, shape: ModuleShape) -> None:
         super().__init__()
@@ -89,15 +90,15 @@ class FreResModules(nn.Module):
         ``spectrum``: (n, D), mean retained coefficient, from which summary tokens are corrected (paper section 3.4);
         ``None`` for other kinds.
         """
-        main = latents[:, :width].to(torch.float32)
-        adapted = self.adapters[kind](main, spectrum) + self.type_embedding[kind]
+        main = latents[:, :width].to(self.gates)
+        adapted = self.adapters[kind](main, None if spectrum is None else spectrum.to(main)) + self.type_embedding[kind]
         gate = self.gates[RAW_BRANCH if kind == ANCHOR else TEMPORAL_BRANCH]
         return with_main(latents, adapted * gate)
 
     def adapt_concat(self, latents: Tensor, width: int) -> Tensor:
         """Return coefficients after a linear adapter, ``c + up(down(c))``: the ``concat`` variant (paper Table 4
         D)."""
-        main = latents[:, :width].to(torch.float32)
+        main = latents[:, :width].to(self.gates)
         return with_main(latents, main + self.concat_up(self.concat_down(main)))
 
     def absorb(self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class FreResModules(nn.Module):
         self, latents: Tensor, tracks: Tracks, gop: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what the absorber takes: main channels of the tokens (n, D), coefficients (m, D), their scale (m,) and
-        slots (n, 9, K).
+        slots (n, 9, K), where the modules are.
 
         ``latents``, ``tracks``, ``gop``, ``cell``: as in ``absorb``. Raises ``ValueError`` if a band is beyond those the
         absorber knows.
@@ -127,9 +128,9 @@ class FreResModules(nn.Module):
         )
         around = neighbours_of(cell, tracks.pooled_grid)
         slots = torch.where((around < 0)[..., None], -1, table[gop[:, None], around.clamp(min=0)])
-        coefficients = tracks.coefficient_values[waves, : tracks.width].to(torch.float32)
-        scale = _amplitude_scale(tracks, tracks.coefficient_gop[waves])
-        return latents[:, : tracks.width].to(torch.float32), coefficients, scale, slots
+        coefficients = tracks.coefficient_values[waves, : tracks.width].to(self.gates)
+        scale = _amplitude_scale(tracks, tracks.coefficient_gop[waves]).to(self.gates)
+        return latents[:, : tracks.width].to(self.gates), coefficients, scale, slots.to(self.gates.device)
 
 
 def _amplitude_scale(tracks: Tracks, gop: Tensor) -> Tensor:
@@ -144,8 +145,8 @@ def _amplitude_scale(tracks: Tracks, gop: Tensor) -> Tensor:
 
 
 def with_main(latents: Tensor, main: Tensor) -> Tensor:
-    """Replace the main channels and keep the DeepStack rows after them, in the dtype of ``latents``."""
+    """Replace the main channels and keep the DeepStack rows after them, in the dtype and on the device of ``latents``."""
     width = main.shape[1]
     if width == latents.shape[1]:
-        return main.to(latents.dtype)
-    return torch.cat([main.to(latents.dtype), latents[:, width:]], dim=1)
+        return main.to(latents)
+    return torch.cat([main.to(latents), latents[:, width:]], dim=1)

@@ -103,12 +103,15 @@ def _coefficient_order(
     anchor_energy = torch.stack(
         [_mean_token_energy(gop.anchor, width) for gop in gops if gop.anchor is not None]
     ).mean()
+    calm_cells: dict[int, list[int]] = {i: [] for i in moving}
+    for i, cell in static:
+        calm_cells[i].append(cell)
     rows, energies = [], []
     for i in moving:
         bands, cells = gops[i].energies.shape
         grid = torch.cartesian_prod(torch.arange(bands), torch.arange(cells)).reshape(-1, 2)
         rows.append(torch.cat([torch.full((grid.shape[0], 1), i), grid], dim=1))
-        calm = torch.tensor([cell for gop, cell in static if gop == i], dtype=torch.int64)
+        calm = torch.tensor(calm_cells[i], dtype=torch.int64)
         energies.append(gops[i].energies.index_fill(1, calm, 0.0).flatten())
         if with_impulses and gops[i].impulse_bins.numel():
             own = torch.arange(cells)

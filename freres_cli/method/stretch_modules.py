@@ -54,7 +54,7 @@ class StretchModules(nn.Module):
         is_summary = kind[:, None] == SUMMARY
         main = torch.where(is_summary, self.adapters[SUMMARY](main), self.adapters[DYNAMIC](main))
         main = (main + self.type_embedding[kind]) * self.gates[kind][:, None]
-        return with_main(stretches.latents, main.to(stretches.latents.device))
+        return with_main(stretches.latents, main)
 
 
 def _extents(boxes: Tensor) -> Tensor:
