@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ else:
 
 ENTROPY, NUM_ITERATIONS = 0.1, 100  # of Sinkhorn's algorithm, as in the paper
 NUM_CLIPS, WINDOWS_A_SIDE = 8, 3  # of the authors' code
+BATCH_VALUES = 2**20  # of frames at a time: what the rounds go over stays in the processor's cache
 # Of the authors' code: anchors of the 729 tokens of a frame, for these shares of all tokens.
 SHARES, ANCHORS, OF_TOKENS = (0.10, 0.15, 0.20, 0.25), (126, 144, 196, 205), 729
 
@@ -49,7 +51,7 @@ def transport_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int,
     that match least are kept, over all clips, ties in raster order. Each of the rest gives itself to the clip's anchors,
     frame by frame, in those shares; the anchors that took them in lie in the middle of the clip, all others at their own
     places. Decisions are over the first D channels. A video that fits the budget stays as encoded. Time is 100*A*H*W a
-    frame besides the distances, memory linear: float32 for one frame and for what is kept. ``frame_seconds``: (T,)
+    frame besides the distances, memory linear: float32 for a few frames and for what is kept. ``frame_seconds``: (T,)
     float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     num_frames, grid_h, grid_w, _ = latents.shape
@@ -60,11 +62,11 @@ def transport_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int,
     is_kept = _find_distinct(latents, layout, width)
     rows, places, boxes = [], [], []
     for first, stop in layout.clips:
-        anchors, cells = _frame_anchors(latents[first], layout.num_anchors, width)
+        frames = _anchors_by_frame(latents[first:stop], layout.num_anchors, width)
+        anchors, cells = next(frames)
         own: list[tuple[Tensor, int, int, Tensor]] = [(anchors, first, first + 1, cells)]
         merged = anchors
-        for frame in range(first + 1, stop):
-            later, later_cells = _frame_anchors(latents[frame], layout.num_anchors, width)
+        for frame, (later, later_cells) in enumerate(frames, start=first + 1):
             keep = is_kept[frame]
             if not bool(keep.all()):
                 shares = share_out(find_plan(later[:, :width], merged[:, :width]))
@@ -137,50 +139,68 @@ def pick_anchors(norms: Tensor, grid_w: int, count: int) -> Tensor:
 
 
 def find_plan(sources: Tensor, targets: Tensor) -> Tensor:
-    """Return the transport plan from ``sources`` (n, D) to ``targets`` (m, D), by Sinkhorn's algorithm: (n, m) float32.
+    """Return the transport plan from ``sources`` (..., n, D) to ``targets`` (..., m, D), by Sinkhorn's algorithm:
+    (..., n, m) float32.
 
     Each source has 1/n to give, each target takes 1/m; the cost is 1 - cos.
     """
-    cosines = torch.nn.functional.normalize(sources, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T
+    cosines = torch.nn.functional.normalize(sources, dim=-1) @ torch.nn.functional.normalize(targets, dim=-1).mT
     kernel = ((cosines - 1) / ENTROPY).exp()
-    give, take = 1 / sources.shape[0], 1 / targets.shape[0]
-    scale = torch.ones(sources.shape[0])
+    give, take = 1 / sources.shape[-2], 1 / targets.shape[-2]
+    scale = torch.ones(kernel.shape[:-1])[..., None]
     for _ in range(NUM_ITERATIONS):
-        target_scale = take / (scale @ kernel)
-        scale = give / (kernel @ target_scale)
-    return scale[:, None] * kernel * target_scale
+        target_scale = take / (
+            scale.mT @ kernel
+        )  # a product from the left: transposing the kernel is ten times as slow
+        scale = give / (kernel @ target_scale.mT)
+    return scale * kernel * target_scale
 
 
 def share_out(plan: Tensor) -> Tensor:
-    """Return the share of each source that goes to each target, rows that add up to 1: (n, m). ``plan``: (n, m)."""
-    return plan / plan.sum(1, keepdim=True)
+    """Return the share of each source that goes to each target, rows that add up to 1: (..., n, m), as ``plan``."""
+    return plan / plan.sum(-1, keepdim=True)
 
 
 def absorb(anchors: Tensor, others: Tensor, plan: Tensor) -> Tensor:
-    """Return ``anchors`` (m, C) after they took in ``others`` (n, C): (x + sum p y) / (1 + sum p), p of ``plan`` (n, m)."""
-    return (anchors + plan.T @ others) / (1 + plan.sum(0))[:, None]
+    """Return ``anchors`` (..., m, C) after they took in ``others`` (..., n, C): (x + sum p y) / (1 + sum p), p of ``plan``
+    (..., n, m)."""
+    return (anchors + plan.mT @ others) / (1 + plan.sum(-2))[..., None]
 
 
-def _frame_anchors(frame: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
-    """The anchors of a frame (H, W, C) after they took in its other tokens, (A, C) float32, and their cells, (A,)."""
-    tokens = frame.flatten(0, 1).to(torch.float32)
-    cells = pick_anchors(measure_norms(frame, width), frame.shape[1], count)
-    if count == tokens.shape[0]:
+def _anchors_of_frames(frames: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
+    """The anchors of ``frames`` (F, H, W, C) after they took in the other tokens of their frame, (F, A, C) float32, and their
+    cells, (F, A)."""
+    tokens = frames.flatten(1, 2).to(torch.float32)
+    cells = torch.stack([pick_anchors(measure_norms(frame, width), frame.shape[1], count) for frame in frames])
+    if count == tokens.shape[1]:
         return tokens, cells
-    is_other = torch.ones(tokens.shape[0], dtype=torch.bool)
-    is_other[cells] = False
-    anchors, others = tokens[cells], tokens[is_other]
-    return absorb(anchors, others, find_plan(others[:, :width], anchors[:, :width])), cells
+    is_other = torch.ones(tokens.shape[:2], dtype=torch.bool).scatter_(1, cells, False)
+    anchors = tokens.gather(1, cells[..., None].expand(-1, -1, tokens.shape[2]))
+    others = tokens[is_other].view(len(frames), -1, tokens.shape[2])
+    return absorb(anchors, others, find_plan(others[..., :width], anchors[..., :width])), cells
+
+
+def _in_batches(latents: Tensor, count: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The anchors of a few frames of ``latents`` (T, H, W, C) at a time, as of ``_anchors_of_frames``."""
+    step = max(1, BATCH_VALUES // (latents.shape[1] * latents.shape[2] * max(latents.shape[3], count)))
+    return (_anchors_of_frames(part, count, width) for part in latents.split(step) if len(part))
+
+
+def _anchors_by_frame(latents: Tensor, count: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The anchors of each frame of ``latents`` (T, H, W, C), (A, C) float32, and their cells, (A,)."""
+    return (pair for batch in _in_batches(latents, count, width) for pair in zip(*batch, strict=True))
 
 
 def _find_distinct(latents: Tensor, layout: Layout, width: int) -> Tensor:
     """Whether each anchor of each frame is kept although it is not in a clip's first frame: (T, A) bool."""
     match = torch.full((latents.shape[0], layout.num_anchors), torch.inf)
     for first, stop in layout.clips:
-        anchors, _ = _frame_anchors(latents[first], layout.num_anchors, width)
-        for frame in range(first + 1, stop):
-            later, _ = _frame_anchors(latents[frame], layout.num_anchors, width)
-            match[frame] = share_out(find_plan(later[:, :width], anchors[:, :width])).amax(1)
+        anchors, _ = next(_anchors_by_frame(latents[first : first + 1], layout.num_anchors, width))
+        done = first + 1
+        for later, _ in _in_batches(latents[first + 1 : stop], layout.num_anchors, width):
+            plan = find_plan(later[..., :width], anchors[:, :width])
+            match[done : done + len(later)] = share_out(plan).amax(-1)
+            done += len(later)
     is_kept = torch.zeros(match.shape, dtype=torch.bool)
     is_kept.view(-1)[pick_highest(-match, layout.num_distinct)] = True
     return is_kept

@@ -44,6 +44,9 @@ class FallingScores:
         self._tokens, self._scale, self._fall = tokens, scale, fall
         self._scores = scores.clone()
         self._num_picks = self._num_seen = 0
+        self._active: Tensor
+        self._active_scores: Tensor
+        self._vectors: Tensor
         self._choose_active()
 
     def find_best(self) -> tuple[int, float]:
