@@ -61,13 +61,17 @@ KEYS: dict[str, Key] = {
     "line_levels": Key(
         int,
         0,
-        "a frame is not encoded if none of its colours is further from the line between two frames that are, in levels of "
-        "255; 0: all are; only adaptive",
+        "skip a frame if every colour in it is within this many levels (of 255) of a straight line between two encoded "
+        "frames; 0 encodes every frame; adaptive only",
         low=0,
         high=64,
     ),
     "track_density": Key(
-        int, 1, "frames read per sampled frame by adaptive and fre-res, if not all tokens are kept", low=1, high=64
+        int,
+        1,
+        "adaptive and fre-res read this many times as many frames as sample names, unless every token is kept",
+        low=1,
+        high=64,
     ),
     "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
     "residual_grid": Key(
@@ -90,7 +94,7 @@ KEYS: dict[str, Key] = {
     "trends": Key(
         str,
         "drop",
-        "whether method adaptive keeps how each stretch changes, which its adapters need: up to twice the size",
+        "whether adaptive also stores how each stretch changes, which its adapters need: the bundle is up to twice as large",
         choices=TRENDS,
     ),
 }

@@ -61,6 +61,7 @@ def test_the_figures_of_the_plan_follow_from_each_other() -> None:
     decode = result("pipeline.json", "decode")
     cpu_s = [decode[key]["median"] * 360 for key in ("pyav_decode_only_s", "freres_s")]
     merging_s = result("pipeline.json", "method")["methods"]["adaptive"]["method_s_per_frame"]["median"] * frames
+    gpu_merging_s = result("cuda.json", "video")["rows"][0]["compress_s"] / 300 * frames
     run_s = 1e6 * gpu_s / 1000
     shard_s = 2000 / 12 * gpu_s / 8
     said = [
@@ -75,6 +76,9 @@ def test_the_figures_of_the_plan_follow_from_each_other() -> None:
         f"{cpu_s[0]:.0f} to {cpu_s[1]:.0f} s an hour",
         f"{cpu_s[0] / gpu_s:.1f} to {cpu_s[1] / gpu_s:.1f}",
         f"{merging_s:.0f} s an hour",
+        f"{gpu_merging_s:.0f} s an hour",
+        f"{gpu_s + gpu_merging_s:.1f} s an hour, {(gpu_s + gpu_merging_s) / 3.6:.1f} hours",
+        f"{(cpu_s[0] + merging_s) / gpu_s:.1f} to {(cpu_s[1] + merging_s) / gpu_s:.1f}",
         f"{0.9e15 / run_s / 1e9:.0f} GB/s",
         f"{tokens * per_token * 1e6 / run_s / 1e9:.0f} GB/s",
         f"needs {shard_s / 60:.0f} minutes",

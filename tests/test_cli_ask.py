@@ -144,4 +144,4 @@ def test_loading_is_said_before_anything_else(bundle):
         "from freres_cli.cli.app import main; main()"
     )
     run = subprocess.run([sys.executable, "-c", program, bundle], capture_output=True, text=True, check=True)
-    assert run.stdout == "False loading the model\n"
+    assert run.stdout == "False loading torch\n"

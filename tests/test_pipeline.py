@@ -259,3 +259,13 @@ def test_a_failed_question_leaves_the_prefix_as_it_was(bundle, models):
     with session.model.decoder.layers[3].register_forward_pre_hook(fail), pytest.raises(ResourceError):
         session.ask("what moves?", choices=["a", "b"])
     assert session.ask("what moves?", choices=["a", "b"]).choices == before
+
+
+def test_frames_that_lose_their_shape_are_named(tmp_path):
+    """16:9 on a square grid; not with a grid that keeps the shape, nor for a square video."""
+    squeezed = "frames of 192x108 px are squeezed to a grid of 6x6 tokens; --grid auto keeps their shape"
+    for size, grid, is_squeezed in (((192, 108), "6x6", True), ((192, 108), "auto", False), ((96, 96), "6x6", False)):
+        clip = write_clip(tmp_path / f"{size[0]}{grid}.mp4", 4, size=size)
+        bundle = Compressor(models=loaded_models(), grid=grid, budget_tokens=20).compress(clip)
+        assert any(note.startswith(squeezed) for note in bundle.notes) == is_squeezed
+        assert (bundle.manifest["geometry"]["fit"] == "squeezed") == is_squeezed

@@ -13,8 +13,9 @@ from freres_cli.cli import options
 from freres_cli.cli.compress import make_options
 from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_notes, print_result, print_table
 from freres_cli.errors import UsageError
+from freres_cli.files import make_folder
 
-DEMO_BUDGETS = (576, 288)
+DEMO_BUDGETS = (1440, 576, 288)  # the first is every token: what the model itself answers
 
 
 def demo(
@@ -29,12 +30,11 @@ def demo(
     """Run the whole job on a generated clip.
 
     Makes an H.264 clip of the bundled model's world, compresses it at two budgets, asks three questions about it, and
-    profiles it. Answers are printed next to the correct ones. One question is about an object that is on screen for only
+    profiles it. A third budget keeps every token, for comparison. Answers are printed next to the correct ones. One question is about an object that is on screen for only
     one to three frames.
     """
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: expected an existing folder", "create it first")
     if folder is not None:
+        make_folder(folder)
         names = ("clip.mp4", *[f"bundle-{budget}.pt" for budget in DEMO_BUDGETS])
         taken = [name for name in names if (folder / name).exists()]
         if taken:

@@ -342,7 +342,9 @@ demo:
   examples:
     freres demo: Run the whole job on a clip made on the spot.
     freres demo -o here: Keep the clip and the bundles in the folder here.
-  output: "Three tables: token counts, answers next to the correct ones, and cost next to that of the full-token run."
+  output: >-
+    Three tables: token counts, answers next to the correct ones, and cost next to that of the full-token run. The small
+    model is sometimes wrong with every token as well.
   schemas: {freres.demo/1: clip bundles answers profile environment}
   defaults: {folder: "a temporary folder, removed at the end"}
 world make:

@@ -168,7 +168,14 @@ Variant = Annotated[
     ),
 ]
 Fps = Annotated[float | None, typer.Option("--fps", help="Read this many frames per second.")]
-Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Read this many frames in total.")]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        min=1,
+        help="Sample this many frames. With a track_density above 1, adaptive and fre-res read so many times more.",
+    ),
+]
 Grid = Annotated[
     str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
 ]
@@ -188,7 +195,7 @@ Adapter = Annotated[
         help="An adapter from freres train, for its own method only, or none for untrained tokens.",
     ),
 ]
-# Importing torch and transformers takes seconds: verbs that do say this first.
-LOADING = "loading the model"
+# Importing torch and transformers takes seconds: verbs that do say so first.
+LOADING = "loading torch"
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]

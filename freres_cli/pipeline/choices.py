@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,8 @@ from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.cells import Cell, parse_cells
 from freres_cli.presets import BUNDLED, Settings
+
+MODEL_INFO_FILE = "MODEL_INFO.json"  # of ``freres world train``
 
 
 def as_whole(value: object, name: str) -> int:
@@ -32,8 +35,14 @@ def as_number(value: object, name: str) -> float | None:
 
 
 def choose_preset(model: str) -> str:
-    """Return the preset to use with a model if none is named."""
-    return BUNDLED if model == BUNDLED else "long-video"
+    """Return the preset to use with a model if none is named: that of the bundled model for those of its kind, in folders
+    that ``freres world train`` wrote."""
+    try:
+        info = json.loads((Path(model).expanduser() / MODEL_INFO_FILE).read_bytes())
+    except (OSError, ValueError):  # no such folder or file; what is wrong with a model is said where it is opened
+        info = {}
+    is_drawn = model == BUNDLED or (isinstance(info, dict) and info.get("freres_trained") is True)
+    return BUNDLED if is_drawn else "long-video"
 
 
 def check_revision(model: str | None, revision: str | None) -> None:

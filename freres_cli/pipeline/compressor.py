@@ -26,7 +26,7 @@ from freres_cli.pipeline.choices import as_number, as_whole, choose_method, choo
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source
-from freres_cli.pipeline.notes import describe_limits, describe_plan
+from freres_cli.pipeline.notes import describe_fit, describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
 from freres_cli.pipeline.reduction import LatentBatch, Reduction, make_reducer, reduce_latents
@@ -138,12 +138,14 @@ class Compressor:
         manifest = build_manifest(source, options, plan, encoder, reduction, report, text)
         limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
         planned = describe_plan(plan, options, manifest)
-        found = (*limits, *encoder.notes, *plan.info.notes, *report.notes, *planned, *untold, *source.describe_change())
+        squeezed = describe_fit(plan, encoder, options.settings)
+        fits = () if squeezed is None else (squeezed,)
+        found = (*limits, *encoder.notes, *fits, *plan.info.notes, *report.notes, *planned, *untold)
         timer.seconds["total"] = time.perf_counter() - start
         return Bundle(
             manifest,
             reduction.content,
-            notes=tuple(dict.fromkeys(found)),
+            notes=tuple(dict.fromkeys((*found, *source.describe_change()))),
             timings_s=timer.seconds,
             peak_memory_bytes=memory.read_bytes(),
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from freres_cli.backbones.base import VisionEncoder
 from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.errors import count_of
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
-from freres_cli.presets import BUNDLED, FULL
+from freres_cli.presets import BUNDLED, FULL, Settings
 
 # If less than this share of the budget is used, a note says why.
 FULL_SHARE = 0.98
@@ -75,6 +76,19 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         yield f"trends has no effect: method {options.method} has none"
     if settings.deepstack == "drop":
         yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"
+
+
+def describe_fit(plan: CompressPlan, encoder: VisionEncoder, settings: Settings) -> str | None:
+    """Return a note if frames lose their shape to a grid that was chosen, ``None`` else. A family that takes one size only
+    says so itself."""
+    width, height, size = plan.info.width_px, plan.info.height_px, plan.size
+    kept = encoder.frame_size(width, height, None, settings.tokens_per_frame)
+    if size.fit(width, height) == "exact" or kept == size:
+        return None
+    return (
+        f"frames of {width}x{height} px are squeezed to a grid of {size.grid_h}x{size.grid_w} tokens; --grid auto keeps "
+        f"their shape, here {kept.grid_h}x{kept.grid_w}"
+    )
 
 
 def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator[str]:
