@@ -143,8 +143,9 @@ def _choose_place(requested: str | None) -> Device:
     # torchrun and accelerate start one process per device and number them in LOCAL_RANK.
     ordinal = int(index or os.environ.get("LOCAL_RANK", "0"))
     if ordinal >= num_cuda:
+        seen = count_of(num_cuda, "CUDA device") if num_cuda else "no CUDA device"
         raise ResourceError(
-            f"device: {name} is not available: expected one of {num_cuda} CUDA devices",
+            f"device: {name} is not available: torch sees {seen}",
             "use --device cpu, or install a CUDA build of torch and check nvidia-smi",
         )
     properties = torch.cuda.get_device_properties(ordinal)

@@ -13,7 +13,10 @@ def test_demo_runs_the_main_job(tmp_path):
     assert [b["visual_tokens"] for b in document["bundles"]] == [1440, 576, 288]
     assert len(document["answers"]) == 9 and any(a["is_transient"] for a in document["answers"])
     assert [row["status"] for row in document["profile"]] == ["ok", "ok"]
-    assert {p.name for p in (tmp_path / "new").iterdir()} == {"clip.mp4", *(f"bundle-{budget}.pt" for budget in (1440, 576, 288))}
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {
+        "clip.mp4",
+        *(f"bundle-{budget}.pt" for budget in (1440, 576, 288)),
+    }
 
 
 def test_the_demo_replaces_nothing(tmp_path):

@@ -61,10 +61,12 @@ def test_what_is_asked_for_is_taken(num_cuda):
     assert choose_device("cuda:1").name == "cuda:1"
 
 
-@pytest.mark.parametrize(("requested", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
-def test_a_cuda_device_that_is_not_there(num_cuda, requested, count):
+@pytest.mark.parametrize(
+    ("requested", "count", "seen"), [("cuda", 0, "no"), ("cuda:0", 0, "no"), ("cuda:1", 1, "1"), ("cuda:2", 2, "2")]
+)
+def test_a_cuda_device_that_is_not_there(num_cuda, requested, count, seen):
     num_cuda(count)
-    with pytest.raises(ResourceError, match=f"{requested} is not available: expected one of {count} CUDA devices"):
+    with pytest.raises(ResourceError, match=f"{requested} is not available: torch sees {seen} CUDA device"):
         choose_device(requested)
 
 

@@ -311,10 +311,17 @@ def test_bundle_page_holds_the_tensors_of_stretches() -> None:
 
 
 def test_bundle_page_holds_the_manifest_and_the_outer_keys() -> None:
+    from freres_cli.bundle import version_4
     from freres_cli.bundle.schema import FORMAT, READERS, SCHEMA_VERSION, SECTIONS
 
     name = "man5/freres-bundle.5"
     assert set(tags(name, "MANIFEST")) == {*SECTIONS, "content"}
+    told = " ".join(section(name, "MANIFEST").replace("\n", " ").split())
+    fields = [field for part in version_4.FIELDS.values() for field in part]
+    assert [field for field in fields if not re.search(rf"\b{field}\b", told)] == []
+    later = set(KEYS) - set(version_4.SETTINGS) - {"description"}
+    listed = re.search(r"this version has all but (.*?), which came later", told)
+    assert listed is not None and set(re.split(r", | and ", listed[1])) == later
     assert tags(name, "FILE") == ["format", "schema_version", "manifest", "manifest_sha256", "tensors"]
     outer = section(name, "FILE")
     assert FORMAT in outer and f"integer {SCHEMA_VERSION}." in outer

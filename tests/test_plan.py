@@ -23,7 +23,7 @@ from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows.plan import Planner
 from tests import pipeline_fixtures
 from tests.family_contract import one_thread  # noqa: F401
-from tests.runner import check_failure, run_freres
+from tests.runner import run_freres
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint
 
@@ -156,19 +156,19 @@ def test_what_does_not_fit_says_what_would(clip, tmp_path):
         flags = ("--model", tmp_path, "--tflops", 1, "--device", "cpu", "--set", "grid=12x12", "--json")
         return run_freres("plan", clip, *flags, "--budget", budget, "--device-memory", limit)
 
-    refused = run(3000, f"{limit}B")
-    check_failure(refused, 6, "does not fit: expected at most")
-    assert f"--budget {largest} would fit" in refused.err
+    def check_refusal(run, largest, hint):
+        """The document says it as well as the message."""
+        assert run.status == 6 and "does not fit: expected at most" in run.err and hint in run.err
+        assert json.loads(run.out)["fits"] is False and json.loads(run.out)["largest_budget"] == largest
+
+    check_refusal(run(3000, f"{limit}B"), largest, f"--budget {largest} would fit")
     fitting = run(largest, f"{limit}B")
     assert fitting.json["fits"] is True and fitting.json["largest_budget"] == largest
     assert run(100, "24GiB").json["largest_budget"] == planner.cost().plan.full_tokens
-    hopeless = run(100, "1KiB")
-    check_failure(hopeless, 6)
-    assert "no budget fits" in hopeless.err
+    check_refusal(run(100, "1KiB"), None, "no budget fits")
     flags = ("--model", tmp_path, "--tflops", 1, "--device", "cpu", "--set", "grid=12x12", "--method", "full", "--json")
     whole = run_freres("plan", clip, *flags, "--device-memory", f"{limit}B")
-    check_failure(whole, 6, "does not fit: expected at most")
-    assert "method full keeps every token: use another one" in whole.err
+    check_refusal(whole, None, "method full keeps every token: use another one")
     roomy = run_freres("plan", clip, *flags, "--device-memory", "24GiB")
     assert roomy.json["largest_budget"] == planner.cost().plan.full_tokens
 

@@ -33,7 +33,7 @@ compress:
     note says so if it is below the one asked for. It is null for other methods. Frames are read and resized while others
     are encoded, so the stages of `timings_s` may add up to more than `total`; `decode` is the time of the thread that
     reads. With `--residual-grid`, only anchor frames pass the tower at their whole grid; every frame, anchors too, passes it
-    at the smaller one, from which events and residuals are taken. The file is read once. `encoded_tokens` counts both. With
+    at the smaller one, from which events and residuals are taken. The file is decoded once for both grids. `encoded_tokens` counts both. With
     `--set line_levels=N`, it counts the frames that passed the tower; see freres(7).
   schemas:
     freres.compress/1:
@@ -78,7 +78,7 @@ plan:
   output: >-
     Frames and tokens as `freres compress --dry-run` gives them, then the work and estimated time of each stage, the parts of
     the peak memory of compress and of ask with their formulas, and whether the larger of the two fits `--device-memory`;
-    if not, the exit status is 6, and the message has the largest budget that fits. Letters: n frames of R patches in a batch
+    if not, `fits` is false, the exit status is 6, and the message has the largest budget that fits. Letters: n frames of R patches in a batch
     of the tower, w and I the widths of a row in the layers and inside their MLPs, b bytes of a number, C channels and S
     visual tokens, N tokens of a frame, L rows of the prompt, q rows of a pass of the prefill, K coefficients of a cell. Parts
     marked host are not in a GPU's memory. With `--device-memory`, and no `--device cpu`, a CUDA device is planned for, whose
@@ -177,7 +177,7 @@ eval:
     adapter: "the bundled model's own, none for others"}
 fidelity:
   examples:
-    freres fidelity video.mp4: What five methods keep at three budgets; no language model is loaded.
+    freres fidelity video.mp4: What six methods keep at three budgets; no language model is loaded.
     freres fidelity clips/ --methods dtd,fre-res --budgets 0.1 --json: Every video of a folder, with what each second loses.
     freres fidelity video.mp4 --model Qwen/Qwen2-VL-7B-Instruct --plot kept.png: Another model's tower, and a picture.
   output: >-
@@ -240,8 +240,8 @@ ablate:
   defaults: {data: nothing is trained, limit: every question, plot: none (nothing is drawn)}
 inspect:
   examples:
-    freres inspect bundle.pt: What is inside, and where each setting came from.
-    freres inspect bundle.pt --all: With every GoP, setting and note.
+    freres inspect bundle.pt: What is inside, on one screen.
+    freres inspect bundle.pt --all: With every GoP, every setting and where it came from, and every note.
     freres inspect bundle.pt --tokens: With a row for each visual token.
     freres inspect bundle.pt --absorber out.png --adapter modules.safetensors: Draw what the absorber took, and from where.
   output: >-

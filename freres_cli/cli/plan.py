@@ -79,24 +79,22 @@ def plan(
     needed = cost.peak_bytes + cost.base_bytes
     fits = None if limit is None else needed <= limit
     largest = None if limit is None else planner.largest_budget(limit)
+    if json:
+        facts = {"device_memory_bytes": limit, "fits": fits, "largest_budget": largest}
+        document = {**plan_document(cost.plan, chosen), **_document(cost, stages, speed), **facts}
+        document |= {"model": chosen.model.name, "notes": list(planner.notes)}
+        print_json("freres.plan/2", {**document, "environment": describe_environment(here)})
+    else:
+        print_notes(planner.notes, quiet)
+        _print_cost(cost, stages, speed)
     if fits is False and limit is not None:
-        if not json:
-            _print_cost(cost, stages, speed)
         hint = "no budget fits: use a smaller --dtype or model" if largest is None else f"--budget {largest} would fit"
         if not METHODS[chosen.method].has_budget:
             hint = f"method {chosen.method} keeps every token: use another one, a smaller --dtype or model"
         raise ResourceError(
             f"{path}: does not fit: expected at most {format_bytes(limit)}, got {format_bytes(needed)}", hint
         )
-    if json:
-        facts = {"device_memory_bytes": limit, "fits": fits, "largest_budget": largest}
-        document = {**plan_document(cost.plan, chosen), **_document(cost, stages, speed), **facts}
-        document |= {"model": chosen.model.name, "notes": list(planner.notes)}
-        print_json("freres.plan/2", {**document, "environment": describe_environment(here)})
-        return
-    print_notes(planner.notes, quiet)
-    _print_cost(cost, stages, speed)
-    if limit is not None:
+    if limit is not None and not json:
         print_result(f"fits {format_bytes(limit)}: yes; the largest budget that would: {largest}")
 
 

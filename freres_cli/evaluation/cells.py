@@ -93,9 +93,7 @@ def parse_cells(methods: str, budgets: str, known: Mapping[str, bool]) -> tuple[
     names = [name.strip() for name in methods.split(",")]
     for name in names:
         if name not in known:
-            raise UsageError(
-                f"--methods: expected any of {', '.join(known)}, got {name!r}", "separate them with commas"
-            )
+            raise UsageError(f"--methods: expected any of {', '.join(known)}, got {name!r}", "see: freres methods")
     sizes = parse_budgets(budgets)
     _refuse_twice("--methods", names)
     cells: list[Cell] = []
