@@ -33,6 +33,7 @@ from freres_cli.pipeline.session import AskRequest, open_session
 from freres_cli.records import Frames, FrameSize
 from freres_cli.video.decode import decode_frames
 from freres_cli.workflows.compress import compress_file
+from tests.clips import write_clip
 from tests.loaded_models import CountingEncoder, CountingLanguageModel, Wrapped, loaded_models, models_with
 from tests.pipeline_fixtures import BUDGET, options_with
 from tests.pipeline_fixtures import bundle as bundle

@@ -30,8 +30,8 @@ def demo(
     """Run the whole job on a generated clip.
 
     Makes an H.264 clip of the bundled model's world, compresses it at two budgets, asks three questions about it, and
-    profiles it. A third budget keeps every token, for comparison. Answers are printed next to the correct ones. One question is about an object that is on screen for only
-    one to three frames.
+    profiles it. A third budget keeps every token, for comparison. Answers are printed next to the correct ones. One
+    question is about an object that is on screen for only one to three frames.
     """
     if folder is not None:
         make_folder(folder)

@@ -40,9 +40,10 @@ def inspect(
     Prints tokens, times, energy kept, the settings that are not the preset's and, for method fre-res, the seconds that lost
     the most. Needs neither the video nor a model. Energy shares say how much motion was kept, not how well a model answers.
 
-    That fits one screen: of the GoPs it shows those that lost the most and those with the most tokens, and of the settings
-    those that are not the preset's. --all shows the rest, and where each setting came from. Each column of blocks is a part of the clip, from none to the
-    most: how many tokens stand for it, each spread evenly over its time, and how much energy was lost in it.
+    That fits one screen: of the GoPs it shows those that lost the most and those with the most tokens, and of the
+    settings those that are not the preset's. --all shows the rest, and where each setting came from. Each column of
+    blocks is a part of the clip, from none to the most: how many tokens stand for it, each spread evenly over its time,
+    and how much energy was lost in it.
 
     The --absorber picture has a row for each GoP, labelled with its start. The left shows the energy of each cell's kept
     coefficients, the right how much the tokens took from that cell: attention weights times the norm of what each token

@@ -23,18 +23,18 @@ compress:
   output: >-
     The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, as does a warning for
     each video that failed. `context_tokens` are all tokens of the prompt without a question; `text_overhead_tokens` are
-    those inside the video that are not visual, such as the time of each frame. A family that writes text around every
-    frame gets at most 10 % of it: ask then moves tokens that stand for more than one frame to frames that they share, and
+    those inside the video that are not visual, such as the time of each frame. A family that writes text around every frame
+    gets at most 10 % of it: ask then moves tokens that stand for more than one frame to frames that they share, and
     `moved_tokens`, `moved_outside` (those that leave the time they stand for), `mean_shift_s` and `max_shift_s` say how
-    far. Anchor tokens never move; if their frames alone need more text, it is counted as it is. All of these are null
-    if the model's tokenizer cannot be read. With `--dry-run`, the first two are upper bounds, because the frames that
-    will hold tokens are not known yet. With `--quality`, the number of visual tokens is known only once the frames are
-    encoded: `--dry-run` has null for it. Method adaptive records `quality`, the share of energy that its bundle keeps; a
-    note says so if it is below the one asked for. It is null for other methods. Frames are read and resized while others
-    are encoded, so the stages of `timings_s` may add up to more than `total`; `decode` is the time of the thread that
-    reads. With `--residual-grid`, only anchor frames pass the tower at their whole grid; every frame, anchors too, passes it
-    at the smaller one, from which events and residuals are taken. The file is decoded once for both grids. `encoded_tokens` counts both. With
-    `--set line_levels=N`, it counts the frames that passed the tower; see freres(7).
+    far. Anchor tokens never move; if their frames alone need more text, it is counted as it is. All of these are null if
+    the model's tokenizer cannot be read. With `--dry-run`, the first two are upper bounds, because the frames that will
+    hold tokens are not known yet. With `--quality`, the number of visual tokens is known only once the frames are encoded:
+    `--dry-run` has null for it. Method adaptive records `quality`, the share of energy that its bundle keeps; a note says
+    so if it is below the one asked for. It is null for other methods. Frames are read and resized while others are encoded,
+    so the stages of `timings_s` may add up to more than `total`; `decode` is the time of the thread that reads. With
+    `--residual-grid`, only anchor frames pass the tower at their whole grid; every frame, anchors too, passes it at the
+    smaller one, from which events and residuals are taken. The file is decoded once for both grids. `encoded_tokens` counts
+    both. With `--set line_levels=N`, it counts the frames that passed the tower; see freres(7).
   schemas:
     freres.compress/1:
       bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
@@ -76,19 +76,18 @@ plan:
     freres plan video.mp4 --model my-model --device-memory 80GB --tflops 400: Times on a device that is not this one.
     freres plan video.mp4 --device cpu --json: The bundled model on this machine, as one document.
   output: >-
-    Frames and tokens as `freres compress --dry-run` gives them, then the work and estimated time of each stage, the parts of
-    the peak memory of compress and of ask with their formulas, and whether the larger of the two fits `--device-memory`;
-    if not, `fits` is false, the exit status is 6, and the message has the largest budget that fits. Letters: n frames of R patches in a batch
-    of the tower, w and I the widths of a row in the layers and inside their MLPs, b bytes of a number, C channels and S
-    visual tokens, N tokens of a frame, L rows of the prompt, q rows of a pass of the prefill, K coefficients of a cell. Parts
-    marked host are not in a GPU's memory. With `--device-memory`, and no `--device cpu`, a CUDA device is planned for, whose
-    context is taken to be 0.5 GiB; on the CPU the interpreter and its libraries, about 0.4 GiB, are not counted, nor is
-    memory that the C library keeps after it was freed (up to a third more, on small models), nor the page cache while
-    weights are read.
-    FLOPs count every multiplication and addition of matrices and attention, with the masked half. Times are estimates:
-    one stage after the other, at the speed of a large matrix product on this device, or at `--tflops`; with that, the time
-    per token of an answer is null, because it depends on the bandwidth of the memory. Of the model only config.json,
-    preprocessor_config.json and the tokenizer are read.
+    Frames and tokens as `freres compress --dry-run` gives them, then the work and estimated time of each stage, the parts
+    of the peak memory of compress and of ask with their formulas, and whether the larger of the two fits `--device-memory`;
+    if not, `fits` is false, the exit status is 6, and the message has the largest budget that fits. Letters: n frames of R
+    patches in a batch of the tower, w and I the widths of a row in the layers and inside their MLPs, b bytes of a number, C
+    channels and S visual tokens, N tokens of a frame, L rows of the prompt, q rows of a pass of the prefill, K coefficients
+    of a cell. Parts marked host are not in a GPU's memory. With `--device-memory`, and no `--device cpu`, a CUDA device is
+    planned for, whose context is taken to be 0.5 GiB; on the CPU the interpreter and its libraries, about 0.4 GiB, are not
+    counted, nor is memory that the C library keeps after it was freed (up to a third more, on small models), nor the page
+    cache while weights are read. FLOPs count every multiplication and addition of matrices and attention, with the masked
+    half. Times are estimates: one stage after the other, at the speed of a large matrix product on this device, or at
+    `--tflops`; with that, the time per token of an answer is null, because it depends on the bandwidth of the memory. Of
+    the model only config.json, preprocessor_config.json and the tokenizer are read.
   schemas:
     freres.plan/2:
       the keys of freres.plan/1; model dtype device_memory_bytes fits largest_budget peak_memory_bytes base_memory_bytes
