@@ -224,7 +224,7 @@ def test_a_broken_video_is_left_out_and_named(folder, tmp_path):
     some = write_rows(folder / "some.jsonl", [broken, *read_rows(folder / "data.jsonl")])
     flags = ("--cache", folder / "cache", *TRAINING.flags, "--steps", 1)
     run = run_freres("train", some, "-o", tmp_path / "a.safetensors", *flags)
-    assert "an adapter of method fre-res; without --method, compress uses adaptive: train for that one" in run.err
+    assert "this adapter is for --method fre-res; compress uses adaptive unless a method is named: to train" in run.err
     assert run.status == 0 and "left out: " in run.err and "broken.mp4" in run.err
     with fails(3, "none of 1 videos"):
         TRAINING.run(write_rows(folder / "broken.jsonl", [broken]), tmp_path / "b.safetensors", folder / "cache")

@@ -64,7 +64,7 @@ def compress(
         typer.Option(
             "--residual-grid",
             metavar="ROWSxCOLS",
-            help="Token grid of frames that are no anchors, full (that of anchors) or half of each side (method fre-res).",
+            help="Token grid of the frames between anchors (fre-res only), full (as the anchors) or half of each side.",
         ),
     ] = None,
     assignments: options.Assignments = None,
@@ -87,10 +87,10 @@ def compress(
     temporal DCT coefficients of the rest. The other choices of --method are baselines: see freres methods. The video is
     not needed again. Prints the bundle's path.
 
-    The name - stands for a video on standard input, which is saved beside the bundle until it is compressed. Of a file that
-    still grows, what it holds at first is used, and a note says so. Work that takes more than five minutes keeps its state
-    in a hidden file beside the bundle: the same command goes on from there if it was killed (not with the methods that
-    need the whole clip at once), and the bundle is the same.
+    The name - stands for a video on standard input, which is saved beside the bundle until it is compressed. If a file
+    is still being written, what it held at the start is used, and a note says so. Work that takes more than five
+    minutes keeps its state in a hidden file beside the bundle: the same command goes on from there if it was killed
+    (not with the methods that need the whole clip at once), and the bundle is the same.
 
     For several videos, a folder (searched recursively) or a .txt list (one path per line, relative to the list), the
     model is loaded only once. Bundles are named after their videos. An existing bundle is skipped if it is intact and was

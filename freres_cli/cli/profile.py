@@ -60,7 +60,7 @@ def profile(
         typer.Option(
             "--weights",
             metavar="stored|random",
-            help="random: draw them; --model is a folder without weights, or a name such as Qwen3-VL-8B. No network.",
+            help="random: random weights; --model is then a folder with a config, or a name such as Qwen3-VL-8B. No network.",
         ),
     ] = "stored",
     plot: Annotated[

@@ -103,8 +103,8 @@ def train(
     request = TrainRequest(file, chosen, recipe, output, folder, force)
     silent = quiet or not is_first_process()
     if chosen.method != made.method:
-        note = f"an adapter of method {chosen.method}; without --method, compress uses {made.method}"
-        print_notes([f"{note}: train for that one with --set method={made.method}"], silent)
+        note = f"this adapter is for --method {chosen.method}; compress uses {made.method} unless a method is named"
+        print_notes([f"{note}: to train for {made.method}, add --set method={made.method}"], silent)
     with progress_bar("cache", silent or json, "videos") as progress:
         done = train_adapter(request, lambda line: print_notes([line], silent or json), progress)
     if not is_first_process():

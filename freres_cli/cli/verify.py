@@ -33,8 +33,8 @@ def verify(
 
     Draws a clip of 4 small frames, runs it through the stock model and through freres, and compares pixels, visual tokens,
     prompt, logits and greedy answer with every token kept, and the answer from some tokens with that of the stock model
-    with the others masked. Each line has the largest difference and the largest that is rounding. The exit status is 5 if
-    one does not hold. The two models are loaded one after the other.
+    with the others masked. Each line has the largest difference and the most that rounding can explain. The exit status
+    is 5 if one does not hold. The two models are loaded one after the other.
     """
     from freres_cli.bench.report import describe_environment
     from freres_cli.pipeline.models import Models, make_source

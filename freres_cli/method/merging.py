@@ -6,6 +6,8 @@ after Ward (1963): the paper's GoPs spend as much on cells that stand still as o
 
 Merges are made in rounds: pairs that are the cheapest for both of their sides merge at once, as in clustering by mutual
 nearest neighbours (de Rham, 1980). Rounds run where the latents are; of each, the host learns how many pairs there are.
+Along a line whose costs only rise, as where a motion eases in without any noise, a round makes one merge: 800 such frames of
+36 cells took 544 rounds and 4.5 s, where a steady motion took 53 and 0.5 s.
 """
 
 from __future__ import annotations
