@@ -169,7 +169,8 @@ def _print_stretches(stretches: dict[str, Any], num_tokens: int) -> None:
         "quality",
         f"{format_share(stretches['quality'])} of the latents' energy in {num_tokens} stretches, on average "
         f"{stretches['frames_mean']:.1f} frames of {stretches['cells_mean']:.1f} cells; the largest: "
-        f"{count_of(stretches['frames_max'], 'frame')}, {count_of(stretches['cells_max'], 'cell')}; {stretches['num_single']} single latents",
+        f"{count_of(stretches['frames_max'], 'frame')}, {count_of(stretches['cells_max'], 'cell')}; "
+        f"{stretches['num_single']} single latents",
     )
     wanted = [share * curve[0]["visual_tokens"] for share in CURVE_SHARES]
     points = [min(curve, key=lambda point: abs(point["visual_tokens"] - count)) for count in wanted]
