@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import fsspec
 import pytest
@@ -221,8 +223,6 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(clips, tmp_path, mon
 
 
 def test_without_ray_its_engine_is_refused_by_name(clips, tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "--engine", "ray")
     check_failure(run, 2, "Ray is not installed")
@@ -262,6 +262,53 @@ def test_actors_share_the_gpus_of_a_cluster(cluster, device, actors, expected):
     assert batch_ray._share_gpus(ray, setup, actors, 100) == expected
     with fails(6, "at most one actor a CPU"):
         batch_ray._share_gpus(ray, setup, 9, 100)
+
+
+class StandInRay(ModuleType):
+    """What Ray 2.60 does first: an address that is not given comes from RAY_ADDRESS, and a cluster that runs already has its
+    own CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.data = ModuleType("ray.data")
+        context = SimpleNamespace()
+        vars(self.data).update(DataContext=SimpleNamespace(get_current=lambda: context))
+        self.joined: list[str | None] = []
+
+    def init(self, address: str | None = None, num_cpus: int | None = None, **_: object) -> None:
+        if address in (None, "auto"):
+            address = os.environ.get("RAY_ADDRESS") or address
+        if address not in (None, "local") and num_cpus is not None:
+            raise ValueError("When connecting to an existing cluster, num_cpus must not be provided.")
+        self.joined.append(address)
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    module = StandInRay()
+    monkeypatch.setitem(sys.modules, "ray", module)
+    monkeypatch.setitem(sys.modules, "ray.data", module.data)
+    return module
+
+
+def test_without_an_address_a_cluster_is_started_here_whatever_else_runs(ray, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    batch_ray._start_ray(None, 2)
+    batch_ray._start_ray("auto", 2)
+    assert ray.joined == ["local", "10.0.0.1:6379"]
+
+
+def test_a_cluster_that_does_not_start_is_told_by_what_was_asked_for(ray, monkeypatch):
+    def fail(**_: object) -> None:
+        raise RuntimeError("no\n  room")
+
+    monkeypatch.setattr(ray, "init", fail)
+    for address, told in (
+        (None, "--engine ray: Ray cannot be started: no room"),
+        ("auto", "--address auto: Ray cannot"),
+    ):
+        with fails(2, told):
+            batch_ray._start_ray(address, 2)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])

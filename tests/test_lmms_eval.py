@@ -1,4 +1,5 @@
-"""The model ``freres`` inside the real lmms-eval, on a small local task with the bundled model. Needs lmms-eval."""
+"""The model ``freres`` of lmms-eval, with the bundled model: on requests as lmms-eval makes them and, where it is installed,
+inside the real one, on a small local task."""
 
 from __future__ import annotations
 
@@ -6,19 +7,22 @@ import json
 import os
 import subprocess
 import sys
+import wave
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from freres_cli.baselines.registry import METHODS
 from freres_cli.errors import FreresError, PresetError, UsageError, VideoError
 from freres_cli.pipeline.compressor import Compressor
 from tests.clips import write_clip
+from tests.lmms_eval_stand_in import stand_in
 from tests.loaded_models import CountingEncoder, loaded_models, models_with
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
+IS_INSTALLED = find_spec("lmms_eval") is not None
 IS_LISTED = "freres" in entry_points(group="lmms_eval.models").names
 QUESTIONS = ("What moves first?", "How many things are there?")
 FRAMES = 8
@@ -35,6 +39,15 @@ doc_to_target: answer
 generation_kwargs: {max_new_tokens: 3, temperature: 0, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lmms_eval():
+    """The real one where it is installed, else what stands in for it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not IS_INSTALLED:
+            stand_in(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +95,8 @@ def answer(model, requests, task_dict):
     return [result.text for result in model.generate_until(requests)]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_INSTALLED, reason="lmms-eval is not installed")
 @pytest.mark.skipif(not IS_LISTED, reason="freres is not installed with its entry points")
 def test_the_command_of_lmms_eval_gives_the_answers_of_freres(folder):
     flags = ["--model", "freres", "--model_args", f"pretrained=bundled,method=adaptive,budget={TOKENS},device=cpu"]
@@ -109,6 +124,7 @@ def test_a_video_is_encoded_once_and_answers_keep_their_order(folder):
     assert found == [ask_alone(Path(doc["video"]), doc["question"]) for doc in docs["tiny"]["test"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_answers_within_its_budget(folder, method):
     requests, docs = make_requests(folder)
@@ -150,12 +166,44 @@ def test_sampling_is_seeded_and_beams_are_refused(folder):
         answer(make_model(), requests, docs)
 
 
-def test_missing_videos_stop_the_run_before_anything_is_encoded(folder):
-    docs = [*json.loads((folder / "tiny.json").read_text()), {"video": "gone.mp4", "question": "q?", "answer": "x"}]
-    encoder = CountingEncoder(loaded_models().encoder)
-    with pytest.raises(VideoError, match=r"gone\.mp4: no such file; videos missing: 1 of 3"):
-        answer(make_model(models_with(encoder)), *make_requests(folder, docs))
-    assert encoder.num_frames == []
+def test_a_request_that_comes_again_draws_other_tokens(folder):
+    """lmms-eval's --repeats sends the copies of a request one after the other. Greedy ones are alike."""
+    requests, docs = make_requests(folder, temperature=2.0, do_sample=True, max_new_tokens=6)
+    repeated = [request for request in requests[:2] for _ in range(4)]
+    drawn = answer(make_model(), repeated, docs)
+    assert len(set(drawn[:4])) > 2 and len(set(drawn[4:])) > 2
+    assert drawn[::4] == answer(make_model(), requests[:2], docs), "the first copy is the request alone"
+    assert drawn == answer(make_model(), repeated, docs)
+    requests, docs = make_requests(folder)
+    assert len(set(answer(make_model(), requests[:1] * 3, docs))) == 1
+
+
+def test_it_has_what_lmms_eval_reads_with_several_processes(folder):
+    """As its evaluator does it: rank and number are set from outside, and counts are gathered on the model's device."""
+    model = make_model()
+    model._rank, model._world_size = 1, 2
+    assert (model.rank, model.world_size) == (1, 2)
+    assert torch.tensor([3], device=model.device).device == torch.device("cpu")
+    assert model.generate_until([]) == [], "a process may have no requests"
+
+
+def test_videos_that_cannot_be_opened_stop_the_run_before_anything_is_encoded(folder, tmp_path):
+    good = json.loads((folder / "tiny.json").read_text())
+    cut, silent = tmp_path / "cut.mp4", tmp_path / "sound.wav"
+    cut.write_bytes(Path(good[0]["video"]).read_bytes()[:-1500])  # as a download that stopped: the index is at the end
+    with wave.open(str(silent), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(8000))
+    for video, told in (
+        ("gone.mp4", r"gone\.mp4: no such file; videos that cannot be used: 1 of 3"),
+        (str(cut), r"cut\.mp4: not a video .*: 1 of 3"),
+        (str(silent), r"sound\.wav: has no video stream, only audio; .*: 1 of 3"),
+    ):
+        encoder = CountingEncoder(loaded_models().encoder)
+        docs = [*good, {"video": video, "question": "q?", "answer": "x"}]
+        with pytest.raises(VideoError, match=told):
+            answer(make_model(models_with(encoder)), *make_requests(folder, docs))
+        assert encoder.num_frames == []
 
 
 @pytest.mark.parametrize(

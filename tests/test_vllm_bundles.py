@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from freres_cli.backbones.placement import place_video
+from freres_cli.backbones.placement import PLACED_FAMILIES, place_video
 from freres_cli.integrations.vllm_bundles import (
     BundleReader,
     load_payload,
@@ -24,11 +24,11 @@ from freres_cli.integrations.vllm_positions import (
     place_prompt,
 )
 from freres_cli.pipeline.bundle import load_bundle
-from freres_cli.workflows.export import HEADER
+from freres_cli.workflows.export import HEADER, VLLM_FAMILIES
 from freres_cli.world.bundled_model import bundled_model_dir
 from tests import family_contract
 from tests.pipeline_fixtures import bundle, clip, tiny
-from tests.runner import fails, run_freres
+from tests.runner import check_failure, fails, run_freres
 from tests.test_export import PAGE, page_code
 from tests.test_manpages import tags
 from tests.tiny_families import FAMILY_CASES
@@ -36,7 +36,7 @@ from tests.tiny_models import open_checkpoint, video_tokens
 
 __all__ = ["bundle", "clip", "tiny"]
 one_thread = family_contract.one_thread
-SERVED = [case for case in FAMILY_CASES if case.name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
+SERVED = [case for case in FAMILY_CASES if case.name in VLLM_FAMILIES]
 
 
 def test_positions_pass_through_integer_buffers_unchanged():
@@ -158,6 +158,20 @@ def test_what_the_engine_would_trip_over_is_refused(reader, bundle, tiny, tmp_pa
     for fault in ({"next_position": 7.5}, {"next_position": -1}, {"width": "x"}, {"format": "freres.hf/1"}):
         with fails(4, "bundle: "):
             reader.read(save(tensors, {"freres": json.dumps(facts | fault)}))
+
+
+@pytest.mark.parametrize("family", sorted(set(PLACED_FAMILIES) - set(VLLM_FAMILIES)))
+def test_families_that_the_plug_in_has_no_model_for_are_refused_by_name(family, clip, tmp_path):
+    (case,) = (case for case in FAMILY_CASES if case.name == family)
+    model, path, out = tmp_path / "model", tmp_path / "b.pt", tmp_path / "v.safetensors"
+    case.make(model)
+    run = run_freres("compress", clip, "--model", model, "--frames", 4, "--grid", "4x5", "--budget", 40, "-o", path)
+    assert run.status == 0, run.err
+    told = f"{family}: the plug-in for vLLM does not serve this family: expected one of qwen2_vl"
+    check_failure(run_freres("export", path, "--to", "vllm", "-o", out), 5, told)
+    assert not out.exists()
+    with fails(5, told):
+        BundleReader(str(model)).read(path.read_bytes())
 
 
 def test_the_plug_in_is_listed_and_needs_no_vllm_to_be_imported():

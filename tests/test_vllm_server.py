@@ -56,6 +56,7 @@ def server(bundles):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--enable-mm-embeds", "--dtype", "float32", "--enforce-eager"]
     command += ["--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]}), "--max-model-len", "2048"]
+    command += ["--generation-config", "vllm"]
     command += [
         "--limit-mm-per-prompt",
         json.dumps({"image": 0, "video": 0}),

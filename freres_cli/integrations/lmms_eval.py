@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from freres_cli.pipeline.planning import CompressOptions, refuse_lost_settings
 from freres_cli.pipeline.reasoning import refuse_reasoning
 from freres_cli.pipeline.session import Session
 from freres_cli.presets import BUNDLED, load_settings
+from freres_cli.video.probe import check_video
 
 MAX_NEW_TOKENS = 128  # where a task sets no limit, as in lmms-eval's Qwen2-VL
 
@@ -75,24 +77,27 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         self._models = models or Models(source)
         check_methods([method], self._models.language_model)
         refuse_reasoning(self._models.language_model, "lmms-eval")
-        self._timer = StageTimer(torch.device(source.device.name))
+        self.device = torch.device(source.device.name)  # lmms-eval reads it where it runs in several processes
+        self._timer = StageTimer(self.device)
         self._modules = self._load_modules(adapter) if method in TRAINED_METHODS else None
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Return the answers, in the order of the requests. Raises ``VideoError`` for a video that cannot be used, before
-        anything is encoded if it is missing: an empty answer would count as a wrong one, or for some tasks not at all."""
+        """Return the answers, in the order of the requests. Where tokens are drawn, a request that comes again draws others.
+
+        Raises ``VideoError``: before anything is encoded for a video that is missing or cannot be opened, and for one whose
+        frames are damaged when it is reached. An empty answer would count as a wrong one, or for some tasks not at all.
+        """
         by_video: dict[Path, list[int]] = {}
         for place, request in enumerate(requests):
             by_video.setdefault(self._find_video(request), []).append(place)
-        missing = [video for video in by_video if not video.is_file()]
-        if missing:
-            raise VideoError(f"{missing[0]}: no such file; videos missing: {len(missing)} of {len(by_video)}")
+        _check_videos(by_video)
+        seeds = _number_repeats(requests)
         answers: dict[int, GenerationResult] = {}
         for video, places in by_video.items():
             with memory_errors_as(f"video {video}", "use a smaller dtype, or a machine with more memory"):
                 session = self._open(video)
                 for place in places:
-                    answers[place] = _answer(session, requests[place])
+                    answers[place] = _answer(session, requests[place], seeds[place])
                     self.cache_hook.add_partial("generate_until", requests[place].args, answers[place].text)
         return [answers[place] for place in range(len(requests))]
 
@@ -130,10 +135,34 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         return make_method_session(clip, self._method, budget_tokens, model, text_after, self._modules)
 
 
-def _answer(session: Session, request: Instance) -> GenerationResult:
+def _check_videos(videos: Collection[Path]) -> None:
+    """Refuse videos that cannot be opened. Found hours later, one would cost all answers so far."""
+    errors = []
+    for video in videos:
+        try:
+            check_video(video)
+        except VideoError as error:
+            errors.append(error)
+    if errors:
+        told = f"{errors[0].message}; videos that cannot be used: {len(errors)} of {len(videos)}"
+        raise VideoError(told, errors[0].hint)
+
+
+def _number_repeats(requests: Iterable[Instance]) -> list[int]:
+    """Return how often each request was made before: with ``--repeats``, lmms-eval sends the same one several times."""
+    seen: Counter[tuple[Any, ...]] = Counter()
+    numbers = []
+    for request in requests:
+        _, _, _, doc_id, task, split = request.args
+        numbers.append(seen[task, split, doc_id])
+        seen[task, split, doc_id] += 1
+    return numbers
+
+
+def _answer(session: Session, request: Instance, seed: int) -> GenerationResult:
     question, wanted = request.args[0], request.args[1]
     limit = int(wanted.get("max_new_tokens") or MAX_NEW_TOKENS)
-    said = session.ask(question.replace("<image>", ""), max_new_tokens=limit, sampling=_choose_sampling(wanted))
+    said = session.ask(question.replace("<image>", ""), max_new_tokens=limit, sampling=_choose_sampling(wanted, seed))
     stops = wanted.get("until") or []
     text = said.text
     for stop in [stops] if isinstance(stops, str) else stops:
@@ -141,7 +170,7 @@ def _answer(session: Session, request: Instance) -> GenerationResult:
     return GenerationResult(text, TokenCounts(said.num_context_tokens, said.num_new_tokens))
 
 
-def _choose_sampling(wanted: Mapping[str, Any]) -> Sampling | None:
+def _choose_sampling(wanted: Mapping[str, Any], seed: int) -> Sampling | None:
     """Return how tokens are picked; ``None`` for greedily. Raises ``UsageError`` for a search over several beams."""
     beams = wanted.get("num_beams") or 1
     if beams != 1:
@@ -149,4 +178,4 @@ def _choose_sampling(wanted: Mapping[str, Any]) -> Sampling | None:
     temperature = float(wanted.get("temperature") or 0.0)
     if temperature == 0 or wanted.get("do_sample") is False:
         return None
-    return Sampling(temperature, float(wanted.get("top_p") or 1.0))
+    return Sampling(temperature, float(wanted.get("top_p") or 1.0), seed)

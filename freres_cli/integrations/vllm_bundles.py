@@ -27,12 +27,13 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError, explain_no_file
 from freres_cli.pipeline.models import Models, check_identity, make_source
 from freres_cli.pipeline.placing import place_bundle
-from freres_cli.workflows.export import HEADER
+from freres_cli.workflows.export import HEADER, check_served
 
 CONTENT, NUM_BYTES = "freres_bundle", "freres_bundle_bytes"
 VLLM_FORMAT = "freres.vllm/1"
-# Bundles kept after they are read: a question about one of them reads nothing.
-NUM_KEPT = 32
+# How much of the bundles read last is kept: a further question about one of them has only to hash its file.
+KEPT_BYTES = 4 * 2**30
+MAKE_ONE = "make one with: freres compress VIDEO"
 # Positions and ids below it are exact in float32.
 MOST_POSITIONS = 2**24
 # vLLM shows what its own loggers and those below them say.
@@ -47,9 +48,11 @@ class BundleRows:
     video: PlacedVideo
 
 
-def make_payload(content: bytes) -> dict[str, Tensor]:
+def make_payload(content: bytes, name: str = "bundle") -> dict[str, Tensor]:
     """Return what a request carries under ``multi_modal_data["video"]`` for the bytes of a bundle, or of a file that
-    ``freres export --to vllm`` wrote."""
+    ``freres export --to vllm`` wrote. ``name``: for messages. Raises ``BundleError`` if there are none."""
+    if not content:
+        raise BundleError(f"{name}: is empty: expected a bundle", MAKE_ONE)
     return {
         CONTENT: torch.frombuffer(bytearray(content), dtype=torch.uint8),
         NUM_BYTES: torch.tensor([len(content)]),
@@ -60,11 +63,8 @@ def load_payload(path: str | Path) -> dict[str, Tensor]:
     """Return the payload of a file. Raises ``BundleError`` if it cannot be read; its content is checked by the server."""
     path = Path(path)
     if not path.is_file():
-        raise BundleError(f"{explain_no_file(path)}: expected a bundle", "make one with: freres compress VIDEO")
-    content = path.read_bytes()
-    if not content:
-        raise BundleError(f"{path}: is empty: expected a bundle", "make one with: freres compress VIDEO")
-    return make_payload(content)
+        raise BundleError(f"{explain_no_file(path)}: expected a bundle", MAKE_ONE)
+    return make_payload(path.read_bytes(), str(path))
 
 
 def is_payload(data: object) -> bool:
@@ -84,7 +84,7 @@ def split_payload(data: Mapping[str, Any]) -> list[bytes]:
 
 
 class BundleReader:
-    """Reads bundles for one served model, one at a time, and keeps the last of them.
+    """Reads bundles for one served model, one at a time, and keeps those read last, up to ``KEPT_BYTES`` or the newest.
 
     ``model``, ``revision``: as the server names it.
     """
@@ -99,12 +99,13 @@ class BundleReader:
         of another model, or of a family that vLLM is not given."""
         digest = hashlib.sha256(content).hexdigest()
         with self._lock:
+            check_served(self._models.prompt_counter.family)
             if digest not in self._kept:
                 video = self._place(content) if content.startswith(b"PK") else self._load(content)
                 check_rows(video, self._models.prompt_counter)
                 self._kept[digest] = video
             self._kept.move_to_end(digest)
-            if len(self._kept) > NUM_KEPT:
+            while len(self._kept) > 1 and sum(map(_count_bytes, self._kept.values())) > KEPT_BYTES:
                 self._kept.popitem(last=False)
             return BundleRows(digest, self._kept[digest])
 
@@ -135,6 +136,10 @@ class BundleReader:
         check_identity(model, width, identity, counter.width, "bundle")
         pad: int = counter.video_token_id  # type: ignore[attr-defined]
         return PlacedVideo(ids, ids == pad, positions.T, latents, width, after)
+
+
+def _count_bytes(video: PlacedVideo) -> int:
+    return sum(part.nbytes for part in (video.ids, video.is_visual, video.positions, video.latents))
 
 
 def check_rows(video: PlacedVideo, model: Any) -> None:

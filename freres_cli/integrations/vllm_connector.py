@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.connector import MediaConnector
 
+from freres_cli.errors import BundleError
 from freres_cli.integrations.vllm_bundles import make_payload
 
 
@@ -19,22 +20,29 @@ class BundleIO(MediaIO[Any]):  # type: ignore[misc]  # vLLM is not installed whe
     """A bundle's bytes as a payload, unread."""
 
     def load_bytes(self, data: bytes) -> Any:
-        """See ``MediaIO``."""
-        return make_payload(data)
+        """See ``MediaIO``. Raises ``VLLMValidationError``, which a client sees as a bad request."""
+        return _make_payload(data)
 
     def load_base64(self, media_type: str, data: str) -> Any:
-        """See ``MediaIO``. Raises ``VLLMValidationError``, which a client sees as a bad request."""
+        """See ``MediaIO``. Raises ``VLLMValidationError``."""
         try:
-            return make_payload(binascii.a2b_base64(data, strict_mode=True))
+            return _make_payload(binascii.a2b_base64(data, strict_mode=True))
         except binascii.Error as error:
             raise VLLMValidationError(f"video_embeds: expected a file:// or data: URL, or base64: {error}") from error
 
     def load_file(self, filepath: Path) -> Any:
         """See ``MediaIO``. ``filepath`` is below the allowed root. Raises ``VLLMValidationError``."""
         try:
-            return make_payload(filepath.read_bytes())
+            return _make_payload(filepath.read_bytes(), filepath.name)
         except OSError as error:
             raise VLLMValidationError(f"{filepath.name}: cannot be read: {error.strerror}") from error
+
+
+def _make_payload(content: bytes, name: str = "video_embeds") -> Any:
+    try:
+        return make_payload(content, name)
+    except BundleError as error:
+        raise VLLMValidationError(error.message) from error
 
 
 class BundleConnector(MediaConnector):  # type: ignore[misc]

@@ -73,6 +73,13 @@ def _measure_fps(table: PacketTable) -> float | None:
     return (len(table.stamps_s) - 1) / span if span > 0 else None
 
 
+def check_video(path: str | Path) -> None:
+    """Raise ``VideoError`` for a file that cannot be opened or has no video. Nothing is decoded, so it is cheap, and damage
+    further inside is not found."""
+    with open_video(str(path)) as container:
+        _select_stream(str(path), container, None)
+
+
 def probe_video(path: str | Path, stream: int | None = None) -> VideoInfo:
     """What the file contains, going by its packets and its first decodable frame.
 

@@ -86,14 +86,17 @@ def _start_ray(address: str | None, num_actors: int | None) -> Any:
             "--engine ray: Ray is not installed", "pip install 'freres[ray]', or --engine local"
         ) from error
     _check_address(address)
-    own: dict[str, Any] = {}
+    wanted: dict[str, Any] = {"address": address}
     if address is None:
-        own = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        own |= {"num_cpus": max(num_actors or 1, os.cpu_count() or 1)}
+        # Without an address, Ray would look for a cluster in RAY_ADDRESS and on this machine first.
+        wanted = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        wanted |= {"num_cpus": max(num_actors or 1, os.cpu_count() or 1)}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(log_to_driver=False, logging_level="ERROR", **wanted)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
+        if address is None:
+            raise UsageError(f"--engine ray: Ray cannot be started: {reason}", "use --engine local") from error
         raise UsageError(f"--address {address}: Ray cannot be reached: {reason}", "start it with: ray start") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()

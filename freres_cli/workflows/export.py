@@ -15,13 +15,15 @@ from torch import Tensor
 
 from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.devices import Device
-from freres_cli.errors import UsageError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.files import check_destination, write_atomically
 from freres_cli.pipeline.models import Models, find_model
 from freres_cli.pipeline.placing import place_bundle, split_chat
 from freres_cli.pipeline.tokens import load_tokens
 
 HEADER = "freres"
+# Families that the plug-in for vLLM has a model for.
+VLLM_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TOKEN_TENSORS = ("latents", "positions", "seconds", "kind", "gop", "energy", "frame_seconds")
 
 
@@ -104,10 +106,21 @@ def export_hf(bundle: StoredBundle, request: ExportRequest) -> Exported:
 
 def export_vllm(bundle: StoredBundle, request: ExportRequest) -> Exported:
     """The video's part of the prompt, for the plug-in that ``freres_cli.integrations`` registers with vLLM."""
-    placed = place_bundle(bundle, _models_of(bundle, request), str(request.bundle), request.adapter)
+    models = _models_of(bundle, request)
+    check_served(models.prompt_counter.family)
+    placed = place_bundle(bundle, models, str(request.bundle), request.adapter)
     video = placed.video
     tensors = {"ids": video.ids, "positions": video.positions.T, "latents": video.latents}
     return Exported(tensors, {"next_position": video.next_position, "width": video.width}, placed.notes)
+
+
+def check_served(family: str) -> None:
+    """Raise ``BackboneError`` for a family that the plug-in for vLLM does not serve."""
+    if family not in VLLM_FAMILIES:
+        raise BackboneError(
+            f"{family}: the plug-in for vLLM does not serve this family: expected one of {', '.join(VLLM_FAMILIES)}",
+            "ask the bundle with freres ask, or see: freres export --to hf",
+        )
 
 
 def _models_of(bundle: StoredBundle, request: ExportRequest) -> Models:
