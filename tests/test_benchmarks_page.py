@@ -30,7 +30,7 @@ def value(command: list[str], flag: str) -> str | None:
 def test_commands_use_flags_presets_methods_and_benchmarks_that_exist() -> None:
     from freres_cli.baselines.registry import METHODS
 
-    assert len(commands()) == 14
+    assert len(commands()) == 16
     for command in commands():
         known = {name for option in options_of(command[1]) for name in option.opts}
         assert {word for word in command if re.fullmatch(r"--?[a-z][a-z-]*", word)} <= known, command
@@ -44,7 +44,7 @@ def test_commands_use_flags_presets_methods_and_benchmarks_that_exist() -> None:
 
 def test_the_budget_of_a_table_is_that_of_its_preset() -> None:
     tables = [command for command in commands() if "-o" in command and command[1] == "eval"]
-    assert len(tables) == 9
+    assert len(tables) == 11
     for command in tables:
         preset = load_preset(value(command, "--preset") or "")
         assert value(command, "--budgets") == str(preset.values["budget_tokens"])

@@ -74,3 +74,31 @@ def test_one_video_has_no_interval_and_the_seed_decides():
     correct, total = np.random.default_rng(5).random((50, 2)).round(2), np.ones((50, 2))
     assert estimate_shares(correct, total) == estimate_shares(correct, total)
     assert estimate_shares(correct, total) != estimate_shares(correct, total, seed=1)
+
+
+@pytest.mark.parametrize("num_videos", [2, 30, 400])
+def test_where_all_videos_agree_the_bound_is_scipys_exact_one_by_videos(num_videos):
+    """Three questions on each video are no more certain than one: they may stand or fall together."""
+    total = np.full((num_videos, 2), 3)
+    theirs = scipy.stats.binomtest(num_videos, num_videos, alternative="greater").proportion_ci(0.95, "exact")
+    right, wrong = estimate_shares(total, total), estimate_shares(0 * total, total)
+    for found in (right.overall, right.mean_over_groups, *right.groups):
+        assert (found.value, found.low, found.high) == (1, pytest.approx(theirs.low), 1)
+    for found in (wrong.overall, wrong.mean_over_groups, *wrong.groups):
+        assert (found.value, found.low, found.high) == (0, 0, pytest.approx(1 - theirs.low))
+    equal = estimate_shares(0 * total, total, lowest=-1).overall  # two methods that never differ
+    assert equal.high == -equal.low == pytest.approx(1 - theirs.low)
+    ahead = estimate_shares(total, total, lowest=-1).overall
+    assert (ahead.low, ahead.high) == (pytest.approx(2 * theirs.low - 1), 1)
+
+
+def test_the_exact_bound_covers_and_one_wrong_answer_goes_back_to_resampling():
+    """At the bound itself, all answers are right in 1 of 20 samples; no narrower bound would be exact."""
+    low = estimate_shares(np.ones((30, 1)), np.ones((30, 1))).overall.low
+    assert low**30 == pytest.approx(0.05)
+    total = np.ones((30, 2), dtype=int)
+    correct = total.copy()
+    correct[4, 1] = 0
+    found = estimate_shares(correct, total)
+    assert found.groups[0].low == pytest.approx(low) and found.groups[1].high == 1
+    assert found.groups[1].low == pytest.approx(0.9, abs=0.01), "three of 30, as the bootstrap has it"

@@ -198,7 +198,7 @@ class EncoderIdentity:
 
 
 class VisionEncoder(Protocol):
-    """The frozen vision tower and projector of one family.
+    """The frozen vision tower and projector of one family. ``tower``: the module, with its weights and config.
 
     Contract test: ``tests/test_backbone_contract.py``, part "vision". A new family gets a row there and must pass it:
     patches are bit-identical to those of the family's own image processor, latents are bit-identical to its own
@@ -213,6 +213,7 @@ class VisionEncoder(Protocol):
     attention: str
     fingerprint: dict[str, str | None]
     notes: tuple[str, ...]
+    tower: Any
 
     def frame_size(
         self,
@@ -243,7 +244,7 @@ class LanguageModel(Protocol):
 
     ``choices_as``: how options are scored, by the ``letters`` they are listed under, as released models expect, or by
     their own ``words``, for models trained to answer in words. ``storage``: how cache and weights are kept. ``decoder``: the
-    module, with its weights and config.
+    module, with its weights and config. ``half``: the decoder and its head.
     """
 
     family: str
@@ -264,6 +265,7 @@ class LanguageModel(Protocol):
     stop_ids: frozenset[int]
     tokenizer: Any
     decoder: Any
+    half: Any
 
     @property
     def keeps_state(self) -> bool:

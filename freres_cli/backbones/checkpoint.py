@@ -16,9 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from freres_cli.backbones.hub import CONFIG_FILES, INDEX_FILE, OFFLINE_HINT, SINGLE_FILE, fetch
+from freres_cli.backbones.hub import CONFIG_FILES, INDEX_FILE, OFFLINE_HINT, SINGLE_FILE, TOKENIZER_FILES, fetch
 from freres_cli.errors import BackboneError
 from freres_cli.presets import BUNDLED
+
+MODEL_INFO_FILE = "MODEL_INFO.json"  # written by ``freres world train``; released checkpoints do not have it
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -141,6 +143,18 @@ class Checkpoint:
             with open_safetensors(path) as file:
                 for name in names:
                     yield name, file.get_tensor(name)
+
+    @property
+    def small_files_sha256(self) -> str:
+        """SHA-256 of the files beside the weights that have a part in answers: those of the tokenizer, the chat template and
+        the image processor, and what the model says of itself. The config is not among them: it is in ``fingerprint``."""
+        digest = hashlib.sha256()
+        for name in sorted({*CONFIG_FILES, *TOKENIZER_FILES, MODEL_INFO_FILE} - {"config.json", INDEX_FILE}):
+            path = self.directory / name
+            if path.is_file():
+                content = path.read_bytes()
+                digest.update(f"{name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The content of a JSON file in the folder, or {} if it does not exist."""

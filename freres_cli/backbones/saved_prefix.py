@@ -21,8 +21,8 @@ from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.engine import PREFILL_CHUNK_TOKENS, VideoPrefix, check_context, memory_of, prefill_rows
-from freres_cli.backbones.quantized_weights import plain_tensors
 from freres_cli.backbones.sizes import find_head_width
+from freres_cli.backbones.weight_samples import add_weights, bytes_of
 from freres_cli.devices import AS_COMPUTED, synchronize
 from freres_cli.errors import BundleError, FreresError, explain_no_file
 from freres_cli.files import write_atomically
@@ -31,8 +31,6 @@ from freres_cli.records import VideoTokens
 SUFFIX = ".prefix.safetensors"
 HEADER = "freres.prefix/1"
 HINT = "delete it, or leave out --save-prefix"
-# Values of each weight that go into the digest. Reading all of a large model would take longer than the prefill.
-SAMPLED_VALUES = 256
 
 
 def open_prefix(
@@ -92,7 +90,7 @@ def _fill(path: Path, header: dict[str, Any], model: LanguageModel, num_rows: in
 def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:
     """What a prefilled video depends on, as a SHA-256. ``rows``: all that is prefilled.
 
-    Ours. Of each weight of the decoder, ``SAMPLED_VALUES`` values are read: the fingerprint has only the projector's.
+    Ours. The weights of the decoder are sampled: the fingerprint has only the projector's.
     """
     facts = {
         "model": model.fingerprint,
@@ -106,18 +104,10 @@ def digest_prefix(model: LanguageModel, rows: PromptRows) -> str:
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for chunk in rows.split(PREFILL_CHUNK_TOKENS):
-        digest.update(_bytes_of(chunk.embeds))
-    digest.update(_bytes_of(rows.positions))
-    for name, weight in sorted(model.decoder.named_parameters()):
-        digest.update(f"{name} {tuple(weight.shape)} ".encode())
-        for part in plain_tensors(weight.detach()):
-            flat = part.flatten()
-            digest.update(_bytes_of(flat[:: max(1, len(flat) // SAMPLED_VALUES)]))
+        digest.update(bytes_of(chunk.embeds))
+    digest.update(bytes_of(rows.positions))
+    add_weights(digest, model.decoder)
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def write_prefix(path: Path, prefix: VideoPrefix, digest: str) -> str:
@@ -142,7 +132,7 @@ def _digest_of(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} ".encode())
-        digest.update(_bytes_of(tensors[name]))
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 

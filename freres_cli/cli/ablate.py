@@ -59,7 +59,7 @@ def ablate(
     Every row has the same budget, and every trained row the same data, steps and seed. Tables: components (anchors
     only, temporal only, concatenation, inverse DCT, absorber: the paper's Tables 4 and 6; and the two parts of our
     absorber: attention with I-token queries, and the sparse inverse DCT), coefficients kept per trajectory, frames read
-    (one in 2 or one in 4, at 8 per second) and anchors (Table 5).
+    (4 or 2 a second) and anchors (Table 5).
 
     A stopped run resumes when you start it again: finished adapters and answers in DIR are reused. Adapters trained on
     different data, with different settings or by a different recipe are refused.

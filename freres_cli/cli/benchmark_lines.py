@@ -23,22 +23,23 @@ from freres_cli.presets import load_settings
 
 BUDGETS = ("0.25", "0.1")
 GRID = "12x12"
-WORLD_FPS = 8.0
 EVERY_FRAME: dict[str, Any] = {"line_levels": 0}
 LINES: dict[str, dict[str, Any]] = {
     "line_levels 16": {"line_levels": 16},
     "line_levels 48": {"line_levels": 48},
 }
 FEWER: dict[str, dict[str, Any]] = {
-    f"one frame in {n}": {"sample": "fps", "sample_fps": WORLD_FPS / n, **EVERY_FRAME} for n in (2, 3)
+    # Of level 1, which has 8 frames a second, one in 2 and in 3; clips of other levels have several rates.
+    f"{fps:.3g} frames a second": {"sample": "fps", "sample_fps": fps, **EVERY_FRAME}
+    for fps in (4.0, 8 / 3)
 }
 
 
 def measure_lines(folder: Path, num_frames: int, questions: Sequence[Path], repeat: int = 3) -> dict[str, Any]:
     """Time file to first token with adaptive Fre-Res, and ask the questions of each file; answers are compared in pairs.
 
-    ``folder``: where a clip is written. ``num_frames``: its frames. ``questions``: files of the world, which has 8 frames a
-    second. ``repeat``: runs of each. A run that was stopped goes on from the results beside the questions.
+    ``folder``: where a clip is written. ``num_frames``: its frames. ``questions``: files of the world. ``repeat``: runs of
+    each. A run that was stopped goes on from the results beside the questions.
     """
     models = Compressor(device="cpu").models
     moving = write_video(folder / "moving.mp4", num_frames, (1280, 720))

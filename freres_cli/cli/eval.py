@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from freres_cli.cli.output import print_json, print_notes, print_warning, progre
 from freres_cli.devices import choose_storage
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
 from freres_cli.pipeline.choices import choose_cells
+from freres_cli.video.ending import tells_damage
 
 if TYPE_CHECKING:
     from freres_cli.workflows.evaluate import EvalRequest, EvalResult
@@ -79,10 +81,13 @@ def evaluate(
     """Measure accuracy by method and budget.
 
     Each video is decoded and encoded once; every method makes its tokens from these latents, and answers all questions
-    about the video from one prefill. Options are scored as in freres ask --choices. Free answers are greedy, have at most
-    16 tokens, and are compared ignoring case, spacing and final punctuation. A video that cannot be used is a failed row,
-    and its questions count for no method. A method that fails on a video at a budget, for want of memory or of context,
-    loses that video in that row only; two rows are compared on the videos that both have.
+    about the video from one prefill. Where the preset has a track_density above 1, adaptive and fre-res read so many
+    times as many frames as the other methods (fre-res not if its budget holds every token): the file is decoded once
+    more for these, and equal tokens are not equal frames. --set track_density=1 compares at equal frames. Options are
+    scored as in freres ask --choices. Free answers are greedy, have at most 16 tokens, and are compared ignoring case,
+    spacing and final punctuation. A video that cannot be used is a failed row, and its questions count for no method. A
+    method that fails on a video at a budget, for want of memory or of context, loses that video in that row only; two
+    rows are compared on the videos that both have.
 
     QUESTIONS holds one JSON object per line with the keys id, video (relative to that file), category, question, choices
     (2 to 26 options; none for a free answer) and answer (the text of the right option). Other keys are ignored.
@@ -135,10 +140,20 @@ def print_failures(result: EvalResult) -> None:
         lost = sum(item["num_questions"] for item in failed)
         videos = result.summary["num_videos"] + len(failed)
         print_warning(f"{len(failed)} of {videos} videos failed{more}; questions that count for no method: {lost}")
+    print_losses(result.summary["video_notes"])
     for row in result.summary["rows"]:
         if row["failed"]:
             first, missed = row["failed"][0], f"{len(row['failed'])} of {result.summary['num_videos']} videos"
             print_warning(f"failed on {missed}, which this row lacks: {first['message']} ({first['video']})")
+
+
+def print_losses(noted: Sequence[Mapping[str, Any]]) -> None:
+    """Warn about videos of which a part was lost. ``noted``: those that were read with notes."""
+    lost = [item for item in noted if item["lost_s"] > 0 or tells_damage(item["notes"])]
+    if lost:
+        counted, them = ("1 video is", "it") if len(lost) == 1 else (f"{len(lost)} videos are", "them")
+        first = f"{lost[0]['video']}, {lost[0]['lost_s']:.2f} s lost"
+        print_warning(f"{counted} damaged or cut short, and what can be read of {them} counts: {first}")
 
 
 def run_notes(result: EvalResult, request: EvalRequest) -> list[str]:

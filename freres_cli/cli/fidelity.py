@@ -9,6 +9,7 @@ import typer
 from freres_cli.baselines.registry import BUNDLE_METHODS
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
+from freres_cli.cli.eval import print_losses
 from freres_cli.cli.output import (
     format_share,
     print_json,
@@ -90,6 +91,7 @@ def fidelity(
         result = measure_fidelity(request, progress)
     for item in result.failed:
         print_warning(f"failed: {item['message']}")
+    print_losses(result.videos)
     print_notes(result.notes, quiet)
     if json:
         print_json("freres.fidelity/1", _describe(result, request))

@@ -142,34 +142,47 @@ eval:
     freres eval questions.jsonl --methods full,uniform,fre-res,blind --budgets 0.25,640: A share of each clip, and a count.
     freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to resume after a stop.
     freres eval questions.jsonl --csv rows.csv --plot rows.png: Rows for a spreadsheet, and accuracy against tokens.
+    freres eval questions.jsonl --preset compact-16f --set track_density=1: Every method from the same 16 frames.
     freres eval MVBench/ --budgets 1280: A local copy of a public benchmark, scored by its own prompt and rule.
     freres eval NExT-QA/ --benchmark nextqa:val: The validation split of another.
   output: >-
     Tables: a row for each method and budget with its accuracy, one with its cost, accuracy by category, and the
-    differences between methods at equal budgets, paired by video (above 40, only those from the first of `--methods`). A
-    paired difference can separate methods whose own intervals overlap (`differences` in the JSON has those from full as
-    well). `accuracy` counts every question once, `mean_over_categories` every category once; `retention` is accuracy over
-    that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples (seed 0) of whole videos, because
-    the answers to questions about one video depend on each other. An interval has no width if all answers are right, or
-    all are wrong, and is null for a single video. Tokens are means over videos (`_max` is the largest), times are
-    medians: `compress_s` from latents to tokens, `ttft_s` for a video's first question with its prefill, `next_ttft_s`
-    for the others. `context_tokens` is the whole prompt with its text and the question, a mean over questions.
-    `kv_cache_bytes` is what the cache of the longest prompt takes, computed from the model's shape, and null for methods
-    that prune in the decoder. `peak_memory_bytes` is the most allocated on the GPU during any video's turn of that row,
-    with the model; it is null on a CPU, where memory cannot be told apart by row. A method that fails on a video is a
-    warning: its row has `num_videos` of the others, `failed` says why, and `retention` and `differences` compare two rows
-    on the videos that both have. `--csv` has a line for each row, an empty cell for what is unknown, and four columns for
-    each category. `--plot` needs matplotlib: pip install 'freres[plot]'. The `--output` file has a header and a line for
-    each video. A file from a different run is refused, and failed videos are tried again.
-    `scoring` says how answers were made and read: of a benchmark, which prompt and rule were used.
+    differences between methods at equal budgets, paired by video (above 40, only those from the first of `--methods`).
+    A paired difference can separate methods whose own intervals overlap (`differences` in the JSON has those from full
+    as well). `accuracy` counts every question once, `mean_over_categories` every category once; `retention` is accuracy
+    over that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples (seed 0) of whole videos,
+    because the answers to questions about one video depend on each other. Where all n videos agree (every answer right,
+    every one wrong, or two methods that never differ) no resample says anything, and the interval is the exact
+    one-sided Clopper-Pearson bound by videos: all right is at least 0.05^(1/n). Videos are fewer than questions, so
+    that is wide rather than narrow. An interval is null for a single video. Each is a single 95 % interval: none is
+    corrected for the number of comparisons in a table, so of twenty differences that are none, one can be expected to
+    look certain. Tokens are means over videos (`_max` is the largest), times are medians: `compress_s` from latents to
+    tokens, `ttft_s` for a video's first question with its prefill, `next_ttft_s` for the others. `context_tokens` is
+    the whole prompt with its text and the question, a mean over questions. `num_frames` is how many frames a row's
+    tokens are made from, and `encoded_tokens` how many tokens pass the tower for them, as if the row were run alone:
+    means over videos. A note says where rows differ in frames. `adapter` is the file of trained modules that a row
+    used, and a note names it: fre-res uses the bundled model's own unless `--adapter none`. `kv_cache_bytes` is what
+    the cache of the longest prompt takes, computed from the model's shape, and null for methods that prune in the
+    decoder. `peak_memory_bytes` is the most allocated on the GPU during any video's turn of that row, with the model;
+    it is null on a CPU, where memory cannot be told apart by row. A method that fails on a video is a warning: its row
+    has `num_videos` of the others, `failed` says why, and `retention` and `differences` compare two rows on the videos
+    that both have. Of a video that is damaged or cut short, what can be read counts: a warning says how many there are,
+    and `video_notes` has the seconds lost and the notes on each video that was read with any. `--csv` has a line for
+    each row, an empty cell for what is unknown, and four columns for each category. `--plot` needs matplotlib: pip
+    install 'freres[plot]'. The `--output` file has a header and a line for each video. A file from a different run is
+    refused: of another release, with other questions, methods, settings, adapters, device, precision or attention
+    kernel, or of a model with another config, tokenizer, chat template or other weights (256 values of each tensor are
+    compared). Failed videos are tried again. `scoring` says how answers were made and read: of a benchmark, which
+    prompt and rule were used.
   schemas:
     freres.eval/1:
-      questions_file questions_sha256 num_questions num_videos failed full_tokens full_tokens_max decode_s encode_s intervals
-      rows (method label settings adapter adapter_sha256 budget budget_tokens budget_tokens_max visual_tokens
-      visual_tokens_max context_tokens num_videos failed accuracy ci_low ci_high retention chance num_questions
-      mean_over_categories by_category compress_s prefill_s ttft_s next_ttft_s kv_cache_bytes peak_memory_bytes)
-      differences (method minus budget num_questions difference ci_low ci_high mean_over_categories) results_file csv plot
-      scoring (benchmark answers prompt extraction) num_videos_resumed model kv_dtype weight_dtype settings notes environment
+      questions_file questions_sha256 num_questions num_videos failed video_notes (video lost_s notes) full_tokens
+      full_tokens_max decode_s encode_s intervals rows (method label settings adapter adapter_sha256 budget
+      budget_tokens budget_tokens_max visual_tokens visual_tokens_max context_tokens num_frames encoded_tokens
+      num_videos failed accuracy ci_low ci_high retention chance num_questions mean_over_categories by_category
+      compress_s prefill_s ttft_s next_ttft_s kv_cache_bytes peak_memory_bytes) differences (method minus budget
+      num_questions difference ci_low ci_high mean_over_categories) results_file csv plot scoring (benchmark answers
+      prompt extraction) num_videos_resumed model kv_dtype weight_dtype settings notes environment
   defaults: {output: none (nothing is kept), limit: every question, table: none (nothing is written),
     benchmark: "by the files in the folder; none for a file",
     plot: none (nothing is drawn),
@@ -180,16 +193,18 @@ fidelity:
     freres fidelity clips/ --methods dtd,fre-res --budgets 0.1 --json: Every video of a folder, with what each second loses.
     freres fidelity video.mp4 --model Qwen/Qwen2-VL-7B-Instruct --plot kept.png: Another model's tower, and a picture.
   output: >-
-    A table with a row for each method and budget: tokens and the share of energy that hold and linear keep, means over the
-    videos, each of which counts once. For several videos a second table lists each of them. A video that cannot be used
-    is a warning, and counts for no mean. In the JSON, `lost_by_second` has the share of the clip's energy that is lost in
-    each second after its first frame; it sums to 1 minus the share kept. `--plot` needs matplotlib: pip install
-    'freres[plot]'. It shows the seconds of at most 6 videos, at the smallest budget of each method, by the reader that
-    keeps more.
+    A table with a row for each method and budget: tokens and the share of energy that hold and linear keep, means over
+    the videos, each of which counts once. For several videos a second table lists each of them. A video that cannot be
+    used is a warning, and counts for no mean. One that is damaged or cut short is measured as far as it can be read,
+    and a warning says so; the JSON has the seconds lost and the notes on each. In the JSON, `lost_by_second` has the
+    share of the clip's energy that is lost in each second after its first frame; it sums to 1 minus the share kept.
+    `--plot` needs matplotlib: pip install 'freres[plot]'. It shows the seconds of at most 6 videos, at the smallest
+    budget of each method, by the reader that keeps more.
   schemas:
     freres.fidelity/1:
-      rows (method budget budget_tokens visual_tokens full_tokens kept_hold kept_linear) videos (video num_frames full_tokens
-      and rows with lost_by_second_hold lost_by_second_linear) failed (video message) plot model settings notes environment
+      rows (method budget budget_tokens visual_tokens full_tokens kept_hold kept_linear) videos (video num_frames
+      full_tokens lost_s notes and rows with lost_by_second_hold lost_by_second_linear) failed (video message) plot
+      model settings notes environment
   defaults: {plot: none (nothing is drawn)}
 compare:
   examples:

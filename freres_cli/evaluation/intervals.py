@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class GroupedEstimates:
 
 
 def estimate_shares(
-    correct: np.ndarray, total: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = SEED
+    correct: np.ndarray, total: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = SEED, lowest: int = 0
 ) -> GroupedEstimates:
     """Return shares of right answers with 95 % percentile bootstrap intervals.
 
@@ -40,8 +40,12 @@ def estimate_shares(
     group has a question. Answers about one video are correlated, so whole videos are resampled with replacement,
     ``num_resamples`` times; a group without questions in a resample is left out of it. The same ``seed`` draws the same
     videos, so methods that answered the same questions are compared on the same resamples. The ``correct`` of one method
-    minus that of another gives their difference, paired by video. If every answer is right (or wrong), the interval has
-    no width, however many questions there are.
+    minus that of another gives their difference, paired by video, with -1 as the ``lowest`` of an answer.
+
+    Where all n videos agree, as when every answer is right, no resample differs, and the interval is exact in place of that
+    (ours): the one-sided Clopper-Pearson bound says that fewer than 1 - 0.05**(1/n) of all videos do otherwise, and they may
+    have any share. Videos count, not questions, so it is wide rather than narrow. All right is at least 0.05**(1/n). The mean
+    of groups that each agree lies between the means of their bounds.
     """
     totals = total.sum(0)
     shares = correct.sum(0) / totals
@@ -53,13 +57,18 @@ def estimate_shares(
     with np.errstate(invalid="ignore"):  # 0 / 0 if a group is left out
         by_group = right / asked
     all_shares = right.sum(1) / np.maximum(asked.sum(1), 1)
+    in_group = np.count_nonzero(total, axis=0)
+    bounds = [_bound(float(share), int(n), lowest) for share, n in zip(shares, in_group, strict=True)]
     groups = tuple(
         # With one video in the group, drawing it again and again says nothing about others.
-        _with_interval(float(share), column) if np.count_nonzero(counts) > 1 else Estimate(float(share), None, None)
-        for share, column, counts in zip(shares, by_group.T, total.T, strict=True)
+        _with_interval(bound, column) if n > 1 else replace(bound, low=None, high=None)
+        for bound, column, n in zip(bounds, by_group.T, in_group, strict=True)
     )
+    of_means = Estimate(mean, *(float(np.mean([getattr(bound, end) for bound in bounds])) for end in ("low", "high")))
     means = np.nanmean(by_group, axis=1)
-    return GroupedEstimates(_with_interval(overall, all_shares), groups, _with_interval(mean, means))
+    return GroupedEstimates(
+        _with_interval(_bound(overall, len(total), lowest), all_shares), groups, _with_interval(of_means, means)
+    )
 
 
 def resample_sums(
@@ -86,6 +95,15 @@ def _draw(num_rows: int, num_resamples: int, seed: int) -> tuple[np.ndarray, ...
     return tuple(drawn)
 
 
-def _with_interval(value: float, resampled: np.ndarray) -> Estimate:
+def _bound(value: float, num_videos: int, lowest: int) -> Estimate:
+    """A share that all of ``num_videos`` have, with its exact interval. ``lowest``: the least that another may have."""
+    others = 1 - (1 - LEVEL) ** (1 / num_videos)
+    return Estimate(value, value + (lowest - value) * others, value + (1 - value) * others)
+
+
+def _with_interval(exact: Estimate, resampled: np.ndarray) -> Estimate:
+    """The interval of the resamples, or the ``exact`` one if all of them agree."""
+    if np.nanmin(resampled) == np.nanmax(resampled):
+        return exact
     low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high))
+    return replace(exact, low=float(low), high=float(high))

@@ -111,12 +111,14 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
         return False
     if row.get("status") == "failed":
         return isinstance(row.get("message"), str)
-    numbers = ("full_tokens", "decode_s", "encode_s")
-    cells = row.get("cells")
+    numbers = ("full_tokens", "decode_s", "encode_s", "lost_s")
+    cells, notes = row.get("cells"), row.get("notes")
     return (
         row.get("status") == "ok"
         and isinstance(row.get("video_sha256"), str)
         and all(map(_is_number, map(row.get, numbers)))
+        and isinstance(notes, list)
+        and all(isinstance(note, str) for note in notes)
         and isinstance(cells, list)
         and all(isinstance(cell, dict) and _is_whole_cell(cell) for cell in cells)
     )
@@ -126,7 +128,8 @@ def _is_whole_cell(cell: Mapping[str, Any]) -> bool:
     if cell.get("status") == "failed":
         return isinstance(cell.get("message"), str)
     answers = cell.get("answers")
-    numbers = ("budget_tokens", "visual_tokens", "context_tokens", "compress_s", "prefill_s")
+    tokens = ("budget_tokens", "visual_tokens", "context_tokens", "encoded_tokens")
+    numbers = (*tokens, "num_frames", "compress_s", "prefill_s")
     return (
         cell.get("status") == "ok"
         and all(map(_is_number, map(cell.get, numbers)))

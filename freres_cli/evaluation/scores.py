@@ -40,6 +40,7 @@ def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) ->
             for row in rows
             if row["status"] == "failed"
         ],
+        "video_notes": describe_reading(used),
         "full_tokens": _mean([row["full_tokens"] for row in used]),
         "full_tokens_max": max(row["full_tokens"] for row in used),
         "decode_s": _median([row["decode_s"] for row in used]),
@@ -48,11 +49,17 @@ def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) ->
             "level": LEVEL,
             "resamples": NUM_RESAMPLES,
             "seed": SEED,
-            "method": "percentile bootstrap, videos resampled with replacement",
+            "method": "percentile bootstrap, videos resampled with replacement; where all videos agree, the exact one-sided "
+            "bound by their number (Clopper-Pearson)",
         },
         "rows": summarized,
         "differences": _compare_cells(cells, used, asked),
     }
+
+
+def describe_reading(videos: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the seconds that were lost of each video, and the notes on how it was read, for those that have any."""
+    return [{key: row[key] for key in ("video", "lost_s", "notes")} for row in videos if row["lost_s"] or row["notes"]]
 
 
 def _compare_cells(
@@ -74,7 +81,7 @@ def _compare_cells(
         (correct, total), (base_correct, _) = _keep_shared(counts[j], counts[i])
         is_asked = total.any(0)
         ahead = (correct - base_correct)[:, is_asked]
-        estimates = estimate_shares(ahead, total[:, is_asked]) if len(total) else None
+        estimates = estimate_shares(ahead, total[:, is_asked], lowest=-1) if len(total) else None
         differences.append(
             {
                 "method": cell.label or cell.method,
@@ -130,6 +137,8 @@ def _summarize_cell(
         "visual_tokens": _mean(visual),
         "visual_tokens_max": _max(visual),
         "context_tokens": _mean(context),
+        "num_frames": _mean([part["num_frames"] for part in parts]),
+        "encoded_tokens": _mean([part["encoded_tokens"] for part in parts]),
         "num_videos": len(parts),
         "failed": [
             {"video": row["video"], "message": row["cells"][index]["message"]}

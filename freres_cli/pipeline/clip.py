@@ -81,6 +81,8 @@ class EncodedClip:
         self._views: dict[tuple[Sampling, FrameSize | None, int], View] = {}
         self._merged: dict[tuple[Sampling, int, str, int], tuple[Reduction, float]] = {}
         self._baseline = self._view(self._plan(FULL_BUDGET))
+        # By budget: frames that Fre-Res with two resolutions encodes at that of anchors as well.
+        self._num_whole: dict[int, int] = {}
 
     @property
     def full_tokens(self) -> int:
@@ -102,10 +104,37 @@ class EncodedClip:
         """Time of each of these frames, in seconds."""
         return self._baseline.pts_seconds
 
+    @property
+    def lost_s(self) -> float:
+        """Seconds of the requested part that could not be decoded: the most, if the file was decoded more than once."""
+        return max(view.report.lost_s for view in self._views.values())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is odd about the file, and how decoding went: the notes of ``freres compress``."""
+        found = [note for view in self._views.values() for note in view.report.notes]
+        return tuple(dict.fromkeys((*self._source.info.notes, *found, *self._source.describe_change())))
+
+    def count_frames(self, method: str, budget_tokens: int) -> tuple[int, int]:
+        """Return how many frames the tokens of a method are made from, and how many tokens pass the tower for them, as if no
+        other method had been there before. It counts what ``build_tokens`` or ``build_tracks`` made at this budget."""
+        if method == "blind":
+            return 0, 0
+        view, residual_size, num_whole = self._baseline, None, 0
+        per_frame = self._baseline.latents.shape[1:3].numel()
+        if method in (ADAPTIVE, FRE_RES):
+            plan = plan_compression(self._options_for(budget_tokens, method), self._encoder, self._source.info)
+            view, residual_size = self._view(plan), plan.residual_size
+            num_whole = self._num_whole[plan.budget_tokens] if residual_size is not None else 0
+        of_frame = per_frame if residual_size is None else residual_size.num_tokens
+        num_encoded = view.report.num_pictures if view.num_encoded is None else view.num_encoded
+        return len(view.pts_seconds), num_encoded * of_frame + num_whole * per_frame
+
     def with_settings(self, changed: Mapping[str, Any]) -> EncodedClip:
         """Return the same clip with other settings. The latents are shared; the baseline keeps its frames."""
         clip = copy.copy(self)
         clip._options = replace(self._options, settings=self._options.settings.with_values("eval", **changed))
+        clip._num_whole = {}
         return clip
 
     def build_tokens(self, method: str, budget_tokens: int, modules: AnyModules | None = None) -> VideoTokens:
@@ -193,6 +222,7 @@ class EncodedClip:
         batches = self._view(plan).batches(count_batch_frames(plan), self._encoder.device, small)
         reduction = reduce_latents(batches, plan, self._options, self._encoder.width, self._timer)
         assert isinstance(reduction.content, Tracks)
+        self._num_whole[plan.budget_tokens] = reduction.num_frames_whole
         return reduction.content, reduction
 
     def _view(self, plan: CompressPlan, residual_size: FrameSize | None = None) -> View:

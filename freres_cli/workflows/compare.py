@@ -99,7 +99,7 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
         timer.seconds["encode"],
         dict(encoder.fingerprint),
         encoder.dtype,
-        tuple(dict.fromkeys((*notes, *encoder.notes))),
+        tuple(dict.fromkeys((*notes, *encoder.notes, *clip.notes))),
     )
 
 

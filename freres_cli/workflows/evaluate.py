@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.baselines.registry import METHODS
 from freres_cli.bench.clock import PeakMemory, StageTimer
-from freres_cli.devices import AS_COMPUTED, memory_errors_as
+from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError, as_freres_error
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import Question, QuestionFile, check_length
@@ -33,6 +32,7 @@ from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
 from freres_cli.video.opening import hash_file
 from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
+from freres_cli.workflows.eval_run import describe_answers, describe_run
 from freres_cli.world.make import is_world_clip
 
 MAX_ANSWER_TOKENS = 16
@@ -96,7 +96,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     refuse_reasoning(model, "eval")
     check_methods((cell.method for cell in request.cells), model)
     modules = load_all_modules(request.cells, request.options, model)
-    run = describe_run(request, model)
+    run = describe_run(request, models)
     results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
     num_resumed = 0
@@ -118,8 +118,8 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
         is_world_clip(videos[row["video"]][0].video) for row in rows if row["status"] == "ok"
     )
     limits = describe_limits(request.options.model.name, is_known)
-    notes = (*limits, *_describe_drop(request, model), *encoder.notes, *model.notes)
-    notes = (*request.questions.notes, *_describe_unread(request.questions, rows), *notes)
+    notes = (*request.questions.notes, *describe_answers(request, model, rows, summary), *encoder.notes, *model.notes)
+    notes = (*limits, *notes)
     return EvalResult(
         summary, run, model.dtype, model.storage.describe(model.dtype), num_resumed, tuple(dict.fromkeys(notes))
     )
@@ -152,25 +152,6 @@ def load_all_modules(cells: Sequence[Cell], options: CompressOptions, model: Lan
     return found
 
 
-def describe_run(request: EvalRequest, model: LanguageModel) -> dict[str, Any]:
-    """Return everything that decides the answers. A results file is continued only if all of it is equal."""
-    settings = request.options.settings.values()
-    del settings["budget_tokens"]  # each cell has its own
-    protocol = request.questions.protocol
-    return {
-        **({} if protocol is None else {"scoring": request.questions.describe_scoring()}),
-        "freres_version": __version__,
-        "questions_sha256": request.questions.sha256,
-        "methods": [[cell.name, dict(cell.settings), cell.adapter_sha256] for cell in request.cells],
-        "model": dict(model.fingerprint),
-        "device": request.options.model.device.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **({} if model.storage == AS_COMPUTED else asdict(model.storage)),
-        "settings": settings,
-        "max_answer_tokens": request.max_answer_tokens if protocol is None else protocol.max_new_tokens,
-    }
-
-
 def evaluate_video(
     request: EvalRequest,
     name: str,
@@ -201,6 +182,8 @@ def evaluate_video(
                 _try_cell(cell, lambda cell: ask_cell(cell, clip, request, questions, model, modules, timer), failures)
                 for cell in request.cells
             ]
+            # After the cells: some decode the file once more.
+            row |= {"lost_s": clip.lost_s, "notes": list(clip.notes)}
     except FreresError as error:
         failures.append(error)
         return {"video": name, "status": "failed", "message": error.message}
@@ -267,11 +250,14 @@ def ask_cell(
         answers[question.id] = (said.text, request.questions.is_right(said.text, question), said.ttft_s)
     # Pruning in the decoder leaves its layers caches of different lengths.
     has_even_cache = "decoder layers" not in METHODS[cell.method].needs
+    num_frames, encoded_tokens = own.count_frames(cell.method, budget_tokens)
     return {
         "method": cell.method,
         "budget": None if cell.budget is None else cell.budget.number,
         "status": "ok",
         "budget_tokens": budget_tokens,
+        "num_frames": num_frames,
+        "encoded_tokens": encoded_tokens,
         "visual_tokens": said.num_visual_tokens,
         "context_tokens": statistics.fmean(contexts),
         "kv_cache_bytes": max(contexts) * model.kv_bytes_per_token if has_even_cache else None,
@@ -289,30 +275,6 @@ def _ask(session: Session, question: Question, request: EvalRequest) -> Answer:
         # The prompt lists the options, and has no part in what is relevant.
         return session.ask(question.prompt, max_new_tokens=protocol.max_new_tokens, relevant_text=question.question)
     return session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
-
-
-def _describe_unread(file: QuestionFile, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return a note on answers in which a benchmark's protocol finds no letter, if there are any."""
-    if file.protocol is None:
-        return ()
-    by_id = {question.id: question for question in file.questions}
-    answers = [
-        item for row in rows for cell in row.get("cells", ()) for item in cell["answers"].items() if item[0] in by_id
-    ]
-    unread = sum(not file.protocol.read_letter(answer[0], by_id[own_id]) for own_id, answer in answers)
-    if not unread:
-        return ()
-    counted = "each counts as a guess" if file.protocol.guesses else "each counts as wrong"
-    return (f"answers that name no option: {unread} of {len(answers)}; {counted}",)
-
-
-def _describe_drop(request: EvalRequest, model: LanguageModel) -> tuple[str, ...]:
-    """Return a note on what dropping DeepStack rows means for the comparison, or nothing if they are kept."""
-    if request.options.settings.deepstack != "drop":
-        return ()
-    if not model.num_deep_layers:
-        return ("deepstack has no effect: the model has no such rows",)
-    return ("deepstack is drop: method full keeps the DeepStack rows, the others have zeros in their place",)
 
 
 def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:

@@ -33,6 +33,7 @@ from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.records import VideoTokens
+from freres_cli.workflows.eval_run import describe_oddities
 
 Rebuild = Callable[[slice], Tensor]
 Progress = Callable[[int, int], None]
@@ -57,8 +58,8 @@ class FidelityResult:
     """What was measured.
 
     ``rows``: means over the videos, one for each method and budget. ``videos``: the same for each video, with the share
-    that is lost in each second. ``failed``: videos that could not be used, which count for no mean. ``model``: the
-    encoder's fingerprint. ``dtype``: of the latents. ``notes``: what the user should know.
+    that is lost in each second, and how the video was read. ``failed``: videos that could not be used, which count for no
+    mean. ``model``: the encoder's fingerprint. ``dtype``: of the latents. ``notes``: what the user should know.
     """
 
     rows: list[dict[str, Any]]
@@ -89,7 +90,8 @@ def measure_fidelity(
             with memory_errors_as(f"video {path}", "measure a shorter one, or use a smaller --dtype"):
                 timer = StageTimer(torch.device(request.options.model.device.name))
                 clip = EncodedClip(VideoSource(path), request.options, encoder, timer)
-                videos.append(measure_clip(clip, request.cells, encoder.width) | {"video": str(path)})
+                found = measure_clip(clip, request.cells, encoder.width)
+                videos.append(found | {"video": str(path), "lost_s": clip.lost_s, "notes": list(clip.notes)})
         except FreresError as error:
             errors.append(error)
             failed.append({"video": str(path), "message": error.message})
@@ -99,7 +101,7 @@ def measure_fidelity(
             first = type(first)(f"none of {len(errors)} videos could be used: {first.message}", first.hint)
         raise first
     rows = average_rows([video["rows"] for video in videos])
-    notes = list(encoder.notes)
+    notes = [*describe_oddities(videos), *encoder.notes]
     if request.plot is not None:
         png, more = draw_fidelity(rows, videos)
         request.plot.write(png)

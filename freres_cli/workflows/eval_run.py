@@ -1,0 +1,118 @@
+"""What decides the answers of an evaluation, and notes on how they came about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from freres_cli import __version__
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.backbones.weight_samples import digest_weights
+from freres_cli.devices import AS_COMPUTED
+from freres_cli.evaluation.questions import QuestionFile
+from freres_cli.pipeline.models import Models
+
+if TYPE_CHECKING:
+    from freres_cli.workflows.evaluate import EvalRequest
+
+
+def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:
+    """Return everything that decides the answers. A results file is continued only if all of it is equal.
+
+    The weights are sampled, so that this takes no time; the fingerprint has the projector's alone. ``request``: what to ask.
+    ``models``: both halves.
+    """
+    encoder, model = models.encoder, models.language_model
+    settings = request.options.settings.values()
+    del settings["budget_tokens"]  # each cell has its own
+    protocol = request.questions.protocol
+    return {
+        **({} if protocol is None else {"scoring": request.questions.describe_scoring()}),
+        "freres_version": __version__,
+        "questions_sha256": request.questions.sha256,
+        "methods": [[cell.name, dict(cell.settings), cell.adapter_sha256] for cell in request.cells],
+        "model": dict(model.fingerprint),
+        "weights": {"tower_sha256": digest_weights(encoder.tower), "decoder_sha256": digest_weights(model.half)},
+        "tokenizer_and_templates": models.checkpoint.small_files_sha256,
+        "attention": [encoder.attention, model.attention],
+        "device": request.options.model.device.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if model.storage == AS_COMPUTED else asdict(model.storage)),
+        "settings": settings,
+        "max_answer_tokens": request.max_answer_tokens if protocol is None else protocol.max_new_tokens,
+    }
+
+
+def describe_answers(
+    request: EvalRequest, model: LanguageModel, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return notes on the answers and what they were made from.
+
+    ``request``: what was asked. ``model``: the language half. ``rows``: those of the videos. ``summary``: of the answers.
+    """
+    return (
+        *_describe_unread(request.questions, rows),
+        *_describe_adapters(request),
+        *_describe_frames(rows, summary["rows"], request.options.settings.track_density),
+        *describe_oddities(summary["video_notes"]),
+        *_describe_drop(request, model),
+    )
+
+
+def _describe_adapters(request: EvalRequest) -> Iterator[str]:
+    """Yield a note on each adapter and the method that it is used with, as a default may have chosen it."""
+    used = dict.fromkeys((cell.method, cell.adapter.name) for cell in request.cells if cell.adapter is not None)
+    for method, name in used:
+        yield f"{method} with adapter {name}"
+
+
+def _describe_frames(
+    videos: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], track_density: int
+) -> Iterator[str]:
+    """Yield a note if the tokens of one video are made from different numbers of frames: budgets alone do not make rows
+    alike. ``videos``: their rows. ``rows``: those of the summary. ``track_density``: that of the settings."""
+    if all(len({cell.get("num_frames") or None for cell in row.get("cells", ())} - {None}) < 2 for row in videos):
+        return
+    counts: dict[str, set[float]] = {}
+    names: dict[float, dict[str, None]] = {}
+    known = [(row["label"] or row["method"], row) for row in rows if row["num_frames"]]  # blind has none
+    for name, row in known:
+        counts.setdefault(name, set()).add(row["num_frames"])
+    for name, row in known:
+        names.setdefault(row["num_frames"], {})[name if len(counts[name]) == 1 else f"{name} {row['budget']}"] = None
+    told = "; ".join(f"{count:.4g} by {', '.join(own)}" for count, own in sorted(names.items()))
+    remedy = "; --set track_density=1 reads equal frames" if track_density > 1 else ""
+    yield f"rows differ in the frames they are made from (means over videos): {told}{remedy}"
+
+
+def describe_oddities(noted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a note on the videos that were read with notes, of which it has the first."""
+    odd = [item for item in noted if item["notes"]]
+    if odd:
+        more = f" (--json has those on all {len(odd)} videos)" if len(odd) > 1 else ""
+        yield f"{odd[0]['video']}: {'; '.join(odd[0]['notes'])}{more}"
+
+
+def _describe_unread(file: QuestionFile, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return a note on answers in which a benchmark's protocol finds no letter, if there are any."""
+    if file.protocol is None:
+        return ()
+    by_id = {question.id: question for question in file.questions}
+    answers = [
+        item for row in rows for cell in row.get("cells", ()) for item in cell["answers"].items() if item[0] in by_id
+    ]
+    unread = sum(not file.protocol.read_letter(answer[0], by_id[own_id]) for own_id, answer in answers)
+    if not unread:
+        return ()
+    counted = "each counts as a guess" if file.protocol.guesses else "each counts as wrong"
+    return (f"answers that name no option: {unread} of {len(answers)}; {counted}",)
+
+
+def _describe_drop(request: EvalRequest, model: LanguageModel) -> tuple[str, ...]:
+    """Return a note on what dropping DeepStack rows means for the comparison, or nothing if they are kept."""
+    if request.options.settings.deepstack != "drop":
+        return ()
+    if not model.num_deep_layers:
+        return ("deepstack has no effect: the model has no such rows",)
+    return ("deepstack is drop: method full keeps the DeepStack rows, the others have zeros in their place",)
