@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
@@ -47,9 +48,9 @@ def choose_diverse(tokens: Tensor, count: int) -> Tensor:
     units[0] = tokens[first].to(torch.float32) * scale[first]
 
     def fall(vectors: Tensor, nearest: Tensor, since: int) -> Tensor:
-        return torch.minimum(nearest, _distances(vectors, units[1 + since : len(chosen)]).amin(0))
+        return torch.minimum(nearest, _apart((vectors @ units[1 + since : len(chosen)].T).amax(1)))
 
-    nearest = _distances_of_all(tokens, scale, units[:1])[0]
+    nearest = _apart(torch.cat([(part @ units[0]) for part in _parts(tokens, scale)]))
     nearest[first] = -torch.inf
     scores = FallingScores(tokens, scale, nearest, fall)
     while len(chosen) < count:
@@ -60,30 +61,34 @@ def choose_diverse(tokens: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _distances(vectors: Tensor, units: Tensor) -> Tensor:
-    """Return 1 - cos of each of ``units`` (U, D) to each of ``vectors`` (N, D), both of norm 1: (U, N). Equal ones are 0
-    apart."""
-    apart = 1 - units @ vectors.T
+def _apart(cosine: Tensor) -> Tensor:
+    """Return 1 - cos, and exactly 0 for equal tokens."""
+    apart = 1 - cosine
     return apart.masked_fill_(apart < SAME, 0.0)
 
 
-def _distances_of_all(tokens: Tensor, scale: Tensor, units: Tensor) -> Tensor:
-    """Return the ``_distances`` of ``tokens`` (N, D) of any dtype, scaled by ``scale`` (N,) to norm 1: (U, N)."""
-    step = max(1, CHUNK_VALUES // tokens.shape[1])
-    parts = zip(tokens.split(step), scale.split(step), strict=True)
-    return torch.cat([_distances(part.to(torch.float32) * own[:, None], units) for part, own in parts], dim=1)
+def _parts(tokens: Tensor, scale: Tensor) -> Iterator[Tensor]:
+    """Yield ``tokens`` (N, D) of any dtype, scaled by ``scale`` (N,) to norm 1, a part at a time in float32."""
+    step = max(1, CHUNK_VALUES // max(tokens.shape[1], BLOCK_TOKENS))
+    return (
+        part.to(torch.float32) * own[:, None] for part, own in zip(tokens.split(step), scale.split(step), strict=True)
+    )
 
 
 def _nearest_others(tokens: Tensor, scale: Tensor) -> Tensor:
     """Return the distance of each token to the nearest other one: (N,)."""
     nearest = []
-    step = max(1, min(BLOCK_TOKENS, CHUNK_VALUES // tokens.shape[0]))
-    for first in range(0, tokens.shape[0], step):
-        part = slice(first, first + step)
-        apart = _distances_of_all(tokens, scale, tokens[part].to(torch.float32) * scale[part, None])
-        rows = torch.arange(apart.shape[0])
-        apart[rows, first + rows] = torch.inf
-        nearest.append(apart.min(1).values)
+    for first in range(0, tokens.shape[0], BLOCK_TOKENS):
+        part = slice(first, first + BLOCK_TOKENS)
+        own = tokens[part].to(torch.float32) * scale[part, None]
+        most, done = torch.full(own.shape[:1], -torch.inf), 0
+        for others in _parts(tokens, scale):
+            cosine = own @ others.T
+            low, high = max(first, done), min(first + len(own), done + len(others))
+            itself = torch.arange(low, max(low, high))
+            cosine[itself - first, itself - done] = -torch.inf
+            most, done = torch.maximum(most, cosine.amax(1)), done + len(others)
+        nearest.append(_apart(most))
     return torch.cat(nearest)
 
 
