@@ -15,6 +15,7 @@ from freres_cli.errors import PresetError, explain_no_file
 
 # The model that ships with freres, and its preset.
 BUNDLED = "bundled"
+MODEL_INFO_FILE = "MODEL_INFO.json"  # facts about models of its kind; released checkpoints do not have it
 VARIANTS = ("absorber", "anchors", "temporal", "concat", "idct", "iquery", "sparse-idct")
 SAMPLES = ("native", "fps", "count")
 TEXT_AFTER = ("max", "hf")

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from freres_cli.backbones.hub import CONFIG_FILES, INDEX_FILE, OFFLINE_HINT, SINGLE_FILE, TOKENIZER_FILES, fetch
 from freres_cli.errors import BackboneError
-from freres_cli.presets import BUNDLED
-
-MODEL_INFO_FILE = "MODEL_INFO.json"  # written by ``freres world train``; released checkpoints do not have it
+from freres_cli.presets import BUNDLED, MODEL_INFO_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

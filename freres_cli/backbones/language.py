@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows
 from freres_cli.backbones.cache import CACHE_ARGUMENT
-from freres_cli.backbones.checkpoint import MODEL_INFO_FILE, Checkpoint, fingerprint, load_submodule
+from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
 from freres_cli.backbones.halves import (
     FamilyFiles,
     LanguageHalf,
@@ -33,7 +33,7 @@ from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_w
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
-from freres_cli.presets import TEXT_AFTER
+from freres_cli.presets import MODEL_INFO_FILE, TEXT_AFTER
 from freres_cli.records import VideoTokens
 
 

@@ -12,9 +12,7 @@ from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.cells import Cell, parse_cells
-from freres_cli.presets import BUNDLED, Settings
-
-MODEL_INFO_FILE = "MODEL_INFO.json"  # of ``freres world train``
+from freres_cli.presets import BUNDLED, MODEL_INFO_FILE, Settings
 
 
 def as_whole(value: object, name: str) -> int:

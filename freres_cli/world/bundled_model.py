@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from freres_cli.presets import MODEL_INFO_FILE
 from freres_cli.world.questions import questions_of
 from freres_cli.world.script import make_scene
 from freres_cli.world.tokenizer import FRAME_PIECES, SPECIAL_TOKENS, make_tokenizer
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
-INFO_FILE = "MODEL_INFO.json"
 # All weights that freres has ever embedded, by the SHA-256 of their projector, so that what was made with them can be
 # named. New weights add a row, with the name in their MODEL_INFO.json.
 EMBEDDED_WEIGHTS = {
@@ -48,7 +48,7 @@ def bundled_adapter() -> Path:
 
 def bundled_model_info() -> dict[str, Any]:
     """Return facts about the bundled model. ``freres_trained`` says whether its answers mean anything."""
-    info: dict[str, Any] = json.loads((bundled_model_dir() / INFO_FILE).read_text(encoding="utf-8"))
+    info: dict[str, Any] = json.loads((bundled_model_dir() / MODEL_INFO_FILE).read_text(encoding="utf-8"))
     return info
 
 
@@ -85,7 +85,7 @@ def make_checkpoint(
     _write_json(directory / "preprocessor_config.json", _preprocessor_config())
     weights = RANDOM_WEIGHTS if tower is None else directory.resolve().name
     facts = {"freres_trained": tower is not None, "num_parameters": num_parameters, "weights": weights, **info}
-    _write_json(directory / INFO_FILE, facts)
+    _write_json(directory / MODEL_INFO_FILE, facts)
 
 
 def tokenizer_corpus() -> list[str]:
