@@ -98,7 +98,7 @@ class DecoderSizes:
 
 def measure_tower(encoder: VisionEncoder, size: FrameSize) -> TowerSizes:
     """The sizes of a vision half, with or without weights, for frames of ``size``."""
-    tower = encoder.tower  # type: ignore[attr-defined]
+    tower = encoder.tower
     config = getattr(tower.config, "vision_config", tower.config)
     side = getattr(encoder, "merge", None)
     patches = size.num_tokens * side**2 if side else (size.height_px // _side(config.patch_size)) ** 2

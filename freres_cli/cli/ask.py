@@ -117,14 +117,9 @@ def ask(
     if questions is not None and where:
         raise UsageError("--where: expected a single question, got --questions", "ask one at a time")
     if refine is not None and where:
-        raise UsageError(
-            "--where and --refine cannot be used together: --where needs every token of the bundle", "leave one out"
-        )
+        raise UsageError("--where needs every token of the bundle, and --refine leaves some out", "leave one out")
     if refine is not None and save_prefix:
-        raise UsageError(
-            "--save-prefix and --refine cannot be used together: a prefix holds every token of the bundle",
-            "leave one out",
-        )
+        raise UsageError("--save-prefix keeps every token of the bundle, and --refine leaves some out", "leave one out")
     if text_after not in (None, *TEXT_AFTER):
         raise UsageError(f"--text-after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
     listed = [check_text(choice.strip(), "--choices") for choice in choices.split("|")] if choices is not None else []
