@@ -94,7 +94,7 @@ def _describe_mixing(manifest: Mapping[str, Any]) -> str | None:
     method = METHODS[manifest["settings"]["method"]["value"]]
     if not method.mixes:
         return None
-    return f"tokens of method {method.name} mix latents that the bundle does not name: each is shown at its own frame and cell"
+    return f"tokens of method {method.name} mix latents that the bundle does not name: each is shown at its own place"
 
 
 def describe_time(
