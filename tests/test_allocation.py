@@ -118,7 +118,6 @@ def test_times_and_places_are_inverse():
     assert edges.tolist() == [0.5, 0.6, 1.0, 3.0, 5.0]
     assert frames_at(edges, edges).tolist() == [0, 1, 2, 3, 4]
     assert frames_at(edges, torch.tensor([2.0])).tolist() == [2.5]
-    assert frame_edges_s(seconds[:1]).tolist() == [0.5, 1.5]
 
 
 def test_losses_over_time_sum_to_all_that_was_lost_and_lie_where_they_were():
@@ -135,7 +134,45 @@ def test_losses_over_time_sum_to_all_that_was_lost_and_lie_where_they_were():
     assert float(lost[1]) == pytest.approx(worst.lost_energy_per_s * (worst.end_s - worst.start_s))
 
 
-def test_times_that_repeat_are_no_trouble():
-    tokens = video_tokens(torch.randn(4, 1, 1, 6))
-    same = replace(tokens, frame_seconds=torch.zeros(4, dtype=torch.float64))
-    assert frame_edges_s(same.frame_seconds).tolist() == [0.0] * 5
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_frame_that_is_sampled_several_times_shares_its_time(times):
+    """Ten frames a second for four seconds, each sampled as often: none lasts 0 s, and the last one until the end."""
+    seconds = torch.arange(40, dtype=torch.float64) / 10
+    edges = frame_edges_s(seconds.repeat_interleave(times))
+    torch.testing.assert_close(edges, torch.arange(40 * times + 1, dtype=torch.float64) / (10 * times))
+    assert torch.equal(edges[:-1:times], seconds), "it begins when it is shown, to the bit"
+
+
+def test_edges_increase_however_often_a_time_repeats():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        steps = torch.rand(30, generator=generator, dtype=torch.float64)
+        seconds = (steps * (steps > 0.6)).cumsum(0)
+        edges = frame_edges_s(seconds)
+        assert bool((edges.diff() > 0).all())
+        torch.testing.assert_close(frames_at(edges, edges), torch.arange(31, dtype=torch.float64))
+        # A frame is on screen at its own time, and no longer than until the next one.
+        is_next = seconds.diff() > 0
+        assert bool((edges[:-1] >= seconds).all()) and torch.equal(edges[1:-1][is_next], seconds[1:][is_next])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_frames_of_one_time_last_until_the_clip_ends(count):
+    seconds = torch.full((count,), 0.5, dtype=torch.float64)
+    for end_s, length in ((4.5, 4.0), (None, 1.0), (0.5, 1.0), (0.0, 1.0)):
+        wanted = 0.5 + torch.linspace(0, length, count + 1, dtype=torch.float64)
+        torch.testing.assert_close(frame_edges_s(seconds, end_s), wanted)
+
+
+def test_no_loss_is_spread_over_no_time():
+    """Times that repeat are those between them: the losses, and the worst first, are those of evenly sampled frames."""
+    tracks = make_tracks(smooth_latents(), BUDGET)
+    count = tracks.frame_seconds.shape[0]
+    even = torch.arange(count, dtype=torch.float64) / 8
+    told = report_energy(replace(tracks, frame_seconds=even)).losses
+    twice = report_energy(replace(tracks, frame_seconds=even[::2].repeat_interleave(2)[:count])).losses
+    assert all(loss.end_s > loss.start_s for loss in twice)
+    assert [(loss.start_s, loss.end_s) for loss in twice] == [(loss.start_s, loss.end_s) for loss in told]
+    assert [loss.lost_energy_per_s for loss in twice] == pytest.approx([loss.lost_energy_per_s for loss in told])
+    still = report_energy(replace(tracks, frame_seconds=torch.zeros(count, dtype=torch.float64))).losses
+    assert min(loss.end_s - loss.start_s for loss in still) >= 1 / count - 1e-9

@@ -11,6 +11,7 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.session import Query
 from freres_cli.workflows.compare import CompareRequest, compare
+from tests.clips import write_clip
 from tests.evaluations import FRAMES, write_clips
 from tests.loaded_models import CountingEncoder, CountingLanguageModel, loaded_models, models_with
 from tests.runner import check_failure, fails, run_freres
@@ -49,6 +50,11 @@ def test_shares_are_those_of_fidelity_and_answers_those_of_ask(video, tmp_path):
         assert answer["answer"] == told["answer"] and answer["choices"] == pytest.approx(told["choices"], rel=1e-4)
         assert rows[method]["context_tokens"] == answer["context_tokens"] == told["context_tokens"]
         assert rows[method]["ttft_s"] > rows[method]["prefill_s"] > 0 and rows[method]["compress_s"] > 0
+
+
+def test_one_frame_is_a_frame(tmp_path):
+    run = run_freres("compare", write_clip(tmp_path / "one.mp4", 1), "--methods", "uniform", "--budgets", "4")
+    assert run.status == 0 and "\n36 full tokens of 1 frame; decode" in run.out, run.err
 
 
 def test_the_clip_is_encoded_once_and_prefilled_once_a_row(video):

@@ -76,6 +76,19 @@ def test_blocks_are_the_numbers_of_the_document(path):
     assert (over["lost_energy"] is None) == (over["why_no_loss"] is not None) == (document["gops"] is None)
 
 
+@pytest.mark.parametrize("make", [make_stretches, make_tokens])
+def test_a_clip_of_one_frame_lasts_as_long_as_its_video(make, tmp_path):
+    content = make(smooth_latents(1), 20)
+    write_bundle(tmp_path / "b.pt", content, manifest_for(content))
+    document = run_freres("inspect", tmp_path / "b.pt", "--json").json
+    assert document["source"]["duration_s"] == 4.0
+    assert document["over_time"]["edges_s"] == [0.0, 4.0]
+    if document["stretches"] is not None:
+        assert {(row["start_s"], row["end_s"]) for row in document["stretches"]["largest"]} == {(0.0, 4.0)}
+    run = run_freres("report", tmp_path / "b.pt", "-o", tmp_path / "page.html")
+    assert run.status == 0 and "0.00 to 4.00 s" in (tmp_path / "page.html").read_text(), run.err
+
+
 def test_a_spark_grows_with_its_value(monkeypatch):
     assert format_sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == BLOCKS
     assert format_sparkline([0.0, 0.0]) == BLOCKS[0] * 2 and format_sparkline([]) == ""

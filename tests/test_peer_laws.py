@@ -169,3 +169,18 @@ def test_boxes_lie_around_their_tokens(reduce):
             continue
         first, stop = tokens.boxes[:, 0::2], tokens.boxes[:, 1::2]
         assert bool(((tokens.positions > first - 1) & (tokens.positions < stop)).all())
+
+
+def test_a_method_says_if_its_tokens_mix_latents(reduce, name):
+    """Else each is the latent at its own place."""
+    mixes = False
+    for latents in (random_clip((8, 6, 6)), drifting_clip()):
+        for budget in (12, 40):
+            tokens = reduce(latents, budget)
+            t, h, w = tokens.positions.round().long().unbind(1)
+            mixes |= not torch.equal(tokens.latents, latents[t, h, w])
+    assert METHODS[name].mixes == mixes
+
+
+def test_methods_that_pick_tokens_or_name_what_they_mix_say_that_they_do_not():
+    assert not any(method.mixes for name, method in METHODS.items() if name not in REDUCING)

@@ -16,6 +16,7 @@ from freres_cli.bundle.store import write_bundle
 from freres_cli.page.elements import tag, text
 from freres_cli.page.style import COLOURS, SERIES
 from freres_cli.workflows.report import MAX_PIECES
+from freres_cli.world.bundled_model import bundled_adapter
 from tests.clips import write_clip
 from tests.forged_bundles import make_tracks, manifest_for, smooth_latents
 from tests.pipeline_fixtures import bundle as bundle
@@ -80,7 +81,7 @@ def write_tracks(path, num_frames=40, side=8, budget=300, anchors=4, **sections)
 def bundles(clip, tmp_path_factory):
     """A bundle of each kind, of the same clip."""
     folder, made = tmp_path_factory.mktemp("kinds"), {}
-    for method in ("fre-res", "adaptive", "evs", "lowres"):
+    for method in ("fre-res", "adaptive", "evs", "lowres", "tome"):
         made[method] = folder / f"{method}.pt"
         flags = ("--method", method, "--frames", 12, "--grid", "6x6")
         assert run_freres("compress", clip, *flags, "--budget", 60, "-o", made[method]).status == 0
@@ -108,15 +109,16 @@ def test_a_page_has_every_section_and_the_figures_of_inspect(bundle, clip, tmp_p
     assert len(links) == 11 and all(link[1:] in identifiers for link in links)
 
 
-@pytest.mark.parametrize("method", ["fre-res", "adaptive", "evs", "lowres"])
+@pytest.mark.parametrize("method", ["fre-res", "adaptive", "evs", "lowres", "tome"])
 def test_what_a_kind_of_bundle_cannot_show_is_said(bundles, method, tmp_path):
     page = make_page(bundles[method], tmp_path)
     lost = "Energy lost:" in page.text
     assert lost == (method != "fre-res")
     assert ("so there is no spectrum" in page.text) == lost
     assert (f"method {method} has no absorber" in page.text) == lost
-    assert ("cannot be cut" in page.text) == (method in ("evs", "lowres"))
-    assert ("does not name" in page.text) == (method == "lowres")
+    assert ("cannot be cut" in page.text) == (method in ("evs", "lowres", "tome"))
+    assert ("does not name" in page.text) == (method in ("lowres", "tome"))
+    assert ("does not name" in run_freres("inspect", bundles[method]).out) == (method in ("lowres", "tome"))
     assert "There are no thumbnails" in page.text
     for section in re.findall(r"<section.*?</section>", page.source, re.S):
         assert len(re.sub(r"<h2>.*?</h2>|<[^>]+>", "", section).strip()) > 20, "no section is left blank"
@@ -136,6 +138,26 @@ def test_another_video_is_noted(bundle, tmp_path):
     assert "not the file that was compressed" in run.err
     page = Page(tmp_path / "p.html")
     assert "other.mp4: not the file" in page.text and str(tmp_path) not in page.source
+
+
+@pytest.mark.parametrize("method", ["adaptive", "evs"])
+def test_an_adapter_that_a_bundle_has_no_use_for_is_refused(bundles, method, tmp_path):
+    """Also one that is not there. That none is wanted may be said of every bundle."""
+    output = tmp_path / "page.html"
+    for named in (tmp_path / "none.safetensors", bundled_adapter()):
+        run = run_freres("report", bundles[method], "-o", output, "--adapter", named)
+        check_failure(run, 2, f"--adapter {named}: method {method} has no absorber")
+        assert not output.exists()
+    make_page(bundles[method], tmp_path, "--adapter", "none")
+
+
+def test_a_named_adapter_must_be_shown(tmp_path):
+    """Variant sparse-idct has no absorber."""
+    path = write_tracks(tmp_path / "b.pt", settings={"variant": {"value": "sparse-idct", "source": "flag"}})
+    assert "has no absorber" in make_page(path, tmp_path).text
+    run = run_freres("report", path, "-o", tmp_path / "p.html", "--adapter", bundled_adapter())
+    check_failure(run, 4, "variant sparse-idct has no absorber")
+    assert not (tmp_path / "p.html").exists()
 
 
 def test_quality_over_budget_is_that_of_cut_bundles(bundles, tmp_path):

@@ -214,5 +214,6 @@ METHOD = Method(
     "transport is 1 - cos alone, without terms for space and time, and no part of a hard merge is mixed in; the "
     "tokens that are new are those of the whole clip that the budget has room for, not a quantile of each frame, and "
     "are measured against a clip's anchors before any change; a small budget has fewer clips, a large one more anchors",
+    mixes=True,
     compress=transport_tokens,
 )

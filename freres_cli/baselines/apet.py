@@ -102,5 +102,6 @@ METHOD = Method(
     deviations="basis, choice and merging are over the whole clip, where the authors' code for video works frame by frame; "
     "sampling of the basis starts at the token farthest from the mean, not at random; fewer basis tokens are kept where "
     "the budget is below 32; nothing is dropped in later layers",
+    mixes=True,
     compress=merge_into_unusual_tokens,
 )

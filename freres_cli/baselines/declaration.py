@@ -29,7 +29,8 @@ class Method:
     ``training``: one of ``TRAININGS``. ``needs``: any of ``NEEDS``; a method that needs the question cannot make
     bundles. ``streams``: memory grows with the tokens kept, not with the frames. ``has_budget``: the budget decides how
     many tokens are kept. ``has_quality``: a share of the latents' energy may decide it. ``makes_bundles``: ``freres
-    compress`` accepts it. ``deviations``: how it differs from its source.
+    compress`` accepts it. ``mixes``: a token may be a mixture of several latents, such as their mean, and a bundle does not
+    name them. ``deviations``: how it differs from its source.
 
     ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens``; ``None``
     for Fre-Res and adaptive Fre-Res, which take frames one at a time (``method/compress.py``, ``method/adaptive.py``), and
@@ -48,6 +49,7 @@ class Method:
     has_budget: bool = True
     has_quality: bool = False
     makes_bundles: bool = True
+    mixes: bool = False
     deviations: str = "none"
     compress: Callable[[Tensor, Tensor, int, int], VideoTokens] | None = None
     pick_for_question: PickForQuestion | None = None

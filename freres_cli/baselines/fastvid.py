@@ -112,5 +112,6 @@ METHOD = Method(
     deviations="the norm of a token stands in for the attention it gets in the tower; no random noise in DPC-kNN; "
     "context tokens are picked before salient ones, so that both fit any budget; segments longer than 32 "
     "frames are cut; segments without a share of a small budget are left out",
+    mixes=True,
     compress=prune_segments,
 )

@@ -144,5 +144,6 @@ METHOD = Method(
     "enter; no random noise in DPC-kNN; all tokens of a tree count alike in its mean; the weakest links are "
     "undone where too few trees would be left; segments longer than 32 frames are cut; trees that begin in "
     "a frame without a share are left out",
+    mixes=True,
     compress=merge_trees,
 )

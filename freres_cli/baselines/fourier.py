@@ -72,5 +72,6 @@ METHOD = Method(
     source="Fourier Compressor, arXiv 2508.06038, made training-free",
     deviations="no trained weights, so tokens are multiplied by sqrt(hw/HW) to keep their scale; rows of a frame may differ "
     "by a token, and frames too, to meet the budget exactly; below one token a frame, evenly spread frames are kept",
+    mixes=True,
     compress=crop_frequencies,
 )

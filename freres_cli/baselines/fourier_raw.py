@@ -31,5 +31,6 @@ METHOD = Method(
     deviations="no trained weights, which the authors' form needs: its tokens are sqrt(HW/hw) times too large for a model as "
     "it is; rows of a frame may differ by a token, and frames too, to meet the budget exactly; below one token a frame, "
     "evenly spread frames are kept",
+    mixes=True,
     compress=crop_raw_frequencies,
 )

@@ -51,5 +51,6 @@ METHOD = Method(
     deviations="merging only: the pruning after it needs attention of the decoder; merges latents once, not states of "
     "several decoder layers; the threshold is the one that leaves the budget; a budget below one frame thins "
     "the cells evenly",
+    mixes=True,
     compress=merge_runs,
 )

@@ -119,5 +119,6 @@ METHOD = Method(
     "of one frame are allowed; still tokens that are not kept join one that is; cells are released from being "
     "still where too few tokens would be left; no random noise in DPC-kNN; sets without a share of a small "
     "budget are left out",
+    mixes=True,
     compress=merge_windows,
 )

@@ -117,5 +117,6 @@ METHOD = Method(
     summary="every frame, averaged in space until the clip fits the budget",
     source="common practice",
     deviations="averages latents; common practice shrinks the frames before the tower",
+    mixes=True,
     compress=pool_frames,
 )

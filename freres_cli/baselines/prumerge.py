@@ -111,5 +111,6 @@ METHOD = Method(
     deviations="the norm of a token stands in for the attention it gets in the tower, and latents for keys; the counts "
     "that the original would keep are scaled to the budget; averages, where the original adds; neighbours in "
     "proportion to the grid, 32 of 576 tokens; frames without a share of a small budget are left out",
+    mixes=True,
     compress=prune_and_merge,
 )

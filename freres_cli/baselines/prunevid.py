@@ -114,5 +114,6 @@ METHOD = Method(
     deviations="first stage only: the second needs the question; sets of tokens are merged to their share of the budget, "
     "not to half, small sets too; cells are released from being still where too few tokens would be left; no "
     "random noise in DPC-kNN; sets without a share of a small budget are left out",
+    mixes=True,
     compress=merge_still_cells,
 )

@@ -174,5 +174,6 @@ METHOD = Method(
     deviations="merges latents, not states of a decoder layer; one threshold is searched for both steps, 0.2 lower over "
     "time, and the least alike pairs stay apart so that the budget is met exactly; the quadtree starts at the "
     "whole frame; all tokens count alike in a mean",
+    mixes=True,
     compress=merge_nodes,
 )

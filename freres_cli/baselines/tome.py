@@ -142,5 +142,6 @@ METHOD = Method(
     "links each token of a pair of groups of frames to the most similar one before it, not every second token to the "
     "others, so that equal tokens always find each other; links may form chains; every round reduces by the same ratio, by "
     "half at most",
+    mixes=True,
     compress=merge_similar_tokens,
 )

@@ -83,5 +83,6 @@ METHOD = Method(
     deviations="the thumbnail is made of averaged latents, not of frames shrunk and encoded as one image; its tokens stand "
     "at their own frames and places, in raster order with the others, not ahead of them; it takes at most half of the "
     "budget; a clip that fits the budget is kept as it is",
+    mixes=True,
     compress=sample_with_thumbnail,
 )

@@ -75,5 +75,6 @@ METHOD = Method(
     deviations="the norm of a token stands in for the attention it gets in the tower, and latents for keys; a context "
     "token is halfway to the mean of what joined it, where the original adds both; frames without a share of "
     "a small budget are left out",
+    mixes=True,
     compress=zip_frames,
 )

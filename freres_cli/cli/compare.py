@@ -21,7 +21,7 @@ from freres_cli.cli.output import (
     print_table,
     print_warning,
 )
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.pipeline.choices import choose_cells
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def _print_costs(result: CompareResult, request: CompareRequest) -> None:
     )
     print_result("")
     print_result(
-        f"{result.full_tokens} full tokens of {result.num_frames} frames; decode {format_seconds(result.decode_s)}, "
-        f"encode {format_seconds(result.encode_s)}, once for all methods"
+        f"{count_of(result.full_tokens, 'full token')} of {count_of(result.num_frames, 'frame')}; decode "
+        f"{format_seconds(result.decode_s)}, encode {format_seconds(result.encode_s)}, once for all methods"
     )
     print_result("hold and linear: energy kept of the clip's latents, by reader")
 

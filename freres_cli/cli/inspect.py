@@ -123,6 +123,8 @@ def _print_time(over_time: dict[str, Any]) -> None:
     print_result("")
     print_wrapped("time", f"{edges[0]:.2f} to {edges[-1]:.2f} s, {each} a column")
     print_result(f"{'tokens':<8} {format_sparkline(tokens)} at most {max(tokens):.3g}")
+    if over_time["note"] is not None:
+        print_wrapped("note", over_time["note"])
     if lost is None:
         print_wrapped("lost", over_time["why_no_loss"])
     else:

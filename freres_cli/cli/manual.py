@@ -270,7 +270,7 @@ inspect:
       bundle bundle_bytes bytes_per_token schema_version visual_tokens budget_tokens full_tokens compression retention
       tokens_by_kind context_tokens text_overhead_tokens moved_tokens moved_outside mean_shift_s max_shift_s model source
       sampling geometry settings history channels latents_dtype quality energy gops tokens
-      over_time (edges_s tokens tokens_by_kind lost_energy why_no_loss)
+      over_time (edges_s tokens tokens_by_kind lost_energy why_no_loss note)
       stretches (quality curve num_cuts cuts_s frames_mean frames_max cells_mean cells_max num_single largest)
       absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops) environment
   defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}

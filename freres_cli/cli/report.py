@@ -29,8 +29,8 @@ def report(
     and every setting with its source; of fre-res also the energy lost per second, the spectrum of the residuals beside its
     null, and what the absorber took. What a method's bundle does not hold is said in its place.
 
-    Needs no model. Without --video there are no thumbnails; with it, the video is decoded once, up to the last of at most
-    24 pictures. The absorber's maps need trained modules: those of --adapter, or the bundled model's own.
+    Needs no model. Without --video there are no thumbnails; with it, the video is decoded once, from the first to the last
+    of at most 24 pictures. The absorber's maps need trained modules: those of --adapter, or the bundled model's own.
     """
     from freres_cli.workflows.report import ReportRequest, write_report
 

@@ -89,14 +89,21 @@ def _covers(spans: Tensor, size: int) -> Tensor:
     return (stop.minimum(low + 1) - start.maximum(low)).clamp(min=0) / (stop - start)
 
 
-def frame_edges_s(frame_seconds: Tensor) -> Tensor:
-    """Return when each frame begins, and when the last one ends: (T + 1,) float64 seconds.
+def frame_edges_s(frame_seconds: Tensor, end_s: float | None = None) -> Tensor:
+    """Return when each frame begins, and when the last one ends: (T + 1,) float64 seconds, increasing.
 
-    The last gap is repeated; a single frame lasts a second.
+    Frames of one time, as when a frame of the file is sampled several times, share the time up to the next one. The last
+    gap is repeated. Where all frames have one time, they last until ``end_s``, or for a second if that is not later.
     """
-    seconds = frame_seconds.to(torch.float64)
-    gap = seconds[-1] - seconds[-2] if seconds.shape[0] > 1 else torch.tensor(1.0, dtype=torch.float64)
-    return torch.cat([seconds, (seconds[-1] + gap)[None]])
+    stamps, counts = frame_seconds.to(torch.float64).unique_consecutive(return_counts=True)
+    each = stamps.diff() / counts[:-1]
+    if not each.numel():
+        length = 1.0 if end_s is None or end_s <= float(stamps[0]) else end_s - float(stamps[0])
+        each = torch.tensor([length], dtype=torch.float64) / counts
+    each = torch.cat([each, each[-1:]])[: counts.shape[0]]
+    nth = torch.arange(frame_seconds.shape[0]) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    begins = stamps.repeat_interleave(counts) + nth * each.repeat_interleave(counts)
+    return torch.cat([begins, stamps[-1:] + counts[-1] * each[-1]])
 
 
 def frames_at(edges_s: Tensor, seconds: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freres_cli.method.allocation import frame_edges_s
 from freres_cli.method.dct import dct_basis, null_energy_share
 from freres_cli.method.gop import segment_of_bin, sum_by_segment
 from freres_cli.method.residuals import cell_weights
-from freres_cli.method.tokens import seconds_at
 from freres_cli.tracks import IMPULSE, NUM_SEGMENTS, REFINED, Tracks
 
 
@@ -100,7 +100,7 @@ def _losses(tracks: Tracks, gains: Tensor) -> list[Loss]:
 
     ``gains``: what each impulse takes from that.
     """
-    losses = []
+    losses, edges_s = [], frame_edges_s(tracks.frame_seconds).tolist()
     for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
         mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
         impulses, mine = mine[tracks.is_impulse[mine]], mine[~tracks.is_impulse[mine]]
@@ -115,18 +115,9 @@ def _losses(tracks: Tracks, gains: Tensor) -> list[Loss]:
             inside = (segments == segment).nonzero().squeeze(1)
             low = first + int(inside[0]) * bin_frames
             high = first + min((int(inside[-1]) + 1) * bin_frames, int(tracks.gop_num_residuals[gop]))
-            start, end = _span(tracks.frame_seconds, low, high)
-            losses.append(Loss(start, end, float(lost[segment]) / max(end - start, 1e-9)))
+            start, end = edges_s[low], edges_s[high]
+            losses.append(Loss(start, end, float(lost[segment]) / (end - start)))
     return losses
-
-
-def _span(frame_seconds: Tensor, low: int, high: int) -> tuple[float, float]:
-    """Seconds at which frame ``low`` and frame ``high`` begin; past the last frame, the last gap is repeated."""
-    edges = seconds_at(frame_seconds, torch.tensor([low, high], dtype=torch.float64))
-    start, end = float(edges[0]), float(edges[1])
-    if high >= frame_seconds.shape[0] and frame_seconds.shape[0] > 1:
-        end += float(frame_seconds[-1] - frame_seconds[-2])
-    return start, end
 
 
 def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:

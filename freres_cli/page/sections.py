@@ -119,13 +119,9 @@ def show_places(facts: PageFacts) -> Parts:
         what = f"{name} of the frame over time; brightest from {heat.peak:.3g} tokens a frame on"
         picture = tag("img", src=data_uri(heat.png, "png"), alt=what, class_="strip")
         parts.append(tag("div", picture, tag("p", f"{what}.", class_="faint"), class_="block"))
-    if facts.method == "lowres":
-        parts.append(
-            tag(
-                "p",
-                "A token of method lowres stands for an area that its bundle does not name: it is drawn at its middle.",
-            )
-        )
+    note = facts.inspected["over_time"]["note"]
+    if note is not None:
+        parts.append(tag("p", f"{note[0].upper()}{note[1:]}."))
     return parts
 
 

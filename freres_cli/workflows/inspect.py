@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from freres_cli.baselines.registry import METHODS
 from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.content import Content, latents_of
 from freres_cli.method.allocation import frame_edges_s, frames_at, sum_in_time, token_boxes
 from freres_cli.method.energy import EnergyReport, lost_in_time, report_energy
 from freres_cli.method.stretch_means import box_sizes
 from freres_cli.pipeline.adapters import NO_ADAPTER
+from freres_cli.pipeline.manifest import clip_end_s
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
@@ -60,10 +63,12 @@ def describe_bundle(
         "energy": None,
         "gops": None,
         "over_time": None,
-        "stretches": describe_stretches(content) if isinstance(content, Stretches) else None,
+        "stretches": describe_stretches(content, clip_end_s(manifest)) if isinstance(content, Stretches) else None,
     }
     energy = report_energy(content) if isinstance(content, Tracks) else None
-    report["over_time"] = describe_time(content, tokens, energy)
+    report["over_time"] = describe_time(content, tokens, energy, clip_end_s(manifest)) | {
+        "note": _describe_mixing(manifest)
+    }
     if isinstance(content, Tracks) and energy is not None:
         report["energy"] = _describe_energy(energy)
         report["gops"] = _describe_gops(content, tokens, energy)
@@ -84,20 +89,27 @@ def describe_bundle(
     return report
 
 
+def _describe_mixing(manifest: Mapping[str, Any]) -> str | None:
+    """Return why tokens are shown at fewer places than they stand for, if they are."""
+    method = METHODS[manifest["settings"]["method"]["value"]]
+    if not method.mixes:
+        return None
+    return f"tokens of method {method.name} mix latents that the bundle does not name: each is shown at its own place"
+
+
 def describe_time(
-    content: Content, tokens: VideoTokens, energy: EnergyReport | None, num_bins: int = NUM_BINS
+    content: Content, tokens: VideoTokens, energy: EnergyReport | None, end_s: float, num_bins: int = NUM_BINS
 ) -> dict[str, Any]:
     """Return how many tokens stand for each of at most ``num_bins`` equal parts of the clip, and the energy lost in each.
 
     ``content``, ``tokens``: of the bundle. ``energy``: of its tracks; without it, ``lost_energy`` is ``None`` and
-    ``why_no_loss`` says why. A token is spread evenly over the time that it stands for, so the parts of the clip sum to
-    all tokens.
+    ``why_no_loss`` says why. ``end_s``: when the clip ends. A token is spread evenly over the time that it stands for, so
+    the parts of the clip sum to all tokens.
     """
-    edges_s = frame_edges_s(content.frame_seconds)
+    edges_s = frame_edges_s(content.frame_seconds, end_s)
     count = min(num_bins, content.grid[0])
     bounds = torch.linspace(float(edges_s[0]), float(edges_s[-1]), count + 1, dtype=torch.float64)
     places = frames_at(edges_s, bounds)
-    places[0], places[-1] = 0, content.grid[0]  # frames may share a time
     boxes = token_boxes(tokens)
     by_kind = {
         kind: sum_in_time(boxes, places, (tokens.kind == place).to(torch.float64)).tolist()
@@ -112,8 +124,9 @@ def describe_time(
     }
 
 
-def describe_stretches(stretches: Stretches) -> dict[str, Any]:
-    """Return what adaptive Fre-Res kept: the share of the energy, that at other budgets, and how long stretches are."""
+def describe_stretches(stretches: Stretches, end_s: float) -> dict[str, Any]:
+    """Return what adaptive Fre-Res kept: the share of the energy, that at other budgets, and how long stretches are.
+    ``end_s``: when the clip ends."""
     sides = stretches.boxes[:, 1::2] - stretches.boxes[:, ::2]
     frames, cells = sides[:, 0], sides[:, 1] * sides[:, 2]
     curve = zip(stretches.curve_tokens.tolist(), stretches.curve_loss.tolist(), strict=True)
@@ -127,13 +140,13 @@ def describe_stretches(stretches: Stretches) -> dict[str, Any]:
         "cells_mean": float(cells.double().mean()),
         "cells_max": int(cells.max()),
         "num_single": int(((frames == 1) & (cells == 1)).sum()),
-        "largest": _largest(stretches),
+        "largest": _largest(stretches, end_s),
     }
 
 
-def _largest(stretches: Stretches) -> list[dict[str, Any]]:
+def _largest(stretches: Stretches, end_s: float) -> list[dict[str, Any]]:
     """The stretches that stand for the most latents, largest first."""
-    edges_s = frame_edges_s(stretches.frame_seconds).tolist()
+    edges_s = frame_edges_s(stretches.frame_seconds, end_s).tolist()
     order = box_sizes(stretches.boxes).argsort(descending=True, stable=True)[:NUM_LARGEST]
     return [
         {"start_s": edges_s[t0], "end_s": edges_s[t1], "frames": t1 - t0, "rows": [h0, h1], "columns": [w0, w1]}

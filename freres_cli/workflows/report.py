@@ -27,6 +27,7 @@ from freres_cli.page.facts import Absorbed, Heat, PageFacts, Piece
 from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.pipeline.cutting import Cut, cut_content
 from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.manifest import clip_end_s
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
@@ -72,8 +73,8 @@ class ReportResult:
 def write_report(request: ReportRequest, progress: Progress | None = None) -> ReportResult:
     """Write the page of a bundle. ``progress``: called with the number of thumbnails made and of all.
 
-    Raises ``UsageError`` for a page that cannot be written, ``BundleError``, ``VideoError``, and ``BackboneError`` for a
-    named adapter that does not fit.
+    Raises ``UsageError`` for a page that cannot be written or a named adapter that the bundle has no use for,
+    ``BundleError``, ``VideoError``, and ``BackboneError`` for a named adapter that does not fit.
     """
     check_destination(request.output, request.force)
     for name, path in (("bundle", request.bundle), ("video", request.video)):
@@ -105,16 +106,17 @@ def gather_facts(
     """Return what the page of a bundle shows.
 
     ``bundle``: as read. ``source``: its video, for thumbnails. ``adapter``: as in ``ReportRequest``. ``notes``: about the
-    video. ``progress``: as in ``write_report``. Raises ``VideoError`` or ``BackboneError``.
+    video. ``progress``: as in ``write_report``. Raises what that does.
     """
     content = bundle.content
+    absorber = _draw_absorber(bundle, adapter)
     inspected = describe_bundle(bundle)
     tokens = load_tokens(bundle, NO_ADAPTER).tokens
     boxes = token_boxes(tokens, content.pooled_grid if isinstance(content, Tracks) else None)
     spans = _find_spans(content)
     # Only GoPs can be more than are shown.
     chosen = list(range(len(spans))) if len(spans) <= MAX_PIECES else choose_gops(inspected["gops"], MAX_PIECES)
-    edges_s = frame_edges_s(content.frame_seconds)
+    edges_s = frame_edges_s(content.frame_seconds, clip_end_s(bundle.manifest))
     starts = [float(edges_s[spans[place][0]]) for place in chosen]
     pictures: Sequence[bytes | None] = [None] * len(chosen)
     said = "There are no thumbnails: name the video with --video."
@@ -123,7 +125,7 @@ def gather_facts(
         said = " ".join(
             [f"{len(pictures)} thumbnails, each the first frame of its part.", *(f"Note: {n}." for n in notes)]
         )
-    pieces, peak = _draw_pieces(tokens, boxes, spans, chosen, pictures, inspected)
+    pieces, peak = _draw_pieces(tokens, boxes, edges_s, spans, chosen, pictures, inspected)
     rows, columns = (_draw_strip(boxes, tokens.grid, axis) for axis in (1, 2))
     quality, quality_of = _measure_quality(bundle)
     anchors, events = _find_events(content)
@@ -143,7 +145,7 @@ def gather_facts(
         scale=encode_png(draw_heat(torch.linspace(0, 1, 180)[None], 1.0)),
         quality=quality,
         quality_of=quality_of,
-        absorber=_draw_absorber(bundle, adapter),
+        absorber=absorber,
         thumbnails=said,
         num_thumbnails=sum(picture is not None for picture in pictures),
     )
@@ -163,13 +165,14 @@ def _find_spans(content: Any) -> list[tuple[int, int]]:
 def _draw_pieces(
     tokens: VideoTokens,
     boxes: Tensor,
+    edges_s: Tensor,
     spans: Sequence[tuple[int, int]],
     chosen: Sequence[int],
     pictures: Sequence[bytes | None],
     inspected: dict[str, Any],
 ) -> tuple[list[Piece], float]:
     """The pieces, and the most tokens on one cell of any of them."""
-    edges_s, grid, gops = frame_edges_s(tokens.frame_seconds), tokens.grid[1:], inspected["gops"]
+    grid, gops = tokens.grid[1:], inspected["gops"]
     shares = [share_of_interval(boxes, *spans[place]) for place in chosen]
     maps = [map_in_space(boxes, grid, share) for share in shares]
     peak = max(float(cells.max()) for cells in maps)
@@ -239,12 +242,16 @@ def _measure_quality(bundle: StoredBundle) -> tuple[list[tuple[int, float]] | st
 
 def _draw_absorber(bundle: StoredBundle, adapter: str | None) -> Absorbed | str:
     """The absorber's maps, or why there are none. An adapter that the user named must fit."""
+    is_named = adapter not in (None, NO_ADAPTER)
     if not isinstance(bundle.content, Tracks):
-        return f"method {bundle.manifest['settings']['method']['value']} has no absorber"
+        why = f"method {bundle.manifest['settings']['method']['value']} has no absorber"
+        if is_named:
+            raise UsageError(f"--adapter {adapter}: {why}, so the page shows nothing of an adapter", "leave it out")
+        return why
     try:
         maps, _, gamma = read_absorption(bundle, adapter, "--adapter")
     except (UsageError, BundleError, BackboneError) as error:
-        if isinstance(error, BackboneError) and adapter is not None:
+        if is_named:
             raise
         if isinstance(error, UsageError):
             return "without trained modules nothing is absorbed; name them with --adapter"
