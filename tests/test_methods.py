@@ -17,7 +17,7 @@ from freres_cli.cli.options import complete_bundle_method, complete_method
 from tests.runner import check_failure, run_freres
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"clustering", "groups", "quadtree", "shares", "still"}  # by several methods
+SHARED = {"falling", "clustering", "groups", "quadtree", "shares", "still"}  # by several methods
 NOT_METHODS = {"__init__", "declaration", "registry", "unavailable"} | SHARED
 
 
