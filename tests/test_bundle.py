@@ -36,6 +36,17 @@ def test_what_is_read_is_what_was_written(bundle, tracks):
     assert back.num_bytes == bundle.stat().st_size
 
 
+def test_what_was_read_does_not_change_with_the_file(bundle, tracks):
+    """Nor does it end the process if the file gets shorter."""
+    back = read_bundle(bundle)
+    with bundle.open("r+b") as file:
+        file.write(bytes(bundle.stat().st_size // 2))
+    for name, tensor in tracks.tensors().items():
+        assert torch.equal(getattr(back.tracks, name), tensor)
+    bundle.write_bytes(b"hello")
+    assert all(torch.equal(getattr(back.tracks, name), tensor) for name, tensor in tracks.tensors().items())
+
+
 def test_tokens_that_are_read_are_those_that_were_written(tmp_path):
     tokens = make_tokens(smooth_latents())
     write_bundle(tmp_path / "b.pt", tokens, manifest_for(tokens))

@@ -41,7 +41,7 @@ from tests.runner import check_failure, run_freres
         (("repack", "missing.pt", "--budget", "3", "-o", "x.pt"), 4, "missing.pt"),
         (("profile", "missing.mp4"), 3, "missing.mp4"),
         (("presets", "nothing"), 2, "preset nothing"),
-        (("demo", "-o", "no-such-folder"), 2, "folder"),
+        (("demo", "-o", "/dev/null/folder"), 2, "cannot be a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_its_status(arguments, status, text, clip, bundle, tmp_path, monkeypatch):

@@ -83,9 +83,7 @@ def read_bundle(path: Path) -> StoredBundle:
 
 
 def _load(path: Path) -> Any:
-    # mmap needs a name, and takes only names that are UTF-8.
-    if str(path).encode(errors="replace").decode() == str(path):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Not mapped: what was checked must not change with the file, nor the process end where the file gets shorter.
     with path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
 
