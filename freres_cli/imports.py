@@ -44,7 +44,7 @@ def quick_imports() -> Iterator[None]:
     """Import inside the block without garbage collection, and without scipy, which no model of ours needs.
 
     An import makes many objects and nearly no garbage, so that looking for it is a seventh of the time of importing torch
-    and transformers. In a process of ``declare_command``, leave out what that says.
+    and transformers. In a process of ``declare_command``, leave out what that says, and never look at the modules again.
     """
     was_collecting = gc.isenabled()
     gc.disable()
@@ -53,8 +53,9 @@ def quick_imports() -> Iterator[None]:
             yield
     finally:
         if was_collecting:
-            # Modules stay until the end, so later collections need not look at them.
-            gc.freeze()
+            if _is_command:
+                # Modules stay until the end. Where others' code runs, this would also keep all that is garbage by then.
+                gc.freeze()
             gc.enable()
 
 

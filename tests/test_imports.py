@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment as theirs
 
+from freres_cli import imports
+from freres_cli.backbones.registry import import_half
 from freres_cli.imports import SCIPY, call_later, quick_imports
 from tests.clips import write_clip
 
@@ -60,6 +62,20 @@ def test_garbage_collection_is_as_it_was_even_after_an_error(is_collecting: bool
         assert gc.isenabled() == is_collecting
     finally:
         gc.enable()
+
+
+def test_only_a_command_keeps_what_is_there_out_of_garbage_collection(monkeypatch) -> None:
+    """In a program of a user, what is there may be garbage already, and a frozen cycle is never freed."""
+    for is_command in (False, True):
+        monkeypatch.setattr(imports, "_is_command", is_command)
+        before = gc.get_freeze_count()
+        try:
+            with quick_imports():
+                pass
+            import_half("qwen2_vl", "language")
+            assert (gc.get_freeze_count() > before) == is_command
+        finally:
+            gc.unfreeze()
 
 
 COMMAND = """

@@ -6,7 +6,9 @@ imports none of them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -207,7 +209,7 @@ def import_half(model_type: str, half: str) -> Any:
     """The class of a family's ``vision`` or ``language`` half. Raises BackboneError if transformers lacks the family."""
     module_name, _, class_name = getattr(FAMILIES[model_type], half).partition(":")
     try:
-        with quick_imports():
+        with nullcontext() if module_name in sys.modules else quick_imports():
             loaded: Callable[..., Any] = getattr(import_module(module_name), class_name)
     except ImportError as error:
         reason = str(error).strip().partition("\n")[0]
