@@ -139,7 +139,7 @@ def test_divprune_is_the_greedy_of_max_min_distance(seed, num_active, monkeypatc
     monkeypatch.setattr("freres_cli.baselines.falling.NUM_ACTIVE", num_active)
     if num_active == 5:  # blocks and parts that end anywhere
         monkeypatch.setattr("freres_cli.baselines.divprune.BLOCK_TOKENS", 7)
-        monkeypatch.setattr("freres_cli.baselines.divprune.CHUNK_VALUES", 9 * max(D, 7))
+        monkeypatch.setattr("freres_cli.baselines.falling.CHUNK_VALUES", 9 * max(D, 7))
     tokens = torch.randn(40, D, generator=torch.Generator().manual_seed(seed))
     assert choose_diverse(tokens, 39).tolist() == brute_force_diverse(tokens, 39)
     latents, seconds = tokens.reshape(2, 4, 5, D), torch.zeros(2, dtype=torch.float64)

@@ -195,7 +195,7 @@ def _find_distinct(latents: Tensor, layout: Layout, width: int) -> Tensor:
     """Whether each anchor of each frame is kept although it is not in a clip's first frame: (T, A) bool."""
     match = torch.full((latents.shape[0], layout.num_anchors), torch.inf)
     for first, stop in layout.clips:
-        anchors, _ = next(_anchors_by_frame(latents[first : first + 1], layout.num_anchors, width))
+        anchors = _anchors_of_frames(latents[first : first + 1], layout.num_anchors, width)[0][0]
         done = first + 1
         for later, _ in _in_batches(latents[first + 1 : stop], layout.num_anchors, width):
             plan = find_plan(later[..., :width], anchors[:, :width])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
-from freres_cli.baselines.falling import CHUNK_VALUES, FallingScores, inverse_norms
+from freres_cli.baselines.falling import FallingScores, inverse_norms, scaled_parts
 from freres_cli.baselines.full import gather_tokens
 from freres_cli.baselines.shares import clamp_budget
 from freres_cli.records import VideoTokens
@@ -50,7 +49,7 @@ def choose_diverse(tokens: Tensor, count: int) -> Tensor:
     def fall(vectors: Tensor, nearest: Tensor, since: int) -> Tensor:
         return torch.minimum(nearest, _apart((vectors @ units[1 + since : len(chosen)].T).amax(1)))
 
-    nearest = _apart(torch.cat([(part @ units[0]) for part in _parts(tokens, scale)]))
+    nearest = _apart(torch.cat([part @ units[0] for part in scaled_parts(tokens, scale, 1)]))
     nearest[first] = -torch.inf
     scores = FallingScores(tokens, scale, nearest, fall)
     while len(chosen) < count:
@@ -67,14 +66,6 @@ def _apart(cosine: Tensor) -> Tensor:
     return apart.masked_fill_(apart < SAME, 0.0)
 
 
-def _parts(tokens: Tensor, scale: Tensor) -> Iterator[Tensor]:
-    """Yield ``tokens`` (N, D) of any dtype, scaled by ``scale`` (N,) to norm 1, a part at a time in float32."""
-    step = max(1, CHUNK_VALUES // max(tokens.shape[1], BLOCK_TOKENS))
-    return (
-        part.to(torch.float32) * own[:, None] for part, own in zip(tokens.split(step), scale.split(step), strict=True)
-    )
-
-
 def _nearest_others(tokens: Tensor, scale: Tensor) -> Tensor:
     """Return the distance of each token to the nearest other one: (N,)."""
     nearest = []
@@ -82,7 +73,7 @@ def _nearest_others(tokens: Tensor, scale: Tensor) -> Tensor:
         part = slice(first, first + BLOCK_TOKENS)
         own = tokens[part].to(torch.float32) * scale[part, None]
         most, done = torch.full(own.shape[:1], -torch.inf), 0
-        for others in _parts(tokens, scale):
+        for others in scaled_parts(tokens, scale, BLOCK_TOKENS):
             cosine = own @ others.T
             low, high = max(first, done), min(first + len(own), done + len(others))
             itself = torch.arange(low, max(low, high))

@@ -56,6 +56,7 @@ def _pick_until_spent(tokens: Tensor, inverse: Tensor, relevance: Tensor, weight
     """Pick until ``count`` tokens are picked, or what is left adds no volume. ``inverse``: (S,) one over their norms.
     ``weights``: (S,) their own volumes; -inf for those picked before."""
     left, width = weights.clone(), tokens.shape[1]
+    most = max(0.0, float(left.max()))  # of what is left; looked at again where it would decide, as it only falls
     basis = tokens.new_empty(min(count, width), width, dtype=torch.float32)
     picked: list[int] = []
 
@@ -65,8 +66,10 @@ def _pick_until_spent(tokens: Tensor, inverse: Tensor, relevance: Tensor, weight
     gains = FallingScores(tokens, relevance * inverse, weights, fall)
     while len(picked) < len(basis):
         best, gain = gains.find_best()
-        if picked and gain <= SPENT * max(0.0, float(left.max())):
-            break
+        if picked and gain <= SPENT * most:
+            most = max(0.0, float(left.max()))
+            if gain <= SPENT * most:
+                break
         direction = tokens[best].to(torch.float32) * inverse[best]
         for _ in range(2):  # once more, because one subtraction leaves rounding along the basis
             direction = direction - basis[: len(picked)].T @ (basis[: len(picked)] @ direction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import lazy_module
@@ -22,6 +22,14 @@ def inverse_norms(tokens: Tensor) -> Tensor:
     step = max(1, CHUNK_VALUES // tokens.shape[1])
     norms = torch.cat([part.to(torch.float32).norm(dim=-1) for part in tokens.split(step)])
     return torch.where(norms > 0, 1 / norms, 0.0)
+
+
+def scaled_parts(tokens: Tensor, scale: Tensor, beside: int) -> Iterator[Tensor]:
+    """Yield ``tokens`` (N, D) of any dtype, times ``scale`` (N,), a part at a time in float32. ``beside``: how many values a
+    row that are made of a part take."""
+    step = max(1, CHUNK_VALUES // max(tokens.shape[1], beside))
+    parts = zip(tokens.split(step), scale.split(step), strict=True)
+    return (part.to(torch.float32) * own[:, None] for part, own in parts)
 
 
 class FallingScores:
@@ -66,11 +74,11 @@ class FallingScores:
         self._num_picks += 1
 
     def _update_all(self) -> None:
-        step = max(1, CHUNK_VALUES // max(self._tokens.shape[1], self._num_picks - self._num_seen))
-        for first in range(0, len(self._scores), step):
-            part = slice(first, first + step)
-            vectors = self._tokens[part].to(torch.float32) * self._scale[part, None]
+        done = 0
+        for vectors in scaled_parts(self._tokens, self._scale, self._num_picks - self._num_seen):
+            part = slice(done, done + len(vectors))
             self._scores[part] = self._fall(vectors, self._scores[part], self._num_seen)
+            done = part.stop
         self._num_seen = self._num_picks
         self._choose_active()
 

@@ -137,10 +137,8 @@ class Compressor:
         text, untold = self._count_text(reduction)
         manifest = build_manifest(source, options, plan, encoder, reduction, report, text)
         limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
-        planned = describe_plan(plan, options, manifest)
-        squeezed = describe_fit(plan, encoder, options.settings)
-        fits = () if squeezed is None else (squeezed,)
-        found = (*limits, *encoder.notes, *fits, *plan.info.notes, *report.notes, *planned, *untold)
+        fit, planned = describe_fit(plan, encoder, options.settings), describe_plan(plan, options, manifest)
+        found = (*limits, *encoder.notes, *fit, *plan.info.notes, *report.notes, *planned, *untold)
         timer.seconds["total"] = time.perf_counter() - start
         return Bundle(
             manifest,

@@ -78,17 +78,16 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
         yield describe_drop(model["num_deep_layers"]) or f"deepstack has no effect: {model['family']} has no such rows"
 
 
-def describe_fit(plan: CompressPlan, encoder: VisionEncoder, settings: Settings) -> str | None:
-    """Return a note if frames lose their shape to a grid that was chosen, ``None`` else. A family that takes one size only
-    says so itself."""
+def describe_fit(plan: CompressPlan, encoder: VisionEncoder, settings: Settings) -> Iterator[str]:
+    """Yield a note if frames lose their shape to a grid that was chosen. A family that takes one size only says so
+    itself."""
     width, height, size = plan.info.width_px, plan.info.height_px, plan.size
     kept = encoder.frame_size(width, height, None, settings.tokens_per_frame)
-    if size.fit(width, height) == "exact" or kept == size:
-        return None
-    return (
-        f"frames of {width}x{height} px are squeezed to a grid of {size.grid_h}x{size.grid_w} tokens; --grid auto keeps "
-        f"their shape, here {kept.grid_h}x{kept.grid_w}"
-    )
+    if size.fit(width, height) != "exact" and kept != size:
+        yield (
+            f"frames of {width}x{height} px are squeezed to a grid of {size.grid_h}x{size.grid_w} tokens; --grid auto keeps "
+            f"their shape, here {kept.grid_h}x{kept.grid_w}"
+        )
 
 
 def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator[str]:

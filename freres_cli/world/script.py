@@ -102,9 +102,7 @@ def _refine(scene: Scene, rng: Generator, fps: int, sway_share: float) -> Scene:
             thing.facts |= {"frames": length, "starts": first}
     for shot in scene.shots:
         # Up, as ``nearest`` rounds ticks down: an object of the shot before is gone at the first frame of the next.
-        shot.start, shot.end = (-(-at * fps // FPS) for at in (shot.start, shot.end))
-    scene.shots[-1].end = len(ticks)
-    for shot in scene.shots:
+        shot.start, shot.end = (min(-(-at * fps // FPS), len(ticks)) for at in (shot.start, shot.end))
         drift = shot.background.drift
         shot.background.drift = (drift[0] * FPS / fps, drift[1] * FPS / fps)
         if sway.any():
