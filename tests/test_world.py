@@ -361,7 +361,8 @@ def test_the_measured_weights_and_adapter_are_those_that_ship():
     world = json.loads((results / "world.json").read_text())
     ours = world["adapter"]["rows"]
     assert {row["adapter_sha256"] for row in ours} == {hash_file(bundled_adapter())}
-    methods, ablation = (json.loads((results / f"{name}.json").read_text()) for name in ("all_methods", "ablation"))
+    names = ("all_methods", "all_methods_level_3", "ablation")
+    level_1, level_3, ablation = (json.loads((results / f"{name}.json").read_text()) for name in names)
     parts = [world[part] for part in ("methods", "level_2", "level_3", "adapter", "no_adapter")]
-    for part in (*parts, methods, ablation["components"], ablation["sweeps"]):
+    for part in (*parts, level_1, level_3, ablation["components"], ablation["sweeps"]):
         assert name_weights(part["model"]["projector_sha256"]) == bundled_model_info()["weights"]
