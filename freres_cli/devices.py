@@ -191,7 +191,7 @@ def _find_flash(device: Device) -> tuple[str, str | None]:
     if (package := flash_package()) is not None:
         return f"flash_attn {package.__version__}", None
     if torch.backends.cuda.is_flash_attention_available():
-        return "PyTorch's own flash kernels", None
+        return f"PyTorch's own flash kernels{' (cuDNN in long prompts)' if capability >= (9, 0) else ''}", None
     return "", f"{_package_problem()}, and this torch has no flash kernels"
 
 

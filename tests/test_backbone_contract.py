@@ -196,9 +196,9 @@ def test_a_chunk_of_the_prefill_is_as_long_as_its_activations_allow(tiny, monkey
     widest = prefix.num_tokens * tiny.model.activation_bytes_per_token
     # Experts are no linear layers, and take more than these.
     assert 3 * max(outputs) == widest or (3 * max(outputs) < widest and tiny.case.name == "qwen3_vl_moe")
-    assert engine.choose_chunk(tiny.model) * tiny.model.activation_bytes_per_token <= engine.PREFILL_CHUNK_BYTES
+    assert engine.choose_chunk(tiny.model, 1) * tiny.model.activation_bytes_per_token <= engine.PREFILL_CHUNK_BYTES
     monkeypatch.setattr(engine, "PREFILL_CHUNK_BYTES", 1)
-    assert engine.choose_chunk(tiny.model) == engine.PREFILL_CHUNK_TOKENS
+    assert engine.choose_chunk(tiny.model, 1) == engine.PREFILL_CHUNK_TOKENS
 
 
 # What only some families have

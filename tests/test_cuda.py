@@ -10,11 +10,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
-from freres_cli.backbones import base, engine
+from freres_cli.backbones import base, engine, generation, long_attention
 from freres_cli.backbones.generation import generate
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.workflows.verify import TOLERANCES, draw_frames
 from tests.family_contract import CASES, by_family
 from tests.family_contract import folders as folders
@@ -141,6 +145,55 @@ def test_waits_of_a_prefill_do_not_grow_and_those_of_an_answer_by_few_a_token(lo
     assert (
         4 <= answers[1] - answers[0] <= 4 * 2
     )  # four tokens more, each with one wait to check the scores and one to know the token
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].is_hybrid])
+def test_a_recorded_step_gives_what_an_eager_one_gives(folders, name, dtype, monkeypatch):
+    models = Models(ModelSource(str(folders(name)), choose_device("cuda"), dtype=dtype))
+    model, prompt = models.language_model, models.language_model.prompt(QUESTION)
+    tokens = video_tokens(models.encoder.encode(frames_of(name, 3)).cpu(), width=models.encoder.width)
+
+    def scores_of(prefix):
+        seen, real = [], generation.check_scores
+        monkeypatch.setattr(generation, "check_scores", lambda logits: seen.append(real(logits).clone()) or logits)
+        # Every way is asked about the same tokens: in 16 bits, a tie could send them different ways.
+        monkeypatch.setattr(generation, "pick_token", lambda *_: 5 + len(seen))
+        list(generate(model, prefix, prompt.suffix, NUM_NEW + 4))
+        monkeypatch.setattr(generation, "check_scores", real)
+        return torch.stack(seen)
+
+    prefix = engine.prefill_video(model, prompt.prefix, tokens)
+    recorded, again = scores_of(prefix), scores_of(prefix)
+    assert (prefix.graph is not None) == (name != "qwen3_vl_moe") and not prefix.notes
+    monkeypatch.setattr(generation, "can_record", lambda *_: False)
+    eager = scores_of(prefix)
+    assert torch.equal(recorded, again)
+    limit = TOLERANCES[getattr(torch, dtype)] * float(eager.abs().max())
+    assert float((recorded - eager).abs().max()) <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_keys", [8192, 3 * 8192])
+def test_attention_over_a_long_prompt_is_that_of_other_kernels(num_keys):
+    generator = torch.Generator("cuda").manual_seed(1)
+    query, key, value = (
+        torch.randn(1, heads, rows, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for heads, rows in ((8, 8192), (2, num_keys), (2, num_keys))
+    )
+    if not long_attention.can_attend_long(query, key):
+        assert torch.cuda.get_device_capability() < long_attention.LEAST_CAPABILITY, long_attention.describe_problems(
+            query.device, long_attention.LONG_PROMPT_TOKENS
+        )
+        pytest.skip("needs compute capability 9.0")
+    ours = long_attention.attend_long(query, key, value, None)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        bias = causal_lower_right(8192, num_keys)
+        theirs = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+    assert float((ours.float() - theirs.float()).abs().max()) <= 2**-7 * float(theirs.float().abs().max())
 
 
 @on_both

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
+from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS, attend_long, can_attend_long
 from freres_cli.devices import flash_package
 from freres_cli.errors import ResourceError
 
@@ -104,6 +106,7 @@ def batch_attention(
     kernel: str = "sdpa",
     is_last_of_keys: bool = True,
     attended: list[Tensor] | None = None,
+    key_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of a batch without padding: causal if ``is_last_of_keys``, else from every query to every key.
@@ -111,12 +114,32 @@ def batch_attention(
     ``query``: (n, heads, q, d). ``key`` and ``value``: (n, kv_heads, kv, d). With ``is_last_of_keys`` the queries are
     the last q of the kv positions. ``scaling``: factor of the scores, by default 1/sqrt(d). ``kernel``: sdpa, flash or
     eager. ``attended``: gets the weights of the last query, as ``attend_last`` gives them; no others are computed.
-    ``module`` and ``attention_mask`` are part of transformers' interface and not used. Returns (n, q, heads, d) and None.
+    ``key_bias``: of a single query to keys that are not all filled, as ``attend_row`` takes it. ``module`` and
+    ``attention_mask`` are part of transformers' interface and not used. Returns (n, q, heads, d) and None.
     """
+    if key_bias is not None:
+        return attend_row(query, key, value, scaling, key_bias), None
     if attended is not None:
         attended.append(attend_last(query, key, scaling))
     out = _KERNELS[kernel](query, key, value, scaling, is_last_of_keys)
     return out.transpose(1, 2).contiguous(), None
+
+
+def attend_row(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, key_bias: Tensor) -> Tensor:
+    """Attention of one query to a buffer of keys, of which the last ones may not be filled yet.
+
+    ``query``: (1, heads, 1, d). ``key``, ``value``: (1, kv_heads, kv, d). ``scaling``: factor of the scores, by default
+    1/sqrt(d). ``key_bias``: (kv,) float32, added to the scores: 0, or minus infinity for keys that are not there. Returns
+    (1, 1, heads, d). Ours: as products of matrices, because its shapes do not change from token to token, no kernel with a
+    mask reads shared keys once, and scores stay in float32.
+    """
+    groups = query[0, :, 0].unflatten(0, (key.shape[1], -1))  # (kv_heads, heads of each, d)
+    if query.is_cuda and query.dtype.itemsize == 2:  # where a product can be had as it was added up
+        scores = torch.bmm(groups, key[0].mT, torch.float32)
+    else:
+        scores = torch.bmm(groups, key[0].mT).float()
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling) + key_bias
+    return torch.bmm(scores.softmax(-1).to(value.dtype), value[0]).flatten(0, 1)[None, None]
 
 
 def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
@@ -130,16 +153,39 @@ def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
 
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
-    """PyTorch's own kernels, with a mask only where they need one."""
+    """PyTorch's own kernels, among them cuDNN's for the chunks of a long prompt."""
+    if is_causal and query.shape[2] == LONG_CHUNK_TOKENS and can_attend_long(query, key):
+        return attend_long(query, key, value, scaling)
+    return _attend_with_bias(query, key, value, scaling, is_causal)
+
+
+def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
+    """The kernel that PyTorch picks, with a mask only where it needs one."""
     if query.is_cuda and query.dtype == torch.float32:
         # On CUDA no kernel takes grouped heads in float32, and PyTorch would hold all scores: 4 bytes for each pair.
         key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if is_causal and _takes_flash(query, key, value):
+        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = flash(query, key, value, 0.0, num_queries > 1, False, scale=scaling)[0]
+        return out
     if not is_causal or num_queries in (1, num_keys):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal and num_queries > 1, **options)
     bias = _causal_lower_right(num_queries, num_keys)
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+
+
+def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether to call PyTorch's flash kernel, whose causal mask is aligned to the last key, without asking PyTorch.
+
+    From compute capability 9.0 on PyTorch picks cuDNN's, which prepares each new shape for 45 ms; every token of an answer
+    has one.
+    """
+    if not query.is_cuda or query.dtype.itemsize != 2 or query.shape[-1] % 8 or torch.is_grad_enabled():
+        return False
+    is_grouped = query.shape[1] != key.shape[1]
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
 
 
 def _repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
@@ -154,7 +200,7 @@ def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
         out: Tensor = package.flash_attn_func(*swapped, softmax_scale=scaling, causal=is_causal)
         return out.transpose(1, 2)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _no_kernel_refused(query):
-        return _attend_sdpa(query, key, value, scaling, is_causal)
+        return _attend_with_bias(query, key, value, scaling, is_causal)
 
 
 @contextmanager

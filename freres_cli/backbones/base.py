@@ -297,13 +297,18 @@ class LanguageModel(Protocol):
         """Text as rows for the decoder. ``index``: number of rows before it. ``position``: position of its first token."""
         ...
 
+    def step_rows(self, token: Tensor, place: Tensor, position: Tensor) -> PromptRows:
+        """``text_rows`` of one token that the host need not know: ``token`` and ``place``, the number of rows before it, (1,)
+        int64, and ``position``, float32 without axes. ``next_position`` is not set."""
+        ...
+
     def new_cache(self) -> Any:
         """An empty KV cache."""
         ...
 
-    def decode(self, rows: PromptRows, cache: Any) -> Tensor:
+    def decode(self, rows: PromptRows, cache: Any, **of_attention: Any) -> Tensor:
         """Run rows, wherever they are, through the decoder on top of the cache, extending it. Returns the last hidden states
-        (L, D)."""
+        (L, D). ``of_attention``: further arguments of the attention function."""
         ...
 
     def decode_layers(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
+from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS, LONG_PROMPT_TOKENS, describe_problems
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
 from freres_cli.devices import memory_errors_as, synchronize
 from freres_cli.errors import BackboneError, count_of
@@ -34,7 +35,7 @@ class VideoPrefix:
     ``num_tokens``: rows in the cache. ``next_position``: position of the question's first token. ``prefill_s``: how
     long the prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time.
     ``pruned``: if only some visual tokens reach the later layers, what the first layers made of all of them; the later
-    layers then run once for each question.
+    layers then run once for each question. ``graph``: the step of a ``StepGraph`` on this cache, once one is recorded.
     """
 
     cache: Any
@@ -45,6 +46,7 @@ class VideoPrefix:
     notes: tuple[str, ...] = ()
     pruned: PrunedVideo | None = None
     is_lent: bool = field(default=False, init=False)
+    graph: Any = field(default=None, init=False, repr=False)
 
     @property
     def num_answering_tokens(self) -> int:
@@ -63,7 +65,7 @@ def prefill_video(
     """Run the text before the video, ``prefix_ids``, and the visual tokens, ``video``, through ``model``.
 
     ``text_after`` is the rule for the positions of later text, as in ``base.LanguageModel.splice``; ``chunk_tokens`` is
-    the number of rows per forward pass, by default ``choose_chunk(model)``. With a ``pruning``, only the first layers run
+    the number of rows per forward pass, by default as ``choose_chunk`` says. With a ``pruning``, only the first layers run
     now. Raises BackboneError if the prefix alone exceeds the model's context or the model's layers cannot be pruned,
     ResourceError if it does not fit in memory.
     """
@@ -89,6 +91,7 @@ def prefill_rows(
     start_s = time.perf_counter() if start_s is None else start_s
     notes = check_context(model, len(rows), rows.next_position)
     cache, pruned = model.new_cache(), None
+    chunk_tokens = chunk_tokens or choose_chunk(model, len(rows))
     if pruning is None:
         # It imports transformers, which whoever only reads tokens does without.
         from freres_cli.backbones.cache import reserve_rows
@@ -98,9 +101,10 @@ def prefill_rows(
     else:
         check_pruning(model, pruning, cache)
         with memory_of(model, len(rows)):
-            pruned = run_first_layers(model, rows, cache, pruning, chunk_tokens or choose_chunk(model))
+            pruned = run_first_layers(model, rows, cache, pruning, chunk_tokens)
     synchronize(model.device)
     spent_s = time.perf_counter() - start_s
+    notes += describe_problems(model.device, len(rows))
     return VideoPrefix(cache, len(rows), num_visual_tokens, rows.next_position, spent_s, notes, pruned)
 
 
@@ -130,16 +134,23 @@ def check_context(
     return ()
 
 
-def choose_chunk(model: LanguageModel) -> int:
-    """Return how many rows a prefill runs at a time: as many as have 256 MiB of activations, but at least 2,048 (ours)."""
+def choose_chunk(model: LanguageModel, num_rows: int, *, is_cuda: bool | None = None) -> int:
+    """Return how many rows a prefill runs at a time.
+
+    As many as have 256 MiB of activations, but at least 2,048 (ours). On a GPU, ``LONG_CHUNK_TOKENS`` of a long prompt, for
+    which ``attend_long`` is made; its layers run their MLPs in parts, so these rows do not take more memory.
+
+    ``num_rows``: of the prompt. ``is_cuda``: whether it is a GPU, by default as the model's device says.
+    """
+    if (model.device.type == "cuda" if is_cuda is None else is_cuda) and num_rows >= LONG_PROMPT_TOKENS:
+        return LONG_CHUNK_TOKENS
     return max(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_BYTES // model.activation_bytes_per_token)
 
 
 @torch.no_grad()
 def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: int | None = None) -> Tensor:
-    """Run ``rows`` through ``model`` on top of ``cache``, ``chunk_tokens`` at a time (by default ``choose_chunk(model)``).
-
-    Returns the last hidden state, (1, D).
+    """Run ``rows`` through ``model`` on top of ``cache``, ``chunk_tokens`` at a time (by default as ``choose_chunk``
+    says). Returns the last hidden state, (1, D).
 
     In exact arithmetic the chunk size does not matter; in float32, logits change by about 1e-5. Raises ResourceError if
     memory runs out, and BackboneError if there are no rows, because a cache alone gives no prediction.
@@ -147,7 +158,7 @@ def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: in
     if not len(rows):
         raise BackboneError("prompt: expected at least one token after the video, got none")
     num_cached = cache.get_seq_length()
-    chunk_tokens = chunk_tokens or choose_chunk(model)
+    chunk_tokens = chunk_tokens or choose_chunk(model, len(rows))
     with memory_of(model, num_cached + len(rows)):
         for part in rows.split(chunk_tokens):
             hidden = model.decode(part, cache)

@@ -142,6 +142,17 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
     return tokenizer
 
 
+def rope_notes(text_config: Any) -> tuple[str, ...]:
+    """What the user should know about the rotary angles of a decoder with this config."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "dynamic":
+        return ()
+    limit = text_config.max_position_embeddings
+    return (
+        f"rotary frequencies change past position {limit} (dynamic scaling): beyond it, answers depend on chunking",
+    )
+
+
 def loading(checkpoint: Checkpoint, what: str) -> Any:
     """A context that turns running out of memory into a ResourceError naming the model and its size."""
     gib = checkpoint.weight_bytes / 2**30

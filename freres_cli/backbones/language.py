@@ -26,9 +26,12 @@ from freres_cli.backbones.halves import (
     loading,
     read_config,
     read_tokenizer,
+    rope_notes,
 )
+from freres_cli.backbones.long_attention import start_compiling
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
+from freres_cli.backbones.row_parts import use_row_parts
 from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_widest_row
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
@@ -73,6 +76,7 @@ class DecoderLanguageModel(ABC):
         self.config = config
         self.half = half
         self.decoder = half.decoder.eval()
+        use_row_parts(self.decoder)
         self.head_weight = half.decoder.embed_tokens.weight if half.lm_head is None else half.lm_head.weight
         self.tokenizer = tokenizer
         self.video_token_id = int(
@@ -101,6 +105,8 @@ class DecoderLanguageModel(ABC):
         stored = checkpoint.stored_dtype(cls.files.decoder)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
         attention, attention_note = fit_attention(device, chosen)
+        if attention == "sdpa":
+            start_compiling(torch.device(device.name), chosen, config.text_config)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):
             is_tied = config.tie_word_embeddings and not checkpoint.keys_under(cls.files.head)[1]
@@ -116,7 +122,7 @@ class DecoderLanguageModel(ABC):
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
         notes = tuple(
-            filter(None, (device.note, dtype_note, attention_note, weights_note, *_rope_notes(config.text_config)))
+            filter(None, (device.note, dtype_note, attention_note, weights_note, *rope_notes(config.text_config)))
         )
         choices_as = checkpoint.read_json(MODEL_INFO_FILE).get("choices_as", "letters")
         return cls(config, half, tokenizer, stop_ids, digests, notes, attention, choices_as, storage)
@@ -179,9 +185,9 @@ class DecoderLanguageModel(ABC):
 
     def _kv_bytes(self, kv: str | None) -> int:
         config = self.decoder.config
-        num_layers = find_layer_kinds(config).count("full_attention")
         numbers, dtype = row_format(find_head_width(config), self.dtype, kv)
-        return int(2 * num_layers * config.num_key_value_heads * numbers * dtype.itemsize)
+        num_heads = 2 * find_layer_kinds(config).count("full_attention") * config.num_key_value_heads
+        return int(num_heads * numbers * dtype.itemsize)
 
     def describe_kv(self) -> tuple[str, ...]:
         """A note on what the cache loses and saves, if it is kept in other numbers than the model's."""
@@ -279,6 +285,12 @@ class DecoderLanguageModel(ABC):
         embeds = self._embed(torch.tensor(ids, dtype=torch.long, device=self.device))
         return self.rows_of_text(Piece(embeds), index, position)
 
+    def step_rows(self, token: Tensor, place: Tensor, position: Tensor) -> PromptRows:
+        """See ``base.LanguageModel``."""
+        plain = [] if self.num_axes == 1 else [place.float()[None]]
+        positions = torch.cat([*plain, position.expand(self.num_axes, 1)])
+        return PromptRows((Piece(self._embed(token)),), positions[:, None], 0.0)
+
     def text_pieces(self, texts: Sequence[Sequence[int]], place: torch.device) -> list[Piece]:
         """The rows of several texts, for ``rows_of_text``. ``place`` gets each token of them once, in one copy."""
         ids = torch.tensor([token for text in texts for token in text], dtype=torch.long)
@@ -308,9 +320,9 @@ class DecoderLanguageModel(ABC):
         """An empty KV cache for one sequence."""
         return make_cache(self.decoder.config, self.storage.kv)
 
-    def decode(self, rows: PromptRows, cache: Any) -> Tensor:
-        """Run rows on top of the cache. Returns the last hidden states, (L, D)."""
-        return self._run(rows, cache)
+    def decode(self, rows: PromptRows, cache: Any, **of_attention: Any) -> Tensor:
+        """See ``base.LanguageModel``."""
+        return self._run(rows, cache, **of_attention)
 
     def decode_layers(
         self, rows: PromptRows, cache: Any, layers: range, attended: list[Tensor] | None = None
@@ -366,22 +378,12 @@ class DecoderLanguageModel(ABC):
         return torch.stack(kept).mean(1)
 
     def deep_inputs(self, embeds: Tensor) -> dict[str, Any]:
-        """Extra arguments of the decoder for the DeepStack channels of its rows (L, C), if these have any."""
+        """Further arguments of the decoder for the DeepStack channels of its rows (L, C)."""
         return {}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) hidden states -> (n, vocabulary) float32 logits."""
         return linear(hidden, self.head_weight).float()
-
-
-def _rope_notes(text_config: Any) -> tuple[str, ...]:
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "dynamic":
-        return ()
-    limit = text_config.max_position_embeddings
-    return (
-        f"rotary frequencies change past position {limit} (dynamic scaling): beyond it, answers depend on chunking",
-    )
 
 
 @contextmanager

@@ -153,12 +153,13 @@ class Planner:
         visual = plan.budget.expected.total if plan.budget else plan.most_tokens
         context = text["context_tokens"]
         tower, decoder = measure_tower(self.encoder, plan.size), measure_decoder(self.language)
-        b, chunk, cells = self.dtype.itemsize, choose_chunk(self.language), plan.size.num_tokens
+        rows = visual if context is None else context
+        chunk = choose_chunk(self.language, rows, is_cuda=self.is_cuda)
+        b, cells = self.dtype.itemsize, plan.size.num_tokens
         storage = options.model.storage
         batch = min(count_batch_frames(plan), plan.num_frames)
         frame_px = plan.size.height_px * plan.size.width_px
         kept = method_parts(plan.budget, options.method, plan.num_frames, cells, visual, tower.out_channels, b)
-        rows = visual if context is None else context
         return Cost(
             plan,
             visual,

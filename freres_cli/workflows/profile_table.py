@@ -136,7 +136,7 @@ def measure_table_row(request: TableRequest, wanted: CostRow) -> dict[str, Any]:
     return row | {
         "text_tokens": text_tokens,
         "flops_per_s": speed.flops_per_s,
-        "prefill_chunk_tokens": choose_chunk(model),
+        "prefill_chunk_tokens": choose_chunk(model, wanted.context_tokens),
     }
 
 

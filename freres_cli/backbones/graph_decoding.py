@@ -1,0 +1,129 @@
+"""Run a decoder on one token after another as a CUDA graph: the device starts all kernels of a step by itself.
+
+A step of an 8B model has a thousand kernels, which the host takes four times as long to start as the device to run. A graph
+needs tensors that stay where they are and keep their shapes. So a step reads the whole buffers of the cache, of which rows
+that are not filled yet are hidden, and writes its row at a place that is itself a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.backbones.cache import ReservedLayer
+
+# A step is recorded once an answer has gone on for this many tokens: recording takes as long as a few of them.
+STEPS_BEFORE_RECORDING = 2
+# Rotary angles that depend on the largest position so far, which the host would have to read.
+CHANGING_ROPE = ("dynamic", "longrope")
+
+
+class _WholeBuffers(CacheLayerMixin):
+    """One layer's buffers, (1, heads, rows, d), as a cache. ``place``: (1,) int64, the row to write."""
+
+    def __init__(self, buffers: tuple[Tensor, Tensor], place: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = buffers
+        self._place = place
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: there are buffers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Write one row, (1, heads, 1, d), and return the whole buffers."""
+        assert self.keys is not None and self.values is not None
+        return (
+            self.keys.index_copy_(2, self._place, key_states),
+            self.values.index_copy_(2, self._place, value_states),
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of a mask, which the attention here does not take."""
+        return self.get_max_length(), 0
+
+    def get_seq_length(self) -> int:
+        """Rows before the last of the buffers. A recorded step cannot read how many are filled, and does not need it."""
+        return self.get_max_length() - 1
+
+    def get_max_length(self) -> int:
+        """Rows of the buffers."""
+        assert self.keys is not None
+        return int(self.keys.shape[2])
+
+
+class StepGraph:
+    """One step of a decoder on the buffers of one cache, recorded if ``is_recorded``, else run as it is.
+
+    ``model``: it has a ReservedLayer for each layer. ``buffers``: of its layers, from ``ReservedLayer.make_room``.
+    """
+
+    def __init__(self, model: LanguageModel, buffers: list[tuple[Tensor, Tensor]], *, is_recorded: bool = True) -> None:
+        self.model = model
+        self.buffers = buffers
+        device, num_rows = model.device, buffers[0][0].shape[2]
+        self._token = torch.zeros(1, dtype=torch.int64, device=device)
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._position = torch.zeros((), dtype=torch.float32, device=device)
+        self._rows = torch.arange(num_rows, device=device)
+        self._cache = Cache(layers=[_WholeBuffers(pair, self._place) for pair in buffers])
+        self._replay: Callable[[], Any] | None = None
+        self._is_recorded = is_recorded
+        self._logits = torch.empty(0)
+
+    def run(self, token: int, place: int, position: float) -> Tensor:
+        """The logits after ``token``, (vocabulary,) float32, whose row of the cache is ``place``, at ``position``."""
+        self._token.fill_(token)
+        self._place.fill_(place)
+        self._position.fill_(position)
+        if self._replay is None:
+            self._replay = self._record() if self._is_recorded else self._step
+        self._replay()
+        return self._logits
+
+    def holds(self, buffers: list[tuple[Tensor, Tensor]]) -> bool:
+        """Whether it was made for these buffers."""
+        pairs = zip(self.buffers, buffers, strict=True)
+        return all(mine is other for pair, others in pairs for mine, other in zip(pair, others, strict=True))
+
+    def _step(self) -> None:
+        rows = self.model.step_rows(self._token, self._place, self._position)
+        key_bias = torch.zeros(self._rows.shape, device=self._rows.device)
+        key_bias.masked_fill_(self._rows > self._place, -torch.inf)
+        self._logits = self.model.logits(self.model.decode(rows, self._cache, key_bias=key_bias))[0]
+
+    def _record(self) -> Callable[[], Any]:
+        here, stream = torch.cuda.current_stream(self.model.device), torch.cuda.Stream(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            # Kernels are loaded, and workspaces made, by a step that is not recorded.
+            self._step()
+            # Not torch.cuda.graph, which collects garbage and gives up all cached memory first.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._step()
+            finally:
+                graph.capture_end()
+        here.wait_stream(stream)
+        return graph.replay
+
+
+def can_record(model: LanguageModel, cache: Any) -> bool:
+    """Whether a step of this model on this cache always runs the same kernels on the same rows, on a GPU."""
+    config = model.decoder.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        model.device.type == "cuda"
+        and torch.cuda.is_available()
+        and not getattr(config, "num_experts", 0)
+        and rope.get("rope_type") not in CHANGING_ROPE
+        and all(type(layer) is ReservedLayer for layer in cache.layers)
+        # Layers after a pruning hold fewer rows.
+        and len({layer.get_seq_length() for layer in cache.layers}) == 1
+    )

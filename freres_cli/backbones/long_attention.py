@@ -1,0 +1,115 @@
+"""Attention over a long prompt on GPUs from compute capability 9.0 on, by cuDNN's kernels.
+
+There they take 0.5 to 0.6 times as long as PyTorch's flash kernel. But cuDNN aligns a causal mask to the first key, prepares
+each shape of its arguments anew (50 ms), and compiles its first two kernels (1.2 s; measured on an H200, see
+``cuda.json``). So only whole chunks of long prompts are run by it: their shapes recur, and a second thread has it compile
+while the weights are read.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freres_cli.backbones.sizes import find_head_width
+
+# Rows of a chunk, and the shortest prompt that is run in such chunks (ours: below, preparing takes longer than it saves).
+LONG_CHUNK_TOKENS = 7168
+LONG_PROMPT_TOKENS = 32768
+LEAST_CAPABILITY = (9, 0)
+# Heads merged at a time, so that float32 copies stay small.
+MERGED_HEADS = 8
+
+
+def attend_long(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of the last q of kv rows, as attention to the rows before them and attention among themselves.
+
+    ``query``: (n, heads, q, d). ``key``, ``value``: (n, kv_heads, kv, d). ``scaling``: factor of the scores, by default
+    1/sqrt(d). Returns (n, heads, q, d).
+    """
+    num_before = key.shape[2] - query.shape[2]
+    own = _attend(query, key[:, :, num_before:], value[:, :, num_before:], scaling, True)
+    if not num_before:
+        return own[0]
+    return merge_parts(_attend(query, key[:, :, :num_before], value[:, :, :num_before], scaling, False), own)
+
+
+def merge_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to two sets of keys, from the attention to each: exact but for rounding.
+
+    ``first``, ``second``: what was read, (n, heads, q, d), and the logarithm of the sum of the exponentials of the scores,
+    (n, heads, q) float32. Returns (n, heads, q, d), in the place of the first.
+    """
+    out = first[0]
+    weights = torch.sigmoid(second[1] - first[1])[..., None]
+    parts = (tensor.split(MERGED_HEADS, dim=1) for tensor in (out, second[0], weights))
+    for mine, other, weight in zip(*parts, strict=True):
+        mine.copy_(torch.lerp(mine.float(), other.float(), weight))
+    return out
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+    call: Any = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, sums, *_ = call(query, key, value, None, True, 0.0, is_causal, False, scale=scaling)
+    return out, sums.view(out.shape[:3])
+
+
+def is_fit(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN is worth trying there, for a model of this precision."""
+    return (
+        device.type == "cuda"
+        and dtype.itemsize == 2
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+        and torch.backends.cuda.cudnn_sdp_enabled()
+    )
+
+
+def can_attend_long(query: Tensor, key: Tensor) -> bool:
+    """Whether ``attend_long`` runs with heads like these. The first call for a kind of heads tries it."""
+    if not is_fit(query.device, query.dtype):
+        return False
+    return find_problem(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]) is None
+
+
+# Why cuDNN does not attend with some kind of heads, or None if it does. The lock is held while one is tried.
+_PROBLEMS: dict[tuple[Any, ...], str | None] = {}
+_TRYING = threading.Lock()
+
+
+def find_problem(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_width: int
+) -> str | None:
+    """Why cuDNN does not attend with such heads, ``None`` if it does. Trying it has cuDNN compile what it needs."""
+    kind = (device, dtype, num_heads, num_kv_heads, head_width)
+    with _TRYING:
+        if kind not in _PROBLEMS:
+            query = torch.zeros((1, 128, num_heads, head_width), dtype=dtype, device=device).transpose(1, 2)
+            key = torch.zeros((1, num_kv_heads, 256, head_width), dtype=dtype, device=device)
+            try:
+                attend_long(query, key, key.clone(), None)
+                _PROBLEMS[kind] = None
+            except RuntimeError as error:
+                _PROBLEMS[kind] = str(error).strip().partition("\n")[0]
+        return _PROBLEMS[kind]
+
+
+def describe_problems(device: torch.device, num_rows: int) -> tuple[str, ...]:
+    """Notes for a prompt of ``num_rows`` on what could not be run by cuDNN. It is run by PyTorch's own kernels instead."""
+    if num_rows < LONG_PROMPT_TOKENS:
+        return ()
+    found = [problem for (place, *_), problem in _PROBLEMS.items() if problem is not None and place == device]
+    return tuple(
+        f"the prefill takes longer: cuDNN's attention failed, and PyTorch's is used: {problem}" for problem in found
+    )
+
+
+def start_compiling(device: torch.device, dtype: torch.dtype, config: Any) -> None:
+    """Have a thread try ``attend_long``, so that what cuDNN compiles is there when a prompt comes. ``config``: the
+    decoder's."""
+    if is_fit(device, dtype):
+        heads = (config.num_attention_heads, config.num_key_value_heads, find_head_width(config))
+        threading.Thread(target=find_problem, args=(device, dtype, *heads), daemon=True).start()
