@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -74,3 +76,12 @@ def test_a_step_that_cannot_be_recorded_is_run_as_before_and_a_note_says_so(load
     ids, _ = answer_and_logits(model, prefix, suffix, monkeypatch)
     assert ids == expected and prefix.graph is None
     assert [note for note in prefix.notes if "CUDA graph: operation not permitted when stream is capturing" in note]
+
+
+def test_a_copy_of_a_prefix_has_no_graph_of_its_own_yet(load, recorded, monkeypatch):
+    model, prefix, suffix = prefix_of(load("qwen2_vl", CPU), "qwen2_vl")
+    monkeypatch.setattr(generation, "can_record", lambda *_: True)
+    expected, _ = answer_and_logits(model, prefix, suffix, monkeypatch)
+    twin = copy.deepcopy(prefix)
+    assert prefix.graph is not None and twin.graph is None
+    assert answer_and_logits(model, twin, suffix, monkeypatch)[0] == expected and len(recorded) == 2

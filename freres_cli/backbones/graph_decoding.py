@@ -76,6 +76,10 @@ class StepGraph:
         self._is_recorded = is_recorded
         self._logits = torch.empty(0)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a prefix has buffers of its own, for which its step is recorded anew.
+        return type(None), ()
+
     def run(self, token: int, place: int, position: float) -> Tensor:
         """The logits after ``token``, (vocabulary,) float32, whose row of the cache is ``place``, at ``position``."""
         self._token.fill_(token)
