@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +27,9 @@ from freres_cli.presets import BUNDLED, environment_value
 from freres_cli.world.bundled_model import bundled_model_dir, name_weights
 
 T = TypeVar("T")
+
+# Loading sets functions and a dtype of torch for the whole process for a while: two loads at once would undo each other.
+_LOADING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def find_dtype(dtype: str | None = None) -> str | None:
 
 
 class Models:
-    """The two halves of one model, each loaded when first used, and then kept.
+    """The two halves of one model, each loaded when first used, and then kept. Threads may share them.
 
     ``source``: which model. ``encoder``, ``language_model``: halves that are already loaded, as in tests and services.
     Raises ``BackboneError`` or ``ResourceError`` when a half is first used.
@@ -122,14 +126,17 @@ class Models:
     def encoder(self) -> VisionEncoder:
         """The vision tower and projector."""
         if self._encoder is None:
-            self._encoder = self._from_checkpoint(load_vision_encoder)
+            with _LOADING:
+                self._encoder = self._encoder or self._from_checkpoint(load_vision_encoder)
         return self._encoder
 
     @property
     def language_model(self) -> LanguageModel:
         """The language half, with its tokenizer."""
         if self._language_model is None:
-            self._language_model = self._from_checkpoint(partial(load_language_model, storage=self.source.storage))
+            load = partial(load_language_model, storage=self.source.storage)
+            with _LOADING:
+                self._language_model = self._language_model or self._from_checkpoint(load)
         return self._language_model
 
     @property
@@ -138,7 +145,9 @@ class Models:
         if self._language_model is not None:
             return self._language_model
         if self._prompt_counter is None:
-            self._prompt_counter = self._from_checkpoint(partial(load_prompt_counter, storage=self.source.storage))
+            load = partial(load_prompt_counter, storage=self.source.storage)
+            with _LOADING:
+                self._prompt_counter = self._prompt_counter or self._from_checkpoint(load)
         return self._prompt_counter
 
     @property
@@ -179,7 +188,8 @@ class Models:
         if self._encoder is not None:
             # A branch may move: both halves come from the commit that it was when the first was loaded.
             revision = self._encoder.fingerprint.get("revision") or revision
-        return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
+        with _LOADING:
+            return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
 
 
 def find_model(
