@@ -21,11 +21,12 @@ from freres_cli.backbones.saved_prefix import SUFFIX, open_prefix
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import AS_COMPUTED, Device, Storage
 from freres_cli.errors import BackboneError, UsageError
-from freres_cli.evaluation.questions import check_choices, check_length, check_text, find_control_token, format_choices
+from freres_cli.evaluation.questions import check_choices, format_choices
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
-from freres_cli.pipeline.reasoning import NOTE, opens_reasoning, refuse_reasoning
+from freres_cli.pipeline.query import Query, check_query
+from freres_cli.pipeline.reasoning import NOTE, opens_reasoning
 from freres_cli.pipeline.refining import AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.records import Answer, VideoTokens
@@ -35,27 +36,6 @@ MAX_BATCH = 16
 MAX_BATCH_BYTES = 2**30
 
 Ids = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Query:
-    """A question, with its options if it has any, and what ``refine`` picks tokens by, if not by the question."""
-
-    question: str
-    choices: tuple[str, ...] = ()
-    relevant_text: str | None = None
-
-    def __init__(self, question: str, choices: Sequence[str] | None = (), relevant_text: str | None = None) -> None:
-        if isinstance(choices, str):
-            raise UsageError(f"choices: expected a list of texts, got {choices!r}", f"pass [{choices!r}, ...]")
-        object.__setattr__(self, "question", question)
-        object.__setattr__(self, "choices", () if choices is None else tuple(choices))
-        object.__setattr__(self, "relevant_text", relevant_text)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The question, its options and its relevant text."""
-        return (self.question, *self.choices, *(() if self.relevant_text is None else (self.relevant_text,)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +136,7 @@ class Session:
         submitted = time.perf_counter()
         query = Query(question, choices, relevant_text)
         refine = check_refine(self.refine if refine is None else refine)
-        self._check(query)
+        check_query(query, self.model)
         told = describe_refine(refine, len(self.tokens))
         if query.choices:
             prefix, suffix, options = self._encode_choices(query, refine)
@@ -189,7 +169,7 @@ class Session:
 
         Raises ``BackboneError`` for a family whose decoder keeps a state in place of attention.
         """
-        self._check(query)
+        check_query(query, self.model)
         if (why := why_no_evidence(self.model)) is not None:
             raise BackboneError(why)
         prefix, suffix = self._encode_choices(query)[:2] if query.choices else self._prompt(query)
@@ -215,7 +195,7 @@ class Session:
             raise UsageError("queries: expected a list, got one text", "pass [question], or use ask")
         asked = [query if isinstance(query, Query) else Query(query) for query in queries]
         for query in asked:
-            self._check(query)
+            check_query(query, self.model)
         answers: dict[int, Answer] = {}
         refine = check_refine(self.refine if refine is None else refine)
         told = describe_refine(refine, len(self.tokens))
@@ -287,17 +267,6 @@ class Session:
             notes=prefix.notes,
         )
 
-    def _check(self, query: Query) -> None:
-        for text in query.texts:
-            check_text(text)
-        if not query.question.strip() or (query.relevant_text is not None and not query.relevant_text.strip()):
-            raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
-        check_length(query.texts)
-        if query.choices:
-            check_choices(query.choices, "choices", "commas")
-            refuse_reasoning(self.model, "choices")
-        refuse_control_tokens([("question", query.texts)], self.model)
-
     def _prompt(self, query: Query, refine: int | None = None, text: str | None = None) -> tuple[VideoPrefix, Ids]:
         """Return the prefilled [system + video], computed once unless refined, and the ids after it: those of ``text``, or
         else of the question."""
@@ -340,18 +309,6 @@ class Session:
             choices=dict(zip(query.choices, probabilities, strict=True)),
             notes=prefix.notes,
         )
-
-
-def refuse_control_tokens(places: Iterable[tuple[str, Sequence[str]]], model: LanguageModel) -> None:
-    """Refuse texts that hold a token the model reads as a command: one that ends its own turn, or names another video,
-    would silently change the prompt.
-
-    ``places``: where each question stands, for the message, and its texts. Raises ``UsageError``.
-    """
-    tokens = [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
-    for where, texts in places:
-        if (token := find_control_token(texts, tokens)) is not None:
-            raise UsageError(f"{where}: holds {token}, which the model reads as a command", "leave it out")
 
 
 def open_session(request: AskRequest, models: Models | None = None) -> Session:
