@@ -27,6 +27,7 @@ from freres_cli.backbones.halves import (
     read_config,
     read_tokenizer,
 )
+from freres_cli.backbones.locks import ThreadLock
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_widest_row
@@ -72,6 +73,7 @@ class DecoderLanguageModel(ABC):
         self.choices_as = choices_as
         self.config = config
         self.half = half
+        self.lock = ThreadLock()
         self.decoder = half.decoder.eval()
         self.head_weight = half.decoder.embed_tokens.weight if half.lm_head is None else half.lm_head.weight
         self.tokenizer = tokenizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.questions import check_choices, check_length, check_text, find_control_token
+from freres_cli.pipeline.choices import as_whole
 from freres_cli.pipeline.reasoning import refuse_reasoning
 
 
@@ -30,6 +31,14 @@ class Query:
     def texts(self) -> tuple[str, ...]:
         """The question, its options and its relevant text."""
         return (self.question, *self.choices, *(() if self.relevant_text is None else (self.relevant_text,)))
+
+
+def check_limit(max_new_tokens: object) -> int:
+    """Return the limit for a free answer as Python's own number. Raises ``UsageError``."""
+    limit = as_whole(max_new_tokens, "max_new_tokens")
+    if limit < 1:
+        raise UsageError(f"max_new_tokens: expected at least 1, got {limit}")
+    return limit
 
 
 def check_query(query: Query, model: LanguageModel) -> None:
