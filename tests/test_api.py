@@ -36,6 +36,11 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("api") / "clip.mp4", 12, fps=6)
 
 
+@pytest.fixture(scope="module")
+def black_bundle(models):
+    return Compressor(budget_tokens=10, models=models).compress(np.zeros((2, 32, 32, 3), np.uint8), seconds=[0.0, 1.0])
+
+
 def test_compress_save_load_ask(clip, tmp_path):
     compressor = Compressor(model="bundled", preset="bundled", budget_tokens=BUDGET, device="cpu")
     bundle = compressor.compress(str(clip))
@@ -341,9 +346,15 @@ def test_many_options_take_no_more_copies_of_the_cache_than_questions(clip, mode
         assert answer.choices == pytest.approx(session.ask(query.question, choices=words).choices, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "argument", [{"device": "cpu"}, {"dtype": "float32"}, {"revision": "main"}, {"attention": "sdpa"}]
-)
-def test_what_an_open_model_has_settled_is_not_ignored(models, argument):
-    with pytest.raises(UsageError, match=f"{next(iter(argument))}: expected none with models"):
-        Compressor(models=models, **argument)
+SETTLED = {"device": "cpu", "dtype": "float32", "revision": "main", "attention": "sdpa"}
+
+
+@pytest.mark.parametrize("name", [*SETTLED, "kv_dtype", "weight_dtype", "model"])
+def test_what_an_open_model_has_settled_is_not_ignored(black_bundle, models, name):
+    argument = {name: {**SETTLED, "model": "another"}.get(name, "auto")}
+    with pytest.raises(UsageError, match=f"{name}: expected none"):
+        black_bundle.open(models=models, **argument)
+    if name in SETTLED:
+        with pytest.raises(UsageError, match=f"{name}: expected none with models"):
+            Compressor(models=models, **argument)
+    assert black_bundle.open(models=models, model="bundled", adapter="none", text_after="hf").text_after == "hf"

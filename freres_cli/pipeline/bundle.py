@@ -13,7 +13,7 @@ from freres_cli.devices import Device, choose_storage
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.choices import as_number, as_whole, check_revision
 from freres_cli.pipeline.cutting import Cut, cut_content
-from freres_cli.pipeline.models import Models, find_device, find_dtype
+from freres_cli.pipeline.models import Models, find_device, find_dtype, refuse_beside
 from freres_cli.pipeline.session import AskRequest, Session, open_bundle
 from freres_cli.pipeline.tokens import load_tokens
 from freres_cli.records import VideoTokens
@@ -87,13 +87,18 @@ class Bundle:
         ``model``, ``revision``: where to find the model, if not where the bundle says. ``device``, ``dtype``,
         ``attention``: as ``models.find_device`` and ``find_dtype`` take them. ``adapter``: as ``tokens`` takes it.
         ``text_after``: overrides the bundle's. ``kv_dtype``, ``weight_dtype``: int8 or fp8 for the model's cache and for its
-        linear layers (``devices.choose_storage``). ``models``: a model that is already loaded, in place of all of these.
-        Raises ``BackboneError``, ``ResourceError`` or ``UsageError``.
+        linear layers (``devices.choose_storage``). ``models``: a model that is already loaded; then only ``adapter`` and
+        ``text_after`` may be given as well. Raises ``BackboneError``, ``ResourceError`` or ``UsageError``.
         """
-        check_revision(model, revision)
-        place, precision = find_device(device, attention), find_dtype(dtype)
+        if models is None:
+            check_revision(model, revision)
+            place = find_device(device, attention)
+        else:
+            settled = {"device": device, "dtype": dtype, "revision": revision, "attention": attention}
+            refuse_beside(models, model, **settled, kv_dtype=kv_dtype, weight_dtype=weight_dtype)
+            place = models.source.device
+        own = (model, revision, find_dtype(dtype), adapter, text_after)
         storage = choose_storage(kv_dtype, weight_dtype)
-        own = (model, revision, precision, adapter, text_after)
         request = AskRequest(self.path or Path(self.name), place, *own, storage=storage)
         return open_bundle(self, request, models)
 

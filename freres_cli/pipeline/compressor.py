@@ -25,7 +25,7 @@ from freres_cli.pipeline.checkpoints import Checkpoints, State
 from freres_cli.pipeline.choices import as_number, as_whole, choose_method, choose_preset
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
-from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.models import Models, make_source, refuse_beside
 from freres_cli.pipeline.notes import describe_fit, describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
@@ -73,12 +73,8 @@ class Compressor:
             if budget_tokens is None
             else {**settings, "budget_tokens": as_whole(budget_tokens, "budget_tokens")}
         )
-        if models is not None and model not in (None, models.source.name):
-            raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
-        named = {"device": device, "dtype": dtype, "revision": revision, "attention": attention}
-        if models is not None and any(named.values()):
-            first = next(key for key, value in named.items() if value)
-            raise UsageError(f"{first}: expected none with models, which are loaded already", "leave it out")
+        if models is not None:
+            refuse_beside(models, model, device=device, dtype=dtype, revision=revision, attention=attention)
         source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
         if method is not None:

@@ -192,6 +192,16 @@ class Models:
             return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
 
 
+def refuse_beside(models: Models, model: str | None, **settled: object) -> None:
+    """Refuse arguments that say what a loaded model has settled. ``models``: it. ``model``: its name, or another one.
+    ``settled``: the others by name, ``None`` where they are left out. Raises ``UsageError``."""
+    if model not in (None, models.source.name):
+        raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
+    for name, value in settled.items():
+        if value is not None:
+            raise UsageError(f"{name}: expected none with models, which are loaded already", "leave it out")
+
+
 def find_model(
     recorded: Mapping[str, Any],
     bundle: str,
