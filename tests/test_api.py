@@ -309,6 +309,20 @@ def test_times_that_hardly_differ_are_saved(models, tmp_path):
     assert load_bundle(bundle.save(tmp_path / "b.pt").path).manifest["source"]["source_fps"] is None
 
 
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "4", None])
+def test_a_limit_is_a_whole_number(black_bundle, models, limit):
+    session = black_bundle.open(models=models)
+    for call in (
+        lambda: session.ask(QUESTION, max_new_tokens=limit),
+        lambda: session.ask(QUESTION, choices=CHOICES, max_new_tokens=limit),
+        lambda: session.ask_many([QUESTION], max_new_tokens=limit),
+        lambda: session.ask_many([], max_new_tokens=limit),
+    ):
+        with pytest.raises(UsageError, match="max_new_tokens: expected"):
+            call()
+    assert session.ask(QUESTION, max_new_tokens=np.int64(1)).num_new_tokens == 1
+
+
 def test_bundles_are_told_apart_by_identity(clip, models):
     bundle = Compressor(budget_tokens=BUDGET, models=models).compress(clip)
     assert bundle != copy.deepcopy(bundle) and len({bundle, bundle}) == 1
