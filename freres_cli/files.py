@@ -32,6 +32,8 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     ``UsageError``.
     """
     another = f"name a file with {flag}"
+    if not can_be_name(path):
+        raise UsageError(f"{str(path)!r:.80}: cannot be the name of a file", another)
     if str(path) == "-":
         raise UsageError(f"{path}: standard output is not supported: expected a file name", another)
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
@@ -54,6 +56,14 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     folder = Path(os.path.realpath(path)).parent
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{path}: folder {folder} is not writable", f"name another file with {flag}")
+
+
+def can_be_name(path: str | Path) -> bool:
+    """Return whether the system has a way to write this name: without a null character, or half of a character."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_in_kernel(path: Path) -> bool:

@@ -11,11 +11,12 @@ from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.content import Content
 from freres_cli.devices import Device, choose_storage
 from freres_cli.errors import UsageError
-from freres_cli.pipeline.choices import as_number, as_whole, check_revision
+from freres_cli.pipeline.choices import as_number, as_path, as_whole, check_revision
 from freres_cli.pipeline.cutting import Cut, cut_content
 from freres_cli.pipeline.models import Models, find_device, find_dtype, refuse_beside
 from freres_cli.pipeline.session import AskRequest, Session, open_bundle
 from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
 
 
@@ -56,7 +57,7 @@ class Bundle:
 
         ``force``: replace an existing file. Raises ``UsageError`` or ``ResourceError``.
         """
-        path = Path(path)
+        path = as_path(path, "path")
         write_bundle(path, self.content, self.manifest, force=force, flag="path")
         return replace(self, path=path)
 
@@ -90,6 +91,8 @@ class Bundle:
         linear layers (``devices.choose_storage``). ``models``: a model that is already loaded; then only ``adapter`` and
         ``text_after`` may be given as well. Raises ``BackboneError``, ``ResourceError`` or ``UsageError``.
         """
+        if text_after not in (None, *TEXT_AFTER):
+            raise UsageError(f"text_after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
         if models is None:
             check_revision(model, revision)
             place = find_device(device, attention)
@@ -117,6 +120,7 @@ class Bundle:
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``."""
-    stored = read_bundle(Path(path))
+    """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``,
+    ``UsageError`` for what is no path."""
+    stored = read_bundle(as_path(path, "path"))
     return Bundle(stored.manifest, stored.content, stored.path)

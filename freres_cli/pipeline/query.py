@@ -23,6 +23,8 @@ class Query:
     def __init__(self, question: str, choices: Sequence[str] | None = (), relevant_text: str | None = None) -> None:
         if isinstance(choices, str):
             raise UsageError(f"choices: expected a list of texts, got {choices!r}", f"pass [{choices!r}, ...]")
+        if not isinstance(choices, Iterable | None):
+            raise UsageError(f"choices: expected a list of texts, got {choices!r:.80}")
         object.__setattr__(self, "question", question)
         object.__setattr__(self, "choices", () if choices is None else tuple(choices))
         object.__setattr__(self, "relevant_text", relevant_text)
@@ -31,6 +33,25 @@ class Query:
     def texts(self) -> tuple[str, ...]:
         """The question, its options and its relevant text."""
         return (self.question, *self.choices, *(() if self.relevant_text is None else (self.relevant_text,)))
+
+
+def read_queries(queries: Iterable[Query | str]) -> list[Query]:
+    """Return questions, some of them plain texts, as queries. Raises ``UsageError``."""
+    if isinstance(queries, str | Query):
+        got = "text" if isinstance(queries, str) else "query"
+        raise UsageError(f"queries: expected a list, got one {got}", "pass [question], or use ask")
+    if not isinstance(queries, Iterable):
+        raise UsageError(f"queries: expected a list, got {type(queries).__name__}")
+    return [read_query(query) for query in queries]
+
+
+def read_query(query: Query | str) -> Query:
+    """Return a question as a query. Raises ``UsageError``."""
+    if isinstance(query, str):
+        return Query(query)
+    if not isinstance(query, Query):
+        raise UsageError(f"query: expected a question or a Query, got {type(query).__name__}")
+    return query
 
 
 def check_limit(max_new_tokens: object) -> int:

@@ -25,7 +25,7 @@ from freres_cli.pipeline.answers import report_choice, report_generation, report
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
-from freres_cli.pipeline.query import Query, check_limit, check_query
+from freres_cli.pipeline.query import Query, check_limit, check_query, read_queries, read_query
 from freres_cli.pipeline.reasoning import NOTE, opens_reasoning
 from freres_cli.pipeline.refining import AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
@@ -138,6 +138,8 @@ class Session:
         """
         submitted = time.perf_counter()
         query, limit = Query(question, choices, relevant_text), check_limit(max_new_tokens)
+        if not isinstance(sampling, Sampling | None):
+            raise UsageError(f"sampling: expected a Sampling, got {type(sampling).__name__}", "see freres(3)")
         refine = check_refine(self.refine if refine is None else refine)
         with self._lock:
             self._check(query)
@@ -149,11 +151,13 @@ class Session:
                 answer = self._write(query, refine, limit, sampling, on_text, submitted)
         return replace(answer, notes=(*answer.notes, *describe_refine(refine, len(self.tokens))))
 
-    def find_evidence(self, query: Query) -> Evidence:
+    def find_evidence(self, query: Query | str) -> Evidence:
         """Return which visual tokens the model attends to as it begins to answer. See ``backbones.evidence``.
 
-        Raises ``BackboneError`` for a family whose decoder keeps a state in place of attention.
+        ``query``: a question, or a query with its options. Raises ``UsageError`` for one that cannot be asked,
+        ``BackboneError`` for a family whose decoder keeps a state in place of attention.
         """
+        query = read_query(query)
         with self._lock, self.model.lock:
             self._check(query)
             if (why := why_no_evidence(self.model)) is not None:
@@ -178,10 +182,7 @@ class Session:
         ``refine``: as in ``ask``; unless all tokens are kept, the questions are then answered one at a time, because each
         has its own prefill. Raises ``UsageError`` or ``BackboneError``.
         """
-        if isinstance(queries, str):
-            raise UsageError("queries: expected a list, got one text", "pass [question], or use ask")
-        asked = [query if isinstance(query, Query) else Query(query) for query in queries]
-        limit = check_limit(max_new_tokens)
+        asked, limit = read_queries(queries), check_limit(max_new_tokens)
         refine = check_refine(self.refine if refine is None else refine)
         answers: dict[int, Answer] = {}
         with self._lock:
