@@ -10,7 +10,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -92,12 +93,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
 
     A link keeps pointing where it points. Without ``force`` an existing file is never replaced, not even one that
     appeared in the meantime (on file systems with hard links). Temporary files that killed runs left in the folder are
-    removed. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be written,
-    ``ResourceError`` for a full disk.
+    removed, once for each folder. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be
+    written, ``ResourceError`` for a full disk.
     """
     path = Path(os.path.realpath(path))
     try:
-        remove_abandoned_files(path.parent)
+        _clean_once(path.parent)
         with _temporary_file(path.parent) as (temporary, file):
             write(file)
             file.flush()
@@ -119,6 +120,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
         raise UsageError(f"{path}: cannot be written: {reason}", f"name another file with {flag}") from error
 
 
+@lru_cache(maxsize=1024)
+def _clean_once(folder: Path) -> None:
+    """Remove what killed runs left: when this process first writes here, as listing a full folder takes its time."""
+    remove_abandoned_files(folder)
+
+
 def remove_abandoned_files(folder: Path) -> None:
     """Remove the temporary files of ours in ``folder`` that no living process is writing."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
@@ -138,19 +145,19 @@ def remove_abandoned_files(folder: Path) -> None:
 def save_stream(stream: IO[bytes], folder: Path) -> Iterator[Path]:
     """Save what a pipe delivers to a file in ``folder``, which is gone afterwards. Raises ``ResourceError`` if the disk is
     full, ``UsageError`` if the file cannot be written."""
-    try:
-        remove_abandoned_files(folder)
-        with _temporary_file(folder) as (path, file):
-            try:
-                shutil.copyfileobj(stream, file, 1 << 20)
-                file.flush()
-            except OSError as error:
-                reason = f"standard input: cannot be saved in {folder}: {error.strerror}"
-                kind = ResourceError if error.errno in _DISK_FULL else UsageError
-                raise kind(reason, "name an output on a disk with room for the video with -o") from error
-            yield path
-    except PermissionError as error:
-        raise UsageError(f"{folder}: not writable: {error.strerror}", "name another folder with -o") from error
+    with ExitStack() as made:
+        try:
+            _clean_once(folder)
+            path, file = made.enter_context(_temporary_file(folder))
+            shutil.copyfileobj(stream, file, 1 << 20)
+            file.flush()
+        except PermissionError as error:
+            raise UsageError(f"{folder}: not writable: {error.strerror}", "name another folder with -o") from error
+        except OSError as error:
+            reason = f"standard input: cannot be saved in {folder}: {error.strerror}"
+            kind = ResourceError if error.errno in _DISK_FULL else UsageError
+            raise kind(reason, "name an output on a disk with room for the video with -o") from error
+        yield path
 
 
 @contextmanager
