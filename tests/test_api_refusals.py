@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import freres_cli
 from freres_cli import Compressor, Sampling, load_bundle
-from freres_cli.errors import FreresError, PresetError, UsageError, VideoError
+from freres_cli.errors import BackboneError, FreresError, PresetError, UsageError, VideoError
 from freres_cli.pipeline.models import Models, make_source
+from freres_cli.world.bundled_model import bundled_model_dir
 
 FRAMES, SECONDS = np.zeros((2, 32, 32, 3), np.uint8), [0.0, 1.0]
 ANY = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
@@ -132,6 +135,34 @@ def test_settings_are_numbers_of_any_library(compressor, quality):
     assert (type(settings.quality), type(settings.still_levels)) == (float, int) and settings.quality == pytest.approx(
         quality
     )
+
+
+def test_types_of_other_libraries_are_taken(compressor, bundle, tmp_path):
+    """Frames as a list, paths as paths, a device as torch's, planned as they are compressed."""
+    pixels, times = [ANY[0], FRAMES[1]], np.asarray(SECONDS)
+    assert compressor.plan(pixels, torch.from_numpy(times)).num_frames == 2
+    assert torch.equal(compressor.compress(pixels, seconds=times).tokens().latents, bundle.tokens().latents)
+    folder = bundled_model_dir()
+    source = Compressor(folder, device=torch.device("cpu")).options.model
+    assert (source.name, source.device.name) == (str(folder.absolute()), "cpu")
+    for model in (folder, str(folder)):
+        assert Compressor(model, models=Models(source)).options.model is source
+    refuses(lambda: Compressor(tmp_path, models=Models(source)), "model: expected none or", UsageError)
+    refuses(
+        lambda: bundle.open(model=folder, device=torch.device("cpu"), adapter=Path("none")), "none: ", BackboneError
+    )
+    refuses(lambda: bundle.tokens(Path("none")), "none: ", BackboneError)
+    assert torch.equal(bundle.tokens("none").latents, bundle.tokens().latents)
+
+
+def test_the_types_are_told_to_type_checkers():
+    assert (Path(freres_cli.__file__).parent / "py.typed").read_bytes() == b""
+
+
+def test_a_path_is_no_model_of_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    compressor = Compressor(Path("organisation/name"), device="cpu")
+    refuses(lambda: compressor.compress(FRAMES, seconds=SECONDS), "no such model", BackboneError)
 
 
 @pytest.mark.parametrize("setting", [{"anchors": np.float32(3)}, {"anchors": True}, {"quality": 1j}, {"events": 1}])

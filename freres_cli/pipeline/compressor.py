@@ -55,12 +55,12 @@ class Compressor:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         preset: str | Path | None = None,
         budget_tokens: int | None = None,
         method: str | None = None,
-        device: str | Device | None = None,
+        device: str | torch.device | Device | None = None,
         dtype: str | None = None,
         revision: str | None = None,
         attention: str | None = None,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.checkpoint import Checkpoint
@@ -67,9 +70,18 @@ def describe_weights(model: Mapping[str, Any]) -> str:
     return name_weights(model.get("projector_sha256")) or "unknown to this release"
 
 
+def name_model(model: str | os.PathLike[str]) -> str:
+    """Return the name of a model. A path is that of a folder, even one named like a model. Raises ``UsageError``."""
+    if isinstance(model, os.PathLike):
+        return str(Path(model).expanduser().absolute())
+    if not isinstance(model, str):
+        raise UsageError(f"model: expected a name or a folder, got {type(model).__name__}")
+    return model
+
+
 def make_source(
-    name: str,
-    device: str | Device | None = None,
+    name: str | os.PathLike[str],
+    device: str | torch.device | Device | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     attention: str | None = None,
@@ -77,15 +89,16 @@ def make_source(
 ) -> ModelSource:
     """Return a model source. A missing device or dtype comes from FRERES_DEVICE or FRERES_DTYPE, else it is automatic.
 
-    ``name``: ``bundled``, a folder, or a hub id. ``device``: a name, or a device already chosen. ``dtype``,
+    ``name``: ``bundled``, a folder, or a hub id. ``device``: a name, torch's, or a device already chosen. ``dtype``,
     ``revision``: as ``ModelSource`` has them. ``attention``: one of ``devices.ATTENTION_NAMES``. ``storage``: from
     ``devices.choose_storage``. Raises ``UsageError`` or ``ResourceError``.
     """
+    name = name_model(name)
     check_revision(name, revision)
     return ModelSource(name, find_device(device, attention), revision, find_dtype(dtype), storage=storage)
 
 
-def find_device(device: str | Device | None = None, attention: str | None = None) -> Device:
+def find_device(device: str | torch.device | Device | None = None, attention: str | None = None) -> Device:
     """Return the named device, else that of FRERES_DEVICE, else the best one available.
 
     Raises ``UsageError`` or ``ResourceError``.
@@ -192,11 +205,12 @@ class Models:
             return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
 
 
-def refuse_beside(models: Models, model: str | None, **settled: object) -> None:
+def refuse_beside(models: Models, model: str | os.PathLike[str] | None, **settled: object) -> None:
     """Refuse arguments that say what a loaded model has settled. ``models``: it. ``model``: its name, or another one.
     ``settled``: the others by name, ``None`` where they are left out. Raises ``UsageError``."""
-    if model not in (None, models.source.name):
-        raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
+    source, name = models.source, None if model is None else name_model(model)
+    if name not in (None, source.name, source.folder):
+        raise UsageError(f"model: expected none or {source.name} with models, got {name}")
     for name, value in settled.items():
         if value is not None:
             raise UsageError(f"{name}: expected none with models, which are loaded already", "leave it out")
