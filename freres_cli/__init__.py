@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from freres_cli.pipeline.bundle import Bundle, load_bundle
     from freres_cli.pipeline.compressor import Compressor
     from freres_cli.pipeline.models import Models
-    from freres_cli.pipeline.session import Query, Session
+    from freres_cli.pipeline.query import Query
+    from freres_cli.pipeline.session import Session
     from freres_cli.records import Answer, VideoTokens
 
 __version__ = "0.1.0"
@@ -24,7 +25,7 @@ _HOMES = {
     "Bundle": "freres_cli.pipeline.bundle",
     "Compressor": "freres_cli.pipeline.compressor",
     "Models": "freres_cli.pipeline.models",
-    "Query": "freres_cli.pipeline.session",
+    "Query": "freres_cli.pipeline.query",
     "Sampling": "freres_cli.backbones.generation",
     "Session": "freres_cli.pipeline.session",
     "VideoTokens": "freres_cli.records",

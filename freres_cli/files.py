@@ -10,7 +10,8 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +33,8 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     ``UsageError``.
     """
     another = f"name a file with {flag}"
+    if not can_be_name(path):
+        raise UsageError(f"{str(path)!r:.80}: cannot be the name of a file", another)
     if str(path) == "-":
         raise UsageError(f"{path}: standard output is not supported: expected a file name", another)
     if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
@@ -54,6 +57,14 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     folder = Path(os.path.realpath(path)).parent
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{path}: folder {folder} is not writable", f"name another file with {flag}")
+
+
+def can_be_name(path: str | Path) -> bool:
+    """Return whether the system has a way to write this name: without a null character, or half of a character."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_in_kernel(path: Path) -> bool:
@@ -82,12 +93,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
 
     A link keeps pointing where it points. Without ``force`` an existing file is never replaced, not even one that
     appeared in the meantime (on file systems with hard links). Temporary files that killed runs left in the folder are
-    removed. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be written,
-    ``ResourceError`` for a full disk.
+    removed, once for each folder. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be
+    written, ``ResourceError`` for a full disk.
     """
     path = Path(os.path.realpath(path))
     try:
-        remove_abandoned_files(path.parent)
+        _clean_once(path.parent)
         with _temporary_file(path.parent) as (temporary, file):
             write(file)
             file.flush()
@@ -109,6 +120,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
         raise UsageError(f"{path}: cannot be written: {reason}", f"name another file with {flag}") from error
 
 
+@lru_cache(maxsize=1024)
+def _clean_once(folder: Path) -> None:
+    """Remove what killed runs left: when this process first writes here, as listing a full folder takes its time."""
+    remove_abandoned_files(folder)
+
+
 def remove_abandoned_files(folder: Path) -> None:
     """Remove the temporary files of ours in ``folder`` that no living process is writing."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
@@ -128,19 +145,19 @@ def remove_abandoned_files(folder: Path) -> None:
 def save_stream(stream: IO[bytes], folder: Path) -> Iterator[Path]:
     """Save what a pipe delivers to a file in ``folder``, which is gone afterwards. Raises ``ResourceError`` if the disk is
     full, ``UsageError`` if the file cannot be written."""
-    try:
-        remove_abandoned_files(folder)
-        with _temporary_file(folder) as (path, file):
-            try:
-                shutil.copyfileobj(stream, file, 1 << 20)
-                file.flush()
-            except OSError as error:
-                reason = f"standard input: cannot be saved in {folder}: {error.strerror}"
-                kind = ResourceError if error.errno in _DISK_FULL else UsageError
-                raise kind(reason, "name an output on a disk with room for the video with -o") from error
-            yield path
-    except PermissionError as error:
-        raise UsageError(f"{folder}: not writable: {error.strerror}", "name another folder with -o") from error
+    with ExitStack() as made:
+        try:
+            _clean_once(folder)
+            path, file = made.enter_context(_temporary_file(folder))
+            shutil.copyfileobj(stream, file, 1 << 20)
+            file.flush()
+        except PermissionError as error:
+            raise UsageError(f"{folder}: not writable: {error.strerror}", "name another folder with -o") from error
+        except OSError as error:
+            reason = f"standard input: cannot be saved in {folder}: {error.strerror}"
+            kind = ResourceError if error.errno in _DISK_FULL else UsageError
+            raise kind(reason, "name an output on a disk with room for the video with -o") from error
+        yield path
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,8 @@ def check_rule(key: str, rule: Key, value: Any, where: str) -> Any:
     """
     if rule.optional and (value is None or value == "auto"):
         return None
+    if isinstance(value, Real) and not isinstance(value, bool):  # also one of NumPy
+        value = int(value) if isinstance(value, Integral) else float(value)
     fits = isinstance(value, (int, float)) if rule.kind is float else isinstance(value, rule.kind)
     if not fits or (isinstance(value, bool) and rule.kind is not bool):
         raise PresetError(f"{where}: {key}: expected {_type_name(rule)}, got {_shown(value)}")

@@ -36,6 +36,11 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("api") / "clip.mp4", 12, fps=6)
 
 
+@pytest.fixture(scope="module")
+def black_bundle(models):
+    return Compressor(budget_tokens=10, models=models).compress(np.zeros((2, 32, 32, 3), np.uint8), seconds=[0.0, 1.0])
+
+
 def test_compress_save_load_ask(clip, tmp_path):
     compressor = Compressor(model="bundled", preset="bundled", budget_tokens=BUDGET, device="cpu")
     bundle = compressor.compress(str(clip))
@@ -304,6 +309,20 @@ def test_times_that_hardly_differ_are_saved(models, tmp_path):
     assert load_bundle(bundle.save(tmp_path / "b.pt").path).manifest["source"]["source_fps"] is None
 
 
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "4", None])
+def test_a_limit_is_a_whole_number(black_bundle, models, limit):
+    session = black_bundle.open(models=models)
+    for call in (
+        lambda: session.ask(QUESTION, max_new_tokens=limit),
+        lambda: session.ask(QUESTION, choices=CHOICES, max_new_tokens=limit),
+        lambda: session.ask_many([QUESTION], max_new_tokens=limit),
+        lambda: session.ask_many([], max_new_tokens=limit),
+    ):
+        with pytest.raises(UsageError, match="max_new_tokens: expected"):
+            call()
+    assert session.ask(QUESTION, max_new_tokens=np.int64(1)).num_new_tokens == 1
+
+
 def test_bundles_are_told_apart_by_identity(clip, models):
     bundle = Compressor(budget_tokens=BUDGET, models=models).compress(clip)
     assert bundle != copy.deepcopy(bundle) and len({bundle, bundle}) == 1
@@ -341,9 +360,15 @@ def test_many_options_take_no_more_copies_of_the_cache_than_questions(clip, mode
         assert answer.choices == pytest.approx(session.ask(query.question, choices=words).choices, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "argument", [{"device": "cpu"}, {"dtype": "float32"}, {"revision": "main"}, {"attention": "sdpa"}]
-)
-def test_what_an_open_model_has_settled_is_not_ignored(models, argument):
-    with pytest.raises(UsageError, match=f"{next(iter(argument))}: expected none with models"):
-        Compressor(models=models, **argument)
+SETTLED = {"device": "cpu", "dtype": "float32", "revision": "main", "attention": "sdpa"}
+
+
+@pytest.mark.parametrize("name", [*SETTLED, "kv_dtype", "weight_dtype", "model"])
+def test_what_an_open_model_has_settled_is_not_ignored(black_bundle, models, name):
+    argument = {name: {**SETTLED, "model": "another"}.get(name, "auto")}
+    with pytest.raises(UsageError, match=f"{name}: expected none"):
+        black_bundle.open(models=models, **argument)
+    if name in SETTLED:
+        with pytest.raises(UsageError, match=f"{name}: expected none with models"):
+            Compressor(models=models, **argument)
+    assert black_bundle.open(models=models, model="bundled", adapter="none", text_after="hf").text_after == "hf"

@@ -10,7 +10,7 @@ import torch
 from freres_cli.backbones import engine
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel
-from freres_cli.errors import BackboneError, ResourceError
+from freres_cli.errors import BackboneError, ResourceError, UsageError
 from tests import tiny_qwen2_vl
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, video_tokens
 from tests.tiny_qwen2_vl import KEEP, largest_difference
@@ -36,7 +36,7 @@ def test_a_prefix_is_reused_and_left_untouched(tiny):
     assert answers[0] == answers[1]
     abandoned = iter(generate(tiny.model, prefix, tiny.prompt.suffix, 50))
     next(abandoned)
-    with pytest.raises(RuntimeError, match="another question"):
+    with pytest.raises(UsageError, match="another question"):
         list(generate(tiny.model, prefix, tiny.prompt.suffix, 5))
     abandoned.close()
     for layer, old in zip(prefix.cache.layers, before.layers, strict=True):

@@ -10,8 +10,9 @@ import pytest
 
 from freres_cli.evaluation.questions import Question
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
+from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.refining import refine_tokens
-from freres_cli.pipeline.session import Query, Session
+from freres_cli.pipeline.session import Session
 from freres_cli.records import Answer
 from freres_cli.workflows.evaluate import evaluate
 from tests.benchmark_copies import (

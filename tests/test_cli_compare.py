@@ -9,7 +9,7 @@ from freres_cli.cli.compress import make_options
 from freres_cli.pipeline.choices import choose_cells
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.models import Models
-from freres_cli.pipeline.session import Query
+from freres_cli.pipeline.query import Query
 from freres_cli.workflows.compare import CompareRequest, compare
 from tests.clips import write_clip
 from tests.evaluations import FRAMES, write_clips

@@ -9,7 +9,7 @@ from freres_cli.backbones.engine import prefill_video
 from freres_cli.backbones.evidence import FIRST_SHARE, LAST_SHARE, find_evidence, find_places, why_no_evidence
 from freres_cli.method.allocation import frame_edges_s, frames_at, share_of_interval, token_boxes
 from freres_cli.pipeline.compressor import Compressor
-from freres_cli.pipeline.session import Query
+from freres_cli.pipeline.query import Query
 from freres_cli.workflows.ask import MAX_SPANS, locate_evidence
 from freres_cli.world.make import CODECS, clip_seed, encode_scene
 from freres_cli.world.questions import questions_of

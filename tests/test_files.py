@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from freres_cli import files
 from freres_cli.errors import ExitStatus, ResourceError, UsageError
-from freres_cli.files import check_destination, make_folder, remove_abandoned_files, write_atomically
+from freres_cli.files import check_destination, make_folder, remove_abandoned_files, save_stream, write_atomically
 from tests.clips import write_clip
 from tests.runner import check_failure, run_freres
 
@@ -52,6 +54,27 @@ def test_what_a_killed_run_left_is_removed_by_the_next(writer, tmp_path):
     write_atomically(tmp_path / "ours", lambda file: file.write(b"whole"), force=False)
     assert temporaries(tmp_path) == [] and (tmp_path / "ours").read_bytes() == b"whole"
     assert not (tmp_path / "theirs").exists()
+
+
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    """In a folder of many files, that takes longer than the write itself."""
+    seen = []
+    monkeypatch.setattr(files, "remove_abandoned_files", seen.append)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        for name in ("one", "two"):
+            write_atomically(folder / name, lambda file: file.write(b"whole"), force=False)
+        with save_stream(io.BytesIO(b"video"), folder) as path:
+            assert path.read_bytes() == b"video"
+    assert seen == folders
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "theirs"), OSError(28, "theirs"), KeyError("theirs")])
+def test_an_error_of_the_reader_of_a_saved_stream_stays_as_it_is(tmp_path, error):
+    with pytest.raises(type(error), match="theirs") as raised, save_stream(io.BytesIO(b"video"), tmp_path):
+        raise error
+    assert raised.value is error and list(tmp_path.iterdir()) == []
 
 
 def test_the_file_of_a_living_run_stays(writer, tmp_path):

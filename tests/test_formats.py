@@ -45,7 +45,7 @@ def check_answers(bundle, models, told):
     tokens = bundle.tokens()
     assert len(tokens) == told["visual_tokens"]
     torch.testing.assert_close(tokens.positions, torch.tensor(told["positions"]), atol=1e-5, rtol=0)
-    session = bundle.open(model=models.source.name, device="cpu", models=models)
+    session = bundle.open(model=models.source.name, models=models)
     assert session.ask(QUESTION, max_new_tokens=8).text == told["answer"]
     chosen = session.ask(QUESTION, choices=CHOICES)
     assert chosen.choices == pytest.approx(told["choices"], abs=1e-5)

@@ -334,7 +334,8 @@ def test_the_page_of_the_api_names_what_there_is() -> None:
     import freres_cli
     from freres_cli.pipeline.bundle import Bundle, load_bundle
     from freres_cli.pipeline.compressor import Compressor
-    from freres_cli.pipeline.session import Query, Session
+    from freres_cli.pipeline.query import Query
+    from freres_cli.pipeline.session import Session
     from freres_cli.records import Answer
 
     text = read("man3/freres.3")

@@ -22,7 +22,8 @@ from freres_cli.pipeline.prompt_text import (
     record_text,
     settle_tokens,
 )
-from freres_cli.pipeline.session import AskRequest, Query, Session, open_session
+from freres_cli.pipeline.query import Query
+from freres_cli.pipeline.session import AskRequest, Session, open_session
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import TOKEN_KINDS, nearest_frames
 from freres_cli.workflows.train_adapter import _Run

@@ -7,8 +7,9 @@ import torch
 
 from freres_cli.baselines.registry import METHODS
 from freres_cli.errors import UsageError
+from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.refining import refine_tokens
-from freres_cli.pipeline.session import Query, Session
+from freres_cli.pipeline.session import Session
 from tests.evaluations import make_request, read_rows, rows_for, run_eval, write_clips, write_rows
 from tests.loaded_models import CountingLanguageModel, loaded_models, models_with
 from tests.runner import check_failure, run_freres

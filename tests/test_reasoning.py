@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.reasoning import NOTE, opens_reasoning
-from freres_cli.pipeline.session import AskRequest, Query, open_session
+from freres_cli.pipeline.session import AskRequest, open_session
 from tests.evaluations import run_eval, write_clips, write_questions
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import CPU, bundle, clip

@@ -12,8 +12,9 @@ from freres_cli import load_bundle
 from freres_cli.baselines.registry import METHODS
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.refining import embed_question, refine_tokens
-from freres_cli.pipeline.session import AskRequest, Query, open_session
+from freres_cli.pipeline.session import AskRequest, open_session
 from tests.loaded_models import CountingLanguageModel, loaded_models, models_with
 from tests.pipeline_fixtures import BUDGET
 from tests.pipeline_fixtures import bundle as bundle

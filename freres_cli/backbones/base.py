@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from freres_cli.backbones.locks import ThreadLock
 from freres_cli.devices import Storage
 from freres_cli.records import FrameSize, VideoTokens
 
@@ -244,7 +245,8 @@ class LanguageModel(Protocol):
 
     ``choices_as``: how options are scored, by the ``letters`` they are listed under, as released models expect, or by
     their own ``words``, for models trained to answer in words. ``storage``: how cache and weights are kept. ``decoder``: the
-    module, with its weights and config. ``half``: the decoder and its head.
+    module, with its weights and config. ``half``: the decoder and its head. ``lock``: to hold in each call that runs the
+    decoder or the tokenizer, where several threads use the model: both change for a while as they run.
     """
 
     family: str
@@ -266,6 +268,7 @@ class LanguageModel(Protocol):
     tokenizer: Any
     decoder: Any
     half: Any
+    lock: ThreadLock
 
     @property
     def keeps_state(self) -> bool:

@@ -19,7 +19,7 @@ from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS, LONG_PROMPT_TOKENS, describe_problems
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
 from freres_cli.devices import memory_errors_as, synchronize
-from freres_cli.errors import BackboneError, count_of
+from freres_cli.errors import BackboneError, UsageError, count_of
 from freres_cli.records import VideoTokens
 
 # Rows per forward pass of a prefill: enough to keep the device busy, and more where their activations are small, because
@@ -184,7 +184,7 @@ def read_question(model: LanguageModel, prefix: VideoPrefix, suffix_ids: Sequenc
 def lend_cache(prefix: VideoPrefix) -> Iterator[Any]:
     """The prefix's cache for one question. Rows added to it are removed afterwards, so the prefix does not change."""
     if prefix.is_lent:
-        raise RuntimeError("this video prefix is answering another question: finish or close that one first")
+        raise UsageError("question: the video is answering another question", "finish that one first")
     prefix.is_lent = True
     try:
         with branch(prefix.cache) as cache:

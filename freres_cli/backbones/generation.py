@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", Real), ("top_p", Real), ("seed", Integral)):
+            if not isinstance(value := getattr(self, name), kind):
+                expected = "a number" if kind is Real else "a whole number"
+                raise UsageError(f"{name}: expected {expected}, got {value!r:.80}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UsageError(f"seed: expected -2^63 to 2^64 - 1, got {self.seed}")
         if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
             raise UsageError(
                 f"temperature: expected a number, 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}"
@@ -100,7 +107,7 @@ def _pieces(
     result: Generation,
 ) -> Generator[str]:
     start_s = time.perf_counter() if submitted_s is None else submitted_s
-    picker = torch.Generator().manual_seed(sampling.seed)
+    picker = torch.Generator().manual_seed(int(sampling.seed))
     stream = TextStream(model.tokenizer)
     with lend_cache(prefix) as cache:
         step_s, later_s = start_s, 0.0

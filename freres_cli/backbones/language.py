@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -28,7 +28,9 @@ from freres_cli.backbones.halves import (
     read_tokenizer,
     rope_notes,
 )
+from freres_cli.backbones.locks import ThreadLock
 from freres_cli.backbones.long_attention import start_compiling
+from freres_cli.backbones.pruning import only_layers
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.row_parts import use_row_parts
@@ -75,6 +77,7 @@ class DecoderLanguageModel(ABC):
         self.choices_as = choices_as
         self.config = config
         self.half = half
+        self.lock = ThreadLock()
         self.decoder = half.decoder.eval()
         use_row_parts(self.decoder)
         self.head_weight = half.decoder.embed_tokens.weight if half.lm_head is None else half.lm_head.weight
@@ -384,16 +387,3 @@ class DecoderLanguageModel(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) hidden states -> (n, vocabulary) float32 logits."""
         return linear(hidden, self.head_weight).float()
-
-
-@contextmanager
-def only_layers(decoder: Any, layers: range) -> Iterator[None]:
-    """Leave a decoder only some consecutive layers inside the block, and its last norm only if its last layer is among
-    them."""
-    every, norm = decoder.layers, decoder.norm
-    try:
-        decoder.layers = every[layers.start : layers.stop]
-        decoder.norm = norm if layers.stop == len(every) else nn.Identity()
-        yield
-    finally:
-        decoder.layers, decoder.norm = every, norm

@@ -83,7 +83,10 @@ _TRYING = threading.Lock()
 def find_problem(
     device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_width: int
 ) -> str | None:
-    """Why cuDNN does not attend with such heads, ``None`` if it does. Trying it has cuDNN compile what it needs."""
+    """Why cuDNN does not attend with such heads, ``None`` if it does. Trying it has cuDNN compile what it needs.
+
+    ``device``, ``dtype``: of the rows. ``num_heads``, ``num_kv_heads``: of queries, and of keys and values. ``head_width``: d.
+    """
     kind = (device, dtype, num_heads, num_kv_heads, head_width)
     with _TRYING:
         if kind not in _PROBLEMS:
@@ -108,8 +111,10 @@ def describe_problems(device: torch.device, num_rows: int) -> tuple[str, ...]:
 
 
 def start_compiling(device: torch.device, dtype: torch.dtype, config: Any) -> None:
-    """Have a thread try ``attend_long``, so that what cuDNN compiles is there when a prompt comes. ``config``: the
-    decoder's."""
+    """Have a thread try ``attend_long``, so that what cuDNN compiles is there when a prompt comes.
+
+    ``device``, ``dtype``: where the decoder runs, and in which precision. ``config``: the decoder's.
+    """
     if is_fit(device, dtype):
         heads = (config.num_attention_heads, config.num_key_value_heads, find_head_width(config))
         threading.Thread(target=find_problem, args=(device, dtype, *heads), daemon=True).start()

@@ -8,12 +8,13 @@ of a later layer holds only the rows that reach it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freres_cli.backbones.base import LanguageModel, Piece, PromptRows
 from freres_cli.errors import BackboneError
@@ -108,6 +109,19 @@ def read_pruned(model: LanguageModel, video: PrunedVideo, rows: PromptRows, cach
     for part in _later_rows(model, rows, torch.cat(states), first.stop).split(video.chunk_tokens):
         hidden = model.decode_layers(part, cache, later)
     return hidden[-1:]
+
+
+@contextmanager
+def only_layers(decoder: Any, layers: range) -> Iterator[None]:
+    """Leave a decoder only some consecutive layers inside the block, and its last norm only if its last layer is among
+    them."""
+    every, norm = decoder.layers, decoder.norm
+    try:
+        decoder.layers = every[layers.start : layers.stop]
+        decoder.norm = norm if layers.stop == len(every) else nn.Identity()
+        yield
+    finally:
+        decoder.layers, decoder.norm = every, norm
 
 
 def _later_rows(model: LanguageModel, rows: PromptRows, hidden: Tensor, num_layers: int) -> PromptRows:

@@ -213,7 +213,7 @@ def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool
 
 def _locate(session: Session, question: str, manner: dict[str, Any], quiet: bool) -> dict[str, Any] | None:
     """Return where the model looked, or say why that is not known."""
-    from freres_cli.pipeline.session import Query
+    from freres_cli.pipeline.query import Query
     from freres_cli.workflows.ask import locate_evidence
 
     found = locate_evidence(session, Query(question, manner["choices"]))

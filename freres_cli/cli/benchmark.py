@@ -55,7 +55,8 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.planning import method_settings
-from freres_cli.pipeline.session import Query, Session
+from freres_cli.pipeline.query import Query
+from freres_cli.pipeline.session import Session
 from freres_cli.presets import load_settings
 from freres_cli.records import FrameSize
 from freres_cli.video.decode import decode_frames

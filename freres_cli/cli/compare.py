@@ -85,7 +85,7 @@ def compare(
         make_options(flags, preset, model, revision, device=device, dtype=dtype, attn=attn), "compare", cells
     )
     from freres_cli.pipeline.adapters import give_adapters
-    from freres_cli.pipeline.session import Query
+    from freres_cli.pipeline.query import Query
     from freres_cli.workflows.compare import CompareRequest
     from freres_cli.workflows.compare import compare as run_comparison
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.content import Content
 from freres_cli.devices import Device, choose_storage
 from freres_cli.errors import UsageError
-from freres_cli.pipeline.choices import as_number, as_whole, check_revision
+from freres_cli.pipeline.choices import as_number, as_path, as_whole, check_revision
 from freres_cli.pipeline.cutting import Cut, cut_content
-from freres_cli.pipeline.models import Models, find_device, find_dtype
+from freres_cli.pipeline.models import Models, find_device, find_dtype, name_model, refuse_beside
 from freres_cli.pipeline.session import AskRequest, Session, open_bundle
 from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
 
 
@@ -51,32 +55,32 @@ class Bundle:
         """Its name in messages: the path, if it has one."""
         return "bundle" if self.path is None else str(self.path)
 
-    def save(self, path: str | Path, *, force: bool = False) -> Bundle:
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Bundle:
         """Write the bundle atomically, and return it with its path.
 
         ``force``: replace an existing file. Raises ``UsageError`` or ``ResourceError``.
         """
-        path = Path(path)
+        path = as_path(path, "path")
         write_bundle(path, self.content, self.manifest, force=force, flag="path")
         return replace(self, path=path)
 
-    def tokens(self, adapter: str | None = None) -> VideoTokens:
+    def tokens(self, adapter: str | os.PathLike[str] | None = None) -> VideoTokens:
         """Return the visual tokens, ready for a language model, without loading one.
 
         ``adapter``: a file that freres train wrote, or ``none``; by default the bundled model's own. Raises
         ``BackboneError`` for an adapter that does not fit.
         """
-        return load_tokens(self, adapter).tokens
+        return load_tokens(self, _name_adapter(adapter)).tokens
 
     def open(
         self,
         *,
-        model: str | None = None,
-        device: str | Device | None = None,
+        model: str | os.PathLike[str] | None = None,
+        device: str | torch.device | Device | None = None,
         dtype: str | None = None,
         revision: str | None = None,
         attention: str | None = None,
-        adapter: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         text_after: str | None = None,
         kv_dtype: str | None = None,
         weight_dtype: str | None = None,
@@ -87,13 +91,21 @@ class Bundle:
         ``model``, ``revision``: where to find the model, if not where the bundle says. ``device``, ``dtype``,
         ``attention``: as ``models.find_device`` and ``find_dtype`` take them. ``adapter``: as ``tokens`` takes it.
         ``text_after``: overrides the bundle's. ``kv_dtype``, ``weight_dtype``: int8 or fp8 for the model's cache and for its
-        linear layers (``devices.choose_storage``). ``models``: a model that is already loaded, in place of all of these.
-        Raises ``BackboneError``, ``ResourceError`` or ``UsageError``.
+        linear layers (``devices.choose_storage``). ``models``: a model that is already loaded; then only ``adapter`` and
+        ``text_after`` may be given as well. Raises ``BackboneError``, ``ResourceError`` or ``UsageError``.
         """
-        check_revision(model, revision)
-        place, precision = find_device(device, attention), find_dtype(dtype)
+        if text_after not in (None, *TEXT_AFTER):
+            raise UsageError(f"text_after: expected one of {', '.join(TEXT_AFTER)}, got {text_after}")
+        name = None if model is None else name_model(model)
+        if models is None:
+            check_revision(name, revision)
+            place = find_device(device, attention)
+        else:
+            settled = {"device": device, "dtype": dtype, "revision": revision, "attention": attention}
+            refuse_beside(models, name, **settled, kv_dtype=kv_dtype, weight_dtype=weight_dtype)
+            place = models.source.device
+        own = (name, revision, find_dtype(dtype), _name_adapter(adapter), text_after)
         storage = choose_storage(kv_dtype, weight_dtype)
-        own = (model, revision, precision, adapter, text_after)
         request = AskRequest(self.path or Path(self.name), place, *own, storage=storage)
         return open_bundle(self, request, models)
 
@@ -111,7 +123,16 @@ class Bundle:
         return Bundle(manifest, content, notes=notes)
 
 
-def load_bundle(path: str | Path) -> Bundle:
-    """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``."""
-    stored = read_bundle(Path(path))
+def _name_adapter(adapter: str | os.PathLike[str] | None) -> str | None:
+    """A path is that of a file, even one named none."""
+    if adapter is None:
+        return None
+    path = as_path(adapter, "adapter")
+    return str(path if isinstance(adapter, str) else path.absolute())
+
+
+def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``,
+    ``UsageError`` for what is no path."""
+    stored = read_bundle(as_path(path, "path"))
     return Bundle(stored.manifest, stored.content, stored.path)

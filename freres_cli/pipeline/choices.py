@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 from collections.abc import Iterable
+from numbers import Complex, Real
 from pathlib import Path
 
 from freres_cli.baselines.declaration import Method
@@ -12,6 +14,7 @@ from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.cells import Cell, parse_cells
+from freres_cli.files import can_be_name
 from freres_cli.presets import BUNDLED, MODEL_INFO_FILE, Settings
 
 
@@ -27,9 +30,20 @@ def as_number(value: object, name: str) -> float | None:
     """Return a number of any library as Python's own, ``None`` as it is. ``name``: of the argument. Raises
     ``UsageError``."""
     try:
+        if isinstance(value, Complex) and not isinstance(value, Real):
+            raise TypeError("NumPy would leave out a part of it")
         return None if value is None else float(value)  # type: ignore[arg-type]  # as above
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is torch's
         raise UsageError(f"{name}: expected a number, got {value!r}") from error
+
+
+def as_path(value: object, name: str) -> Path:
+    """Return a path. ``name``: of the argument. Raises ``UsageError`` for what is none, or cannot be the name of a file."""
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        if isinstance(text, str) and text and can_be_name(text):
+            return Path(text)
+    raise UsageError(f"{name}: expected a path, got {value!r:.80}")
 
 
 def choose_preset(model: str) -> str:

@@ -22,10 +22,10 @@ from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.between import LineStream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints, State
-from freres_cli.pipeline.choices import as_number, as_whole, choose_method, choose_preset
+from freres_cli.pipeline.choices import as_number, as_path, as_whole, choose_method, choose_preset
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
-from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.models import Models, make_source, refuse_beside
 from freres_cli.pipeline.notes import describe_fit, describe_limits, describe_plan
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
@@ -37,7 +37,7 @@ from freres_cli.video.frames import FrameArray
 
 Progress = Callable[[int, int], None]
 LONG_FRAMES = 2048  # more frames than that are a long video: peak memory then matters more than CPU time
-Video = str | os.PathLike[str] | Tensor | np.ndarray
+Video = str | os.PathLike[str] | Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 
 class Compressor:
@@ -55,12 +55,12 @@ class Compressor:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         preset: str | Path | None = None,
         budget_tokens: int | None = None,
         method: str | None = None,
-        device: str | Device | None = None,
+        device: str | torch.device | Device | None = None,
         dtype: str | None = None,
         revision: str | None = None,
         attention: str | None = None,
@@ -73,12 +73,8 @@ class Compressor:
             if budget_tokens is None
             else {**settings, "budget_tokens": as_whole(budget_tokens, "budget_tokens")}
         )
-        if models is not None and model not in (None, models.source.name):
-            raise UsageError(f"model: expected none or {models.source.name} with models, got {model}")
-        named = {"device": device, "dtype": dtype, "revision": revision, "attention": attention}
-        if models is not None and any(named.values()):
-            first = next(key for key, value in named.items() if value)
-            raise UsageError(f"{first}: expected none with models, which are loaded already", "leave it out")
+        if models is not None:
+            refuse_beside(models, model, device=device, dtype=dtype, revision=revision, attention=attention)
         source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
         if method is not None:
@@ -95,7 +91,9 @@ class Compressor:
         compressor.models = models or Models(options.model)
         return compressor
 
-    def plan(self, video: Video | FrameArray, seconds: Sequence[float] | None = None) -> CompressPlan:
+    def plan(
+        self, video: Video | FrameArray, seconds: Sequence[float] | Tensor | np.ndarray | None = None
+    ) -> CompressPlan:
         """Return what ``compress`` would do, without encoding anything. Arguments and errors as there."""
         source = VideoSource(_as_video(video, seconds))
         return plan_compression(self._options_for(source), self.models.encoder, source.info)
@@ -122,6 +120,8 @@ class Compressor:
         """
         start = time.perf_counter()
         options = self.options
+        if title is not None and not isinstance(title, str):
+            raise UsageError(f"title: expected text, got {type(title).__name__}")
         if start_s is not None or end_s is not None:
             options = replace(options, start_s=as_number(start_s, "start_s"), end_s=as_number(end_s, "end_s"))
         device = torch.device(options.model.device.name)
@@ -253,9 +253,11 @@ def _as_video(video: Video | FrameArray, seconds: Any) -> Path | FrameArray:
     if isinstance(video, str | os.PathLike):
         if seconds is not None:
             raise UsageError("seconds: expected none with a video file: it has its own times", "leave seconds out")
-        if not os.fspath(video) or "\0" in os.fspath(video):
-            raise UsageError(f"video: expected a path, got {os.fspath(video)!r}")
-        return Path(video)
+        return as_path(video, "video")
+    is_listed = isinstance(video, Sequence) and not isinstance(video, bytes | bytearray | memoryview)
+    if not is_listed and not hasattr(video, "__array__"):
+        got = type(video).__name__
+        raise UsageError(f"video: expected a path or frames, got {got}", "save an encoded video to a file first")
     if seconds is None:
         raise UsageError("frames: expected seconds, the time of each frame, got none", "pass seconds=[...]")
     return FrameArray(video, seconds)

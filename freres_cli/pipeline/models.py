@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.checkpoint import Checkpoint
@@ -26,6 +30,9 @@ from freres_cli.presets import BUNDLED, environment_value
 from freres_cli.world.bundled_model import bundled_model_dir, name_weights
 
 T = TypeVar("T")
+
+# Loading sets functions and a dtype of torch for the whole process for a while: two loads at once would undo each other.
+_LOADING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,18 @@ def describe_weights(model: Mapping[str, Any]) -> str:
     return name_weights(model.get("projector_sha256")) or "unknown to this release"
 
 
+def name_model(model: str | os.PathLike[str]) -> str:
+    """Return the name of a model. A path is that of a folder, even one named like a model. Raises ``UsageError``."""
+    if isinstance(model, os.PathLike):
+        return str(Path(model).expanduser().absolute())
+    if not isinstance(model, str):
+        raise UsageError(f"model: expected a name or a folder, got {type(model).__name__}")
+    return model
+
+
 def make_source(
-    name: str,
-    device: str | Device | None = None,
+    name: str | os.PathLike[str],
+    device: str | torch.device | Device | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     attention: str | None = None,
@@ -73,15 +89,16 @@ def make_source(
 ) -> ModelSource:
     """Return a model source. A missing device or dtype comes from FRERES_DEVICE or FRERES_DTYPE, else it is automatic.
 
-    ``name``: ``bundled``, a folder, or a hub id. ``device``: a name, or a device already chosen. ``dtype``,
+    ``name``: ``bundled``, a folder, or a hub id. ``device``: a name, torch's, or a device already chosen. ``dtype``,
     ``revision``: as ``ModelSource`` has them. ``attention``: one of ``devices.ATTENTION_NAMES``. ``storage``: from
     ``devices.choose_storage``. Raises ``UsageError`` or ``ResourceError``.
     """
+    name = name_model(name)
     check_revision(name, revision)
     return ModelSource(name, find_device(device, attention), revision, find_dtype(dtype), storage=storage)
 
 
-def find_device(device: str | Device | None = None, attention: str | None = None) -> Device:
+def find_device(device: str | torch.device | Device | None = None, attention: str | None = None) -> Device:
     """Return the named device, else that of FRERES_DEVICE, else the best one available.
 
     Raises ``UsageError`` or ``ResourceError``.
@@ -100,7 +117,7 @@ def find_dtype(dtype: str | None = None) -> str | None:
 
 
 class Models:
-    """The two halves of one model, each loaded when first used, and then kept.
+    """The two halves of one model, each loaded when first used, and then kept. Threads may share them.
 
     ``source``: which model. ``encoder``, ``language_model``: halves that are already loaded, as in tests and services.
     Raises ``BackboneError`` or ``ResourceError`` when a half is first used.
@@ -122,14 +139,17 @@ class Models:
     def encoder(self) -> VisionEncoder:
         """The vision tower and projector."""
         if self._encoder is None:
-            self._encoder = self._from_checkpoint(load_vision_encoder)
+            with _LOADING:
+                self._encoder = self._encoder or self._from_checkpoint(load_vision_encoder)
         return self._encoder
 
     @property
     def language_model(self) -> LanguageModel:
         """The language half, with its tokenizer."""
         if self._language_model is None:
-            self._language_model = self._from_checkpoint(partial(load_language_model, storage=self.source.storage))
+            load = partial(load_language_model, storage=self.source.storage)
+            with _LOADING:
+                self._language_model = self._language_model or self._from_checkpoint(load)
         return self._language_model
 
     @property
@@ -138,7 +158,9 @@ class Models:
         if self._language_model is not None:
             return self._language_model
         if self._prompt_counter is None:
-            self._prompt_counter = self._from_checkpoint(partial(load_prompt_counter, storage=self.source.storage))
+            load = partial(load_prompt_counter, storage=self.source.storage)
+            with _LOADING:
+                self._prompt_counter = self._prompt_counter or self._from_checkpoint(load)
         return self._prompt_counter
 
     @property
@@ -179,7 +201,19 @@ class Models:
         if self._encoder is not None:
             # A branch may move: both halves come from the commit that it was when the first was loaded.
             revision = self._encoder.fingerprint.get("revision") or revision
-        return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
+        with _LOADING:
+            return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
+
+
+def refuse_beside(models: Models, model: str | os.PathLike[str] | None, **settled: object) -> None:
+    """Refuse arguments that say what a loaded model has settled. ``models``: it. ``model``: its name, or another one.
+    ``settled``: the others by name, ``None`` where they are left out. Raises ``UsageError``."""
+    source, name = models.source, None if model is None else name_model(model)
+    if name not in (None, source.name, source.folder):
+        raise UsageError(f"model: expected none or {source.name} with models, got {name}")
+    for name, value in settled.items():
+        if value is not None:
+            raise UsageError(f"{name}: expected none with models, which are loaded already", "leave it out")
 
 
 def find_model(

@@ -6,26 +6,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.batches import answer_batch, score_options_batch
 from freres_cli.backbones.engine import VideoPrefix, check_scores, prefill_video, score_options
 from freres_cli.backbones.evidence import Evidence, find_evidence, find_places, why_no_evidence
-from freres_cli.backbones.generation import Sampling, TextStream, generate
+from freres_cli.backbones.generation import Sampling, generate
+from freres_cli.backbones.locks import ThreadLock
 from freres_cli.backbones.pruning import Pruning
 from freres_cli.backbones.saved_prefix import SUFFIX, open_prefix
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import AS_COMPUTED, Device, Storage
 from freres_cli.errors import BackboneError, UsageError
-from freres_cli.evaluation.questions import check_choices, check_length, check_text, find_control_token, format_choices
+from freres_cli.evaluation.questions import check_choices, format_choices
+from freres_cli.pipeline.answers import report_choice, report_generation, report_tokens
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
-from freres_cli.pipeline.reasoning import NOTE, opens_reasoning, refuse_reasoning
+from freres_cli.pipeline.query import Query, check_limit, check_query, read_queries, read_query
+from freres_cli.pipeline.reasoning import NOTE, opens_reasoning
 from freres_cli.pipeline.refining import AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.records import Answer, VideoTokens
@@ -35,27 +36,6 @@ MAX_BATCH = 16
 MAX_BATCH_BYTES = 2**30
 
 Ids = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Query:
-    """A question, with its options if it has any, and what ``refine`` picks tokens by, if not by the question."""
-
-    question: str
-    choices: tuple[str, ...] = ()
-    relevant_text: str | None = None
-
-    def __init__(self, question: str, choices: Sequence[str] | None = (), relevant_text: str | None = None) -> None:
-        if isinstance(choices, str):
-            raise UsageError(f"choices: expected a list of texts, got {choices!r}", f"pass [{choices!r}, ...]")
-        object.__setattr__(self, "question", question)
-        object.__setattr__(self, "choices", () if choices is None else tuple(choices))
-        object.__setattr__(self, "relevant_text", relevant_text)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The question, its options and its relevant text."""
-        return (self.question, *self.choices, *(() if self.relevant_text is None else (self.relevant_text,)))
 
 
 @dataclass(frozen=True)
@@ -81,7 +61,8 @@ class AskRequest:
 
 @dataclass
 class Session:
-    """Visual tokens, their language model and the prefilled video: many questions, one prefill.
+    """Visual tokens, their language model and the prefilled video: many questions, one prefill. Threads may share one: it
+    answers one call at a time, and those that share a model run it in turns.
 
     ``model``: the language half. ``tokens``: the video, settled at the instants that the family's text allows; ``moves``
     says how, ``None`` if nothing moved. ``full_tokens``: token count of the uncompressed clip.
@@ -101,6 +82,7 @@ class Session:
     prefix_file: Path | None = None
     moves: Moves | None = field(default=None, init=False)
     _prefixes: dict[Ids, VideoPrefix] = field(default_factory=dict)
+    _lock: ThreadLock = field(default_factory=ThreadLock, repr=False, compare=False)
     _facts: AskedFacts | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -130,8 +112,9 @@ class Session:
 
     def forget_prefix(self) -> None:
         """Drop the prefilled video, so the next question pays for it again."""
-        self._prefixes.clear()
-        self._facts = None
+        with self._lock:
+            self._prefixes.clear()
+            self._facts = None
 
     def ask(
         self,
@@ -144,57 +127,45 @@ class Session:
         refine: int | None = None,
         relevant_text: str | None = None,
     ) -> Answer:
-        """Answer a question. TTFT counts from this call, with bundle and model loaded.
+        """Answer a question. TTFT counts from this call, with bundle and model loaded; it includes waiting for other threads.
 
         ``question``: the text. ``choices``: the answer is the option whose letter or words are most likely (the model's
         ``choices_as`` decides which). ``max_new_tokens``: limit for a free answer. ``sampling``: how its tokens are
-        picked, greedily by default. ``on_text``: called with each piece of text. ``refine``: only use this many visual
-        tokens, those that the question needs, as CDPruner picks them; they are prefilled for this question alone.
-        ``relevant_text``: what they are picked by, if not by the question: one without its options, for example. Raises
-        ``UsageError`` or ``BackboneError``.
+        picked, greedily by default. ``on_text``: called with each piece of text; it must not wait for another thread that
+        asks this session. ``refine``: only use this many visual tokens, those that the question needs, as CDPruner picks
+        them; they are prefilled for this question alone. ``relevant_text``: what they are picked by, if not by the
+        question: one without its options, for example. Raises ``UsageError`` or ``BackboneError``.
         """
         submitted = time.perf_counter()
-        query = Query(question, choices, relevant_text)
+        query, limit = Query(question, choices, relevant_text), check_limit(max_new_tokens)
+        if not isinstance(sampling, Sampling | None):
+            raise UsageError(f"sampling: expected a Sampling, got {type(sampling).__name__}", "see freres(3)")
         refine = check_refine(self.refine if refine is None else refine)
-        self._check(query)
-        told = describe_refine(refine, len(self.tokens))
-        if query.choices:
-            prefix, suffix, options = self._encode_choices(query, refine)
-            scores = score_options(self.model, prefix, suffix, options)
-            answer = self._chosen(query, prefix, suffix, scores, time.perf_counter() - submitted)
-            answer = replace(answer, notes=(*answer.notes, *told))
-            if on_text is not None:
-                on_text(answer.text)
-            return answer
-        prefix, suffix = self._prompt(query, refine)
-        generation = generate(self.model, prefix, suffix, max_new_tokens, sampling, submitted)
-        with closing(generation.pieces) as pieces:  # whatever on_text raises, the prefix is given back at once
-            for piece in pieces:
+        with self._lock:
+            self._check(query)
+            if query.choices:
+                answer = self._choose(query, refine, submitted)
                 if on_text is not None:
-                    on_text(piece)
-        assert generation.ttft_s is not None
-        return Answer(
-            text=generation.text,
-            num_visual_tokens=prefix.num_answering_tokens,
-            num_context_tokens=generation.num_context_tokens,
-            num_new_tokens=generation.num_new_tokens,
-            ttft_s=generation.ttft_s,
-            tpot_s=generation.tpot_s,
-            finish_reason=generation.finish_reason or "length",
-            notes=(*prefix.notes, *told),
-        )
+                    on_text(answer.text)
+            else:
+                answer = self._write(query, refine, limit, sampling, on_text, submitted)
+        return replace(answer, notes=(*answer.notes, *describe_refine(refine, len(self.tokens))))
 
-    def find_evidence(self, query: Query) -> Evidence:
+    def find_evidence(self, query: Query | str) -> Evidence:
         """Return which visual tokens the model attends to as it begins to answer. See ``backbones.evidence``.
 
-        Raises ``BackboneError`` for a family whose decoder keeps a state in place of attention.
+        ``query``: a question, or a query with its options. Raises ``UsageError`` for one that cannot be asked,
+        ``BackboneError`` for a family whose decoder keeps a state in place of attention.
         """
-        self._check(query)
-        if (why := why_no_evidence(self.model)) is not None:
-            raise BackboneError(why)
-        prefix, suffix = self._encode_choices(query)[:2] if query.choices else self._prompt(query)
-        ids = next(ids for ids, own in self._prefixes.items() if own is prefix)
-        return find_evidence(self.model, prefix, find_places(self.model, ids, self.tokens, self.text_after), suffix)
+        query = read_query(query)
+        with self._lock, self.model.lock:
+            self._check(query)
+            if (why := why_no_evidence(self.model)) is not None:
+                raise BackboneError(why)
+            prefix, suffix = self._encode_choices(query)[:2] if query.choices else self._prompt(query)
+            ids = next(ids for ids, own in self._prefixes.items() if own is prefix)
+            places = find_places(self.model, ids, self.tokens, self.text_after)
+            return find_evidence(self.model, prefix, places, suffix)
 
     def ask_many(
         self,
@@ -211,38 +182,75 @@ class Session:
         ``refine``: as in ``ask``; unless all tokens are kept, the questions are then answered one at a time, because each
         has its own prefill. Raises ``UsageError`` or ``BackboneError``.
         """
-        if isinstance(queries, str):
-            raise UsageError("queries: expected a list, got one text", "pass [question], or use ask")
-        asked = [query if isinstance(query, Query) else Query(query) for query in queries]
-        for query in asked:
-            self._check(query)
-        answers: dict[int, Answer] = {}
+        asked, limit = read_queries(queries), check_limit(max_new_tokens)
         refine = check_refine(self.refine if refine is None else refine)
-        told = describe_refine(refine, len(self.tokens))
-        if self.pruning is not None or (refine is not None and refine < len(self.tokens)):
-            for place, query in enumerate(asked):
-                answers[place] = self.ask(
-                    query.question,
-                    choices=query.choices,
-                    max_new_tokens=max_new_tokens,
-                    refine=refine,
-                    relevant_text=query.relevant_text,
-                )
+        answers: dict[int, Answer] = {}
+        with self._lock:
+            for query in asked:
+                self._check(query)
+            if self.pruning is not None or (refine is not None and refine < len(self.tokens)):
+                made = self._ask_each(asked, limit, refine)
+            else:
+                made = self._ask_batches(asked, limit, describe_refine(refine, len(self.tokens)))
+            for place, answer in made:
+                answers[place] = answer
                 if on_answer is not None:
-                    on_answer(place, answers[place])
-            return list(answers.values())
-        for with_choices in (True, False):
-            mine = [place for place, query in enumerate(asked) if bool(query.choices) == with_choices]
-            while mine:
-                part = mine[: self._batch_size(asked[mine[0]])]
-                batch = [asked[place] for place in part]
-                made = self._choose_batch(batch) if with_choices else self._answer_batch(batch, max_new_tokens)
-                for place, answer in zip(part, made, strict=True):
-                    answers[place] = replace(answer, notes=(*answer.notes, *told))
-                    if on_answer is not None:
-                        on_answer(place, answers[place])
-                mine = mine[len(part) :]
+                    on_answer(place, answer)
         return [answers[place] for place in range(len(asked))]
+
+    def _check(self, query: Query) -> None:
+        with self.model.lock:
+            check_query(query, self.model)
+
+    def _choose(self, query: Query, refine: int | None, submitted: float) -> Answer:
+        with self.model.lock:
+            prefix, suffix, options = self._encode_choices(query, refine)
+            scores = score_options(self.model, prefix, suffix, options)
+        return report_choice(query, prefix, suffix, scores, time.perf_counter() - submitted)
+
+    def _write(
+        self,
+        query: Query,
+        refine: int | None,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        on_text: Callable[[str], None] | None,
+        submitted: float,
+    ) -> Answer:
+        """Answer in words. While ``on_text`` runs, other threads may use the model for another session."""
+        with self.model.lock:
+            prefix, suffix = self._prompt(query, refine)
+        generation = generate(self.model, prefix, suffix, max_new_tokens, sampling, submitted)
+        with closing(generation.pieces) as pieces:  # whatever on_text raises, the prefix is given back at once
+            while (piece := self._next(pieces)) is not None:
+                if on_text is not None:
+                    on_text(piece)
+        return report_generation(generation, prefix)
+
+    def _next(self, pieces: Iterator[str]) -> str | None:
+        with self.model.lock:
+            return next(pieces, None)
+
+    def _ask_each(
+        self, queries: Sequence[Query], max_new_tokens: int, refine: int | None
+    ) -> Iterator[tuple[int, Answer]]:
+        for place, query in enumerate(queries):
+            ask = partial(self.ask, query.question, choices=query.choices, relevant_text=query.relevant_text)
+            yield place, ask(max_new_tokens=max_new_tokens, refine=refine)
+
+    def _ask_batches(
+        self, queries: Sequence[Query], max_new_tokens: int, told: tuple[str, ...]
+    ) -> Iterator[tuple[int, Answer]]:
+        for with_choices in (True, False):
+            mine = [place for place, query in enumerate(queries) if bool(query.choices) == with_choices]
+            while mine:
+                with self.model.lock:
+                    part = mine[: self._batch_size(queries[mine[0]])]
+                    batch = [queries[place] for place in part]
+                    made = self._choose_batch(batch) if with_choices else self._answer_batch(batch, max_new_tokens)
+                for place, answer in zip(part, made, strict=True):
+                    yield place, replace(answer, notes=(*answer.notes, *told))
+                mine = mine[len(part) :]
 
     def _batch_size(self, query: Query) -> int:
         prefix, _ = self._prompt(query)
@@ -256,12 +264,10 @@ class Session:
             suffixes, options = [encoded[place][1] for place in mine], [encoded[place][2] for place in mine]
             scores = score_options_batch(self.model, prefix, suffixes, options)
             for place, suffix, own in zip(mine, suffixes, scores, strict=True):
-                found[place] = self._chosen(queries[place], prefix, suffix, check_scores(own), None)
+                found[place] = report_choice(queries[place], prefix, suffix, check_scores(own))
         return [found[place] for place in range(len(queries))]
 
     def _answer_batch(self, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         prompts = [self._prompt(query) for query in queries]
         found: dict[int, Answer] = {}
         for prefix, mine in _by_prefix([prefix for prefix, _ in prompts]):
@@ -269,34 +275,8 @@ class Session:
             for place, suffix, ids in zip(
                 mine, suffixes, answer_batch(self.model, prefix, suffixes, max_new_tokens), strict=True
             ):
-                found[place] = self._answer_of(ids, prefix, suffix)
+                found[place] = report_tokens(self.model, ids, prefix, suffix)
         return [found[place] for place in range(len(queries))]
-
-    def _answer_of(self, ids: Sequence[int], prefix: VideoPrefix, suffix: Ids) -> Answer:
-        is_stopped = ids[-1] in self.model.stop_ids
-        stream = TextStream(self.model.tokenizer)
-        text = "".join([*map(stream.add, ids[:-1] if is_stopped else ids), stream.flush()])
-        return Answer(
-            text=text,
-            num_visual_tokens=prefix.num_answering_tokens,
-            num_context_tokens=prefix.num_tokens + len(suffix),
-            num_new_tokens=len(ids),
-            ttft_s=None,
-            tpot_s=None,
-            finish_reason="stop" if is_stopped else "length",
-            notes=prefix.notes,
-        )
-
-    def _check(self, query: Query) -> None:
-        for text in query.texts:
-            check_text(text)
-        if not query.question.strip() or (query.relevant_text is not None and not query.relevant_text.strip()):
-            raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
-        check_length(query.texts)
-        if query.choices:
-            check_choices(query.choices, "choices", "commas")
-            refuse_reasoning(self.model, "choices")
-        refuse_control_tokens([("question", query.texts)], self.model)
 
     def _prompt(self, query: Query, refine: int | None = None, text: str | None = None) -> tuple[VideoPrefix, Ids]:
         """Return the prefilled [system + video], computed once unless refined, and the ids after it: those of ``text``, or
@@ -326,32 +306,6 @@ class Session:
         prefix, suffix = self._prompt(query, refine, format_choices(query.question, query.choices))
         letters = check_choices(query.choices)
         return prefix, suffix, [tuple(encode(letter, add_special_tokens=False)) for letter in letters]
-
-    def _chosen(self, query: Query, prefix: VideoPrefix, suffix: Ids, scores: Tensor, ttft_s: float | None) -> Answer:
-        probabilities = torch.softmax(scores.to(torch.float64), 0).tolist()
-        return Answer(
-            text=query.choices[int(scores.argmax())],
-            num_visual_tokens=prefix.num_answering_tokens,
-            num_context_tokens=prefix.num_tokens + len(suffix),
-            num_new_tokens=0,
-            ttft_s=ttft_s,
-            tpot_s=None,
-            finish_reason="choice",
-            choices=dict(zip(query.choices, probabilities, strict=True)),
-            notes=prefix.notes,
-        )
-
-
-def refuse_control_tokens(places: Iterable[tuple[str, Sequence[str]]], model: LanguageModel) -> None:
-    """Refuse texts that hold a token the model reads as a command: one that ends its own turn, or names another video,
-    would silently change the prompt.
-
-    ``places``: where each question stands, for the message, and its texts. Raises ``UsageError``.
-    """
-    tokens = [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
-    for where, texts in places:
-        if (token := find_control_token(texts, tokens)) is not None:
-            raise UsageError(f"{where}: holds {token}, which the model reads as a command", "leave it out")
 
 
 def open_session(request: AskRequest, models: Models | None = None) -> Session:

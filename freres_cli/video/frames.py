@@ -23,23 +23,23 @@ MAX_SECONDS = 1e10  # three centuries
 
 
 class FrameArray:
-    """Decoded frames: ``pixels`` (n, h, w, 3) uint8 RGB, and the time of each in seconds.
+    """Decoded frames: ``pixels`` (n, h, w, 3) uint8 RGB, or a list of n such frames, and the time of each in seconds.
 
     Raises ``VideoError`` if the shape or type differs, if there are no frames, or unless there is one finite time for
     each frame and times never decrease.
     """
 
-    def __init__(self, pixels: Tensor | np.ndarray, seconds: Sequence[float] | Tensor | np.ndarray) -> None:
-        array = pixels.numpy(force=True) if isinstance(pixels, Tensor) else np.asarray(pixels)
+    def __init__(
+        self,
+        pixels: Tensor | np.ndarray | Sequence[Tensor | np.ndarray],
+        seconds: Sequence[float] | Tensor | np.ndarray,
+    ) -> None:
+        array = _as_array(pixels)
         if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8:
             raise VideoError(f"frames: expected (n, h, w, 3) uint8 RGB, got {array.shape} {array.dtype}")
         if min(array.shape) < 1:
             raise VideoError(f"frames: expected at least one frame of one pixel, got {array.shape}")
-        try:
-            listed = seconds.numpy(force=True) if isinstance(seconds, Tensor) else seconds
-            times = np.asarray(listed, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise VideoError(f"frames: expected times in seconds, got {type(seconds).__name__}: {error}") from error
+        times = _as_times(seconds)
         if times.shape != array.shape[:1]:
             raise VideoError(f"frames: expected a time for each of {len(array)} frames, got {times.shape}")
         if not (np.abs(times) < MAX_SECONDS).all() or (np.diff(times) < 0).any():
@@ -89,6 +89,37 @@ class FrameArray:
         from the last picture is that picture.
         """
         return FrameBatches(self, size, batch_frames, still_levels)
+
+
+def _as_array(pixels: Tensor | np.ndarray | Sequence[Tensor | np.ndarray]) -> np.ndarray:
+    """Frames as an array of whatever shape and type they have."""
+    if not isinstance(pixels, Sequence):
+        return _as_numpy(pixels)
+    frames = [_as_numpy(frame) for frame in pixels]
+    shapes = list(dict.fromkeys(frame.shape for frame in frames))
+    if len(shapes) > 1:
+        hint = "resize them to one size"
+        raise VideoError(f"frames: expected frames of one size, got {shapes[0]} and {shapes[1]}", hint)
+    return np.stack(frames) if frames else np.empty((0, 0, 0, 3), np.uint8)
+
+
+def _as_numpy(pixels: Tensor | np.ndarray) -> np.ndarray:
+    """Raises ``VideoError`` for what NumPy has no array for: other types and layouts, and rows of unequal length."""
+    try:
+        return pixels.numpy(force=True) if isinstance(pixels, Tensor) else np.asarray(pixels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{pixels.dtype}, {pixels.layout}" if isinstance(pixels, Tensor) else str(error)
+        raise VideoError(f"frames: expected uint8 RGB, (n, h, w, 3), got {got}") from error
+
+
+def _as_times(seconds: Sequence[float] | Tensor | np.ndarray) -> np.ndarray:
+    try:
+        listed = np.asarray(seconds.numpy(force=True) if isinstance(seconds, Tensor) else seconds)
+        if np.iscomplexobj(listed):
+            raise TypeError("complex numbers")
+        return np.asarray(listed, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise VideoError(f"frames: expected times in seconds, got {type(seconds).__name__}: {error}") from error
 
 
 class FrameBatches:

@@ -15,7 +15,8 @@ from freres_cli.backbones.generation import Sampling
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.questions import check_choices, check_length, check_text
 from freres_cli.method.allocation import frame_edges_s, frames_at, sum_in_time, token_boxes
-from freres_cli.pipeline.session import Query, Session, refuse_control_tokens
+from freres_cli.pipeline.query import Query, refuse_control_tokens
+from freres_cli.pipeline.session import Session
 from freres_cli.records import Answer
 
 HINT = "keys of a row: question, and optionally choices (2 to 26 options) and id"

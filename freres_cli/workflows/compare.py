@@ -21,7 +21,8 @@ from freres_cli.pipeline.method_session import check_methods, open_method_sessio
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
-from freres_cli.pipeline.session import Query, Session, refuse_control_tokens
+from freres_cli.pipeline.query import Query, refuse_control_tokens
+from freres_cli.pipeline.session import Session
 from freres_cli.records import VideoTokens
 from freres_cli.workflows.evaluate import Modules, failure_of, load_all_modules
 from freres_cli.workflows.fidelity import rebuild_clip, rebuild_tokens

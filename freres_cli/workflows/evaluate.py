@@ -26,8 +26,9 @@ from freres_cli.pipeline.method_session import check_methods, make_method_sessio
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.pipeline.query import refuse_control_tokens
 from freres_cli.pipeline.reasoning import refuse_reasoning
-from freres_cli.pipeline.session import Session, refuse_control_tokens
+from freres_cli.pipeline.session import Session
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
 from freres_cli.video.opening import hash_file

@@ -33,8 +33,8 @@ from freres_cli.pipeline.adapters import AnyModules
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.prompt_text import settle_tokens
+from freres_cli.pipeline.query import refuse_control_tokens
 from freres_cli.pipeline.reasoning import refuse_reasoning
-from freres_cli.pipeline.session import refuse_control_tokens
 from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.training.state import put_back, read_state, save_state
 from freres_cli.training.workers import Workers

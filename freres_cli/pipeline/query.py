@@ -1,0 +1,87 @@
+"""What is asked: a question and its options, and the checks that need the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from freres_cli.backbones.base import LanguageModel
+from freres_cli.errors import UsageError
+from freres_cli.evaluation.questions import check_choices, check_length, check_text, find_control_token
+from freres_cli.pipeline.choices import as_whole
+from freres_cli.pipeline.reasoning import refuse_reasoning
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question, with its options if it has any, and what ``refine`` picks tokens by, if not by the question."""
+
+    question: str
+    choices: tuple[str, ...] = ()
+    relevant_text: str | None = None
+
+    def __init__(self, question: str, choices: Sequence[str] | None = (), relevant_text: str | None = None) -> None:
+        if isinstance(choices, str):
+            raise UsageError(f"choices: expected a list of texts, got {choices!r}", f"pass [{choices!r}, ...]")
+        if not isinstance(choices, Iterable | None):
+            raise UsageError(f"choices: expected a list of texts, got {choices!r:.80}")
+        object.__setattr__(self, "question", question)
+        object.__setattr__(self, "choices", () if choices is None else tuple(choices))
+        object.__setattr__(self, "relevant_text", relevant_text)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The question, its options and its relevant text."""
+        return (self.question, *self.choices, *(() if self.relevant_text is None else (self.relevant_text,)))
+
+
+def read_queries(queries: Iterable[Query | str]) -> list[Query]:
+    """Return questions, some of them plain texts, as queries. Raises ``UsageError``."""
+    if isinstance(queries, str | Query):
+        got = "text" if isinstance(queries, str) else "query"
+        raise UsageError(f"queries: expected a list, got one {got}", "pass [question], or use ask")
+    if not isinstance(queries, Iterable):
+        raise UsageError(f"queries: expected a list, got {type(queries).__name__}")
+    return [read_query(query) for query in queries]
+
+
+def read_query(query: Query | str) -> Query:
+    """Return a question as a query. Raises ``UsageError``."""
+    if isinstance(query, str):
+        return Query(query)
+    if not isinstance(query, Query):
+        raise UsageError(f"query: expected a question or a Query, got {type(query).__name__}")
+    return query
+
+
+def check_limit(max_new_tokens: object) -> int:
+    """Return the limit for a free answer as Python's own number. Raises ``UsageError``."""
+    limit = as_whole(max_new_tokens, "max_new_tokens")
+    if limit < 1:
+        raise UsageError(f"max_new_tokens: expected at least 1, got {limit}")
+    return limit
+
+
+def check_query(query: Query, model: LanguageModel) -> None:
+    """Refuse what ``model`` cannot be asked. Raises ``UsageError``."""
+    for text in query.texts:
+        check_text(text)
+    if not query.question.strip() or (query.relevant_text is not None and not query.relevant_text.strip()):
+        raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
+    check_length(query.texts)
+    if query.choices:
+        check_choices(query.choices, "choices", "commas")
+        refuse_reasoning(model, "choices")
+    refuse_control_tokens([("question", query.texts)], model)
+
+
+def refuse_control_tokens(places: Iterable[tuple[str, Sequence[str]]], model: LanguageModel) -> None:
+    """Refuse texts that hold a token the model reads as a command: one that ends its own turn, or names another video,
+    would silently change the prompt.
+
+    ``places``: where each question stands, for the message, and its texts. Raises ``UsageError``.
+    """
+    tokens = [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
+    for where, texts in places:
+        if (token := find_control_token(texts, tokens)) is not None:
+            raise UsageError(f"{where}: holds {token}, which the model reads as a command", "leave it out")
