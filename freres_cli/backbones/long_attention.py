@@ -85,7 +85,7 @@ def find_problem(
 ) -> str | None:
     """Why cuDNN does not attend with such heads, ``None`` if it does. Trying it has cuDNN compile what it needs.
 
-    ``device``, ``dtype``: of the rows. ``num_heads``, ``num_kv_heads``: of queries, and of keys and values. ``head_width``: d.
+    ``device``, ``dtype``: of the rows. ``num_heads``, ``num_kv_heads``: of queries, of keys and values. ``head_width``: d.
     """
     kind = (device, dtype, num_heads, num_kv_heads, head_width)
     with _TRYING:
