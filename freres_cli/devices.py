@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,8 +176,15 @@ def _choose_attention(device: Device, name: str) -> Device:
         return replace(device, attention_note="attention sdpa: auto, exact on the CPU")
     if problem is None and flash_package() is not None:
         return replace(device, attention="flash", attention_note=f"attention flash: auto, {provider}")
-    reason = problem or f"{provider} where they fit; {_package_problem()}"
+    reason = problem or f"{provider} where they fit{_cudnn_part(device)}; {_package_problem()}"
     return replace(device, attention_note=f"attention sdpa: auto, {reason}")
+
+
+def _cudnn_part(device: Device) -> str:
+    """What the note on ``sdpa`` says of cuDNN's kernels, which long prompts are run by (``backbones.long_attention``)."""
+    import torch
+
+    return ", cuDNN's in long prompts" if torch.cuda.get_device_capability(device.name) >= (9, 0) else ""
 
 
 def _find_flash(device: Device) -> tuple[str, str | None]:
@@ -191,7 +199,7 @@ def _find_flash(device: Device) -> tuple[str, str | None]:
     if (package := flash_package()) is not None:
         return f"flash_attn {package.__version__}", None
     if torch.backends.cuda.is_flash_attention_available():
-        return f"PyTorch's own flash kernels{' (cuDNN in long prompts)' if capability >= (9, 0) else ''}", None
+        return "PyTorch's own flash kernels", None
     return "", f"{_package_problem()}, and this torch has no flash kernels"
 
 
@@ -264,12 +272,17 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+# Held by a thread that waits for a device, or that records its work: no thread may wait while another one records.
+WAITING = threading.Lock()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on a device, so that timings taken afterwards are correct. Does nothing on the CPU."""
     import torch
 
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with WAITING:
+            torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from freres_cli.backbones import base, engine, generation, long_attention
+from freres_cli.backbones import base, engine, generation, graph_decoding, long_attention, token_steps
 from freres_cli.backbones.generation import generate
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
@@ -168,11 +168,35 @@ def test_a_recorded_step_gives_what_an_eager_one_gives(folders, name, dtype, mon
     prefix = engine.prefill_video(model, prompt.prefix, tokens)
     recorded, again = scores_of(prefix), scores_of(prefix)
     assert (prefix.graph is not None) == (name != "qwen3_vl_moe") and not prefix.notes
-    monkeypatch.setattr(generation, "can_record", lambda *_: False)
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: False)
     eager = scores_of(prefix)
     assert torch.equal(recorded, again)
     limit = TOLERANCES[getattr(torch, dtype)] * float(eager.abs().max())
     assert float((recorded - eager).abs().max()) <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_that_the_device_refuses_to_record_is_run_as_before(folders, monkeypatch):
+    models = Models(ModelSource(str(folders("qwen3_vl")), choose_device("cuda"), dtype="float32"))
+    model, prompt = models.language_model, models.language_model.prompt(QUESTION)
+    tokens = video_tokens(models.encoder.encode(frames_of("qwen3_vl", 3)).cpu(), width=models.encoder.width)
+    real, answers = graph_decoding.StepGraph._step, []
+
+    def wait(self):
+        if torch.cuda.is_current_stream_capturing():
+            float(self._position)
+        real(self)
+
+    for step in (real, wait, real):
+        monkeypatch.setattr(graph_decoding.StepGraph, "_step", step)
+        prefix = engine.prefill_video(model, prompt.prefix, tokens)
+        for _ in range(2):
+            answer = generate(model, prefix, prompt.suffix, NUM_NEW)
+            list(answer)
+            answers.append(answer.ids)
+        assert (prefix.graph is None) == bool(prefix.notes) == (step is wait)
+    assert answers == answers[:1] * 6
 
 
 @pytest.mark.gpu
@@ -184,10 +208,10 @@ def test_attention_over_a_long_prompt_is_that_of_other_kernels(num_keys):
         torch.randn(1, heads, rows, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
         for heads, rows in ((8, 8192), (2, num_keys), (2, num_keys))
     )
-    if not long_attention.can_attend_long(query, key):
-        assert torch.cuda.get_device_capability() < long_attention.LEAST_CAPABILITY, long_attention.describe_problems(
-            query.device, long_attention.LONG_PROMPT_TOKENS
-        )
+    with torch.no_grad():
+        is_taken = long_attention.can_attend_long(query, key)
+    if not is_taken:
+        assert torch.cuda.get_device_capability() < long_attention.LEAST_CAPABILITY, long_attention._PROBLEMS
         pytest.skip("needs compute capability 9.0")
     ours = long_attention.attend_long(query, key, value, None)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

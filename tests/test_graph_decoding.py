@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from freres_cli.backbones import generation
-from freres_cli.backbones.engine import prefill_video
+from freres_cli.backbones import cache, generation, token_steps
+from freres_cli.backbones.engine import lend_cache, prefill_video
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.graph_decoding import StepGraph
 from tests.family_contract import CASES, by_family
@@ -26,11 +26,11 @@ def recorded(monkeypatch):
     made = []
 
     class Unrecorded(StepGraph):
-        def __init__(self, model, buffers):
-            super().__init__(model, buffers, is_recorded=False)
+        def __init__(self, model, cache):
+            super().__init__(model, cache, is_recorded=False)
             made.append(self)
 
-    monkeypatch.setattr(generation, "StepGraph", Unrecorded)
+    monkeypatch.setattr(token_steps, "StepGraph", Unrecorded)
     return made
 
 
@@ -56,31 +56,71 @@ def test_a_step_on_whole_buffers_is_the_step_on_the_rows_there_are(load, name, r
     model, prefix, suffix = prefix_of(load(name, CPU), name)
     expected, logits = answer_and_logits(model, prefix, suffix, monkeypatch)
     assert not recorded
-    monkeypatch.setattr(generation, "can_record", lambda *_: True)
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
     for _ in range(2):  # the second answer finds the buffers, and rows of the first in them
         ids, ours = answer_and_logits(model, prefix, suffix, monkeypatch)
         assert ids == expected
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
-    assert len(recorded) == 1 and len(ids) > generation.STEPS_BEFORE_RECORDING + 1
+    assert len(recorded) == 1 and len(ids) > token_steps.STEPS_BEFORE_RECORDING + 1
 
 
-def test_a_step_that_cannot_be_recorded_is_run_as_before_and_a_note_says_so(load, monkeypatch):
+def test_a_step_that_cannot_be_recorded_is_run_as_before_and_a_note_says_so_once(load, monkeypatch):
     model, prefix, suffix = prefix_of(load("qwen3_vl", CPU), "qwen3_vl")
     expected, _ = answer_and_logits(model, prefix, suffix, monkeypatch)
+    tries = []
 
     def fail(self):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        tries.append(1)
+        raise torch.OutOfMemoryError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(generation, "can_record", lambda *_: True)
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
     monkeypatch.setattr(StepGraph, "_record", fail)
-    ids, _ = answer_and_logits(model, prefix, suffix, monkeypatch)
-    assert ids == expected and prefix.graph is None
-    assert [note for note in prefix.notes if "CUDA graph: operation not permitted when stream is capturing" in note]
+    for _ in range(2):
+        assert answer_and_logits(model, prefix, suffix, monkeypatch)[0] == expected and prefix.graph is None
+    notes = [note for note in prefix.notes if "CUDA graph: operation not permitted when stream is capturing" in note]
+    assert len(notes) == len(tries) == 1
+
+
+def test_an_answer_longer_than_its_room_is_recorded_again(load, recorded, monkeypatch):
+    model, prefix, suffix = prefix_of(load("qwen2_vl", CPU), "qwen2_vl")
+    expected, logits = answer_and_logits(model, prefix, suffix, monkeypatch)
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
+    monkeypatch.setattr(token_steps, "ROOM_FOR_ANSWER", 3)
+    monkeypatch.setattr(cache, "ROOM_STEP", 1)
+    monkeypatch.setattr(cache, "LEAST_SPARE", 0)
+    monkeypatch.setattr(cache, "SPARE_PART", 10**6)
+    rows = prefix.num_tokens
+    for layer in prefix.cache.layers:  # no room yet
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    ids, ours = answer_and_logits(model, prefix, suffix, monkeypatch)
+    assert ids == expected and len(recorded) > 1 and prefix.cache.get_seq_length() == rows
+    torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
+    assert prefix.graph is recorded[-1] and prefix.graph.is_of(prefix.cache)
+
+
+def test_rows_of_an_answer_that_failed_do_not_reach_the_next_one(load, recorded, monkeypatch):
+    model, prefix, suffix = prefix_of(load("qwen2_vl", CPU), "qwen2_vl")
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
+    expected, _ = answer_and_logits(model, prefix, suffix, monkeypatch)
+    for layer in prefix.cache.layers:
+        for buffer in layer.buffers:
+            buffer[..., prefix.num_tokens + len(suffix) + NUM_NEW :, :] = torch.nan
+    assert answer_and_logits(model, prefix, suffix, monkeypatch)[0] == expected and len(recorded) == 1
+
+
+def test_a_graph_goes_when_the_cache_has_moved(load, recorded, monkeypatch):
+    model, prefix, suffix = prefix_of(load("qwen2_vl", CPU), "qwen2_vl")
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
+    answer_and_logits(model, prefix, suffix, monkeypatch)
+    assert prefix.graph is not None
+    with lend_cache(prefix) as lent:
+        model.decode(model.text_rows([5] * prefix.graph.num_rows, prefix.num_tokens, prefix.next_position), lent)
+    assert prefix.graph is None
 
 
 def test_a_copy_of_a_prefix_has_no_graph_of_its_own_yet(load, recorded, monkeypatch):
     model, prefix, suffix = prefix_of(load("qwen2_vl", CPU), "qwen2_vl")
-    monkeypatch.setattr(generation, "can_record", lambda *_: True)
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
     expected, _ = answer_and_logits(model, prefix, suffix, monkeypatch)
     twin = copy.deepcopy(prefix)
     assert prefix.graph is not None and twin.graph is None

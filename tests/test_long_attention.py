@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from freres_cli.backbones import engine, long_attention, row_parts
 from freres_cli.backbones.attention import batch_attention
-from freres_cli.backbones.row_parts import RowParts
+from freres_cli.backbones.row_parts import run_in_parts, use_row_parts
 
 
 def attend_written_out(query, key, value, scaling, is_causal):
@@ -61,35 +62,76 @@ def test_no_cpu_and_no_float32_is_tried():
     assert not long_attention.is_fit(cpu, torch.bfloat16) and not long_attention.is_fit(cuda, torch.float32)
 
 
-def test_a_kind_of_heads_that_fails_is_not_tried_again(monkeypatch):
+def test_a_kind_of_heads_that_fails_is_not_tried_again_and_a_note_says_so(monkeypatch):
     tries = []
+    errors = [torch.OutOfMemoryError("full"), RuntimeError("no plan for these\nmore")]
 
     def fail(*_):
         tries.append(1)
-        raise RuntimeError("no plan for these\nmore")
+        raise errors[min(len(tries), 2) - 1]
 
     monkeypatch.setattr(long_attention, "_PROBLEMS", {})
     monkeypatch.setattr(long_attention, "_attend", fail)
-    kind = (torch.device("cpu"), torch.float32, 4, 2, 8)
-    assert [long_attention.find_problem(*kind) for _ in range(2)] == ["no plan for these"] * 2
-    assert tries == [1]
+    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    kind = long_attention.HeadKind.of(torch.device("cpu"), torch.float32, config)
+    found = [long_attention.find_problem(kind) for _ in range(3)]
+    # Memory may be there the next time.
+    assert found == ["out of memory", *["no plan for these"] * 2] and len(tries) == 2
+    assert len(long_attention.describe_problem(kind)) == 1
+    assert not long_attention.describe_problem(dataclasses.replace(kind, head_width=16))
 
 
 def test_long_prompts_on_a_gpu_have_chunks_of_one_size():
-    model = SimpleNamespace(device=torch.device("cpu"), activation_bytes_per_token=50_000)
+    config = SimpleNamespace(num_experts=0)
+    model = SimpleNamespace(
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        attention="sdpa",
+        decoder=SimpleNamespace(config=config),
+        activation_bytes_per_token=50_000,
+    )
     longest = engine.LONG_PROMPT_TOKENS
     by_bytes = engine.choose_chunk(model, longest)
     assert engine.choose_chunk(model, longest - 1, is_cuda=True) == by_bytes != engine.LONG_CHUNK_TOKENS
     assert engine.choose_chunk(model, longest, is_cuda=True) == engine.LONG_CHUNK_TOKENS
+    for owner, name, value in (
+        (model, "attention", "eager"),
+        (model, "dtype", torch.float32),
+        (config, "num_experts", 8),
+    ):
+        kept = getattr(owner, name)
+        setattr(owner, name, value)
+        assert engine.choose_chunk(model, longest, is_cuda=True) == by_bytes, name
+        setattr(owner, name, kept)
 
 
-def test_an_mlp_in_parts_gives_what_it_gives_whole(monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_mlp_in_parts_gives_what_it_gives_whole(monkeypatch, count):
     monkeypatch.setattr(row_parts, "PART_ROWS", 4)
-    calls = []
-    inner = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
-    inner.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[-2]))
-    rows = torch.randn(1, 10, 6)
+    inner, calls = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)), []
+
+    def forward(rows):
+        calls.append(rows.shape[:-1].numel())
+        return inner(rows)
+
+    rows = torch.randn(10, count, 6).transpose(0, 1)
     with torch.no_grad():
-        torch.testing.assert_close(RowParts(inner)(rows), inner(rows))
-    assert calls == [4, 4, 2, 10]
-    assert RowParts(inner)(rows).requires_grad and calls[-1] == 10
+        torch.testing.assert_close(run_in_parts(forward, rows), inner(rows))
+    assert sum(calls) == 10 * count and max(calls) == 4
+    assert run_in_parts(forward, rows).requires_grad and calls[-1] == 10 * count
+
+
+def test_mlps_on_a_gpu_keep_their_names():
+    layer = SimpleNamespace(mlp=nn.Module())
+    layer.mlp.down_proj = nn.Linear(2, 2)
+    layer.mlp.forward = lambda rows: layer.mlp.down_proj(rows)
+    decoder = SimpleNamespace(layers=[layer], device=torch.device("cpu"))
+    plain = layer.mlp.forward
+    use_row_parts(decoder)
+    assert layer.mlp.forward is plain
+    decoder.device = torch.device("cuda:0")
+    use_row_parts(decoder)
+    assert layer.mlp.forward is not plain and [*dict(layer.mlp.named_parameters())] == [
+        "down_proj.weight",
+        "down_proj.bias",
+    ]

@@ -59,8 +59,13 @@ class ReservedLayer(DynamicLayer):
         self.keys, self.values = room_keys[..., :end, :], room_values[..., :end, :]
         return self.keys, self.values
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor] | None:
+        """The buffers of keys and of values, (n, heads, rows with room, w), ``None`` while there are none."""
+        return self._buffers
+
     def make_room(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """The buffers of keys and values, (n, heads, at least ``num_rows``, w), which begin with the rows that there are."""
+        """The buffers, which begin with the rows that there are, with room for at least ``num_rows``."""
         assert self.keys is not None and self.values is not None
         return self._room_for(num_rows, self.keys[..., :0, :], self.values[..., :0, :])
 

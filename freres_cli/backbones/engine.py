@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
-from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS, LONG_PROMPT_TOKENS, describe_problems
+from freres_cli.backbones.long_attention import (
+    LONG_CHUNK_TOKENS,
+    LONG_PROMPT_TOKENS,
+    HeadKind,
+    describe_problem,
+    is_fit,
+)
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
 from freres_cli.devices import memory_errors_as, synchronize
 from freres_cli.errors import BackboneError, UsageError, count_of
@@ -35,7 +41,8 @@ class VideoPrefix:
     ``num_tokens``: rows in the cache. ``next_position``: position of the question's first token. ``prefill_s``: how
     long the prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time.
     ``pruned``: if only some visual tokens reach the later layers, what the first layers made of all of them; the later
-    layers then run once for each question. ``graph``: the step of a ``StepGraph`` on this cache, once one is recorded.
+    layers then run once for each question. ``graph``: the ``StepGraph`` on this cache, once one is recorded.
+    ``cannot_record``: whether that failed.
     """
 
     cache: Any
@@ -47,6 +54,7 @@ class VideoPrefix:
     pruned: PrunedVideo | None = None
     is_lent: bool = field(default=False, init=False)
     graph: Any = field(default=None, init=False, repr=False)
+    cannot_record: bool = field(default=False, init=False)
 
     @property
     def num_answering_tokens(self) -> int:
@@ -104,7 +112,8 @@ def prefill_rows(
             pruned = run_first_layers(model, rows, cache, pruning, chunk_tokens)
     synchronize(model.device)
     spent_s = time.perf_counter() - start_s
-    notes += describe_problems(model.device, len(rows))
+    if len(rows) >= LONG_PROMPT_TOKENS:
+        notes += describe_problem(HeadKind.of(model.device, model.dtype, model.decoder.config))
     return VideoPrefix(cache, len(rows), num_visual_tokens, rows.next_position, spent_s, notes, pruned)
 
 
@@ -137,13 +146,15 @@ def check_context(
 def choose_chunk(model: LanguageModel, num_rows: int, *, is_cuda: bool | None = None) -> int:
     """Return how many rows a prefill runs at a time.
 
-    As many as have 256 MiB of activations, but at least 2,048 (ours). On a GPU, ``LONG_CHUNK_TOKENS`` of a long prompt, for
-    which ``attend_long`` is made; its layers run their MLPs in parts, so these rows do not take more memory.
+    As many as have 256 MiB of activations, but at least 2,048 (ours). Of a long prompt on a GPU, ``LONG_CHUNK_TOKENS``, for
+    which ``attend_long`` is made, unless other attention was asked for or the model has experts, which take more memory.
 
-    ``num_rows``: of the prompt. ``is_cuda``: whether it is a GPU, by default as the model's device says.
+    ``num_rows``: of the prompt. ``is_cuda``: whether it is a GPU that takes ``attend_long``, by default as it is.
     """
-    if (model.device.type == "cuda" if is_cuda is None else is_cuda) and num_rows >= LONG_PROMPT_TOKENS:
-        return LONG_CHUNK_TOKENS
+    if num_rows >= LONG_PROMPT_TOKENS:
+        has_kernel = is_fit(model.device, model.dtype) if is_cuda is None else is_cuda and model.dtype.itemsize == 2
+        if has_kernel and model.attention == "sdpa" and not getattr(model.decoder.config, "num_experts", 0):
+            return LONG_CHUNK_TOKENS
     return max(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_BYTES // model.activation_bytes_per_token)
 
 
@@ -191,6 +202,8 @@ def lend_cache(prefix: VideoPrefix) -> Iterator[Any]:
             yield cache
     finally:
         prefix.is_lent = False
+        if prefix.graph is not None and not prefix.graph.is_of(prefix.cache):
+            prefix.graph = None  # it would keep buffers that nothing else uses
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, memory_of, read_question
-from freres_cli.backbones.graph_decoding import STEPS_BEFORE_RECORDING, StepGraph, can_record
+from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, read_question
+from freres_cli.backbones.token_steps import TokenSteps
 from freres_cli.devices import synchronize
 from freres_cli.errors import UsageError
 
@@ -111,7 +111,7 @@ def _pieces(
     stream = TextStream(model.tokenizer)
     with lend_cache(prefix) as cache:
         step_s, later_s = start_s, 0.0
-        steps = TokenSteps(model, prefix, cache, prefix.num_tokens + len(suffix_ids) + max_new_tokens)
+        steps = TokenSteps(model, prefix, cache)
         logits = model.logits(read_question(model, prefix, suffix_ids, cache))[0]
         position = prefix.next_position + len(suffix_ids)
         while True:
@@ -140,53 +140,6 @@ def _pieces(
             position += 1
     if len(result.ids) > 1:
         result.tpot_s = later_s / (len(result.ids) - 1)
-
-
-class TokenSteps:
-    """Runs the tokens of one answer one by one, on a GPU by a recorded graph where that can be.
-
-    ``model`` and ``prefix``: the language model and the video it has prefilled. ``cache``: what ``prefix`` lends.
-    ``most_rows``: how many it may come to hold.
-    """
-
-    def __init__(self, model: LanguageModel, prefix: VideoPrefix, cache: Any, most_rows: int) -> None:
-        self._model, self._prefix, self._cache, self._most_rows = model, prefix, cache, most_rows
-        self._num_run = 0
-        self._num_recorded = 0
-        self._graph: StepGraph | None = None
-
-    @torch.no_grad()
-    def run(self, token: int, position: float) -> Tensor:
-        """The logits after ``token``, (vocabulary,) float32, whose position is ``position``."""
-        place = self._cache.get_seq_length() + self._num_recorded
-        with memory_of(self._model, place + 1):
-            if self._num_run == STEPS_BEFORE_RECORDING and can_record(self._model, self._cache):
-                self._graph = self._find_graph(token, place, position)
-            self._num_run += 1
-            if self._graph is not None:
-                self._num_recorded += 1
-                return self._graph.run(token, place, position)
-            hidden = self._model.decode(self._model.text_rows([token], place, position), self._cache)
-            return self._model.logits(hidden)[0]
-
-    def _find_graph(self, token: int, place: int, position: float) -> StepGraph | None:
-        """The graph of an earlier answer about this video, or a new one, recorded with a step that is then run again."""
-        prefix, buffers = self._prefix, [layer.make_room(self._most_rows) for layer in self._cache.layers]
-        if prefix.graph is None or not prefix.graph.holds(buffers):
-            for buffer in (buffer for pair in buffers for buffer in pair):
-                buffer[..., place:, :].zero_()  # what was never written may not be finite
-            prefix.graph = StepGraph(self._model, buffers)
-            try:
-                prefix.graph.run(token, place, position)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                why = str(error).strip().partition("\n")[0]
-                note = f"answers take longer: a step of the decoder could not be recorded as a CUDA graph: {why}"
-                prefix.notes = tuple(dict.fromkeys((*prefix.notes, note)))
-                prefix.graph = None
-        graph: StepGraph | None = prefix.graph
-        return graph
 
 
 def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

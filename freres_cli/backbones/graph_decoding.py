@@ -7,6 +7,8 @@ that are not filled yet are hidden, and writes its row at a place that is itself
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.cache import ReservedLayer
+from freres_cli.devices import WAITING
 
-# A step is recorded once an answer has gone on for this many tokens: recording takes as long as a few of them.
-STEPS_BEFORE_RECORDING = 2
 # Rotary angles that depend on the largest position so far, which the host would have to read.
 CHANGING_ROPE = ("dynamic", "longrope")
 
@@ -60,18 +61,19 @@ class _WholeBuffers(CacheLayerMixin):
 class StepGraph:
     """One step of a decoder on the buffers of one cache, recorded if ``is_recorded``, else run as it is.
 
-    ``model``: it has a ReservedLayer for each layer. ``buffers``: of its layers, from ``ReservedLayer.make_room``.
+    ``model``: it has a ReservedLayer for each layer. ``cache``: its rows have room for those to come.
     """
 
-    def __init__(self, model: LanguageModel, buffers: list[tuple[Tensor, Tensor]], *, is_recorded: bool = True) -> None:
+    def __init__(self, model: LanguageModel, cache: Any, *, is_recorded: bool = True) -> None:
         self.model = model
-        self.buffers = buffers
-        device, num_rows = model.device, buffers[0][0].shape[2]
+        self._buffers = [layer.buffers for layer in cache.layers]
+        self.num_rows = int(self._buffers[0][0].shape[2])
+        device = model.device
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros((), dtype=torch.float32, device=device)
-        self._rows = torch.arange(num_rows, device=device)
-        self._cache = Cache(layers=[_WholeBuffers(pair, self._place) for pair in buffers])
+        self._rows = torch.arange(self.num_rows, device=device)
+        self._cache = Cache(layers=[_WholeBuffers(pair, self._place) for pair in self._buffers])
         self._replay: Callable[[], Any] | None = None
         self._is_recorded = is_recorded
         self._logits = torch.empty(0)
@@ -79,6 +81,16 @@ class StepGraph:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a prefix has buffers of its own, for which its step is recorded anew.
         return type(None), ()
+
+    def is_of(self, cache: Any) -> bool:
+        """Whether it runs on the buffers of this cache."""
+        pairs = zip(self._buffers, (layer.buffers for layer in cache.layers), strict=True)
+        return all(mine is other for mine, other in pairs)
+
+    def clear_from(self, place: int) -> None:
+        """Zero the rows from ``place`` on. What was never written, or by an answer that failed, may not be finite."""
+        for buffer in (buffer for pair in self._buffers for buffer in pair):
+            buffer[..., place:, :].zero_()
 
     def run(self, token: int, place: int, position: float) -> Tensor:
         """The logits after ``token``, (vocabulary,) float32, whose row of the cache is ``place``, at ``position``."""
@@ -90,11 +102,6 @@ class StepGraph:
         self._replay()
         return self._logits
 
-    def holds(self, buffers: list[tuple[Tensor, Tensor]]) -> bool:
-        """Whether it was made for these buffers."""
-        pairs = zip(self.buffers, buffers, strict=True)
-        return all(mine is other for pair, others in pairs for mine, other in zip(pair, others, strict=True))
-
     def _step(self) -> None:
         rows = self.model.step_rows(self._token, self._place, self._position)
         key_bias = torch.zeros(self._rows.shape, device=self._rows.device)
@@ -102,20 +109,34 @@ class StepGraph:
         self._logits = self.model.logits(self.model.decode(rows, self._cache, key_bias=key_bias))[0]
 
     def _record(self) -> Callable[[], Any]:
-        here, stream = torch.cuda.current_stream(self.model.device), torch.cuda.Stream(self.model.device)
-        graph = torch.cuda.CUDAGraph()
+        device = self.model.device
+        here, stream = torch.cuda.current_stream(device), _side_stream(device)
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            # Kernels are loaded, and workspaces made, by a step that is not recorded.
-            self._step()
-            # Not torch.cuda.graph, which collects garbage and gives up all cached memory first.
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
+        try:
+            with WAITING, torch.cuda.stream(stream):
+                # Kernels are loaded, and workspaces made, by a step that is not recorded.
                 self._step()
-            finally:
-                graph.capture_end()
-        here.wait_stream(stream)
+                # Not torch.cuda.graph, which collects garbage and gives up all cached memory first.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    self._step()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            # A recording that failed would keep PyTorch from giving up cached memory, as it does before memory runs out.
+            with contextlib.suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+            raise
+        finally:
+            here.wait_stream(stream)
         return graph.replay
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that steps are recorded on, one for a device: the libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def can_record(model: LanguageModel, cache: Any) -> bool:
@@ -125,6 +146,7 @@ def can_record(model: LanguageModel, cache: Any) -> bool:
     return (
         model.device.type == "cuda"
         and torch.cuda.is_available()
+        and model.attention != "eager"
         and not getattr(config, "num_experts", 0)
         and rope.get("rope_type") not in CHANGING_ROPE
         and all(type(layer) is ReservedLayer for layer in cache.layers)

@@ -29,7 +29,7 @@ from freres_cli.backbones.halves import (
     rope_notes,
 )
 from freres_cli.backbones.locks import ThreadLock
-from freres_cli.backbones.long_attention import start_compiling
+from freres_cli.backbones.long_attention import HeadKind, start_compiling
 from freres_cli.backbones.pruning import only_layers
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
@@ -109,7 +109,7 @@ class DecoderLanguageModel(ABC):
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
         attention, attention_note = fit_attention(device, chosen)
         if attention == "sdpa":
-            start_compiling(torch.device(device.name), chosen, config.text_config)
+            start_compiling(HeadKind.of(torch.device(device.name), chosen, config.text_config))
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):
             is_tied = config.tie_word_embeddings and not checkpoint.keys_under(cls.files.head)[1]

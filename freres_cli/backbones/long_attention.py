@@ -9,6 +9,7 @@ while the weights are read.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,11 +58,29 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is
     return out, sums.view(out.shape[:3])
 
 
+@dataclass(frozen=True)
+class HeadKind:
+    """What cuDNN has to be tried for: the device, precision and number of heads of queries, those of keys and values, and
+    the width of a head."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+
+    @staticmethod
+    def of(device: torch.device, dtype: torch.dtype, config: Any) -> HeadKind:
+        """The heads of a decoder with this ``config``, that runs on ``device`` in ``dtype``."""
+        return HeadKind(device, dtype, config.num_attention_heads, config.num_key_value_heads, find_head_width(config))
+
+
 def is_fit(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether cuDNN is worth trying there, for a model of this precision."""
     return (
         device.type == "cuda"
         and dtype.itemsize == 2
+        and torch.cuda.is_available()
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
         and torch.backends.cuda.cudnn_sdp_enabled()
@@ -70,51 +89,46 @@ def is_fit(device: torch.device, dtype: torch.dtype) -> bool:
 
 def can_attend_long(query: Tensor, key: Tensor) -> bool:
     """Whether ``attend_long`` runs with heads like these. The first call for a kind of heads tries it."""
-    if not is_fit(query.device, query.dtype):
+    if torch.is_grad_enabled() or not is_fit(query.device, query.dtype):
         return False
-    return find_problem(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]) is None
+    kind = HeadKind(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+    return find_problem(kind) is None
 
 
 # Why cuDNN does not attend with some kind of heads, or None if it does. The lock is held while one is tried.
-_PROBLEMS: dict[tuple[Any, ...], str | None] = {}
+_PROBLEMS: dict[HeadKind, str | None] = {}
 _TRYING = threading.Lock()
 
 
-def find_problem(
-    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_width: int
-) -> str | None:
-    """Why cuDNN does not attend with such heads, ``None`` if it does. Trying it has cuDNN compile what it needs.
-
-    ``device``, ``dtype``: of the rows. ``num_heads``, ``num_kv_heads``: of queries, of keys and values. ``head_width``: d.
-    """
-    kind = (device, dtype, num_heads, num_kv_heads, head_width)
+def find_problem(kind: HeadKind) -> str | None:
+    """Why cuDNN does not attend with such heads, ``None`` if it does. Trying it has cuDNN compile what it needs."""
     with _TRYING:
         if kind not in _PROBLEMS:
-            query = torch.zeros((1, 128, num_heads, head_width), dtype=dtype, device=device).transpose(1, 2)
-            key = torch.zeros((1, num_kv_heads, 256, head_width), dtype=dtype, device=device)
+            rows = torch.zeros(1, dtype=kind.dtype, device=kind.device)
+            query = rows.new_zeros(1, 128, kind.num_heads, kind.head_width).transpose(1, 2)
+            key, value = rows.new_zeros(2, 1, kind.num_kv_heads, 256, kind.head_width)
             try:
-                attend_long(query, key, key.clone(), None)
+                with torch.no_grad():
+                    attend_long(query, key, value, None)
                 _PROBLEMS[kind] = None
+            except torch.OutOfMemoryError:
+                return "out of memory"
             except RuntimeError as error:
                 _PROBLEMS[kind] = str(error).strip().partition("\n")[0]
         return _PROBLEMS[kind]
 
 
-def describe_problems(device: torch.device, num_rows: int) -> tuple[str, ...]:
-    """Notes for a prompt of ``num_rows`` on what could not be run by cuDNN. It is run by PyTorch's own kernels instead."""
-    if num_rows < LONG_PROMPT_TOKENS:
+def describe_problem(kind: HeadKind) -> tuple[str, ...]:
+    """A note for a long prompt if cuDNN failed for such heads. It is run by PyTorch's own kernels instead."""
+    with _TRYING:
+        problem = _PROBLEMS.get(kind)
+    if problem is None:
         return ()
-    found = [problem for (place, *_), problem in _PROBLEMS.items() if problem is not None and place == device]
-    return tuple(
-        f"the prefill takes longer: cuDNN's attention failed, and PyTorch's is used: {problem}" for problem in found
-    )
+    return (f"the prefill takes longer: cuDNN's attention failed, and PyTorch's is used: {problem}",)
 
 
-def start_compiling(device: torch.device, dtype: torch.dtype, config: Any) -> None:
-    """Have a thread try ``attend_long``, so that what cuDNN compiles is there when a prompt comes.
-
-    ``device``, ``dtype``: where the decoder runs, and in which precision. ``config``: the decoder's.
-    """
-    if is_fit(device, dtype):
-        heads = (config.num_attention_heads, config.num_key_value_heads, find_head_width(config))
-        threading.Thread(target=find_problem, args=(device, dtype, *heads), daemon=True).start()
+def start_compiling(kind: HeadKind) -> None:
+    """Have a thread try ``attend_long`` for such heads, so that what cuDNN compiles is there when a prompt comes."""
+    if is_fit(kind.device, kind.dtype):
+        # No daemon: a process must not end while cuDNN compiles.
+        threading.Thread(target=find_problem, args=(kind,)).start()
