@@ -34,6 +34,7 @@ from freres_cli.bench.apart import FRERES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
 from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
+from freres_cli.cli.benchmark_gpu import measure_gpu
 from freres_cli.cli.benchmark_grids import measure_grids
 from freres_cli.cli.benchmark_hours import measure_hours
 from freres_cli.cli.benchmark_inputs import GRID, METHOD, METHOD_FLAGS, TOWER, make_tower, write_video
@@ -66,9 +67,21 @@ from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
 USUAL = "method, decode, memory, bounded, many, questions, still, lean"
-ONLY_IF_NAMED = ("peers", "startup", "hours", "kills", "actors", "storage", "levers", "grids", "lines", "quantized")
+ONLY_IF_NAMED = (
+    "peers",
+    "startup",
+    "hours",
+    "kills",
+    "actors",
+    "storage",
+    "levers",
+    "grids",
+    "lines",
+    "quantized",
+    "gpu",
+)
 # Parts with a file of their own.
-NAMED_ALONE = ("hours", "quantized")
+NAMED_ALONE = ("hours", "quantized", "gpu")
 
 
 def time_runs(run: Callable[[], Any], repeat: int) -> list[float]:
@@ -355,6 +368,7 @@ def main() -> None:
             "lines": lambda: measure_lines(Path(folder), arguments.frames, arguments.questions),
             "grids": lambda: measure_grids(arguments.questions),
             "quantized": lambda: measure_quantized(arguments.questions),
+            "gpu": measure_gpu,
             "startup": lambda: measure_startup(Path(folder), arguments.other),
             "hours": lambda: measure_hours(Path(folder), arguments.minutes),
             "kills": lambda: measure_kills(Path(folder)),
