@@ -16,7 +16,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from freres_cli.errors import ResourceError, UsageError, count_of
+from freres_cli.errors import ResourceError, UsageError, count_of, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,6 @@ GLIBC_ARENA_MAX, GLIBC_MMAP_THRESHOLD = -8, -3
 RETURNED_BYTES = 2**20
 
 _GIB = 2**30
-_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def use_one_heap() -> None:
@@ -275,12 +274,9 @@ def synchronize(device: torch.device) -> None:
 @contextmanager
 def memory_errors_as(what: str, hint: str) -> Iterator[None]:
     """Turn out-of-memory errors from torch or Python inside the block into a ResourceError that names ``what``."""
-    import torch
-
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and not any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS):
+        if not is_out_of_memory(error):
             raise
         raise ResourceError(f"{what}: out of memory", hint) from error
