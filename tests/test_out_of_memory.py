@@ -156,7 +156,7 @@ def test_a_question_that_does_not_fit_is_a_resource_error(bundle, monkeypatch):
         lambda: session.ask_many([question, question]),
         lambda: session.find_evidence(question),
     ):
-        with pytest.raises(ResourceError, match="the question: out of memory"):
+        with pytest.raises(ResourceError, match="answering: out of memory"):
             ask()
 
 

@@ -36,7 +36,7 @@ MAX_BATCH = 16
 MAX_BATCH_BYTES = 2**30
 
 _fits = memory_errors_as(
-    "the question", "repack the bundle to fewer tokens, or use a smaller dtype or a device with more memory"
+    "answering", "repack the bundle to fewer tokens, or use a smaller dtype or a device with more memory"
 )
 
 Ids = tuple[int, ...]
