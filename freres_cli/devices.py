@@ -119,8 +119,9 @@ def choose_storage(kv: str | None = None, weights: str | None = None) -> Storage
 def choose_device(requested: str | None = None, attention: str | None = None) -> Device:
     """Choose the device and the attention kernel. ``auto`` (or None) means CUDA if available, else the CPU.
 
-    Raises ResourceError if the CUDA device does not exist or cannot run the kernel, and UsageError unless the device is
-    auto, cpu, cuda or cuda:N and the kernel is one of ``ATTENTION_NAMES``.
+    Of several CUDA devices, it is the one of LOCAL_RANK, if no number is named. Raises ResourceError if the CUDA device does
+    not exist or cannot run the kernel, and UsageError unless the device is auto, cpu, cuda or cuda:N, the kernel is one of
+    ``ATTENTION_NAMES`` and LOCAL_RANK is a number.
     """
     if attention not in (None, *ATTENTION_NAMES):
         raise UsageError(f"--attn: expected one of {', '.join(ATTENTION_NAMES)}, got {attention}")
@@ -139,10 +140,12 @@ def _choose_place(requested: str | None) -> Device:
         return _cpu_device("asked for")
     if name == "auto" and num_cuda == 0:
         return _cpu_device("auto: torch sees no CUDA device")
-    # torchrun and accelerate start one process per device and number them in LOCAL_RANK.
-    ordinal = int(index or os.environ.get("LOCAL_RANK", "0"))
+    rank = 0 if index else local_rank()
+    # A launcher that shows each process a device of its own numbers the processes all the same.
+    ordinal = int(index) if index else rank if num_cuda != 1 else 0
     if ordinal >= num_cuda:
         seen = count_of(num_cuda, "CUDA device") if num_cuda else "no CUDA device"
+        seen += f", and LOCAL_RANK is {rank}" if rank else ""
         raise ResourceError(
             f"device: {name} is not available: torch sees {seen}",
             "use --device cpu, or install a CUDA build of torch and check nvidia-smi",
@@ -150,7 +153,17 @@ def _choose_place(requested: str | None) -> Device:
     properties = torch.cuda.get_device_properties(ordinal)
     description = f"{properties.name}, {properties.total_memory / _GIB:.0f} GiB"
     why = "auto: CUDA is available" if name == "auto" else "asked for"
+    why += "" if rank == 0 else f", LOCAL_RANK {rank}" if ordinal else f", the only one that LOCAL_RANK {rank} sees"
     return Device(f"cuda:{ordinal}", description, "sdpa", f"device cuda:{ordinal} ({description}): {why}")
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, as torchrun and accelerate leave it in LOCAL_RANK: 0 without one.
+    Raises UsageError for another text."""
+    text = os.environ.get("LOCAL_RANK") or "0"
+    if not text.isdecimal():
+        raise UsageError(f"LOCAL_RANK: expected a whole number, got {text[:40]!r}", "unset it, or use --device cuda:N")
+    return int(text)
 
 
 def _cpu_device(why: str) -> Device:

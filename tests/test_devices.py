@@ -54,6 +54,30 @@ def test_each_process_of_a_machine_takes_its_own(num_cuda, monkeypatch):
     ]
 
 
+def test_a_process_that_sees_one_device_takes_it_whatever_its_rank(num_cuda, monkeypatch):
+    """Launchers that set CUDA_VISIBLE_DEVICES for each process number the processes all the same."""
+    num_cuda(1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    device = choose_device("auto")
+    assert device.name == "cuda:0" and device.note.endswith("available, the only one that LOCAL_RANK 3 sees")
+    assert choose_device("cuda").name == "cuda:0" and choose_device("cuda:0").note.endswith("asked for")
+    num_cuda(2)
+    with pytest.raises(ResourceError, match="cuda is not available: torch sees 2 CUDA devices, and LOCAL_RANK is 3"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("text", ["one", "-1", "1.0", "x" * 1000])
+def test_a_rank_that_is_no_number_is_named_where_it_counts(num_cuda, monkeypatch, text):
+    num_cuda(2)
+    monkeypatch.setenv("LOCAL_RANK", text)
+    for name in ("auto", "cuda"):
+        with pytest.raises(UsageError, match=r"^LOCAL_RANK: expected a whole number, got '.{1,40}'$"):
+            choose_device(name)
+    assert [choose_device(name).name for name in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "")
+    assert choose_device("auto").name == "cuda:0"
+
+
 def test_what_is_asked_for_is_taken(num_cuda):
     num_cuda(2)
     assert choose_device("cpu").note.endswith("asked for")
