@@ -265,7 +265,13 @@ def choose_dtype(
     if not device.is_cuda and weight_bytes < SMALL_MODEL_BYTES:
         return torch.float32, "dtype float32: auto, a model below 1 GiB on the CPU"
     stored = str(checkpoint_dtype).removeprefix("torch.")
-    return checkpoint_dtype, f"dtype {stored}: auto, as the checkpoint is stored"
+    note = f"dtype {stored}: auto, as the checkpoint is stored"
+    if checkpoint_dtype == torch.bfloat16 and device.is_cuda and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device.name)
+        if capability < (8, 0):  # not float16 by itself: Qwen2-VL and Qwen2.5-VL overflow in it
+            note += f", and slow on a GPU of compute capability {capability[0]}.{capability[1]}; --dtype float16 is faster, "
+            note += "but models may overflow in it"
+    return checkpoint_dtype, note
 
 
 def set_seed(seed: int) -> None:

@@ -116,6 +116,19 @@ def test_dtype(requested, device, weight_bytes, expected):
     assert str(expected).removeprefix("torch.") in note
 
 
+@pytest.mark.parametrize(("capability", "is_slow"), [((7, 0), True), ((7, 5), True), ((8, 0), False), ((10, 0), False)])
+def test_bfloat16_on_a_gpu_that_emulates_it_is_kept_with_a_word(num_cuda, monkeypatch, capability, is_slow):
+    """float16 in its place would overflow in some models, with answers that mean nothing."""
+    num_cuda(1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    dtype, note = choose_dtype(None, CUDA, torch.bfloat16, 1)
+    told = f"slow on a GPU of compute capability {capability[0]}.{capability[1]}"
+    assert dtype == torch.bfloat16 and (told in note) == is_slow
+    for name, stored in (("bfloat16", torch.bfloat16), (None, torch.float16)):
+        assert "slow" not in choose_dtype(name, CUDA, stored, 1)[1]
+    assert "slow" not in choose_dtype(None, CPU, torch.bfloat16, 2 * GIB)[1]
+
+
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(UsageError, match="expected one of auto, float32, bfloat16, float16, got int8"):
         choose_dtype("int8", CPU, torch.float32, 1)
