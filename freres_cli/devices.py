@@ -17,7 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from freres_cli.errors import ResourceError, UsageError, count_of
+from freres_cli.errors import ResourceError, UsageError, count_of, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,6 @@ GLIBC_ARENA_MAX, GLIBC_MMAP_THRESHOLD = -8, -3
 RETURNED_BYTES = 2**20
 
 _GIB = 2**30
-_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def use_one_heap() -> None:
@@ -121,8 +120,9 @@ def choose_storage(kv: str | None = None, weights: str | None = None) -> Storage
 def choose_device(requested: str | None = None, attention: str | None = None) -> Device:
     """Choose the device and the attention kernel. ``auto`` (or None) means CUDA if available, else the CPU.
 
-    Raises ResourceError if the CUDA device does not exist or cannot run the kernel, and UsageError unless the device is
-    auto, cpu, cuda or cuda:N and the kernel is one of ``ATTENTION_NAMES``.
+    Of several CUDA devices, it is the one of LOCAL_RANK, if no number is named. Raises ResourceError if the CUDA device does
+    not exist or cannot run the kernel, and UsageError unless the device is auto, cpu, cuda or cuda:N, the kernel is one of
+    ``ATTENTION_NAMES`` and LOCAL_RANK is a number.
     """
     if attention not in (None, *ATTENTION_NAMES):
         raise UsageError(f"--attn: expected one of {', '.join(ATTENTION_NAMES)}, got {attention}")
@@ -141,10 +141,12 @@ def _choose_place(requested: str | None) -> Device:
         return _cpu_device("asked for")
     if name == "auto" and num_cuda == 0:
         return _cpu_device("auto: torch sees no CUDA device")
-    # torchrun and accelerate start one process per device and number them in LOCAL_RANK.
-    ordinal = int(index or os.environ.get("LOCAL_RANK", "0"))
+    rank = 0 if index else local_rank()
+    # A launcher that shows each process a device of its own numbers the processes all the same.
+    ordinal = int(index) if index else rank if num_cuda != 1 else 0
     if ordinal >= num_cuda:
         seen = count_of(num_cuda, "CUDA device") if num_cuda else "no CUDA device"
+        seen += f", and LOCAL_RANK is {rank}" if rank else ""
         raise ResourceError(
             f"device: {name} is not available: torch sees {seen}",
             "use --device cpu, or install a CUDA build of torch and check nvidia-smi",
@@ -152,7 +154,17 @@ def _choose_place(requested: str | None) -> Device:
     properties = torch.cuda.get_device_properties(ordinal)
     description = f"{properties.name}, {properties.total_memory / _GIB:.0f} GiB"
     why = "auto: CUDA is available" if name == "auto" else "asked for"
+    why += "" if rank == 0 else f", LOCAL_RANK {rank}" if ordinal else f", the only one that LOCAL_RANK {rank} sees"
     return Device(f"cuda:{ordinal}", description, "sdpa", f"device cuda:{ordinal} ({description}): {why}")
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine, as torchrun and accelerate leave it in LOCAL_RANK: 0 without one.
+    Raises UsageError for another text."""
+    text = os.environ.get("LOCAL_RANK") or "0"
+    if not text.isdecimal():
+        raise UsageError(f"LOCAL_RANK: expected a whole number, got {text[:40]!r}", "unset it, or use --device cuda:N")
+    return int(text)
 
 
 def _cpu_device(why: str) -> Device:
@@ -261,7 +273,13 @@ def choose_dtype(
     if not device.is_cuda and weight_bytes < SMALL_MODEL_BYTES:
         return torch.float32, "dtype float32: auto, a model below 1 GiB on the CPU"
     stored = str(checkpoint_dtype).removeprefix("torch.")
-    return checkpoint_dtype, f"dtype {stored}: auto, as the checkpoint is stored"
+    note = f"dtype {stored}: auto, as the checkpoint is stored"
+    if checkpoint_dtype == torch.bfloat16 and device.is_cuda and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device.name)
+        if capability < (8, 0):  # not float16 by itself: Qwen2-VL and Qwen2.5-VL overflow in it
+            note += f", and slow on a GPU of compute capability {capability[0]}.{capability[1]}; --dtype float16 is faster, "
+            note += "but models may overflow in it"
+    return checkpoint_dtype, note
 
 
 def set_seed(seed: int) -> None:
@@ -288,12 +306,9 @@ def synchronize(device: torch.device) -> None:
 @contextmanager
 def memory_errors_as(what: str, hint: str) -> Iterator[None]:
     """Turn out-of-memory errors from torch or Python inside the block into a ResourceError that names ``what``."""
-    import torch
-
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_memory and not any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS):
+        if not is_out_of_memory(error):
             raise
         raise ResourceError(f"{what}: out of memory", hint) from error

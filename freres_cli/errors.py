@@ -7,8 +7,19 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from enum import IntEnum
 from pathlib import Path
+from typing import Self
+
+# Of Python's, PyTorch's, CUDA's, and of cuBLAS, cuDNN and their like.
+_OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+    "allocation_failed",
+)
 
 
 class ExitStatus(IntEnum):
@@ -41,6 +52,11 @@ class FreresError(Exception):
     def __reduce__(self) -> tuple[type[FreresError], tuple[str, str | None]]:
         # Errors cross process borders in 'freres profile'.
         return type(self), (self.message, self.hint)
+
+    def without_frames(self) -> Self:
+        """Return this failure without its traceback and cause, to keep it while work goes on: their frames hold on to every
+        tensor they had. With FRERES_DEBUG=1 the failure itself, whose traceback is shown."""
+        return self if os.environ.get("FRERES_DEBUG") == "1" else type(self)(self.message, self.hint)
 
 
 class UsageError(FreresError):
@@ -80,18 +96,27 @@ class ResourceError(FreresError):
 
 
 def as_freres_error(error: Exception, what: str) -> FreresError:
-    """Return the failure of one of many things as one of ours, so that the others go on. ``what``: is named first. Raises the
-    interruption that it came from, if it did, and with FRERES_DEBUG=1 an unexpected error, with its traceback."""
+    """Return the failure of one of many things as one of ours, without its frames, so that the others go on. ``what``: is
+    named first. Raises the interruption that it came from, if it did, and with FRERES_DEBUG=1 an unexpected error, with its
+    traceback."""
     if isinstance(error, FreresError):
-        return error
+        return error.without_frames()
     if (interruption := find_interruption(error)) is not None:
         raise interruption from None
     if os.environ.get("FRERES_DEBUG") == "1":
         raise error
     reason = " ".join(str(error).split())[:200]
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return ResourceError(f"{what}: not enough memory", "use a smaller --budget or --grid, or a larger machine")
     return FreresError(f"{what}: unexpected {type(error).__name__}: {reason}", "this is a bug in freres")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the machine or of a device. Does not import torch."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)
 
 
 def find_interruption(error: BaseException | None) -> BaseException | None:

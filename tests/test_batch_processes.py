@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_a_run_that_is_stopped_leaves_no_process_and_no_copy(tmp_path):
     found.close()
     assert not Path(f"/proc/{pid}").exists() and not Path(scratch).exists()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
+@pytest.mark.parametrize(("given", "num_gpus", "taken"), [("3", 4, "1"), ("3", 1, "3"), ("", 4, "2"), ("x", 4, "x")])
+def test_workers_count_on_from_the_rank_of_their_batch(monkeypatch, given, num_gpus, taken):
+    """One that is no number is left for the error of the job that needs it."""
+    monkeypatch.setenv("LOCAL_RANK", given)
+    batch_process._take_gpu(2, num_gpus)
+    assert os.environ["LOCAL_RANK"] == taken
 
 
 def test_how_a_process_ended():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freres_cli.method import adaptive
+from freres_cli.method import adaptive, merging
 from freres_cli.method.adaptive import StretchCompressor, build_stretch_tokens
 from freres_cli.method.budget import plan_budget
 from freres_cli.method.compress import StreamingCompressor, compress_latents
@@ -16,6 +16,7 @@ from freres_cli.method.tokens import build_tokens
 from freres_cli.stretches import STRETCH_COLUMNS
 from tests.compressed_clips import compress, make_settings, smooth_clip
 from tests.labelled_device import LabelledTensor, count_waits, labelled_device
+from tests.live_bytes import DeviceBytes
 
 
 @pytest.fixture
@@ -103,6 +104,21 @@ def test_the_device_gives_the_same_stretches(device):
         for name in STRETCH_COLUMNS:
             ours, theirs = (getattr(stretches, name) for stretches in found)
             assert not isinstance(ours, LabelledTensor) and torch.equal(ours, theirs), name
+
+
+def test_a_result_is_read_by_parts(device, monkeypatch):
+    """It needs no second copy of itself on the device."""
+    clip = make_clip()[:12]
+    mergers = [Merger((6, 6), 16, 16, clip.dtype, device=where) for where in (device, "cpu")]
+    for merger in mergers:
+        merger.append(clip, 0, [0] * 12)
+    slots = torch.arange(12 * 36).flip(0)
+    monkeypatch.setattr(merging, "DEVICE_PAIR_BYTES_AT_ONCE", 8 * 16 * 10)  # ten rows
+    with DeviceBytes() as live:
+        ours, _ = mergers[0].read(slots)
+    assert live.peak == 10 * (16 * 4 + 8), "their numbers and where they are"
+    assert torch.equal(ours, mergers[1].read(slots)[0])
+    assert torch.equal(ours, clip.flatten(0, 2)[slots])
 
 
 def put_on(modules, device):

@@ -91,7 +91,7 @@ def test_a_row_without_any_answer_is_empty_and_a_video_without_any_is_failed(que
     rows = run_eval(questions, "full,blind", models=models_with(language_model=model)).summary["rows"]
     assert rows[0]["accuracy"] is None and rows[0]["visual_tokens"] is None and rows[0]["num_questions"] == 0
     assert rows[1]["num_questions"] == 6 and rows[1]["retention"] is None
-    with fails(6, "none of 3 videos could be used: full: out of memory"):
+    with fails(6, "none of 3 videos could be used: full: answering: out of memory"):
         run_eval(questions, "full", models=models_with(language_model=model))
 
 

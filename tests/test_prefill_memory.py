@@ -9,10 +9,13 @@ import torch
 
 from freres_cli.backbones import attention, base, engine
 from freres_cli.backbones.base import Piece, PromptRows
+from freres_cli.backbones.cache import LEAST_SPARE, ROOM_STEP, SPARE_PART
 from freres_cli.backbones.pruning import Pruning
 from freres_cli.backbones.qwen3_vl import Qwen3VLLanguageModel
 from freres_cli.backbones.released import write_weightless
+from freres_cli.backbones.sizes import measure_decoder
 from freres_cli.devices import Storage
+from freres_cli.pipeline.costs import ask_parts
 from freres_cli.pipeline.session import Session
 from tests.family_contract import CASES, by_family
 from tests.family_contract import folders as folders
@@ -20,11 +23,13 @@ from tests.family_contract import load as load
 from tests.family_contract import one_thread as one_thread
 from tests.labelled_device import LabelledTensor, count_waits, labelled_device, strip
 from tests.live_bytes import DeviceBytes
+from tests.test_plan import flatten
 from tests.tiny_models import CPU, open_checkpoint, video_tokens
 
 # One that has no text in the video, and one with text around every frame and DeepStack rows.
 QUICK = ("qwen2_5_vl", "qwen3_vl")
 CHUNK = 32
+REPEAT_HEADS = attention._repeat_heads
 QUESTIONS = ["What moves?", "What is it, and where?"]
 
 each_family = by_family(QUICK)
@@ -56,6 +61,12 @@ def room_of(cache):
     return sum(buffer.nbytes for layer in cache.layers for buffer in getattr(layer, "_buffers", None) or ())
 
 
+def states_of(cache):
+    """Bytes of the states of linear attention."""
+    states = (getattr(layer, name, None) for layer in cache.layers for name in ("conv_states", "recurrent_states"))
+    return sum(value.nbytes for state in states for value in flatten(state))
+
+
 def measure(model, name, num_frames):
     """The most bytes beyond the cache while so many frames are prefilled, and the number of rows."""
     tokens = tokens_of(model, name, num_frames)
@@ -70,6 +81,45 @@ def test_memory_beyond_the_cache_does_not_grow_with_the_prompt(load, device, nam
     (short, num_short), (long, num_long) = (measure(model, name, num_frames) for num_frames in (6, 18))
     assert num_long > 2 * num_short > 6 * CHUNK and short > CHUNK * model.width * model.dtype.itemsize
     assert short == long, f"{long - short} bytes more for {num_long - num_short} rows"
+
+
+def test_a_plan_has_the_heads_that_are_repeated_in_float32(load, device, monkeypatch):
+    """On the device alone, where 16 bits need none. Without them it has a layer of the cache that moves."""
+    made, num_rows = [], 100
+
+    def repeat(tensor, num_heads):
+        made.append(REPEAT_HEADS(tensor, num_heads))
+        return made[-1]
+
+    monkeypatch.setattr(attention, "_repeat_heads", repeat)
+    model = load("qwen2_5_vl", device).language_model
+    with torch.no_grad():
+        model.decode(model.text_rows(list(range(num_rows)), 0, 0.0), model.new_cache())
+    sizes = measure_decoder(model)
+
+    def planned(itemsize, is_cuda):
+        parts = ask_parts(sizes, 0, num_rows, 1000, itemsize, is_cuda=is_cuda)
+        return next(part.num_bytes for part in parts if part.name == "prefill activations")
+
+    moved = num_rows * sizes.kv_layer_values * 4
+    assert sum(strip(tensor).nbytes for tensor in made[:2]) == planned(4, True) - planned(4, False) + moved > moved
+    assert planned(2, True) == planned(2, False)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "minicpmv4_6", "qwen2_5_vl"])
+def test_a_plan_has_the_copy_that_a_question_takes_of_states(load, name):
+    """Only of caches that cannot be cut back afterwards."""
+    model = load(name, CPU).language_model
+    prefix = prefill(model, tokens_of(model, name, 6))
+    with engine.lend_cache(prefix) as cache:
+        copied = 0 if cache is prefix.cache else room_of(cache) + states_of(cache)
+    sizes = measure_decoder(model)
+    parts = {part.name: part.num_bytes for part in ask_parts(sizes, 0, prefix.num_tokens, 1, model.dtype.itemsize)}
+    planned = parts.get("copy of the cache", 0)
+    if planned:  # it takes the place of the prefill's rows and activations
+        planned += parts["prompt rows"] + parts["prefill activations"]
+    spare = (ROOM_STEP + prefix.num_tokens // SPARE_PART + LEAST_SPARE) * model.kv_bytes_per_token
+    assert copied - spare <= planned <= copied and bool(planned) == (name != "qwen2_5_vl")
 
 
 def test_a_cache_in_8_bits_adds_one_layer_in_the_precision_of_the_model(load, device):

@@ -38,7 +38,7 @@ from freres_cli.cli import (
     world,
 )
 from freres_cli.cli.output import print_error, print_result
-from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError, find_interruption
+from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError, find_interruption, is_out_of_memory
 
 app = typer.Typer(
     name="freres",
@@ -124,8 +124,6 @@ def _run() -> None:
         app()
     except FreresError as error:
         _fail(error)
-    except MemoryError as error:
-        _fail(ResourceError("not enough memory", "lower --budget, or use a smaller --dtype"), error)
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
     except OSError as error:
@@ -140,6 +138,8 @@ def _run() -> None:
             raise interruption from None
         if interruption is not None:
             sys.exit(ExitStatus.INTERRUPTED)
+        if is_out_of_memory(error):
+            _fail(ResourceError("not enough memory", "lower --budget, or use a smaller --dtype"), error)
         _fail_unexpected(error)
 
 

@@ -24,7 +24,7 @@ from freres_cli.cli.output import (
     progress_bar,
 )
 from freres_cli.devices import choose_storage
-from freres_cli.errors import FreresError, UsageError, count_of
+from freres_cli.errors import ExitStatus, FreresError, UsageError, count_of
 from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
@@ -289,7 +289,7 @@ def _row_document(row: AskedRow, answer: Answer, refined: int | None) -> dict[st
 def _loop(session: Session, manner: dict[str, Any], quiet: bool, where: bool) -> None:
     """Answer one question per line until the input ends. A line that cannot be answered is reported, and the others still
     are; unless someone is typing, the exit status is then that of the first such line."""
-    failed: FreresError | None = None
+    status = ExitStatus.DONE
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     while True:
         if is_terminal:
@@ -303,9 +303,9 @@ def _loop(session: Session, manner: dict[str, Any], quiet: bool, where: bool) ->
             _answer(session, check_text(line.strip(), "question"), manner, quiet, where)
         except FreresError as error:
             print_error(error)
-            failed = failed or error
-    if failed is not None and not is_terminal:
-        raise typer.Exit(failed.exit_status)
+            status = status or error.exit_status
+    if status and not is_terminal:
+        raise typer.Exit(status)
 
 
 def _cost(answer: Answer) -> str:

@@ -157,19 +157,20 @@ eval:
     that is wide rather than narrow. An interval is null for a single video. Each is a single 95 % interval: none is
     corrected for the number of comparisons in a table, so of twenty differences that are none, one can be expected to
     look certain. Tokens are means over videos (`_max` is the largest), times are medians: `compress_s` from latents to
-    tokens, `ttft_s` for a video's first question with its prefill, `next_ttft_s` for the others. `context_tokens` is
-    the whole prompt with its text and the question, a mean over questions. `num_frames` is how many frames a row's
-    tokens are made from, and `encoded_tokens` how many tokens pass the tower for them, as if the row were run alone:
-    means over videos. A note says where rows differ in frames. `adapter` is the file of trained modules that a row
-    used, and a note names it: fre-res uses the bundled model's own unless `--adapter none`. `kv_cache_bytes` is what
-    the cache of the longest prompt takes, computed from the model's shape, and null for methods that prune in the
-    decoder. `peak_memory_bytes` is the most allocated on the GPU during any video's turn of that row, with the model;
-    it is null on a CPU, where memory cannot be told apart by row. A method that fails on a video is a warning: its row
-    has `num_videos` of the others, `failed` says why, and `retention` and `differences` compare two rows on the videos
-    that both have. Of a video that is damaged or cut short, what can be read counts: a warning says how many there are,
-    and `video_notes` has the seconds lost and the notes on each video that was read with any. `--csv` has a line for
-    each row, an empty cell for what is unknown, and four columns for each category. `--plot` needs matplotlib: pip
-    install 'freres[plot]'. The `--output` file has a header and a line for each video. A file from a different run is
+    tokens (with a GPU, on it for adaptive and fre-res and on the CPU for the others), `ttft_s` for a video's first
+    question with its prefill, `next_ttft_s` for the others. `context_tokens` is the whole prompt with its text and the
+    question, a mean over questions. `num_frames` is how many frames a row's tokens are made from, and `encoded_tokens`
+    how many tokens pass the tower for them, as if the row were run alone: means over videos. A note says where rows
+    differ in frames. `adapter` is the file of trained modules that a row used, and a note names it: fre-res uses the
+    bundled model's own unless `--adapter none`. `kv_cache_bytes` is what the cache of the longest prompt takes,
+    computed from the model's shape, and null for methods that prune in the decoder. `peak_memory_bytes` is the most
+    allocated on the GPU during any video's turn of that row, with the model; it is null on a CPU, where memory cannot
+    be told apart by row. A method that fails on a video is a warning: its row has `num_videos` of the others, `failed`
+    says why, and `retention` and `differences` compare two rows on the videos that both have. Of a video that is
+    damaged or cut short, what can be read counts: a warning says how many there are, and `video_notes` has the seconds
+    lost and the notes on each video that was read with any. `--csv` has a line for each row, an empty cell for what is
+    unknown, and four columns for each category. `--plot` needs matplotlib: pip install 'freres[plot]'. The `--output`
+    file has a header and a line for each video. A file from a different run is
     refused: of another release, with other questions, methods, settings, adapters, device, precision or attention
     kernel, or of a model with another config, tokenizer, chat template or other weights (256 values of each tensor are
     compared). Failed videos are tried again. `scoring` says how answers were made and read: of a benchmark, which
@@ -212,12 +213,13 @@ compare:
     freres compare video.mp4 --methods full,evs,adaptive --question "What moves first?": Their answers, side by side.
     freres compare video.mp4 --budgets 0.25,0.1 --question "Which way?" --choices "left|right": With probabilities.
   output: >-
-    A table with a row for each method and budget: tokens, the share of energy that hold and linear keep, and seconds from
-    latents to tokens. With `--question` also all tokens of the longest prompt, the prefill, and the time to the first
-    token of the first question, which includes it; later questions reuse the prefill. Then a table for each question, with
-    the answer of each method, and with `--choices` the probability of the option it chose. An answer that was cut at
-    `--max-new-tokens` ends in three dots. Fre-Res is rebuilt from its tracks, as in freres-fidelity(1). blind has no
-    tokens, and so no shares. Times are of one run without a warm-up: see freres-profile(1) for repeated ones.
+    A table with a row for each method and budget: tokens, the share of energy that hold and linear keep, and seconds
+    from latents to tokens (with a GPU, on it for adaptive and fre-res and on the CPU for the others). With `--question`
+    also all tokens of the longest prompt, the prefill, and the time to the first token of the first question, which
+    includes it; later questions reuse the prefill. Then a table for each question, with the answer of each method, and
+    with `--choices` the probability of the option it chose. An answer that was cut at `--max-new-tokens` ends in three
+    dots. Fre-Res is rebuilt from its tracks, as in freres-fidelity(1). blind has no tokens, and so no shares. Times are
+    of one run without a warm-up: see freres-profile(1) for repeated ones.
   schemas:
     freres.compare/1:
       video num_frames full_tokens decode_s encode_s questions

@@ -31,8 +31,8 @@ COST_EXPONENT = 0.5
 # a twentieth of the tokens or more, the mean error was within 0.15 % of the energy of that of one merge at a time.
 STREAM_SHARE = 0.1
 TREE_SHARE = 0.25
-# Pairs that are compared or merged at once have this many bytes in float32: they stay in a core's cache, which makes wide
-# latents five times as fast as 8,192 pairs at once.
+# Pairs that are compared or merged at once, and rows that are read, have this many bytes in float32: they stay in a core's
+# cache, which makes wide latents five times as fast as 8,192 pairs at once.
 PAIR_BYTES_AT_ONCE = 2**20
 DEVICE_PAIR_BYTES_AT_ONCE = 2**26  # a GPU is faster with more at once; this bounds its memory
 ROWS_AT_ONCE = 1024  # bounds the memory of moving rows
@@ -93,7 +93,9 @@ class Merger:
 
         ``slots``: some of those of a ``MergeOrder``, (k,).
         """
-        rows = self._storage[slots.to(self._storage.device)].cpu()
+        rows = torch.empty(slots.shape[0], self._storage.shape[1], dtype=self._storage.dtype)
+        for part in self._parts(slots.shape[0]):  # they need no memory of their own on a device
+            rows[part] = self._storage[slots[part].to(self._storage.device)].cpu()
         return rows[:, : self._channels], rows[:, self._channels :]
 
     def _boxes_of(self, rows: Tensor | slice) -> Tensor:
@@ -237,7 +239,7 @@ class Merger:
         return weight**COST_EXPONENT * distance, weight * distance
 
     def _parts(self, count: int) -> Iterator[slice]:
-        """Split ``count`` pairs into parts whose bytes are at most those above."""
+        """Split ``count`` pairs or rows into parts whose bytes are at most those above."""
         most = PAIR_BYTES_AT_ONCE if self._storage.device.type == "cpu" else DEVICE_PAIR_BYTES_AT_ONCE
         size = max(1, most // (8 * self._storage.shape[1]))
         for start in range(0, count, size):

@@ -104,12 +104,19 @@ def method_parts(
 
 
 def ask_parts(
-    decoder: DecoderSizes, visual: int, context: int, chunk: int, itemsize: int, storage: Storage = AS_COMPUTED
+    decoder: DecoderSizes,
+    visual: int,
+    context: int,
+    chunk: int,
+    itemsize: int,
+    storage: Storage = AS_COMPUTED,
+    *,
+    is_cuda: bool = False,
 ) -> list[Part]:
     """The memory of prefilling the video and answering.
 
     ``decoder``: from ``measure_decoder``. ``visual``: S. ``context``: L, rows of the prompt. ``chunk``: q at most.
-    ``itemsize``: b. ``storage``: of cache and weights.
+    ``itemsize``: b. ``storage``: of cache and weights. ``is_cuda``: whether the device is one.
     """
     b, q = itemsize, min(context, chunk)
     row = decoder.width * (1 + decoder.num_deep_layers) * b
@@ -117,24 +124,51 @@ def ask_parts(
     mlp = q * b * (3 * decoder.width + 3 * decoder.inner)
     attention = q * b * (2 * decoder.width + 4 * decoder.heads_width)
     mask = q * context * (1 + b) if context > chunk else 0
-    # Moved to where there is room; or, from 8 bits, in the model's precision while attention reads it.
-    cat = context * decoder.kv_layer_values * b
+    moving, reading, what = _layer_bytes(decoder, context, b, storage, is_cuda)
+    passing = max(mlp, attention) + mask + max(moving, reading)
     weights, held = f"{decoder.num_parameters} parameters * {b} bytes", f"L * {decoder.kv_values} numbers * b"
-    what, whole = "one layer's cache moved", 0
     if storage.kv is not None:
         held = f"L * ({decoder.kv_values} numbers in {storage.kv} + {decoder.kv_heads} scales * b)"
-        what = f"one layer's cache in {b} bytes a number"
     if storage.weights is not None:
         weights = (
             f"{decoder.linear_weights} of {decoder.num_parameters} parameters in {storage.weights}, the others * b"
         )
-        whole = decoder.largest_linear * b
-        what += f", and its largest matrix of {decoder.largest_linear} numbers"
-    return [
+    cache, states = context * decoder.row_bytes(b, storage), decoder.state_values * FLOAT32
+    parts = [
         Part("decoder weights", decoder.weight_bytes(b, storage), weights),
         Part("visual tokens", visual * row, "S*C*b", is_on_device=False),
         Part("prompt rows", q * row, "q*C*b: those of one pass"),
-        Part("KV cache", context * decoder.row_bytes(b, storage), held),
-        Part("recurrent states", decoder.state_values * FLOAT32, "of linear attention, in float32"),
-        Part("prefill activations", max(mlp, attention) + mask + cat + whole, f"q*b*(3w + 3I), and {what}"),
+        Part("KV cache", cache, held),
+        Part("recurrent states", states, "of linear attention, in float32"),
+        Part("prefill activations", passing, f"q*b*(3w + 3I), and {what}"),
     ]
+    if states:
+        # A question begins when the prefill's rows and activations are gone.
+        copied = max(0, cache + states + reading - q * row - passing)
+        told = (
+            f"cache and states once more for the question, {cache + states} bytes, beyond the two parts of the prefill"
+        )
+        parts.append(Part("copy of the cache", copied, told))
+    return parts
+
+
+def _layer_bytes(
+    decoder: DecoderSizes, context: int, itemsize: int, storage: Storage, is_cuda: bool
+) -> tuple[int, int, str]:
+    """What a layer takes beside its activations: while its cache moves to where there is room, while attention reads it,
+    and both in words."""
+    layer = context * decoder.kv_layer_values * itemsize
+    read, what = 0, []
+    if storage.kv is not None:
+        read += layer
+        what.append(f"one layer's cache in {itemsize} bytes a number")
+    if is_cuda and itemsize == FLOAT32 and decoder.kv_layer_values < 2 * decoder.heads_width:
+        # No kernel there takes grouped heads in float32.
+        read += 2 * context * decoder.heads_width * FLOAT32
+        what.append(f"one layer's keys and values for every head of the queries, 2*L*{decoder.heads_width}*4")
+    what = what or ["one layer's cache moved"]
+    whole = 0
+    if storage.weights is not None:
+        whole = decoder.largest_linear * itemsize
+        what.append(f"its largest matrix of {decoder.largest_linear} numbers")
+    return layer + whole, read + whole, ", and ".join(what)

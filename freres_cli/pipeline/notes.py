@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from freres_cli.backbones.base import VisionEncoder
-from freres_cli.baselines.registry import ADAPTIVE, METHODS
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
+from freres_cli.devices import Device
 from freres_cli.errors import count_of
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.presets import BUNDLED, FULL, Settings
@@ -23,6 +24,21 @@ def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
         "the bundled model only knows its own world of drawn shapes ('freres world make'): its answers about any other "
         "video mean nothing; name a real model with --model, such as Qwen/Qwen2-VL-2B-Instruct",
     )
+
+
+def describe_times(methods: Iterable[str], device: Device) -> tuple[str, ...]:
+    """Return a note if ``compress_s`` of some of these methods is time on a GPU and that of others is not; else nothing."""
+    names = dict.fromkeys(methods)
+    ours = [name for name in names if name in (ADAPTIVE, FRE_RES)]
+    # What prunes in the decoder does so where the decoder is.
+    others = [
+        name
+        for name in names
+        if name not in ours and METHODS[name].has_budget and "decoder layers" not in METHODS[name].needs
+    ]
+    if not (device.is_cuda and ours and others):
+        return ()
+    return (f"compress_s: {', '.join(ours)} ran on {device.name}, {', '.join(others)} on the CPU: not to be compared",)
 
 
 def describe_drop(num_deep_layers: int) -> str | None:

@@ -18,7 +18,7 @@ from freres_cli.backbones.locks import ThreadLock
 from freres_cli.backbones.pruning import Pruning
 from freres_cli.backbones.saved_prefix import SUFFIX, open_prefix
 from freres_cli.bundle.store import read_bundle
-from freres_cli.devices import AS_COMPUTED, Device, Storage
+from freres_cli.devices import AS_COMPUTED, Device, Storage, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.evaluation.questions import check_choices, format_choices
 from freres_cli.pipeline.answers import report_choice, report_generation, report_tokens
@@ -34,6 +34,10 @@ from freres_cli.records import Answer, VideoTokens
 # Limits on questions answered together: each has its own copy of the video's cache.
 MAX_BATCH = 16
 MAX_BATCH_BYTES = 2**30
+
+_fits = memory_errors_as(
+    "answering", "repack the bundle to fewer tokens, or use a smaller dtype or a device with more memory"
+)
 
 Ids = tuple[int, ...]
 
@@ -116,6 +120,7 @@ class Session:
             self._prefixes.clear()
             self._facts = None
 
+    @_fits
     def ask(
         self,
         question: str,
@@ -134,7 +139,7 @@ class Session:
         picked, greedily by default. ``on_text``: called with each piece of text; it must not wait for another thread that
         asks this session. ``refine``: only use this many visual tokens, those that the question needs, as CDPruner picks
         them; they are prefilled for this question alone. ``relevant_text``: what they are picked by, if not by the
-        question: one without its options, for example. Raises ``UsageError`` or ``BackboneError``.
+        question: one without its options, for example. Raises ``UsageError``, ``BackboneError`` or ``ResourceError``.
         """
         submitted = time.perf_counter()
         query, limit = Query(question, choices, relevant_text), check_limit(max_new_tokens)
@@ -151,6 +156,7 @@ class Session:
                 answer = self._write(query, refine, limit, sampling, on_text, submitted)
         return replace(answer, notes=(*answer.notes, *describe_refine(refine, len(self.tokens))))
 
+    @_fits
     def find_evidence(self, query: Query | str) -> Evidence:
         """Return which visual tokens the model attends to as it begins to answer. See ``backbones.evidence``.
 
@@ -167,6 +173,7 @@ class Session:
             places = find_places(self.model, ids, self.tokens, self.text_after)
             return find_evidence(self.model, prefix, places, suffix)
 
+    @_fits
     def ask_many(
         self,
         queries: Iterable[Query | str],

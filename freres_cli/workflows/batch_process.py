@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
-from freres_cli.devices import use_one_heap
-from freres_cli.errors import ResourceError
+from freres_cli.devices import local_rank, use_one_heap
+from freres_cli.errors import ResourceError, UsageError
 from freres_cli.workflows.batch_worker import BatchRow, Job, VideoWorker, WorkerSetup, broken_row
 
 READY = "ready"
@@ -38,15 +38,20 @@ def _serve(connection: Connection, setup: WorkerSetup, rank: int, scratch: str) 
 
     if setup.num_threads is not None:
         torch.set_num_threads(setup.num_threads)
-    if torch.cuda.device_count() > 1:
-        # Whoever starts a batch for each GPU gives each its own rank, to which the workers of one batch add theirs.
-        first = int(os.environ.get("LOCAL_RANK", "0"))
-        os.environ["LOCAL_RANK"] = str((first + rank) % torch.cuda.device_count())
+    _take_gpu(rank, torch.cuda.device_count())
     worker = VideoWorker(setup, Path(scratch))
     connection.send(READY)
     with contextlib.suppress(EOFError):
         while True:
             connection.send(worker.run(connection.recv()))
+
+
+def _take_gpu(rank: int, num_gpus: int) -> None:
+    """Number this process among those of its machine, which chooses its GPU. ``rank``: among the workers of this batch."""
+    # Whoever starts a batch for each GPU gives each its own rank, to which the workers of one batch add theirs.
+    if num_gpus > 1:
+        with contextlib.suppress(UsageError):  # told by the job that needs it
+            os.environ["LOCAL_RANK"] = str((local_rank() + rank) % num_gpus)
 
 
 def _end_with_parent(scratch: str) -> None:

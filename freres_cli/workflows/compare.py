@@ -19,7 +19,7 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, open_method_session
 from freres_cli.pipeline.models import Models
-from freres_cli.pipeline.notes import describe_limits
+from freres_cli.pipeline.notes import describe_limits, describe_times
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.query import Query, refuse_control_tokens
 from freres_cli.pipeline.session import Session
@@ -71,7 +71,7 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
         if not (METHODS[cell.method].is_question_blind or request.queries):
             raise UsageError(f"--methods: {cell.method} needs a question, got none", "ask one with --question")
     models = models or Models(request.options.model)
-    notes: list[str] = []
+    notes = [*describe_times((cell.method for cell in request.cells), request.options.model.device)]
     modules: Modules = {}
     if request.queries:
         model = models.language_model

@@ -12,6 +12,7 @@ from freres_cli.backbones.weight_samples import digest_weights
 from freres_cli.devices import AS_COMPUTED
 from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.notes import describe_times
 
 if TYPE_CHECKING:
     from freres_cli.workflows.evaluate import EvalRequest
@@ -55,6 +56,7 @@ def describe_answers(
         *_describe_unread(request.questions, rows),
         *_describe_adapters(request),
         *_describe_frames(rows, summary["rows"], request.options.settings.track_density),
+        *describe_times((cell.method for cell in request.cells), request.options.model.device),
         *describe_oddities(summary["video_notes"]),
         *_describe_drop(request, model),
     )

@@ -186,7 +186,7 @@ def evaluate_video(
             # After the cells: some decode the file once more.
             row |= {"lost_s": clip.lost_s, "notes": list(clip.notes)}
     except FreresError as error:
-        failures.append(error)
+        failures.append(error.without_frames())
         return {"video": name, "status": "failed", "message": error.message}
     if all(part["status"] == "failed" for part in row["cells"]):
         return {"video": name, "status": "failed", "message": row["cells"][0]["message"]}
@@ -210,10 +210,9 @@ def _try_cell(cell: Cell, ask: Callable[[Cell], dict[str, Any]], failures: list[
 
 
 def failure_of(error: Exception, name: str) -> FreresError:
-    """Return why a method failed on a video, as an error with one line. ``name``: the method and its budget."""
-    if isinstance(error, FreresError):
-        is_named = error.message.startswith(name)
-        return error if is_named else type(error)(f"{name}: {error.message}", error.hint)
+    """Return why a method failed on a video, as an error with one line and no frames. ``name``: the method and its budget."""
+    if isinstance(error, FreresError) and not error.message.startswith(name):
+        return type(error)(f"{name}: {error.message}", error.hint)
     return as_freres_error(error, name)
 
 

@@ -171,7 +171,7 @@ class Planner:
             decoder,
             chunk,
             [*encode_parts(tower, batch, frame_px, cells, b), *kept],
-            ask_parts(decoder, visual, rows, chunk, b, storage),
+            ask_parts(decoder, visual, rows, chunk, b, storage, is_cuda=self.is_cuda),
             self.is_cuda,
             storage,
         )
