@@ -112,18 +112,24 @@ def ask_parts(
     storage: Storage = AS_COMPUTED,
     *,
     is_cuda: bool = False,
+    mlp_rows: int | None = None,
 ) -> list[Part]:
     """The memory of prefilling the video and answering.
 
     ``decoder``: from ``measure_decoder``. ``visual``: S. ``context``: L, rows of the prompt. ``chunk``: q at most.
-    ``itemsize``: b. ``storage``: of cache and weights. ``is_cuda``: whether the device is one.
+    ``itemsize``: b. ``storage``: of cache and weights. ``is_cuda``: whether the device is one. ``mlp_rows``: r at most, the
+    rows that an MLP takes at a time, if not all.
     """
     b, q = itemsize, min(context, chunk)
+    r = q if mlp_rows is None else min(q, mlp_rows)
     row = decoder.width * (1 + decoder.num_deep_layers) * b
-    # Of a layer: its input, what the attention added, and the normed rows; then three stages of the MLP at once.
-    mlp = q * b * (3 * decoder.width + 3 * decoder.inner)
-    attention = q * b * (2 * decoder.width + 4 * decoder.heads_width)
-    mask = q * context * (1 + b) if context > chunk else 0
+    # Of a layer: its input, what the attention added, and the normed rows; then three stages of the MLP at once, and in parts
+    # also where their results go.
+    mlp = b * ((3 if r == q else 4) * q * decoder.width + 3 * r * decoder.inner)
+    # Queries, keys and values, turned; of a long prompt on a GPU also the two parts of what was read.
+    attention = q * b * (2 * decoder.width + (6 if is_cuda and context > chunk else 4) * decoder.heads_width)
+    # Kernels on a GPU need none.
+    mask = q * context * (1 + b) if context > chunk and not is_cuda else 0
     moving, reading, what = _layer_bytes(decoder, context, b, storage, is_cuda)
     passing = max(mlp, attention) + mask + max(moving, reading)
     weights, held = f"{decoder.num_parameters} parameters * {b} bytes", f"L * {decoder.kv_values} numbers * b"
@@ -140,7 +146,7 @@ def ask_parts(
         Part("prompt rows", q * row, "q*C*b: those of one pass"),
         Part("KV cache", cache, held),
         Part("recurrent states", states, "of linear attention, in float32"),
-        Part("prefill activations", passing, f"q*b*(3w + 3I), and {what}"),
+        Part("prefill activations", passing, f"b*(3*q*w + 3*r*I) with r = {r}, and {what}"),
     ]
     if states:
         # A question begins when the prefill's rows and activations are gone.
