@@ -22,6 +22,7 @@ from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.session import Session
+from freres_cli.workflows.ask import locate_evidence
 from freres_cli.workflows.verify import TOLERANCES, draw_frames
 from tests.family_contract import CASES, by_family
 from tests.family_contract import folders as folders
@@ -144,16 +145,18 @@ def choose_refined(session):
 
 
 def look(session):
-    evidence = session.find_evidence(Query(QUESTION))
-    return dict(enumerate(evidence.shares.tolist())) | {"visual": evidence.visual_share}
+    found = locate_evidence(session, Query(QUESTION))
+    return {"visual": found["visual_share"]} | {span["start_s"]: span["share"] for span in found["spans"]}
 
 
 def choose_from_file(session):
+    answers = []
     for told in ("saved", "read"):
         session.forget_prefix()
-        answer = session.ask(QUESTION, choices=OPTIONS)
-        assert any(f"prefix {told}" in note for note in answer.notes)
-    return answer.choices
+        answers.append(session.ask(QUESTION, choices=OPTIONS))
+        assert any(f"prefix {told}" in note for note in answers[-1].notes)
+    assert answers[0].choices == answers[1].choices
+    return answers[0].choices
 
 
 @on_both
