@@ -6,6 +6,7 @@ labelled ``cuda:0`` (``tests/labelled_device.py``), with the numbers of the CPU.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,9 @@ from freres_cli.backbones.generation import generate
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, ModelSource
+from freres_cli.pipeline.query import Query
+from freres_cli.pipeline.session import Session
+from freres_cli.workflows.ask import locate_evidence
 from freres_cli.workflows.verify import TOLERANCES, draw_frames
 from tests.family_contract import CASES, by_family
 from tests.family_contract import folders as folders
@@ -30,6 +34,8 @@ from tests.tiny_models import CPU, video_tokens
 
 # One family of each kind of tower, prompt and cache; the others take the same paths, and as long.
 QUICK = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "minicpmv4_7")
+# Text around every frame is in qwen3_vl; the others have a state in place of a cache, or neither.
+SOME = ("qwen2_5_vl", "qwen3_5", "minicpmv4_7")
 QUESTION, NUM_NEW = "What moves?", 6
 
 cuda = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
@@ -115,6 +121,67 @@ def test_compress_and_ask_on_the_device(load, device, method):
     else:
         scale = float(expected.latents.abs().max())
         assert float((ours.latents - expected.latents).abs().max()) <= TOLERANCES[torch.float32] * scale
+
+
+OPTIONS = ("a circle", "a square that is red")
+
+
+def choose(session):
+    return session.ask(QUESTION, choices=OPTIONS).choices
+
+
+def choose_words(session):
+    """Options of several tokens, one after the other and together."""
+    session.model = copy.copy(session.model)
+    session.model.choices_as = "words"
+    together = session.ask_many([Query(QUESTION, OPTIONS), Query("What is it?", OPTIONS)])
+    return choose(session) | {"together": max(together[1].choices.values())}
+
+
+def choose_refined(session):
+    answer = session.ask(QUESTION, choices=OPTIONS, refine=9)
+    assert answer.num_visual_tokens == 9
+    return answer.choices
+
+
+def look(session):
+    found = locate_evidence(session, Query(QUESTION))
+    return {"visual": found["visual_share"]} | {span["start_s"]: span["share"] for span in found["spans"]}
+
+
+def choose_from_file(session):
+    answers = []
+    for told in ("saved", "read"):
+        session.forget_prefix()
+        answers.append(session.ask(QUESTION, choices=OPTIONS))
+        assert any(f"prefix {told}" in note for note in answers[-1].notes)
+    assert answers[0].choices == answers[1].choices
+    return answers[0].choices
+
+
+@on_both
+@pytest.mark.parametrize("name", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in SOME)])
+@pytest.mark.parametrize("ask", [choose, choose_words, choose_refined, look, choose_from_file])
+def test_every_way_to_ask_gives_what_it_does_on_the_cpu(load, device, name, ask, tmp_path):
+    if CASES[name].is_hybrid and ask in (look, choose_from_file):
+        pytest.skip("a state says neither where it looks, nor is it kept in a file")
+    found = []
+    for place in (CPU, device):
+        model = load(name, place).language_model
+        drawn = (
+            torch.randn(
+                2,
+                *CASES[name].grid,
+                model.width * (1 + model.num_deep_layers),
+                generator=torch.Generator().manual_seed(3),
+            )
+            / 8
+        )
+        tokens = video_tokens(drawn, width=model.width)
+        file = None if ask is not choose_from_file else tmp_path / f"{model.device.type}.safetensors"
+        found.append(ask(Session(model, tokens, len(tokens), "max", 0.0, prefix_file=file)))
+    is_label = device.description.startswith("CPU")
+    assert found[1] == (found[0] if is_label else pytest.approx(found[0], abs=1e-3))
 
 
 @on_both

@@ -73,8 +73,8 @@ def train(
     DATA holds one JSON object per line with the keys video (relative to that file), question, choices (2 to 26 options;
     none for a free answer) and answer. Other keys are ignored.
 
-    A stopped run resumes from FILE.state when you start it again with the same arguments. For several GPUs, start it with
-    torchrun or accelerate launch.
+    A stopped run resumes from FILE.state when you start it again with the same arguments: on a CPU bit for bit, on a GPU that
+    is not tested. For several GPUs, start it with torchrun or accelerate launch.
     """
     from freres_cli.evaluation.cells import parse_budgets
     from freres_cli.evaluation.questions import read_questions

@@ -78,7 +78,8 @@ class CutDetector:
 
 
 class StretchCompressor:
-    """Turns a stream of latents into stretches. Memory is bounded; the result does not depend on how frames are batched.
+    """Turns a stream of latents into stretches. Memory is bounded. How the same latents are batched does not change the
+    result: on a CPU to the bit, on a GPU but for rounding.
 
     ``grid``: (H, W). ``width``: D. ``budget_tokens``: most stretches; ``None`` for no limit. ``quality``: share of the
     latents' energy to keep, with as few stretches as possible; ``None`` to use the whole budget. ``keeps_trends``: keep how

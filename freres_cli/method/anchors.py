@@ -110,7 +110,8 @@ class EventDetector:
         tokens = frames.mean(1, dtype=torch.float32).to(torch.float64)
         is_first = self._total is None
         total = tokens.new_zeros(tokens.shape[1]) if self._total is None else self._total
-        # The running sum goes through the batch, so the result does not depend on how frames are batched.
+        # The running sum goes through the batch, so the result does not depend on how frames are batched; on a GPU, but for
+        # rounding.
         totals = torch.cat([total[None], tokens]).cumsum(0)[1:]
         counts = torch.arange(1, len(frames) + 1, device=frames.device) + self._num_frames
         self._frames, self._means = frames, (totals / counts[:, None]).to(torch.float32)

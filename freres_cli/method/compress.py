@@ -31,8 +31,9 @@ MOVE_SHARE = 0.25
 class StreamingCompressor:
     """Turns a stream of latents into tracks (method sections 2 to 7).
 
-    Memory grows with the tokens kept, not with the frames, but for 8 bytes for the time of each. The result does not
-    depend on how frames are batched.
+    Memory grows with the tokens kept, not with the frames, but for 8 bytes for the time of each. How the same latents are
+    batched does not change the result: on a CPU to the bit, on a GPU but for rounding, as sums over a batch are added up in
+    another order there.
     """
 
     def __init__(self, plan: BudgetPlan, settings: MethodSettings, width: int) -> None:

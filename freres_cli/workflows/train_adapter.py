@@ -111,7 +111,7 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train, write the adapter that does best in validation, and return a report.
 
-    A stopped run resumes when you start it again, and ends with the same bits on the same machine. ``request``: what to
+    A stopped run resumes when you start it again, and ends with the same bits on the same CPU. ``request``: what to
     train on, and how. ``log``: called with each line of progress. ``progress``: called with the number of videos
     prepared and the number of all videos. ``models``: a model that is already loaded. Raises ``UsageError`` if there is
     too little data, or if the state next to the output belongs to another run.
