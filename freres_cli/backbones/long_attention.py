@@ -1,9 +1,9 @@
 """Attention over a long prompt on GPUs from compute capability 9.0 on, by cuDNN's kernels.
 
-There they take 0.5 to 0.6 times as long as PyTorch's flash kernel, and a prompt of 46,102 tokens 0.8 times (H200, torch 2.11;
-the latter in ``cuda.json``). But cuDNN aligns a causal mask to the first key, prepares each shape of its arguments anew (50 ms),
-and compiles its first two kernels (1.2 s). So only whole chunks of long prompts are run by it: their shapes recur, and a second
-thread has it compile while the weights are read.
+There they take 0.5 to 0.6 times as long as PyTorch's flash kernel, and a prompt of 46,102 tokens 0.8 times (H200, torch
+2.11; the latter in ``cuda.json``). But cuDNN aligns a causal mask to the first key, prepares each shape of its arguments anew
+(50 ms), and compiles its first two kernels (1.2 s). So only whole chunks of long prompts are run by it: their shapes recur,
+and a second thread has it compile while the weights are read.
 """
 
 from __future__ import annotations
