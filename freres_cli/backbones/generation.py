@@ -14,7 +14,6 @@ from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, read_question
-from freres_cli.backbones.token_steps import TokenSteps
 from freres_cli.devices import synchronize
 from freres_cli.errors import UsageError
 
@@ -106,6 +105,9 @@ def _pieces(
     submitted_s: float | None,
     result: Generation,
 ) -> Generator[str]:
+    # It imports transformers, which whoever only reads tokens does without.
+    from freres_cli.backbones.token_steps import TokenSteps
+
     start_s = time.perf_counter() if submitted_s is None else submitted_s
     picker = torch.Generator().manual_seed(int(sampling.seed))
     stream = TextStream(model.tokenizer)
