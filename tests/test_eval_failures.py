@@ -100,7 +100,7 @@ def live_bytes():
     gc.collect()
     storages = {}
     for item in gc.get_objects():
-        if type(item) is torch.Tensor:
+        if type(item) is torch.Tensor and item.layout == torch.strided:
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
