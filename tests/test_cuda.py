@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from freres_cli.backbones import base, engine, generation, graph_decoding, long_attention, token_steps
+from freres_cli.backbones import attention, base, engine, generation, graph_decoding, long_attention, token_steps
 from freres_cli.backbones.generation import generate
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
@@ -285,6 +285,23 @@ def test_attention_over_a_long_prompt_is_that_of_other_kernels(num_keys):
         bias = causal_lower_right(8192, num_keys)
         theirs = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
     assert float((ours.float() - theirs.float()).abs().max()) <= 2**-7 * float(theirs.float().abs().max())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "is_repeated"),
+    [(torch.float32, (9, 0), True), (torch.float16, (7, 5), True), (torch.float16, (8, 0), False)],
+)
+def test_heads_that_share_keys_are_repeated_where_no_kernel_takes_them(monkeypatch, dtype, capability, is_repeated):
+    repeated = []
+    monkeypatch.setattr(attention, "_repeat_heads", lambda tensor, heads: repeated.append(heads) or tensor)
+    monkeypatch.setattr(attention, "_takes_flash", lambda *_: False)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **__: query)
+    with labelled_device(monkeypatch) as device:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+        query, key = (torch.zeros(1, heads, 3, 8, dtype=dtype, device=device.name) for heads in (4, 2))
+        attention._attend_sdpa(query, key, key, None, False)
+    assert bool(repeated) == is_repeated
 
 
 @on_both

@@ -161,8 +161,8 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | Non
 
 def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
     """The kernel that PyTorch picks, with a mask only where it needs one."""
-    if query.is_cuda and query.dtype == torch.float32:
-        # On CUDA no kernel takes grouped heads in float32, and PyTorch would hold all scores: 4 bytes for each pair.
+    if query.is_cuda and not _has_grouped_kernel(query):
+        # PyTorch would hold all scores: 4 bytes for each pair.
         key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -174,6 +174,12 @@ def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, scaling: float 
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal and num_queries > 1, **options)
     bias = _causal_lower_right(num_queries, num_keys)
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+
+
+def _has_grouped_kernel(query: Tensor) -> bool:
+    """Whether a kernel on CUDA takes heads that share keys and values: in 16 bits, from compute capability 8.0 on."""
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(query.device) < (8, 0)
+    return query.dtype.itemsize == 2 and not is_old
 
 
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:

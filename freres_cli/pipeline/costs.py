@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from freres_cli.backbones.cache import SPARE_PART
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes
 from freres_cli.devices import AS_COMPUTED, Storage
 from freres_cli.method.adaptive import MOST_STRETCHES
@@ -139,7 +140,10 @@ def ask_parts(
         weights = (
             f"{decoder.linear_weights} of {decoder.num_parameters} parameters in {storage.weights}, the others * b"
         )
-    cache, states = context * decoder.row_bytes(b, storage), decoder.state_values * FLOAT32
+    # On a CPU, spare rows take no memory until they are written.
+    rows, states = context + (context // SPARE_PART if is_cuda else 0), decoder.state_values * FLOAT32
+    cache = rows * decoder.row_bytes(b, storage)
+    held += f", L + L/{SPARE_PART} rows to have some to spare" if is_cuda else ""
     parts = [
         Part("decoder weights", decoder.weight_bytes(b, storage), weights),
         Part("visual tokens", visual * row, "S*C*b", is_on_device=False),
