@@ -188,15 +188,8 @@ def _choose_attention(device: Device, name: str) -> Device:
         return replace(device, attention_note="attention sdpa: auto, exact on the CPU")
     if problem is None and flash_package() is not None:
         return replace(device, attention="flash", attention_note=f"attention flash: auto, {provider}")
-    reason = problem or f"{provider} where they fit{_cudnn_part(device)}; {_package_problem()}"
+    reason = problem or f"{provider} where they fit; {_package_problem()}"
     return replace(device, attention_note=f"attention sdpa: auto, {reason}")
-
-
-def _cudnn_part(device: Device) -> str:
-    """What the note on ``sdpa`` says of cuDNN's kernels, which long prompts are run by (``backbones.long_attention``)."""
-    import torch
-
-    return ", cuDNN's in long prompts" if torch.cuda.get_device_capability(device.name) >= (9, 0) else ""
 
 
 def _find_flash(device: Device) -> tuple[str, str | None]:

@@ -168,3 +168,29 @@ def test_a_path_is_no_model_of_the_hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("setting", [{"anchors": np.float32(3)}, {"anchors": True}, {"quality": 1j}, {"events": 1}])
 def test_settings_of_another_kind_are_refused(compressor, setting):
     refuses(lambda: Compressor(models=compressor.models, **setting), next(iter(setting)), PresetError)
+
+
+class Interface:
+    """An array as older libraries give one."""
+
+    __array_interface__ = FRAMES.__array_interface__
+
+
+@pytest.mark.parametrize("frames", [memoryview(FRAMES), Interface(), list(FRAMES)], ids=["memory", "interface", "list"])
+def test_frames_of_any_kind_of_array_are_taken(compressor, bundle, frames):
+    assert torch.equal(compressor.compress(frames, seconds=SECONDS).tokens().latents, bundle.tokens().latents)
+
+
+def test_a_file_that_is_named_none_is_a_file(bundle):
+    assert len(bundle.tokens(adapter="none")) == len(bundle.tokens())
+    for adapter in ("./none", Path("none")):
+        refuses(lambda adapter=adapter: bundle.tokens(adapter=adapter), "none")
+
+
+def test_the_folder_of_a_loaded_model_may_be_named_by_a_link(tmp_path, bundle):
+    folder, link = bundled_model_dir(), tmp_path / "link"
+    link.symlink_to(folder)
+    models = Models(make_source(str(link), "cpu"))
+    for model in (str(link), link, folder):
+        Compressor(models=models, model=model, budget_tokens=4)
+    refuses(lambda: Compressor(models=models, model=tmp_path, budget_tokens=4), "model: expected none or")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,16 +25,18 @@ each_family = by_family([name for name in CASES if not CASES[name].is_hybrid and
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Steps as on a GPU, but run in place of recorded. Gives how many graphs were made."""
-    made = []
+    """Steps as on a GPU, but run in place of recorded. Gives the graphs made, and how many there still were each time."""
+    made, alive = [], []
 
     class Unrecorded(StepGraph):
         def __init__(self, model, cache):
+            gc.collect()
+            alive.append(sum(graph() is not None for graph in made))
             super().__init__(model, cache, is_recorded=False)
-            made.append(self)
+            made.append(weakref.ref(self))
 
     monkeypatch.setattr(token_steps, "StepGraph", Unrecorded)
-    return made
+    return SimpleNamespace(made=made, alive=alive)
 
 
 def prefix_of(models, name):
@@ -55,13 +60,13 @@ def answer_and_logits(model, prefix, suffix, monkeypatch):
 def test_a_step_on_whole_buffers_is_the_step_on_the_rows_there_are(load, name, recorded, monkeypatch):
     model, prefix, suffix = prefix_of(load(name, CPU), name)
     expected, logits = answer_and_logits(model, prefix, suffix, monkeypatch)
-    assert not recorded
+    assert not recorded.made
     monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
     for _ in range(2):  # the second answer finds the buffers, and rows of the first in them
         ids, ours = answer_and_logits(model, prefix, suffix, monkeypatch)
         assert ids == expected
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
-    assert len(recorded) == 1 and len(ids) > token_steps.STEPS_BEFORE_RECORDING + 1
+    assert len(recorded.made) == 1 and len(ids) > token_steps.STEPS_BEFORE_RECORDING + 1
 
 
 def test_a_step_that_cannot_be_recorded_is_run_as_before_and_a_note_says_so_once(load, monkeypatch):
@@ -93,9 +98,11 @@ def test_an_answer_longer_than_its_room_is_recorded_again(load, recorded, monkey
     for layer in prefix.cache.layers:  # no room yet
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     ids, ours = answer_and_logits(model, prefix, suffix, monkeypatch)
-    assert ids == expected and len(recorded) > 1 and prefix.cache.get_seq_length() == rows
+    # An old graph would keep the old buffers beside the new ones.
+    assert ids == expected and len(recorded.made) > 1 and not any(recorded.alive)
+    assert prefix.cache.get_seq_length() == rows
     torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-5)
-    assert prefix.graph is recorded[-1] and prefix.graph.is_of(prefix.cache)
+    assert prefix.graph is recorded.made[-1]() and prefix.graph.is_of(prefix.cache)
 
 
 def test_rows_of_an_answer_that_failed_do_not_reach_the_next_one(load, recorded, monkeypatch):
@@ -105,7 +112,7 @@ def test_rows_of_an_answer_that_failed_do_not_reach_the_next_one(load, recorded,
     for layer in prefix.cache.layers:
         for buffer in layer.buffers:
             buffer[..., prefix.num_tokens + len(suffix) + NUM_NEW :, :] = torch.nan
-    assert answer_and_logits(model, prefix, suffix, monkeypatch)[0] == expected and len(recorded) == 1
+    assert answer_and_logits(model, prefix, suffix, monkeypatch)[0] == expected and len(recorded.made) == 1
 
 
 def test_a_graph_goes_when_the_cache_has_moved(load, recorded, monkeypatch):
@@ -124,4 +131,4 @@ def test_a_copy_of_a_prefix_has_no_graph_of_its_own_yet(load, recorded, monkeypa
     expected, _ = answer_and_logits(model, prefix, suffix, monkeypatch)
     twin = copy.deepcopy(prefix)
     assert prefix.graph is not None and twin.graph is None
-    assert answer_and_logits(model, twin, suffix, monkeypatch)[0] == expected and len(recorded) == 2
+    assert answer_and_logits(model, twin, suffix, monkeypatch)[0] == expected and len(recorded.made) == 2

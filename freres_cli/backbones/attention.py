@@ -275,13 +275,17 @@ def _causal_lower_right(num_queries: int, num_keys: int) -> Tensor:
 
 @contextmanager
 def attention_for_padding(model: nn.Module) -> Iterator[None]:
-    """Make ``model`` use an attention that accepts a mask inside the block."""
+    """Make ``model`` use an attention that accepts a mask inside the block.
+
+    Not cuDNN's, which prepares each new shape for 45 ms: every token of an answer has one.
+    """
     config = model.config
     assert isinstance(config, PretrainedConfig)
     before = config._attn_implementation
     use_attention(model, "sdpa")
     try:
-        yield
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            yield
     finally:
         use_attention(model, before)
 

@@ -108,8 +108,9 @@ class DecoderLanguageModel(ABC):
         stored = checkpoint.stored_dtype(cls.files.decoder)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
         attention, attention_note = fit_attention(device, chosen)
-        if attention == "sdpa":
-            start_compiling(HeadKind.of(torch.device(device.name), chosen, config.text_config))
+        long_note = None
+        if attention == "sdpa" and not getattr(config.text_config, "num_experts", 0):
+            long_note = start_compiling(HeadKind.of(torch.device(device.name), chosen, config.text_config))
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):
             is_tied = config.tie_word_embeddings and not checkpoint.keys_under(cls.files.head)[1]
@@ -125,7 +126,10 @@ class DecoderLanguageModel(ABC):
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
         notes = tuple(
-            filter(None, (device.note, dtype_note, attention_note, weights_note, *rope_notes(config.text_config)))
+            filter(
+                None,
+                (device.note, dtype_note, attention_note, long_note, weights_note, *rope_notes(config.text_config)),
+            )
         )
         choices_as = checkpoint.read_json(MODEL_INFO_FILE).get("choices_as", "letters")
         return cls(config, half, tokenizer, stop_ids, digests, notes, attention, choices_as, storage)

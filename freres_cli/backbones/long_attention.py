@@ -1,9 +1,9 @@
 """Attention over a long prompt on GPUs from compute capability 9.0 on, by cuDNN's kernels.
 
 There they take 0.5 to 0.6 times as long as PyTorch's flash kernel, and a prompt of 46,102 tokens 0.8 times (H200, torch
-2.11; the latter in ``cuda.json``). But cuDNN aligns a causal mask to the first key, prepares each shape of its arguments anew
-(50 ms), and compiles its first two kernels (1.2 s). So only whole chunks of long prompts are run by it: their shapes recur,
-and a second thread has it compile while the weights are read.
+2.11; ``cuda.json``). But cuDNN aligns a causal mask to the first key, prepares each shape of its arguments anew (50 ms),
+and compiles each kind of kernel (0.5 to 0.9 s). So only whole chunks of long prompts are run by it: their shapes recur, and
+a second thread has it compile while the weights are read.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ def can_attend_long(query: Tensor, key: Tensor) -> bool:
     return find_problem(kind) is None
 
 
-# Why cuDNN does not attend with some kind of heads, or None if it does. The lock is held while one is tried.
+# Why cuDNN does not attend with some kind of heads, or None if it does; and for which memory ran out when it was last tried.
+# The lock is held while one is tried.
 _PROBLEMS: dict[HeadKind, str | None] = {}
+_STARVED: set[HeadKind] = set()
 _TRYING = threading.Lock()
 
 
@@ -112,23 +114,30 @@ def find_problem(kind: HeadKind) -> str | None:
                     attend_long(query, key, value, None)
                 _PROBLEMS[kind] = None
             except torch.OutOfMemoryError:
+                _STARVED.add(kind)
                 return "out of memory"
             except RuntimeError as error:
                 _PROBLEMS[kind] = str(error).strip().partition("\n")[0]
+            _STARVED.discard(kind)
         return _PROBLEMS[kind]
 
 
 def describe_problem(kind: HeadKind) -> tuple[str, ...]:
     """A note for a long prompt if cuDNN failed for such heads. It is run by PyTorch's own kernels instead."""
     with _TRYING:
-        problem = _PROBLEMS.get(kind)
+        problem = "out of memory" if kind in _STARVED else _PROBLEMS.get(kind)
     if problem is None:
         return ()
     return (f"the prefill takes longer: cuDNN's attention failed, and PyTorch's is used: {problem}",)
 
 
-def start_compiling(kind: HeadKind) -> None:
-    """Have a thread try ``attend_long`` for such heads, so that what cuDNN compiles is there when a prompt comes."""
-    if is_fit(kind.device, kind.dtype):
-        # No daemon: a process must not end while cuDNN compiles.
-        threading.Thread(target=find_problem, args=(kind,)).start()
+def start_compiling(kind: HeadKind) -> str | None:
+    """Have a thread try ``attend_long`` for such heads, so that what cuDNN compiles is there when a prompt comes.
+
+    Return a note on what runs by it; ``None`` if nothing does.
+    """
+    if not is_fit(kind.device, kind.dtype):
+        return None
+    # No daemon: a process must not end while cuDNN compiles.
+    threading.Thread(target=find_problem, args=(kind,)).start()
+    return f"attention in prompts from {LONG_PROMPT_TOKENS} tokens on: cuDNN's kernels, the fastest on this GPU"

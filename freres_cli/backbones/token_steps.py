@@ -43,10 +43,13 @@ class TokenSteps:
             return self._model.logits(hidden)[0]
 
     def _take_over(self, place: int) -> None:
-        """Let the cache have the rows that a graph has written, up to ``place``."""
-        for layer in self._cache.layers if self._graph is not None else ():
+        """Let the cache have the rows that a graph has written, up to ``place``, and drop the graph with its buffers."""
+        if self._graph is None:
+            return
+        for layer in self._cache.layers:
             layer.keys, layer.values = (buffer[..., :place, :] for buffer in layer.buffers)
         self._num_recorded = 0
+        self._graph = self._prefix.graph = None
 
     def _find_graph(self, token: int, place: int, position: float) -> StepGraph | None:
         """The graph of an earlier answer about this video, or a new one, recorded with a step that is then run again;

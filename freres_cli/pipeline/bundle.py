@@ -128,7 +128,7 @@ def _name_adapter(adapter: str | os.PathLike[str] | None) -> str | None:
     if adapter is None:
         return None
     path = as_path(adapter, "adapter")
-    return str(path if isinstance(adapter, str) else path.absolute())
+    return adapter if isinstance(adapter, str) else str(path.absolute())
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:

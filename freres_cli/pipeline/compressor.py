@@ -255,7 +255,8 @@ def _as_video(video: Video | FrameArray, seconds: Any) -> Path | FrameArray:
             raise UsageError("seconds: expected none with a video file: it has its own times", "leave seconds out")
         return as_path(video, "video")
     is_listed = isinstance(video, Sequence) and not isinstance(video, bytes | bytearray | memoryview)
-    if not is_listed and not hasattr(video, "__array__"):
+    is_array = any(hasattr(video, name) for name in ("__array__", "__array_interface__"))
+    if not (is_listed or is_array or (isinstance(video, memoryview) and video.ndim > 1)):
         got = type(video).__name__
         raise UsageError(f"video: expected a path or frames, got {got}", "save an encoded video to a file first")
     if seconds is None:

@@ -209,11 +209,11 @@ def refuse_beside(models: Models, model: str | os.PathLike[str] | None, **settle
     """Refuse arguments that say what a loaded model has settled. ``models``: it. ``model``: its name, or another one.
     ``settled``: the others by name, ``None`` where they are left out. Raises ``UsageError``."""
     source, name = models.source, None if model is None else name_model(model)
-    if name not in (None, source.name, source.folder):
+    if name not in (None, source.name, source.folder) and str(Path(name or "").resolve()) != source.folder:
         raise UsageError(f"model: expected none or {source.name} with models, got {name}")
-    for name, value in settled.items():
+    for key, value in settled.items():
         if value is not None:
-            raise UsageError(f"{name}: expected none with models, which are loaded already", "leave it out")
+            raise UsageError(f"{key}: expected none with models, which are loaded already", "leave it out")
 
 
 def find_model(
