@@ -93,7 +93,9 @@ class FrameArray:
 
 def _as_array(pixels: Tensor | np.ndarray | Sequence[Tensor | np.ndarray]) -> np.ndarray:
     """Frames as an array of whatever shape and type they have."""
-    if not isinstance(pixels, Sequence) or isinstance(pixels, memoryview):
+    if isinstance(pixels, memoryview):  # it calls itself a sequence, but has no rows
+        return np.asarray(pixels)
+    if not isinstance(pixels, Sequence):
         return _as_numpy(pixels)
     frames = [_as_numpy(frame) for frame in pixels]
     shapes = list(dict.fromkeys(frame.shape for frame in frames))
