@@ -263,6 +263,7 @@ def test_a_step_that_the_device_refuses_to_record_is_run_as_before(folders, monk
             list(answer)
             answers.append(answer.ids)
         assert (prefix.graph is None) == bool(prefix.notes) == (step is wait)
+        torch.rand(1, device="cuda")  # which a recording that was not undone would refuse
     assert answers == answers[:1] * 6
 
 

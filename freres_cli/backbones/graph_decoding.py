@@ -124,13 +124,26 @@ class StepGraph:
                 finally:
                     graph.capture_end()
         except RuntimeError:
-            # A recording that failed would keep PyTorch from giving up cached memory, as it does before memory runs out.
-            with contextlib.suppress(AttributeError, RuntimeError):
-                torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+            _clean_up(device, stream, pool)
             raise
         finally:
             here.wait_stream(stream)
         return graph.replay
+
+
+def _clean_up(device: torch.device, stream: torch.cuda.Stream, pool: Any) -> None:
+    """Undo what a recording that failed leaves behind in PyTorch.
+
+    It would no longer give up cached memory before memory runs out, and draw no random numbers on this device, until another
+    recording has ended well.
+    """
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+    with contextlib.suppress(RuntimeError), WAITING, torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=device)
+        graph.capture_end()
 
 
 @functools.cache
