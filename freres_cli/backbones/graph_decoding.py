@@ -59,12 +59,12 @@ class _WholeBuffers(CacheLayerMixin):
 
 
 class StepGraph:
-    """One step of a decoder on the buffers of one cache, recorded if ``is_recorded``, else run as it is.
+    """One step of a decoder on the buffers of one cache, recorded when it is first run.
 
     ``model``: it has a ReservedLayer for each layer. ``cache``: its rows have room for those to come.
     """
 
-    def __init__(self, model: LanguageModel, cache: Any, *, is_recorded: bool = True) -> None:
+    def __init__(self, model: LanguageModel, cache: Any) -> None:
         self.model = model
         self._buffers = [layer.buffers for layer in cache.layers]
         self.num_rows = int(self._buffers[0][0].shape[2])
@@ -75,7 +75,6 @@ class StepGraph:
         self._rows = torch.arange(self.num_rows, device=device)
         self._cache = Cache(layers=[_WholeBuffers(pair, self._place) for pair in self._buffers])
         self._replay: Callable[[], Any] | None = None
-        self._is_recorded = is_recorded
         self._logits = torch.empty(0)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,7 +97,7 @@ class StepGraph:
         self._place.fill_(place)
         self._position.fill_(position)
         if self._replay is None:
-            self._replay = self._record() if self._is_recorded else self._step
+            self._replay = self._record()
         self._replay()
         return self._logits
 
