@@ -193,3 +193,24 @@ def test_what_fewer_frames_and_smaller_grids_change(part: str, level: str, name:
     if "loses" in text:
         figures = [plain(figure) for figure in figures]
     assert text.format(*figures) in re.sub(r"\s+", " ", README).replace(" points", "")
+
+
+def test_costs_of_other_methods() -> None:
+    again = {name: row for name, row in cost_rows("peers_again").items() if name not in ("uniform", "adaptive")}
+    rows = cost_rows("peers") | again
+    for name, *cells in tables_after("**What other methods cost**")[0][1:]:
+        method, _, shorter = name.partition(" ")
+        row = rows[method]
+        seconds = row["compress_s"]
+        check(
+            cells[:2],
+            [f"{seconds:.{1 if seconds < 100 else 0}f}", f"{row['peak_above_latents_bytes'] / 2**20:.0f}"],
+            name,
+        )
+        assert row["num_frames"] == (18 if shorter else 180)
+    assert {row[0].partition(" ")[0] for row in tables_after("**What other methods cost**")[0][1:]} == set(rows)
+
+
+def cost_rows(part: str) -> dict[str, Any]:
+    """The last row of each method in a part of ``pipeline.json``: that of a shorter clip, if it did not finish."""
+    return {row["method"]: row for row in read_part("pipeline", part)["rows"]}
