@@ -13,7 +13,8 @@ from freres_cli.evaluation.questions import read_questions
 from freres_cli.evaluation.results import results_path
 from freres_cli.pipeline.adapters import give_adapters
 from freres_cli.pipeline.models import Models
-from freres_cli.workflows.evaluate import EvalRequest, EvalResult, evaluate
+from freres_cli.workflows.eval_run import EvalRequest
+from freres_cli.workflows.evaluate import EvalResult, evaluate
 from tests.clips import write_clip
 from tests.loaded_models import loaded_models
 

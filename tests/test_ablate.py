@@ -15,7 +15,8 @@ from freres_cli.evaluation.cells import parse_budgets
 from freres_cli.evaluation.questions import read_questions
 from freres_cli.presets import presets_dir
 from freres_cli.workflows import ablate
-from freres_cli.workflows.evaluate import EvalRequest, EvalResult, evaluate
+from freres_cli.workflows.eval_run import EvalRequest
+from freres_cli.workflows.evaluate import EvalResult, evaluate
 from freres_cli.workflows.train_adapter import Recipe
 from freres_cli.world.make import make_set
 from tests.loaded_models import loaded_models

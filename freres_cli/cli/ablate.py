@@ -84,7 +84,7 @@ def ablate(
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
     from freres_cli.pipeline.models import Models
-    from freres_cli.workflows.evaluate import EvalRequest
+    from freres_cli.workflows.eval_run import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
     from freres_cli.workflows.train_adapter import Recipe
 

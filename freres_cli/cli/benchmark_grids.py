@@ -15,7 +15,8 @@ from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.presets import FULL, HALF
-from freres_cli.workflows.evaluate import EvalRequest, evaluate
+from freres_cli.workflows.eval_run import EvalRequest
+from freres_cli.workflows.evaluate import evaluate
 
 BUDGETS = ("0.25", "0.1")
 GRIDS = (FULL, HALF, "4x4")

@@ -26,7 +26,8 @@ from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.presets import BUNDLED
-from freres_cli.workflows.evaluate import EvalRequest, ask_cell
+from freres_cli.workflows.eval_run import EvalRequest
+from freres_cli.workflows.evaluate import ask_cell
 
 BUDGETS = ("0.25", "0.1")
 STORAGES = {

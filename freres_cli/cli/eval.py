@@ -19,7 +19,8 @@ from freres_cli.pipeline.choices import choose_cells
 from freres_cli.video.ending import tells_damage
 
 if TYPE_CHECKING:
-    from freres_cli.workflows.evaluate import EvalRequest, EvalResult
+    from freres_cli.workflows.eval_run import EvalRequest
+    from freres_cli.workflows.evaluate import EvalResult
 
 SHOWN_FAILURES = 10
 
@@ -113,7 +114,7 @@ def evaluate(
     chosen = at_budgets(made_options, "eval", cells)
     from freres_cli.pipeline.adapters import give_adapters
     from freres_cli.workflows.eval_files import EvalFiles
-    from freres_cli.workflows.evaluate import EvalRequest
+    from freres_cli.workflows.eval_run import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
 
     cells = give_adapters(cells, adapter, chosen.model.name, chosen.settings.variant)

@@ -1,21 +1,45 @@
-"""What decides the answers of an evaluation, and notes on how they came about."""
+"""What an evaluation is asked for, what decides its answers, and notes on how they came about."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.weight_samples import digest_weights
 from freres_cli.devices import AS_COMPUTED
+from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import QuestionFile
+from freres_cli.evaluation.results import REMEDY
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import describe_times
+from freres_cli.pipeline.planning import CompressOptions
+from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
 
-if TYPE_CHECKING:
-    from freres_cli.workflows.evaluate import EvalRequest
+MAX_ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to ask and how.
+
+    ``questions``: the questions file. ``cells``: the methods and budgets to compare. ``options``: model, device and
+    settings. ``output``: the results file, which is continued if it holds the same run; ``None`` keeps the results in
+    memory. ``force``: start over if ``output`` holds something else, and replace ``files``. ``remedy``: the hint shown if
+    it does and ``force`` is off. ``max_answer_tokens``: most tokens of a free answer. ``files``: what to write at the end.
+    """
+
+    questions: QuestionFile
+    cells: tuple[Cell, ...]
+    options: CompressOptions
+    output: Path | None = None
+    force: bool = False
+    remedy: str = REMEDY
+    max_answer_tokens: int = MAX_ANSWER_TOKENS
+    files: EvalFiles = NO_FILES
 
 
 def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:

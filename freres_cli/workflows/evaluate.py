@@ -17,7 +17,7 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError, as_freres_error
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import Question, QuestionFile, check_length
-from freres_cli.evaluation.results import REMEDY, ResultsFile
+from freres_cli.evaluation.results import ResultsFile
 from freres_cli.evaluation.scores import summarize
 from freres_cli.pipeline.adapters import AnyModules, load_modules_for
 from freres_cli.pipeline.clip import EncodedClip
@@ -32,34 +32,11 @@ from freres_cli.pipeline.session import Session
 from freres_cli.presets import BUNDLED
 from freres_cli.records import Answer
 from freres_cli.video.opening import hash_file
-from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
-from freres_cli.workflows.eval_run import describe_answers, describe_run
+from freres_cli.workflows.eval_run import EvalRequest, describe_answers, describe_run
 from freres_cli.world.make import is_world_clip
-
-MAX_ANSWER_TOKENS = 16
 
 Progress = Callable[[int, int], None]
 Modules = Mapping[Path | None, AnyModules]
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to ask and how.
-
-    ``questions``: the questions file. ``cells``: the methods and budgets to compare. ``options``: model, device and
-    settings. ``output``: the results file, which is continued if it holds the same run; ``None`` keeps the results in
-    memory. ``force``: start over if ``output`` holds something else, and replace ``files``. ``remedy``: the hint shown if
-    it does and ``force`` is off. ``max_answer_tokens``: most tokens of a free answer. ``files``: what to write at the end.
-    """
-
-    questions: QuestionFile
-    cells: tuple[Cell, ...]
-    options: CompressOptions
-    output: Path | None = None
-    force: bool = False
-    remedy: str = REMEDY
-    max_answer_tokens: int = MAX_ANSWER_TOKENS
-    files: EvalFiles = NO_FILES
 
 
 @dataclass(frozen=True)
