@@ -73,6 +73,7 @@ def test_a_flash_costs_one_more_read(device):
     assert count_by_batch(compressor, latents.to(device)) == [1, 1, 2, 1, 1] and compressor.num_cuts_found == 2
 
 
+@pytest.mark.slow
 def test_adaptive_costs_one_copy_a_batch_and_two_waits_a_round_of_merges(device, monkeypatch):
     """Latents and all that is known of stretches stay on the device: the host learns where cuts are, how many pairs have no
     cost yet and how many merge, and after the last round what was lost."""

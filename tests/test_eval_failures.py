@@ -106,6 +106,7 @@ def live_bytes():
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_memory_and_encoding_do_not_grow_with_the_cells(questions):
     """What is held when a cell's prefill begins: its own tokens and the clip, not the caches of earlier cells."""
 
