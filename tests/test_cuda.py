@@ -43,6 +43,13 @@ on_both = pytest.mark.parametrize("device", ["labelled", pytest.param("cuda", ma
 each_family = by_family(QUICK)
 
 
+def on_cuda(test):
+    """Mark a test that only a real device can run."""
+    for mark in cuda:
+        test = mark(test)
+    return test
+
+
 @pytest.fixture
 def device(request, monkeypatch):
     if request.param == "cuda":
@@ -78,8 +85,7 @@ def encode_and_answer(models, name):
     return latents, answer.ids
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_cuda
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_law_holds_on_cuda_against_stock(folders, name, dtype):
@@ -214,8 +220,7 @@ def test_waits_of_a_prefill_do_not_grow_and_those_of_an_answer_by_few_a_token(lo
     )  # four tokens more, each with one wait to check the scores and one to know the token
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_cuda
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].is_hybrid])
 def test_a_recorded_step_gives_what_an_eager_one_gives(folders, name, dtype, monkeypatch):
@@ -242,8 +247,7 @@ def test_a_recorded_step_gives_what_an_eager_one_gives(folders, name, dtype, mon
     assert float((recorded - eager).abs().max()) <= limit
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_cuda
 def test_a_step_that_the_device_refuses_to_record_is_run_as_before(folders, monkeypatch):
     models = Models(ModelSource(str(folders("qwen3_vl")), choose_device("cuda"), dtype="float32"))
     model, prompt = models.language_model, models.language_model.prompt(QUESTION)
@@ -267,8 +271,7 @@ def test_a_step_that_the_device_refuses_to_record_is_run_as_before(folders, monk
     assert answers == answers[:1] * 6
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_cuda
 @pytest.mark.parametrize("num_keys", [8192, 3 * 8192])
 def test_attention_over_a_long_prompt_is_that_of_other_kernels(num_keys):
     generator = torch.Generator("cuda").manual_seed(1)

@@ -161,15 +161,15 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | Non
 
 def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
     """The kernel that PyTorch picks, with a mask only where it needs one."""
-    if query.is_cuda and not _has_grouped_kernel(query):
-        # PyTorch would hold all scores: 4 bytes for each pair.
-        key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
-    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if is_causal and _takes_flash(query, key, value):
         flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
         out: Tensor = flash(query, key, value, 0.0, num_queries > 1, False, scale=scaling)[0]
         return out
+    if query.is_cuda and query.shape[1] != key.shape[1] and not _has_grouped_kernel(query):
+        # PyTorch would hold all scores: 4 bytes for each pair.
+        key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if not is_causal or num_queries in (1, num_keys):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal and num_queries > 1, **options)
     bias = _causal_lower_right(num_queries, num_keys)

@@ -24,6 +24,7 @@ from freres_cli.backbones.long_attention import (
     is_fit,
 )
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
+from freres_cli.backbones.sizes import has_experts
 from freres_cli.devices import memory_errors_as, synchronize
 from freres_cli.errors import BackboneError, UsageError, count_of
 from freres_cli.records import VideoTokens
@@ -153,7 +154,7 @@ def choose_chunk(model: LanguageModel, num_rows: int, *, is_cuda: bool | None = 
     """
     if num_rows >= LONG_PROMPT_TOKENS:
         has_kernel = is_fit(model.device, model.dtype) if is_cuda is None else is_cuda and model.dtype.itemsize == 2
-        if has_kernel and model.attention == "sdpa" and not getattr(model.decoder.config, "num_experts", 0):
+        if has_kernel and model.attention == "sdpa" and not has_experts(model.decoder.config):
             return LONG_CHUNK_TOKENS
     return max(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_BYTES // model.activation_bytes_per_token)
 

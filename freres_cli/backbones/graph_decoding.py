@@ -1,7 +1,7 @@
 """Run a decoder on one token after another as a CUDA graph: the device starts all kernels of a step by itself.
 
-A step of an 8B model has a thousand kernels, which the host takes four times as long to start as the device to run. A graph
-needs tensors that stay where they are and keep their shapes. So a step reads the whole buffers of the cache, of which rows
+A step of an 8B model has a thousand kernels, which the host takes longer to start than the device to run. A graph needs
+tensors that stay where they are and keep their shapes. So a step reads the whole buffers of the cache, of which rows
 that are not filled yet are hidden, and writes its row at a place that is itself a tensor.
 """
 
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.cache import ReservedLayer
+from freres_cli.backbones.sizes import find_rope_kind, has_experts
 from freres_cli.devices import WAITING
 
 # Rotary angles that depend on the largest position so far, which the host would have to read.
@@ -154,13 +155,12 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def can_record(model: LanguageModel, cache: Any) -> bool:
     """Whether a step of this model on this cache always runs the same kernels on the same rows, on a GPU."""
     config = model.decoder.config
-    rope = getattr(config, "rope_parameters", None) or {}
     return (
         model.device.type == "cuda"
         and torch.cuda.is_available()
         and model.attention != "eager"
-        and not getattr(config, "num_experts", 0)
-        and rope.get("rope_type") not in CHANGING_ROPE
+        and not has_experts(config)
+        and find_rope_kind(config) not in CHANGING_ROPE
         and all(type(layer) is ReservedLayer for layer in cache.layers)
         # Layers after a pruning hold fewer rows.
         and len({layer.get_seq_length() for layer in cache.layers}) == 1

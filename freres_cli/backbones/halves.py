@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.hub import TOKENIZER_FILES
-from freres_cli.backbones.sizes import find_layer_kinds
+from freres_cli.backbones.sizes import find_layer_kinds, find_rope_kind
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError
 
@@ -144,8 +144,7 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
 
 def rope_notes(text_config: Any) -> tuple[str, ...]:
     """What the user should know about the rotary angles of a decoder with this config."""
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "dynamic":
+    if find_rope_kind(text_config) != "dynamic":
         return ()
     limit = text_config.max_position_embeddings
     return (

@@ -34,7 +34,7 @@ from freres_cli.backbones.pruning import only_layers
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.row_parts import use_row_parts
-from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_widest_row
+from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_widest_row, has_experts
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
@@ -109,7 +109,7 @@ class DecoderLanguageModel(ABC):
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
         attention, attention_note = fit_attention(device, chosen)
         long_note = None
-        if attention == "sdpa" and not getattr(config.text_config, "num_experts", 0):
+        if attention == "sdpa" and not has_experts(config.text_config):
             long_note = start_compiling(HeadKind.of(torch.device(device.name), chosen, config.text_config))
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with loading(checkpoint, "language model"):

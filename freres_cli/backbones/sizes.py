@@ -186,6 +186,17 @@ def find_layer_kinds(config: Any) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
+def has_experts(config: Any) -> bool:
+    """Whether a router shares out rows among experts. ``config``: the text part of a model's configuration."""
+    return bool(getattr(config, "num_experts", 0))
+
+
+def find_rope_kind(config: Any) -> str | None:
+    """Return how the rotary angles of a decoder are scaled, ``None`` if nothing says so. ``config``: as above."""
+    kind: str | None = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return kind
+
+
 def find_widest_row(decoder: nn.Module) -> int:
     """Numbers that the widest layer of a decoder holds for a row at once: three outputs, as a gated MLP does; or of the
     experts that a row passes, about four of its width each, as transformers computes them together."""

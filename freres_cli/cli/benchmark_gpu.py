@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from freres_cli.backbones import attention, engine, token_steps
 from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS
@@ -55,9 +54,9 @@ def measure_session(session: Session, repeat: int, num_new: int = NEW_TOKENS) ->
     print_line(f"first prompt of the process: {first['ttft_s']:.2f} s")
     for run in range(repeat):
         asked = {"cudnn": _ask_anew(session, memory)}
-        with _replaced(attention, "can_attend_long", lambda *_: False):
+        with patch.object(attention, "can_attend_long", lambda *_: False):
             asked["flash"] = _ask_anew(session, memory)
-            with _replaced(engine, "LONG_CHUNK_TOKENS", CHUNK_BY_BYTES):
+            with patch.object(engine, "LONG_CHUNK_TOKENS", CHUNK_BY_BYTES):
                 asked["flash_in_small_chunks"] = _ask_anew(session, memory)
         asked |= _answers(session, num_new)
         print_line(f"run {run + 1}: {', '.join(f'{name} {row}' for name, row in asked.items())}")
@@ -96,17 +95,7 @@ def _answers(session: Session, num_new: int) -> dict[str, dict[str, float]]:
     """Seconds a token of the first answer about a video, of a later one, and of one without recorded steps."""
     session.forget_prefix()
     asked = {name: session.ask(QUESTION, max_new_tokens=num_new) for name in ("recorded", "recorded_later")}
-    with _replaced(token_steps, "can_record", lambda *_: False):
+    with patch.object(token_steps, "can_record", lambda *_: False):
         asked["eager"] = session.ask(QUESTION, max_new_tokens=num_new)
     assert all(answer.num_new_tokens == num_new for answer in asked.values()), "an answer ended early"
     return {name: {"tpot_s": answer.tpot_s or 0.0} for name, answer in asked.items()}
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, kept)

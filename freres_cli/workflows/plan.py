@@ -14,7 +14,7 @@ from freres_cli.backbones.checkpoint import config_dtype
 from freres_cli.backbones.engine import choose_chunk
 from freres_cli.backbones.quantized_weights import describe_weights
 from freres_cli.backbones.row_parts import PART_ROWS
-from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, measure_decoder, measure_tower
+from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, has_experts, measure_decoder, measure_tower
 from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.devices import Storage, choose_dtype, memory_errors_as, synchronize
 from freres_cli.pipeline.costs import (
@@ -157,8 +157,7 @@ class Planner:
         rows = visual if context is None else context
         chunk = choose_chunk(self.language, rows, is_cuda=self.is_cuda)
         # As row_parts.use_row_parts: experts share out rows themselves.
-        is_dense = not getattr(self.language.decoder.config, "num_experts", 0)
-        mlp_rows = PART_ROWS if self.is_cuda and is_dense else None
+        mlp_rows = PART_ROWS if self.is_cuda and not has_experts(self.language.decoder.config) else None
         b, cells = self.dtype.itemsize, plan.size.num_tokens
         storage = options.model.storage
         batch = min(count_batch_frames(plan), plan.num_frames)
