@@ -297,6 +297,41 @@ def test_a_bundle_of_a_release_that_recorded_no_attention_kernel_may_match(clips
         assert find_differences(changed, sha256, model, compressor.options) == differing
 
 
+def test_a_folder_hides_nothing_that_was_meant(tmp_path):
+    (tmp_path / "in" / "own").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("in/own/a.mp4", "elsewhere/b.mp4"):
+        (tmp_path / place).touch()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "gone.mp4").symlink_to(tmp_path / "nothing.mp4")
+    listing = list_videos([tmp_path / "in"])
+    assert [str(name) for _, name in listing.videos] == ["gone", "own/a"]  # the first will be a failed row
+    assert any("did not follow 1 link to folders" in note for note in listing.notes)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "shut").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):  # root may read every folder
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match="shut: cannot be read: Permission denied"):
+        list_videos([tmp_path])
+
+
+def test_a_window_from_zero_is_the_whole_video(clips, compressor, tmp_path):
+    compress_many(compressor, videos_of(clips)[:1], tmp_path)
+    manifest = read_bundle(tmp_path / "clip0.pt").manifest
+    sha256, model = manifest["source"]["sha256"], compressor.models.identify_encoder()
+    for start_s, differing in ((0.0, []), (0.1, ["start"])):
+        assert find_differences(manifest, sha256, model, replace(compressor.options, start_s=start_s)) == differing
+
+
 def test_a_fault_that_one_video_shows_does_not_end_the_run(clips, compressor, tmp_path, monkeypatch):
     whole = compress_workflow.compress_file
 

@@ -92,11 +92,11 @@ def compress(
     minutes keeps its state in a hidden file beside the bundle: the same command goes on from there if it was killed
     (not with the methods that need the whole clip at once), and the bundle is the same.
 
-    For several videos, a folder (searched recursively) or a .txt list (one path per line, relative to the list), the
-    model is loaded only once. Bundles are named after their videos. An existing bundle is skipped if it is intact and was
-    made from the same video with the same model and settings, so a stopped run resumes when you start it again; --force
-    replaces those that differ. A video that cannot be used is reported, and the others are still compressed; the exit
-    status is then that of the first failure.
+    For several videos, a folder (searched recursively; links to folders are not followed) or a .txt list (one path per
+    line, relative to the list), the model is loaded only once. Bundles are named after their videos. An existing bundle is
+    skipped if it is intact and was made from the same video with the same model and settings, so a stopped run resumes when
+    you start it again; --force replaces those that differ. A video that cannot be used is reported, and the others are
+    still compressed; the exit status is then that of the first failure.
     """
     from freres_cli.video.listing import is_many, list_videos
 

@@ -31,7 +31,7 @@ def find_differences(
         "dtype": (recorded["dtype"], dtype),
         # The first release did not record it.
         "attention": (recorded["attention"] or model.attention, model.attention),
-        "start": (sampling["start_s"], options.start_s),
+        "start": (sampling["start_s"] or 0, options.start_s or 0),
         "end": (sampling["end_s"], options.end_s),
         "method": (manifest["settings"]["method"]["value"], options.method),
     }

@@ -43,10 +43,10 @@ def is_many(arguments: Sequence[Path]) -> bool:
 def list_videos(arguments: Sequence[Path]) -> Listing:
     """The videos named by files, folders (searched recursively) and ``.txt`` lists, in order, each once.
 
-    A list has one path per line, relative to the list itself; empty lines and lines that begin with ``#`` are skipped.
-    In a folder, hidden files and files without a video suffix are skipped. An output is named after its video; videos
-    that would share a name keep their suffix in it. Raises ``UsageError`` if a list cannot be read, if there is no video
-    at all, or if two outputs would still have the same name.
+    A list has one path per line, relative to the list itself; empty lines and lines that begin with ``#`` are skipped. In a
+    folder, hidden files and files without a video suffix are skipped, and links to folders are not followed. An output is
+    named after its video; videos that would share a name keep their suffix in it. Raises ``UsageError`` if a list cannot be
+    read, if there is no video at all, or if two outputs would still have the same name.
     """
     by_place: dict[str, tuple[Path, Path]] = {}  # each video with the name of its output, still with the suffix
     notes: list[str] = []
@@ -77,7 +77,7 @@ def expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
     """Yield the videos that a file, a folder or a ``.txt`` list names, each with the name of its output, still with the
     suffix. ``notes``: receives what the user should know. Raises ``UsageError``."""
     if os.path.isdir(argument):  # noqa: PTH112 (os.path accepts names too long for the system)
-        files = [path for path in sorted(argument.rglob("*")) if path.is_file() and not _is_hidden(path, argument)]
+        files = _list_files(argument, notes)
         videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
         if len(videos) < len(files):
             notes.append(f"{argument}: skipped {count_of(len(files) - len(videos), 'file')} without a video suffix")
@@ -97,8 +97,25 @@ def _name_of(video: Path, where: str) -> Path:
     return Path(video.name)
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _list_files(folder: Path, notes: list[str]) -> list[Path]:
+    """The files below a folder but hidden ones, in order. A link to a file that is gone is one of them: it was meant.
+
+    ``notes``: gets how many links to folders were not followed, as they may lead round in a circle. Raises ``UsageError`` if
+    a folder cannot be read: its videos would be missed in silence.
+    """
+    files, num_linked = [], 0
+    for place, folders, names in os.walk(folder, onerror=_refuse_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        num_linked += sum(os.path.islink(os.path.join(place, name)) for name in folders)  # noqa: PTH114, PTH118
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        files += [path for path in paths if path.is_file() or not path.exists()]
+    if num_linked:
+        notes.append(f"{folder}: did not follow {count_of(num_linked, 'link')} to folders; name them to search them")
+    return sorted(files)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise UsageError(f"{error.filename}: cannot be read: {error.strerror}", "make it readable, or name other folders")
 
 
 def read_lines(path: Path, data: bytes | None = None) -> list[tuple[int, str]]:
