@@ -107,6 +107,17 @@ def test_a_bundle_made_otherwise_is_a_failed_row_unless_forced(run_here, clips, 
     assert rows_of(tmp_path / "out")[0]["visual_tokens"] == 30
 
 
+@pytest.mark.parametrize("taken", ["in/clip0.mp4", "linked.mp4", "out/clip0.pt"])
+def test_rows_never_replace_a_video_or_a_bundle(clips, tmp_path, taken):
+    (tmp_path / "in").mkdir()
+    video = shutil.copy(clips / "clip0.mp4", tmp_path / "in")
+    (tmp_path / "linked.mp4").symlink_to(video)
+    before = Path(video).read_bytes()
+    run = run_freres("batch", video, "-o", tmp_path / "out", "--rows", tmp_path / taken, "--force", *FLAGS)
+    assert run.status == 2 and "would be replaced" in run.errors[0]
+    assert Path(video).read_bytes() == before
+
+
 def test_a_missing_model_ends_the_run_in_one_line(clips, tmp_path):
     setup = WorkerSetup(str(tmp_path / "out"), False, str(tmp_path), "cpu")
     row = VideoWorker(setup, tmp_path).run(job_of(clips / "clip0.mp4"))

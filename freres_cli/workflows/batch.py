@@ -61,6 +61,7 @@ def run_batch(
     if not is_url(request.setup.output):
         make_folder(Path(request.setup.output))
     check_rows_file(request.rows_file, request.setup.force)
+    _refuse_taken(request)
     rows: dict[int, BatchRow] = {}
     with contextlib.closing(_start(request)) as found:
         if progress is not None:
@@ -101,6 +102,20 @@ def check_rows_file(place: str, force: bool) -> None:
         first = path.read_bytes().partition(b"\n")[0] if not force and path.is_file() else None
     if first is not None and f'"{SCHEMA}"'.encode() not in first:
         raise UsageError(f"{place}: already exists, and holds no rows of a batch", "name another file with --rows")
+
+
+def _refuse_taken(request: BatchRequest) -> None:
+    """Refuse a file of rows in the place of a video or a bundle, ``force`` or not: it would replace it."""
+    place = _absolute(request.rows_file)
+    for job in request.jobs:
+        for kind, taken in (("one of the videos", job.video), ("a bundle of this run", request.setup.bundle_of(job))):
+            if place == _absolute(taken):
+                raise UsageError(f"--rows {request.rows_file}: is {kind}, and would be replaced", "name another file")
+
+
+def _absolute(place: str) -> str:
+    """A URL as it is; a path without links."""
+    return place if is_url(place) else os.path.realpath(place)
 
 
 def write_rows(place: str, rows: Sequence[BatchRow]) -> None:
