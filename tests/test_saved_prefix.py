@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from freres_cli.backbones import engine, saved_prefix
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.generation import generate
-from freres_cli.backbones.saved_prefix import HEADER, digest_prefix, open_prefix
+from freres_cli.backbones.saved_prefix import HEADER, digest_prefix, open_prefix, write_prefix
 from freres_cli.devices import Storage
 from tests import tiny_qwen2_vl
 from tests.runner import fails
@@ -163,3 +165,18 @@ def test_a_place_that_cannot_be_written_costs_no_answer(tiny, tmp_path):
     prefix = open_prefix(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP), "max", path)
     assert any(note.startswith("prefix not saved: ") for note in prefix.notes)
     assert answers_of(tiny.model, prefix, tiny.prompt.suffix)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_the_locked_and_synced_file_is_the_one_that_is_moved(tmp_path, monkeypatch, dtype):
+    made = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (made.append(os.fstat(number)), fsync(number)))
+    layer = SimpleNamespace(keys=torch.rand(1, 2, 7, 3).to(dtype).mT, values=torch.ones(1, 2, 3, 7, dtype=dtype))
+    path = tmp_path / "own.safetensors"
+    write_prefix(path, SimpleNamespace(cache=SimpleNamespace(layers=[layer]), prefill_s=1.0), "digest")
+    (tmp_path / "any").touch()
+    assert path.stat().st_ino == made[0].st_ino and path.stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert {file.name for file in tmp_path.iterdir()} == {"any", path.name}
+    found = load_file(path)  # the format, as its own package reads it
+    assert torch.equal(found["keys.0"], layer.keys) and torch.equal(found["values.0"], layer.values)

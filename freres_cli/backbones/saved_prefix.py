@@ -12,11 +12,10 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
@@ -31,6 +30,8 @@ from freres_cli.records import VideoTokens
 SUFFIX = ".prefix.safetensors"
 HEADER = "freres.prefix/1"
 HINT = "delete it, or leave out --save-prefix"
+# Of what a cache holds, by the names of the format.
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 def open_prefix(
@@ -115,17 +116,31 @@ def write_prefix(path: Path, prefix: VideoPrefix, digest: str) -> str:
 
     ``path``: the file. ``prefix``: what to write. ``digest``: from ``digest_prefix``.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(prefix.cache.layers):
-        tensors[f"keys.{number}"] = layer.keys.cpu().contiguous()
-        tensors[f"values.{number}"] = layer.values.cpu().contiguous()
+        tensors |= {f"keys.{number}": layer.keys, f"values.{number}": layer.values}
     header = {"made_from": digest, "content": _digest_of(tensors), "prefill_s": prefix.prefill_s}
     metadata = {HEADER: json.dumps(header, sort_keys=True)}
     try:
-        write_atomically(path, lambda file: save_file(tensors, file.name, metadata), force=True, flag="--save-prefix")
-    except (FreresError, SafetensorError) as error:
-        return f"prefix not saved: {str(getattr(error, 'message', error)).splitlines()[0]}"
+        write_atomically(path, lambda file: _write_tensors(file, tensors, metadata), force=True, flag="--save-prefix")
+    except FreresError as error:
+        return f"prefix not saved: {error.message}"
     return f"prefix saved in {path}, {path.stat().st_size} bytes"
+
+
+def _write_tensors(file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file. Its package's own ``save_file`` replaces the file by another one, which is neither locked
+    nor synced and has another mode, and its ``save`` needs the whole cache a second time."""
+    facts: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        facts[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(facts).encode()
+    header += b" " * (-len(header) % 8)  # numbers begin at a multiple of eight bytes
+    file.write(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors.values():
+        file.write(bytes_of(tensor))
 
 
 def _digest_of(tensors: dict[str, Tensor]) -> str:
