@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from freres_cli.bundle.store import read_bundle
+from freres_cli.cli.output import print_notes, print_warning
 from freres_cli.errors import BackboneError, UsageError, VideoError
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.matching import find_differences
@@ -322,6 +323,22 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UsageError, match="shut: cannot be read: Permission denied"):
         list_videos([tmp_path])
+
+
+def test_a_failure_names_its_video(clips, tmp_path):
+    run = run_freres("compress", clips, "-o", tmp_path / "out", *FLAGS, "--start", 1e4)
+    assert run.status == 2
+    for video, _ in videos_of(clips):
+        assert f"failed: {video}: the window starts" in run.err
+    assert f"3 videos failed: {clips / 'clip0.mp4'}: the window" in run.errors[0]
+
+
+def test_where_nobody_reads_the_notes_the_work_goes_on(monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        print_notes(["first", "second"])
+        print_warning("third")
+        assert Path(f"/proc/self/fd/{full.fileno()}").readlink() == Path(os.devnull)
 
 
 def test_a_window_from_zero_is_the_whole_video(clips, compressor, tmp_path):

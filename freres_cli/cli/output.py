@@ -86,19 +86,28 @@ def print_notes(notes: Iterable[str], quiet: bool = False) -> None:
     """Write notes to stderr, one per line."""
     if not quiet:
         for note in notes:
-            print(f"note: {_plain(note)}", file=sys.stderr)
+            _tell(f"note: {_plain(note)}")
 
 
 def print_warning(text: str) -> None:
     """Write a warning to stderr; ``--quiet`` does not hide it."""
-    print(f"warning: {_plain(text)}", file=sys.stderr)
+    _tell(f"warning: {_plain(text)}")
 
 
 def print_error(error: FreresError) -> None:
     """Write what went wrong and what to do about it, one line each."""
-    print(f"error: {_plain(' '.join(error.message.split()))}", file=sys.stderr)
+    _tell(f"error: {_plain(' '.join(error.message.split()))}")
     if error.hint:
-        print(f"hint: {_plain(error.hint)}", file=sys.stderr)
+        _tell(f"hint: {_plain(error.hint)}")
+
+
+def _tell(line: str) -> None:
+    """Write a line to stderr. If nobody can read it there, the work goes on, and its exit status stays what it is."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        # Neither later lines nor the flush at shutdown may fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _plain(text: str) -> str:

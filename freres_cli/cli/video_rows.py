@@ -43,7 +43,7 @@ class VideoRows:
 
     def _show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
         if row.error is not None:
-            print_warning(f"failed: {row.error.message}")
+            print_warning(f"failed: {_named(row, row.error.message)}")
         if self._print_line is not None:
             self._print_line(row)
             return
@@ -62,7 +62,13 @@ def count_statuses(rows: Sequence[VideoRow]) -> Counter[str]:
 
 def raise_first_failure(rows: Sequence[VideoRow]) -> None:
     """Raise the error of the first failed video, if one failed, with the number of those that did."""
-    error = next((row.error for row in rows if row.error is not None), None)
-    if error is not None:
-        failed = count_statuses(rows)["failed"]
-        raise type(error)(f"{failed} of {count_of(len(rows), 'video')} failed: {error.message}", error.hint)
+    first = next((row for row in rows if row.error is not None), None)
+    if first is not None and first.error is not None:
+        failed = f"{count_statuses(rows)['failed']} of {count_of(len(rows), 'video')} failed"
+        raise type(first.error)(f"{failed}: {_named(first, first.error.message)}", first.error.hint)
+
+
+def _named(row: VideoRow, message: str) -> str:
+    """A message that says which video it is about: an error of the settings names none."""
+    is_named = str(row.video) in message or str(row.bundle) in message
+    return message if is_named else f"{row.video}: {message}"
