@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from freres_cli.bench.apart import Outcome
 from freres_cli.devices import choose_device
+from freres_cli.errors import BackboneError, ContextError
 from freres_cli.workflows.profile import ProfileRequest, run_apart
 from tests.pipeline_fixtures import COMMAND
 from tests.pipeline_fixtures import bundle as bundle
@@ -70,6 +72,19 @@ def test_a_row_that_cannot_be_measured_is_a_row(target, status, forked):
     request = ProfileRequest(choose_device("cpu"), "what?", 1, 0, 1, 1.0 if target is _slow else 60.0)
     row = run_apart(request, "full", target)
     assert row["status"] == status and row["message"] and row["ttft_s"] is None and row["method"] == "full"
+
+
+@pytest.mark.parametrize(("error", "is_row"), [(ContextError, True), (BackboneError, False)])
+def test_only_a_context_that_is_exceeded_is_a_row_and_not_any_error_with_that_word(error, is_row, monkeypatch):
+    raised = error("context/model: no such model")
+    monkeypatch.setattr("freres_cli.bench.apart.run_apart", lambda *_: Outcome(raised, False, 0))
+    request = ProfileRequest(choose_device("cpu"), "what?", 1, 0, 1, 60.0)
+    if is_row:
+        row = run_apart(request, "full")
+        assert (row["status"], row["message"]) == ("context_exceeded", raised.message)
+    else:
+        with pytest.raises(BackboneError, match="no such model"):
+            run_apart(request, "full")
 
 
 @pytest.mark.slow

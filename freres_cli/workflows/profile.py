@@ -16,7 +16,7 @@ from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bench.report import summarize_runs
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device, memory_errors_as
-from freres_cli.errors import BackboneError, FreresError, ResourceError
+from freres_cli.errors import ContextError, FreresError, ResourceError
 from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.compressor import Compressor
@@ -83,10 +83,10 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
     value = outcome.value
     if isinstance(value, dict):
         return value
-    if isinstance(value, FreresError) and not isinstance(value, ResourceError):
-        if not (isinstance(value, BackboneError) and "context" in value.message):
-            raise value
+    if isinstance(value, ContextError):
         return empty_row(method, "context_exceeded", value.message)
+    if isinstance(value, FreresError) and not isinstance(value, ResourceError):
+        raise value
     if outcome.is_late:
         return empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
     # Any other silent exit is our own failure.
