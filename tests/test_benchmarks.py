@@ -304,6 +304,14 @@ def test_answers_without_a_letter_are_counted_in_a_note(copies, monkeypatch):
     assert any("1 questions are left out" in note for note in result.notes)
 
 
+def test_an_answer_to_video_mme_without_a_letter_is_wrong_and_scoring_says_that_its_script_differs(copies, monkeypatch):
+    request = request_for(copies["video-mme"])
+    replies = iter(["hm", "C"])
+    say(monkeypatch, lambda _: next(replies))
+    assert evaluate(request, models=loaded_models()).summary["rows"][0]["accuracy"] == 0.5
+    assert "leaves it out of the count" in request.questions.describe_scoring()["extraction"]
+
+
 def test_resuming_needs_the_same_annotations_and_the_same_benchmark(copies, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(copies["longvideobench"], root)

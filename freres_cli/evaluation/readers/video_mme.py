@@ -25,7 +25,8 @@ NO_SUBTITLES = "Video-MME: subtitles are left out"
 PROTOCOL = Protocol(
     benchmark="video-mme",
     prompt="Video-MME's README, without subtitles",
-    extraction="Video-MME's eval_your_results.py: the first capital A to D",
+    extraction="Video-MME's eval_your_results.py: the first capital A to D; an answer without one is wrong, while that script "
+    "leaves it out of the count",
     max_new_tokens=16,
     extract=read_video_mme,
 )
