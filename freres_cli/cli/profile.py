@@ -137,6 +137,9 @@ def profile(
         request = ProfileRequest(*asked, timeout or 1800.0, video=video, options=compress, bundle=bundle)
         print_notes(waiting, quiet or json)
         rows = run_profile(request)
+    found = [f"{subject}: {note}" for note in dict.fromkeys(note for row in rows for note in row["notes"])]
+    print_notes(found, quiet)
+    told += found
     facts = {"target": "made clip, 4 s" if target is None else str(target), "weights": weights, "notes": told}
     _show(rows, request, facts | {"model": model or BUNDLED if bundle is None else None}, picture, json=json)
 
