@@ -89,6 +89,10 @@ class BackboneError(FreresError):
     exit_status = ExitStatus.BACKBONE
 
 
+class ContextError(BackboneError):
+    """A prompt that does not fit the model's context."""
+
+
 class ResourceError(FreresError):
     """Not enough memory or disk, or a device that is not there."""
 

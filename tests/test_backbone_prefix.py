@@ -10,7 +10,7 @@ import torch
 from freres_cli.backbones import engine
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel
-from freres_cli.errors import BackboneError, ResourceError, UsageError
+from freres_cli.errors import BackboneError, ContextError, ResourceError, UsageError
 from tests import tiny_qwen2_vl
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, video_tokens
 from tests.tiny_qwen2_vl import KEEP, largest_difference
@@ -76,12 +76,12 @@ def test_kv_bytes_per_token_is_what_the_cache_holds(tiny):
 def test_the_context_is_a_limit(tmp_path):
     make_qwen2_vl(tmp_path, layers=1, depth=1, context=100)
     model = Qwen2VLLanguageModel.load(open_checkpoint(tmp_path), CPU)
-    with pytest.raises(BackboneError, match="expected at most 100, got 1"):
+    with pytest.raises(ContextError, match="expected at most 100, got 1"):
         engine.prefill_video(model, tuple(range(30)), video_tokens(torch.zeros(4, 4, 5, 48)))
     few = video_tokens(torch.zeros(90, 1, 1, 48), torch.tensor([0, 89]))
     prefix = engine.prefill_video(model, tuple(range(30)), few)
     assert prefix.notes == ("positions reach 120, beyond the model's context of 100",)
-    with pytest.raises(BackboneError, match="question: too long for the model"):
+    with pytest.raises(ContextError, match="question: too long for the model"):
         generate(model, prefix, (1, 2), 90)
 
 

@@ -191,16 +191,6 @@ def test_splits_and_lengths_are_parts(copies):
     assert [q.id for q in read_any_questions(copies["nextqa"]).questions][:2] == ["4010069381_6", "4010069381_7"]
 
 
-def test_the_authors_json_of_video_mme_lists_videos(tmp_path):
-    video = {key: VIDEO_MME_ROW[key] for key in ("video_id", "duration", "domain", "sub_category", "url")}
-    own = {key: VIDEO_MME_ROW[key] for key in ("question_id", "task_type", "question", "options", "answer")}
-    write_json(tmp_path / "output_test_template.json", [{**video, "questions": [own, {**own, "question_id": "001-2"}]}])
-    add_clip(tmp_path, "data/fFj-v93ACGo.mp4")
-    questions = read_any_questions(tmp_path).questions
-    assert [q.id for q in questions] == ["001-1", "001-2"]
-    assert all(q.video.is_file() and q.answer == "C" for q in questions)
-
-
 def test_parquet_gives_the_same_questions_as_json(copies, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     import pyarrow.parquet as parquet
@@ -247,7 +237,7 @@ BROKEN = {
                    "entry 1: 'option 3' is missing"),
     "mme answer": ("video-mme", MME, [{**VIDEO_MME_ROW, "answer": "E"}], "entry 1: answer: expected one of A, B, C, D"),
     "mme length": ("video-mme", MME, [{**VIDEO_MME_ROW, "duration": "brief"}], "duration: expected one of short"),
-    "mme url": ("video-mme", MME, [{**without(VIDEO_MME_ROW, "videoID"), "url": "x"}], "url: holds no id"),
+    "mme no id": ("video-mme", MME, [without(VIDEO_MME_ROW, "videoID")], "entry 1: 'videoID' is missing"),
     "mv answer": ("mvbench", "json/state_change.json",
                   [{"video": "p.mp4", "question": "q", "candidates": ["a", "b"], "answer": "c"}],
                   "state_change.json: entry 1: answer: expected one of the candidates"),
@@ -302,6 +292,14 @@ def test_answers_without_a_letter_are_counted_in_a_note(copies, monkeypatch):
     result = evaluate(request_for(copies["egoschema"], methods="uniform,blind"), models=loaded_models())
     assert "answers that name no option: 4 of 4; each counts as a guess" in result.notes
     assert any("1 questions are left out" in note for note in result.notes)
+
+
+def test_an_answer_to_video_mme_without_a_letter_is_wrong_and_scoring_says_that_its_script_differs(copies, monkeypatch):
+    request = request_for(copies["video-mme"])
+    replies = iter(["hm", "C"])
+    say(monkeypatch, lambda _: next(replies))
+    assert evaluate(request, models=loaded_models()).summary["rows"][0]["accuracy"] == 0.5
+    assert "leaves it out of the count" in request.questions.describe_scoring()["extraction"]
 
 
 def test_resuming_needs_the_same_annotations_and_the_same_benchmark(copies, tmp_path):

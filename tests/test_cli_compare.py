@@ -112,6 +112,21 @@ def test_a_method_that_fails_is_a_row_that_says_why(video, monkeypatch):
         compare(request_for(video, "uniform"), loaded_models())
 
 
+@pytest.mark.parametrize("verb", ["compare", "fidelity"])
+def test_rows_that_are_made_from_other_frames_are_noted(video, verb):
+    flags = ("--methods", "uniform,adaptive", "--budgets", "0.25", "--set", "sample=count", "--set", "sample_count=2")
+    for density in (1, 2):
+        run = run_freres(verb, video, *flags, "--set", f"track_density={density}", "--json")
+        assert run.status == 0, run.err
+        assert [row["num_frames"] for row in run.json["rows"]] == [2, 2 * density]
+        (note,) = [note for note in run.json["notes"] if "rows differ in the frames" in note] or [None]
+        assert (note is None) == (density == 1)
+    assert "2 by uniform; 4 by adaptive; --set track_density=1" in note
+    assert ("judged on the frames" in note) == (verb == "fidelity")
+    if verb == "compare":
+        assert "for the frames of all methods" in run_freres(verb, video, *flags, "--set", "track_density=2").out
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "text"),
     [

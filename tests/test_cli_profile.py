@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from freres_cli.bench.apart import Outcome
 from freres_cli.devices import choose_device
-from freres_cli.workflows.profile import ProfileRequest, run_apart
+from freres_cli.errors import BackboneError, ContextError
+from freres_cli.workflows.profile import ProfileRequest, _measure_row, run_apart
+from tests.clips import write_clip
 from tests.pipeline_fixtures import COMMAND
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
@@ -70,6 +73,29 @@ def test_a_row_that_cannot_be_measured_is_a_row(target, status, forked):
     request = ProfileRequest(choose_device("cpu"), "what?", 1, 0, 1, 1.0 if target is _slow else 60.0)
     row = run_apart(request, "full", target)
     assert row["status"] == status and row["message"] and row["ttft_s"] is None and row["method"] == "full"
+
+
+@pytest.mark.parametrize(("error", "is_row"), [(ContextError, True), (BackboneError, False)])
+def test_only_a_context_that_is_exceeded_is_a_row_and_not_any_error_with_that_word(error, is_row, monkeypatch):
+    raised = error("context/model: no such model")
+    monkeypatch.setattr("freres_cli.bench.apart.run_apart", lambda *_: Outcome(raised, False, 0))
+    request = ProfileRequest(choose_device("cpu"), "what?", 1, 0, 1, 60.0)
+    if is_row:
+        row = run_apart(request, "full")
+        assert (row["status"], row["message"]) == ("context_exceeded", raised.message)
+    else:
+        with pytest.raises(BackboneError, match="no such model"):
+            run_apart(request, "full")
+
+
+def test_a_damaged_video_is_noted(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "cut.webm", 48, fps=12, codec="libvpx-vp9", options={"cpu-used": "8"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    monkeypatch.setattr("freres_cli.workflows.profile.run_apart", lambda request, method: _measure_row(request, method))
+    run = run_freres("profile", path, "--budget", 20, "--repeat", 1, "--warmup", 0, "--max-new-tokens", 1, "--json")
+    assert "cut.webm: " in run.err and "s of video are lost" in run.err
+    assert any("s of video are lost" in note for note in run.json["notes"])
+    assert all(any("are lost" in note for note in row["notes"]) for row in run.json["rows"])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import sys
 from contextlib import redirect_stdout
 from itertools import combinations
@@ -129,6 +130,21 @@ def test_many_methods_and_rows_without_figures_are_drawn():
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def test_context_tokens_are_a_mean_over_questions_also_where_videos_have_different_numbers(questions, tmp_path):
+    file = questions.parent / "fewer.jsonl"
+    rows = [json.loads(line) for line in questions.read_text().splitlines()[:-1]]
+    rows[0]["question"] = "Which way, and why, and how far, and until when?"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_freres("eval", file, "--methods", "blind", "-o", tmp_path / "log.jsonl", "--json")
+    _, *videos = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    cells = [video["cells"][0] for video in videos]
+    counts = [len(cell["answers"]) for cell in cells]
+    assert sorted(counts) == [1, 2, 2]
+    total = sum(count * cell["context_tokens"] for count, cell in zip(counts, cells, strict=True))
+    assert run.json["rows"][0]["context_tokens"] == pytest.approx(total / 5, abs=1e-9)
+    assert total / 5 != pytest.approx(sum(cell["context_tokens"] for cell in cells) / 3, abs=1e-6)
 
 
 def test_context_and_cache_are_those_of_the_prompt_that_ask_reports(questions, tmp_path):

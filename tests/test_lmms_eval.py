@@ -206,6 +206,17 @@ def test_videos_that_cannot_be_opened_stop_the_run_before_anything_is_encoded(fo
         assert encoder.num_frames == []
 
 
+def test_a_damaged_video_is_answered_with_a_warning(folder, tmp_path, caplog):
+    write_clip(tmp_path / "whole.webm", 48, fps=12, codec="libvpx-vp9", options={"cpu-used": "8"})
+    data = (tmp_path / "whole.webm").read_bytes()
+    (tmp_path / "cut.webm").write_bytes(data[: len(data) // 2])
+    docs = [{"video": str(tmp_path / f"{n}.webm"), "question": "q?", "answer": "x"} for n in ("whole", "cut")]
+    requests, documents = make_requests(folder, docs)
+    assert len(answer(make_model(), requests, documents)) == 2
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "cut.webm: damaged: " in warning and "s of video are lost" in warning
+
+
 @pytest.mark.parametrize(
     "visuals", [lambda doc: [], lambda doc: [doc["video"]] * 2, lambda doc: [1.5], lambda doc: None]
 )

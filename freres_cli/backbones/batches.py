@@ -95,7 +95,7 @@ def answer_batch(
     """The greedy answer to each question, as token ids, ending with a stop token unless it reached ``max_new_tokens``.
 
     ``model`` and ``prefix`` are the language model and the video it has prefilled. ``suffixes``: the token ids after the
-    video, for each question. Raises BackboneError if a prompt exceeds the model's context.
+    video, for each question. Raises ContextError if a prompt exceeds the model's context.
     """
     answers: list[list[int]] = [[] for _ in suffixes]
     with _lend(model, prefix, [len(suffix) + max_new_tokens for suffix in suffixes]) as trunk:

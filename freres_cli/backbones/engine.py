@@ -26,7 +26,7 @@ from freres_cli.backbones.long_attention import (
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
 from freres_cli.backbones.sizes import has_experts
 from freres_cli.devices import memory_errors_as, synchronize
-from freres_cli.errors import BackboneError, UsageError, count_of
+from freres_cli.errors import BackboneError, ContextError, UsageError, count_of
 from freres_cli.records import VideoTokens
 
 # Rows per forward pass of a prefill: enough to keep the device busy, and more where their activations are small, because
@@ -75,8 +75,8 @@ def prefill_video(
 
     ``text_after`` is the rule for the positions of later text, as in ``base.LanguageModel.splice``; ``chunk_tokens`` is
     the number of rows per forward pass, by default as ``choose_chunk`` says. With a ``pruning``, only the first layers run
-    now. Raises BackboneError if the prefix alone exceeds the model's context or the model's layers cannot be pruned,
-    ResourceError if it does not fit in memory.
+    now. Raises ContextError if the prefix alone exceeds the model's context, BackboneError if the model's layers cannot be
+    pruned, ResourceError if it does not fit in memory.
     """
     synchronize(model.device)
     start_s = time.perf_counter()
@@ -124,18 +124,18 @@ def check_context(
     """Check a prompt of ``num_tokens``, followed by text at ``next_position``, and return notes about it.
 
     ``model``: whose context it must fit. ``num_before``: how many of them come before the question and its answer; ``None``
-    if there is no question yet. Raises BackboneError for more tokens than the model's context. Positions beyond it are
+    if there is no question yet. Raises ContextError for more tokens than the model's context. Positions beyond it are
     allowed, because the tokens kept from a long video keep the positions they had in the full grid; they result in a note.
     """
     limit = model.max_context_tokens
     if num_before is not None and num_tokens > limit:
-        raise BackboneError(
+        raise ContextError(
             f"question: too long for the model's context of {limit} tokens: expected at most {limit - num_before} with its "
             f"answer, got {num_tokens - num_before}",
             "shorten it, or allow fewer new tokens",
         )
     if num_tokens > limit:
-        raise BackboneError(
+        raise ContextError(
             f"prompt: more tokens than the model's context: expected at most {limit}, got {num_tokens}",
             "lower the token budget or the number of frames",
         )

@@ -85,7 +85,7 @@ def generate(
     ``model`` and ``prefix`` are the language model and the video it has prefilled. ``suffix_ids``: the token ids after
     the video, from ``model.prompt``. The answer has at most ``max_new_tokens`` tokens, picked by ``sampling`` (greedy by
     default). ``submitted_s``: ``time.perf_counter()`` when the question was submitted, by default the start of the
-    iteration. Raises BackboneError if the prompt and answer can exceed the model's context.
+    iteration. Raises ContextError if the prompt and answer can exceed the model's context.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")

@@ -28,7 +28,7 @@ def score_answers(
     rule for the positions of later text, as in ``base.LanguageModel.splice``. ``questions``: for each, the token ids
     after the video, and those of its k possible answers. The video is read once for all of them, or once per answer if
     the cache cannot be shared (recurrent states). Memory grows with the activations of the whole prompt. Raises
-    BackboneError if a prompt exceeds the model's context.
+    ContextError if a prompt exceeds the model's context.
     """
     rows = model.splice(prefix_ids, video, text_after)
     texts = [(*suffix, *answer[:-1]) for suffix, answers in questions for answer in answers]

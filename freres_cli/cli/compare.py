@@ -147,10 +147,13 @@ def _print_costs(result: CompareResult, request: CompareRequest) -> None:
             for row in result.rows
         ],
     )
+    from freres_cli.workflows.eval_run import reads_other_frames
+
     print_result("")
+    scope = "for the frames of all methods" if reads_other_frames(result.rows) else "once for all methods"
     print_result(
         f"{count_of(result.full_tokens, 'full token')} of {count_of(result.num_frames, 'frame')}; decode "
-        f"{format_seconds(result.decode_s)}, encode {format_seconds(result.encode_s)}, once for all methods"
+        f"{format_seconds(result.decode_s)}, encode {format_seconds(result.encode_s)}, {scope}"
     )
     print_result("hold and linear: energy kept of the clip's latents, by reader")
 

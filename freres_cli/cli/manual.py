@@ -200,10 +200,11 @@ fidelity:
     and a warning says so; the JSON has the seconds lost and the notes on each. In the JSON, `lost_by_second` has the
     share of the clip's energy that is lost in each second after its first frame; it sums to 1 minus the share kept.
     `--plot` needs matplotlib: pip install 'freres[plot]'. It shows the seconds of at most 6 videos, at the smallest
-    budget of each method, by the reader that keeps more.
+    budget of each method, by the reader that keeps more. `num_frames` of a row is how many frames its tokens are made
+    from. A note says where rows differ in them: each is judged on the frames that the settings name.
   schemas:
     freres.fidelity/1:
-      rows (method budget budget_tokens visual_tokens full_tokens kept_hold kept_linear) videos (video num_frames
+      rows (method budget budget_tokens visual_tokens full_tokens num_frames kept_hold kept_linear) videos (video num_frames
       full_tokens lost_s notes and rows with lost_by_second_hold lost_by_second_linear) failed (video message) plot
       model settings notes environment
   defaults: {plot: none (nothing is drawn)}
@@ -219,13 +220,14 @@ compare:
     includes it; later questions reuse the prefill. Then a table for each question, with the answer of each method, and
     with `--choices` the probability of the option it chose. An answer that was cut at `--max-new-tokens` ends in three
     dots. Fre-Res is rebuilt from its tracks, as in freres-fidelity(1). blind has no tokens, and so no shares. Times are
-    of one run without a warm-up: see freres-profile(1) for repeated ones.
+    of one run without a warm-up: see freres-profile(1) for repeated ones. `num_frames` of a row in the JSON is how many
+    frames its tokens are made from; a note says where rows differ in them.
   schemas:
     freres.compare/1:
       video num_frames full_tokens decode_s encode_s questions
-      rows (method budget status (ok or failed) message budget_tokens visual_tokens full_tokens adapter context_tokens
-      kept_hold kept_linear compress_s prefill_s ttft_s notes answers (question answer choices context_tokens new_tokens
-      finish_reason ttft_s)) model settings notes environment
+      rows (method budget status (ok or failed) message budget_tokens visual_tokens full_tokens num_frames adapter
+      context_tokens kept_hold kept_linear compress_s prefill_s ttft_s notes
+      answers (question answer choices context_tokens new_tokens finish_reason ttft_s)) model settings notes environment
   defaults: {question: none (no language model is loaded), choices: none (free answers),
     adapter: "the bundled model's own, none for others"}
 train:

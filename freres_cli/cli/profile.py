@@ -137,8 +137,16 @@ def profile(
         request = ProfileRequest(*asked, timeout or 1800.0, video=video, options=compress, bundle=bundle)
         print_notes(waiting, quiet or json)
         rows = run_profile(request)
+    told += _note_video(rows, subject, quiet)
     facts = {"target": "made clip, 4 s" if target is None else str(target), "weights": weights, "notes": told}
     _show(rows, request, facts | {"model": model or BUNDLED if bundle is None else None}, picture, json=json)
+
+
+def _note_video(rows: list[dict[str, Any]], video: str | Path, quiet: bool) -> list[str]:
+    """Print what is odd about the video, and return it."""
+    found = [f"{video}: {note}" for note in dict.fromkeys(note for row in rows for note in row["notes"])]
+    print_notes(found, quiet)
+    return found
 
 
 def _show(

@@ -122,9 +122,9 @@ def _summarize_cell(
     estimates = estimate_shares(correct, total) if parts else None
     groups = dict(zip(_categories(listed), estimates.groups, strict=True)) if estimates else {}
     first, later = _ttft_seconds(parts, listed)
-    budgets, visual, context = (
-        [part[key] for part in parts] for key in ("budget_tokens", "visual_tokens", "context_tokens")
-    )
+    budgets, visual = ([part[key] for part in parts] for key in ("budget_tokens", "visual_tokens"))
+    # A part has the mean over its own questions.
+    context = [part["context_tokens"] for part, asked_of in zip(parts, listed, strict=True) for _ in asked_of]
     return {
         "method": cell.method,
         "label": cell.label or None,

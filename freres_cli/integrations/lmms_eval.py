@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from freres_cli.pipeline.session import Session
 from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.video.probe import check_video
 
+LOG = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 128  # where a task sets no limit, as in lmms-eval's Qwen2-VL
 
 
@@ -84,8 +86,10 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Return the answers, in the order of the requests. Where tokens are drawn, a request that comes again draws others.
 
-        Raises ``VideoError``: before anything is encoded for a video that is missing or cannot be opened, and for one whose
-        frames are damaged when it is reached. An empty answer would count as a wrong one, or for some tasks not at all.
+        Of a video that is damaged further inside, what can be decoded is used, and the log has a warning. Raises
+        ``VideoError``: before anything is encoded for a video that is missing or cannot be opened, and for one without a
+        frame that can be decoded when it is reached. An empty answer would count as a wrong one, or for some tasks not at
+        all.
         """
         by_video: dict[Path, list[int]] = {}
         for place, request in enumerate(requests):
@@ -132,7 +136,11 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         fixed = {"full": clip.full_tokens, "blind": 0}
         budget_tokens = fixed.get(self._method, self._budget.tokens(clip.full_tokens))
         text_after = options.settings.text_after
-        return make_method_session(clip, self._method, budget_tokens, model, text_after, self._modules)
+        session = make_method_session(clip, self._method, budget_tokens, model, text_after, self._modules)
+        # The method may have decoded the file again.
+        if clip.lost_s > 0:
+            LOG.warning("%s: damaged: %.2f s of video are lost; answers are about the rest", video, clip.lost_s)
+        return session
 
 
 def _check_videos(videos: Collection[Path]) -> None:

@@ -24,6 +24,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.query import Query, refuse_control_tokens
 from freres_cli.pipeline.session import Session
 from freres_cli.records import VideoTokens
+from freres_cli.workflows.eval_run import describe_frame_counts, reads_other_frames
 from freres_cli.workflows.evaluate import Modules, failure_of, load_all_modules
 from freres_cli.workflows.fidelity import rebuild_clip, rebuild_tokens
 from freres_cli.world.make import is_world_clip
@@ -92,6 +93,8 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
     if len(failures) == len(rows):
         first = failures[0]
         raise type(first)(f"{request.video}: every method failed: {first.message}", first.hint)
+    if reads_other_frames(rows):
+        notes.append(describe_frame_counts(rows, request.options.settings.track_density))
     return CompareResult(
         rows,
         clip.num_frames,
@@ -127,6 +130,7 @@ def _try_cell(
         "message": None,
         "budget_tokens": budget_tokens,
         "full_tokens": clip.full_tokens,
+        "num_frames": None,
         "adapter": None if modules is None or cell.adapter is None else cell.adapter.name,
         **dict.fromkeys(figures),
         "answers": [],
@@ -137,6 +141,7 @@ def _try_cell(
             timer.seconds.pop("compress", None)
             tokens = clip.build_tokens(cell.method, budget_tokens, modules)
             row |= {"visual_tokens": len(tokens), "compress_s": timer.seconds["compress"]}
+            row["num_frames"] = clip.count_frames(cell.method, budget_tokens)[0]
             # A method that needs the question has its own tokens for each.
             if METHODS[cell.method].is_question_blind:
                 row |= _measure_kept(cell.method, clip, tokens, energy, budget_tokens)

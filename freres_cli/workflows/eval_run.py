@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,18 +98,28 @@ def _describe_frames(
 ) -> Iterator[str]:
     """Yield a note if the tokens of one video are made from different numbers of frames: budgets alone do not make rows
     alike. ``videos``: their rows. ``rows``: those of the summary. ``track_density``: that of the settings."""
-    if all(len({cell.get("num_frames") or None for cell in row.get("cells", ())} - {None}) < 2 for row in videos):
-        return
+    if any(reads_other_frames(row.get("cells", ())) for row in videos):
+        yield describe_frame_counts(rows, track_density, " (means over videos)")
+
+
+def reads_other_frames(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether the tokens of one video's ``rows`` are made from different numbers of frames."""
+    return len({row.get("num_frames") or None for row in rows} - {None}) > 1  # blind has none
+
+
+def describe_frame_counts(rows: Sequence[Mapping[str, Any]], track_density: int, counted: str = "") -> str:
+    """Return a note that says how many frames each of ``rows`` is made from, and what reads equal frames. ``counted``: what
+    the numbers are, with a space before it."""
     counts: dict[str, set[float]] = {}
     names: dict[float, dict[str, None]] = {}
-    known = [(row["label"] or row["method"], row) for row in rows if row["num_frames"]]  # blind has none
+    known = [(row.get("label") or row["method"], row) for row in rows if row["num_frames"]]  # blind has none
     for name, row in known:
         counts.setdefault(name, set()).add(row["num_frames"])
     for name, row in known:
         names.setdefault(row["num_frames"], {})[name if len(counts[name]) == 1 else f"{name} {row['budget']}"] = None
     told = "; ".join(f"{count:.4g} by {', '.join(own)}" for count, own in sorted(names.items()))
     remedy = "; --set track_density=1 reads equal frames" if track_density > 1 else ""
-    yield f"rows differ in the frames they are made from (means over videos): {told}{remedy}"
+    return f"rows differ in the frames they are made from{counted}: {told}{remedy}"
 
 
 def describe_oddities(noted: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -33,7 +33,7 @@ from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.records import VideoTokens
-from freres_cli.workflows.eval_run import describe_oddities
+from freres_cli.workflows.eval_run import describe_frame_counts, describe_oddities, reads_other_frames
 
 Rebuild = Callable[[slice], Tensor]
 Progress = Callable[[int, int], None]
@@ -102,6 +102,9 @@ def measure_fidelity(
         raise first
     rows = average_rows([video["rows"] for video in videos])
     notes = [*describe_oddities(videos), *encoder.notes]
+    if any(reads_other_frames(video["rows"]) for video in videos):
+        told = describe_frame_counts(rows, request.options.settings.track_density, " (means over videos)")
+        notes.append(f"{told}; all are judged on the frames that the settings name")
     if request.plot is not None:
         png, more = draw_fidelity(rows, videos)
         request.plot.write(png)
@@ -122,6 +125,7 @@ def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[s
             "budget_tokens": budget_tokens,
             "visual_tokens": num_tokens,
             "full_tokens": clip.full_tokens,
+            "num_frames": clip.count_frames(cell.method, budget_tokens)[0],
         }
         for reader, rebuild in rebuilds.items():
             lost = measure_loss(clip.latents, rebuild, width)
@@ -162,7 +166,7 @@ def _frames_at(reading: Reading, frames: Tensor, part: slice) -> Tensor:
 
 def average_rows(videos: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the mean over videos of each row's figures; every video counts once."""
-    figures = ("budget_tokens", "visual_tokens", "full_tokens", *(f"kept_{reader}" for reader in READERS))
+    figures = ("budget_tokens", "visual_tokens", "full_tokens", "num_frames", *(f"kept_{reader}" for reader in READERS))
     return [
         {key: own[0][key] for key in ("method", "budget")}
         | {key: sum(row[key] for row in own) / len(own) for key in figures}

@@ -16,7 +16,7 @@ from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bench.report import summarize_runs
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import Device, memory_errors_as
-from freres_cli.errors import BackboneError, FreresError, ResourceError
+from freres_cli.errors import ContextError, FreresError, ResourceError
 from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.compressor import Compressor
@@ -83,10 +83,10 @@ def run_apart(request: ProfileRequest, method: str, target: RowTarget | None = N
     value = outcome.value
     if isinstance(value, dict):
         return value
-    if isinstance(value, FreresError) and not isinstance(value, ResourceError):
-        if not (isinstance(value, BackboneError) and "context" in value.message):
-            raise value
+    if isinstance(value, ContextError):
         return empty_row(method, "context_exceeded", value.message)
+    if isinstance(value, FreresError) and not isinstance(value, ResourceError):
+        raise value
     if outcome.is_late:
         return empty_row(method, "timed_out", f"took longer than {request.timeout_s:g} s")
     # Any other silent exit is our own failure.
@@ -103,6 +103,7 @@ def empty_row(method: str, status: str, message: str | None) -> dict[str, Any]:
         "method": method,
         "status": status,
         "message": message,
+        "notes": [],
         "dtype": None,
         "kv_dtype": None,
         "weight_dtype": None,
@@ -141,7 +142,7 @@ def _measure_row(request: ProfileRequest, method: str) -> dict[str, Any]:
     row = empty_row(method, "ok", None) | {"base_memory_bytes": memory.read_bytes()}
     runs: dict[str, list[float]] = {stage: [] for stage in STAGES}
     if request.options is not None:
-        tokens, full_tokens = _encode_runs(request, method, runs)
+        tokens, full_tokens, row["notes"] = _encode_runs(request, method, runs)
         row["encode_peak_memory_bytes"] = memory.read_bytes()
         memory.reset()
         session = _session_for(request.options, tokens, full_tokens, runs)
@@ -178,8 +179,11 @@ def measure_asks(
     return row | {stage: spread["median"] for stage, spread in row["spread"].items()}
 
 
-def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[float]]) -> tuple[VideoTokens, int]:
-    """Decode, encode and compress as often as asked; return the tokens and the full-token count."""
+def _encode_runs(
+    request: ProfileRequest, method: str, runs: dict[str, list[float]]
+) -> tuple[VideoTokens, int, list[str]]:
+    """Decode, encode and compress as often as asked; return the tokens, the full-token count, and what is odd about the
+    video."""
     options, video = request.options, request.video
     assert options is not None and video is not None
     if method == "full":
@@ -201,7 +205,7 @@ def _encode_runs(request: ProfileRequest, method: str, runs: dict[str, list[floa
                 runs[f"{stage}_s"].append(timer.seconds[stage])
     manifest = build_manifest(source, options, plan, encoder, reduction, report)
     tokens = load_tokens(Bundle(manifest, reduction.content), NO_ADAPTER).tokens
-    return tokens, int(manifest["tokens"]["full_tokens"])
+    return tokens, int(manifest["tokens"]["full_tokens"]), list(dict.fromkeys((*source.info.notes, *report.notes)))
 
 
 def _session_for(

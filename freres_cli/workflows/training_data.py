@@ -200,7 +200,7 @@ class _Store:
         return with_deep_rows(tokens, self.model.num_deep_layers)
 
     def _check_length(self, asked: Asked, tokens: VideoTokens) -> None:
-        """Raise ``BackboneError`` for a question that exceeds the model's context at the largest budget."""
+        """Raise ``ContextError`` for a question that exceeds the model's context at the largest budget."""
         longest = len(asked.suffix) + max(map(len, asked.answers)) - 1
         # Timestamps in the prompt take a few tokens per frame. They need no exact count if there is plenty of room.
         roomy = len(asked.prefix) + TOKENS_AROUND * len(tokens) + longest

@@ -1,18 +1,14 @@
-"""Video-MME (Fu et al., 2025), without subtitles: a Parquet file, or the authors' JSON."""
+"""Video-MME (Fu et al., 2025), without subtitles: a Parquet file, or its rows as JSON."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
-from freres_cli.errors import UsageError
 from freres_cli.evaluation.questions import Protocol, Question
 from freres_cli.evaluation.readers.declaration import Benchmark
 from freres_cli.evaluation.readers.letters import read_video_mme
 from freres_cli.evaluation.readers.local_copy import Entry, LocalCopy
 
 PARQUET = ("videomme/test-00000-of-00001.parquet", "test-00000-of-00001.parquet")
-JSON = ("videomme.json", "Video-MME.json", "output_test_template.json")
+JSON = ("videomme.json", "Video-MME.json")
 VIDEOS = ("data", "videos", "video", ".")
 LENGTHS = ("short", "medium", "long")
 OPTIONS = "ABCD"
@@ -25,7 +21,8 @@ NO_SUBTITLES = "Video-MME: subtitles are left out"
 PROTOCOL = Protocol(
     benchmark="video-mme",
     prompt="Video-MME's README, without subtitles",
-    extraction="Video-MME's eval_your_results.py: the first capital A to D",
+    extraction="Video-MME's eval_your_results.py: the first capital A to D; an answer without one is wrong, while that "
+    "script leaves it out of the count",
     max_new_tokens=16,
     extract=read_video_mme,
 )
@@ -34,26 +31,10 @@ PROTOCOL = Protocol(
 def read(copy: LocalCopy, part: str | None) -> list[Question]:
     """Return all questions, or those about videos of one length. Raises ``UsageError``."""
     name = copy.find([*JSON, *PARQUET], "Video-MME publishes a Parquet file")
-    entries = copy.parquet_entries(name) if name in PARQUET else _flatten(copy, name)
+    entries = copy.parquet_entries(name) if name in PARQUET else copy.json_entries(name)
     copy.notes.append(NO_SUBTITLES)
     questions = [_read_entry(copy, entry) for entry in entries]
     return [question for question in questions if part in (None, question.category)]
-
-
-def _flatten(copy: LocalCopy, name: str) -> list[Entry]:
-    """Return an entry for each question. The authors' JSON lists videos, each with its questions."""
-    flat: list[Entry] = []
-    for entry in copy.json_entries(name):
-        listed: Any = entry.values.get("questions")
-        if listed is None:
-            flat.append(entry)
-            continue
-        if not isinstance(listed, list) or not all(isinstance(values, dict) for values in listed):
-            raise entry.error("questions", "a list of questions", listed)
-        flat += [
-            Entry(f"{entry.place}, question {i}", {**entry.values, **own}) for i, own in enumerate(listed, start=1)
-        ]
-    return flat
 
 
 def _read_entry(copy: LocalCopy, entry: Entry) -> Question:
@@ -64,20 +45,10 @@ def _read_entry(copy: LocalCopy, entry: Entry) -> Question:
     category = entry.text("duration")
     if category not in LENGTHS:
         raise entry.error("duration", f"one of {', '.join(LENGTHS)}", category)
-    video = copy.find_video(VIDEOS, _video_id(entry))
+    video = copy.find_video(VIDEOS, entry.text("videoID"))
     listed = "\n".join(options)  # they come with their letters
     prompt = f"{TASK}\n{entry.text('question')}\n{listed}\nThe best answer is:"
     return copy.ask(entry, entry.text("question_id"), video, category, options, OPTIONS.index(answer), prompt)
-
-
-def _video_id(entry: Entry) -> str:
-    """Return the id by which videos are called; where the file has none, that of the address."""
-    if "videoID" in entry.values:
-        return entry.text("videoID")
-    found = re.search(r"(?:v=|youtu\.be/|shorts/)([\w-]+)", entry.text("url"))
-    if found is None:
-        raise UsageError(f"{entry.place}: url: holds no id of a video", "give the id as videoID")
-    return found[1]
 
 
 VIDEO_MME = Benchmark(
