@@ -211,9 +211,11 @@ METHOD = Method(
     summary="anchors of large norm in 8 frames, the same after optimal transport brought them later frames, and what is new",
     source="AOT, arXiv 2603.01400",
     deviations="the norm of a token stands in for the attention it gets in the tower, also in the windows; the cost of "
-    "transport is 1 - cos alone, without terms for space and time, and no part of a hard merge is mixed in; the "
-    "tokens that are new are those of the whole clip that the budget has room for, not a quantile of each frame, and "
-    "are measured against a clip's anchors before any change; a small budget has fewer clips, a large one more anchors",
+    "transport is 1 - cos alone, without terms for space and time, and no part of a hard merge is mixed in; "
+    "the anchors with the largest norm in a frame are picked before those of its windows, not after; the "
+    "tokens that are new are those of the whole clip that the budget has room for, not a quantile of each "
+    "frame, and are measured against a clip's anchors before any change; a small budget has fewer clips, a "
+    "large one more anchors",
     mixes=True,
     compress=transport_tokens,
 )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     PickAttended = Callable[[Tensor, int], Tensor]
 
 # What a method may need besides the latents.
-NEEDS = ("question", "tower attention", "decoder layers")
+NEEDS = ("question", "decoder layers")
 TRAININGS = ("none", "optional", "required")
 
 

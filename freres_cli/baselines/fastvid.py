@@ -109,9 +109,11 @@ METHOD = Method(
     name="fastvid-norm",
     summary="segments of like frames, each with the tokens of largest norm and a few that average the others",
     source="FastVID, arXiv 2503.11187",
-    deviations="the norm of a token stands in for the attention it gets in the tower; no random noise in DPC-kNN; "
-    "context tokens are picked before salient ones, so that both fit any budget; segments longer than 32 "
-    "frames are cut; segments without a share of a small budget are left out",
+    deviations="the norm of a token stands in for the attention it gets in the tower; cuts compare mean latents, not the "
+    "tower's own features of frames; anchor frames are counted from the first of a segment, not from its "
+    "last; a token joins one context token of its segment, not one in each anchor frame; no random noise in "
+    "DPC-kNN; context tokens are picked before salient ones, so that both fit any budget; segments longer "
+    "than 32 frames are cut; segments without a share of a small budget are left out",
     mixes=True,
     compress=prune_segments,
 )

@@ -141,9 +141,10 @@ METHOD = Method(
     summary="in each frame tokens far from each other; the others linked to their like in the frame before, and averaged",
     source="FlashVID, arXiv 2602.08024",
     deviations="its attention-free mode, without the pruning in the decoder, which 1.25 times as many tokens would "
-    "enter; no random noise in DPC-kNN; all tokens of a tree count alike in its mean; the weakest links are "
-    "undone where too few trees would be left; segments longer than 32 frames are cut; trees that begin in "
-    "a frame without a share are left out",
+    "enter; no random noise in DPC-kNN; all tokens of a tree count alike in its mean; the share of trees is "
+    "for the whole clip, and not each segment's own; the weakest links are undone where too few trees would "
+    "be left; segments longer than 32 frames are cut; trees that begin in a frame without a share are left "
+    "out",
     mixes=True,
     compress=merge_trees,
 )

@@ -26,8 +26,9 @@ METHOD = Method(
     source="FrameFusion, arXiv 2501.01986, its pruning",
     needs=("question", "decoder layers"),
     makes_bundles=False,
-    deviations="without its merging of similar tokens; pruned after the third layer, where the original prunes once merging "
-    "has ended; the budget is the number of tokens in the layers after that, and the first three see all of them",
+    deviations="without its merging of similar tokens; pruned after the third layer, where the original prunes once "
+    "merging has ended, and by the attention of three layers, where its code takes that of one; the budget is "
+    "the number of tokens in the layers after that, and the first three see all of them",
     pick_attended=pick_attended_in_all,
     num_full_layers=3,
 )

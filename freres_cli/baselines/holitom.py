@@ -115,10 +115,10 @@ METHOD = Method(
     name="holitom-norm",
     summary="windows that save most: cells that stand still averaged over time, of the others the tokens of largest norm",
     source="HoliTom, arXiv 2505.21334",
-    deviations="ahead of the decoder only; the norm of a token stands in for the attention it gets in the tower; windows "
-    "of one frame are allowed; still tokens that are not kept join one that is; cells are released from being "
-    "still where too few tokens would be left; no random noise in DPC-kNN; sets without a share of a small "
-    "budget are left out",
+    deviations="ahead of the decoder only; the norm of a token stands in for the attention it gets in the tower; still "
+    "tokens stand in the middle of their window, not at its start; cells are released from being still where "
+    "too few tokens would be left; no random noise in DPC-kNN; sets without a share of a small budget are "
+    "left out",
     mixes=True,
     compress=merge_windows,
 )
