@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -180,3 +181,20 @@ def test_the_locked_and_synced_file_is_the_one_that_is_moved(tmp_path, monkeypat
     assert {file.name for file in tmp_path.iterdir()} == {"any", path.name}
     found = load_file(path)  # the format, as its own package reads it
     assert torch.equal(found["keys.0"], layer.keys) and torch.equal(found["values.0"], layer.values)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "bad\udcff.safetensors", "shut"])
+def test_a_file_that_cannot_be_read_costs_no_answer(tiny, tmp_path, monkeypatch, name):
+    (tmp_path / "shut").write_bytes(b"kept")
+    opener = Path.open
+
+    def refuse(path, *args, **flags):  # root may read every file
+        if path.name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opener(path, *args, **flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        prefix = open_prefix(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP), "max", tmp_path / name)
+    assert any(note.startswith("prefix neither read nor saved: ") for note in prefix.notes)
+    assert answers_of(tiny.model, prefix, tiny.prompt.suffix)[1] and (tmp_path / "shut").read_bytes() == b"kept"

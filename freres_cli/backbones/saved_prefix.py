@@ -53,6 +53,10 @@ def open_prefix(
         prefix = prefill_rows(model, rows, len(video))
         prefix.notes += (f"prefix not saved: {model.family} keeps a state, not a row for each token",)
         return prefix
+    if (obstacle := _find_obstacle(path)) is not None:
+        prefix = prefill_rows(model, rows, len(video))
+        prefix.notes += (f"prefix neither read nor saved: {path}: {obstacle}",)
+        return prefix
     digest = digest_prefix(model, rows)
     stale: tuple[str, ...] = ()
     if path.exists() or path.is_symlink():
@@ -71,6 +75,19 @@ def open_prefix(
     prefix = prefill_rows(model, rows, len(video))
     prefix.notes += (*stale, write_prefix(path, prefix, digest))
     return prefix
+
+
+def _find_obstacle(path: Path) -> str | None:
+    """Why a place can hold no prefix, or not be read, whatever stands there. ``None`` if it can."""
+    try:
+        str(path).encode()  # safetensors takes no other names
+        if path.is_file():
+            path.open("rb").close()
+    except UnicodeEncodeError:
+        return "the name is not UTF-8"
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _fill(path: Path, header: dict[str, Any], model: LanguageModel, num_rows: int, cache: Any) -> bool:

@@ -25,7 +25,7 @@ from freres_cli.cli.output import (
 )
 from freres_cli.cli.profile_table import find_table, print_cost_table, weights_of
 from freres_cli.devices import choose_storage
-from freres_cli.errors import UsageError, VideoError, explain_no_file
+from freres_cli.errors import UsageError, VideoError, count_of, explain_no_file
 from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
 from freres_cli.presets import BUNDLED
 
@@ -192,4 +192,4 @@ def _print_rows(rows: list[dict[str, Any]], request: ProfileRequest) -> None:
     for row in rows:
         if row["message"]:
             print_line(f"{row['method']}: {row['message']}")
-    print_result(f"medians of {request.repeat} runs; --json has the spread")
+    print_result(f"medians of {count_of(request.repeat, 'run')}; --json has the spread")

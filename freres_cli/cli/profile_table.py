@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_line, print_result, print_table
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.presets import BUNDLED
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def print_cost_table(request: TableRequest, facts: dict[str, Any], *, json: bool
             print_line(f"{row['name']}: {row['message']}")
     print_line(f"paper: {PAPER_SOURCE}; its prompts have 22 tokens of text")
     print_line("floor: derived from the FLOPs of the prompt and the fastest matrix product here; weights and KV cache")
-    print_result(f"medians of {request.repeat} runs; --json has the spread")
+    print_result(f"medians of {count_of(request.repeat, 'run')}; --json has the spread")
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

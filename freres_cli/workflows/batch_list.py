@@ -106,8 +106,12 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
     """The videos that one argument names."""
     if not argument:
         raise UsageError("LIST: expected a path or URL, got an empty text")
-    if _is_list(argument, (ROWS_SUFFIX, LIST_SUFFIX)) and (is_url(argument) or Path(argument).is_file()):
+    is_list = _is_list(argument, (ROWS_SUFFIX, LIST_SUFFIX))
+    if is_list and (is_url(argument) or Path(argument).is_file()):
         yield from _read_list(argument)
+    elif is_list and not has_wildcard(argument) and not os.path.lexists(argument):
+        # As a video it would be one failed row, in place of the rows of an earlier run.
+        raise UsageError(f"{argument}: no such list", "check the path")
     elif is_url(argument):
         yield from _expand_url(argument, notes)
     elif has_wildcard(argument) and not os.path.lexists(argument):
