@@ -107,8 +107,9 @@ def test_a_bundle_made_otherwise_is_a_failed_row_unless_forced(run_here, clips, 
     assert rows_of(tmp_path / "out")[0]["visual_tokens"] == 30
 
 
-@pytest.mark.parametrize("taken", ["in/clip0.mp4", "linked.mp4", "out/clip0.pt"])
+@pytest.mark.parametrize("taken", ["in/clip0.mp4", "linked.mp4", "out/clip0.pt", "same/clip0.pt"])
 def test_rows_never_replace_a_video_or_a_bundle(clips, tmp_path, taken):
+    (tmp_path / "same").symlink_to(tmp_path / "out")
     (tmp_path / "in").mkdir()
     video = shutil.copy(clips / "clip0.mp4", tmp_path / "in")
     (tmp_path / "linked.mp4").symlink_to(video)
@@ -357,6 +358,9 @@ def test_the_rows_do_not_replace_a_list(clips, tmp_path, monkeypatch):
     run = run_freres("batch", "rows.jsonl", "-o", ".", "--force")
     check_failure(run, 2, "rows.jsonl: is one of the lists")
     check_failure(run_freres("batch", "*.jsonl", "-o", ".", "--force"), 2, "rows.jsonl: is one of the lists")
+    Path("OWN.JSONL").write_bytes(Path("rows.jsonl").read_bytes())  # read as a list, so kept as one
+    run = run_freres("batch", "OWN.JSONL", "-o", ".", "--rows", "OWN.JSONL", "--force")
+    check_failure(run, 2, "OWN.JSONL: is one of the lists")
     assert (tmp_path / "rows.jsonl").read_text() == '{"video": "x.mp4"}\n'
 
 

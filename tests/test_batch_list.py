@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from freres_cli.cli.compress import make_options
-from freres_cli.errors import FreresError, UsageError
+from freres_cli.errors import FreresError
 from freres_cli.video.listing import list_videos
 from freres_cli.workflows.batch_list import list_jobs, with_own
 from freres_cli.workflows.batch_store import short_name
@@ -231,5 +231,5 @@ def test_a_signed_url_gives_a_short_name_without_the_signature(tmp_path):
 
 @pytest.mark.parametrize("name", ["nope.jsonl", "nope.txt"])
 def test_a_list_that_is_not_there_is_refused_before_any_work(tmp_path, name):
-    with pytest.raises(UsageError, match="no such list"):
+    with fails(2, "no such list"):
         list_jobs([str(tmp_path / name)], lambda own: None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +42,7 @@ def open_prefix(
 
     ``model``, ``prefix_ids``, ``video``, ``text_after``: as ``prefill_video`` takes them. ``path``: the file. What was read
     or written, what it took, and why an older file was not used is in the result's notes; so is why nothing could be
-    written. Raises as ``prefill_video``, and BundleError for a file that is not a saved prefix, or is damaged.
+    read or written. Raises as ``prefill_video``, and BundleError for a file that is not a saved prefix, or is damaged.
     """
     # It imports transformers, which whoever only reads tokens does without.
     from freres_cli.backbones.cache import ReservedLayer
@@ -49,13 +50,12 @@ def open_prefix(
     rows = model.splice(prefix_ids, video, text_after)
     notes = check_context(model, len(rows), rows.next_position)
     cache = model.new_cache()
+    obstacle = _find_obstacle(path)
     if not all(isinstance(layer, ReservedLayer) for layer in cache.layers):
+        obstacle = f"prefix not saved: {model.family} keeps a state, not a row for each token"
+    if obstacle is not None:
         prefix = prefill_rows(model, rows, len(video))
-        prefix.notes += (f"prefix not saved: {model.family} keeps a state, not a row for each token",)
-        return prefix
-    if (obstacle := _find_obstacle(path)) is not None:
-        prefix = prefill_rows(model, rows, len(video))
-        prefix.notes += (f"prefix neither read nor saved: {path}: {obstacle}",)
+        prefix.notes += (obstacle,)
         return prefix
     digest = digest_prefix(model, rows)
     stale: tuple[str, ...] = ()
@@ -78,15 +78,14 @@ def open_prefix(
 
 
 def _find_obstacle(path: Path) -> str | None:
-    """Why a place can hold no prefix, or not be read, whatever stands there. ``None`` if it can."""
+    """A note on why a place can hold no prefix, or not be read, whatever stands there. ``None`` if it can."""
     try:
         str(path).encode()  # safetensors takes no other names
         if path.is_file():
             path.open("rb").close()
-    except UnicodeEncodeError:
-        return "the name is not UTF-8"
-    except OSError as error:
-        return error.strerror
+    except (UnicodeEncodeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "the name is not UTF-8"
+        return f"prefix neither read nor saved: {path}: {reason}"
     return None
 
 
@@ -136,35 +135,45 @@ def write_prefix(path: Path, prefix: VideoPrefix, digest: str) -> str:
     tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(prefix.cache.layers):
         tensors |= {f"keys.{number}": layer.keys, f"values.{number}": layer.values}
-    header = {"made_from": digest, "content": _digest_of(tensors), "prefill_s": prefix.prefill_s}
-    metadata = {HEADER: json.dumps(header, sort_keys=True)}
+    header = {"made_from": digest, "prefill_s": prefix.prefill_s}
     try:
-        write_atomically(path, lambda file: _write_tensors(file, tensors, metadata), force=True, flag="--save-prefix")
+        write_atomically(path, lambda file: _write_tensors(file, tensors, header), force=True, flag="--save-prefix")
     except FreresError as error:
         return f"prefix not saved: {error.message}"
     return f"prefix saved in {path}, {path.stat().st_size} bytes"
 
 
-def _write_tensors(file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _write_tensors(file: IO[bytes], tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write a safetensors file. Its package's own ``save_file`` replaces the file by another one, which is neither locked
     nor synced and has another mode, and its ``save`` needs the whole cache a second time."""
-    facts: dict[str, Any] = {"__metadata__": metadata}
+    facts: dict[str, Any] = {}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
+    for name in sorted(tensors):
+        tensor, start, end = tensors[name], end, end + tensors[name].nbytes
         facts[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(facts).encode()
-    header += b" " * (-len(header) % 8)  # numbers begin at a multiple of eight bytes
-    file.write(len(header).to_bytes(8, "little") + header)
-    for tensor in tensors.values():
-        file.write(bytes_of(tensor))
+
+    def write_header(content: str) -> None:
+        metadata = {HEADER: json.dumps({**header, "content": content}, sort_keys=True)}
+        text = json.dumps({"__metadata__": metadata, **facts}).encode()
+        text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes
+        file.write(len(text).to_bytes(8, "little") + text)
+
+    # The digest stands before the numbers, but is known after them, as they are copied from a device only once.
+    write_header("0" * 2 * hashlib.sha256().digest_size)
+    content = _digest_of(tensors, file.write)
+    file.seek(0)
+    write_header(content)
 
 
-def _digest_of(tensors: dict[str, Tensor]) -> str:
+def _digest_of(tensors: dict[str, Tensor], write: Callable[[Any], object] | None = None) -> str:
+    """The digest of all names and numbers. ``write``: gets the bytes of each tensor, by the order of names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        values = bytes_of(tensors[name])
         digest.update(f"{name} ".encode())
-        digest.update(bytes_of(tensors[name]))
+        digest.update(values)
+        if write is not None:
+            write(values)
     return digest.hexdigest()
 
 

@@ -81,9 +81,8 @@ def batch(
     freres-preset(5), which counts for that video only. Videos, lists and the output may be on an object store that fsspec can
     open, such as s3://bucket/clips. freres-batch(7) has the rest, with a plan for a million hours.
     """
-    from freres_cli.video.listing import LIST_SUFFIX
     from freres_cli.workflows.batch import RAY, BatchRequest, check_engine, run_batch
-    from freres_cli.workflows.batch_list import ROWS_SUFFIX, list_jobs, with_own
+    from freres_cli.workflows.batch_list import is_list, list_jobs, with_own
     from freres_cli.workflows.batch_store import as_place, is_among, is_url, join_url
     from freres_cli.workflows.batch_worker import WorkerSetup
 
@@ -106,7 +105,7 @@ def batch(
         return made
 
     rows_place = as_place(rows or join_url(place, ROWS_FILE))
-    if is_among(rows_place, [argument for argument in lists if argument.endswith((ROWS_SUFFIX, LIST_SUFFIX))]):
+    if is_among(rows_place, filter(is_list, lists)):
         raise UsageError(
             f"{rows_place}: is one of the lists, and would be replaced by the rows", "name another with --rows"
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, TextIO
 
 from freres_cli.errors import ExitStatus, FreresError, ResourceError
 
@@ -28,12 +28,17 @@ def print_result(text: str, end: str = "\n") -> None:
         sys.stdout.write(text + end)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader closed the pipe, as `head` does; print nothing more, not even at shutdown.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader closed the pipe, as `head` does.
+        _discard(sys.stdout)
         raise SystemExit(ExitStatus.DONE) from None
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         raise ResourceError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+def _discard(stream: TextIO) -> None:
+    """Send the rest of a stream nowhere: neither later lines nor the flush at shutdown may fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_path(path: Path | str) -> None:
@@ -106,8 +111,7 @@ def _tell(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
-        # Neither later lines nor the flush at shutdown may fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        _discard(sys.stderr)
 
 
 def _plain(text: str) -> str:

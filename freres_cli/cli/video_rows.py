@@ -43,7 +43,7 @@ class VideoRows:
 
     def _show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
         if row.error is not None:
-            print_warning(f"failed: {_named(row, row.error.message)}")
+            print_warning(f"failed: {_describe(row, row.error)}")
         if self._print_line is not None:
             self._print_line(row)
             return
@@ -62,13 +62,14 @@ def count_statuses(rows: Sequence[VideoRow]) -> Counter[str]:
 
 def raise_first_failure(rows: Sequence[VideoRow]) -> None:
     """Raise the error of the first failed video, if one failed, with the number of those that did."""
-    first = next((row for row in rows if row.error is not None), None)
-    if first is not None and first.error is not None:
-        failed = f"{count_statuses(rows)['failed']} of {count_of(len(rows), 'video')} failed"
-        raise type(first.error)(f"{failed}: {_named(first, first.error.message)}", first.error.hint)
+    for row in rows:
+        if (error := row.error) is not None:
+            failed = count_statuses(rows)["failed"]
+            told = f"{failed} of {count_of(len(rows), 'video')} failed: {_describe(row, error)}"
+            raise type(error)(told, error.hint)
 
 
-def _named(row: VideoRow, message: str) -> str:
-    """A message that says which video it is about: an error of the settings names none."""
-    is_named = str(row.video) in message or str(row.bundle) in message
-    return message if is_named else f"{row.video}: {message}"
+def _describe(row: VideoRow, error: FreresError) -> str:
+    """The message of a failed row, which says what video it is about: an error of the settings names none."""
+    is_named = str(row.video) in error.message or str(row.bundle) in error.message
+    return error.message if is_named else f"{row.video}: {error.message}"

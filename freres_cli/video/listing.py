@@ -45,8 +45,8 @@ def list_videos(arguments: Sequence[Path]) -> Listing:
 
     A list has one path per line, relative to the list itself; empty lines and lines that begin with ``#`` are skipped. In a
     folder, hidden files and files without a video suffix are skipped, and links to folders are not followed. An output is
-    named after its video; videos that would share a name keep their suffix in it. Raises ``UsageError`` if a list cannot be
-    read, if there is no video at all, or if two outputs would still have the same name.
+    named after its video; videos that would share a name keep their suffix in it. Raises ``UsageError`` if a list or a
+    folder cannot be read, if there is no video at all, or if two outputs would still have the same name.
     """
     by_place: dict[str, tuple[Path, Path]] = {}  # each video with the name of its output, still with the suffix
     notes: list[str] = []

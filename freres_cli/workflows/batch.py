@@ -17,7 +17,7 @@ from freres_cli.files import check_destination, make_folder, write_atomically
 from freres_cli.pipeline.compressor import Progress
 from freres_cli.workflows.batch_process import run_local
 from freres_cli.workflows.batch_ray import run_on_ray
-from freres_cli.workflows.batch_store import Store, is_url
+from freres_cli.workflows.batch_store import Store, is_one_of, is_url
 from freres_cli.workflows.batch_worker import BatchRow, Job, WorkerSetup
 
 SCHEMA = "freres.batch/1"
@@ -106,11 +106,16 @@ def check_rows_file(place: str, force: bool) -> None:
 
 def _refuse_taken(request: BatchRequest) -> None:
     """Refuse a file of rows in the place of a video or a bundle, ``force`` or not: it would replace it."""
-    place = _absolute(request.rows_file)
-    for job in request.jobs:
-        for kind, taken in (("one of the videos", job.video), ("a bundle of this run", request.setup.bundle_of(job))):
-            if place == _absolute(taken):
-                raise UsageError(f"--rows {request.rows_file}: is {kind}, and would be replaced", "name another file")
+    # Bundles may not be there yet. Of the many paths, only the folder that they share is looked up.
+    setup = replace(request.setup, output=_absolute(request.setup.output))
+    bundles = [setup.bundle_of(job) for job in request.jobs]
+    if _absolute(request.rows_file) in bundles or is_one_of(request.rows_file, bundles):
+        kind = "a bundle of this run"
+    elif is_one_of(request.rows_file, (job.video for job in request.jobs)):
+        kind = "one of the videos"
+    else:
+        return
+    raise UsageError(f"--rows {request.rows_file}: is {kind}, and would be replaced", "name another file")
 
 
 def _absolute(place: str) -> str:

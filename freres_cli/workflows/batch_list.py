@@ -106,10 +106,9 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
     """The videos that one argument names."""
     if not argument:
         raise UsageError("LIST: expected a path or URL, got an empty text")
-    is_list = _is_list(argument, (ROWS_SUFFIX, LIST_SUFFIX))
-    if is_list and (is_url(argument) or Path(argument).is_file()):
+    if is_list(argument) and (is_url(argument) or Path(argument).is_file()):
         yield from _read_list(argument)
-    elif is_list and not has_wildcard(argument) and not os.path.lexists(argument):
+    elif is_list(argument) and not has_wildcard(argument) and not os.path.lexists(argument):
         # As a video it would be one failed row, in place of the rows of an earlier run.
         raise UsageError(f"{argument}: no such list", "check the path")
     elif is_url(argument):
@@ -120,7 +119,7 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
         if not found:
             raise UsageError(f"{argument}: no file fits the pattern", "put the pattern in quotes, and check its folder")
         for path in found:
-            if _is_list(argument, (ROWS_SUFFIX, LIST_SUFFIX)):  # a pattern of lists, not of whatever lies there
+            if is_list(argument):  # a pattern of lists, not of whatever lies there
                 yield from _read_list(path)
             else:
                 yield Listed(path, Path(path).relative_to(fixed_part(argument)), path)
@@ -129,7 +128,7 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
             yield Listed(str(video), name, str(video))
 
 
-def _is_list(argument: str, suffixes: str | tuple[str, ...]) -> bool:
+def is_list(argument: str, suffixes: str | tuple[str, ...] = (ROWS_SUFFIX, LIST_SUFFIX)) -> bool:
     """Whether a path, or the first part of a chain of URLs, ends like a list."""
     head = argument.partition("::")[0] if is_url(argument) else argument
     return head.lower().endswith(suffixes)
@@ -167,7 +166,7 @@ def _read_list(argument: str) -> Iterator[Listed]:
     data = Store(argument).read() if is_url(argument) else None
     for number, line in read_lines(Path(argument), data):
         place = f"{argument}:{number}"
-        row = _read_row(line, place) if _is_list(argument, ROWS_SUFFIX) else {"video": line}
+        row = _read_row(line, place) if is_list(argument, ROWS_SUFFIX) else {"video": line}
         video = _beside(argument, as_place(row.pop("video")))
         file = Path(short_name(video) if is_url(video) else PurePosixPath(video).name)
         if file.name in ("", ".."):

@@ -35,11 +35,19 @@ def as_place(text: str) -> str:
 
 def is_among(place: str, others: Iterable[str]) -> bool:
     """Whether a path or URL is one of others, or fits a pattern among them."""
+    places = map(as_place, others)
     if is_url(place):
-        return place in map(as_place, others)
-    found = [own for other in map(as_place, others) for own in (other, *glob.glob(other, recursive=True))]  # noqa: PTH207
-    paths = [own for own in found if os.path.exists(own)]  # noqa: PTH110 (it takes any text)
-    return Path(place).exists() and any(Path(place).samefile(own) for own in paths)
+        return place in places
+    return is_one_of(place, (own for other in places for own in (other, *glob.glob(other, recursive=True))))  # noqa: PTH207
+
+
+def is_one_of(place: str, others: Iterable[str]) -> bool:
+    """Whether a path or URL is one of others, by whatever names; a path that is not there is none of them."""
+    if is_url(place):
+        return place in others
+    if not os.path.exists(place):  # noqa: PTH110 (it takes any text)
+        return False
+    return any(os.path.exists(own) and Path(place).samefile(own) for own in others)  # noqa: PTH110
 
 
 def join_url(folder: str, name: str) -> str:
