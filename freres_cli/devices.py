@@ -10,7 +10,7 @@ import ctypes
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -294,6 +294,24 @@ def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         with WAITING:
             torch.cuda.synchronize(device)
+
+
+def read_later(flag: torch.Tensor) -> Callable[[], bool]:
+    """Return a function that reads ``flag``, a tensor of one bool, and waits only for what its device was given so far."""
+    import torch
+
+    if not flag.is_cuda:
+        return lambda: bool(flag)
+    here = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+    here.copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(flag.device))
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(here)
+
+    return read
 
 
 @contextmanager

@@ -151,6 +151,8 @@ def count_wait(name: str, args: Any, kwargs: dict[str, Any], waits: Waits) -> No
         waits["index by a mask"] += 1
     elif name == "repeat_interleave" and kwargs.get("output_size") is None:
         waits[name] += 1
+    elif name == "copy_" and (kwargs.get("non_blocking") or args[2:3] == (True,)):
+        return  # to pinned memory; whoever reads it waits for an event
     elif name in COPIES and not (args[0].is_cuda if name == "copy_" else is_there(kwargs.get("device"))):
         waits["copy to the host"] += 1
 
@@ -222,7 +224,6 @@ class _Event:
     """A ``torch.cuda.Event``: on the CPU whatever came before it is done."""
 
     def __init__(self, enable_timing: bool = False) -> None:
-        assert enable_timing
         self.seconds = 0.0
 
     def record(self, stream: Any) -> None:
@@ -231,8 +232,24 @@ class _Event:
     def query(self) -> bool:
         return True
 
+    def synchronize(self) -> None:
+        pass
+
     def elapsed_time(self, later: _Event) -> float:
         return 1000 * (later.seconds - self.seconds)
+
+
+class _Stream:
+    """A ``torch.cuda.Stream``: on the CPU there is one."""
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        pass
+
+    def wait_event(self, event: _Event) -> None:
+        pass
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -247,7 +264,9 @@ def labelled_device(monkeypatch: Any) -> Iterator[Device]:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(attention, "_causal_lower_right", _outside_modes(attention._causal_lower_right))
     _ACTIVE.append(waits)

@@ -15,9 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from freres_cli.backbones import attention, base, engine, generation, graph_decoding, long_attention, token_steps
+from freres_cli.backbones import attention, base, engine, fused, generation, graph_decoding, long_attention, token_steps
 from freres_cli.backbones.generation import generate
+from freres_cli.cli.benchmark_gpu import in_one_queue
 from freres_cli.devices import choose_device
+from freres_cli.pipeline.beside import BesideTower
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.query import Query
@@ -272,12 +274,59 @@ def test_a_step_that_the_device_refuses_to_record_is_run_as_before(folders, monk
 
 
 @on_cuda
-@pytest.mark.parametrize("num_keys", [8192, 3 * 8192])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_kernel_gives_what_several_passes_give(dtype):
+    kernels, note = fused.find_kernels(torch.device("cuda:0"), dtype)
+    assert kernels is not None and note is None
+    generator = torch.Generator("cuda").manual_seed(2)
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+
+    def share_equal(name, *arguments):
+        ours, theirs = (getattr(own, name)(*arguments) for own in (kernels, fused.Written))
+        # What differs does by one step of the dtype.
+        assert float((ours - theirs).abs().max()) <= 2 * torch.finfo(dtype).eps * float(theirs.abs().max())
+        return float((ours == theirs).float().mean())
+
+    with torch.no_grad():
+        for width in (128, 1280, 4096, 5120):
+            assert share_equal("norm", draw(3, 70, width), draw(width), 1e-6) > 0.99
+        for num_heads, width in ((32, 128), (16, 80), (28, 128), (1, 64)):
+            decoder_angles, tower_angles = (draw(2, 1, 97, width, dtype=kind) for kind in (dtype, torch.float32))
+            heads = draw(1, 97, 3, num_heads, width)[:, :, 1].transpose(1, 2)
+            assert share_equal("rotate", heads, *decoder_angles) > 0.999
+            assert share_equal("rotate", heads, *tower_angles) > 0.999
+        assert share_equal("gate", draw(33, 12289), draw(33, 12289)) > 0.99
+        assert share_equal("quick_gelu", draw(33, 5121)) > 0.99
+
+
+@on_cuda
+@pytest.mark.parametrize("method", ["fre-res", "adaptive"])
+def test_a_method_beside_the_tower_keeps_what_it_keeps_after_it(load, method):
+    models = load("qwen3_vl", choose_device("cuda"))
+    settings = {"preset": "bundled", "sample": "native", "grid": "4x5", "track_density": 1}
+    compressor = Compressor(models=models, budget_tokens=200, method=method, **settings)
+    frames = draw_frames(models.encoder.frame_size(35, 28, (4, 5)), 300)
+    seconds = [frame / 8 for frame in range(300)]
+
+    def run():
+        return compressor.compress(frames, seconds=seconds).tokens()
+
+    beside = run()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(BesideTower, "__init__", in_one_queue)
+        after = run()
+    assert torch.equal(beside.positions, after.positions) and torch.equal(beside.latents, after.latents)
+
+
+@on_cuda
+@pytest.mark.parametrize("num_keys", [7168, 3 * 7168])
 def test_attention_over_a_long_prompt_is_that_of_other_kernels(num_keys):
     generator = torch.Generator("cuda").manual_seed(1)
     query, key, value = (
         torch.randn(1, heads, rows, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
-        for heads, rows in ((8, 8192), (2, num_keys), (2, num_keys))
+        for heads, rows in ((8, 7168), (2, num_keys), (2, num_keys))
     )
     with torch.no_grad():
         is_taken = long_attention.can_attend_long(query, key)
@@ -286,7 +335,7 @@ def test_attention_over_a_long_prompt_is_that_of_other_kernels(num_keys):
         pytest.skip("needs compute capability 9.0")
     ours = long_attention.attend_long(query, key, value, None)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        bias = causal_lower_right(8192, num_keys)
+        bias = causal_lower_right(7168, num_keys)
         theirs = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
     assert float((ours.float() - theirs.float()).abs().max()) <= 2**-7 * float(theirs.float().abs().max())
 

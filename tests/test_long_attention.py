@@ -1,4 +1,4 @@
-"""Attention over a long prompt in two parts, and MLPs in parts of the rows: what the whole gives, on the CPU.
+"""Attention over a long prompt in parts, and MLPs in parts of the rows: what the whole gives, on the CPU.
 
 ``test_cuda.py`` has cuDNN's kernels.
 """
@@ -33,11 +33,10 @@ def heads_like(num_queries, num_keys, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).mul(2).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("num_keys", [5, 6, 40])
+@pytest.mark.parametrize("num_keys", [5, 10, 40])
 @pytest.mark.parametrize("scaling", [None, 0.9])
-def test_two_parts_give_what_causal_attention_gives(monkeypatch, num_keys, scaling):
+def test_parts_give_what_causal_attention_gives(monkeypatch, num_keys, scaling):
     monkeypatch.setattr(long_attention, "_attend", attend_written_out)
-    monkeypatch.setattr(long_attention, "MERGED_HEADS", 3)
     query, key, value = heads_like(5, num_keys)
     ours = long_attention.attend_long(query, key, value, scaling)
     mask = torch.ones(5, num_keys, dtype=torch.bool).tril(num_keys - 5)
@@ -47,14 +46,24 @@ def test_two_parts_give_what_causal_attention_gives(monkeypatch, num_keys, scali
 
 def test_only_whole_chunks_of_a_long_prompt_are_run_so(monkeypatch):
     taken = []
-    monkeypatch.setattr("freres_cli.backbones.attention.LONG_CHUNK_TOKENS", 5)
+    for name, value in (("LONG_CHUNK_TOKENS", 8), ("LEAST_CHUNK_TOKENS", 4), ("CHUNK_STEP", 2)):
+        monkeypatch.setattr(long_attention, name, value)
     monkeypatch.setattr("freres_cli.backbones.attention.can_attend_long", lambda query, key: True)
     monkeypatch.setattr(
         "freres_cli.backbones.attention.attend_long", lambda query, *_: taken.append(query.shape[2]) or query
     )
-    for num_queries, options in ((5, {}), (4, {}), (1, {}), (5, {"kernel": "eager"}), (5, {"is_last_of_keys": False})):
-        batch_attention(nn.Module(), *heads_like(num_queries, 9), None, **options)
-    assert taken == [5]
+    cases = [(count, {}) for count in (8, 6, 5, 4, 3, 2)] + [(6, {"kernel": "eager"}), (6, {"is_last_of_keys": False})]
+    for num_queries, options in cases:
+        batch_attention(nn.Module(), *heads_like(num_queries, 12), None, **options)
+    assert taken == [6, 4]
+
+
+def test_chunks_of_a_long_prompt_leave_few_rows():
+    for num_rows in range(long_attention.LONG_PROMPT_TOKENS, 300_000, 997):
+        size = long_attention.fit_long_chunk(num_rows)
+        num_chunks, rest = divmod(num_rows, size)
+        assert all(long_attention.is_long_chunk(size, size * (index + 1)) for index in range(num_chunks))
+        assert rest <= num_rows % long_attention.LONG_CHUNK_TOKENS and rest < 0.05 * num_rows
 
 
 def test_no_cpu_and_no_float32_is_tried():
@@ -92,8 +101,9 @@ def test_long_prompts_on_a_gpu_have_chunks_of_one_size():
     )
     longest = engine.LONG_PROMPT_TOKENS
     by_bytes = engine.choose_chunk(model, longest)
-    assert engine.choose_chunk(model, longest - 1, is_cuda=True) == by_bytes != engine.LONG_CHUNK_TOKENS
-    assert engine.choose_chunk(model, longest, is_cuda=True) == engine.LONG_CHUNK_TOKENS
+    chunk = long_attention.fit_long_chunk(longest)
+    assert engine.choose_chunk(model, longest - 1, is_cuda=True) == by_bytes != chunk
+    assert engine.choose_chunk(model, longest, is_cuda=True) == chunk
     for owner, name, value in (
         (model, "attention", "eager"),
         (model, "dtype", torch.float32),

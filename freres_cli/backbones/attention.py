@@ -19,7 +19,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
-from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS, attend_long, can_attend_long
+from freres_cli.backbones.long_attention import attend_long, can_attend_long, is_long_chunk
 from freres_cli.devices import flash_package
 from freres_cli.errors import ResourceError
 
@@ -154,7 +154,7 @@ def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
     """PyTorch's own kernels, among them cuDNN's for the chunks of a long prompt."""
-    if is_causal and query.shape[2] == LONG_CHUNK_TOKENS and can_attend_long(query, key):
+    if is_causal and is_long_chunk(query.shape[2], key.shape[2]) and can_attend_long(query, key):
         return attend_long(query, key, value, scaling)
     return _attend_with_bias(query, key, value, scaling, is_causal)
 

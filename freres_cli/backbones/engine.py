@@ -17,10 +17,10 @@ from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.long_attention import (
-    LONG_CHUNK_TOKENS,
     LONG_PROMPT_TOKENS,
     HeadKind,
     describe_problem,
+    fit_long_chunk,
     is_fit,
 )
 from freres_cli.backbones.pruning import PrunedVideo, Pruning, check_pruning, read_pruned, run_first_layers
@@ -147,7 +147,7 @@ def check_context(
 def choose_chunk(model: LanguageModel, num_rows: int, *, is_cuda: bool | None = None) -> int:
     """Return how many rows a prefill runs at a time.
 
-    As many as have 256 MiB of activations, but at least 2,048 (ours). Of a long prompt on a GPU, ``LONG_CHUNK_TOKENS``, for
+    As many as have 256 MiB of activations, but at least 2,048 (ours). Of a long prompt on a GPU, ``fit_long_chunk``, for
     which ``attend_long`` is made, unless other attention was asked for or the model has experts, which take more memory.
 
     ``num_rows``: of the prompt. ``is_cuda``: whether it is a GPU that takes ``attend_long``, by default as it is.
@@ -155,7 +155,7 @@ def choose_chunk(model: LanguageModel, num_rows: int, *, is_cuda: bool | None = 
     if num_rows >= LONG_PROMPT_TOKENS:
         has_kernel = is_fit(model.device, model.dtype) if is_cuda is None else is_cuda and model.dtype.itemsize == 2
         if has_kernel and model.attention == "sdpa" and not has_experts(model.decoder.config):
-            return LONG_CHUNK_TOKENS
+            return fit_long_chunk(num_rows)
     return max(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_BYTES // model.activation_bytes_per_token)
 
 

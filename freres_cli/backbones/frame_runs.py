@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,35 +61,42 @@ class FrameRunLanguageModel(DecoderLanguageModel):
         """
         texts = self.frame_texts(video)
         num_frames, place = video.grid[0], video.latents.device
-        around = [*texts.before, *texts.after, texts.intro, texts.outro]
-        *pieces, intro, outro = self.text_pieces(around, place)
-        parts: list[PromptRows] = []
-
-        def add(part: PromptRows) -> None:
-            nonlocal index
-            parts.append(part)
-            index += len(part)
-
+        *pieces, intro, outro = self.text_pieces([*texts.before, *texts.after, texts.intro, texts.outro], place)
+        order, counts = self.order_tokens(video)
         span = video.grid[1] * video.grid[2] if self.counts_raster else max(video.grid[1:])
-        add(self.rows_of_text(intro, index, position))
-        position += len(intro)
-        for frame, mine in enumerate(self.tokens_of_frames(video)):
-            before, after = pieces[frame], pieces[num_frames + frame]
-            first = position + len(before)
-            if len(mine):
-                add(self.rows_of_text(before, index, position))
-                axes = self.axes_in_frame(video.positions[mine], video.grid[2]) + first
-                add(self.visual_rows(Piece(video.latents, mine), index, axes, first + span))
-                add(self.rows_of_text(after, index, first + span))
-            position = first + span + len(after)
-        add(self.rows_of_text(outro, index, position))
-        return join_rows(parts, position + len(outro))
+        # Of each frame the text before it, its tokens, and the text after it. For thousands of frames, one at a time takes a
+        # tenth of a second.
+        before, after = (torch.tensor([len(own) for own in side]) for side in (texts.before, texts.after))
+        ends = (before + span + after).cumsum(0) + position + len(intro)
+        starts = ends - (before + span + after)
+        is_kept = counts > 0
+        lengths = torch.stack([before, counts, after], dim=1)[is_kept].flatten()
+        firsts = torch.stack([starts, starts + before, ends - after], dim=1)[is_kept].flatten().float()
+        run = torch.arange(len(lengths)).repeat_interleave(lengths)
+        steps = torch.arange(len(run)) - (lengths.cumsum(0) - lengths)[run]
+        is_visual = run % 3 == 1
+        axes = (firsts[run] + torch.where(is_visual, 0, steps)).repeat(self.num_axes, 1)
+        axes[:, is_visual] += self.axes_in_frame(video.positions[order], video.grid[2])
+        parts = zip(
+            pieces[:num_frames], order.split(counts.tolist()), pieces[num_frames:], is_kept.tolist(), strict=True
+        )
+        rows = [piece for left, own, right, kept in parts if kept for piece in (left, Piece(video.latents, own), right)]
+        end = float(ends[-1])
+        index += len(intro)
+        frames = PromptRows(tuple(rows), self._positions(axes, index).to(place), end, is_visual.to(place))
+        first = self.rows_of_text(intro, index - len(intro), position)
+        last = self.rows_of_text(outro, index + len(frames), end)
+        return join_rows([first, frames, last], end + len(outro))
+
+    def order_tokens(self, video: VideoTokens) -> tuple[Tensor, Tensor]:
+        """The tokens in the order of the prompt, (n,), and how many are in the run of each of the T sampled frames, (T,)."""
+        frames = nearest_frames(video.positions[:, 0], video.grid[0])
+        return torch.argsort(frames, stable=True), frames.bincount(minlength=video.grid[0])
 
     def tokens_of_frames(self, video: VideoTokens) -> tuple[Tensor, ...]:
         """The indices of the tokens in the run of each of the T sampled frames."""
-        frames = nearest_frames(video.positions[:, 0], video.grid[0])
-        order = torch.argsort(frames, stable=True)
-        return order.split(frames.bincount(minlength=video.grid[0]).tolist())
+        order, counts = self.order_tokens(video)
+        return order.split(counts.tolist())
 
     def axes_in_frame(self, positions: Tensor, grid_w: int) -> Tensor:
         """(num_axes, n) positions relative to the frame's first token: (0, row, column), or the raster index."""
@@ -100,5 +107,9 @@ class FrameRunLanguageModel(DecoderLanguageModel):
 
     def ids_of(self, text: str) -> Ids:
         """Token ids of some text, without the tokens that a tokenizer adds around a whole prompt."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.ids_of_each([text])[0]
+
+    def ids_of_each(self, texts: Iterable[str]) -> list[list[int]]:
+        """``ids_of`` several texts. One call for all takes a tenth of the time of one for each."""
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return ids

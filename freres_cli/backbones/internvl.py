@@ -61,5 +61,5 @@ class InternVLLanguageModel(FrameRunLanguageModel):
         start = getattr(self.tokenizer, "start_image_token", None) or "<img>"
         end = getattr(self.tokenizer, "end_image_token", None) or "</img>"
         lines = ("\n" * (frame > 0) + f"Frame{frame + 1}: {start}" for frame in range(video.grid[0]))
-        before = [self.ids_of(line) for line in lines]
+        before = self.ids_of_each(lines)
         return FrameTexts(before, [self.ids_of(end)] * len(before))

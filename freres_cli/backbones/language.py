@@ -18,6 +18,7 @@ from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows
 from freres_cli.backbones.cache import CACHE_ARGUMENT
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
+from freres_cli.backbones.fused import start_compiling_kernels, use_kernels
 from freres_cli.backbones.halves import (
     FamilyFiles,
     LanguageHalf,
@@ -79,6 +80,7 @@ class DecoderLanguageModel(ABC):
         self.half = half
         self.lock = ThreadLock()
         self.decoder = half.decoder.eval()
+        kernels_note = use_kernels(self.decoder, self.device, self.dtype)
         use_row_parts(self.decoder)
         self.head_weight = half.decoder.embed_tokens.weight if half.lm_head is None else half.lm_head.weight
         self.tokenizer = tokenizer
@@ -88,7 +90,7 @@ class DecoderLanguageModel(ABC):
         self.stop_ids = stop_ids
         self.fingerprint = fingerprint
         self.storage = storage
-        self.notes = (*notes, *self.describe_kv())
+        self.notes = (*notes, *filter(None, [kernels_note]), *self.describe_kv())
         self.width = int(half.decoder.config.hidden_size)
         self.num_layers = len(half.decoder.layers)
         self.num_deep_layers = self.count_deep_layers(config)
@@ -108,6 +110,7 @@ class DecoderLanguageModel(ABC):
         stored = checkpoint.stored_dtype(cls.files.decoder)
         chosen, dtype_note = choose_dtype(dtype, device, stored, checkpoint.weight_bytes)
         attention, attention_note = fit_attention(device, chosen)
+        start_compiling_kernels(torch.device(device.name), chosen)
         long_note = None
         if attention == "sdpa" and not has_experts(config.text_config):
             long_note = start_compiling(HeadKind.of(torch.device(device.name), chosen, config.text_config))

@@ -2,8 +2,8 @@
 
 There they take 0.5 to 0.6 times as long as PyTorch's flash kernel, and a prompt of 46,102 tokens 0.8 times (H200, torch
 2.11; ``cuda.json``). But cuDNN aligns a causal mask to the first key, prepares each shape of its arguments anew (50 ms),
-and compiles each kind of kernel (0.5 to 0.9 s). So only whole chunks of long prompts are run by it: their shapes recur, and
-a second thread has it compile while the weights are read.
+and compiles each kind of kernel (0.5 to 0.9 s). So only whole chunks of long prompts are run by it, all of one size: such a
+prompt has two shapes, and a second thread has cuDNN compile while the weights are read.
 """
 
 from __future__ import annotations
@@ -15,44 +15,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freres_cli.backbones.fused import Written, find_kernels
 from freres_cli.backbones.sizes import find_head_width
 
-# Rows of a chunk, and the shortest prompt that is run in such chunks (ours: below, preparing takes longer than it saves).
+# The most and the fewest rows of a chunk, and the shortest prompt that is run in such chunks (ours: below, preparing takes
+# longer than it saves).
 LONG_CHUNK_TOKENS = 7168
+LEAST_CHUNK_TOKENS = 5888
 LONG_PROMPT_TOKENS = 32768
+# Chunks are multiples of so many rows, which is how many these kernels take at a time.
+CHUNK_STEP = 128
 LEAST_CAPABILITY = (9, 0)
-# Heads merged at a time, so that float32 copies stay small.
-MERGED_HEADS = 8
+
+
+def fit_long_chunk(num_rows: int) -> int:
+    """Return how many rows a chunk of a long prompt has: as many as leave the fewest rows after the last whole chunk, which
+    PyTorch's kernel runs and takes twice as long for."""
+    return min(range(LONG_CHUNK_TOKENS, LEAST_CHUNK_TOKENS - 1, -CHUNK_STEP), key=lambda size: num_rows % size)
+
+
+def is_long_chunk(num_queries: int, num_keys: int) -> bool:
+    """Whether so many rows, the last of so many keys, are a whole chunk of a long prompt, after others of its size."""
+    is_chunk = LEAST_CHUNK_TOKENS <= num_queries <= LONG_CHUNK_TOKENS and num_queries % CHUNK_STEP == 0
+    return is_chunk and num_keys % num_queries == 0
 
 
 def attend_long(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention of the last q of kv rows, as attention to the rows before them and attention among themselves.
+    """Causal attention of the last q of kv rows, as attention among themselves and to each q rows before them.
 
-    ``query``: (n, heads, q, d). ``key``, ``value``: (n, kv_heads, kv, d). ``scaling``: factor of the scores, by default
-    1/sqrt(d). Returns (n, heads, q, d).
+    ``query``: (n, heads, q, d). ``key``, ``value``: (n, kv_heads, kv, d), where q divides kv. ``scaling``: factor of the
+    scores, by default 1/sqrt(d). Returns (n, heads, q, d).
     """
-    num_before = key.shape[2] - query.shape[2]
-    own = _attend(query, key[:, :, num_before:], value[:, :, num_before:], scaling, True)
+    num_queries, num_before = query.shape[2], key.shape[2] - query.shape[2]
+    own, sums = _attend(query, key[:, :, num_before:], value[:, :, num_before:], scaling, True)
     if not num_before:
-        return own[0]
-    return merge_parts(_attend(query, key[:, :, :num_before], value[:, :, :num_before], scaling, False), own)
-
-
-def merge_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention to two sets of keys, from the attention to each: exact but for rounding.
-
-    ``first``, ``second``: what was read, (n, heads, q, d), and the logarithm of the sum of the exponentials of the scores,
-    (n, heads, q) float32. Returns (n, heads, q, d), in the place of the first.
-    """
-    out = first[0]
-    weights = torch.sigmoid(second[1] - first[1])[..., None]
-    parts = (tensor.split(MERGED_HEADS, dim=1) for tensor in (out, second[0], weights))
-    for mine, other, weight in zip(*parts, strict=True):
-        mine.copy_(torch.lerp(mine.float(), other.float(), weight))
-    return out
+        return own
+    blend = (find_kernels(query.device, query.dtype)[0] or Written).blend
+    # Of 16 bits, each part would lose some.
+    whole, dtype = own.float(), own.dtype
+    del own
+    for start in range(0, num_before, num_queries):
+        part = slice(start, start + num_queries)
+        blend(whole, sums, *_attend(query, key[:, :, part], value[:, :, part], scaling, False))
+    return whole.to(dtype)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """What was read, (n, heads, q, d), and the logarithm of the sum of the scores' exponentials, (n, heads, q) float32."""
     call: Any = torch.ops.aten._scaled_dot_product_cudnn_attention
     out, sums, *_ = call(query, key, value, None, True, 0.0, is_causal, False, scale=scaling)
     return out, sums.view(out.shape[:3])
@@ -107,8 +116,8 @@ def find_problem(kind: HeadKind) -> str | None:
     with _TRYING:
         if kind not in _PROBLEMS:
             rows = torch.zeros(1, dtype=kind.dtype, device=kind.device)
-            query = rows.new_zeros(1, 128, kind.num_heads, kind.head_width).transpose(1, 2)
-            key, value = rows.new_zeros(2, 1, kind.num_kv_heads, 256, kind.head_width)
+            query = rows.new_zeros(1, CHUNK_STEP, kind.num_heads, kind.head_width).transpose(1, 2)
+            key, value = rows.new_zeros(2, 1, kind.num_kv_heads, 2 * CHUNK_STEP, kind.head_width)
             try:
                 with torch.no_grad():
                     attend_long(query, key, value, None)

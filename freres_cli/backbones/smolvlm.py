@@ -88,8 +88,8 @@ class SmolVLMLanguageModel(FrameRunLanguageModel):
         length = timedelta(seconds=int(seconds[-1]))
         count = in_words(len(seconds))
         intro = f" You are provided the following series of {count} frames from a {length} [H:MM:SS] video.\n"
-        lines = (f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:{_AROUND}{_GLOBAL}" for s in seconds)
-        before = [self.ids_of(line) for line in lines]
+        lines = [f"\nFrame from {int(s // 60):02d}:{int(s % 60):02d}:{_AROUND}{_GLOBAL}" for s in seconds]
+        before = self.ids_of_each(lines)
         return FrameTexts(before, [self.ids_of(_AROUND)] * len(before), intro=self.ids_of(intro))
 
 

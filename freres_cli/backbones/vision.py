@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.base import EncoderIdentity
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
+from freres_cli.backbones.fused import start_compiling_kernels, use_kernels
 from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, check_decoder, loading, read_config
 from freres_cli.devices import Device, choose_dtype, fit_attention, memory_errors_as
 from freres_cli.errors import BackboneError
@@ -81,7 +82,8 @@ class FrameEncoder(ABC):
         self.tower: Any = tower.eval()
         self.pixel_rule = pixel_rule
         self.fingerprint = fingerprint
-        self.notes = notes
+        kernels_note = use_kernels(self.tower, self.device, self.dtype)
+        self.notes = notes if kernels_note is None else (*notes, kernels_note)
         self.set_up()
 
     @classmethod
@@ -90,6 +92,7 @@ class FrameEncoder(ABC):
         config = read_config(checkpoint, cls.files)
         check_decoder(checkpoint, config.text_config)
         chosen, attention, notes = cls._choose_precision(checkpoint, device, dtype)
+        start_compiling_kernels(torch.device(device.name), chosen)
         with loading(checkpoint, "vision tower"):
             with no_init_weights():
                 tower = cls.build_tower(config, chosen)

@@ -34,7 +34,7 @@ from freres_cli.bench.apart import FRERES
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
 from freres_cli.cli.benchmark_batch import measure_actors, measure_kills, measure_storage
-from freres_cli.cli.benchmark_gpu import measure_gpu
+from freres_cli.cli.benchmark_gpu import measure_gpu, measure_gpu_clip
 from freres_cli.cli.benchmark_grids import measure_grids
 from freres_cli.cli.benchmark_hours import measure_hours
 from freres_cli.cli.benchmark_inputs import GRID, METHOD, METHOD_FLAGS, TOWER, make_tower, write_video
@@ -75,6 +75,7 @@ ONLY_IF_NAMED = (
     "actors",
     "storage",
     "levers",
+    "gpu_clip",
     "grids",
     "lines",
     "quantized",
@@ -369,6 +370,7 @@ def main() -> None:
             "grids": lambda: measure_grids(arguments.questions),
             "quantized": lambda: measure_quantized(arguments.questions),
             "gpu": measure_gpu,
+            "gpu_clip": measure_gpu_clip,
             "startup": lambda: measure_startup(Path(folder), arguments.other),
             "hours": lambda: measure_hours(Path(folder), arguments.minutes),
             "kills": lambda: measure_kills(Path(folder)),

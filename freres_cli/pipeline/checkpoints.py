@@ -102,11 +102,15 @@ class Checkpoints:
         )
         return state
 
+    def is_due(self) -> bool:
+        """Whether it is time to write a state."""
+        return time.monotonic() >= self._due
+
     def offer(self, make_state: Callable[[], State]) -> None:
         """Write the state if it is time to. A disk that is full costs the state, not the work."""
-        begun = time.monotonic()
-        if begun < self._due:
+        if not self.is_due():
             return
+        begun = time.monotonic()
         self._path = self._path or self._place()
         state = make_state()
         parts = {"position": state.position, "known": state.known, "reducer": state.reducer, "waiting": state.waiting}

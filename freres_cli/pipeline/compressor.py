@@ -19,6 +19,7 @@ from torch import Tensor
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import Device, memory_errors_as, return_large_memory
 from freres_cli.errors import BackboneError, UsageError
+from freres_cli.pipeline.beside import BesideTower
 from freres_cli.pipeline.between import LineStream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints, State
@@ -179,6 +180,9 @@ class Compressor:
                 if lines is not None and state.waiting is not None:
                     lines.waiting = state.waiting
 
+        # Whole frames pass the tower when the method asks for them, which would take memory for two passes at once.
+        device = timer.device if plan.residual_size is None else torch.device("cpu")
+        beside = BesideTower(device, (lambda: False) if checkpoints is None else checkpoints.is_due)
         taken = None if decoder is None else decoder.position
         # The decoder reads ahead: where it was at the end of each batch that is not reduced yet.
         positions: deque[Position] = deque()
@@ -198,12 +202,13 @@ class Compressor:
             # The short batch at the end of a video moves no position: a state after it would take its frames twice.
             if position is not taken:
                 taken = position
-                checkpoints.offer(make_state)
+                if not beside.is_ahead:  # what the streams know is then of later frames
+                    checkpoints.offer(make_state)
 
         is_kept = checkpoints is not None and reducer is not None
         read = _note_positions(decoder, positions) if is_kept and decoder is not None else frames
         with closing(_encode(stream, lines, read, plan)) as batches:
-            reduction = reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer)
+            reduction = reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer, beside)
         if lines is not None:
             reduction = replace(reduction, num_encoded=lines.waiting.num_encoded)
         return reduction, frames.report

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.bench.clock import StageTimer
+from freres_cli.devices import read_later
 from freres_cli.errors import BackboneError
 from freres_cli.pipeline.ahead import read_ahead
+from freres_cli.pipeline.beside import MOST_BEGUN
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.records import Frames, FrameSize
 from freres_cli.video.decode import DecodeReport, decode_frames
@@ -131,7 +134,8 @@ class LatentStream:
         self._encoder, self.timer, self._model, self._keeps_all = encoder, timer, model, keeps_all
         self._residual_size = residual_size
         self.known: dict[int, Tensor] = {}
-        self._last_batch: tuple[Tensor, torch.dtype] | None = None  # whether all of it is finite, and its dtype
+        # For each batch that is not checked yet: how to learn whether all of it is finite, and its dtype.
+        self._unchecked: deque[tuple[Callable[[], bool], torch.dtype]] = deque()
 
     def encode(self, batches: Iterable[Frames]) -> Generator[tuple[Frames, Tensor], None, None]:
         """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite.
@@ -172,9 +176,10 @@ class LatentStream:
             return self._encode(frames.pixels[indices])
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        self.check_finite()
+        # A GPU may not be done with the last batches, and nothing is to wait for them.
+        self.check_finite(num_later=MOST_BEGUN if self.timer.device.type == "cuda" else 0)
         latents = self._encoder.encode(pixels)
-        self._last_batch = torch.isfinite(latents).all(), latents.dtype
+        self._unchecked.append((read_later(torch.isfinite(latents).all()), latents.dtype))
         return latents
 
     def share_storage(self, indices: Iterable[int], latents: Tensor) -> None:
@@ -198,14 +203,12 @@ class LatentStream:
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    def check_finite(self) -> None:
-        """Refuse a batch with latents that are not finite, before the next one is encoded: by then the device knows, so
-        nothing waits for it."""
-        if self._last_batch is None:
-            return
-        is_finite, dtype = self._last_batch
-        if not bool(is_finite):
-            hint = "the weights may be damaged: download the model again"
-            if dtype == torch.float16:
-                hint = "use --dtype float32 or bfloat16"
-            raise BackboneError(f"{self._model}: latents are not finite in {dtype}", hint)
+    def check_finite(self, num_later: int = 0) -> None:
+        """Refuse latents that are not finite. ``num_later``: of how many of the last batches this is left for later."""
+        while len(self._unchecked) > num_later:
+            is_finite, dtype = self._unchecked.popleft()
+            if not is_finite():
+                hint = "the weights may be damaged: download the model again"
+                if dtype == torch.float16:
+                    hint = "use --dtype float32 or bfloat16"
+                raise BackboneError(f"{self._model}: latents are not finite in {dtype}", hint)

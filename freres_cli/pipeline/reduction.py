@@ -15,6 +15,7 @@ from freres_cli.content import Content
 from freres_cli.errors import BackboneError, VideoError
 from freres_cli.method.adaptive import StretchCompressor
 from freres_cli.method.compress import EncodeWhole, StreamingCompressor
+from freres_cli.pipeline.beside import BesideTower
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, method_settings
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
@@ -37,6 +38,7 @@ class LatentBatch(NamedTuple):
 
 LatentBatches = Iterable[LatentBatch]
 Reducer = StreamingCompressor | StretchCompressor
+OnBatch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,25 @@ def reduce_latents(
     options: CompressOptions,
     width: int,
     timer: StageTimer,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: OnBatch | None = None,
     reducer: Reducer | None = None,
+    beside: BesideTower | None = None,
 ) -> Reduction:
     """Reduce a clip by the method in ``options``.
 
     ``batches``: consecutive frames. ``plan``: the plan for the clip. ``width``: D. ``timer``: records the stage
     ``compress``. ``on_batch``: called with the number of frames done. ``reducer``: from ``make_reducer``; it may have taken
-    the frames before these. Raises ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
+    the frames before these. ``beside``: where a method that takes frames as they arrive works, if it is beside the tower.
+    Raises ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
     """
     reducer = reducer or make_reducer(plan, options, width)
     if options.settings.deepstack == "drop":
         batches = (batch.narrow(width) for batch in batches)
-    counted = _counted(batches, on_batch, 0 if reducer is None else reducer.num_frames)
     if reducer is None:
-        reduction = _reduce_by_peer(counted, plan, options, width, timer)
+        reduction = _reduce_by_peer(batches, plan, options, width, timer, on_batch)
     else:
-        reduction = _reduce_in_stream(counted, plan, options, timer, reducer)
+        beside = beside or BesideTower(torch.device("cpu"))
+        reduction = _reduce_in_stream(batches, plan, timer, reducer, beside, on_batch)
     _check_finite(reduction.content, options)
     return reduction
 
@@ -92,25 +96,24 @@ def make_reducer(plan: CompressPlan, options: CompressOptions, width: int) -> Re
     return StreamingCompressor(plan.budget, method_settings(options.settings), width)
 
 
-def _counted(batches: LatentBatches, on_batch: Callable[[int], None] | None, done: int) -> LatentBatches:
-    for batch in batches:
-        yield batch
-        done += len(batch.seconds)
-        if on_batch is not None:
-            on_batch(done)
-
-
 def _reduce_in_stream(
-    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, timer: StageTimer, reducer: Reducer
+    batches: LatentBatches,
+    plan: CompressPlan,
+    timer: StageTimer,
+    reducer: Reducer,
+    beside: BesideTower,
+    on_batch: OnBatch | None,
 ) -> Reduction:
-    for seconds, latents, whole in batches:
-        with timer.stage("compress"):
+    for (seconds, latents, whole), end in beside.run_ahead(batches):
+        with beside.queue(end), timer.stage("compress"):
             if isinstance(reducer, StreamingCompressor):
                 reducer.push(latents, seconds, whole)
             else:
                 reducer.push(latents, seconds)
+        if on_batch is not None:
+            on_batch(reducer.num_frames)
     _check_any(reducer.num_frames, plan)
-    with timer.stage("compress"):
+    with beside.queue(), timer.stage("compress"):
         content = reducer.finish()
     if isinstance(reducer, StreamingCompressor):
         cuts = reducer.num_cuts_found, reducer.num_cuts_not_honoured
@@ -119,7 +122,12 @@ def _reduce_in_stream(
 
 
 def _reduce_by_peer(
-    batches: LatentBatches, plan: CompressPlan, options: CompressOptions, width: int, timer: StageTimer
+    batches: LatentBatches,
+    plan: CompressPlan,
+    options: CompressOptions,
+    width: int,
+    timer: StageTimer,
+    on_batch: OnBatch | None,
 ) -> Reduction:
     compress = METHODS[options.method].compress
     assert compress is not None
@@ -128,6 +136,8 @@ def _reduce_by_peer(
     for seconds, latents, _ in batches:
         times += seconds
         parts.append(latents.cpu())
+        if on_batch is not None:
+            on_batch(len(times))
     _check_any(len(times), plan)
     with timer.stage("compress"), torch.no_grad():
         latents = parts[0] if len(parts) == 1 else torch.cat(parts)
