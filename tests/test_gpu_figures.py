@@ -17,8 +17,10 @@ ROWS = {"uniform, 1 fps": "uniform 1 fps", "Fourier 8x": "fourier 8x", "Fre-Res"
 LEVERS = (
     ("cudnn", "flash", "cudnn_over_flash", "ttft_s"),
     ("cudnn", "flash_in_small_chunks", "cudnn_over_flash_in_small_chunks", "ttft_s"),
+    ("cudnn", "in_passes", "fused_over_in_passes", "ttft_s"),
     ("recorded", "eager", "recorded_over_eager", "tpot_s"),
     ("recorded_later", "eager", "recorded_later_over_eager", "tpot_s"),
+    ("recorded_later", "recorded_in_passes", "recorded_fused_over_in_passes", "tpot_s"),
 )
 
 
@@ -42,6 +44,19 @@ def test_the_tables_on_a_gpu_are_those_of_the_file():
         spread = part[ratio]
         assert [cell.removesuffix(" a token") for cell in cells[:2]] == values
         assert cells[2] == f"{spread['median']:.2f}x ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+def test_the_tables_of_encoding_on_a_gpu_are_those_of_the_file():
+    (_, (_, *cells)), (_, *methods) = tables_after("**Encoding on a GPU.**")[:2]
+    part = read_part("cuda", "clip")
+
+    def with_spread(name):
+        return "{median:.2f}x ({min:.2f} to {max:.2f})".format(**part[name])
+
+    seconds = [f"{part['seconds'][name]['median']:.2f} s" for name in ("encoding_alone", "encoding_in_passes")]
+    assert cells == [*seconds, with_spread("encoding_alone_over_in_passes")]
+    for (_, *ratios), name in zip(methods, ("adaptive", "fre_res"), strict=True):
+        assert ratios == [with_spread(f"{name}{how}_over_encoding_alone") for how in ("", "_in_one_queue")]
 
 
 def test_a_plan_says_the_memory_that_was_measured(tmp_path):

@@ -1,6 +1,6 @@
 """Attention over a long prompt on GPUs from compute capability 9.0 on, by cuDNN's kernels.
 
-There they take 0.5 to 0.6 times as long as PyTorch's flash kernel, and a prompt of 46,102 tokens 0.8 times (H200, torch
+There they take 0.5 to 0.6 times as long as PyTorch's flash kernel, and a prompt of 46,102 tokens 0.75 times (H200, torch
 2.11; ``cuda.json``). But cuDNN aligns a causal mask to the first key, prepares each shape of its arguments anew (50 ms),
 and compiles each kind of kernel (0.5 to 0.9 s). So only whole chunks of long prompts are run by it, all of one size: such a
 prompt has two shapes, and a second thread has cuDNN compile while the weights are read.
