@@ -88,6 +88,21 @@ def make_folder(path: Path, flag: str = "-o") -> None:
         raise UsageError(f"{path}: cannot be a folder: {error.strerror}", f"name another with {flag}") from error
 
 
+@contextmanager
+def made_folder(path: Path, flag: str = "-o") -> Iterator[None]:
+    """Make a folder and its parents, as ``make_folder`` does, for what is done inside. If that fails, those that were made
+    and are still empty are removed again."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path, flag)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one is no longer empty, and so none above it
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force: bool, flag: str = "-o") -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it, and move it into place.
 

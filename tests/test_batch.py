@@ -232,12 +232,14 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(clips, tmp_path, mon
     output = () if "-o" in arguments else ("-o", tmp_path / "out")
     run = run_freres("batch", clips, *output, *FLAGS, *arguments)
     assert run.status == 2 and text in run.err and run.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_ray_its_engine_is_refused_by_name(clips, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "--engine", "ray")
     check_failure(run, 2, "Ray is not installed")
+    assert list(tmp_path.iterdir()) == []
     assert "freres[ray]" in run.err
 
 

@@ -233,3 +233,8 @@ def test_a_signed_url_gives_a_short_name_without_the_signature(tmp_path):
 def test_a_list_that_is_not_there_is_refused_before_any_work(tmp_path, name):
     with fails(2, "no such list"):
         list_jobs([str(tmp_path / name)], lambda own: None)
+
+
+def test_a_link_whose_file_is_gone_is_in_a_pattern_as_in_its_folder(videos):
+    (videos / "gone.mp4").symlink_to(videos / "nothing.mp4")
+    assert set(named(videos / "*.mp4")) == {"a", "gone"} and "gone" in named(videos)

@@ -25,7 +25,7 @@ from freres_cli.video.listing import is_many, list_videos
 from freres_cli.workflows import compress as compress_workflow
 from freres_cli.workflows.compress import compress_many
 from tests.clips import write_short_clips
-from tests.runner import run_freres
+from tests.runner import check_failure, run_freres
 
 FLAGS = ("--budget", 40, "--device", "cpu")
 
@@ -95,7 +95,8 @@ def test_a_bad_video_is_a_failed_row(clips, compressor, tmp_path):
 def test_without_a_model_the_run_ends(clips, tmp_path):
     compressor = Compressor(model=str(tmp_path), budget_tokens=40, device="cpu")
     with pytest.raises(BackboneError, match=r"config\.json"):
-        compress_many(compressor, videos_of(clips), tmp_path / "out")
+        compress_many(compressor, videos_of(clips), tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,14 @@ def test_names_of_outputs(tmp_path):
 def test_what_is_many(tmp_path):
     (tmp_path / "list.txt").touch()
     assert is_many([tmp_path]) and is_many([tmp_path / "list.txt"]) and is_many([Path("a"), Path("b")])
-    assert not is_many([tmp_path / "a.mp4"]) and not is_many([tmp_path / "missing.txt"])
+    assert not is_many([tmp_path / "a.mp4"])
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",), ("-o", "out/")])
+def test_a_list_that_is_not_there_is_no_video(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    check_failure(run_freres("compress", "nope.txt", *flags), 2, "nope.txt: no such list")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\n", b"a\0b\n"])
