@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -114,3 +115,14 @@ def test_any_name_can_be_written_in_any_encoding(bundle, encoding, monkeypatch):
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code and written.getvalue().startswith("caf\u00e9".encode(encoding, ANY_NAME))
+
+
+@pytest.mark.parametrize("reader", ["head -1", "true"])
+@pytest.mark.parametrize(("arguments", "status", "first"), [("methods", 0, "method "), ("presets nope", 2, "error: ")])
+def test_one_reader_of_both_streams_that_stops_early_changes_no_status(reader, arguments, status, first):
+    code = "from freres_cli.cli.start import main; main()"
+    # "true" is gone before the first line is written, "head" perhaps before the second.
+    command = f"set -o pipefail; (sleep 0.1; {sys.executable} -c '{code}' {arguments}) 2>&1 | {reader}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (status, ""), run
+    assert run.stdout.startswith(first) if reader != "true" else run.stdout == ""

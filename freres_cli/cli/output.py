@@ -106,10 +106,15 @@ def print_error(error: FreresError) -> None:
         _tell(f"hint: {_plain(error.hint)}")
 
 
-def _tell(line: str) -> None:
+def print_prompt() -> None:
+    """Write to stderr that the next question can be typed."""
+    _tell("> ", end="")
+
+
+def _tell(line: str, end: str = "\n") -> None:
     """Write a line to stderr. If nobody can read it there, the work goes on, and its exit status stays what it is."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(line, end=end, file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
 
