@@ -130,9 +130,11 @@ def compress(
     if dry_run:
         if is_many(paths):
             raise UsageError("--dry-run: expected one video file", "name one of them")
+        from freres_cli.pipeline.notes import describe_repeats
         from freres_cli.pipeline.prompt_text import bound_text
 
         plan = compressor.plan(paths[0])
+        print_notes(describe_repeats(plan), quiet)
         _print_plan(
             plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models, chosen.method)}, chosen, json
         )

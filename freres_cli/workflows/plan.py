@@ -27,6 +27,7 @@ from freres_cli.pipeline.costs import (
 )
 from freres_cli.pipeline.encoding import VideoSource, count_batch_frames
 from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.notes import describe_repeats
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import bound_text
 
@@ -136,7 +137,8 @@ class Planner:
         lines = self.options.settings.line_levels if self.options.method == ADAPTIVE else 0
         still += f", or that lie within {lines} levels of the line between two others," if lines else ""
         skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
-        told = [self.dtype_note, skipped, *self.language.describe_kv()]
+        plan = plan_compression(self.options, self.encoder, self.info)
+        told = [self.dtype_note, skipped, *describe_repeats(plan), *self.language.describe_kv()]
         if (weights := self.options.model.storage.weights) is not None:
             sizes = measure_decoder(self.language)
             before = sizes.linear_weights * self.dtype.itemsize
