@@ -59,7 +59,8 @@ class FidelityResult:
 
     ``rows``: means over the videos, one for each method and budget. ``videos``: the same for each video, with the share
     that is lost in each second, and how the video was read. ``failed``: videos that could not be used, which count for no
-    mean. ``model``: the encoder's fingerprint. ``dtype``: of the latents. ``notes``: what the user should know.
+    mean; ``first_failure`` is the error of the first of them. ``model``: the encoder's fingerprint. ``dtype``: of the
+    latents. ``notes``: what the user should know.
     """
 
     rows: list[dict[str, Any]]
@@ -68,6 +69,7 @@ class FidelityResult:
     model: dict[str, Any]
     dtype: torch.dtype
     notes: tuple[str, ...]
+    first_failure: FreresError | None = None
 
 
 def measure_fidelity(
@@ -109,7 +111,8 @@ def measure_fidelity(
         png, more = draw_fidelity(rows, videos)
         request.plot.write(png)
         notes += more
-    return FidelityResult(rows, videos, failed, dict(encoder.fingerprint), encoder.dtype, tuple(notes))
+    model, first_failure = dict(encoder.fingerprint), errors[0] if errors else None
+    return FidelityResult(rows, videos, failed, model, encoder.dtype, tuple(notes), first_failure)
 
 
 def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[str, Any]:
