@@ -99,6 +99,10 @@ class ResourceError(FreresError):
     exit_status = ExitStatus.RESOURCE
 
 
+class DiskFullError(ResourceError):
+    """A disk with no room for what is to be written, nor then for what comes after it."""
+
+
 def as_freres_error(error: Exception, what: str) -> FreresError:
     """Return the failure of one of many things as one of ours, without its frames, so that the others go on. ``what``: is
     named first. Raises the interruption that it came from, if it did, and with FRERES_DEBUG=1 an unexpected error, with its

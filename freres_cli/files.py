@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from freres_cli.errors import ResourceError, UsageError, find_interruption
+from freres_cli.errors import DiskFullError, ResourceError, UsageError, find_interruption
 
 MAX_NAME_BYTES = 255
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".freres-", ".tmp"
@@ -109,7 +109,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
     A link keeps pointing where it points. Without ``force`` an existing file is never replaced, not even one that
     appeared in the meantime (on file systems with hard links). Temporary files that killed runs left in the folder are
     removed, once for each folder. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be
-    written, ``ResourceError`` for a full disk.
+    written, ``DiskFullError`` for a full disk, ``ResourceError`` for a file that is larger than may be.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -128,7 +128,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
         if isinstance(error, RuntimeError) and not is_short_write:
             raise
         if is_short_write or getattr(cause, "errno", None) in _DISK_FULL:
-            raise ResourceError(
+            kind = ResourceError if getattr(cause, "errno", None) == errno.EFBIG else DiskFullError
+            raise kind(
                 f"{path}: not enough disk space to write it", f"free some space, or choose another place with {flag}"
             ) from error
         reason = getattr(cause, "strerror", None) or cause

@@ -11,7 +11,15 @@ from typing import IO, Any
 import torch
 
 from freres_cli.bundle.store import read_bundle, write_bundle
-from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, UsageError, as_freres_error
+from freres_cli.errors import (
+    BackboneError,
+    BundleError,
+    DiskFullError,
+    FreresError,
+    ResourceError,
+    UsageError,
+    as_freres_error,
+)
 from freres_cli.files import check_destination, made_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
@@ -144,7 +152,7 @@ def compress_many(
     ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, relative to
     ``folder``, which is created. ``on_row``: called with each row when it is done. ``progress``: called with the number
     of videos done and the number of all videos. ``tell``: as ``compress_file`` takes it. Raises ``UsageError`` for the
-    folder, ``BackboneError`` if the model cannot be loaded.
+    folder, ``BackboneError`` if the model cannot be loaded, and ``DiskFullError`` as soon as a bundle finds no room.
     """
     rows = []
     with made_folder(folder):
@@ -156,8 +164,9 @@ def compress_many(
                 with made_folder(output.parent):
                     row = _compress_one(compressor, video, output, force, tell)
             except Exception as error:
-                # Without a model, every other video would fail for the same reason.
-                if isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder:
+                # Without a model, or on a full disk, every other video would fail for the same reason.
+                has_no_model = isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder
+                if has_no_model or isinstance(error, DiskFullError):
                     raise
                 row = Row(video, output, "failed", error=as_freres_error(error, str(video)))
             rows.append(row)
