@@ -255,10 +255,12 @@ def _ask(session: Session, question: Question, request: EvalRequest) -> Answer:
 
 
 def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:
-    """Whether an earlier run asked all of these questions about this exact file. A failed video is tried again."""
+    """Whether an earlier run asked these questions, and no others, about this exact file: tokens and times of a row are
+    those of all its questions. A failed video is tried again."""
     if row is None or row["status"] != "ok" or len(row["cells"]) != num_cells:
         return False
-    if any(question.id not in cell["answers"] for cell in row["cells"] for question in questions):
+    asked = {question.id for question in questions}
+    if any(cell["answers"].keys() != asked for cell in row["cells"]):
         return False
     try:
         return bool(row["video_sha256"] == hash_file(questions[0].video))
