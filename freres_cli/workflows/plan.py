@@ -206,9 +206,11 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
     source_px = plan.info.width_px * plan.info.height_px
     tower_flops, encoded = plan.num_frames * cost.tower.flops, "every sampled frame"
     if cost.residual_tower is not None and plan.residual_size is not None and plan.budget is not None:
-        num_anchors, small = plan.budget.num_anchors, plan.residual_size
-        tower_flops = plan.num_frames * cost.residual_tower.flops + num_anchors * cost.tower.flops
-        encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens and {num_anchors} anchors whole"
+        num_anchors, num_events, small = plan.budget.num_anchors, plan.budget.max_events, plan.residual_size
+        num_whole = min(plan.num_frames, num_anchors + num_events)
+        tower_flops = plan.num_frames * cost.residual_tower.flops + num_whole * cost.tower.flops
+        events = f" and {num_events} more for cuts" if num_events else ""
+        encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens, {num_anchors} anchors whole{events},"
     prefill_flops = cost.decoder.prefill_flops(cost.context_tokens, cost.chunk)
     rate = f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
     per_token = None
