@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
-from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
+from freres_cli.baselines.registry import ADAPTIVE, BLIND, FRE_RES, METHODS
 from freres_cli.bench.clock import StageTimer
 from freres_cli.content import Content
 from freres_cli.errors import VideoError
@@ -121,7 +121,7 @@ class EncodedClip:
     def count_frames(self, method: str, budget_tokens: int) -> tuple[int, int]:
         """Return how many frames the tokens of a method are made from, and how many tokens pass the tower for them, as if no
         other method had been there before. It counts what ``build_tokens`` or ``build_tracks`` made at this budget."""
-        if method == "blind":
+        if method == BLIND:
             return 0, 0
         view, residual_size, num_whole = self._baseline, None, 0
         per_frame = self._baseline.latents.shape[1:3].numel()

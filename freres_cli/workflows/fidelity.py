@@ -28,6 +28,7 @@ from freres_cli.evaluation.fidelity import (
 from freres_cli.evaluation.fidelity_plot import draw_fidelity
 from freres_cli.evaluation.plots import PlotFile
 from freres_cli.method.rebuild import rebuild_frames
+from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
@@ -120,7 +121,7 @@ def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[s
     energy = measure_energy(clip.latents, width)
     rows = []
     for cell in cells:
-        budget_tokens = clip.full_tokens if cell.budget is None else cell.budget.tokens(clip.full_tokens)
+        budget_tokens = count_budget(cell.method, cell.budget, clip.full_tokens)
         num_tokens, rebuilds = rebuild_clip(clip, cell.method, budget_tokens)
         row: dict[str, Any] = {
             "method": cell.method,
