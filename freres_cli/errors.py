@@ -99,6 +99,10 @@ class ResourceError(FreresError):
     exit_status = ExitStatus.RESOURCE
 
 
+class DiskFullError(ResourceError):
+    """A disk with no room for what is to be written, nor then for what comes after it."""
+
+
 def as_freres_error(error: Exception, what: str) -> FreresError:
     """Return the failure of one of many things as one of ours, without its frames, so that the others go on. ``what``: is
     named first. Raises the interruption that it came from, if it did, and with FRERES_DEBUG=1 an unexpected error, with its
@@ -131,8 +135,9 @@ def find_interruption(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def explain_no_file(path: str | Path) -> str:
-    """Return the path, and why it is no regular file: ``PATH: no such file``, or a URL, a folder, a pipe or a device."""
+def explain_no_file(path: str | Path, what: str = "file") -> str:
+    """Return the path, and why it is no regular file: ``PATH: no such file``, or a URL, a folder, a pipe or a device.
+    ``what``: what it was to be."""
     name = str(path)
     if os.path.isdir(name):  # noqa: PTH112 (os.path takes names too long for the system)
         return f"{name}: is a folder"
@@ -141,7 +146,7 @@ def explain_no_file(path: str | Path) -> str:
     if (url := re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", name, re.IGNORECASE | re.DOTALL)) is not None:
         # A path has lost one of the two slashes.
         return f"{url[1]}://{url[2]}: is a URL, not a file: download it first"
-    return f"{name}: no such file"
+    return f"{name}: no such {what}"
 
 
 def count_of(count: int, noun: str) -> str:

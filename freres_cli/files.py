@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from freres_cli.errors import ResourceError, UsageError, find_interruption
+from freres_cli.errors import DiskFullError, ResourceError, UsageError, find_interruption
 
 MAX_NAME_BYTES = 255
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".freres-", ".tmp"
@@ -88,13 +88,28 @@ def make_folder(path: Path, flag: str = "-o") -> None:
         raise UsageError(f"{path}: cannot be a folder: {error.strerror}", f"name another with {flag}") from error
 
 
+@contextmanager
+def made_folder(path: Path, flag: str = "-o") -> Iterator[None]:
+    """Make a folder and its parents, as ``make_folder`` does, for what is done inside. If that fails, those that were made
+    and are still empty are removed again."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path, flag)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one is no longer empty, and so none above it
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force: bool, flag: str = "-o") -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it, and move it into place.
 
     A link keeps pointing where it points. Without ``force`` an existing file is never replaced, not even one that
     appeared in the meantime (on file systems with hard links). Temporary files that killed runs left in the folder are
     removed, once for each folder. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be
-    written, ``ResourceError`` for a full disk.
+    written, ``DiskFullError`` for a full disk, ``ResourceError`` for a file that is larger than may be.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -113,7 +128,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
         if isinstance(error, RuntimeError) and not is_short_write:
             raise
         if is_short_write or getattr(cause, "errno", None) in _DISK_FULL:
-            raise ResourceError(
+            kind = ResourceError if getattr(cause, "errno", None) == errno.EFBIG else DiskFullError
+            raise kind(
                 f"{path}: not enough disk space to write it", f"free some space, or choose another place with {flag}"
             ) from error
         reason = getattr(cause, "strerror", None) or cause

@@ -155,6 +155,21 @@ def test_on_a_store_the_bundle_is_the_one_that_files_give_and_is_skipped_the_sec
     assert list((tmp_path / "s").iterdir()) == []  # no copy stays
 
 
+def test_a_full_disk_ends_a_batch_but_one_full_of_copies_is_a_failed_row(
+    run_here, models, store, clips, tmp_path, monkeypatch
+):
+    def fill(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("freres_cli.bundle.store.torch.save", fill)
+    run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "-q")
+    check_failure(run, 6, "clip0.pt: not enough disk space")
+    assert "failed:" not in run.err and not (tmp_path / "out").exists()
+    row = worker_of(WorkerSetup("memory://out", False, "bundled"), models, tmp_path).run(job_of(clips / "clip0.mp4"))
+    assert (row.status, row.is_fatal, row.error.exit_status) == ("failed", False, 6)
+    assert "TMPDIR" in row.error.hint and str(tmp_path / "bundles") not in row.error.message
+
+
 def test_on_a_store_what_differs_or_is_damaged_is_not_replaced_unless_forced(models, store, clips, alone, tmp_path):
     setup = WorkerSetup("memory://out", False, "bundled", "cpu")
     worker = worker_of(setup, models, tmp_path / "s")
@@ -232,12 +247,14 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(clips, tmp_path, mon
     output = () if "-o" in arguments else ("-o", tmp_path / "out")
     run = run_freres("batch", clips, *output, *FLAGS, *arguments)
     assert run.status == 2 and text in run.err and run.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_ray_its_engine_is_refused_by_name(clips, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     run = run_freres("batch", clips, "-o", tmp_path / "out", *FLAGS, "--engine", "ray")
     check_failure(run, 2, "Ray is not installed")
+    assert list(tmp_path.iterdir()) == []
     assert "freres[ray]" in run.err
 
 

@@ -13,7 +13,7 @@ from freres_cli.cli.compress import make_options
 from freres_cli.errors import FreresError
 from freres_cli.video.listing import list_videos
 from freres_cli.workflows.batch_list import list_jobs, with_own
-from freres_cli.workflows.batch_store import short_name
+from freres_cli.workflows.batch_store import is_url, short_name
 from tests.runner import fails
 
 FLAGS = {"budget_tokens": 40, "sample_count": 8}
@@ -233,3 +233,17 @@ def test_a_signed_url_gives_a_short_name_without_the_signature(tmp_path):
 def test_a_list_that_is_not_there_is_refused_before_any_work(tmp_path, name):
     with fails(2, "no such list"):
         list_jobs([str(tmp_path / name)], lambda own: None)
+
+
+def test_a_link_whose_file_is_gone_is_in_a_pattern_as_in_its_folder(videos):
+    (videos / "gone.mp4").symlink_to(videos / "nothing.mp4")
+    assert set(named(videos / "*.mp4")) == {"a", "gone"} and "gone" in named(videos)
+
+
+def test_two_colons_in_a_name_make_no_url(videos, monkeypatch):
+    (videos / "a::b.mp4").touch()
+    monkeypatch.chdir(videos)
+    assert named("a::b.mp4") == {"a::b": str(videos / "a::b.mp4")}
+    assert named(write(videos / "own.txt", "a::b.mp4\n")) == named("a::b.mp4")
+    assert all(map(is_url, ("simplecache::s3://b/c.mp4", "filecache::zip://c.mp4::s3://b/c.zip", "zip://c.mp4::c.zip")))
+    assert not any(map(is_url, ("a::b.mp4", "a::b::c.mp4", "folder/a::s3://b")))

@@ -6,13 +6,14 @@ import json
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle
-from freres_cli.errors import BundleError
+from freres_cli.errors import BundleError, ExitStatus
 from tests.forged_bundles import (
     MANIFEST,
     edit_manifest,
@@ -23,6 +24,7 @@ from tests.forged_bundles import (
 )
 from tests.forged_bundles import bundle as bundle
 from tests.forged_bundles import tracks as tracks
+from tests.runner import check_failure, run_freres
 
 
 class Bomb:
@@ -45,6 +47,31 @@ def test_a_pickle_inside_is_refused_and_not_run(bundle, tmp_path):
     with pytest.raises(BundleError, match="not a freres bundle"):
         read_bundle(plain)
     assert not went_off.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", "what?", "--device", "cpu"),
+        ("inspect",),
+        ("report",),
+        ("repack", "--budget", 9, "-o", "out.pt"),
+        ("export", "--to", "safetensors", "-o", "out"),
+    ],
+)
+def test_a_bundle_that_may_not_be_read_is_refused_as_a_bundle(bundle, tmp_path, monkeypatch, arguments):
+    def refuse(path, *rest, **more):  # root may read every file
+        if path == bundle:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest, **more)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: mode != os.R_OK)
+    monkeypatch.chdir(tmp_path)
+    verb, *others = arguments
+    run = run_freres(verb, bundle, *others)
+    check_failure(run, ExitStatus.BUNDLE, f"{bundle}: cannot be read: Permission denied")
 
 
 def test_every_flipped_byte_is_found(bundle):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,17 @@ from safetensors.torch import save_file
 
 from freres_cli.bundle.adapter import HEADER, write_adapter
 from freres_cli.bundle.store import read_bundle
+from freres_cli.cli.ask import _loop
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.pipeline_fixtures import tiny as tiny
 from tests.runner import check_failure, run_freres
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def test_ask_json_and_choices(bundle):
@@ -44,6 +52,13 @@ def test_the_prompt_loop_is_one_session(bundle):
     assert looped.status == 0 and looped.err.count("only knows its own world") == 1
     single = [run_freres("ask", bundle, q, "--max-new-tokens", 6).out for q in ("what moves?", "where?")]
     assert looped.out == single[0] + single[1] + single[0]
+
+
+def test_a_prompt_that_nobody_can_see_does_not_end_the_loop(monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        monkeypatch.setattr(sys, "stdin", Terminal(" \n"))
+        _loop(None, {}, quiet=True, where=False)
 
 
 def test_sampling_is_seeded(bundle):

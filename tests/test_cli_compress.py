@@ -68,6 +68,21 @@ def test_the_dry_run_tells_what_compressing_gives(clip, tmp_path):
     assert "visual tokens    300 of at most 300" in text
 
 
+REPEATED = "the clip shows 60 frames, which are read as 120"
+
+
+def test_frames_that_are_read_twice_are_told_wherever_compression_is(clip, tmp_path):
+    flags, twice = ("--method", "uniform", "--budget", 40), ("--set", "sample_fps=60")
+    runs = [run_freres("compress", clip, *flags, "--fps", n, "-o", tmp_path / f"{n}.pt", "--json") for n in (60, 30)]
+    told = [any(note.startswith(REPEATED) for note in run.json["notes"]) for run in runs]
+    assert told == [True, False] and runs[0].json["compression"] == 2 * runs[1].json["compression"]
+    assert REPEATED in read_bundle(tmp_path / "60.pt").manifest["sampling"]["notes"][0]
+    part = run_freres("compress", clip, *flags, "--fps", 60, "--end", 0.5, "--dry-run")
+    assert "shows 15 frames, which are read as 30" in part.err
+    assert REPEATED in run_freres("plan", clip, *twice, "--tflops", 1).err
+    assert REPEATED in run_freres("compare", clip, "--methods", "uniform", "--budgets", "40", *twice).err
+
+
 @pytest.mark.slow
 def test_the_papers_compact_case_comes_out_of_a_video(clip, tmp_path):
     document = run_freres("compress", clip, "--preset", "compact-16f", "-o", tmp_path / "b.pt", "--json").json

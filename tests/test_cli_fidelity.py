@@ -10,6 +10,7 @@ import torch
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.cli.compress import make_options
+from freres_cli.errors import ExitStatus
 from freres_cli.evaluation.cells import parse_cells
 from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss
 from freres_cli.pipeline.encoding import VideoSource
@@ -189,7 +190,8 @@ def test_a_bad_video_is_a_warning_beside_good_ones_and_an_error_alone(folder, tm
     bad, missing = tmp_path / "bad.mp4", tmp_path / "missing.mp4"
     bad.write_bytes(b"not a video")
     run = run_freres("fidelity", bad, folder / "clip0.mp4", "--methods", "evs", "--budgets", "0.5")
-    assert run.status == 0 and "warning: failed:" in run.err and run.out.strip().endswith("1 video; 1 failed")
+    assert run.status == ExitStatus.VIDEO and run.errors[0].startswith("error: 1 of 2 videos failed: "), run.err
+    assert "warning: failed:" in run.err and run.out.strip().endswith("1 video; 1 failed")
     check_failure(run_freres("fidelity", bad), 3, "bad.mp4")
     check_failure(run_freres("fidelity", bad, missing), 3, "none of 2 videos")
     with fails(3, "bad.mp4"):

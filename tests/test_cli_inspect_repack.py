@@ -79,6 +79,13 @@ def test_repack_needs_no_video_and_no_model(orphan, tmp_path):
     assert small.stat().st_size < orphan.stat().st_size
 
 
+def test_a_bundle_that_cannot_be_repacked_leaves_no_folder(tmp_path):
+    check_failure(
+        run_freres("repack", tmp_path / "nope.pt", "--budget", 9, "-o", f"{tmp_path}/new/"), 4, "no such file"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_repacked_bundle_is_a_bundle(bundle, tmp_path):
     small = tmp_path / "small.pt"
     document = run_freres("repack", bundle, "--budget", 200, "-o", small, "--json").json

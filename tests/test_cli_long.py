@@ -36,6 +36,29 @@ def test_what_is_no_video_is_named_as_standard_input_and_leaves_nothing(tmp_path
     assert text in run.err and ".tmp" not in run.err and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("-", "-o", "new/"), "-o new/: is a folder: standard input has no name"),
+        (("-", "-o", "."), "-o .: is a folder"),
+        (("-", "b.mp4"), "-: standard input is one video"),
+        (("-", "--dry-run"), "--dry-run: expected a video file, got standard input"),
+    ],
+)
+def test_what_cannot_be_done_with_a_pipe_is_refused_before_it_is_read(tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)  # nothing is loaded, either
+    check_failure(run_freres("compress", *arguments, stdin=b"x"), ExitStatus.USAGE, text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_whose_name_is_the_sign_of_a_pipe_can_be_named(clip, tmp_path, monkeypatch):
+    (tmp_path / "-").write_bytes(clip.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    run = run_freres("compress", "./-", *COMMON, "--method", "uniform", "-o", "b.pt")
+    assert run.status == 0 and "standard input" not in run.err, run.err
+
+
 def test_a_disk_too_full_for_a_pipe_is_told(tmp_path, monkeypatch):
     def copy(*_):
         raise OSError(28, "No space left on device")

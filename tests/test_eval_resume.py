@@ -85,6 +85,16 @@ def test_a_larger_limit_resumes(questions, tmp_path):
     assert result.num_resumed == 1 and result.summary["num_questions"] == 6
 
 
+def test_a_smaller_limit_has_the_figures_of_its_own_questions(tmp_path):
+    rows = rows_for(["clip0.mp4", "clip1.mp4"])
+    rows[3]["question"] = "How many of them are there in the picture, counting those that are hidden? " * 4
+    questions = write_rows(write_clips(tmp_path) / "q.jsonl", rows)
+    run_eval(questions, "blind", output=tmp_path / "a.jsonl")
+    cut = run_eval(questions, "blind", output=tmp_path / "a.jsonl", limit=3)
+    assert figures(cut.summary) == figures(run_eval(questions, "blind", limit=3).summary)
+    assert cut.num_resumed == 1, "the video whose questions are all asked"
+
+
 def test_results_of_another_run_are_refused(questions, tmp_path):
     path = tmp_path / "a.jsonl"
     run_eval(questions, "blind", output=path)

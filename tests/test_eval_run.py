@@ -144,6 +144,9 @@ def test_the_adapter_that_ships_is_named(folder, tmp_path):
 ENTRIES = (
     *(
         "freres_version",
+        "torch",
+        "transformers",
+        "av",
         "questions_sha256",
         "methods",
         "model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -16,16 +17,16 @@ import pytest
 
 from freres_cli.bundle.store import read_bundle
 from freres_cli.cli.output import print_notes, print_warning
-from freres_cli.errors import BackboneError, UsageError, VideoError
+from freres_cli.errors import BackboneError, VideoError
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.matching import find_differences
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.video.ending import DAMAGED, ENDS_INSIDE, SKIPPED
-from freres_cli.video.listing import is_many, list_videos
+from freres_cli.video.listing import list_videos
 from freres_cli.workflows import compress as compress_workflow
 from freres_cli.workflows.compress import compress_many
 from tests.clips import write_short_clips
-from tests.runner import run_freres
+from tests.runner import fails, run_freres
 
 FLAGS = ("--budget", 40, "--device", "cpu")
 
@@ -95,7 +96,8 @@ def test_a_bad_video_is_a_failed_row(clips, compressor, tmp_path):
 def test_without_a_model_the_run_ends(clips, tmp_path):
     compressor = Compressor(model=str(tmp_path), budget_tokens=40, device="cpu")
     with pytest.raises(BackboneError, match=r"config\.json"):
-        compress_many(compressor, videos_of(clips), tmp_path / "out")
+        compress_many(compressor, videos_of(clips), tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -199,32 +201,6 @@ def test_results_reach_stdout_while_a_bar_is_drawn_on_the_terminal(clips, tmp_pa
     assert b"videos" in drawn and b"clip0.mp4: " in drawn
 
 
-def test_names_of_outputs(tmp_path):
-    for name in ("a.mp4", "a.webm", "b.mkv", "sub/a.mp4", ".hidden.mp4", ".cache/c.mp4"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    found = list_videos([tmp_path])
-    assert {str(name) for _, name in found.videos} == {"a.mp4", "a.webm", "b", "sub/a"}
-    assert len(list_videos([tmp_path, tmp_path / "b.mkv", tmp_path]).videos) == 4
-    with pytest.raises(UsageError, match="the same name"):
-        list_videos([tmp_path / "a.mp4", tmp_path / "sub" / "a.mp4"])
-
-
-def test_what_is_many(tmp_path):
-    (tmp_path / "list.txt").touch()
-    assert is_many([tmp_path]) and is_many([tmp_path / "list.txt"]) and is_many([Path("a"), Path("b")])
-    assert not is_many([tmp_path / "a.mp4"]) and not is_many([tmp_path / "missing.txt"])
-
-
-@pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\n", b"a\0b\n"])
-def test_lists_that_name_nothing(tmp_path, content):
-    path = tmp_path / "list.txt"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"list\.txt"):
-        list_videos([path])
-
-
 def test_a_name_that_is_not_utf8_is_compressed_read_and_skipped(clips, tmp_path):
     name = os.fsdecode(b"caf\xe9\xff.mp4")
     shutil.copy(clips / "clip0.mp4", tmp_path / name)
@@ -247,20 +223,6 @@ def test_a_folder_is_told_by_its_slash_and_an_empty_name_is_none(clips, tmp_path
 def test_one_file_under_two_names_is_one_video(clips):
     here = clips / "clip0.mp4"
     assert len(list_videos([here, clips / "." / "clip0.mp4", clips / ".." / clips.name / "clip0.mp4"]).videos) == 1
-
-
-@pytest.mark.parametrize("line", ["/", "..", "sub/.."])
-def test_a_line_that_names_a_folder_is_named_with_its_place(tmp_path, line):
-    path = tmp_path / "list.txt"
-    path.write_text(f"# first\n{line}\n")
-    with pytest.raises(UsageError, match=r"list\.txt:2: "):
-        list_videos([path])
-
-
-def test_only_line_feeds_end_a_line(tmp_path):
-    path = tmp_path / "list.txt"
-    path.write_bytes("a\x0cb\x85c\u2028d.mp4\r\nnext.mp4\n".encode())
-    assert [video.name for video, _ in list_videos([path]).videos] == ["a\x0cb\x85c\u2028d.mp4", "next.mp4"]
 
 
 def test_a_bundle_that_another_run_wrote_meanwhile_is_skipped(clips, compressor, tmp_path):
@@ -298,33 +260,6 @@ def test_a_bundle_of_a_release_that_recorded_no_attention_kernel_may_match(clips
         assert find_differences(changed, sha256, model, compressor.options) == differing
 
 
-def test_a_folder_hides_nothing_that_was_meant(tmp_path):
-    (tmp_path / "in" / "own").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    for place in ("in/own/a.mp4", "elsewhere/b.mp4"):
-        (tmp_path / place).touch()
-    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "in" / "gone.mp4").symlink_to(tmp_path / "nothing.mp4")
-    listing = list_videos([tmp_path / "in"])
-    assert [str(name) for _, name in listing.videos] == ["gone", "own/a"]  # the first will be a failed row
-    assert any("did not follow 1 link to folders" in note for note in listing.notes)
-
-
-def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "shut").mkdir()
-    scandir = os.scandir
-
-    def refuse(path):  # root may read every folder
-        if Path(path).name == "shut":
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UsageError, match="shut: cannot be read: Permission denied"):
-        list_videos([tmp_path])
-
-
 def test_a_failure_names_its_video(clips, tmp_path):
     run = run_freres("compress", clips, "-o", tmp_path / "out", *FLAGS, "--start", 1e4)
     assert run.status == 2
@@ -347,6 +282,24 @@ def test_a_window_from_zero_is_the_whole_video(clips, compressor, tmp_path):
     sha256, model = manifest["source"]["sha256"], compressor.models.identify_encoder()
     for start_s, differing in ((0.0, []), (0.1, ["start"])):
         assert find_differences(manifest, sha256, model, replace(compressor.options, start_s=start_s)) == differing
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EFBIG, False)])
+def test_a_full_disk_ends_the_run_at_the_first_bundle(clips, compressor, tmp_path, monkeypatch, number, raised):
+    def fill(_, file):
+        tried.append(file)
+        raise OSError(number, os.strerror(number))
+
+    tried: list[object] = []
+    monkeypatch.setattr("freres_cli.bundle.store.torch.save", fill)
+    if raised:
+        with fails(6, "clip0.pt: not enough disk space"):
+            compress_many(compressor, videos_of(clips), tmp_path / "out")
+    else:
+        rows = compress_many(compressor, videos_of(clips), tmp_path / "out")
+        assert statuses(rows) == ["failed"] * 3
+    assert len(tried) == (1 if raised else 3)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_a_fault_that_one_video_shows_does_not_end_the_run(clips, compressor, tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from freres_cli.baselines.declaration import NEEDS, TRAININGS
 from freres_cli.baselines.registry import ADAPTIVE, BUNDLE_METHODS, FRE_RES, METHODS
 from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.cli.options import complete_bundle_method, complete_method
+from freres_cli.evaluation.cells import parse_budget
+from freres_cli.pipeline.choices import count_budget
 from tests.runner import check_failure, run_freres
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,15 @@ def test_every_file_of_a_method_is_in_the_registry():
     stems = {path.stem for path in (ROOT / "freres_cli" / "baselines").glob("*.py")} - NOT_METHODS
     declared = [import_module(f"freres_cli.baselines.{stem}").METHOD for stem in sorted(stems)]
     assert {own.name: own for own in declared} == dict(METHODS)
+
+
+def test_a_budget_in_tokens_is_decided_in_one_place(method):
+    found = {text: count_budget(method.name, parse_budget(text), 101) for text in ("0.5", "7")}
+    if method.has_budget:
+        assert found == {"0.5": 50, "7": 7}
+    else:
+        fixed = 0 if method.name == "blind" else 101
+        assert set(found.values()) == {fixed} and count_budget(method.name, None, 101) == fixed
 
 
 def test_a_declaration_is_whole(method):

@@ -14,6 +14,7 @@ from freres_cli.baselines.registry import METHODS
 from freres_cli.bench import tables
 from freres_cli.bench.latents import MadeLatents
 from freres_cli.bench.tables import DENSE_30FPS, CostRow, CostTable
+from freres_cli.cli.profile_table import print_cost_table
 from freres_cli.devices import choose_device
 from freres_cli.errors import BackboneError
 from freres_cli.pipeline.made_clip import MADE_WIDTH, fill_tokens, fit_prompt, place_made_tokens
@@ -172,6 +173,21 @@ def test_the_command_prints_every_row_and_leaves_nothing(source, monkeypatch, tm
     printed = run_freres("profile", *flags)
     assert printed.status == 0 and "arXiv" in printed.out and all(row.name in printed.out for row in SMALL.rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_stands_beside_the_papers_in_one_unit(source, monkeypatch, capsys):
+    paper = {"status": "ok", "ttft_s": 1.0, "peak_memory_gb": 22.4}
+    row = {"name": "a", "status": "ok", "message": None, "context_tokens": 9, "text_tokens": 1, "prefill_s": 1.0}
+    row |= {
+        "ttft_s": 1.0,
+        "peak_memory_bytes": 24.4e9,
+        "floor": {"ttft_s": 1.0, "memory_bytes": 23.2e9},
+        "paper": paper,
+    }
+    monkeypatch.setattr(profile_table, "profile_table", lambda request: [row])
+    print_cost_table(request_of(source, SMALL), {}, json=False)
+    shown = capsys.readouterr().out
+    assert "24.40 GB  23.20 GB  22.40 GB" in shown and "GiB" not in shown and "10^9" in shown
 
 
 def test_a_table_has_its_own_clip(tmp_path):

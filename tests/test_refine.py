@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from freres_cli import load_bundle
 from freres_cli.baselines.registry import METHODS
 from freres_cli.devices import choose_device
+from freres_cli.pipeline import method_session
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.refining import embed_question, refine_tokens
@@ -47,6 +49,22 @@ def test_kept_tokens_are_those_of_cdpruner_each_as_it_is(session):
     assert torch.equal(refined.seconds, session.tokens.seconds[keep])
     assert not torch.equal(refined.positions, refine_tokens(session.tokens, session.model, OTHER, 40).positions)
     same_tokens(refine_tokens(session.tokens, session.model, QUESTION, BUDGET), session.tokens)
+
+
+def test_any_method_that_picks_for_a_question_is_asked_to(session, monkeypatch):
+    """The method decides by what it declares, not by its name."""
+
+    def pick_last(tokens, question, count):
+        assert tokens.shape[1] == question.shape[1] == session.tokens.width
+        return torch.arange(len(tokens) - count, len(tokens))
+
+    own = replace(METHODS["cdpruner"], name="own", pick_for_question=pick_last)
+    monkeypatch.setattr(method_session, "METHODS", {**METHODS, "own": own})
+    clip = SimpleNamespace(full_tokens=session.full_tokens)
+    made = method_session.open_method_session(clip, session.tokens, "own", 40, session.model, session.text_after)
+    said = made.ask(QUESTION, max_new_tokens=8)
+    kept = replace(session, tokens=session.tokens.pick(torch.arange(BUDGET - 40, BUDGET)))
+    assert said.num_visual_tokens == 40 and said.text == kept.ask(QUESTION, max_new_tokens=8).text
 
 
 def test_deepstack_rows_stay_with_their_tokens(clip, tmp_path):

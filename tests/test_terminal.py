@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -114,3 +116,45 @@ def test_any_name_can_be_written_in_any_encoding(bundle, encoding, monkeypatch):
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code and written.getvalue().startswith("caf\u00e9".encode(encoding, ANY_NAME))
+
+
+@pytest.mark.parametrize("reader", ["head -1", "true"])
+@pytest.mark.parametrize(("arguments", "status", "first"), [("methods", 0, "method "), ("presets nope", 2, "error: ")])
+def test_one_reader_of_both_streams_that_stops_early_changes_no_status(reader, arguments, status, first):
+    code = "from freres_cli.cli.start import main; main()"
+    # "true" is gone before the first line is written, "head" perhaps before the second.
+    command = f"set -o pipefail; (sleep 0.1; {sys.executable} -c '{code}' {arguments}) 2>&1 | {reader}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (status, ""), run
+    assert run.stdout.startswith(first) if reader != "true" else run.stdout == ""
+
+
+LONG = "/" + "/".join(f"folder-{i}" for i in range(30)) + "/clip.mp4"
+
+
+class TerminalStream(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_long_path_is_one_line_also_while_a_bar_is_drawn(monkeypatch):
+    """Whoever copies it from the screen gets it whole: only the terminal wraps it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, TerminalStream())
+    shown = sys.stderr
+    with output.progress_bar("compress", quiet=False) as progress:
+        progress(1, 3)
+        output.print_notes([f"{LONG}: done"])
+        output.print_path(LONG)
+    lines = [re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("[\r\n]", shown.getvalue())]
+    assert f"note: {LONG}: done" in lines and LONG in lines
+    assert max(len(line) for line in lines if LONG not in line) <= 80
+
+
+def test_inspect_breaks_lines_between_words_only(capsys):
+    output.print_wrapped("adapter", f"{'a word ' * 20}{LONG} {'and more ' * 20}")
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.strip() == LONG for line in shown)
+    assert max(len(line) for line in shown if LONG not in line) <= output.SCREEN_COLUMNS

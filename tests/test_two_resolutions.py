@@ -116,14 +116,15 @@ def test_only_anchors_pass_the_tower_whole(clip):
     shapes: list[tuple[int, ...]] = []
     encode = tower.encode
     tower.encode = lambda pixels: (shapes.append(tuple(pixels.shape)), encode(pixels))[1]
-    bundle = Compressor(
-        models=models_with(encoder=tower), budget_tokens=300, method="fre-res", residual_grid="half"
-    ).compress(clip)
+    models = models_with(encoder=tower)
+    compressor = Compressor(models=models, budget_tokens=300, method="fre-res", residual_grid="half")
+    bundle, budget = compressor.compress(clip), compressor.plan(clip).budget
     facts = bundle.manifest
     num_whole = sum(n for n, height, *_ in shapes if height == 96)
     num_small = sum(n for n, height, *_ in shapes if height == 48)
     assert num_small == 61, "60 pictures, and one that is shown 30 times"
     assert facts["tokens"]["num_gops"] <= num_whole < 20
+    assert budget.num_anchors < num_whole <= budget.num_anchors + budget.max_events, "what freres plan counts"
     assert facts["tokens"]["encoded_tokens"] == 61 * 9 + num_whole * 36
     assert facts["geometry"]["residual_grid"] == [3, 3] and facts["geometry"]["grid"] == [90, 6, 6]
     assert facts["settings"]["residual_grid"]["value"] == "half"
@@ -191,9 +192,12 @@ def test_the_plan_counts_the_smaller_frames(clip):
         return next(s["flops"] for s in run.json["stages"] if s["name"] == "tower")
 
     full, small = flops(), flops("--set", "residual_grid=3x3")
-    num_anchors = plan_of(clip).budget.num_anchors
+    budget = plan_of(clip).budget
+    num_whole = budget.num_anchors + budget.max_events
     # A quarter of the tokens is less than a quarter of the work, because attention is among all pairs.
-    assert num_anchors / 90 * full < small < (num_anchors / 90 + 0.25) * full
+    assert num_whole / 90 * full < small < (num_whole / 90 + 0.25) * full
+    without = flops("--set", "residual_grid=3x3", "--set", "events=off")
+    assert small - without == pytest.approx(budget.max_events / 90 * full)
 
 
 def plan_of(clip):

@@ -23,6 +23,7 @@ from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling, num_sampled_frames, num_shown_frames
 from tests import clips, decoding
 from tests.decoding import NATIVE, SMALL, decode
+from tests.runner import fails
 
 plain_clip = decoding.plain_clip
 
@@ -183,6 +184,36 @@ def test_a_timestamp_years_away_does_not_stretch_the_clip(tmp_path):
     info = probe_video(path)
     assert info.duration_s < 10 and any("no usable timestamps" in note for note in info.notes)
     assert decode(path)[0] == list(range(24))
+
+
+@pytest.mark.parametrize("name", ["lapse.mp4", "lapse.mkv", "lapse.avi"])
+def test_a_time_lapse_keeps_its_times(tmp_path, name):
+    """A frame an hour is not a damaged file; nor is one that has no light at night."""
+    hours = list(range(20)) if name.endswith("avi") else [*range(12), *range(24, 36)]
+    base = Fraction(3600) if name.endswith("avi") else Fraction(1)
+    pts = [hour * 3600 // int(base) for hour in hours]
+    path = clips.write_clip(
+        tmp_path / name, len(hours), pts=pts, time_base=base, fps=float(1 / base), options={"bf": "0"}
+    )
+    info = probe_video(path)
+    assert info.has_timestamps and not any("no usable timestamps" in note for note in info.notes)
+    shown, times, *_ = decode(path)
+    assert shown == list(range(len(hours)))
+    assert [time - info.start_s for time in times] == [hour * 3600.0 for hour in hours]
+    assert decode(path, Sampling("fps", fps=1 / 7200))[0][:6] == [0, 2, 4, 6, 8, 10]
+
+
+def test_a_rate_that_a_time_lapse_cannot_be_read_at_is_refused(tmp_path):
+    stamps = [k * 86_400 for k in range(40)]
+    path = clips.write_clip(tmp_path / "days.mkv", 40, pts=stamps, time_base=Fraction(1), fps=1)
+    with fails(2, "expected at most 10000000 frames"):
+        decode(path, Sampling("fps", fps=30))
+
+
+@pytest.mark.parametrize("stamps", [[0, 10**12], [0, 100, 10**12], [0, 10**9, 10**14], [*range(30), 10**9, 2 * 10**9]])
+def test_a_few_damaged_timestamps_make_no_time_lapse(tmp_path, stamps):
+    path = clips.write_clip(tmp_path / "spoilt.mkv", len(stamps), pts=stamps, time_base=Fraction(1, 1000))
+    assert not probe_video(path).has_timestamps
 
 
 def test_missing_timestamps_are_guessed_and_reported(tmp_path):

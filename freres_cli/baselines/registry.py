@@ -40,7 +40,7 @@ from freres_cli.baselines import (
 )
 from freres_cli.baselines.declaration import Method
 
-FRE_RES, ADAPTIVE = fre_res.METHOD.name, adaptive.METHOD.name
+FRE_RES, ADAPTIVE, BLIND = fre_res.METHOD.name, adaptive.METHOD.name, blind.METHOD.name
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""Published systems that are not here, because what they need cannot be had: listed by ``freres methods --all``."""
+"""Published systems that are not here, as what they need cannot be had or is not written: for ``freres methods --all``."""
 
 from __future__ import annotations
 
@@ -81,6 +81,20 @@ UNAVAILABLE: Mapping[str, Unavailable] = MappingProxyType(
                 "it does not choose tokens: it gives a merged token several positions, each in its own channels of the "
                 "rotary embedding",
                 "several positions for each token, in bundles and in the rotary embedding of every family",
+            ),
+            Unavailable(
+                "d-code",
+                "D-CoDe, arXiv 2510.08818",
+                "it picks frames with CLIP and has a second language model split the question; its merging of tokens alone "
+                "would be another method",
+                "CLIP and that language model beside the one that answers, and a prompt for each part of the question",
+            ),
+            Unavailable(
+                "sparsevlm",
+                "SparseVLM, arXiv 2410.04417",
+                "it prunes at several layers of the decoder, by the attention of words that it picks from the question, "
+                "and makes new tokens of those that it drops; here a decoder is pruned once, and tokens are only dropped",
+                "pruning at several layers, with the attention of every word, and tokens that are made between layers",
             ),
         )
     }

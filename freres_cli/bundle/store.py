@@ -66,7 +66,9 @@ def read_bundle(path: Path) -> StoredBundle:
     if not os.path.isfile(path):  # noqa: PTH113 (os.path takes names too long for the system)
         raise BundleError(f"{explain_no_file(path)}: expected a bundle", "make one with: freres compress VIDEO")
     try:
-        if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:  # by its path, one that may not be read would be no archive
+            is_archive = zipfile.is_zipfile(file)
+        if not is_archive:
             raise BundleError(f"{path}: not a freres bundle", "make one with: freres compress VIDEO")
         check_archive(path)
         loaded = _load(path)

@@ -19,6 +19,7 @@ from freres_cli.cli.output import (
     print_json_line,
     print_line,
     print_notes,
+    print_prompt,
     print_result,
     print_text,
     progress_bar,
@@ -47,7 +48,9 @@ def ask(
     ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option("--questions", metavar="FILE", help="Answer a file of JSON lines: question, choices, id."),
+        typer.Option(
+            "--questions", metavar="FILE", readable=False, help="Answer a file of JSON lines: question, choices, id."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 128,
     temperature: Annotated[
@@ -293,7 +296,7 @@ def _loop(session: Session, manner: dict[str, Any], quiet: bool, where: bool) ->
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     while True:
         if is_terminal:
-            print("> ", end="", file=sys.stderr, flush=True)
+            print_prompt()
         line = _read_stdin(line=True)
         if not line:
             break

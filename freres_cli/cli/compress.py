@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from freres_cli.workflows.compress import CompressResult, Row
 
 BUNDLE, BUNDLES = Path("bundle.pt"), Path("bundles")
-PIPE = Path("-")
+PIPE = "-"
 
 
 def compress(
@@ -104,6 +104,9 @@ def compress(
     place = None if output is None else options.check_path(output, "-o")
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     named |= {"deepstack": deepstack, "quality": quality, "residual_grid": residual_grid}
+    is_pipe = PIPE in videos
+    if is_pipe:
+        _check_pipe(videos, output, dry_run)
     use_one_heap()
     many = is_many(paths) or (output is not None and options.is_folder(output))
     flags = gather_flags(assignments, named)
@@ -122,13 +125,16 @@ def compress(
             _compress_many(compressor, listing.videos, place or BUNDLES, force, json, quiet, progress)
             return
         if not dry_run:
-            result = _compress_one(compressor, paths[0], place or BUNDLE, force, quiet, progress)
+            video = None if is_pipe else paths[0]
+            result = _compress_one(compressor, video, place or BUNDLE, force, quiet, progress)
     if dry_run:
         if is_many(paths):
             raise UsageError("--dry-run: expected one video file", "name one of them")
+        from freres_cli.pipeline.notes import describe_repeats
         from freres_cli.pipeline.prompt_text import bound_text
 
         plan = compressor.plan(paths[0])
+        print_notes(describe_repeats(plan), quiet)
         _print_plan(
             plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models, chosen.method)}, chosen, json
         )
@@ -136,15 +142,28 @@ def compress(
     _print_one(result, chosen, json, quiet)
 
 
+def _check_pipe(videos: list[str], output: str | None, dry_run: bool) -> None:
+    """Refuse what cannot be done with a video on standard input. Raises ``UsageError``."""
+    if len(videos) > 1:
+        raise UsageError("-: standard input is one video: expected no other beside it", "compress the others apart")
+    if dry_run:
+        raise UsageError("--dry-run: expected a video file, got standard input", "save it to a file first")
+    if output is not None and options.is_folder(output):
+        raise UsageError(
+            f"-o {output}: is a folder: standard input has no name for a bundle in it", "name a file with -o"
+        )
+
+
 def _compress_one(
-    compressor: Compressor, video: Path, output: Path, force: bool, quiet: bool, progress: Progress | None
+    compressor: Compressor, video: Path | None, output: Path, force: bool, quiet: bool, progress: Progress | None
 ) -> CompressResult:
+    """Compress one video; ``None`` for the one on standard input."""
     from freres_cli.workflows.compress import compress_file, compress_stream
 
     def tell(note: str) -> None:
         print_notes([note], quiet)
 
-    if video != PIPE:
+    if video is not None:
         return compress_file(compressor, video, output, force=force, progress=progress, tell=tell)
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or stream.isatty():

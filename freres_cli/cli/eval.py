@@ -30,6 +30,7 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="QUESTIONS",
+            readable=False,
             help="JSON lines: id, video, category, question, choices, answer; or the folder of a benchmark.",
         ),
     ],
@@ -53,7 +54,9 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE|DIR", help="Keep answers here, so a stopped run can resume."),
+        typer.Option(
+            "--output", "-o", metavar="FILE|DIR", readable=False, help="Keep answers here, so a stopped run can resume."
+        ),
     ] = None,
     table: Annotated[
         str | None,

@@ -18,7 +18,7 @@ TARGETS = ("vllm", "hf", "safetensors")
 def export(
     bundle: options.BundlePath,
     target: Annotated[str, typer.Option("--to", metavar="|".join(TARGETS), help="What will read the file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", readable=False, help="The file to write.")],
     model: options.Model = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,

@@ -20,6 +20,7 @@ from freres_cli.cli.output import (
     print_warning,
     progress_bar,
 )
+from freres_cli.cli.video_rows import tell_how_many
 from freres_cli.pipeline.choices import choose_cells
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def fidelity(
     ones, plus the inverse DCT and the impulses. That is more than its tokens show a language model, so its figure is
     generous. Adapters have no part in it.
 
+    A video that cannot be used is reported, and counts for no mean; the exit status is then that of the first failure.
+
     This is not accuracy. It does not say what a language model makes of the tokens, whether it can use tokens that were
     averaged or moved, or what their text costs. Every unit of energy counts alike: small or brief things and written text
     hold little energy, so they may be lost at a high share, and noise may be kept. What the tower does not see, no share
@@ -95,10 +98,12 @@ def fidelity(
     print_notes(result.notes, quiet)
     if json:
         print_json("freres.fidelity/1", _describe(result, request))
-        return
-    _print_rows(result)
-    if picture is not None:
-        print_line(f"plot: {picture.path}")
+    else:
+        _print_rows(result)
+        if picture is not None:
+            print_line(f"plot: {picture.path}")
+    if result.first_failure is not None:
+        raise tell_how_many(result.first_failure, len(result.failed), len(request.videos))
 
 
 def _describe(result: FidelityResult, request: FidelityRequest) -> dict[str, Any]:

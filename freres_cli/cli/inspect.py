@@ -28,7 +28,9 @@ def inspect(
     tokens: Annotated[bool, typer.Option("--tokens", help="Add one row for each visual token.")] = False,
     absorber: Annotated[
         Path | None,
-        typer.Option("--absorber", metavar="FILE", help="Draw a PNG of what the absorber took from each cell."),
+        typer.Option(
+            "--absorber", metavar="FILE", readable=False, help="Draw a PNG of what the absorber took from each cell."
+        ),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="Show every GoP, setting and note.")] = False,
     adapter: options.Adapter = None,

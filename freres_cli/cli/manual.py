@@ -329,7 +329,8 @@ methods:
     freres methods --json: The same as one document.
   output: >-
     A table of methods, then a line for each with what it keeps and how it differs from its source. With `--all`, the same
-    for published systems that `--method` does not take, because what they need cannot be had: why, and what it would take.
+    for published systems that `--method` does not take, because what they need cannot be had or is not written: why, and
+    what it would take.
   schemas:
     freres.methods/1:
       methods (name summary source training needs is_question_blind streams has_budget has_quality makes_bundles

@@ -198,4 +198,7 @@ Adapter = Annotated[
 # Importing torch and transformers takes seconds: verbs that do say so first.
 LOADING = "loading torch"
 
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle that freres compress wrote.")]
+# A file that may not be read is refused by whoever reads it, in our words, rather than by Typer: ``readable=False``.
+BundlePath = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", readable=False, help="A bundle that freres compress wrote.")
+]

@@ -106,10 +106,15 @@ def print_error(error: FreresError) -> None:
         _tell(f"hint: {_plain(error.hint)}")
 
 
-def _tell(line: str) -> None:
+def print_prompt() -> None:
+    """Write to stderr that the next question can be typed."""
+    _tell("> ", end="")
+
+
+def _tell(line: str, end: str = "\n") -> None:
     """Write a line to stderr. If nobody can read it there, the work goes on, and its exit status stays what it is."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(line, end=end, file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
 
@@ -157,7 +162,8 @@ def progress_bar(
     )
     # While a bar is drawn, rich redirects stdout to its console, stderr. Allow that only if both are terminals.
     shares_terminal = sys.stdout.isatty()
-    console = Console(stderr=True)
+    # The terminal wraps long lines by itself: a break that is written into a path would be copied with it.
+    console = Console(stderr=True, soft_wrap=True)
     with Progress(*columns, console=console, transient=True, redirect_stdout=shares_terminal) as progress:
         task = progress.add_task(waiting or label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total, description=label)
@@ -183,8 +189,10 @@ def format_sparkline(values: Sequence[float]) -> str:
 
 
 def print_wrapped(label: str, text: str) -> None:
-    """Write text that may hold names from files to stdout, after a label of up to 8 letters, at most 100 columns wide."""
-    for place, part in enumerate(wrap(_plain(text), SCREEN_COLUMNS - 9, break_on_hyphens=False) or [""]):
+    """Write text that may hold names from files to stdout, after a label of up to 8 letters, at most 100 columns wide, but
+    for a word that is longer: a path can be copied whole."""
+    parts = wrap(_plain(text), SCREEN_COLUMNS - 9, break_on_hyphens=False, break_long_words=False)
+    for place, part in enumerate(parts or [""]):
         print_result(f"{'' if place else label:<8} {part}")
 
 

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 def profile(
     target: Annotated[
-        Path | None, typer.Argument(metavar="BUNDLE|VIDEO", help="What to profile; by default, a generated 4 s clip.")
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE|VIDEO", readable=False, help="What to profile; by default, a generated 4 s clip."
+        ),
     ] = None,
     question: Annotated[str, typer.Option("--question", help="The question to ask.")] = "What happens in the video?",
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Measured runs.")] = 3,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freres_cli.cli.output import format_bytes, format_seconds, print_json, print_line, print_result, print_table
+from freres_cli.cli.output import format_seconds, print_json, print_line, print_result, print_table
 from freres_cli.errors import UsageError, count_of
 from freres_cli.presets import BUNDLED
 
@@ -71,6 +71,7 @@ def print_cost_table(request: TableRequest, facts: dict[str, Any], *, json: bool
         if row["message"]:
             print_line(f"{row['name']}: {row['message']}")
     print_line(f"paper: {PAPER_SOURCE}; its prompts have 22 tokens of text")
+    print_line("GB: ours are 10^9 bytes; the paper does not say what its are")
     print_line("floor: derived from the FLOPs of the prompt and the fastest matrix product here; weights and KV cache")
     print_result(f"medians of {count_of(request.repeat, 'run')}; --json has the spread")
 
@@ -94,7 +95,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         format_seconds(row["ttft_s"]),
         format_seconds(floor["ttft_s"]),
         theirs[0],
-        format_bytes(row["peak_memory_bytes"]),
-        format_bytes(floor["memory_bytes"]),
+        _format_gb(row["peak_memory_bytes"]),
+        _format_gb(floor["memory_bytes"]),
         theirs[1],
     )
+
+
+def _format_gb(num_bytes: float | None) -> str:
+    """Bytes in the paper's unit, so that columns side by side can be compared."""
+    return "-" if num_bytes is None else f"{num_bytes / 1e9:.2f} GB"

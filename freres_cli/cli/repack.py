@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from freres_cli.cli import options
 from freres_cli.cli.output import format_bytes, print_json, print_notes, print_path
 from freres_cli.errors import UsageError, count_of
-from freres_cli.files import make_folder
+from freres_cli.files import made_folder
 from freres_cli.presets import DEEPSTACK
 
 
@@ -40,10 +41,10 @@ def repack(
     from freres_cli.pipeline.cutting import Cut
     from freres_cli.workflows.repack import repack_bundle
 
-    if options.is_folder(output):
-        make_folder(place)
-        place = place / bundle.name
-    result = repack_bundle(bundle, place, Cut(budget, quality, deepstack), force=force)
+    is_folder = options.is_folder(output)
+    with made_folder(place) if is_folder else nullcontext():
+        target = place / bundle.name if is_folder else place
+        result = repack_bundle(bundle, target, Cut(budget, quality, deepstack), force=force)
     print_notes(result.notes, quiet)
     if json:
         from freres_cli.bench.report import describe_environment

@@ -13,9 +13,11 @@ from freres_cli.cli.output import format_bytes, print_json, print_notes, print_p
 
 def report(
     bundle: options.BundlePath,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", readable=False, help="The page.")] = Path(
+        "report.html"
+    ),
     video: Annotated[
-        Path | None, typer.Option("--video", metavar="FILE", help="The bundle's video, for thumbnails.")
+        Path | None, typer.Option("--video", metavar="FILE", readable=False, help="The bundle's video, for thumbnails.")
     ] = None,
     adapter: options.Adapter = None,
     force: options.Force = False,

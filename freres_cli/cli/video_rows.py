@@ -65,8 +65,13 @@ def raise_first_failure(rows: Sequence[VideoRow]) -> None:
     for row in rows:
         if (error := row.error) is not None:
             failed = count_statuses(rows)["failed"]
-            told = f"{failed} of {count_of(len(rows), 'video')} failed: {_describe(row, error)}"
-            raise type(error)(told, error.hint)
+            raise tell_how_many(type(error)(_describe(row, error), error.hint), failed, len(rows))
+
+
+def tell_how_many(first: FreresError, num_failed: int, num_videos: int) -> FreresError:
+    """Return the failure of a run in which some videos failed. ``first``: the failure of the first of them."""
+    told = f"{num_failed} of {count_of(num_videos, 'video')} failed: {first.message}"
+    return type(first)(told, first.hint)
 
 
 def _describe(row: VideoRow, error: FreresError) -> str:

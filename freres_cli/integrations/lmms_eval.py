@@ -19,7 +19,7 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.errors import UsageError, VideoError
 from freres_cli.evaluation.cells import parse_budget
 from freres_cli.pipeline.adapters import TRAINED_METHODS, AnyModules, choose_adapter, load_modules_for
-from freres_cli.pipeline.choices import choose_preset
+from freres_cli.pipeline.choices import choose_preset, count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
@@ -133,8 +133,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
     def _open(self, video: Path) -> Session:
         model, options = self._models.language_model, self._options
         clip = EncodedClip(VideoSource(video), options, self._models.encoder, self._timer)
-        fixed = {"full": clip.full_tokens, "blind": 0}
-        budget_tokens = fixed.get(self._method, self._budget.tokens(clip.full_tokens))
+        budget_tokens = count_budget(self._method, self._budget, clip.full_tokens)
         text_after = options.settings.text_after
         session = make_method_session(clip, self._method, budget_tokens, model, text_after, self._modules)
         # The method may have decoded the file again.

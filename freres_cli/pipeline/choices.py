@@ -10,10 +10,10 @@ from numbers import Complex, Real
 from pathlib import Path
 
 from freres_cli.baselines.declaration import Method
-from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
+from freres_cli.baselines.registry import BLIND, BUNDLE_METHODS, METHODS
 from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.errors import UsageError
-from freres_cli.evaluation.cells import Cell, parse_cells
+from freres_cli.evaluation.cells import Budget, Cell, parse_cells
 from freres_cli.files import can_be_name
 from freres_cli.presets import BUNDLED, MODEL_INFO_FILE, Settings
 
@@ -85,6 +85,15 @@ def choose_cells(methods: str, budgets: str, names: Iterable[str]) -> tuple[Cell
     for name in methods.split(","):
         refuse_unavailable(name.strip(), "--methods")
     return parse_cells(methods, budgets, {name: METHODS[name].has_budget for name in names})
+
+
+def count_budget(method: str, budget: Budget | None, full_tokens: int) -> int:
+    """Return how many visual tokens a method may keep of a clip of ``full_tokens``. ``budget``: what it is asked for; a
+    method that takes none keeps every token, or none if it is blind."""
+    if METHODS[method].has_budget:
+        assert budget is not None
+        return budget.tokens(full_tokens)
+    return 0 if method == BLIND else full_tokens
 
 
 def refuse_unavailable(name: str, where: str) -> None:

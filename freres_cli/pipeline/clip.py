@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
-from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
+from freres_cli.baselines.registry import ADAPTIVE, BLIND, FRE_RES, METHODS
 from freres_cli.bench.clock import StageTimer
 from freres_cli.content import Content
 from freres_cli.errors import VideoError
@@ -23,6 +23,7 @@ from freres_cli.pipeline.adapters import AnyModules
 from freres_cli.pipeline.between import LineStream
 from freres_cli.pipeline.encoding import LatentStream, VideoSource, count_batch_frames
 from freres_cli.pipeline.manifest import build_manifest
+from freres_cli.pipeline.notes import describe_repeats
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import read_prompt_text
 from freres_cli.pipeline.reduction import LatentBatch, Reduction, reduce_latents
@@ -80,7 +81,9 @@ class EncodedClip:
         self._latents: dict[FrameSize | None, LatentStream] = {}
         self._views: dict[tuple[Sampling, FrameSize | None, int], View] = {}
         self._merged: dict[tuple[Sampling, int, str, int], tuple[Reduction, float]] = {}
-        self._baseline = self._view(self._plan(FULL_BUDGET))
+        plan = self._plan(FULL_BUDGET)
+        self._baseline = self._view(plan)
+        self._repeats = tuple(describe_repeats(plan))
         # By budget: frames that Fre-Res with two resolutions encodes at that of anchors as well.
         self._num_whole: dict[int, int] = {}
 
@@ -113,12 +116,12 @@ class EncodedClip:
     def notes(self) -> tuple[str, ...]:
         """What is odd about the file, and how decoding went: the notes of ``freres compress``."""
         found = [note for view in self._views.values() for note in view.report.notes]
-        return tuple(dict.fromkeys((*self._source.info.notes, *found, *self._source.describe_change())))
+        return tuple(dict.fromkeys((*self._source.info.notes, *self._repeats, *found, *self._source.describe_change())))
 
     def count_frames(self, method: str, budget_tokens: int) -> tuple[int, int]:
         """Return how many frames the tokens of a method are made from, and how many tokens pass the tower for them, as if no
         other method had been there before. It counts what ``build_tokens`` or ``build_tracks`` made at this budget."""
-        if method == "blind":
+        if method == BLIND:
             return 0, 0
         view, residual_size, num_whole = self._baseline, None, 0
         per_frame = self._baseline.latents.shape[1:3].numel()

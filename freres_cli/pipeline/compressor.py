@@ -139,7 +139,7 @@ class Compressor:
         manifest = build_manifest(source, options, plan, encoder, reduction, report, text)
         limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
         fit, planned = describe_fit(plan, encoder, options.settings), describe_plan(plan, options, manifest)
-        found = (*limits, *encoder.notes, *fit, *plan.info.notes, *report.notes, *planned, *untold)
+        found = (*limits, *encoder.notes, *fit, *plan.info.notes, *manifest["sampling"]["notes"], *planned, *untold)
         timer.seconds["total"] = time.perf_counter() - start
         return Bundle(
             manifest,

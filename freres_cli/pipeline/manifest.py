@@ -11,6 +11,7 @@ from freres_cli import __version__
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.content import count_by_kind, kind_of
 from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.notes import describe_repeats
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.pipeline.prompt_text import PromptText, describe_text, record_text
 from freres_cli.pipeline.reduction import Reduction
@@ -64,7 +65,7 @@ def build_manifest(
             "num_frames": num_frames,
             "baseline_frames": min(plan.baseline_frames, num_frames),
             "lost_s": report.lost_s,
-            "notes": list(report.notes),
+            "notes": [*describe_repeats(plan), *report.notes],
         },
         "geometry": {
             "width": reduction.content.width,

@@ -42,14 +42,17 @@ def open_method_session(
     each question. ``clip``, ``budget_tokens``, ``model``, ``text_after``: as in ``make_method_session``. ``tokens``: of
     ``EncodedClip.build_tokens``.
     """
+    declared = METHODS[method]
+    picks = declared.pick_for_question is not None
     return Session(
         model,
         with_deep_rows(tokens, model.num_deep_layers),
         clip.full_tokens,
         text_after,
         load_s=0.0,
-        refine=budget_tokens if method == REFINER else None,
-        pruning=make_pruning(METHODS[method], budget_tokens),
+        refine=budget_tokens if picks else None,
+        refiner=declared if picks else REFINER,
+        pruning=make_pruning(declared, budget_tokens),
     )
 
 

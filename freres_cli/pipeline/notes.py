@@ -14,6 +14,8 @@ from freres_cli.presets import BUNDLED, FULL, Settings
 
 # If less than this share of the budget is used, a note says why.
 FULL_SHARE = 0.98
+# Clocks that differ a little, as 29.97 from 30 fps, repeat a frame now and then.
+REPEATED_SHARE = 0.02
 
 
 def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
@@ -103,6 +105,16 @@ def describe_fit(plan: CompressPlan, encoder: VisionEncoder, settings: Settings)
         yield (
             f"frames of {width}x{height} px are squeezed to a grid of {size.grid_h}x{size.grid_w} tokens; --grid auto keeps "
             f"their shape, here {kept.grid_h}x{kept.grid_w}"
+        )
+
+
+def describe_repeats(plan: CompressPlan) -> Iterator[str]:
+    """Yield a note if the full-token model would read more frames than the clip shows: what repeats another costs a
+    compressed clip next to nothing, and still counts among the full tokens."""
+    if plan.sampling.mode == "fps" and plan.baseline_frames > (1 + REPEATED_SHARE) * plan.num_shown:
+        yield (
+            f"the clip shows {count_of(plan.num_shown, 'frame')}, which are read as {plan.baseline_frames}: repeated ones "
+            "count among its full tokens, so the compression looks larger than it is; a lower --fps repeats none"
         )
 
 

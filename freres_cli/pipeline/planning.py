@@ -84,7 +84,8 @@ class CompressOptions:
 class CompressPlan:
     """The plan for one video.
 
-    ``num_frames``: frames that will be read. ``baseline_frames``: frames that the full-token model would read.
+    ``num_shown``: frames that the clip shows in the part to be read. ``num_frames``: frames that will be read.
+    ``baseline_frames``: frames that the full-token model would read.
     ``budget``: how Fre-Res allocates the budget; ``None`` for other methods. ``quality``: share of the latents' energy to
     keep in as few tokens as possible; ``None`` to use the budget. ``residual_size``: that of frames that are no anchors, if
     it is smaller. ``line_levels``: how far a frame may lie off the line between two others and not be encoded, in levels
@@ -94,6 +95,7 @@ class CompressPlan:
     info: VideoInfo
     sampling: Sampling
     size: FrameSize
+    num_shown: int
     num_frames: int
     baseline_frames: int
     budget_tokens: int
@@ -143,25 +145,27 @@ def plan_compression(options: CompressOptions, encoder: VisionEncoder, info: Vid
     quality = settings.quality
     budget_tokens = settings.budget_tokens if options.has_budget else FULL_BUDGET
     sampling = choose_sampling(options, 1)
-    num_frames = baseline = _count_frames(sampling, info)
+    num_shown = _count_shown(sampling, info)
+    num_frames = baseline = num_sampled_frames(sampling, info.start_s, info.duration_s, num_shown)
     if options.method not in (FRE_RES, ADAPTIVE):
         budget_tokens = _budget_of(METHODS[options.method], options, baseline * size.num_tokens)
-        return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, None)
+        return CompressPlan(info, sampling, size, num_shown, num_frames, baseline, budget_tokens, None)
     # A budget for every token of the named frames leaves nothing for a denser track to add.
     is_reduced = quality is not None or budget_tokens < baseline * size.num_tokens
     if is_reduced and settings.track_density > 1:
         sampling = choose_sampling(options, settings.track_density)
-        num_frames = _count_frames(sampling, info)
+        num_frames = num_sampled_frames(sampling, info.start_s, info.duration_s, num_shown)
     if options.method == ADAPTIVE:
         levels = settings.line_levels if is_reduced else 0
         return CompressPlan(
-            info, sampling, size, num_frames, baseline, budget_tokens, None, quality, line_levels=levels
+            info, sampling, size, num_shown, num_frames, baseline, budget_tokens, None, quality, line_levels=levels
         )
     residual_size = _choose_residual_size(settings, encoder, info, size) if is_reduced else None
     residual_grid = None if residual_size is None else (residual_size.grid_h, residual_size.grid_w)
     grid = size.grid_h, size.grid_w
     budget = plan_budget(num_frames, grid, method_settings(settings), budget_tokens, residual_grid)
-    return CompressPlan(info, sampling, size, num_frames, baseline, budget_tokens, budget, None, residual_size)
+    frames = (num_shown, num_frames, baseline)
+    return CompressPlan(info, sampling, size, *frames, budget_tokens, budget, None, residual_size)
 
 
 def _choose_residual_size(
@@ -187,12 +191,12 @@ def _choose_residual_size(
     return None if small == size else small
 
 
-def _count_frames(sampling: Sampling, info: VideoInfo) -> int:
-    num_shown = info.num_packets
-    if sampling.start_s is not None or sampling.end_s is not None:  # of a file: decoded frames have no window
-        stamps_s = read_packet_table(info.path, info.stream_index, info.num_bytes).stamps_s
-        num_shown = num_shown_frames(sampling, info.start_s, info.duration_s, stamps_s)
-    return num_sampled_frames(sampling, info.start_s, info.duration_s, num_shown)
+def _count_shown(sampling: Sampling, info: VideoInfo) -> int:
+    if sampling.start_s is None and sampling.end_s is None:
+        return info.num_packets
+    # Of a file: decoded frames have no window.
+    stamps_s = read_packet_table(info.path, info.stream_index, info.num_bytes).stamps_s
+    return num_shown_frames(sampling, info.start_s, info.duration_s, stamps_s)
 
 
 def _budget_of(method: Method, options: CompressOptions, full_tokens: int) -> int:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel
+from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import METHODS
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.choices import as_whole
 from freres_cli.records import VideoTokens
 
-REFINER = "cdpruner"
+REFINER = METHODS["cdpruner"]  # the method of ``ask --refine``
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,17 @@ def embed_question(model: LanguageModel, question: str) -> Tensor:
 
 
 @torch.no_grad()
-def refine_tokens(tokens: VideoTokens, model: LanguageModel, question: str, count: int) -> VideoTokens:
-    """Return the ``count`` tokens that a question needs, each unchanged and in the same order, as CDPruner picks them.
+def refine_tokens(
+    tokens: VideoTokens, model: LanguageModel, question: str, count: int, method: Method = REFINER
+) -> VideoTokens:
+    """Return the ``count`` tokens that a question needs, each unchanged and in the same order.
 
-    ``tokens``: of the video. ``model``: whose embeddings of ``question`` they are compared with. All tokens are returned
-    as they are if there are no more than ``count``.
+    ``tokens``: of the video. ``model``: whose embeddings of ``question`` they are compared with. ``method``: which picks
+    them. All tokens are returned as they are if there are no more than ``count``.
     """
     if count >= len(tokens):
         return tokens
-    pick = METHODS[REFINER].pick_for_question
+    pick = method.pick_for_question
     assert pick is not None
     latents = tokens.latents[:, : tokens.width].to("cpu")
     return tokens.pick(pick(latents, embed_question(model, question), count).to(tokens.latents.device))

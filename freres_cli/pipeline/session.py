@@ -17,6 +17,7 @@ from freres_cli.backbones.generation import Sampling, generate
 from freres_cli.backbones.locks import ThreadLock
 from freres_cli.backbones.pruning import Pruning
 from freres_cli.backbones.saved_prefix import SUFFIX, open_prefix
+from freres_cli.baselines.declaration import Method
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import AS_COMPUTED, Device, Storage, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
@@ -27,7 +28,7 @@ from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
 from freres_cli.pipeline.query import Query, check_limit, check_query, read_queries, read_query
 from freres_cli.pipeline.reasoning import NOTE, opens_reasoning
-from freres_cli.pipeline.refining import AskedFacts, check_refine, describe_refine, refine_tokens
+from freres_cli.pipeline.refining import REFINER, AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.records import Answer, VideoTokens
 
@@ -71,8 +72,9 @@ class Session:
     ``model``: the language half. ``tokens``: the video, settled at the instants that the family's text allows; ``moves``
     says how, ``None`` if nothing moved. ``full_tokens``: token count of the uncompressed clip.
     ``text_after``: position of the text after the video. ``load_s``: seconds spent loading bundle and model. ``notes``:
-    what the user should know. ``refine``: that of ``ask``, where it has none of its own. ``pruning``: which tokens reach
-    the later layers of the decoder; ``None`` for all. ``prefix_file``: where to keep the prefilled video, if anywhere.
+    what the user should know. ``refine``: that of ``ask``, where it has none of its own. ``refiner``: the method that
+    picks these tokens. ``pruning``: which tokens reach the later layers of the decoder; ``None`` for all.
+    ``prefix_file``: where to keep the prefilled video, if anywhere.
     """
 
     model: LanguageModel
@@ -82,6 +84,7 @@ class Session:
     load_s: float
     notes: tuple[str, ...] = ()
     refine: int | None = None
+    refiner: Method = REFINER
     pruning: Pruning | None = None
     prefix_file: Path | None = None
     moves: Moves | None = field(default=None, init=False)
@@ -290,7 +293,7 @@ class Session:
         else of the question."""
         ids, start = self.model.prompt(text or query.question), time.perf_counter()
         tokens, about = self.tokens, query.relevant_text or query.question
-        tokens = tokens if refine is None else refine_tokens(tokens, self.model, about, refine)
+        tokens = tokens if refine is None else refine_tokens(tokens, self.model, about, refine, self.refiner)
         refine_s = 0.0 if tokens is self.tokens else time.perf_counter() - start
         prefix = self._prefixes.get(ids.prefix) if tokens is self.tokens else None
         if prefix is None and self.prefix_file is not None and tokens is self.tokens:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from freres_cli.errors import UsageError, count_of
+from freres_cli.errors import UsageError, count_of, explain_no_file
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Listing:
 
 
 def is_many(arguments: Sequence[Path]) -> bool:
-    """Whether the arguments name a set of videos rather than one file."""
+    """Whether the arguments name a set of videos rather than one file. Raises ``UsageError`` for a list that is not there."""
     return len(arguments) != 1 or os.path.isdir(arguments[0]) or _is_list(arguments[0])  # noqa: PTH112
 
 
@@ -70,7 +70,16 @@ def name_outputs(found: Sequence[tuple[T, Path]]) -> list[tuple[T, Path]]:
 
 
 def _is_list(path: Path) -> bool:
-    return path.suffix.lower() == LIST_SUFFIX and os.path.isfile(path)  # noqa: PTH113
+    if path.suffix.lower() != LIST_SUFFIX:
+        return False
+    if not os.path.exists(path):  # noqa: PTH110 (as above)
+        raise no_such_list(path)
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def no_such_list(path: str | Path) -> UsageError:
+    """Return the error for a list that is not there. It is told before any work: as a video it would be a failed row."""
+    return UsageError(explain_no_file(path, "list"), "check the path")
 
 
 def expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
@@ -98,7 +107,7 @@ def _name_of(video: Path, where: str) -> Path:
 
 
 def _list_files(folder: Path, notes: list[str]) -> list[Path]:
-    """The files below a folder but hidden ones, in order. A link to a file that is gone is one of them: it was meant.
+    """The files below a folder but hidden ones, in order.
 
     ``notes``: gets how many links to folders were not followed, as they may lead round in a circle. Raises ``UsageError`` if
     a folder cannot be read: its videos would be missed in silence.
@@ -108,10 +117,16 @@ def _list_files(folder: Path, notes: list[str]) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         num_linked += sum(os.path.islink(os.path.join(place, name)) for name in folders)  # noqa: PTH114, PTH118
         paths = (Path(place, name) for name in names if not name.startswith("."))
-        files += [path for path in paths if path.is_file() or not path.exists()]
+        files += [path for path in paths if is_meant(path)]
     if num_linked:
         notes.append(f"{folder}: did not follow {count_of(num_linked, 'link')} to folders; name them to search them")
     return sorted(files)
+
+
+def is_meant(found: Path) -> bool:
+    """Return whether something in a folder counts as a file: also a link to one that is gone, which is to be a failed row
+    rather than missed in silence."""
+    return found.is_file() or not found.exists()
 
 
 def _refuse_unreadable(error: OSError) -> None:

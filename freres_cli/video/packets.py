@@ -28,8 +28,9 @@ from freres_cli.video.opening import count_bytes, open_video, video_stream
 GUESSED_FPS = 25.0
 # A file that ends this much earlier than its header says, or by this share of it, is cut; less is rounding.
 CUT_S, CUT_SHARE = 0.5, 0.05
-# A single damaged timestamp can put a frame years away; the timestamps of such a file are not used.
-MOST_SECONDS_PER_FRAME = 600.0
+# A single damaged timestamp can put a frame years away; the timestamps of such a file are not used. Frames that are further
+# apart than this on average are those of a time lapse only if most of them are, and if it lasts 30 years at most.
+MOST_SECONDS_PER_FRAME, MOST_SECONDS = 600.0, 1e9
 NO_STAMP = -(2**63)  # as FFmpeg writes it
 MOST_STAMP = 2**61  # differences of damaged stamps still fit 64 bits
 
@@ -164,7 +165,7 @@ def _build_table(path: str, stream: VideoStream, stamps: _Stamps, missing_s: flo
     last_duration = durations[int(filled.argmax())]
     span = float((int(ascending[-1]) + last_duration - int(ascending[0])) * time_base)
     count = len(filled)
-    if all(stamp == NO_STAMP for stamp in stamps.pts) or span > MOST_SECONDS_PER_FRAME * count:
+    if all(stamp == NO_STAMP for stamp in stamps.pts) or _is_spoilt(steps, span, time_base):
         usual = Fraction(float(np.median(np.frombuffer(durations, dtype=np.int64))))
         guesses = (usual * time_base, 1 / Fraction(stream.guessed_rate or GUESSED_FPS))
         gap = next((float(guess) for guess in guesses if 0 < guess < MOST_SECONDS_PER_FRAME), 1 / GUESSED_FPS)
@@ -179,6 +180,17 @@ def _build_table(path: str, stream: VideoStream, stamps: _Stamps, missing_s: flo
     if is_order_blind or stamps.num_bare or stamps.num_discarded or not steps.all():
         return table
     return replace(table, time_base=time_base, key_pts=stamps.key_pts, key_dts=stamps.key_dts)
+
+
+def _is_spoilt(steps: np.ndarray, span_s: float, time_base: Fraction) -> bool:
+    """Whether a damaged timestamp stretches the clip. ``steps``: from each to the next, in units of ``time_base``.
+    ``span_s``: of the clip."""
+    if span_s <= MOST_SECONDS_PER_FRAME * (len(steps) + 1):
+        return False
+    if len(steps) < 2 or span_s > MOST_SECONDS:
+        return True
+    middle = (len(steps) - 1) // 2  # of three frames, of which one is spoilt, the smaller step counts
+    return float(int(np.partition(steps, middle)[middle]) * time_base) <= MOST_SECONDS_PER_FRAME
 
 
 def _fill(stamps: _Stamps) -> Iterator[int]:

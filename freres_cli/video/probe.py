@@ -56,7 +56,7 @@ def _describe_oddities(container: InputContainer, stream: VideoStream, table: Pa
         yield f"header promises {promised:.2f} s, the file ends {table.missing_s:.2f} s earlier"
     header_rate = stream.average_rate
     if table.has_timestamps and rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
-        yield f"header says {float(header_rate):.2f} frames per second, the timestamps say {rate:.2f}"
+        yield f"header says {float(header_rate):.4g} frames per second, the timestamps say {rate:.4g}"
     if not table.has_timestamps:
         yield f"the file has no usable timestamps: times are guessed from {1 / table.gap_s:.2f} frames per second"
     steps = table.steps_s

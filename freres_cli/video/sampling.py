@@ -19,6 +19,8 @@ MODES = ("fps", "count", "native")
 
 # Containers with millisecond clocks store 2/30 s as 0.067: a timestamp may be this much later than the true time.
 TOLERANCE_S = 1e-3
+# 92 hours at 30 fps. A rate that was meant for a film would read each frame of a time lapse thousands of times.
+MOST_INSTANTS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,20 @@ def sampling_instants(sampling: Sampling, start_s: float, duration_s: float, num
 def num_sampled_frames(sampling: Sampling, start_s: float, duration_s: float, num_shown: int) -> int:
     """How many frames ``sampling`` will return, at least 1, computed without decoding; exact if every packet decodes.
 
-    ``start_s``, ``duration_s`` and ``num_shown`` describe the clip, as in ``sampling_instants``.
+    ``start_s``, ``duration_s`` and ``num_shown`` describe the clip, as in ``sampling_instants``. Raises ``UsageError`` for
+    more than ``MOST_INSTANTS`` instants, and as ``sampling_window`` does.
     """
     if sampling.fps is not None:
         first, last = sampling_window(sampling, start_s, duration_s)
         # An instant within the tolerance of the end would show a frame that is already over.
-        return max(1, math.ceil((last - first - TOLERANCE_S) * sampling.fps - 1e-6))
+        count = max(1, math.ceil((last - first - TOLERANCE_S) * sampling.fps - 1e-6))
+        if count > MOST_INSTANTS:
+            raise UsageError(
+                f"{sampling.fps:g} frames a second of {last - first:.0f} s: expected at most {MOST_INSTANTS} frames, "
+                f"got {count}",
+                "lower --fps, or read a part with --start and --end",
+            )
+        return count
     num_shown = max(1, num_shown)
     return num_shown if sampling.count is None else min(sampling.count, num_shown)
 

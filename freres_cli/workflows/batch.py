@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from freres_cli.errors import UsageError
-from freres_cli.files import check_destination, make_folder, write_atomically
+from freres_cli.files import check_destination, made_folder, write_atomically
 from freres_cli.pipeline.compressor import Progress
 from freres_cli.workflows.batch_process import run_local
 from freres_cli.workflows.batch_ray import run_on_ray
@@ -58,10 +58,19 @@ def run_batch(
     A video that fails is a failed row. ``on_row``: called with each row when it is done. Raises ``UsageError`` for the
     output or the engine, and the error of a worker that no other video would escape, such as a missing model.
     """
-    if not is_url(request.setup.output):
-        make_folder(Path(request.setup.output))
-    check_rows_file(request.rows_file, request.setup.force)
-    _refuse_taken(request)
+    place = request.setup.output
+    with contextlib.nullcontext() if is_url(place) else made_folder(Path(place)):
+        check_rows_file(request.rows_file, request.setup.force)
+        _refuse_taken(request)
+        ordered = _work(request, on_row, progress)
+        write_rows(request.rows_file, ordered)
+    return ordered
+
+
+def _work(
+    request: BatchRequest, on_row: Callable[[BatchRow], None] | None, progress: Progress | None
+) -> list[BatchRow]:
+    """The rows of all jobs, in their order. Raises the error that every other video would meet, too."""
     rows: dict[int, BatchRow] = {}
     with contextlib.closing(_start(request)) as found:
         if progress is not None:
@@ -74,9 +83,7 @@ def run_batch(
                 on_row(row)
             if progress is not None:
                 progress(len(rows), len(request.jobs))
-    ordered = [rows[number] for number in range(len(request.jobs))]
-    write_rows(request.rows_file, ordered)
-    return ordered
+    return [rows[number] for number in range(len(request.jobs))]
 
 
 def _start(request: BatchRequest) -> Generator[tuple[int, BatchRow]]:

@@ -18,7 +18,9 @@ from freres_cli.video.listing import (
     LIST_SUFFIX,
     VIDEO_SUFFIXES,
     expand,
+    is_meant,
     name_outputs,
+    no_such_list,
     read_lines,
     refuse_same_outputs,
 )
@@ -108,14 +110,13 @@ def _expand(argument: str, notes: list[str]) -> Iterator[Listed]:
         raise UsageError("LIST: expected a path or URL, got an empty text")
     if is_list(argument) and (is_url(argument) or Path(argument).is_file()):
         yield from _read_list(argument)
-    elif is_list(argument) and not has_wildcard(argument) and not os.path.lexists(argument):
-        # As a video it would be one failed row, in place of the rows of an earlier run.
-        raise UsageError(f"{argument}: no such list", "check the path")
+    elif is_list(argument) and not has_wildcard(argument) and not Path(argument).exists():
+        raise no_such_list(argument)
     elif is_url(argument):
         yield from _expand_url(argument, notes)
     elif has_wildcard(argument) and not os.path.lexists(argument):
         # A name that holds a bracket is a name if there is such a file.
-        found = sorted(path for path in glob.glob(argument, recursive=True) if Path(path).is_file())  # noqa: PTH207
+        found = sorted(path for path in glob.glob(argument, recursive=True) if is_meant(Path(path)))  # noqa: PTH207
         if not found:
             raise UsageError(f"{argument}: no file fits the pattern", "put the pattern in quotes, and check its folder")
         for path in found:

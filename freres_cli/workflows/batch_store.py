@@ -14,8 +14,9 @@ from typing import Any
 
 from freres_cli.errors import FreresError, ResourceError, UsageError, VideoError
 
-# s3://bucket/key, memory://file, or a chain such as zip://clip.mp4::s3://bucket/clips.zip
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)(://|::)", re.IGNORECASE)
+# s3://bucket/key, memory://file, or a chain such as zip://clip.mp4::s3://bucket/clips.zip or simplecache::s3://bucket/key.
+# Two colons alone may stand in the name of a file.
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
 # The parameters by which S3, Google Cloud and Azure sign a URL.
 _SIGNED = re.compile(r"https?://[^?]*\?(.*&)?(X-Amz-|X-Goog-|sig=|Signature=)", re.IGNORECASE)
 _LOCAL = "file://"

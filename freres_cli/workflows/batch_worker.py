@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from freres_cli.errors import ExitStatus, FreresError, ResourceError, as_freres_error
+from freres_cli.errors import DiskFullError, ExitStatus, FreresError, ResourceError, as_freres_error
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.planning import CompressOptions
@@ -155,7 +155,7 @@ class VideoWorker:
     def _compress(self, compressor: Compressor, video: Path, job: Job, folder: Path) -> Row:
         try:
             return compress_many(compressor, [(video, Path(job.name))], folder, force=self._setup.force)[0]
-        except FreresError as error:  # it raises only what concerns every video: the model, or the folder
+        except FreresError as error:  # it raises only what concerns every video: model, folder or disk
             raise _FatalError(error) from error
 
     def _compress_to_store(
@@ -171,7 +171,14 @@ class VideoWorker:
         except FreresError:
             if not self._setup.force:
                 raise
-        row = self._compress(compressor, video, job, folder)
+        try:
+            row = self._compress(compressor, video, job, folder)
+        except _FatalError as fatal:
+            if not isinstance(fatal.error, DiskFullError):
+                raise
+            # Copies are removed one by one, so a smaller video may find room.
+            message = f"{job.video}: not enough disk space for its bundle, which is made here first"
+            raise ResourceError(message, "set TMPDIR to a larger disk") from fatal
         if row.status == "done":
             start = time.perf_counter()
             store.put(local)

@@ -15,6 +15,7 @@ from freres_cli.errors import FreresError, UsageError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss, share_kept
 from freres_cli.pipeline.adapters import AnyModules
+from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, open_method_session
@@ -119,9 +120,7 @@ def _try_cell(
 ) -> dict[str, Any]:
     """Return the row of one method at one budget; if it fails, with the reason, which ``failures`` gets as well, and what
     was known by then."""
-    budget_tokens = {"full": clip.full_tokens, "blind": 0}.get(cell.method, 0)
-    if cell.budget is not None:
-        budget_tokens = cell.budget.tokens(clip.full_tokens)
+    budget_tokens = count_budget(cell.method, cell.budget, clip.full_tokens)
     figures = ("visual_tokens", "context_tokens", "kept_hold", "kept_linear", "compress_s", "prefill_s", "ttft_s")
     row: dict[str, Any] = {
         "method": cell.method,

@@ -11,8 +11,16 @@ from typing import IO, Any
 import torch
 
 from freres_cli.bundle.store import read_bundle, write_bundle
-from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, UsageError, as_freres_error
-from freres_cli.files import check_destination, make_folder, save_stream
+from freres_cli.errors import (
+    BackboneError,
+    BundleError,
+    DiskFullError,
+    FreresError,
+    ResourceError,
+    UsageError,
+    as_freres_error,
+)
+from freres_cli.files import check_destination, made_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
 from freres_cli.pipeline.compressor import Compressor, Progress
@@ -144,29 +152,30 @@ def compress_many(
     ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, relative to
     ``folder``, which is created. ``on_row``: called with each row when it is done. ``progress``: called with the number
     of videos done and the number of all videos. ``tell``: as ``compress_file`` takes it. Raises ``UsageError`` for the
-    folder, ``BackboneError`` if the model cannot be loaded.
+    folder, ``BackboneError`` if the model cannot be loaded, and ``DiskFullError`` as soon as a bundle finds no room.
     """
-    make_folder(folder)
     rows = []
-    for done, (video, name) in enumerate(videos):
-        if progress is not None:
-            progress(done, len(videos))
-        output = folder / name.with_name(name.name + SUFFIX)
-        try:
-            row = _compress_one(compressor, video, output, force, tell)
-        except Exception as error:
-            # Without a model, every other video would fail for the same reason.
-            if isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder:
-                raise
-            row = Row(video, output, "failed", error=as_freres_error(error, str(video)))
-        rows.append(row)
-        if on_row is not None:
-            on_row(row)
+    with made_folder(folder):
+        for done, (video, name) in enumerate(videos):
+            if progress is not None:
+                progress(done, len(videos))
+            output = folder / name.with_name(name.name + SUFFIX)
+            try:
+                with made_folder(output.parent):
+                    row = _compress_one(compressor, video, output, force, tell)
+            except Exception as error:
+                # Without a model, or on a full disk, every other video would fail for the same reason.
+                has_no_model = isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder
+                if has_no_model or isinstance(error, DiskFullError):
+                    raise
+                row = Row(video, output, "failed", error=as_freres_error(error, str(video)))
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
     return rows
 
 
 def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, tell: Tell | None) -> Row:
-    make_folder(output.parent)
     check_destination(output, force=True)
     _refuse_overwriting(video, output)
     row = _find_done(compressor, video, output, force)

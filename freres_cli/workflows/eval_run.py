@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
 
 MAX_ANSWER_TOKENS = 16
+LIBRARIES = ("torch", "transformers", "av")  # numbers, prompts and pixels may differ from one release to the next
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:
     return {
         **({} if protocol is None else {"scoring": request.questions.describe_scoring()}),
         "freres_version": __version__,
+        **{name: version(name) for name in LIBRARIES},
         "questions_sha256": request.questions.sha256,
         "methods": [[cell.name, dict(cell.settings), cell.adapter_sha256] for cell in request.cells],
         "model": dict(model.fingerprint),

@@ -20,6 +20,7 @@ from freres_cli.evaluation.questions import Question, QuestionFile, check_length
 from freres_cli.evaluation.results import ResultsFile
 from freres_cli.evaluation.scores import summarize
 from freres_cli.pipeline.adapters import AnyModules, load_modules_for
+from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
@@ -208,10 +209,7 @@ def ask_cell(
     this clip. ``model``: the language half. ``modules``: trained modules by adapter path. ``timer``: that of the clip. An
     answer, by question id, is (text, whether it is right, seconds to the first token).
     """
-    budget_tokens = {"full": clip.full_tokens, "blind": 0}.get(cell.method)
-    if cell.budget is not None:
-        budget_tokens = cell.budget.tokens(clip.full_tokens)
-    assert budget_tokens is not None
+    budget_tokens = count_budget(cell.method, cell.budget, clip.full_tokens)
     timer.seconds.pop("compress", None)
     # Resident memory of a process cannot be told apart by cell: what one frees, the next may use.
     memory = PeakMemory(model.device) if model.device.type == "cuda" else None
@@ -255,10 +253,12 @@ def _ask(session: Session, question: Question, request: EvalRequest) -> Answer:
 
 
 def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:
-    """Whether an earlier run asked all of these questions about this exact file. A failed video is tried again."""
+    """Whether an earlier run asked these questions, and no others, about this exact file: tokens and times of a row are
+    those of all its questions. A failed video is tried again."""
     if row is None or row["status"] != "ok" or len(row["cells"]) != num_cells:
         return False
-    if any(question.id not in cell["answers"] for cell in row["cells"] for question in questions):
+    asked = {question.id for question in questions}
+    if any(cell["answers"].keys() != asked for cell in row["cells"]):
         return False
     try:
         return bool(row["video_sha256"] == hash_file(questions[0].video))

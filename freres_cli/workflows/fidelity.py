@@ -28,6 +28,7 @@ from freres_cli.evaluation.fidelity import (
 from freres_cli.evaluation.fidelity_plot import draw_fidelity
 from freres_cli.evaluation.plots import PlotFile
 from freres_cli.method.rebuild import rebuild_frames
+from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
@@ -59,7 +60,8 @@ class FidelityResult:
 
     ``rows``: means over the videos, one for each method and budget. ``videos``: the same for each video, with the share
     that is lost in each second, and how the video was read. ``failed``: videos that could not be used, which count for no
-    mean. ``model``: the encoder's fingerprint. ``dtype``: of the latents. ``notes``: what the user should know.
+    mean; ``first_failure`` is the error of the first of them. ``model``: the encoder's fingerprint. ``dtype``: of the
+    latents. ``notes``: what the user should know.
     """
 
     rows: list[dict[str, Any]]
@@ -68,6 +70,7 @@ class FidelityResult:
     model: dict[str, Any]
     dtype: torch.dtype
     notes: tuple[str, ...]
+    first_failure: FreresError | None = None
 
 
 def measure_fidelity(
@@ -109,7 +112,8 @@ def measure_fidelity(
         png, more = draw_fidelity(rows, videos)
         request.plot.write(png)
         notes += more
-    return FidelityResult(rows, videos, failed, dict(encoder.fingerprint), encoder.dtype, tuple(notes))
+    model, first_failure = dict(encoder.fingerprint), errors[0] if errors else None
+    return FidelityResult(rows, videos, failed, model, encoder.dtype, tuple(notes), first_failure)
 
 
 def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def measure_clip(clip: EncodedClip, cells: Sequence[Cell], width: int) -> dict[s
     energy = measure_energy(clip.latents, width)
     rows = []
     for cell in cells:
-        budget_tokens = clip.full_tokens if cell.budget is None else cell.budget.tokens(clip.full_tokens)
+        budget_tokens = count_budget(cell.method, cell.budget, clip.full_tokens)
         num_tokens, rebuilds = rebuild_clip(clip, cell.method, budget_tokens)
         row: dict[str, Any] = {
             "method": cell.method,

@@ -27,6 +27,7 @@ from freres_cli.pipeline.costs import (
 )
 from freres_cli.pipeline.encoding import VideoSource, count_batch_frames
 from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.notes import describe_repeats
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import bound_text
 
@@ -136,7 +137,8 @@ class Planner:
         lines = self.options.settings.line_levels if self.options.method == ADAPTIVE else 0
         still += f", or that lie within {lines} levels of the line between two others," if lines else ""
         skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
-        told = [self.dtype_note, skipped, *self.language.describe_kv()]
+        plan = plan_compression(self.options, self.encoder, self.info)
+        told = [self.dtype_note, skipped, *describe_repeats(plan), *self.language.describe_kv()]
         if (weights := self.options.model.storage.weights) is not None:
             sizes = measure_decoder(self.language)
             before = sizes.linear_weights * self.dtype.itemsize
@@ -204,9 +206,11 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
     source_px = plan.info.width_px * plan.info.height_px
     tower_flops, encoded = plan.num_frames * cost.tower.flops, "every sampled frame"
     if cost.residual_tower is not None and plan.residual_size is not None and plan.budget is not None:
-        num_anchors, small = plan.budget.num_anchors, plan.residual_size
-        tower_flops = plan.num_frames * cost.residual_tower.flops + num_anchors * cost.tower.flops
-        encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens and {num_anchors} anchors whole"
+        num_anchors, num_events, small = plan.budget.num_anchors, plan.budget.max_events, plan.residual_size
+        num_whole = min(plan.num_frames, num_anchors + num_events)
+        tower_flops = plan.num_frames * cost.residual_tower.flops + num_whole * cost.tower.flops
+        events = f" and {num_events} more for cuts" if num_events else ""
+        encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens, {num_anchors} anchors whole{events},"
     prefill_flops = cost.decoder.prefill_flops(cost.context_tokens, cost.chunk)
     rate = f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
     per_token = None

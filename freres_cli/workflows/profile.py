@@ -205,7 +205,8 @@ def _encode_runs(
                 runs[f"{stage}_s"].append(timer.seconds[stage])
     manifest = build_manifest(source, options, plan, encoder, reduction, report)
     tokens = load_tokens(Bundle(manifest, reduction.content), NO_ADAPTER).tokens
-    return tokens, int(manifest["tokens"]["full_tokens"]), list(dict.fromkeys((*source.info.notes, *report.notes)))
+    notes = dict.fromkeys((*source.info.notes, *manifest["sampling"]["notes"]))
+    return tokens, int(manifest["tokens"]["full_tokens"]), list(notes)
 
 
 def _session_for(

@@ -105,8 +105,8 @@ def _explain_too_large(
     )
     if needed <= room:
         return None
-    gib = f"{needed / 2**30:.1f} GiB, of {room / 2**30:.1f} GiB"
-    return empty_row(wanted.method, "out_of_memory", f"not tried: weights and KV cache alone take {gib}")
+    told = f"{needed / 1e9:.1f} GB, of {room / 1e9:.1f} GB"
+    return empty_row(wanted.method, "out_of_memory", f"not tried: weights and KV cache alone take {told}")
 
 
 def run_table_row(connection: Connection, request: ProfileRequest, name: str) -> None:
