@@ -123,7 +123,7 @@ def test_adapters_of_another_training_are_refused(folder, trained, changed, text
 
 def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained):
     path = trained / "absorber.safetensors"
-    weights, header = read_adapter(path, loaded_models().language_model.fingerprint)
+    weights, header = read_adapter(path, loaded_models().facts)
     del header["training"]["settings"]
     write_adapter(path, weights, header)
     check_failure(run_command(folder, trained), 2, "settings (not recorded)")
@@ -131,7 +131,7 @@ def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained):
 
 def test_an_adapter_with_the_absorber_of_an_earlier_release_is_refused(folder, trained):
     path = trained / "absorber.safetensors"
-    weights, header = read_adapter(path, loaded_models().language_model.fingerprint)
+    weights, header = read_adapter(path, loaded_models().facts)
     del header["shape"]["values"]
     write_adapter(path, weights, header)
     with fails(2, "differs in absorber (an earlier release's)"):

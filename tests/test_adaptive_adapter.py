@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from freres_cli.bundle.adapter import write_adapter
-from freres_cli.bundle.store import read_bundle
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
 from freres_cli.pipeline.adapters import give_adapters
 from freres_cli.presets import BUNDLED
 from tests.evaluations import run_eval, write_clips, write_questions
+from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.runner import check_failure, fails, run_freres
@@ -30,8 +30,8 @@ def folder(clip, tmp_path_factory):
     for trends in ("keep", "drop"):
         flags = ("--method", "adaptive", "--budget", BUDGET, "--set", f"trends={trends}")
         assert run_freres("compress", clip, *flags, "-o", folder / f"{trends}.pt").status == 0
-    model = read_bundle(folder / "keep.pt").manifest["model"]
-    shape = ModuleShape(model["width"], 4, NUM_ORDERS)
+    model = loaded_models().facts
+    shape = ModuleShape(loaded_models().language_model.width, 4, NUM_ORDERS)
     torch.manual_seed(0)
     for method, modules in (("adaptive", StretchModules(shape)), ("fre-res", FreResModules(shape))):
         header = {"model": model, "method": method, "shape": shape.to_dict()}

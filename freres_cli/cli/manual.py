@@ -239,7 +239,8 @@ train:
     The adapter's path. Training and validation loss, validation accuracy and the time left go to stderr. The loss is the
     mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
     those of the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1.
-    The adapter holds the model's fingerprint, the settings, the data's SHA-256, the recipe and every validation. The cache
+    The adapter holds digests of the model's config, of its projector and of samples of all its weights, the settings, the
+    data's SHA-256, the recipe and every validation. The cache
     keeps the bundles and the full-token model's scores. A clip too long for the full-token model has no scores; remove
     the cache to try again on a larger machine.
   schemas:

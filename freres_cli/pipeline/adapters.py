@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from freres_cli.backbones.base import LanguageModel
 from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
 from freres_cli.bundle.adapter import read_adapter, read_header
 from freres_cli.errors import BackboneError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
-from freres_cli.pipeline.models import describe_model
+from freres_cli.pipeline.models import Models, describe_model
 from freres_cli.presets import BUNDLED
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 
@@ -126,19 +125,19 @@ def load_stretch_modules(path: Path, model: Mapping[str, Any], width: int) -> St
     return adapter.modules
 
 
-def load_modules_for(path: Path, method: str, model: LanguageModel, settings: Mapping[str, Any]) -> AnyModules:
-    """Return modules that fit ``model``, which is loaded, on its device.
+def load_modules_for(path: Path, method: str, models: Models, settings: Mapping[str, Any]) -> AnyModules:
+    """Return modules that fit the model, on the device of its language half.
 
-    ``path``: the adapter. ``method``: what it must be for. ``settings``: those that the clips are compressed with. Raises
-    ``BackboneError``, also if it has fewer bands than the settings allow coefficients: how many a clip has is known only
-    after it is compressed.
+    ``path``: the adapter. ``method``: what it must be for. ``models``: both halves, of which the weights are compared as
+    well. ``settings``: those that the clips are compressed with. Raises ``BackboneError``, also if it has fewer bands than
+    the settings allow coefficients: how many a clip has is known only after it is compressed.
     """
+    model = models.language_model
     modules: AnyModules
     if method == ADAPTIVE:
-        modules = load_stretch_modules(path, model.fingerprint, model.width)
+        modules = load_stretch_modules(path, models.facts, model.width)
     else:
-        shape = (model.width, settings["max_coefficients"])
-        modules = load_modules(path, model.fingerprint, settings["variant"], *shape)
+        modules = load_modules(path, models.facts, settings["variant"], model.width, settings["max_coefficients"])
     return modules.to(model.device)
 
 

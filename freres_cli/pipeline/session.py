@@ -343,7 +343,7 @@ def open_bundle(
         models = Models(find_model(recorded, str(request.bundle), request.device, *own))
     model = models.language_model
     check_model(recorded, bundle.content.width, model, str(request.bundle))
-    loaded = load_tokens(bundle, request.adapter)
+    loaded = load_tokens(bundle, request.adapter, models)
     limits = describe_limits(recorded["model_id"], manifest["source"]["made_by_world"])
     text_after = request.text_after or manifest["settings"]["text_after"]["value"]
     load_s = time.perf_counter() - start

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freres_cli.baselines.registry import FRE_RES
-from freres_cli.errors import UsageError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.evaluation.cells import Budget, Cell
 from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.method.absorber import AMPLITUDE
@@ -113,7 +113,8 @@ def train_variants(
     ``data``: the questions to train on. ``options``: model, device and settings. ``recipe``: how to train. ``tables``:
     the tables that the adapters are for. ``folder``: holds the adapters and the cache. ``log``: called with each line
     of progress. ``warn``: called once for each thing that training left out. ``models``: a model that is already
-    loaded. Raises ``UsageError`` for an adapter that was trained on other data, with other settings or another recipe.
+    loaded. Raises ``UsageError`` for an adapter that was trained on other data, with other settings or another recipe,
+    ``BackboneError`` for one of another model.
     """
     models = models or Models(options.model)
     adapters = {}
@@ -155,9 +156,14 @@ def training_settings(settings: Settings, variant: str, tables: Sequence[str]) -
 def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, Any]:
     """Return what an existing adapter records about its training.
 
-    Raises ``UsageError`` if that differs from what was asked for, or is not recorded.
+    Raises ``UsageError`` if that differs from what was asked for, or is not recorded, ``BackboneError`` if it is for another
+    model.
     """
-    adapter = load_adapter(request.output, models.language_model.fingerprint)
+    remedy = "remove it, or use another -o"
+    try:
+        adapter = load_adapter(request.output, models.facts)
+    except BackboneError as error:
+        raise BackboneError(error.message, remedy) from error
     made = adapter.training
     wanted = {"recipe": request.recipe.facts(), "data_sha256": request.data.sha256}
     differing = [key for key, value in wanted.items() if made.get(key) != value]
@@ -170,7 +176,5 @@ def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, A
         settings = used_settings(request.options)
         differing += [key for key in sorted({*known, *settings}) if known.get(key) != settings.get(key)]
     if differing:
-        raise UsageError(
-            f"{request.output}: trained differently: differs in {', '.join(differing)}", "remove it, or use another -o"
-        )
+        raise UsageError(f"{request.output}: trained differently: differs in {', '.join(differing)}", remedy)
     return made

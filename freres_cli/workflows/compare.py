@@ -78,7 +78,7 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
         model = models.language_model
         check_methods([cell.method for cell in request.cells], model)
         refuse_control_tokens([("--question", query.texts) for query in request.queries], model)
-        modules = load_all_modules(request.cells, request.options, model)
+        modules = load_all_modules(request.cells, request.options, models)
         notes += [*describe_limits(request.options.model.name, is_world_clip(request.video)), *model.notes]
     encoder = models.encoder
     timer = StageTimer(torch.device(request.options.model.device.name))

@@ -73,7 +73,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     refuse_control_tokens(request.questions.places(), model)
     refuse_reasoning(model, "eval")
     check_methods((cell.method for cell in request.cells), model)
-    modules = load_all_modules(request.cells, request.options, model)
+    modules = load_all_modules(request.cells, request.options, models)
     run = describe_run(request, models)
     results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
@@ -116,17 +116,17 @@ def _explain_none(questions: QuestionFile, rows: Sequence[Mapping[str, Any]], fi
     return type(first)(f"{questions.path}: none of {len(rows)} videos could be used: {rows[0]['message']}", hint)
 
 
-def load_all_modules(cells: Sequence[Cell], options: CompressOptions, model: LanguageModel) -> Modules:
+def load_all_modules(cells: Sequence[Cell], options: CompressOptions, models: Models) -> Modules:
     """Read the adapters of the cells, and return them by path.
 
-    ``cells``: what is compared. ``options``: their settings, where a cell has none of its own. ``model``: the language
-    half. Raises ``BackboneError`` for an adapter of another model, method or variant, or with too few bands.
+    ``cells``: what is compared. ``options``: their settings, where a cell has none of its own. ``models``: both halves.
+    Raises ``BackboneError`` for an adapter of another model, method or variant, or with too few bands.
     """
     found: dict[Path | None, AnyModules] = {}
     for cell in cells:
         if cell.adapter is not None:
             settings = options.settings.values() | dict(cell.settings)
-            found[cell.adapter] = load_modules_for(cell.adapter, cell.method, model, settings)
+            found[cell.adapter] = load_modules_for(cell.adapter, cell.method, models, settings)
     return found
 
 

@@ -142,14 +142,14 @@ def train_adapter(
     learned, held_out = _split(data, recipe)
     torch.manual_seed(recipe.seed)
     modules = make_modules(model, options, recipe.rank)
-    run = _Run(request, model, modules, learned, held_out, workers, _identify(request, model, modules, data))
+    run = _Run(request, model, modules, learned, held_out, workers, _identify(request, models, modules, data))
     if state and state.get("run") != run.identity:
         raise UsageError(f"{state_path}: the state of another run", "remove it, or name another output with -o")
     start = time.perf_counter()
     done = run.train(state, state_path, log)
     facts = _facts(request, model, modules, data, done)
     if workers.is_first:
-        _write(request, model, modules, done["best"], facts)
+        _write(request, models, modules, done["best"], facts)
         state_path.unlink(missing_ok=True)
     workers.wait()
     return {"adapter": str(request.output), **facts, "train_s": time.perf_counter() - start, "failed": data.failed}
@@ -344,14 +344,14 @@ def _best(history: Sequence[Sequence[Any]]) -> Sequence[Any]:
     return min(history, key=lambda row: row[2])
 
 
-def _identify(request: TrainRequest, model: LanguageModel, modules: AnyModules, data: TrainingData) -> str:
+def _identify(request: TrainRequest, models: Models, modules: AnyModules, data: TrainingData) -> str:
     """Return a digest of everything that decides this run; the state of another run is not resumed.
 
     The usable videos are part of it, because they decide which ones are held out.
     """
-    machine = [str(model.dtype), request.options.model.device.name.partition(":")[0]]
+    machine = [str(models.language_model.dtype), request.options.model.device.name.partition(":")[0]]
     examples = [[example.sha256, len(example.questions)] for example in data.examples]
-    made = [__version__, dict(model.fingerprint), asdict(modules.shape), machine]
+    made = [__version__, models.facts, asdict(modules.shape), machine]
     facts = [*made, request.recipe.facts(), used_settings(request.options), request.data.sha256, examples]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -383,14 +383,14 @@ def _facts(
 
 def _write(
     request: TrainRequest,
-    model: LanguageModel,
+    models: Models,
     modules: AnyModules,
     best: dict[str, torch.Tensor],
     facts: dict[str, Any],
 ) -> None:
     header = {
         "freres_version": __version__,
-        "model": dict(model.fingerprint),
+        "model": models.facts,
         "method": request.options.method,
         "shape": modules.shape.to_dict(),
         "training": facts,

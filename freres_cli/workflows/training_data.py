@@ -117,7 +117,7 @@ def prepare_data(
     the model, are left out and reported. Raises ``VideoError`` if nothing is left, ``UsageError`` for a cache folder
     that cannot be made.
     """
-    folder = cache / _key(options, models.language_model)
+    folder = cache / _key(options, models)
     make_folder(folder, "--cache")
     store = _Store(folder, budgets, options, models)
     found: dict[str, Example] = {}
@@ -221,10 +221,11 @@ def _is_whole(bundle: Path) -> bool:
     return True
 
 
-def _key(options: CompressOptions, model: LanguageModel) -> str:
+def _key(options: CompressOptions, models: Models) -> str:
     """Return a digest of what the cached bundles depend on besides video and budget. It includes the variant,
     because variants may keep different rows."""
-    facts = [__version__, dict(model.fingerprint), str(model.dtype), options.method, used_settings(options)]
+    dtype = str(models.language_model.dtype)
+    facts = [__version__, models.facts, dtype, options.method, used_settings(options)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
