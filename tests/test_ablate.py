@@ -17,7 +17,7 @@ from freres_cli.presets import presets_dir
 from freres_cli.workflows import ablate
 from freres_cli.workflows.eval_run import EvalRequest
 from freres_cli.workflows.evaluate import EvalResult, evaluate
-from freres_cli.workflows.train_adapter import Recipe
+from freres_cli.workflows.training_loop import Recipe
 from freres_cli.world.make import make_set
 from tests.loaded_models import loaded_models
 from tests.runner import check_failure, fails, run_freres
@@ -82,6 +82,12 @@ def trained(folder, first, tmp_path):
     return tmp_path
 
 
+def test_only_the_adapters_of_the_tables_are_trained(folder, first, tmp_path):
+    shutil.copy(folder / "out" / "absorber.safetensors", tmp_path)
+    assert run_ablate(folder, tmp_path, tables="frames").log == []
+    assert [path.stem for path in tmp_path.glob("*.safetensors")] == ["absorber"]
+
+
 def labels(document):
     return [row["label"] or row["method"] for row in document["rows"]]
 
@@ -92,7 +98,10 @@ def test_every_row_of_the_table_is_there_at_equal_tokens(folder, first):
     assert labels(document) == ["full", *COMPONENTS]
     assert {row["budget"] for row in document["rows"][1:]} == {0.25}
     assert len({row["budget_tokens"] for row in document["rows"][1:]}) == 1
-    assert sorted(path.stem for path in (folder / "out").glob("*.safetensors")) == sorted(ablate.TRAINED_VARIANTS)
+    trained = {"absorber", "concat", "idct", "iquery", "sparse-idct"}
+    assert {path.stem for path in (folder / "out").glob("*.safetensors")} == trained
+    # Only idct keeps other rows than the absorber: the other bundles are made once, and so are their teacher's scores.
+    assert len(list((folder / "out" / "cache").iterdir())) == 2
 
 
 def test_a_video_that_training_left_out_is_named_once(first):

@@ -12,17 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from freres_cli.bench.clock import StageTimer
 from freres_cli.bundle.adapter import read_adapter
 from freres_cli.bundle.store import read_bundle
-from freres_cli.cli.compress import make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.errors import BackboneError
 from freres_cli.evaluation.questions import read_questions
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import DISTILLATION_WEIGHT, distillation_loss, total_loss
+from freres_cli.method.select import VARIANTS_WITH_OWN_ROWS
 from freres_cli.method.stretch_modules import StretchModules
+from freres_cli.pipeline.adapters import TRAINED_METHODS
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
+from freres_cli.presets import VARIANTS
 from freres_cli.stretches import STRETCH_COLUMNS
-from freres_cli.workflows import train_adapter, training_data
+from freres_cli.workflows import train_adapter, training_data, training_loop
 from freres_cli.world.make import make_set
 from tests.evaluations import read_rows, run_eval, write_rows
 from tests.loaded_models import loaded_models
@@ -102,9 +108,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder, adapter):
 def test_a_state_of_another_run_is_refused(folder, tmp_path, monkeypatch):
     """By the command, which is killed after a save."""
     path = tmp_path / "a.safetensors"
-    save = train_adapter.save_state
+    save = training_loop.save_state
     monkeypatch.setattr(
-        train_adapter, "save_state", lambda *a, **f: (save(*a, **f), (_ for _ in ()).throw(KeyboardInterrupt))
+        training_loop, "save_state", lambda *a, **f: (save(*a, **f), (_ for _ in ()).throw(KeyboardInterrupt))
     )
     assert run_command(folder, path).status == 130
     check_failure(run_command(folder, path, "--seed", 5), 2, "state of another run")
@@ -212,7 +218,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    rates = [train_adapter.learning_rate(step, 200) for step in range(200)]
+    rates = [training_loop.learning_rate(step, 200) for step in range(200)]
     peak = rates.index(max(rates))
     assert max(rates) == 1.0 and rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:])[::-1]
     assert 0 < rates[-1] < 0.05
@@ -285,7 +291,7 @@ def test_training_data_that_cannot_be_split_is_refused(folder, tmp_path):
     one = write_rows(folder / "one.jsonl", read_rows(folder / "data.jsonl")[:1])
     with fails(2, "at least 2 videos that can be used, got 1"):
         TRAINING.run(one, tmp_path / "a.safetensors", folder / "cache")
-    recipe = train_adapter.Recipe((), 1, validation_share=0.99)
+    recipe = training_loop.Recipe((), 1, validation_share=0.99)
     for count in (2, 3, 5):
         learned, held_out = train_adapter._split(SimpleNamespace(examples=list(range(count))), recipe)
         assert len(learned) == 1 and sorted((*learned, *held_out)) == list(range(count))
@@ -300,3 +306,24 @@ def test_what_is_asked_is_what_asking_asks(folder):
     assert (prefix, suffix) == (ids.prefix, ids.suffix) and question.choices[truth] == question.answer
     words = [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     assert words == list(question.choices)
+
+
+def test_variants_that_share_their_bundles_keep_the_same_rows(folder):
+    """What the cache of training relies on, and only what differs has rows of its own."""
+    options = at_budgets(make_options({}, None, None, device="cpu"), "train", trains=TRAINED_METHODS)
+    video = folder / read_rows(folder / "data.jsonl")[0]["video"]
+    clip = EncodedClip(VideoSource(video), options, loaded_models().encoder, StageTimer(torch.device("cpu")))
+    kept = {
+        name: [
+            tensor
+            for tensor in vars(clip.with_settings({"variant": name}).build_tracks(100)).values()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        for name in VARIANTS
+    }
+
+    def are_equal(one, other):
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    alike = {name for name in VARIANTS if are_equal(kept[name], kept["absorber"])}
+    assert alike == set(VARIANTS) - set(VARIANTS_WITH_OWN_ROWS)

@@ -240,13 +240,15 @@ train:
     mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
     those of the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1.
     The adapter holds digests of the model's config, of its projector and of samples of all its weights, the settings, the
-    data's SHA-256, the recipe and every validation. The cache
-    keeps the bundles and the full-token model's scores. A clip too long for the full-token model has no scores; remove
-    the cache to try again on a larger machine.
+    data's SHA-256, the recipe and every validation. The cache keeps the bundles and the scores of the model with every
+    token. A clip whose tokens are too many for the model or for the memory has no such scores, and is learned from its
+    answers alone. What did not fit in memory is tried again on a machine with more of it; on the same machine, remove the
+    cache to have it tried again. Of a damaged video, what can be read is used, and a warning says so.
   schemas:
     freres.train/1:
-      adapter variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_left_out num_parameters
-      share_of_model steps best_step validation history train_s failed environment
+      adapter method variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_videos_damaged
+      num_left_out num_parameters share_of_model steps best_step validation history train_s failed
+      video_notes (video lost_s notes) environment
   defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
 ablate:
   examples:

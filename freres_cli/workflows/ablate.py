@@ -17,11 +17,9 @@ from freres_cli.pipeline.adapters import load_adapter
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.presets import Settings
-from freres_cli.workflows.train_adapter import Recipe, TrainRequest, describe_left_out, train_adapter
+from freres_cli.workflows.train_adapter import TrainRequest, describe_left_out, train_adapter
 from freres_cli.workflows.training_data import used_settings
-
-# Variants that an adapter is trained for, each on the same data with the same steps and seed.
-TRAINED_VARIANTS = ("absorber", "concat", "idct", "iquery", "sparse-idct")
+from freres_cli.workflows.training_loop import Recipe
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,12 @@ def parse_tables(text: str) -> tuple[str, ...]:
     return names
 
 
+def trained_variants(tables: Sequence[str]) -> tuple[str, ...]:
+    """Return the variants that the rows of these tables need an adapter for: all on the same data, with the same steps and
+    seed."""
+    return tuple(sorted({row.adapter for name in tables for row in TABLES[name] if row.adapter}))
+
+
 def make_cells(tables: Sequence[str], budgets: Sequence[Budget], adapters: Mapping[str, Path]) -> tuple[Cell, ...]:
     """Return the full-token cell, then every row of the tables at every budget.
 
@@ -108,7 +112,7 @@ def train_variants(
     warn: Callable[[str], None],
     models: Models | None = None,
 ) -> dict[str, Path]:
-    """Return the path of an adapter for each variant, trained now or found in ``folder`` from an earlier run.
+    """Return the path of an adapter for each variant of the tables, trained now or found in ``folder`` from an earlier run.
 
     ``data``: the questions to train on. ``options``: model, device and settings. ``recipe``: how to train. ``tables``:
     the tables that the adapters are for. ``folder``: holds the adapters and the cache. ``log``: called with each line
@@ -119,7 +123,7 @@ def train_variants(
     models = models or Models(options.model)
     adapters = {}
     told: set[str] = set()
-    for variant in TRAINED_VARIANTS:
+    for variant in trained_variants(tables):
         path = folder / f"{variant}.safetensors"
         settings = training_settings(options.settings, variant, tables)
         request = TrainRequest(data, replace(options, settings=settings), recipe, path, folder / "cache")
