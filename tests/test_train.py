@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -12,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from freres_cli.backbones.gradients import score_answers
 from freres_cli.bench.clock import StageTimer
 from freres_cli.bundle.adapter import read_adapter
 from freres_cli.bundle.store import read_bundle
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.errors import BackboneError
-from freres_cli.evaluation.questions import read_questions
+from freres_cli.evaluation.questions import format_choices, read_questions
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import DISTILLATION_WEIGHT, distillation_loss, total_loss
 from freres_cli.method.select import VARIANTS_WITH_OWN_ROWS
@@ -26,6 +28,8 @@ from freres_cli.pipeline.adapters import TRAINED_METHODS
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.session import Session
+from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.presets import VARIANTS
 from freres_cli.stretches import STRETCH_COLUMNS
 from freres_cli.workflows import train_adapter, training_data, training_loop
@@ -113,7 +117,9 @@ def test_a_state_of_another_run_is_refused(folder, tmp_path, monkeypatch):
         training_loop, "save_state", lambda *a, **f: (save(*a, **f), (_ for _ in ()).throw(KeyboardInterrupt))
     )
     assert run_command(folder, path).status == 130
-    check_failure(run_command(folder, path, "--seed", 5), 2, "state of another run")
+    # Before anything is made for it.
+    check_failure(run_command(folder, path, "--seed", 5, "--cache", tmp_path / "more"), 2, "state of another run")
+    assert not (tmp_path / "more").exists()
 
 
 def test_tower_and_language_model_do_not_change_by_a_bit(folder, tmp_path):
@@ -306,6 +312,24 @@ def test_what_is_asked_is_what_asking_asks(folder):
     assert (prefix, suffix) == (ids.prefix, ids.suffix) and question.choices[truth] == question.answer
     words = [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     assert words == list(question.choices)
+
+
+@pytest.mark.parametrize("choices_as", ["words", "letters"])
+def test_options_are_scored_as_asking_scores_them(folder, adapter, choices_as):
+    model = copy.copy(loaded_models().language_model)
+    model.choices_as = choices_as
+    question = read_questions(folder / "data.jsonl", 1, is_named=False).questions[0]
+    content = read_bundle(next((folder / "cache").rglob("*-0.1.pt"))).content
+    tokens = make_tokens(content)
+    prefix, suffix, answers, truth = training_data.answer_ids(model, question)
+    [scores] = score_answers(model, prefix, tokens, "hf", [(suffix, answers)])
+    asked = Session(model, tokens, 1000, "hf", 0.0).ask(question.question, choices=question.choices).choices
+    assert scores.softmax(0).tolist() == pytest.approx(list(asked.values()), abs=1e-5)
+    assert question.choices[truth] == question.answer
+    if choices_as == "letters":
+        ids = model.prompt(format_choices(question.question, question.choices))
+        assert (prefix, suffix) == (ids.prefix, ids.suffix), "the options are listed"
+        assert [model.tokenizer.decode(answer) for answer in answers] == list("ABCD")
 
 
 def test_variants_that_share_their_bundles_keep_the_same_rows(folder):

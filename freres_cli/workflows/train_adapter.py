@@ -82,6 +82,10 @@ def train_adapter(
         log(note)
     refuse_control_tokens(request.data.places(), model)
     refuse_reasoning(model, "train")
+    torch.manual_seed(recipe.seed)
+    modules = make_modules(model, options, recipe.rank)
+    identity = {"run": _identify(request, models, modules)}
+    _refuse_other(state, identity, state_path)
     videos = list(request.data.by_video().values())
     data = workers.first_then_all(
         lambda: prepare_data(videos, recipe.budgets, options, models, request.cache, progress)
@@ -91,12 +95,10 @@ def train_adapter(
         if note not in model.notes:
             log(note)
     learned, held_out = _split(data, recipe)
-    torch.manual_seed(recipe.seed)
-    modules = make_modules(model, options, recipe.rank)
-    identity = _identify(request, models, modules, data)
+    # They decide which ones are held out.
+    identity["videos"] = _digest([[example.sha256, len(example.questions)] for example in data.examples])
+    _refuse_other(state, identity, state_path)
     run = TrainingLoop(recipe, options.settings, model, modules, learned, held_out, workers, identity)
-    if state and state.get("run") != run.identity:
-        raise UsageError(f"{state_path}: the state of another run", "remove it, or name another output with -o")
     start = time.perf_counter()
     done = run.train(state, state_path, log)
     facts = _facts(request, model, modules, data, done)
@@ -162,16 +164,22 @@ def _split(data: TrainingData, recipe: Recipe) -> tuple[list[Example], list[Exam
     return chosen[count:], chosen[:count]
 
 
-def _identify(request: TrainRequest, models: Models, modules: AnyModules, data: TrainingData) -> str:
-    """Return a digest of everything that decides this run; the state of another run is not resumed.
+def _refuse_other(state: Mapping[str, Any], identity: Mapping[str, str], path: Path) -> None:
+    """Refuse to go on from the ``state`` in ``path`` if it differs from what is known of the run. Raises ``UsageError``."""
+    if state and any(state.get(key) != value for key, value in identity.items()):
+        raise UsageError(f"{path}: the state of another run", "remove it, or name another output with -o")
 
-    The usable videos are part of it, because they decide which ones are held out.
-    """
-    machine = [str(models.language_model.dtype), request.options.model.device.name.partition(":")[0]]
-    examples = [[example.sha256, len(example.questions)] for example in data.examples]
-    made = [__version__, models.facts, asdict(modules.shape), machine]
-    facts = [*made, request.recipe.facts(), used_settings(request.options), request.data.sha256, examples]
+
+def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _identify(request: TrainRequest, models: Models, modules: AnyModules) -> str:
+    """Return a digest of everything that decides this run, apart from which videos can be used; the state of another run is
+    not resumed."""
+    machine = [str(models.language_model.dtype), request.options.model.device.name.partition(":")[0]]
+    made = [__version__, models.facts, asdict(modules.shape), machine]
+    return _digest([*made, request.recipe.facts(), used_settings(request.options), request.data.sha256])
 
 
 def _facts(

@@ -22,7 +22,7 @@ from freres_cli.content import Content, count_by_kind
 from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, VideoError
 from freres_cli.evaluation.cells import Budget
-from freres_cli.evaluation.questions import Question, format_choices
+from freres_cli.evaluation.questions import Question
 from freres_cli.evaluation.scores import describe_reading
 from freres_cli.files import make_folder, write_atomically
 from freres_cli.method.select import VARIANTS_WITH_OWN_ROWS
@@ -31,6 +31,7 @@ from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.prompt_text import settle_tokens
+from freres_cli.pipeline.query import Query, encode_choices
 from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.records import VideoTokens
 from freres_cli.video.opening import hash_file
@@ -97,20 +98,14 @@ def answer_ids(model: LanguageModel, question: Question) -> tuple[Ids, Ids, tupl
 
     A question without options has one possible answer, which ends the turn.
     """
-    encode, end = model.tokenizer.encode, model.tokenizer.eos_token_id
-
-    def whole(text: str) -> Ids:
-        return (*encode(text, add_special_tokens=False), end)
-
-    if question.choices and model.choices_as == "letters":
-        ids = model.prompt(format_choices(question.question, question.choices))
-        letters = [chr(ord("A") + i) for i in range(len(question.choices))]
-        answers = tuple(tuple(encode(letter, add_special_tokens=False)) for letter in letters)
+    if question.choices:
+        text, answers = encode_choices(model, Query(question.question, question.choices))
+        truth = question.choices.index(question.answer)
     else:
-        ids = model.prompt(question.question)
-        answers = tuple(map(whole, question.choices or (question.answer,)))
-    truth = question.choices.index(question.answer) if question.choices else 0
-    return ids.prefix, ids.suffix, answers, truth
+        written = model.tokenizer.encode(question.answer, add_special_tokens=False)
+        text, answers, truth = question.question, [(*written, model.tokenizer.eos_token_id)], 0
+    ids = model.prompt(text)
+    return ids.prefix, ids.suffix, tuple(answers), truth
 
 
 def prepare_data(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class TrainingLoop:
     learned: Sequence[Example]
     held_out: Sequence[Example]
     workers: Workers
-    identity: str
+    identity: Mapping[str, str]
 
     def train(self, state: dict[str, Any], state_path: Path, log: Callable[[str], None]) -> dict[str, Any]:
         """Train until the last step, or until validation stops improving.
@@ -125,7 +126,7 @@ class TrainingLoop:
             log(_progress_line(step, recipe.num_steps, loss_sum / since, score, left))
             loss_sum, since = 0.0, 0
             if self.workers.is_first:
-                facts = {"step": step, "history": history, "best": best, "run": self.identity}
+                facts = {"step": step, "history": history, "best": best, **self.identity}
                 save_state(state_path, self.modules, [optimizer], **facts)
         return {"best": best, "history": history, "steps": step}
 
@@ -179,22 +180,31 @@ class TrainingLoop:
 
     @torch.no_grad()
     def validate(self) -> Score:
-        """Ask every question about the validation videos at every budget."""
-        with _memory_errors():
-            score = self._validate()
-        # The workers must agree, but the last bit of a sum may differ between them.
-        return Score(*self.workers.of_first((score.accuracy, score.loss)))
-
-    def _validate(self) -> Score:
-        rights, losses = [], []
-        for example in self.held_out:
-            for budget in range(len(self.recipe.budgets)):
-                everything = range(len(example.questions))
-                for question, scores in zip(example.questions, self._scores(example, budget, everything), strict=True):
-                    losses.append(-float(scores[question.truth]) / len(question.answers[question.truth]))
-                    if len(question.answers) > 1:
-                        rights.append(int(scores.argmax()) == question.truth)
+        """Ask every question about the validation videos at every budget. Each worker asks a part of them."""
+        mine = []
+        for number, (example, budget) in enumerate(product(self.held_out, range(len(self.recipe.budgets)))):
+            if number % self.workers.count == self.workers.rank:
+                with _memory_errors():
+                    mine.append((number, *self._validate(example, budget)))
+        # All have all parts, in one order, so that they agree to the last bit.
+        parts = sorted(part for own in self.workers.gather(mine) for part in own)
+        losses = [loss for _, found, _ in parts for loss in found]
+        rights = [is_right for _, _, found in parts for is_right in found]
         return Score(float(np.mean(rights)) if rights else None, float(np.mean(losses)))
+
+    def _validate(self, example: Example, budget: int) -> tuple[list[float], list[bool]]:
+        """Return the loss of each question about a video, and of those with options whether the answer is right. As many are
+        asked at a time as in a step: they share its memory."""
+        losses, rights = [], []
+        for start in range(0, len(example.questions), self.recipe.questions_a_video):
+            picked = range(len(example.questions))[start : start + self.recipe.questions_a_video]
+            for question, scores in zip(
+                [example.questions[i] for i in picked], self._scores(example, budget, picked), strict=True
+            ):
+                losses.append(-float(scores[question.truth]) / len(question.answers[question.truth]))
+                if len(question.answers) > 1:
+                    rights.append(int(scores.argmax()) == question.truth)
+        return losses, rights
 
 
 def _memory_errors() -> AbstractContextManager[None]:
