@@ -19,6 +19,7 @@ from freres_cli.workflows.eval_run import EvalRequest
 from freres_cli.workflows.evaluate import EvalResult, evaluate
 from freres_cli.workflows.training_loop import Recipe
 from freres_cli.world.make import make_set
+from tests.evaluations import read_rows
 from tests.loaded_models import loaded_models
 from tests.runner import check_failure, fails, run_freres
 
@@ -96,6 +97,8 @@ def test_every_row_of_the_table_is_there_at_equal_tokens(folder, first):
     document = first.json
     assert document["schema"] == "freres.ablate/1" and document["tables"] == ["components"]
     assert labels(document) == ["full", *COMPONENTS]
+    assert document["settings"]["method"]["value"] == {row["method"] for row in document["rows"][1:]}.pop() == FRE_RES
+    assert read_rows(folder / "out" / "answers.jsonl")[0]["run"]["settings"]["method"] == FRE_RES
     assert {row["budget"] for row in document["rows"][1:]} == {0.25}
     assert len({row["budget_tokens"] for row in document["rows"][1:]}) == 1
     trained = {"absorber", "concat", "idct", "iquery", "sparse-idct"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from freres_cli.bundle.adapter import write_adapter
@@ -75,3 +77,34 @@ def test_the_precision_and_the_place_of_a_model_do_not_matter(tmp_path):
     for dtype in ("float32", "bfloat16"):
         assert Models(make_source(str(copy), "cpu", dtype)).facts == {**facts, "model_id": "copy"}
     assert load_adapter(bundled_adapter(), facts).training["steps"] == 200
+
+
+@pytest.mark.parametrize("method", TRAINED_METHODS)
+def test_a_header_that_asks_for_large_modules_takes_no_memory(tmp_path, method):
+    """Of 2 KB, which asked for gibibytes before they were compared with its weights."""
+    path, shape = tmp_path / "a.safetensors", {**ModuleShape(192, 100_000, 5).to_dict()}
+    write_adapter(path, {"gates": torch.ones(2)}, {"model": {}, "method": method, "shape": shape})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BackboneError, match=r"damaged adapter: .*: expected shape \(.*\), got none"):
+        load_adapter(path, {})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
+
+
+def test_weights_of_other_sizes_than_the_header_says_are_named(tmp_path):
+    path, modules = tmp_path / "a.safetensors", FreResModules(ModuleShape(8, 2, 5))
+    header = {"model": {}, "shape": ModuleShape(8, 3, 5).to_dict()}
+    write_adapter(path, modules.state_dict(), header)
+    with pytest.raises(BackboneError, match=r"absorber.band: expected shape \(5, 3\), got \(5, 2\)"):
+        load_adapter(path, {})
+    write_adapter(path, {**modules.state_dict(), "more": torch.ones(1)}, {**header, "shape": modules.shape.to_dict()})
+    with pytest.raises(BackboneError, match=r"more: expected shape none, got \(1,\)"):
+        load_adapter(path, {})
+
+
+def test_modules_are_float32_whatever_their_file_holds(tmp_path):
+    path, modules = tmp_path / "a.safetensors", FreResModules(ModuleShape(8, 2, 5))
+    stored = {name: weight.bfloat16() for name, weight in modules.state_dict().items()}
+    write_adapter(path, stored, {"model": {}, "shape": modules.shape.to_dict()})
+    loaded = load_adapter(path, {}).modules
+    assert {(p.dtype, p.device.type, p.requires_grad) for p in loaded.parameters()} == {(torch.float32, "cpu", False)}
+    assert all(torch.equal(weight.float(), loaded.state_dict()[name]) for name, weight in stored.items())

@@ -176,7 +176,7 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
         "plot": None if request.files.plot is None else str(request.files.plot),
         "num_videos_resumed": result.num_resumed,
         "model": result.run["model"],
-        "settings": {key: s for key, s in request.options.settings.record().items() if key != "budget_tokens"},
+        "settings": {key: s for key, s in request.options.recorded_settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),
         **result.storage,
         "environment": describe_environment(request.options.model.device, result.dtype),

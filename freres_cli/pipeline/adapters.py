@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
 from freres_cli.bundle.adapter import read_adapter, read_header
 from freres_cli.errors import BackboneError
@@ -88,11 +91,22 @@ def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
         raise _for_another_method(path, " or ".join(TRAINED_METHODS), method)
     try:
         shape = ModuleShape.from_dict(header["shape"])
-        modules: AnyModules = StretchModules(shape) if method == ADAPTIVE else FreResModules(shape)
-        modules.load_state_dict(weights)
+        # Without values: a header may ask for any size, and only that of the weights in the file is taken.
+        with torch.device("meta"):
+            modules: AnyModules = StretchModules(shape) if method == ADAPTIVE else FreResModules(shape)
+        _check_shapes(modules, weights)
+        modules.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
     return Adapter(path, method, modules.eval().requires_grad_(False), header.get("training") or {})
+
+
+def _check_shapes(modules: AnyModules, weights: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless the weights have the names and shapes of ``modules``."""
+    wanted, given = ({name: tuple(x.shape) for name, x in own.items()} for own in (modules.state_dict(), weights))
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(f"{name}: expected shape {wanted.get(name, 'none')}, got {given.get(name, 'none')}")
 
 
 def _method_of(header: Mapping[str, Any]) -> str:
