@@ -379,6 +379,8 @@ world train:
     freres world train -o my-model: Train a model from scratch; run it again to resume after a stop.
     freres world train -o better --start bundled --tower-steps 0 --steps 500: Continue from the shipped weights.
   output: The folder, to use with --model. Its name is that of the weights. Progress goes to stderr.
-  schemas: {freres.world_train/1: model tower_steps language_steps train_seeds start choices_as train_s environment}
+  schemas:
+    freres.world_train/1:
+      model tower_steps language_steps train_seeds start start_sha256 choices_as train_s environment
   defaults: {start: random weights}
 """)
