@@ -32,6 +32,7 @@ from freres_cli.pipeline.session import Session
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.presets import VARIANTS
 from freres_cli.stretches import STRETCH_COLUMNS
+from freres_cli.video.opening import hash_file
 from freres_cli.workflows import train_adapter, training_data, training_loop
 from freres_cli.world.make import make_set
 from tests.evaluations import read_rows, run_eval, write_rows
@@ -79,6 +80,8 @@ def test_an_adapter_says_how_it_was_trained(adapter):
     assert training["num_questions"] == done["num_questions"] and training["num_videos"] == 4
     assert sum(tensor.numel() for tensor in weights.values()) == training["num_parameters"]
     assert training["share_of_model"] <= 0.01
+    names = {row["video"] for row in read_rows(path.parent / "data.jsonl")}
+    assert training["videos"] == sorted(hash_file(path.parent / name)[:16] for name in names) and "videos" not in done
     assert [row[0] for row in training["history"]] == [0, 3, 6]
     best = min(training["history"], key=lambda row: row[2])
     assert training["best_step"] == best[0] and training["validation"]["loss"] == best[2]

@@ -240,7 +240,8 @@ train:
     mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
     those of the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1.
     The adapter holds digests of the model's config, of its projector and of samples of all its weights, the settings, the
-    data's SHA-256, the recipe and every validation. The cache keeps the bundles and the scores of the model with every
+    data's SHA-256, the recipe, every validation, and how the SHA-256 of each video begins: eval and compare note the videos
+    that it was trained on. The cache keeps the bundles and the scores of the model with every
     token. A clip whose tokens are too many for the model or for the memory has no such scores, and is learned from its
     answers alone. What did not fit in memory is tried again on a machine with more of it; on the same machine, remove the
     cache to have it tried again. Of a damaged video, what can be read is used, and a warning says so.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from freres_cli.presets import BUNDLED
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 
 NO_ADAPTER = "none"
+TRAINED_ON = "videos"  # where the facts about a training have what ``name_videos`` returns
+DIGEST_START = 16  # hexadecimal digits
 TRAINED_METHODS = (FRE_RES, ADAPTIVE)
 AnyModules = FreResModules | StretchModules
 
@@ -74,6 +76,31 @@ def give_adapters(cells: Sequence[Cell], named: str | None, model_id: str, varia
         path = choose_adapter(mine, model_id, cell.method, variant) if cell.method in able else None
         given.append(replace(cell, adapter=path))
     return tuple(given)
+
+
+def name_videos(sha256s: Iterable[str]) -> list[str]:
+    """Return what the header of an adapter has of the videos that it was trained on: how their digests begin, sorted."""
+    return sorted(sha256[:DIGEST_START] for sha256 in sha256s)
+
+
+def read_training_videos(cells: Iterable[Cell]) -> dict[Path, frozenset[str]]:
+    """Return what the adapter of each cell was trained on, as ``name_videos`` has it; nothing where it was not recorded.
+    Raises ``BackboneError``."""
+    found = {}
+    for path in dict.fromkeys(cell.adapter for cell in cells if cell.adapter is not None):
+        videos = (read_header(path).get("training") or {}).get(TRAINED_ON)
+        found[path] = frozenset(map(str, videos if isinstance(videos, list) else ()))
+    return found
+
+
+def describe_overlap(trained: Mapping[Path, frozenset[str]], sha256s: Sequence[str]) -> Iterator[str]:
+    """Yield a note on each adapter that was trained on videos it is now measured on. ``trained``: from
+    ``read_training_videos``. ``sha256s``: of what is measured."""
+    for path, videos in trained.items():
+        seen = sum(name in videos for name in name_videos(sha256s))
+        if seen:
+            counted = "this video" if len(sha256s) == 1 else f"{seen} of these {len(sha256s)} videos"
+            yield f"adapter {path.name} was trained on {counted}: its rows do not show how it does on others"
 
 
 def has_other_weights(model: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import Question, QuestionFile, check_length
 from freres_cli.evaluation.results import ResultsFile
 from freres_cli.evaluation.scores import summarize
-from freres_cli.pipeline.adapters import AnyModules, load_modules_for
+from freres_cli.pipeline.adapters import AnyModules, describe_overlap, load_modules_for, read_training_videos
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
@@ -74,6 +74,7 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     refuse_reasoning(model, "eval")
     check_methods((cell.method for cell in request.cells), model)
     modules = load_all_modules(request.cells, request.options, models)
+    trained = read_training_videos(request.cells)
     run = describe_run(request, models)
     results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
@@ -97,7 +98,8 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     )
     limits = describe_limits(request.options.model.name, is_known)
     notes = (*request.questions.notes, *describe_answers(request, model, rows, summary), *encoder.notes, *model.notes)
-    notes = (*limits, *notes)
+    seen = [row["video_sha256"] for row in rows if row["status"] == "ok"]
+    notes = (*limits, *describe_overlap(trained, seen), *notes)
     return EvalResult(
         summary, run, model.dtype, model.storage.describe(model.dtype), num_resumed, tuple(dict.fromkeys(notes))
     )

@@ -22,7 +22,7 @@ from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.files import check_destination
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
-from freres_cli.pipeline.adapters import AnyModules
+from freres_cli.pipeline.adapters import TRAINED_ON, AnyModules, name_videos
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import find_damaged
 from freres_cli.pipeline.planning import CompressOptions
@@ -103,7 +103,9 @@ def train_adapter(
     done = run.train(state, state_path, log)
     facts = _facts(request, model, modules, data, done)
     if workers.is_first:
-        _write(request, models, modules, done["best"], facts)
+        # Held-out ones are among them: they choose the weights.
+        used = name_videos(example.sha256 for example in data.examples)
+        _write(request, models, modules, done["best"], {**facts, TRAINED_ON: used})
         state_path.unlink(missing_ok=True)
     workers.wait()
     told = {"failed": data.failed, "video_notes": data.video_notes}
