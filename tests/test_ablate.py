@@ -17,8 +17,9 @@ from freres_cli.presets import presets_dir
 from freres_cli.workflows import ablate
 from freres_cli.workflows.eval_run import EvalRequest
 from freres_cli.workflows.evaluate import EvalResult, evaluate
-from freres_cli.workflows.train_adapter import Recipe
+from freres_cli.workflows.training_loop import Recipe
 from freres_cli.world.make import make_set
+from tests.evaluations import read_rows
 from tests.loaded_models import loaded_models
 from tests.runner import check_failure, fails, run_freres
 
@@ -82,6 +83,12 @@ def trained(folder, first, tmp_path):
     return tmp_path
 
 
+def test_only_the_adapters_of_the_tables_are_trained(folder, first, tmp_path):
+    shutil.copy(folder / "out" / "absorber.safetensors", tmp_path)
+    assert run_ablate(folder, tmp_path, tables="frames").log == []
+    assert [path.stem for path in tmp_path.glob("*.safetensors")] == ["absorber"]
+
+
 def labels(document):
     return [row["label"] or row["method"] for row in document["rows"]]
 
@@ -90,9 +97,14 @@ def test_every_row_of_the_table_is_there_at_equal_tokens(folder, first):
     document = first.json
     assert document["schema"] == "freres.ablate/1" and document["tables"] == ["components"]
     assert labels(document) == ["full", *COMPONENTS]
+    assert document["settings"]["method"]["value"] == {row["method"] for row in document["rows"][1:]}.pop() == FRE_RES
+    assert read_rows(folder / "out" / "answers.jsonl")[0]["run"]["settings"]["method"] == FRE_RES
     assert {row["budget"] for row in document["rows"][1:]} == {0.25}
     assert len({row["budget_tokens"] for row in document["rows"][1:]}) == 1
-    assert sorted(path.stem for path in (folder / "out").glob("*.safetensors")) == sorted(ablate.TRAINED_VARIANTS)
+    trained = {"absorber", "concat", "idct", "iquery", "sparse-idct"}
+    assert {path.stem for path in (folder / "out").glob("*.safetensors")} == trained
+    # Only idct keeps other rows than the absorber: the other bundles are made once, and so are their teacher's scores.
+    assert len(list((folder / "out" / "cache").iterdir())) == 2
 
 
 def test_a_video_that_training_left_out_is_named_once(first):
@@ -123,7 +135,7 @@ def test_adapters_of_another_training_are_refused(folder, trained, changed, text
 
 def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained):
     path = trained / "absorber.safetensors"
-    weights, header = read_adapter(path, loaded_models().language_model.fingerprint)
+    weights, header = read_adapter(path, loaded_models().facts)
     del header["training"]["settings"]
     write_adapter(path, weights, header)
     check_failure(run_command(folder, trained), 2, "settings (not recorded)")
@@ -131,7 +143,7 @@ def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained):
 
 def test_an_adapter_with_the_absorber_of_an_earlier_release_is_refused(folder, trained):
     path = trained / "absorber.safetensors"
-    weights, header = read_adapter(path, loaded_models().language_model.fingerprint)
+    weights, header = read_adapter(path, loaded_models().facts)
     del header["shape"]["values"]
     write_adapter(path, weights, header)
     with fails(2, "differs in absorber (an earlier release's)"):

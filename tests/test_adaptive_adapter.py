@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from freres_cli.bundle.adapter import write_adapter
-from freres_cli.bundle.store import read_bundle
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
-from freres_cli.pipeline.adapters import give_adapters
+from freres_cli.pipeline.adapters import give_adapters, name_videos
 from freres_cli.presets import BUNDLED
+from freres_cli.video.opening import hash_file
 from tests.evaluations import run_eval, write_clips, write_questions
+from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.runner import check_failure, fails, run_freres
@@ -30,8 +32,8 @@ def folder(clip, tmp_path_factory):
     for trends in ("keep", "drop"):
         flags = ("--method", "adaptive", "--budget", BUDGET, "--set", f"trends={trends}")
         assert run_freres("compress", clip, *flags, "-o", folder / f"{trends}.pt").status == 0
-    model = read_bundle(folder / "keep.pt").manifest["model"]
-    shape = ModuleShape(model["width"], 4, NUM_ORDERS)
+    model = loaded_models().facts
+    shape = ModuleShape(loaded_models().language_model.width, 4, NUM_ORDERS)
     torch.manual_seed(0)
     for method, modules in (("adaptive", StretchModules(shape)), ("fre-res", FreResModules(shape))):
         header = {"model": model, "method": method, "shape": shape.to_dict()}
@@ -104,6 +106,30 @@ def test_eval_gives_an_adapter_to_the_cells_of_its_method(folder, tmp_path):
     assert plain[0] == [None] * 3 and loud[0] == [None, "adaptive-loud.safetensors", None]
     assert silent[1] == plain[1]
     assert loud[1][0::3] == plain[1][0::3] and loud[1][2::3] == plain[1][2::3] and loud[1][1::3] != plain[1][1::3]
+
+
+def test_videos_that_an_adapter_was_trained_on_are_told(folder, tmp_path):
+    """By their content, whatever their names."""
+    questions, path = write_questions(write_clips(tmp_path)), tmp_path / "seen.safetensors"
+    modules = StretchModules(ModuleShape(loaded_models().language_model.width, 4, NUM_ORDERS))
+    header = {"model": loaded_models().facts, "method": "adaptive", "shape": modules.shape.to_dict()}
+    shutil.copy(tmp_path / "clip1.mp4", tmp_path / "renamed.mp4")
+
+    def notes(videos, verb="eval", video=None):
+        write_adapter(path, modules.state_dict(), {**header, "training": {"videos": videos}})
+        if verb == "eval":
+            told = run_eval(questions, "full,adaptive", "0.25", adapter=str(path)).notes
+        else:
+            flags = ("--methods", "adaptive", "--budgets", "0.25", "--question", "what?", "--choices", "a|b", "--json")
+            told = run_freres("compare", video, *flags, "--adapter", path).json["notes"]
+        return [note for note in told if "was trained on" in note]
+
+    one = name_videos([hash_file(tmp_path / "renamed.mp4")])
+    [told] = notes(["0" * 16, *one])
+    assert told.startswith("adapter seen.safetensors was trained on 1 of these 3 videos")
+    assert notes(["0" * 16]) == notes("damaged") == []
+    assert "was trained on this video" in notes(one, "compare", tmp_path / "clip1.mp4")[0]
+    assert notes(one, "compare", tmp_path / "clip0.mp4") == []
 
 
 @pytest.mark.slow

@@ -48,6 +48,19 @@ def test_gradients_reach_the_tokens_and_stop_there(tiny):
     assert ((up - down) / (2 * STEP)).item() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
+def test_lettered_options_share_one_pass(tiny, monkeypatch):
+    """As single tokens that no text holds, they are all read after the same one."""
+    video, read = tiny.tokens(tiny.keep), []
+    text_rows = tiny.model.text_rows
+    monkeypatch.setattr(tiny.model, "text_rows", lambda text, *rest: (read.append(text), text_rows(text, *rest))[1])
+    letters = [(65,), (66,), (67,), (68,)]
+    suffix = tiny.model.prompt("Which way?").suffix
+    [scores] = score_answers(tiny.model, tiny.prompt.prefix, video, "hf", [(suffix, letters)])
+    assert read.count(suffix) == 1
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video, "hf")
+    assert difference(scores, engine.score_options(tiny.model, prefix, suffix, letters)) < 1e-4
+
+
 def test_a_prompt_beyond_the_context_is_refused(tiny):
     with pytest.raises(BackboneError, match="more tokens than the model's context"):
         score(tiny, tiny.tokens(tiny.keep), [[(65,)], [(65,) * 5000]])

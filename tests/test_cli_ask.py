@@ -17,6 +17,7 @@ from freres_cli.bundle.adapter import HEADER, write_adapter
 from freres_cli.bundle.store import read_bundle
 from freres_cli.cli.ask import _loop
 from freres_cli.method.fusion import FreResModules, ModuleShape
+from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.pipeline_fixtures import tiny as tiny
@@ -90,8 +91,8 @@ def test_a_model_folder_under_home_is_found_again(clip, tmp_path, tiny, monkeypa
 
 
 def test_adapters_are_used_and_foreign_ones_refused(bundle, tmp_path):
-    model = read_bundle(bundle).manifest["model"]
-    modules = FreResModules(ModuleShape(model["width"], 8, 8))
+    model = loaded_models().facts
+    modules = FreResModules(ModuleShape(read_bundle(bundle).manifest["model"]["width"], 8, 8))
     header = {"model": model, "shape": modules.shape.to_dict()}
     write_adapter(tmp_path / "zero.safetensors", modules.state_dict(), header)
     with torch.no_grad():

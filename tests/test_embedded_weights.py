@@ -12,7 +12,7 @@ from freres_cli.bundle.adapter import read_adapter, write_adapter
 from freres_cli.bundle.store import read_bundle
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.pipeline import models
-from freres_cli.pipeline.models import check_model
+from freres_cli.pipeline.models import Models, check_model, make_source
 from freres_cli.world import bundled_model
 from freres_cli.world.bundled_model import EMBEDDED_WEIGHTS, bundled_adapter, bundled_model_dir, bundled_model_info
 from tests.loaded_models import loaded_models
@@ -108,8 +108,9 @@ def test_a_folder_of_other_weights_does_not(bundle, old_bundle, old, named, tmp_
 
 
 def test_an_adapter_of_earlier_weights_is_refused_by_name(bundle, old_bundle, old, named, tmp_path):
-    facts = read_bundle(old_bundle[0]).manifest["model"]
-    modules, path = FreResModules(ModuleShape(facts["width"], 8, 8)), tmp_path / "old.safetensors"
+    facts = {**Models(make_source(str(old), "cpu")).facts, "model_id": "bundled"}
+    width = read_bundle(old_bundle[0]).manifest["model"]["width"]
+    modules, path = FreResModules(ModuleShape(width, 8, 8)), tmp_path / "old.safetensors"
     write_adapter(path, modules.state_dict(), {"model": facts, "shape": modules.shape.to_dict()})
     text = f"adapter for another model: expected embedded weights {NOW}, got embedded weights {OLD}"
     check_failure(run_freres("ask", bundle, *ASKED, "--adapter", path), 5, text)

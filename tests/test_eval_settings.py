@@ -117,7 +117,7 @@ def test_an_adapter_of_too_few_bands_is_refused_before_any_video(folder):
 
 def test_an_adapter_of_another_width_is_refused(folder, tmp_path):
     path, modules = tmp_path / "a.safetensors", FreResModules(ModuleShape(8, 2, 5))
-    header = {"model": dict(loaded_models().encoder.fingerprint), "shape": modules.shape.to_dict()}
+    header = {"model": loaded_models().facts, "shape": modules.shape.to_dict()}
     write_adapter(path, modules.state_dict(), header)
     with fails(5, "adapter width: expected"):
         run_eval(folder / "q.jsonl", "full,uniform,fre-res", adapter=str(path))

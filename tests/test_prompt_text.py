@@ -26,7 +26,7 @@ from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.session import AskRequest, Session, open_session
 from freres_cli.pipeline.tokens import make_tokens
 from freres_cli.records import TOKEN_KINDS, nearest_frames
-from freres_cli.workflows.train_adapter import _Run
+from freres_cli.workflows.training_loop import TrainingLoop
 from tests import family_contract
 from tests.clips import write_clip
 from tests.runner import run_freres
@@ -185,11 +185,9 @@ def test_an_adapter_is_trained_on_the_tokens_that_ask_reads(name, tmp_path):
     ids, answers = tiny.model.prompt(QUESTION), [(97, 98), (99,)]
     question = SimpleNamespace(prefix=ids.prefix, suffix=ids.suffix, answers=answers)
     settings = SimpleNamespace(variant="absorber", text_after="max")
-    trainer = SimpleNamespace(
-        request=SimpleNamespace(options=SimpleNamespace(settings=settings)), model=tiny.model, modules=None
-    )
+    trainer = SimpleNamespace(settings=settings, model=tiny.model, modules=None)
     example = SimpleNamespace(questions=[question], content=lambda budget: tracks)
-    [trained] = _Run._scores(trainer, example, 0, [0])
+    [trained] = TrainingLoop._scores(trainer, example, 0, [0])
     prefix, suffix = session._prompt(Query(QUESTION))
     assert torch.allclose(trained, score_options(tiny.model, prefix, suffix, answers), atol=1e-3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -12,17 +13,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from freres_cli.backbones.gradients import score_answers
+from freres_cli.bench.clock import StageTimer
 from freres_cli.bundle.adapter import read_adapter
 from freres_cli.bundle.store import read_bundle
-from freres_cli.cli.compress import make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.errors import BackboneError
-from freres_cli.evaluation.questions import read_questions
+from freres_cli.evaluation.questions import format_choices, read_questions
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.losses import DISTILLATION_WEIGHT, distillation_loss, total_loss
+from freres_cli.method.select import VARIANTS_WITH_OWN_ROWS
 from freres_cli.method.stretch_modules import StretchModules
+from freres_cli.pipeline.adapters import TRAINED_METHODS
+from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
+from freres_cli.pipeline.session import Session
+from freres_cli.pipeline.tokens import make_tokens
+from freres_cli.presets import VARIANTS
 from freres_cli.stretches import STRETCH_COLUMNS
-from freres_cli.workflows import train_adapter, training_data
+from freres_cli.video.opening import hash_file
+from freres_cli.workflows import train_adapter, training_data, training_loop
 from freres_cli.world.make import make_set
 from tests.evaluations import read_rows, run_eval, write_rows
 from tests.loaded_models import loaded_models
@@ -69,6 +80,8 @@ def test_an_adapter_says_how_it_was_trained(adapter):
     assert training["num_questions"] == done["num_questions"] and training["num_videos"] == 4
     assert sum(tensor.numel() for tensor in weights.values()) == training["num_parameters"]
     assert training["share_of_model"] <= 0.01
+    names = {row["video"] for row in read_rows(path.parent / "data.jsonl")}
+    assert training["videos"] == sorted(hash_file(path.parent / name)[:16] for name in names) and "videos" not in done
     assert [row[0] for row in training["history"]] == [0, 3, 6]
     best = min(training["history"], key=lambda row: row[2])
     assert training["best_step"] == best[0] and training["validation"]["loss"] == best[2]
@@ -102,12 +115,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder, adapter):
 def test_a_state_of_another_run_is_refused(folder, tmp_path, monkeypatch):
     """By the command, which is killed after a save."""
     path = tmp_path / "a.safetensors"
-    save = train_adapter.save_state
+    save = training_loop.save_state
     monkeypatch.setattr(
-        train_adapter, "save_state", lambda *a, **f: (save(*a, **f), (_ for _ in ()).throw(KeyboardInterrupt))
+        training_loop, "save_state", lambda *a, **f: (save(*a, **f), (_ for _ in ()).throw(KeyboardInterrupt))
     )
     assert run_command(folder, path).status == 130
-    check_failure(run_command(folder, path, "--seed", 5), 2, "state of another run")
+    # Before anything is made for it.
+    check_failure(run_command(folder, path, "--seed", 5, "--cache", tmp_path / "more"), 2, "state of another run")
+    assert not (tmp_path / "more").exists()
 
 
 def test_tower_and_language_model_do_not_change_by_a_bit(folder, tmp_path):
@@ -212,7 +227,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    rates = [train_adapter.learning_rate(step, 200) for step in range(200)]
+    rates = [training_loop.learning_rate(step, 200) for step in range(200)]
     peak = rates.index(max(rates))
     assert max(rates) == 1.0 and rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:])[::-1]
     assert 0 < rates[-1] < 0.05
@@ -285,7 +300,7 @@ def test_training_data_that_cannot_be_split_is_refused(folder, tmp_path):
     one = write_rows(folder / "one.jsonl", read_rows(folder / "data.jsonl")[:1])
     with fails(2, "at least 2 videos that can be used, got 1"):
         TRAINING.run(one, tmp_path / "a.safetensors", folder / "cache")
-    recipe = train_adapter.Recipe((), 1, validation_share=0.99)
+    recipe = training_loop.Recipe((), 1, validation_share=0.99)
     for count in (2, 3, 5):
         learned, held_out = train_adapter._split(SimpleNamespace(examples=list(range(count))), recipe)
         assert len(learned) == 1 and sorted((*learned, *held_out)) == list(range(count))
@@ -300,3 +315,42 @@ def test_what_is_asked_is_what_asking_asks(folder):
     assert (prefix, suffix) == (ids.prefix, ids.suffix) and question.choices[truth] == question.answer
     words = [model.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     assert words == list(question.choices)
+
+
+@pytest.mark.parametrize("choices_as", ["words", "letters"])
+def test_options_are_scored_as_asking_scores_them(folder, adapter, choices_as):
+    model = copy.copy(loaded_models().language_model)
+    model.choices_as = choices_as
+    question = read_questions(folder / "data.jsonl", 1, is_named=False).questions[0]
+    content = read_bundle(next((folder / "cache").rglob("*-0.1.pt"))).content
+    tokens = make_tokens(content)
+    prefix, suffix, answers, truth = training_data.answer_ids(model, question)
+    [scores] = score_answers(model, prefix, tokens, "hf", [(suffix, answers)])
+    asked = Session(model, tokens, 1000, "hf", 0.0).ask(question.question, choices=question.choices).choices
+    assert scores.softmax(0).tolist() == pytest.approx(list(asked.values()), abs=1e-5)
+    assert question.choices[truth] == question.answer
+    if choices_as == "letters":
+        ids = model.prompt(format_choices(question.question, question.choices))
+        assert (prefix, suffix) == (ids.prefix, ids.suffix), "the options are listed"
+        assert [model.tokenizer.decode(answer) for answer in answers] == list("ABCD")
+
+
+def test_variants_that_share_their_bundles_keep_the_same_rows(folder):
+    """What the cache of training relies on, and only what differs has rows of its own."""
+    options = at_budgets(make_options({}, None, None, device="cpu"), "train", trains=TRAINED_METHODS)
+    video = folder / read_rows(folder / "data.jsonl")[0]["video"]
+    clip = EncodedClip(VideoSource(video), options, loaded_models().encoder, StageTimer(torch.device("cpu")))
+    kept = {
+        name: [
+            tensor
+            for tensor in vars(clip.with_settings({"variant": name}).build_tracks(100)).values()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        for name in VARIANTS
+    }
+
+    def are_equal(one, other):
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    alike = {name for name in VARIANTS if are_equal(kept[name], kept["absorber"])}
+    assert alike == set(VARIANTS) - set(VARIANTS_WITH_OWN_ROWS)

@@ -8,10 +8,13 @@ import shutil
 import pytest
 import torch
 
+from freres_cli.bundle.adapter import read_header
+from freres_cli.workflows import training_data
 from freres_cli.workflows.train_adapter import describe_left_out
 from freres_cli.world.make import make_set
+from tests.clips import cut, write_clip
 from tests.evaluations import read_rows, write_rows
-from tests.loaded_models import CountingLanguageModel, Wrapped, loaded_models, models_with
+from tests.loaded_models import CountingEncoder, CountingLanguageModel, Wrapped, loaded_models, models_with
 from tests.runner import check_failure, fails, run_freres
 from tests.trainings import Training, stop_at
 
@@ -114,15 +117,20 @@ def test_a_damaged_cache_is_made_anew(folder, tmp_path):
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
 
 
-def test_a_teacher_that_does_not_fit_is_done_without(folder, tmp_path):
-    """Only the tokens of a budget fit in memory."""
+def test_a_teacher_that_does_not_fit_is_done_without(folder, tmp_path, monkeypatch):
+    """Only the tokens of a budget fit in memory. That is tried once on a machine, not at every start or by every worker."""
     model = CountingLanguageModel(loaded_models().language_model, max_video_tokens=MOST_IN_MEMORY)
-    models = models_with(language_model=model)
-    done = train(folder / "questions.jsonl", tmp_path / "a.safetensors", tmp_path / "cache", models=models)
-    assert max(model.num_video_tokens) > MOST_IN_MEMORY
-    assert "4 videos without a full-token teacher" in "".join(describe_left_out(done))
+    tower = CountingEncoder(loaded_models().encoder)
+    models, data = models_with(tower, model), write_rows(folder / "few.jsonl", rows_of(folder)[::6])
+    for name in ("a", "again"):
+        tower.num_frames.clear(), model.num_video_tokens.clear()
+        done = train(data, tmp_path / f"{name}.safetensors", tmp_path / "cache", models=models, num_steps=1)
+        assert "2 videos without a full-token teacher" in "".join(describe_left_out(done))
+        is_first = name == "a"
+        assert (max(model.num_video_tokens) > MOST_IN_MEMORY) == bool(tower.num_frames) == is_first
     # With more memory they are taught after all, from the same cache.
-    more = train(folder / "questions.jsonl", tmp_path / "b.safetensors", tmp_path / "cache")
+    monkeypatch.setattr(training_data, "name_machine", lambda _: "CPU, a lot")
+    more = train(data, tmp_path / "b.safetensors", tmp_path / "cache", num_steps=1)
     assert "without a full-token teacher" not in "".join(describe_left_out(more))
 
 
@@ -165,3 +173,21 @@ def test_processes_started_together_may_not_share_a_gpu(folder, tmp_path, monkey
     monkeypatch.setenv("FRERES_DEVICE", "cuda:1")
     run = run_freres("train", folder / "questions.jsonl", "-o", tmp_path / "a.safetensors")
     check_failure(run, 2, "--device cuda:1: every process would use this one")
+
+
+def test_a_video_that_is_cut_short_is_trained_on_and_told(folder, tmp_path):
+    """Also of a run that takes it from the cache."""
+    rows, cache = rows_of(folder), tmp_path / "cache"
+    write_clip(folder / "short.webm", 48, fps=12, codec="libvpx-vp9", options={"cpu-used": "8"})
+    cut(folder / "short.webm", 0.5)
+    rows[0]["video"] = "short.webm"
+    data = write_rows(folder / "short.jsonl", [rows[0], rows[-1]])
+    for name in ("a", "b"):
+        run = run_command(data, tmp_path / f"{name}.safetensors", "--cache", cache, "--json", "--steps", 1)
+        assert run.status == 0, run.err
+        warned = [line for line in run.err.splitlines() if "damaged" in line and line.startswith("warning: ")]
+        assert len(warned) == 1 and "warning: 1 damaged video trained on" in warned[0] and "short.webm" in warned[0]
+        (noted,) = run.json["video_notes"]
+        assert noted["video"] == "short.webm" and f"{noted['lost_s']:.2f} s lost" in warned[0]
+        assert f"short.webm: {noted['notes'][0]}" in run.err
+    assert read_header(tmp_path / "b.safetensors")["training"]["num_videos_damaged"] == 1

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from freres_cli.backbones import engine
 from freres_cli.backbones.registry import load_language_model, load_vision_encoder
 from freres_cli.training.muon import orthogonalize
+from freres_cli.video.opening import hash_file
+from freres_cli.workflows.train_world import _name_weights
 from freres_cli.world import train_language, train_tower
-from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir
+from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir, bundled_model_info
 from freres_cli.world.labels import ALWAYS_KNOWN, TRACES, trace_labels
 from freres_cli.world.packing import Item, View, pack, pack_loss, run_pack, use_packed_attention
 from freres_cli.world.questions import questions_of
@@ -372,5 +374,10 @@ def test_training_starts_from_a_model_and_leaves_the_tower_alone(tmp_path, monke
     assert before.keys() == after.keys()
     same = {key for key in before if torch.equal(before[key], after[key])}
     assert {key for key in before if "visual" in key} <= same < before.keys()
+    info = json.loads((folder / "MODEL_INFO.json").read_text())
+    assert info["start"] == bundled_model_info()["weights"], "the name of the weights, not of the folder they are in"
+    (folder / "MODEL_INFO.json").unlink()
+    assert _name_weights(folder) == "model"
+    assert info["start_sha256"] == hash_file(bundled_model_dir() / "model.safetensors")
     check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", tmp_path), 5, "training can start from")
     check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", "nowhere"), 2, "no such folder")

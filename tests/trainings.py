@@ -11,7 +11,8 @@ from freres_cli.evaluation.cells import parse_budgets
 from freres_cli.evaluation.questions import read_questions
 from freres_cli.pipeline.adapters import TRAINED_METHODS
 from freres_cli.pipeline.models import Models
-from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
+from freres_cli.workflows.train_adapter import TrainRequest, train_adapter
+from freres_cli.workflows.training_loop import Recipe
 from tests.loaded_models import loaded_models
 
 

@@ -241,6 +241,15 @@ def _open_folder(model_id: str, folder: Path, revision: str | None, supported: t
     return Checkpoint(model_id, revision, folder, config, is_remote=revision is not None)
 
 
+def find_stored(checkpoint: Checkpoint, prefixes: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """The keys of a module's tensors in ``checkpoint``, by its own names. ``prefixes``: as for ``load_submodule``."""
+    keys: dict[str, str] = {}
+    for own_prefix, candidates in prefixes.items():
+        _, found = checkpoint.keys_under(candidates)
+        keys |= {own_prefix + rest: key for rest, key in found.items() if not rest.endswith(".inv_freq")}
+    return keys
+
+
 def load_submodule(
     checkpoint: Checkpoint,
     module: nn.Module,
@@ -257,10 +266,7 @@ def load_submodule(
     swapped, and are swapped back if only that fits. Raises BackboneError, naming the keys that are missing, unexpected
     or of the wrong shape.
     """
-    keys: dict[str, str] = {}
-    for own_prefix, candidates in prefixes.items():
-        _, found = checkpoint.keys_under(candidates)
-        keys |= {own_prefix + rest: key for rest, key in found.items() if not rest.endswith(".inv_freq")}
+    keys = find_stored(checkpoint, prefixes)
     wanted = module.state_dict(keep_vars=True)
     _refuse_keys(checkpoint, "missing", sorted(wanted.keys() - keys.keys()))
     _refuse_keys(checkpoint, "unexpected", sorted(keys[name] for name in keys.keys() - wanted.keys()))

@@ -26,22 +26,24 @@ def score_answers(
 
     ``model`` reads the text before the video, ``prefix_ids``, and the visual tokens, ``video``; ``text_after`` is the
     rule for the positions of later text, as in ``base.LanguageModel.splice``. ``questions``: for each, the token ids
-    after the video, and those of its k possible answers. The video is read once for all of them, or once per answer if
-    the cache cannot be shared (recurrent states). Memory grows with the activations of the whole prompt. Raises
-    ContextError if a prompt exceeds the model's context.
+    after the video, and those of its k possible answers. Answers whose last tokens alone differ share a text. The video is
+    read once for all texts, or once per text if the cache cannot be shared (recurrent states). Memory grows with the
+    activations of the whole prompt. Raises ContextError if a prompt exceeds the model's context.
     """
     rows = model.splice(prefix_ids, video, text_after)
-    texts = [(*suffix, *answer[:-1]) for suffix, answers in questions for answer in answers]
-    check_context(model, len(rows) + max(map(len, texts)), rows.next_position)
+    texts = [[(*suffix, *answer[:-1]) for answer in answers] for suffix, answers in questions]
+    # Lettered options are a token each, which no text holds: all the options of a question follow one text.
+    distinct = list(dict.fromkeys(text for own in texts for text in own))
+    check_context(model, len(rows) + max(map(len, distinct)), rows.next_position)
     cache = model.new_cache()
     if getattr(cache, "is_croppable", True):
-        hidden = _branch_off(model, rows, texts, cache)
+        hidden = _branch_off(model, rows, distinct, cache)
     else:
-        hidden = [_read_whole(model, rows, text) for text in texts]
-    unscored = iter(hidden)
+        hidden = [_read_whole(model, rows, text) for text in distinct]
+    states = dict(zip(distinct, hidden, strict=True))
     return [
-        torch.stack([_likelihood(model, next(unscored), len(suffix), answer) for answer in answers])
-        for suffix, answers in questions
+        torch.stack([_likelihood(model, states[text], len(suffix), a) for text, a in zip(own, answers, strict=True)])
+        for own, (suffix, answers) in zip(texts, questions, strict=True)
     ]
 
 

@@ -40,6 +40,11 @@ class FamilyFiles:
     transposed: tuple[str, ...] = ()
 
     @property
+    def language(self) -> dict[str, tuple[str, ...]]:
+        """Prefix of the language half's own names -> the prefixes they may have in a checkpoint."""
+        return {"decoder.": self.decoder, "lm_head.": self.head}
+
+    @property
     def first_vision_prefixes(self) -> tuple[str, ...]:
         return next(iter(self.vision.values()))
 

@@ -139,6 +139,25 @@ def identify_vision_encoder(
     return identity
 
 
+def digest_half(
+    half: str,
+    model: str | Checkpoint,
+    device: Device,
+    dtype: str | None = None,
+    revision: str | None = None,
+    bundled_directory: Path | None = None,
+) -> str:
+    """Return a SHA-256 of samples of the stored weights of a ``half``, ``vision`` or ``language``, without loading it.
+
+    See ``load_vision_encoder`` for the other arguments; ``device`` and ``dtype`` have no effect.
+    """
+    from freres_cli.backbones.weight_samples import digest_stored
+
+    checkpoint = resolve_checkpoint(model, tuple(FAMILIES), revision, bundled_directory)
+    files = _class_of(checkpoint, half).files
+    return digest_stored(checkpoint, files.vision if half == "vision" else files.language)
+
+
 def load_language_model(
     model: str | Checkpoint,
     device: Device,

@@ -16,6 +16,8 @@ from freres_cli.files import write_atomically
 
 HEADER = "freres.adapter/1"
 MODEL_FACTS = ("config_sha256", "projector_sha256")
+# Known where the model itself is at hand; a bundle's manifest has neither.
+WEIGHT_FACTS = ("tower_sha256", "decoder_sha256")
 
 
 def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -57,13 +59,17 @@ def read_adapter(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return weights and header of an adapter for the backbone that ``model`` describes.
 
+    ``model``: its config and projector are compared, and of the digests of ``WEIGHT_FACTS`` those that it has.
     ``name_model``: what the message calls a backbone with given facts, by default its id. Raises ``BackboneError`` if the
     file is missing, damaged, or made for another backbone.
     """
     weights, header = _read(path)
-    if any(header["model"].get(fact) != model.get(fact) for fact in MODEL_FACTS):
+    compared = (*MODEL_FACTS, *(fact for fact in WEIGHT_FACTS if fact in model))
+    differing = [fact for fact in compared if header["model"].get(fact) != model.get(fact)]
+    if differing:
         raise BackboneError(
-            f"{path}: adapter for another model: expected {name_model(model)}, got {name_model(header['model'])}",
-            "name an adapter that was trained for the bundle's model",
+            f"{path}: adapter for another model: expected {name_model(model)}, got {name_model(header['model'])} "
+            f"(differs in {', '.join(differing)})",
+            "name an adapter that was trained for this model, or --adapter none",
         )
     return weights, header

@@ -86,7 +86,7 @@ def ablate(
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.eval_run import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
-    from freres_cli.workflows.train_adapter import Recipe
+    from freres_cli.workflows.training_loop import Recipe
 
     make_folder(output)
     models = Models(chosen.model)

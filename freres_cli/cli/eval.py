@@ -16,7 +16,6 @@ from freres_cli.cli.output import print_json, print_notes, print_warning, progre
 from freres_cli.devices import choose_storage
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
 from freres_cli.pipeline.choices import choose_cells
-from freres_cli.video.ending import tells_damage
 
 if TYPE_CHECKING:
     from freres_cli.workflows.eval_run import EvalRequest
@@ -153,8 +152,9 @@ def print_failures(result: EvalResult) -> None:
 
 def print_losses(noted: Sequence[Mapping[str, Any]]) -> None:
     """Warn about videos of which a part was lost. ``noted``: those that were read with notes."""
-    lost = [item for item in noted if item["lost_s"] > 0 or tells_damage(item["notes"])]
-    if lost:
+    from freres_cli.pipeline.notes import find_damaged
+
+    if lost := find_damaged(noted):
         counted, them = ("1 video is", "it") if len(lost) == 1 else (f"{len(lost)} videos are", "them")
         first = f"{lost[0]['video']}, {lost[0]['lost_s']:.2f} s lost"
         print_warning(f"{counted} damaged or cut short, and what can be read of {them} counts: {first}")
@@ -179,7 +179,7 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
         "plot": None if request.files.plot is None else str(request.files.plot),
         "num_videos_resumed": result.num_resumed,
         "model": result.run["model"],
-        "settings": {key: s for key, s in request.options.settings.record().items() if key != "budget_tokens"},
+        "settings": {key: s for key, s in request.options.recorded_settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),
         **result.storage,
         "environment": describe_environment(request.options.model.device, result.dtype),

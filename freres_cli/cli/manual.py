@@ -239,13 +239,17 @@ train:
     The adapter's path. Training and validation loss, validation accuracy and the time left go to stderr. The loss is the
     mean negative log-likelihood of the true answer's tokens, plus 4 times the divergence of the options' probabilities from
     those of the same model with every token, at temperature 2, plus 0.001 times the squared distance of the gates from 1.
-    The adapter holds the model's fingerprint, the settings, the data's SHA-256, the recipe and every validation. The cache
-    keeps the bundles and the full-token model's scores. A clip too long for the full-token model has no scores; remove
-    the cache to try again on a larger machine.
+    The adapter holds digests of the model's config, of its projector and of samples of all its weights, the settings, the
+    data's SHA-256, the recipe, every validation, and how the SHA-256 of each video begins: eval and compare note the videos
+    that it was trained on. The cache keeps the bundles and the scores of the model with every
+    token. A clip whose tokens are too many for the model or for the memory has no such scores, and is learned from its
+    answers alone. What did not fit in memory is tried again on a machine with more of it; on the same machine, remove the
+    cache to have it tried again. Of a damaged video, what can be read is used, and a warning says so.
   schemas:
     freres.train/1:
-      adapter variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_left_out num_parameters
-      share_of_model steps best_step validation history train_s failed environment
+      adapter method variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_videos_damaged
+      num_left_out num_parameters share_of_model steps best_step validation history train_s failed
+      video_notes (video lost_s notes) environment
   defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
 ablate:
   examples:
@@ -377,6 +381,8 @@ world train:
     freres world train -o my-model: Train a model from scratch; run it again to resume after a stop.
     freres world train -o better --start bundled --tower-steps 0 --steps 500: Continue from the shipped weights.
   output: The folder, to use with --model. Its name is that of the weights. Progress goes to stderr.
-  schemas: {freres.world_train/1: model tower_steps language_steps train_seeds start choices_as train_s environment}
+  schemas:
+    freres.world_train/1:
+      model tower_steps language_steps train_seeds start start_sha256 choices_as train_s environment
   defaults: {start: random weights}
 """)

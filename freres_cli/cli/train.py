@@ -96,7 +96,8 @@ def train(
     file = read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "train", trains=(FRE_RES, ADAPTIVE))
-    from freres_cli.workflows.train_adapter import Recipe, TrainRequest, train_adapter
+    from freres_cli.workflows.train_adapter import TrainRequest, train_adapter
+    from freres_cli.workflows.training_loop import Recipe
 
     recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)
     folder = cache or output.with_name(output.name + ".cache")
@@ -109,7 +110,10 @@ def train(
         done = train_adapter(request, lambda line: print_notes([line], silent or json), progress)
     if not is_first_process():
         return
+    from freres_cli.workflows.eval_run import describe_oddities
+
     print_training_warnings(done)
+    print_notes(describe_oddities(done["video_notes"]), quiet)
     share = f"{100 * done['share_of_model']:.2f} % of the model's"
     print_notes([f"{done['num_parameters']} trained parameters, {share}"], quiet)
     if json:

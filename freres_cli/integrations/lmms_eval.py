@@ -119,7 +119,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         path = choose_adapter(named, self._options.model.name, self._method, settings.variant)
         if path is None:
             return None
-        return load_modules_for(path, self._method, self._models.language_model, settings.values())
+        return load_modules_for(path, self._method, self._models, settings.values())
 
     def _find_video(self, request: Instance) -> Path:
         """Return the video of a request. Raises ``UsageError`` unless there is exactly one, given as a path."""

@@ -18,6 +18,8 @@ from freres_cli.tracks import COLUMNS, GOP_STARTS, IMPULSE, NUM_SEGMENTS, REFINE
 # A coefficient below this share of a mean anchor token's energy is rounding noise, not motion (the paper drops near-zero
 # cells; the value is ours).
 NEAR_ZERO_SHARE = 1e-9
+# The other variants make their tokens from the same tracks.
+VARIANTS_WITH_OWN_ROWS = ("anchors", "temporal", "idct")
 
 
 def select_tracks(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from freres_cli.backbones.base import LanguageModel
+import torch
+from torch import Tensor
+
 from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
 from freres_cli.bundle.adapter import read_adapter, read_header
 from freres_cli.errors import BackboneError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
-from freres_cli.pipeline.models import describe_model
+from freres_cli.pipeline.models import Models, describe_model
 from freres_cli.presets import BUNDLED
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_info, name_weights
 
 NO_ADAPTER = "none"
+TRAINED_ON = "videos"  # where the facts about a training have what ``name_videos`` returns
+DIGEST_START = 16  # hexadecimal digits
 TRAINED_METHODS = (FRE_RES, ADAPTIVE)
 AnyModules = FreResModules | StretchModules
 
@@ -74,6 +78,31 @@ def give_adapters(cells: Sequence[Cell], named: str | None, model_id: str, varia
     return tuple(given)
 
 
+def name_videos(sha256s: Iterable[str]) -> list[str]:
+    """Return what the header of an adapter has of the videos that it was trained on: how their digests begin, sorted."""
+    return sorted(sha256[:DIGEST_START] for sha256 in sha256s)
+
+
+def read_training_videos(cells: Iterable[Cell]) -> dict[Path, frozenset[str]]:
+    """Return what the adapter of each cell was trained on, as ``name_videos`` has it; nothing where it was not recorded.
+    Raises ``BackboneError``."""
+    found = {}
+    for path in dict.fromkeys(cell.adapter for cell in cells if cell.adapter is not None):
+        videos = (read_header(path).get("training") or {}).get(TRAINED_ON)
+        found[path] = frozenset(map(str, videos if isinstance(videos, list) else ()))
+    return found
+
+
+def describe_overlap(trained: Mapping[Path, frozenset[str]], sha256s: Sequence[str]) -> Iterator[str]:
+    """Yield a note on each adapter that was trained on videos it is now measured on. ``trained``: from
+    ``read_training_videos``. ``sha256s``: of what is measured."""
+    for path, videos in trained.items():
+        seen = sum(name in videos for name in name_videos(sha256s))
+        if seen:
+            counted = "this video" if len(sha256s) == 1 else f"{seen} of these {len(sha256s)} videos"
+            yield f"adapter {path.name} was trained on {counted}: its rows do not show how it does on others"
+
+
 def has_other_weights(model: Mapping[str, Any]) -> bool:
     """Whether the ``model`` of a manifest has embedded weights other than today's."""
     if model["model_id"] != BUNDLED:
@@ -89,11 +118,22 @@ def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:
         raise _for_another_method(path, " or ".join(TRAINED_METHODS), method)
     try:
         shape = ModuleShape.from_dict(header["shape"])
-        modules: AnyModules = StretchModules(shape) if method == ADAPTIVE else FreResModules(shape)
-        modules.load_state_dict(weights)
+        # Without values: a header may ask for any size, and only that of the weights in the file is taken.
+        with torch.device("meta"):
+            modules: AnyModules = StretchModules(shape) if method == ADAPTIVE else FreResModules(shape)
+        _check_shapes(modules, weights)
+        modules.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BackboneError(f"{path}: damaged adapter: {str(error).splitlines()[0]}") from error
     return Adapter(path, method, modules.eval().requires_grad_(False), header.get("training") or {})
+
+
+def _check_shapes(modules: AnyModules, weights: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless the weights have the names and shapes of ``modules``."""
+    wanted, given = ({name: tuple(x.shape) for name, x in own.items()} for own in (modules.state_dict(), weights))
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(f"{name}: expected shape {wanted.get(name, 'none')}, got {given.get(name, 'none')}")
 
 
 def _method_of(header: Mapping[str, Any]) -> str:
@@ -126,19 +166,19 @@ def load_stretch_modules(path: Path, model: Mapping[str, Any], width: int) -> St
     return adapter.modules
 
 
-def load_modules_for(path: Path, method: str, model: LanguageModel, settings: Mapping[str, Any]) -> AnyModules:
-    """Return modules that fit ``model``, which is loaded, on its device.
+def load_modules_for(path: Path, method: str, models: Models, settings: Mapping[str, Any]) -> AnyModules:
+    """Return modules that fit the model, on the device of its language half.
 
-    ``path``: the adapter. ``method``: what it must be for. ``settings``: those that the clips are compressed with. Raises
-    ``BackboneError``, also if it has fewer bands than the settings allow coefficients: how many a clip has is known only
-    after it is compressed.
+    ``path``: the adapter. ``method``: what it must be for. ``models``: both halves, of which the weights are compared as
+    well. ``settings``: those that the clips are compressed with. Raises ``BackboneError``, also if it has fewer bands than
+    the settings allow coefficients: how many a clip has is known only after it is compressed.
     """
+    model = models.language_model
     modules: AnyModules
     if method == ADAPTIVE:
-        modules = load_stretch_modules(path, model.fingerprint, model.width)
+        modules = load_stretch_modules(path, models.facts, model.width)
     else:
-        shape = (model.width, settings["max_coefficients"])
-        modules = load_modules(path, model.fingerprint, settings["variant"], *shape)
+        modules = load_modules(path, models.facts, settings["variant"], model.width, settings["max_coefficients"])
     return modules.to(model.device)
 
 

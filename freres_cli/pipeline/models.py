@@ -15,6 +15,7 @@ import torch
 from freres_cli.backbones.base import EncoderIdentity, LanguageModel, VisionEncoder
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.registry import (
+    digest_half,
     find_checkpoint,
     identify_vision_encoder,
     load_language_model,
@@ -177,6 +178,22 @@ class Models:
     def has_encoder(self) -> bool:
         """Whether the tower is loaded."""
         return self._encoder is not None
+
+    @cached_property
+    def tower_sha256(self) -> str:
+        """Digest of samples of the tower's and projector's stored weights. The fingerprint has only the projector's."""
+        return self._from_checkpoint(partial(digest_half, "vision"))
+
+    @cached_property
+    def decoder_sha256(self) -> str:
+        """Digest of samples of the language half's stored weights."""
+        return self._from_checkpoint(partial(digest_half, "language"))
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """What an adapter is for: the fingerprint and both digests."""
+        weights = {"tower_sha256": self.tower_sha256, "decoder_sha256": self.decoder_sha256}
+        return {**self.language_model.fingerprint, **weights}
 
     def identify_encoder(self) -> EncoderIdentity:
         """Return what determines the latents, without loading the tower."""

@@ -11,11 +11,17 @@ from freres_cli.devices import Device
 from freres_cli.errors import count_of
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.presets import BUNDLED, FULL, Settings
+from freres_cli.video.ending import tells_damage
 
 # If less than this share of the budget is used, a note says why.
 FULL_SHARE = 0.98
 # Clocks that differ a little, as 29.97 from 30 fps, repeat a frame now and then.
 REPEATED_SHARE = 0.02
+
+
+def find_damaged(noted: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return those videos of which a part was lost. ``noted``: ``video``, ``lost_s`` and ``notes`` of each."""
+    return [item for item in noted if item["lost_s"] > 0 or tells_damage(item["notes"])]
 
 
 def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:

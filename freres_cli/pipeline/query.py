@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.errors import UsageError
-from freres_cli.evaluation.questions import check_choices, check_length, check_text, find_control_token
+from freres_cli.evaluation.questions import (
+    check_choices,
+    check_length,
+    check_text,
+    find_control_token,
+    format_choices,
+)
 from freres_cli.pipeline.choices import as_whole
 from freres_cli.pipeline.reasoning import refuse_reasoning
 
@@ -33,6 +39,20 @@ class Query:
     def texts(self) -> tuple[str, ...]:
         """The question, its options and its relevant text."""
         return (self.question, *self.choices, *(() if self.relevant_text is None else (self.relevant_text,)))
+
+
+def encode_choices(model: LanguageModel, query: Query) -> tuple[str, list[tuple[int, ...]]]:
+    """Return the text that asks a question with options, and the token ids of each option after it.
+
+    They are the option's letter, after a text that lists the options, or its words and the end of the turn: with the end, no
+    option gains from being a prefix of another. The ``choices_as`` of ``model`` decides.
+    """
+    encode, end = model.tokenizer.encode, model.tokenizer.eos_token_id
+    if model.choices_as == "words":
+        return query.question, [(*encode(choice, add_special_tokens=False), end) for choice in query.choices]
+    letters = check_choices(query.choices)
+    ids = [tuple(encode(letter, add_special_tokens=False)) for letter in letters]
+    return format_choices(query.question, query.choices), ids
 
 
 def read_queries(queries: Iterable[Query | str]) -> list[Query]:

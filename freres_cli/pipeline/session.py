@@ -21,12 +21,11 @@ from freres_cli.baselines.declaration import Method
 from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import AS_COMPUTED, Device, Storage, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
-from freres_cli.evaluation.questions import check_choices, format_choices
 from freres_cli.pipeline.answers import report_choice, report_generation, report_tokens
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
-from freres_cli.pipeline.query import Query, check_limit, check_query, read_queries, read_query
+from freres_cli.pipeline.query import Query, check_limit, check_query, encode_choices, read_queries, read_query
 from freres_cli.pipeline.reasoning import NOTE, opens_reasoning
 from freres_cli.pipeline.refining import REFINER, AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
@@ -308,14 +307,8 @@ class Session:
 
     def _encode_choices(self, query: Query, refine: int | None = None) -> tuple[VideoPrefix, Ids, list[Ids]]:
         """Return the prefilled video, the question's ids after it, and those of each option."""
-        encode, end = self.model.tokenizer.encode, self.model.tokenizer.eos_token_id
-        if self.model.choices_as == "words":
-            prefix, suffix = self._prompt(query, refine)
-            # With the end of the turn, no option gains from being a prefix of another.
-            return prefix, suffix, [(*encode(choice, add_special_tokens=False), end) for choice in query.choices]
-        prefix, suffix = self._prompt(query, refine, format_choices(query.question, query.choices))
-        letters = check_choices(query.choices)
-        return prefix, suffix, [tuple(encode(letter, add_special_tokens=False)) for letter in letters]
+        text, options = encode_choices(self.model, query)
+        return *self._prompt(query, refine, text), options
 
 
 def open_session(request: AskRequest, models: Models | None = None) -> Session:
@@ -346,7 +339,7 @@ def open_bundle(
         models = Models(find_model(recorded, str(request.bundle), request.device, *own))
     model = models.language_model
     check_model(recorded, bundle.content.width, model, str(request.bundle))
-    loaded = load_tokens(bundle, request.adapter)
+    loaded = load_tokens(bundle, request.adapter, models)
     limits = describe_limits(recorded["model_id"], manifest["source"]["made_by_world"])
     text_after = request.text_after or manifest["settings"]["text_after"]["value"]
     load_s = time.perf_counter() - start

@@ -23,7 +23,7 @@ from freres_cli.pipeline.adapters import (
     load_modules,
     load_stretch_modules,
 )
-from freres_cli.pipeline.models import describe_model
+from freres_cli.pipeline.models import Models, describe_model
 from freres_cli.pipeline.notes import describe_drop
 from freres_cli.records import TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
@@ -53,10 +53,11 @@ class AnyBundle(Protocol):
     def path(self) -> Path | None: ...
 
 
-def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
+def load_tokens(bundle: AnyBundle, adapter: str | None = None, models: Models | None = None) -> LoadedTokens:
     """Return the visual tokens of a bundle, with a row for every channel that its language model takes.
 
-    No language model is loaded. ``adapter``: trained modules, as ``adapters.choose_adapter`` takes them. Raises
+    No language model is loaded. ``adapter``: trained modules, as ``adapters.choose_adapter`` takes them. ``models``: what
+    will read the tokens, if it is at hand: an adapter is then refused for other weights of the decoder too. Raises
     ``BackboneError`` for an adapter that does not fit, ``ResourceError`` where memory runs out.
     """
     content, manifest = bundle.content, bundle.manifest
@@ -67,7 +68,7 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
     if isinstance(content, Tracks):
         path = choose_adapter_for(adapter, model, method, variant)
         if path is not None:
-            modules = load_modules(path, model, variant, content.width, content.num_bands)
+            modules = load_modules(path, _known(model, models), variant, content.width, content.num_bands)
         if adapter is None and variant == "absorber" and has_other_weights(model):
             notes.append(f"opened without an adapter: the one that ships does not fit {describe_model(model)}")
         if modules is None and variant == "concat":
@@ -75,7 +76,7 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
     elif isinstance(content, Stretches):
         path = choose_adapter_for(adapter, model, method, variant)
         if path is not None:
-            modules = load_stretch_modules(path, model, content.width)
+            modules = load_stretch_modules(path, _known(model, models), content.width)
         if modules is not None and not content.has_trends:
             modules = None
             notes.append(f"the adapter has no effect: {NO_TRENDS}")
@@ -87,6 +88,11 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None) -> LoadedTokens:
         tokens = with_deep_rows(tokens, model["num_deep_layers"])
         notes.append(cost)
     return LoadedTokens(tokens, tuple(notes))
+
+
+def _known(model: Mapping[str, Any], models: Models | None) -> dict[str, Any]:
+    """The manifest's facts about a model, with the decoder's where it is at hand."""
+    return {**model, **({} if models is None else {"decoder_sha256": models.decoder_sha256})}
 
 
 def make_tokens(content: Content, variant: str = "absorber", modules: AnyModules | None = None) -> VideoTokens:

@@ -62,13 +62,13 @@ class Workers:
         self.wait()
         return done
 
-    def of_first(self, value: Any) -> Any:
-        """Return the first process's ``value``, so that all processes decide alike."""
+    def gather(self, value: T) -> list[T]:
+        """Return every process's ``value``, by rank, in all processes."""
         if self.count == 1:
-            return value
-        shared = [value]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
 
     def sum_gradients(self, modules: nn.Module, loss: float) -> float:
         """Give every process the sum of all gradients, and return the sum of the losses. A parameter that no process used

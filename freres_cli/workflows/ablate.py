@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from freres_cli.baselines.registry import FRE_RES
-from freres_cli.errors import UsageError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.evaluation.cells import Budget, Cell
 from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.method.absorber import AMPLITUDE
@@ -17,11 +17,9 @@ from freres_cli.pipeline.adapters import load_adapter
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.presets import Settings
-from freres_cli.workflows.train_adapter import Recipe, TrainRequest, describe_left_out, train_adapter
+from freres_cli.workflows.train_adapter import TrainRequest, describe_left_out, train_adapter
 from freres_cli.workflows.training_data import used_settings
-
-# Variants that an adapter is trained for, each on the same data with the same steps and seed.
-TRAINED_VARIANTS = ("absorber", "concat", "idct", "iquery", "sparse-idct")
+from freres_cli.workflows.training_loop import Recipe
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,12 @@ def parse_tables(text: str) -> tuple[str, ...]:
     return names
 
 
+def trained_variants(tables: Sequence[str]) -> tuple[str, ...]:
+    """Return the variants that the rows of these tables need an adapter for: all on the same data, with the same steps and
+    seed."""
+    return tuple(sorted({row.adapter for name in tables for row in TABLES[name] if row.adapter}))
+
+
 def make_cells(tables: Sequence[str], budgets: Sequence[Budget], adapters: Mapping[str, Path]) -> tuple[Cell, ...]:
     """Return the full-token cell, then every row of the tables at every budget.
 
@@ -108,17 +112,18 @@ def train_variants(
     warn: Callable[[str], None],
     models: Models | None = None,
 ) -> dict[str, Path]:
-    """Return the path of an adapter for each variant, trained now or found in ``folder`` from an earlier run.
+    """Return the path of an adapter for each variant of the tables, trained now or found in ``folder`` from an earlier run.
 
     ``data``: the questions to train on. ``options``: model, device and settings. ``recipe``: how to train. ``tables``:
     the tables that the adapters are for. ``folder``: holds the adapters and the cache. ``log``: called with each line
     of progress. ``warn``: called once for each thing that training left out. ``models``: a model that is already
-    loaded. Raises ``UsageError`` for an adapter that was trained on other data, with other settings or another recipe.
+    loaded. Raises ``UsageError`` for an adapter that was trained on other data, with other settings or another recipe,
+    ``BackboneError`` for one of another model.
     """
     models = models or Models(options.model)
     adapters = {}
     told: set[str] = set()
-    for variant in TRAINED_VARIANTS:
+    for variant in trained_variants(tables):
         path = folder / f"{variant}.safetensors"
         settings = training_settings(options.settings, variant, tables)
         request = TrainRequest(data, replace(options, settings=settings), recipe, path, folder / "cache")
@@ -155,9 +160,14 @@ def training_settings(settings: Settings, variant: str, tables: Sequence[str]) -
 def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, Any]:
     """Return what an existing adapter records about its training.
 
-    Raises ``UsageError`` if that differs from what was asked for, or is not recorded.
+    Raises ``UsageError`` if that differs from what was asked for, or is not recorded, ``BackboneError`` if it is for another
+    model.
     """
-    adapter = load_adapter(request.output, models.language_model.fingerprint)
+    remedy = "remove it, or use another -o"
+    try:
+        adapter = load_adapter(request.output, models.facts)
+    except BackboneError as error:
+        raise BackboneError(error.message, remedy) from error
     made = adapter.training
     wanted = {"recipe": request.recipe.facts(), "data_sha256": request.data.sha256}
     differing = [key for key, value in wanted.items() if made.get(key) != value]
@@ -170,7 +180,5 @@ def _read_same_training(request: TrainRequest, models: Models) -> Mapping[str, A
         settings = used_settings(request.options)
         differing += [key for key in sorted({*known, *settings}) if known.get(key) != settings.get(key)]
     if differing:
-        raise UsageError(
-            f"{request.output}: trained differently: differs in {', '.join(differing)}", "remove it, or use another -o"
-        )
+        raise UsageError(f"{request.output}: trained differently: differs in {', '.join(differing)}", remedy)
     return made

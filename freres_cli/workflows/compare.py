@@ -14,7 +14,7 @@ from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, UsageError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss, share_kept
-from freres_cli.pipeline.adapters import AnyModules
+from freres_cli.pipeline.adapters import AnyModules, describe_overlap, read_training_videos
 from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
@@ -25,6 +25,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.query import Query, refuse_control_tokens
 from freres_cli.pipeline.session import Session
 from freres_cli.records import VideoTokens
+from freres_cli.video.opening import hash_file
 from freres_cli.workflows.eval_run import describe_frame_counts, reads_other_frames
 from freres_cli.workflows.evaluate import Modules, failure_of, load_all_modules
 from freres_cli.workflows.fidelity import rebuild_clip, rebuild_tokens
@@ -79,13 +80,15 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
         model = models.language_model
         check_methods([cell.method for cell in request.cells], model)
         refuse_control_tokens([("--question", query.texts) for query in request.queries], model)
-        modules = load_all_modules(request.cells, request.options, model)
+        modules = load_all_modules(request.cells, request.options, models)
         notes += [*describe_limits(request.options.model.name, is_world_clip(request.video)), *model.notes]
     encoder = models.encoder
     timer = StageTimer(torch.device(request.options.model.device.name))
     with memory_errors_as(f"video {request.video}", "compare a shorter part, or use a smaller --dtype"):
         clip = EncodedClip(VideoSource(request.video), request.options, encoder, timer)
         energy = measure_energy(clip.latents, encoder.width)
+    if modules:
+        notes += describe_overlap(read_training_videos(request.cells), [hash_file(request.video)])
     failures: list[FreresError] = []
     rows = [
         _try_cell(cell, clip, energy, request, models, modules.get(cell.adapter), timer, failures)

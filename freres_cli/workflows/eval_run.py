@@ -51,7 +51,7 @@ def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:
     ``models``: both halves.
     """
     encoder, model = models.encoder, models.language_model
-    settings = request.options.settings.values()
+    settings = request.options.recorded_settings.values()
     del settings["budget_tokens"]  # each cell has its own
     protocol = request.questions.protocol
     return {

@@ -19,7 +19,7 @@ from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import Question, QuestionFile, check_length
 from freres_cli.evaluation.results import ResultsFile
 from freres_cli.evaluation.scores import summarize
-from freres_cli.pipeline.adapters import AnyModules, load_modules_for
+from freres_cli.pipeline.adapters import AnyModules, describe_overlap, load_modules_for, read_training_videos
 from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
@@ -74,7 +74,8 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     refuse_control_tokens(request.questions.places(), model)
     refuse_reasoning(model, "eval")
     check_methods((cell.method for cell in request.cells), model)
-    modules = load_all_modules(request.cells, request.options, model)
+    modules = load_all_modules(request.cells, request.options, models)
+    trained = read_training_videos(request.cells)
     run = describe_run(request, models)
     results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
@@ -98,7 +99,8 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     )
     limits = describe_limits(request.options.model.name, is_known)
     notes = (*request.questions.notes, *describe_answers(request, model, rows, summary), *encoder.notes, *model.notes)
-    notes = (*limits, *notes)
+    seen = [row["video_sha256"] for row in rows if row["status"] == "ok"]
+    notes = (*limits, *describe_overlap(trained, seen), *notes)
     return EvalResult(
         summary, run, model.dtype, model.storage.describe(model.dtype), num_resumed, tuple(dict.fromkeys(notes))
     )
@@ -117,17 +119,17 @@ def _explain_none(questions: QuestionFile, rows: Sequence[Mapping[str, Any]], fi
     return type(first)(f"{questions.path}: none of {len(rows)} videos could be used: {rows[0]['message']}", hint)
 
 
-def load_all_modules(cells: Sequence[Cell], options: CompressOptions, model: LanguageModel) -> Modules:
+def load_all_modules(cells: Sequence[Cell], options: CompressOptions, models: Models) -> Modules:
     """Read the adapters of the cells, and return them by path.
 
-    ``cells``: what is compared. ``options``: their settings, where a cell has none of its own. ``model``: the language
-    half. Raises ``BackboneError`` for an adapter of another model, method or variant, or with too few bands.
+    ``cells``: what is compared. ``options``: their settings, where a cell has none of its own. ``models``: both halves.
+    Raises ``BackboneError`` for an adapter of another model, method or variant, or with too few bands.
     """
     found: dict[Path | None, AnyModules] = {}
     for cell in cells:
         if cell.adapter is not None:
             settings = options.settings.values() | dict(cell.settings)
-            found[cell.adapter] = load_modules_for(cell.adapter, cell.method, model, settings)
+            found[cell.adapter] = load_modules_for(cell.adapter, cell.method, models, settings)
     return found
 
 

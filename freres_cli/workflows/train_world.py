@@ -17,6 +17,7 @@ from freres_cli.bench.report import describe_environment
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.files import write_atomically
+from freres_cli.presets import MODEL_INFO_FILE
 from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, tokenizer_corpus
 from freres_cli.world.tokenizer import make_tokenizer
 from freres_cli.world.train_language import FIRST_SEED, train_language
@@ -71,7 +72,8 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
         "tower_steps": request.tower_steps,
         "language_steps": request.language_steps,
         "train_seeds": f"from {FIRST_SEED * (request.seed + 1)} on",
-        "start": None if request.start is None else request.start.name,
+        "start": None if request.start is None else _name_weights(request.start),
+        "start_sha256": None if request.start is None else _hash_weights(request.start),
         "choices_as": "words",
     }
     make_checkpoint(request.output, tower.cpu().state_dict(), decoder.cpu().state_dict(), **facts)
@@ -116,6 +118,15 @@ def _claim(request: TrainRequest, states: Path) -> None:
             )
     states.mkdir(exist_ok=True)
     write_atomically(path, lambda file: file.write(json.dumps({**same, **steps}).encode()), force=True)
+
+
+def _name_weights(folder: Path) -> str:
+    """Return the name that weights have in their own MODEL_INFO.json, else that of their folder. The embedded ones, of
+    whatever release, are in a folder of one name."""
+    try:
+        return str(json.loads((folder / MODEL_INFO_FILE).read_bytes())["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder.resolve().name
 
 
 def _hash_weights(folder: Path) -> str:

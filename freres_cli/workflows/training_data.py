@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,31 @@ from torch import Tensor
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.engine import check_context, prefill_video, score_options
-from freres_cli.bench.clock import StageTimer
+from freres_cli.baselines.registry import FRE_RES
+from freres_cli.bench.clock import StageTimer, total_memory_bytes
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.content import Content, count_by_kind
-from freres_cli.devices import memory_errors_as
+from freres_cli.devices import Device, memory_errors_as
 from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, VideoError
 from freres_cli.evaluation.cells import Budget
-from freres_cli.evaluation.questions import Question, format_choices
+from freres_cli.evaluation.questions import Question
+from freres_cli.evaluation.scores import describe_reading
 from freres_cli.files import make_folder, write_atomically
+from freres_cli.method.select import VARIANTS_WITH_OWN_ROWS
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.prompt_text import settle_tokens
+from freres_cli.pipeline.query import Query, encode_choices
 from freres_cli.pipeline.tokens import make_tokens, with_deep_rows
 from freres_cli.records import VideoTokens
 from freres_cli.video.opening import hash_file
 
 Progress = Callable[[int, int], None]
 Ids = tuple[int, ...]
+# By question: the scores of its options, ``None`` if it has none, or the machine on which they could not be had.
+Taught = dict[str, list[float] | str | None]
 
 # Maximum prompt tokens per visual token: itself, and the timestamp that some families write before each frame.
 TOKENS_AROUND = 24
@@ -57,11 +63,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Example:
-    """A video, identified by the SHA-256 of its content, with one bundle per budget and the questions about it."""
+    """A video, identified by the SHA-256 of its content, with one bundle per budget and the questions about it.
+
+    ``reading``: its name in the data, the seconds that could not be decoded, and notes on how it was read.
+    """
 
     sha256: str
     bundles: tuple[Path, ...]
     questions: tuple[Asked, ...]
+    reading: dict[str, Any]
 
     def content(self, budget: int) -> Content:
         """Read the bundle of a budget, given by its index, and check it like any other."""
@@ -77,26 +87,25 @@ class TrainingData:
     failed: tuple[str, ...]
     num_untaught: int
 
+    @property
+    def video_notes(self) -> list[dict[str, Any]]:
+        """How the videos were read that something was lost of, or that have notes."""
+        return describe_reading([example.reading for example in self.examples])
+
 
 def answer_ids(model: LanguageModel, question: Question) -> tuple[Ids, Ids, tuple[Ids, ...], int]:
     """Return prefix, suffix, possible answers and the index of the right one, as ``pipeline.session`` prompts for them.
 
     A question without options has one possible answer, which ends the turn.
     """
-    encode, end = model.tokenizer.encode, model.tokenizer.eos_token_id
-
-    def whole(text: str) -> Ids:
-        return (*encode(text, add_special_tokens=False), end)
-
-    if question.choices and model.choices_as == "letters":
-        ids = model.prompt(format_choices(question.question, question.choices))
-        letters = [chr(ord("A") + i) for i in range(len(question.choices))]
-        answers = tuple(tuple(encode(letter, add_special_tokens=False)) for letter in letters)
+    if question.choices:
+        text, answers = encode_choices(model, Query(question.question, question.choices))
+        truth = question.choices.index(question.answer)
     else:
-        ids = model.prompt(question.question)
-        answers = tuple(map(whole, question.choices or (question.answer,)))
-    truth = question.choices.index(question.answer) if question.choices else 0
-    return ids.prefix, ids.suffix, answers, truth
+        written = model.tokenizer.encode(question.answer, add_special_tokens=False)
+        text, answers, truth = question.question, [(*written, model.tokenizer.eos_token_id)], 0
+    ids = model.prompt(text)
+    return ids.prefix, ids.suffix, tuple(answers), truth
 
 
 def prepare_data(
@@ -117,7 +126,7 @@ def prepare_data(
     the model, are left out and reported. Raises ``VideoError`` if nothing is left, ``UsageError`` for a cache folder
     that cannot be made.
     """
-    folder = cache / _key(options, models.language_model)
+    folder = cache / _key(options, models)
     make_folder(folder, "--cache")
     store = _Store(folder, budgets, options, models)
     found: dict[str, Example] = {}
@@ -166,35 +175,38 @@ class _Store:
 
     def prepare(self, questions: Sequence[Question], failed: list[str]) -> Example:
         """Make what is missing for a video. Questions that are too long are added to ``failed``."""
-        sha256 = hash_file(questions[0].video)
+        sha256, machine = hash_file(questions[0].video), name_machine(self.options.model.device)
         stem = self.folder / sha256[:16]
         bundles = tuple(stem.with_name(f"{stem.name}-{budget.text}.pt") for budget in self.budgets)
         path = stem.with_name(f"{stem.name}-teacher.json")
         taught = _read_teacher(path)
-        missing = [question for question in questions if _text_key(question) not in taught]
+        # What failed on one machine may work on another. Here it would fail again, for every worker and at every start.
+        tried = {key for key, scores in taught.items() if not isinstance(scores, str) or scores == machine}
+        missing = [question for question in questions if _text_key(question) not in tried]
         if missing or not all(map(_is_whole, bundles)):
             timer = StageTimer(torch.device(self.options.model.device.name))
-            clip = EncodedClip(VideoSource(questions[0].video), self.options, self.models.encoder, timer)
+            options = _with_shared_rows(self.options)
+            clip = EncodedClip(VideoSource(questions[0].video), options, self.models.encoder, timer)
             _write_bundles(clip, self.budgets, bundles, self.model, self.options.method)
-            made, failing = _teach(clip, missing, self.model, self.options.settings.text_after)
-            taught |= made
-            # What failed on this device may work on another one, or in another precision: it is tried again.
-            kept = {key: scores for key, scores in taught.items() if key not in failing}
-            write_atomically(path, lambda file: file.write(json.dumps(kept).encode()), force=True)
+            taught |= _teach(clip, missing, self.model, self.options.settings.text_after, machine)
+            write_atomically(path, lambda file: file.write(json.dumps(taught).encode()), force=True)
         asked = []
-        tokens = self._largest(bundles)
+        made = [read_bundle(bundle) for bundle in bundles]
+        tokens = self._largest([bundle.content for bundle in made])
         for question in questions:
-            one = _asked(self.model, question, taught[_text_key(question)])
+            scores = taught[_text_key(question)]
+            one = _asked(self.model, question, None if isinstance(scores, str) else scores)
             try:
                 self._check_length(one, tokens)
             except BackboneError as error:
                 failed.append(f"line {question.line}: {_named(question, error)}")
                 continue
             asked.append(one)
-        return Example(sha256, bundles, tuple(asked))
+        reading = _describe_reading(questions[0].video_name, [bundle.manifest for bundle in made])
+        return Example(sha256, bundles, tuple(asked), reading)
 
-    def _largest(self, bundles: Sequence[Path]) -> VideoTokens:
-        content = max((read_bundle(path).content for path in bundles), key=_num_tokens)
+    def _largest(self, contents: Sequence[Content]) -> VideoTokens:
+        content = max(contents, key=_num_tokens)
         tokens = make_tokens(content, self.options.settings.variant)
         tokens, _ = settle_tokens(tokens, self.model.text_per_frame(tokens))
         return with_deep_rows(tokens, self.model.num_deep_layers)
@@ -209,6 +221,19 @@ class _Store:
             check_context(self.model, len(rows) + longest, rows.next_position)
 
 
+def name_machine(device: Device) -> str:
+    """Return what decides whether something fits in memory: the kind of ``device``, and how much it has."""
+    kind = device.description if device.is_cuda else "CPU"
+    return f"{kind}, {total_memory_bytes(torch.device(device.name)) >> 30} GiB"
+
+
+def _describe_reading(name: str, manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the bundles of a video, one for each budget, say of how it was read. Some read other frames."""
+    notes = [note for one in manifests for note in (*one["source"]["notes"], *one["sampling"]["notes"])]
+    lost_s = max(one["sampling"]["lost_s"] for one in manifests)
+    return {"video": name, "lost_s": lost_s, "notes": list(dict.fromkeys(notes))}
+
+
 def _num_tokens(content: Content) -> int:
     return sum(count_by_kind(content).values())
 
@@ -221,10 +246,18 @@ def _is_whole(bundle: Path) -> bool:
     return True
 
 
-def _key(options: CompressOptions, model: LanguageModel) -> str:
-    """Return a digest of what the cached bundles depend on besides video and budget. It includes the variant,
-    because variants may keep different rows."""
-    facts = [__version__, dict(model.fingerprint), str(model.dtype), options.method, used_settings(options)]
+def _with_shared_rows(options: CompressOptions) -> CompressOptions:
+    """Return the options to make bundles with: variants that keep the same rows share them."""
+    variant = options.settings.variant
+    if variant == "absorber" or (variant in VARIANTS_WITH_OWN_ROWS and options.method == FRE_RES):
+        return options
+    return replace(options, settings=options.settings.with_values("train", variant="absorber"))
+
+
+def _key(options: CompressOptions, models: Models) -> str:
+    """Return a digest of what the cached bundles, and the teacher's scores, depend on besides video and budget."""
+    dtype = str(models.language_model.dtype)
+    facts = [__version__, models.facts, dtype, options.method, used_settings(_with_shared_rows(options))]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -238,7 +271,7 @@ def _text_key(question: Question) -> str:
     return json.dumps([question.question, *question.choices])
 
 
-def _read_teacher(path: Path) -> dict[str, list[float] | None]:
+def _read_teacher(path: Path) -> Taught:
     try:
         taught = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -255,13 +288,12 @@ def _write_bundles(
 
 
 def _teach(
-    clip: EncodedClip, questions: Sequence[Question], model: LanguageModel, text_after: str
-) -> tuple[dict[str, list[float] | None], set[str]]:
-    """Return the log-likelihoods of the options with every token of the clip, by question, and which questions failed. They
-    are ``None`` for free answers, if all tokens exceed the model's context, and where it failed: for want of memory, or with
-    scores that are not finite."""
-    failing: set[str] = set()
-    taught: dict[str, list[float] | None] = {}
+    clip: EncodedClip, questions: Sequence[Question], model: LanguageModel, text_after: str, machine: str
+) -> Taught:
+    """Return the log-likelihoods of the options with every token of the clip, by question: ``None`` for free answers, and if
+    all tokens exceed the model's context; ``machine`` where it failed, for want of memory or with scores that are not
+    finite."""
+    taught: Taught = {}
     tokens = clip.build_tokens("full", clip.full_tokens)
     prefixes: dict[Ids, Any] = {}
     for question in questions:
@@ -271,12 +303,11 @@ def _teach(
                 if question.choices and prefix not in prefixes:
                     prefixes = {prefix: prefill_video(model, prefix, tokens, text_after)}
             scores = score_options(model, prefixes[prefix], suffix, list(answers)) if question.choices else None
+            taught[_text_key(question)] = None if scores is None else scores.tolist()
         except (BackboneError, ResourceError) as error:
-            scores = None
-            if isinstance(error, ResourceError) or prefix in prefixes:
-                failing.add(_text_key(question))
-        taught[_text_key(question)] = None if scores is None else scores.tolist()
-    return taught, failing
+            is_failure = isinstance(error, ResourceError) or prefix in prefixes
+            taught[_text_key(question)] = machine if is_failure else None
+    return taught
 
 
 def _asked(model: LanguageModel, question: Question, teacher: list[float] | None) -> Asked:
