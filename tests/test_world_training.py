@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from freres_cli.backbones import engine
 from freres_cli.backbones.registry import load_language_model, load_vision_encoder
+from freres_cli.errors import UsageError
 from freres_cli.training.muon import orthogonalize
+from freres_cli.training.state import save_state
 from freres_cli.video.opening import hash_file
-from freres_cli.workflows.train_world import _name_weights
+from freres_cli.workflows.train_world import TrainRequest, _claim, _name_weights
 from freres_cli.world import train_language, train_tower
 from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir, bundled_model_info
 from freres_cli.world.labels import ALWAYS_KNOWN, TRACES, trace_labels
@@ -381,3 +384,26 @@ def test_training_starts_from_a_model_and_leaves_the_tower_alone(tmp_path, monke
     assert info["start_sha256"] == hash_file(bundled_model_dir() / "model.safetensors")
     check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", tmp_path), 5, "training can start from")
     check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", "nowhere"), 2, "no such folder")
+
+
+def request(folder, **steps):
+    return TrainRequest(folder, CPU, **{"tower_steps": 2, "language_steps": 5, **steps})
+
+
+def test_a_run_that_was_stopped_early_or_given_too_many_steps_can_go_on(tmp_path):
+    states = tmp_path / "training"
+    states.mkdir()  # stopped before it wrote what it is
+    _claim(request(tmp_path, language_steps=99999), states)
+    _claim(request(tmp_path), states)  # no step was made yet
+    save_state(states / "language.pt", nn.Linear(1, 1), [], step=4)
+    _claim(request(tmp_path, language_steps=99999), states)
+    _claim(request(tmp_path, language_steps=4), states)
+    with pytest.raises(UsageError, match="language_steps"):
+        _claim(request(tmp_path, language_steps=3), states)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = run_freres("world", "train", "-o", tmp_path / "model")
+    check_failure(refused, 2, "runs in one process, got 2")
+    assert not (tmp_path / "model").exists()

@@ -96,6 +96,10 @@ def train(
     """
     if start not in (None, BUNDLED) and not Path(start).is_dir():
         raise UsageError(f"--start: {start}: no such folder", "name the folder of a model, or bundled")
+    from freres_cli.training.workers import count_processes
+
+    if (count := count_processes()) > 1:
+        raise UsageError(f"world train: runs in one process, got {count}", "start it without torchrun")
     make_folder(output)
     from freres_cli.pipeline.models import find_device
     from freres_cli.workflows.train_world import TrainRequest, train_world

@@ -18,6 +18,7 @@ from freres_cli.devices import Device
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.files import write_atomically
 from freres_cli.presets import MODEL_INFO_FILE
+from freres_cli.training.state import read_state
 from freres_cli.world.bundled_model import GRID, WIDTH, make_checkpoint, make_config, tokenizer_corpus
 from freres_cli.world.tokenizer import make_tokenizer
 from freres_cli.world.train_language import FIRST_SEED, train_language
@@ -100,13 +101,14 @@ def _claim(request: TrainRequest, states: Path) -> None:
     path = states / "run.json"
     remedy = "name another folder with -o"
     if not path.is_file():
-        if any(request.output.iterdir()):
+        # A run that was stopped before it wrote anything leaves an empty folder.
+        if any(entry != states or any(states.iterdir()) for entry in request.output.iterdir()):
             raise UsageError(f"{request.output}: holds something other than a training run", remedy)
     else:
         try:
             known = dict(json.loads(path.read_bytes()))
             differing = [key for key, value in same.items() if known[key] != value]
-            differing += [key for key, value in steps.items() if value < known[key]]
+            differing += [key for key, value in steps.items() if value < min(known[key], _steps_done(states, key))]
             # A decoder belongs to the tower whose latents it learned from.
             if steps["tower_steps"] != known["tower_steps"] and (states / "language.pt").exists():
                 differing.append("tower_steps")
@@ -118,6 +120,11 @@ def _claim(request: TrainRequest, states: Path) -> None:
             )
     states.mkdir(exist_ok=True)
     write_atomically(path, lambda file: file.write(json.dumps({**same, **steps}).encode()), force=True)
+
+
+def _steps_done(states: Path, key: str) -> int:
+    """How many steps the state of a half has, 0 if there is none. ``key``: of the half's number of steps."""
+    return int(read_state(states / f"{key.removesuffix('_steps')}.pt").get("step", 0))
 
 
 def _name_weights(folder: Path) -> str:
