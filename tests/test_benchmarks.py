@@ -116,9 +116,9 @@ def test_what_is_relevant_is_the_question_without_options_and_template(copies, m
     request = request_for(copies["video-mme"], methods="cdpruner")
     texts = []
 
-    def refine(tokens, model, text, count):
+    def refine(tokens, model, text, *options):
         texts.append(text)
-        return refine_tokens(tokens, model, text, count)
+        return refine_tokens(tokens, model, text, *options)
 
     monkeypatch.setattr("freres_cli.pipeline.session.refine_tokens", refine)
     evaluate(request, models=loaded_models())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from freres_cli.backbones import language, qwen3_vl, stock, vision
+from freres_cli.backbones.frame_runs import FrameRunLanguageModel
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows import verify
 from tests.family_contract import folders as folders
@@ -52,12 +53,13 @@ def test_the_bundled_model_is_the_default():
 
 def break_position(monkeypatch):
     """Visual tokens one step later than they are."""
-    real = language.DecoderLanguageModel.visual_rows
+    real, in_frame = language.DecoderLanguageModel.visual_rows, FrameRunLanguageModel.axes_in_frame
     monkeypatch.setattr(
         language.DecoderLanguageModel,
         "visual_rows",
         lambda self, piece, index, axes, after: real(self, piece, index, axes + 1, after),
     )
+    monkeypatch.setattr(FrameRunLanguageModel, "axes_in_frame", lambda self, *given: in_frame(self, *given) + 1)
 
 
 def break_next_position(monkeypatch):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
 from freres_cli.backbones import engine
 from freres_cli.backbones.registry import load_language_model, load_vision_encoder
-from freres_cli.errors import UsageError
 from freres_cli.training.muon import orthogonalize
-from freres_cli.training.state import save_state
-from freres_cli.video.opening import hash_file
-from freres_cli.workflows.train_world import TrainRequest, _claim, _name_weights
-from freres_cli.world import train_language, train_tower
-from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir, bundled_model_info
+from freres_cli.world import train_language
+from freres_cli.world.bundled_model import GRID, WIDTH, bundled_model_dir
 from freres_cli.world.labels import ALWAYS_KNOWN, TRACES, trace_labels
 from freres_cli.world.packing import Item, View, pack, pack_loss, run_pack, use_packed_attention
 from freres_cli.world.questions import questions_of
@@ -42,7 +34,6 @@ from freres_cli.world.train_language import (
     make_view,
     view_shares,
 )
-from tests.runner import check_failure, run_freres
 from tests.tiny_models import CPU, video_tokens
 
 QUESTIONS = (("What comes first?", "red square"), ("Where is the ring?", "top left"), ("How many?", "3"))
@@ -330,80 +321,3 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
     assert values.min() > 0.5 and values.max() < 1.3
-
-
-def few_clips(monkeypatch):
-    """Training on as little as possible."""
-    for name, value in (("FIRST_CLIPS", 3), ("MOST_CLIPS", 2), ("NEW_CLIPS", 1), ("BATCH_TOKENS", 1500)):
-        monkeypatch.setattr(train_language, name, value)
-    monkeypatch.setattr(train_tower, "SCENES_A_STEP", 6)
-
-
-@pytest.mark.slow
-def test_world_train_writes_a_model_and_resumes(tmp_path, monkeypatch):
-    few_clips(monkeypatch)
-    monkeypatch.setattr(train_language, "LOG_EVERY", 1)
-    monkeypatch.setattr(train_tower, "LOG_EVERY", 1)
-    folder = tmp_path / "model"
-    flags = ("world", "train", "-o", folder, "--tower-steps", 2, "--json")
-    first = run_freres(*flags, "--steps", 1)
-    assert first.status == 0, first.err
-    more = run_freres("world", "train", "-o", folder, "--tower-steps", 2, "--steps", 2)
-    # The tower was finished; the language half resumes after its first step.
-    assert more.out == f"{folder}\n" and "tower" not in more.err and "language 1/2" not in more.err
-    assert "language 2/2" in more.err
-    info = json.loads((folder / "MODEL_INFO.json").read_text())
-    # More steps of the tower would change the latents that the decoder has learned from.
-    for other in (("--seed", 7), ("--start", folder), ("--steps", 1), ("--tower-steps", 3)):
-        refused = run_freres("world", "train", "-o", folder, "--tower-steps", 2, "--steps", 2, *other)
-        check_failure(refused, 2, "the training of another run")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    check_failure(run_freres("world", "train", "-o", tmp_path / "mine"), 2, "holds something other than a training run")
-    assert (tmp_path / "mine" / "config.json").read_text() == "{}"
-    assert info["weights"] == "model"  # its folder
-    assert info["language_steps"] == 2 and info["choices_as"] == "words" and info["freres_trained"]
-    trained = load_language_model(str(folder), CPU)
-    assert trained.choices_as == "words" and trained.width == WIDTH
-
-
-def test_training_starts_from_a_model_and_leaves_the_tower_alone(tmp_path, monkeypatch):
-    few_clips(monkeypatch)
-    folder = tmp_path / "model"
-    flags = ("--start", "bundled", "--tower-steps", 0, "--steps", 1)
-    run = run_freres("world", "train", "-o", folder, "-q", *flags)
-    assert run.status == 0 and run.err == ""
-    before, after = (load_file(path / "model.safetensors") for path in (bundled_model_dir(), folder))
-    assert before.keys() == after.keys()
-    same = {key for key in before if torch.equal(before[key], after[key])}
-    assert {key for key in before if "visual" in key} <= same < before.keys()
-    info = json.loads((folder / "MODEL_INFO.json").read_text())
-    assert info["start"] == bundled_model_info()["weights"], "the name of the weights, not of the folder they are in"
-    (folder / "MODEL_INFO.json").unlink()
-    assert _name_weights(folder) == "model"
-    assert info["start_sha256"] == hash_file(bundled_model_dir() / "model.safetensors")
-    check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", tmp_path), 5, "training can start from")
-    check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", "nowhere"), 2, "no such folder")
-
-
-def request(folder, **steps):
-    return TrainRequest(folder, CPU, **{"tower_steps": 2, "language_steps": 5, **steps})
-
-
-def test_a_run_that_was_stopped_early_or_given_too_many_steps_can_go_on(tmp_path):
-    states = tmp_path / "training"
-    states.mkdir()  # stopped before it wrote what it is
-    _claim(request(tmp_path, language_steps=99999), states)
-    _claim(request(tmp_path), states)  # no step was made yet
-    save_state(states / "language.pt", nn.Linear(1, 1), [], step=4)
-    _claim(request(tmp_path, language_steps=99999), states)
-    _claim(request(tmp_path, language_steps=4), states)
-    with pytest.raises(UsageError, match="language_steps"):
-        _claim(request(tmp_path, language_steps=3), states)
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused = run_freres("world", "train", "-o", tmp_path / "model")
-    check_failure(refused, 2, "runs in one process, got 2")
-    assert not (tmp_path / "model").exists()

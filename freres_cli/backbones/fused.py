@@ -30,15 +30,20 @@ TOLERANCE = 2**-6
 class Kernels(Protocol):
     """``kernels.py``, or what a test has in its place."""
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See ``kernels.norm``."""
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See ``kernels.rotate``."""
 
-    def gate(self, gates: Tensor, up: Tensor) -> Tensor: ...
+    def gate(self, gates: Tensor, up: Tensor) -> Tensor:
+        """See ``kernels.gate``."""
 
-    def quick_gelu(self, x: Tensor) -> Tensor: ...
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        """See ``kernels.quick_gelu``."""
 
-    def blend(self, whole: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor) -> None: ...
+    def blend(self, whole: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
+        """See ``kernels.blend``."""
 
 
 class Written:

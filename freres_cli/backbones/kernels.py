@@ -158,7 +158,11 @@ def _blend(  # type: ignore[no-untyped-def]
 
 
 def blend(whole: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
-    """Add attention to further keys, in place. As ``long_attention.blend_parts``, with sums that are contiguous."""
+    """Join attention to some keys with attention to others, in place.
+
+    ``whole``: what was read from the first, (n, heads, q, d) float32. ``sums``: the logarithm of the sum of the exponentials
+    of their scores, (n, heads, q) float32, contiguous. ``part``, ``part_sums``: the same of the others, in any dtype.
+    """
     n, num_heads, num_rows, width = whole.shape
     columns = triton.next_power_of_2(width)
     rows = max(1, BLOCK // columns)

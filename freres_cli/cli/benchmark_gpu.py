@@ -74,32 +74,10 @@ def measure_gpu_clip(repeat: int = 3) -> dict[str, Any]:
     with weights_of(TOWER, "random") as (folder, _):
         models = Models(ModelSource(str(folder), device, is_random=True))
         encoder = models.encoder  # read before its files are removed
-    picture = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    base = (torch.nn.functional.interpolate(picture, CLIP_PX, mode="bicubic")[0].clamp(0, 1) * 255).to(torch.uint8)
-    base = base.permute(1, 2, 0)
-    frames = torch.stack([base.roll((3 * index, 2 * index), (0, 1)) for index in range(CLIP_FRAMES)])
-    source = VideoSource(FrameArray(frames, [index / 30 for index in range(CLIP_FRAMES)]))
+    source = _draw_clip()
     runs: dict[int, dict[str, float]] = {}
     for run in range(repeat + 1):
-        asked = {}
-        for name, method in (("adaptive", "adaptive"), ("fre_res", "fre-res")):
-            compressor = Compressor(
-                models=models,
-                preset="long-video",
-                budget_tokens=CLIP_BUDGET,
-                method=method,
-                sample="native",
-                track_density=1,
-            )
-            plan = compressor.plan(source.video)
-            compress = partial(compressor.run_stages, source, compressor.options, plan, StageTimer(encoder.device))
-            asked[name] = _time(compress)
-            with patch.object(BesideTower, "__init__", in_one_queue):
-                asked[f"{name}_in_one_queue"] = _time(compress)
-        encode = partial(_encode_alone, source, compressor, plan)
-        asked["encoding_alone"] = _time(encode)
-        with in_passes():
-            asked["encoding_in_passes"] = _time(encode)
+        asked = _encode_each_way(models, source)
         print_line(f"clip, run {run}: {asked}")
         runs[run] = asked
     del runs[0]  # which compiles kernels and loads libraries
@@ -120,6 +98,33 @@ def measure_gpu_clip(repeat: int = 3) -> dict[str, Any]:
         "fre_res_in_one_queue_over_encoding_alone": ratio("fre_res_in_one_queue", "encoding_alone"),
         "encoding_alone_over_in_passes": ratio("encoding_alone", "encoding_in_passes"),
     }
+
+
+def _draw_clip() -> VideoSource:
+    """A picture that moves."""
+    picture = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    base = (torch.nn.functional.interpolate(picture, CLIP_PX, mode="bicubic")[0].clamp(0, 1) * 255).to(torch.uint8)
+    base = base.permute(1, 2, 0)
+    frames = torch.stack([base.roll((3 * index, 2 * index), (0, 1)) for index in range(CLIP_FRAMES)])
+    return VideoSource(FrameArray(frames, [index / 30 for index in range(CLIP_FRAMES)]))
+
+
+def _encode_each_way(models: Models, source: VideoSource) -> dict[str, float]:
+    """Seconds from frames to what a bundle holds, with the levers on and off, and to latents alone."""
+    asked = {}
+    for name, method in (("adaptive", "adaptive"), ("fre_res", "fre-res")):
+        settings: dict[str, Any] = {"preset": "long-video", "sample": "native", "track_density": 1}
+        compressor = Compressor(models=models, budget_tokens=CLIP_BUDGET, method=method, **settings)
+        plan, timer = compressor.plan(source.video), StageTimer(models.encoder.device)
+        compress = partial(compressor.run_stages, source, compressor.options, plan, timer)
+        asked[name] = _time(compress)
+        with patch.object(BesideTower, "__init__", in_one_queue):
+            asked[f"{name}_in_one_queue"] = _time(compress)
+    encode = partial(_encode_alone, source, compressor, plan)
+    asked["encoding_alone"] = _time(encode)
+    with in_passes():
+        asked["encoding_in_passes"] = _time(encode)
+    return asked
 
 
 def in_one_queue(self: Any, device: torch.device, is_due: Callable[[], bool] = lambda: False) -> None:
