@@ -98,6 +98,15 @@ def test_memory_is_that_of_the_largest_cuda_device(monkeypatch):
     assert "cannot run: expected compute capability 8.0 or newer, got 7.0" in finding("attention").text
 
 
+def test_kernels_of_a_cuda_device_are_tried(monkeypatch):
+    assert doctor._kernels() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for note, state in ((None, "ok"), ("towers take longer", "limited")):
+        monkeypatch.setattr(doctor, "find_kernels", lambda *_, note=note: (None, note))
+        (found,) = doctor._kernels()
+        assert found.state == state and (note is None or found.text == note) and not found.is_needed
+
+
 def test_attention_and_hub_are_reported(monkeypatch, tmp_path):
     text = finding("attention").text
     if not torch.cuda.is_available():

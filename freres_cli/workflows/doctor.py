@@ -13,6 +13,7 @@ import av
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from freres_cli.backbones.fused import find_kernels
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, import_half
 from freres_cli.bench.clock import total_memory_bytes
 from freres_cli.devices import choose_device
@@ -39,7 +40,8 @@ class Finding:
 
 def examine_machine() -> list[Finding]:
     """Return a finding for each part that freres uses."""
-    machine = [_packages(), _decoders(), _encoder(), *_devices(), _attention(), _memory(), _bundled_model(), _hub()]
+    device = [*_devices(), _attention(), *_kernels(), _memory()]
+    machine = [_packages(), _decoders(), _encoder(), *device, _bundled_model(), _hub()]
     return [*machine, *(_family(model_type) for model_type in FAMILIES)]
 
 
@@ -88,6 +90,15 @@ def _attention() -> Finding:
     except ResourceError as error:
         return Finding("attention", "ok", f"{note}; --attn flash cannot run: {error.message.partition(': ')[2]}")
     return Finding("attention", "ok", f"{note}; --attn flash: {flash}")
+
+
+def _kernels() -> list[Finding]:
+    """Report whether the first CUDA device has kernels for norms, rotations and gates, by trying them."""
+    if not torch.cuda.is_available():
+        return []
+    _, note = find_kernels(torch.device("cuda:0"), torch.bfloat16)
+    text = "norms, rotations and gates of models in 16 bits have one kernel each, by Triton"
+    return [Finding("kernels", "ok", text) if note is None else Finding("kernels", "limited", note)]
 
 
 def _memory() -> Finding:
