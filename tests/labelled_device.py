@@ -7,6 +7,7 @@ counts the same operations on a real device.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -151,8 +152,8 @@ def count_wait(name: str, args: Any, kwargs: dict[str, Any], waits: Waits) -> No
         waits["index by a mask"] += 1
     elif name == "repeat_interleave" and kwargs.get("output_size") is None:
         waits[name] += 1
-    elif name == "copy_" and (kwargs.get("non_blocking") or args[2:3] == (True,)):
-        return  # to pinned memory; whoever reads it waits for an event
+    elif name == "copy_" and (kwargs.get("non_blocking") or args[2:3] == (True,)) and args[0].ndim == 0:
+        return  # of a flag to pinned memory, which a CPU lacks; whoever reads it waits for an event
     elif name in COPIES and not (args[0].is_cuda if name == "copy_" else is_there(kwargs.get("device"))):
         waits["copy to the host"] += 1
 
@@ -221,13 +222,14 @@ def _outside_modes(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 class _Event:
-    """A ``torch.cuda.Event``: on the CPU whatever came before it is done."""
+    """A ``torch.cuda.Event``: on the CPU whatever came before it is done. ``stream``: where it was recorded."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.seconds = 0.0
+        self.stream: Any = None
 
     def record(self, stream: Any) -> None:
-        self.seconds = time.perf_counter()
+        self.stream, self.seconds = stream, time.perf_counter()
 
     def query(self) -> bool:
         return True
@@ -240,16 +242,16 @@ class _Event:
 
 
 class _Stream:
-    """A ``torch.cuda.Stream``: on the CPU there is one."""
+    """A ``torch.cuda.Stream``: on the CPU nothing waits. ``log``: what it was told to wait for."""
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
-        pass
+        self.log: list[Any] = []
 
     def wait_event(self, event: _Event) -> None:
-        pass
+        self.log.append(event)
 
     def wait_stream(self, stream: _Stream) -> None:
-        pass
+        self.log.append(stream)
 
 
 @contextlib.contextmanager
@@ -265,8 +267,19 @@ def labelled_device(monkeypatch: Any) -> Iterator[Device]:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "Stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())
+    streams = [_Stream()]
+
+    @contextlib.contextmanager
+    def into(stream: _Stream) -> Iterator[None]:
+        streams.append(stream)
+        try:
+            yield
+        finally:
+            streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", into)
+    monkeypatch.setattr("freres_cli.pipeline.beside._queue_of", functools.cache(lambda device: _Stream()))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[-1])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(attention, "_causal_lower_right", _outside_modes(attention._causal_lower_right))
     _ACTIVE.append(waits)

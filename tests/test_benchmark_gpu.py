@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from freres_cli.backbones import attention, engine, fused, token_steps
+from freres_cli.backbones import attention, engine, fused_layers, token_steps
 from freres_cli.cli.benchmark_gpu import CHUNK_BY_BYTES, measure_session
 
 
@@ -22,12 +22,12 @@ class Recorder:
     def ask(self, question, max_new_tokens):
         is_whole = engine.fit_long_chunk(46102) != CHUNK_BY_BYTES
         kept = (attention.can_attend_long is REAL[0], is_whole, token_steps.can_record is REAL[1])
-        levers = (*kept, fused._takes is REAL[2])
+        levers = (*kept, fused_layers._takes is REAL[2])
         self.seen.append((max_new_tokens, *levers))
         return SimpleNamespace(ttft_s=0.5, tpot_s=0.25, num_new_tokens=max_new_tokens)
 
 
-REAL = (attention.can_attend_long, token_steps.can_record, fused._takes)
+REAL = (attention.can_attend_long, token_steps.can_record, fused_layers._takes)
 
 
 def test_each_lever_is_on_and_off_in_turn():
@@ -40,4 +40,4 @@ def test_each_lever_is_on_and_off_in_turn():
     once += ["new", (2, True, True, True, False), (7, True, True, True, False)]
     assert session.seen == ["new", (1, *on), *once, *once]
     assert figures["runs"] == 2 and figures["cudnn_over_flash"]["median"] == 1
-    assert (attention.can_attend_long, token_steps.can_record, fused._takes) == REAL
+    assert (attention.can_attend_long, token_steps.can_record, fused_layers._takes) == REAL

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from freres_cli.pipeline import beside
 from freres_cli.pipeline.beside import MOST_BEGUN, BesideTower
 from freres_cli.pipeline.compressor import Compressor
 from tests import clips
@@ -12,6 +16,8 @@ from tests.family_contract import folders as folders
 from tests.family_contract import load as load
 from tests.labelled_device import labelled_device
 from tests.tiny_models import CPU
+
+QUEUE_OF = beside._queue_of
 
 
 def trace(device, dues=()):
@@ -23,10 +29,10 @@ def trace(device, dues=()):
             seen.append(f"begin {number}")
             yield number
 
-    beside = BesideTower(torch.device(device), lambda: len(reduced) in dues)
-    for number, end in beside.run_ahead(batches()):
+    own = BesideTower(torch.device(device), lambda: len(reduced) in dues)
+    for number, end in own.run_ahead(batches()):
         assert (end is None) == (device == "cpu")
-        with beside.queue(end):
+        with own.queue(end):
             seen.append(f"reduce {number}")
         reduced.append(number)
     return seen
@@ -45,6 +51,33 @@ def test_on_a_gpu_batches_are_begun_before(monkeypatch):
         due = trace("cuda:0", dues=(1, 2, 3))
         assert due.index("begin 4") == due.index("reduce 3") + 1
         assert [event for event in due if event.startswith("reduce")] == [f"reduce {number}" for number in range(6)]
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_queues_wait_for_each_other(monkeypatch, error):
+    with labelled_device(monkeypatch) as device:
+        towers = torch.cuda.current_stream()
+        own = BesideTower(torch.device(device.name))
+        for _, end in own.run_ahead(range(3)):
+            queue = own._queue
+            assert end.stream is towers
+            num_waits = len(towers.log)
+            with pytest.raises(error) if error else nullcontext(), own.queue(end):
+                assert torch.cuda.current_stream() is queue and queue.log[-1] is end
+                assert len(towers.log) == num_waits, "the tower waits for what is not begun yet"
+                if error:
+                    raise error
+            assert towers.log[num_waits:] == [queue] and torch.cuda.current_stream() is towers
+        with own.queue():
+            assert queue.log[-1] is towers
+
+
+def test_methods_on_one_device_share_a_queue(monkeypatch):
+    with labelled_device(monkeypatch):
+        real = QUEUE_OF.__wrapped__
+        monkeypatch.setattr("freres_cli.pipeline.beside._queue_of", functools.cache(real))
+        queues = {id(BesideTower(torch.device(name))._queue) for name in ("cuda:0", "cuda:0", "cuda:1")}
+    assert len(queues) == 2 and hasattr(QUEUE_OF, "cache_clear")
 
 
 class Frequent:

@@ -19,7 +19,6 @@ from freres_cli.backbones import attention, base, engine, fused, generation, gra
 from freres_cli.backbones.generation import generate
 from freres_cli.cli.benchmark_gpu import in_one_queue
 from freres_cli.devices import choose_device
-from freres_cli.pipeline.beside import BesideTower
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, ModelSource
 from freres_cli.pipeline.query import Query
@@ -314,8 +313,7 @@ def test_a_method_beside_the_tower_keeps_what_it_keeps_after_it(load, method):
         return compressor.compress(frames, seconds=seconds).tokens()
 
     beside = run()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(BesideTower, "__init__", in_one_queue)
+    with in_one_queue():
         after = run()
     assert torch.equal(beside.positions, after.positions) and torch.equal(beside.latents, after.latents)
 

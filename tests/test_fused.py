@@ -5,7 +5,11 @@ The kernels themselves run in ``test_cuda.py``. Here PyTorch's own operations ar
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -14,8 +18,9 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from freres_cli.backbones import fused
-from freres_cli.backbones.fused import Written, compare_kernels, find_kernels, replace_passes
+from freres_cli.backbones import fused, fused_layers
+from freres_cli.backbones.fused import Written, compare_kernels, find_kernels
+from freres_cli.backbones.fused_layers import replace_passes, use_kernels
 from freres_cli.devices import choose_device
 from tests.family_contract import CASES
 from tests.family_contract import folders as folders
@@ -40,7 +45,7 @@ class Counting:
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Have layers on the CPU take kernels, as those on a GPU do."""
-    monkeypatch.setattr(fused, "_takes", lambda *tensors: not torch.is_grad_enabled())
+    monkeypatch.setattr(fused_layers, "_takes", lambda *tensors: not torch.is_grad_enabled())
 
 
 # What each family's tower and decoder have; a layer of experts, or one that keeps a state, has its own.
@@ -61,7 +66,7 @@ OF_DECODER = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_layers_give_the_same_to_the_bit_when_their_passes_are_replaced(folders, on_cpu, name, monkeypatch):
-    monkeypatch.setattr(fused, "_patches_of", lambda *_: None)  # a product adds up in another order
+    monkeypatch.setattr(fused_layers, "_patches_of", lambda *_: None)  # a product adds up in another order
     case, checkpoint = CASES[name], open_checkpoint(folders(name))
     halves, seen = [], []
     for is_replaced in (False, True):
@@ -71,10 +76,11 @@ def test_layers_give_the_same_to_the_bit_when_their_passes_are_replaced(folders,
             seen.append(Counting())
             if is_replaced:
                 replace_passes(half, seen[-1])
+                seen[-1].calls.clear()  # of the comparison
         latents = vision.encode(case.frames(3))
         rows = model.splice(model.prompt("What moves?").prefix, video_tokens(latents, width=vision.width))
         with torch.no_grad():
-            halves.append((latents, model.decode(rows, model.new_cache())))
+            halves.append((latents, model.decode(rows, model.new_cache(), is_long=True)))  # as engine.prefill has it
     for plain, replaced in zip(*halves, strict=True):
         assert torch.equal(plain, replaced)
     assert set(seen[2].calls) == OF_TOWER.get(name, set())
@@ -89,6 +95,7 @@ def test_a_stock_model_in_the_same_process_keeps_its_own(folders, on_cpu):
     counting = Counting()
     replaced, other = (case.language_class.load(checkpoint, CPU) for _ in range(2))
     replace_passes(replaced.decoder, counting)
+    counting.calls.clear()
     with torch.no_grad():
         other.decode(other.text_rows([1, 2, 3], 0, 0.0), other.new_cache())
     assert not counting.calls
@@ -96,23 +103,69 @@ def test_a_stock_model_in_the_same_process_keeps_its_own(folders, on_cpu):
 
 def test_a_norm_of_another_formula_is_left_alone(on_cpu):
     layers, counting = nn.ModuleList([Qwen3VLTextRMSNorm(8), Qwen3_5RMSNorm(8)]), Counting()
-    other = layers[1].forward
     replace_passes(layers, counting)
+    counting.calls.clear()
     with torch.no_grad():
         for layer in layers:
             layer(torch.randn(3, 8))
-    assert counting.calls == {"norm": 1} and layers[1].forward == other
+    assert counting.calls == {"norm": 1} and type(layers[1]) is Qwen3_5RMSNorm
+
+
+def test_a_copy_of_a_model_has_weights_of_its_own(folders, on_cpu):
+    counting = Counting()
+    model = CASES["qwen3_vl"].language_class.load(open_checkpoint(folders("qwen3_vl")), CPU)
+    decoder = model.decoder
+    replace_passes(decoder, counting)
+    copies = [copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))]
+    embeds = torch.randn(1, 4, model.width)
+
+    def run(own):
+        return own(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+    with torch.no_grad():
+        before = run(decoder)
+        for own in copies:
+            assert torch.equal(run(own), before)
+            for module in own.modules():
+                if type(module).__name__.endswith("RMSNorm"):
+                    module.weight.zero_()
+            counting.calls.clear()
+            assert not run(own).any() and set(counting.calls) == {"norm", "rotate", "gate"}
+        assert torch.equal(run(decoder), before)
+
+
+def test_replaced_layers_are_freed_at_once(on_cpu):
+    layers = nn.ModuleList([Qwen3VLTextRMSNorm(8)])
+    replace_passes(layers, Written)
+    gone = weakref.ref(layers[0])
+    gc.disable()
+    try:
+        del layers
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_kernel_that_fails_at_a_models_own_size_leaves_all_as_it_was(on_cpu, monkeypatch):
+    class Broken(Counting):
+        def norm(self, x, weight, eps):
+            return Written.norm(x, weight, eps) + (x.shape[-1] == 4096)
+
+    layers = nn.ModuleList([Qwen3VLTextRMSNorm(8), Qwen3VLTextRMSNorm(4096)])
+    monkeypatch.setattr(fused_layers, "find_kernels", lambda *_: (Broken(), None))
+    note = use_kernels(layers, torch.device("cpu"), torch.float32)
+    assert "norm (16, 4096)" in note and "longer" in note
+    assert [type(layer) for layer in layers] == [Qwen3VLTextRMSNorm] * 2
 
 
 def test_patches_that_do_not_overlap_are_one_product(on_cpu):
     torch.manual_seed(0)
     whole, overlapping = nn.Conv3d(3, 6, (2, 4, 4), (2, 4, 4)), nn.Conv3d(3, 6, (2, 4, 4), (2, 2, 2))
-    pairs = [(layer, layer.forward) for layer in (whole, overlapping)]
     replace_passes(nn.ModuleList([whole, overlapping]), Written)
-    assert whole.forward != pairs[0][1] and overlapping.forward == pairs[1][1]
+    assert type(whole) is not nn.Conv3d and type(overlapping) is nn.Conv3d
     with torch.no_grad():
         for patches in (torch.randn(5, 3, 2, 4, 4), torch.randn(5, 3, 4, 8, 4)):
-            torch.testing.assert_close(whole(patches), pairs[0][1](patches))
+            torch.testing.assert_close(whole(patches), nn.Conv3d.forward(whole, patches))
 
 
 def test_quick_gelu_is_known(on_cpu):
@@ -141,8 +194,8 @@ def test_a_kernel_that_is_off_is_found(dtype, name):
 
             return call
 
-    assert compare_kernels(Written, "cpu", dtype) is None
-    assert name in compare_kernels(Off(), "cpu", dtype)
+    assert compare_kernels(Written, "cpu", dtype) == []
+    assert name in compare_kernels(Off(), "cpu", dtype)[0]
 
 
 def test_blending_parts_is_attention_to_all_keys():
@@ -182,6 +235,21 @@ def test_a_compiler_that_fails_is_asked_once(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(tries) == 1
+
+
+def test_memory_that_ran_out_is_asked_for_again(monkeypatch):
+    errors = [torch.OutOfMemoryError("full")]
+
+    def compare(*_):
+        if errors:
+            raise errors.pop()
+        return "no compiler"
+
+    monkeypatch.setattr(fused, "_PROBLEMS", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fused, "_try_kernels", compare)
+    notes = [find_kernels(torch.device("cuda:0"), torch.bfloat16)[1] for _ in range(2)]
+    assert "out of memory" in notes[0] and "no compiler" in notes[1]
 
 
 def test_nothing_is_compiled_for_the_cpu():

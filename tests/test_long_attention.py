@@ -46,13 +46,13 @@ def test_parts_give_what_causal_attention_gives(monkeypatch, num_keys, scaling):
 
 def test_only_whole_chunks_of_a_long_prompt_are_run_so(monkeypatch):
     taken = []
-    for name, value in (("LONG_CHUNK_TOKENS", 8), ("LEAST_CHUNK_TOKENS", 4), ("CHUNK_STEP", 2)):
-        monkeypatch.setattr(long_attention, name, value)
+    monkeypatch.setattr(long_attention, "LEAST_CHUNK_TOKENS", 4)
     monkeypatch.setattr("freres_cli.backbones.attention.can_attend_long", lambda query, key: True)
     monkeypatch.setattr(
         "freres_cli.backbones.attention.attend_long", lambda query, *_: taken.append(query.shape[2]) or query
     )
-    cases = [(count, {}) for count in (8, 6, 5, 4, 3, 2)] + [(6, {"kernel": "eager"}), (6, {"is_last_of_keys": False})]
+    long = {"is_long": True}
+    cases = [(count, long) for count in (8, 6, 5, 4, 3, 2)] + [(6, {**long, "kernel": "eager"}), (6, {})]
     for num_queries, options in cases:
         batch_attention(nn.Module(), *heads_like(num_queries, 12), None, **options)
     assert taken == [6, 4]
@@ -62,7 +62,7 @@ def test_chunks_of_a_long_prompt_leave_few_rows():
     for num_rows in range(long_attention.LONG_PROMPT_TOKENS, 300_000, 997):
         size = long_attention.fit_long_chunk(num_rows)
         num_chunks, rest = divmod(num_rows, size)
-        assert all(long_attention.is_long_chunk(size, size * (index + 1)) for index in range(num_chunks))
+        assert all(long_attention.is_whole_chunk(size, size * (index + 1)) for index in range(num_chunks))
         assert rest <= num_rows % long_attention.LONG_CHUNK_TOKENS and rest < 0.05 * num_rows
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
-from freres_cli.backbones.long_attention import attend_long, can_attend_long, is_long_chunk
+from freres_cli.backbones.long_attention import attend_long, can_attend_long, is_whole_chunk
 from freres_cli.devices import flash_package
 from freres_cli.errors import ResourceError
 
@@ -107,21 +107,26 @@ def batch_attention(
     is_last_of_keys: bool = True,
     attended: list[Tensor] | None = None,
     key_bias: Tensor | None = None,
+    is_long: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of a batch without padding: causal if ``is_last_of_keys``, else from every query to every key.
 
-    ``query``: (n, heads, q, d). ``key`` and ``value``: (n, kv_heads, kv, d). With ``is_last_of_keys`` the queries are
-    the last q of the kv positions. ``scaling``: factor of the scores, by default 1/sqrt(d). ``kernel``: sdpa, flash or
-    eager. ``attended``: gets the weights of the last query, as ``attend_last`` gives them; no others are computed.
-    ``key_bias``: of a single query to keys that are not all filled, as ``attend_row`` takes it. ``module`` and
-    ``attention_mask`` are part of transformers' interface and not used. Returns (n, q, heads, d) and None.
+    ``query``: (n, heads, q, d). ``key`` and ``value``: (n, kv_heads, kv, d). With ``is_last_of_keys`` the queries are the
+    last q of the kv positions. ``scaling``: factor of the scores, by default 1/sqrt(d). ``kernel``: sdpa, flash or eager.
+    ``attended``: gets the weights of the last query, as ``attend_last`` gives them; no others are computed. ``key_bias``:
+    of a single query to keys that are not all filled, as ``attend_row`` takes it. ``is_long``: of a long prompt, whose
+    whole chunks have kernels of their own. ``module`` and ``attention_mask`` are part of transformers' interface and not
+    used. Returns (n, q, heads, d) and None.
     """
     if key_bias is not None:
         return attend_row(query, key, value, scaling, key_bias), None
     if attended is not None:
         attended.append(attend_last(query, key, scaling))
-    out = _KERNELS[kernel](query, key, value, scaling, is_last_of_keys)
+    if is_long and kernel == "sdpa" and is_whole_chunk(query.shape[2], key.shape[2]) and can_attend_long(query, key):
+        out = attend_long(query, key, value, scaling)
+    else:
+        out = _KERNELS[kernel](query, key, value, scaling, is_last_of_keys)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -153,13 +158,6 @@ def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
 
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
-    """PyTorch's own kernels, among them cuDNN's for the chunks of a long prompt."""
-    if is_causal and is_long_chunk(query.shape[2], key.shape[2]) and can_attend_long(query, key):
-        return attend_long(query, key, value, scaling)
-    return _attend_with_bias(query, key, value, scaling, is_causal)
-
-
-def _attend_with_bias(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
     """The kernel that PyTorch picks, with a mask only where it needs one."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     if is_causal and _takes_flash(query, key, value):
@@ -206,7 +204,7 @@ def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
         out: Tensor = package.flash_attn_func(*swapped, softmax_scale=scaling, causal=is_causal)
         return out.transpose(1, 2)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _no_kernel_refused(query):
-        return _attend_with_bias(query, key, value, scaling, is_causal)
+        return _attend_sdpa(query, key, value, scaling, is_causal)
 
 
 @contextmanager

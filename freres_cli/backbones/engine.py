@@ -39,11 +39,11 @@ PREFILL_CHUNK_BYTES = 256 << 20
 class VideoPrefix:
     """System text and video, prefilled once.
 
-    ``num_tokens``: rows in the cache. ``next_position``: position of the question's first token. ``prefill_s``: how
-    long the prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time.
-    ``pruned``: if only some visual tokens reach the later layers, what the first layers made of all of them; the later
-    layers then run once for each question. ``graph``: the ``StepGraph`` on this cache, once one is recorded.
-    ``cannot_record``: whether that failed.
+    ``num_tokens``: rows in the cache. ``next_position``: position of the question's first token. ``prefill_s``: how long
+    the prefill took. ``notes``: what the user should know. ``cache`` is lent to one question at a time. ``pruned``: if only
+    some visual tokens reach the later layers, what the first layers made of all of them; the later layers then run once for
+    each question. ``chunk_tokens``: rows of a pass of the prefill, if there was one. ``graph``: the ``StepGraph`` on this
+    cache, once one is recorded. ``cannot_record``: whether that failed.
     """
 
     cache: Any
@@ -53,6 +53,7 @@ class VideoPrefix:
     prefill_s: float
     notes: tuple[str, ...] = ()
     pruned: PrunedVideo | None = None
+    chunk_tokens: int | None = None
     is_lent: bool = field(default=False, init=False)
     graph: Any = field(default=None, init=False, repr=False)
     cannot_record: bool = field(default=False, init=False)
@@ -115,7 +116,8 @@ def prefill_rows(
     spent_s = time.perf_counter() - start_s
     if len(rows) >= LONG_PROMPT_TOKENS:
         notes += describe_problem(HeadKind.of(model.device, model.dtype, model.decoder.config))
-    return VideoPrefix(cache, len(rows), num_visual_tokens, rows.next_position, spent_s, notes, pruned)
+    position = rows.next_position
+    return VideoPrefix(cache, len(rows), num_visual_tokens, position, spent_s, notes, pruned, chunk_tokens)
 
 
 def check_context(
@@ -152,11 +154,17 @@ def choose_chunk(model: LanguageModel, num_rows: int, *, is_cuda: bool | None = 
 
     ``num_rows``: of the prompt. ``is_cuda``: whether it is a GPU that takes ``attend_long``, by default as it is.
     """
-    if num_rows >= LONG_PROMPT_TOKENS:
-        has_kernel = is_fit(model.device, model.dtype) if is_cuda is None else is_cuda and model.dtype.itemsize == 2
-        if has_kernel and model.attention == "sdpa" and not has_experts(model.decoder.config):
-            return fit_long_chunk(num_rows)
+    if is_long_prompt(model, num_rows, is_cuda=is_cuda):
+        return fit_long_chunk(num_rows)
     return max(PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_BYTES // model.activation_bytes_per_token)
+
+
+def is_long_prompt(model: LanguageModel, num_rows: int, *, is_cuda: bool | None = None) -> bool:
+    """Whether a prompt of so many rows is run in chunks for ``attend_long``. Arguments as ``choose_chunk`` takes them."""
+    if num_rows < LONG_PROMPT_TOKENS:
+        return False
+    has_kernel = is_fit(model.device, model.dtype) if is_cuda is None else is_cuda and model.dtype.itemsize == 2
+    return has_kernel and model.attention == "sdpa" and not has_experts(model.decoder.config)
 
 
 @torch.no_grad()
@@ -171,9 +179,10 @@ def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: in
         raise BackboneError("prompt: expected at least one token after the video, got none")
     num_cached = cache.get_seq_length()
     chunk_tokens = chunk_tokens or choose_chunk(model, len(rows))
+    is_long = not num_cached and is_long_prompt(model, len(rows))
     with memory_of(model, num_cached + len(rows)):
         for part in rows.split(chunk_tokens):
-            hidden = model.decode(part, cache)
+            hidden = model.decode(part, cache, **({"is_long": True} if is_long else {}))
     return hidden[-1:]
 
 

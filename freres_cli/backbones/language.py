@@ -18,7 +18,8 @@ from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows
 from freres_cli.backbones.cache import CACHE_ARGUMENT
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
-from freres_cli.backbones.fused import start_compiling_kernels, use_kernels
+from freres_cli.backbones.fused import start_compiling_kernels
+from freres_cli.backbones.fused_layers import use_kernels
 from freres_cli.backbones.halves import (
     FamilyFiles,
     LanguageHalf,

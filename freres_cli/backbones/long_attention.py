@@ -34,10 +34,9 @@ def fit_long_chunk(num_rows: int) -> int:
     return min(range(LONG_CHUNK_TOKENS, LEAST_CHUNK_TOKENS - 1, -CHUNK_STEP), key=lambda size: num_rows % size)
 
 
-def is_long_chunk(num_queries: int, num_keys: int) -> bool:
-    """Whether so many rows, the last of so many keys, are a whole chunk of a long prompt, after others of its size."""
-    is_chunk = LEAST_CHUNK_TOKENS <= num_queries <= LONG_CHUNK_TOKENS and num_queries % CHUNK_STEP == 0
-    return is_chunk and num_keys % num_queries == 0
+def is_whole_chunk(num_queries: int, num_keys: int) -> bool:
+    """Whether so many rows of a long prompt, the last of so many keys, are a whole chunk after others of its size."""
+    return num_queries >= LEAST_CHUNK_TOKENS and num_keys % num_queries == 0
 
 
 def attend_long(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

@@ -14,7 +14,8 @@ from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.base import EncoderIdentity
 from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
-from freres_cli.backbones.fused import start_compiling_kernels, use_kernels
+from freres_cli.backbones.fused import start_compiling_kernels
+from freres_cli.backbones.fused_layers import use_kernels
 from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, check_decoder, loading, read_config
 from freres_cli.devices import Device, choose_dtype, fit_attention, memory_errors_as
 from freres_cli.errors import BackboneError

@@ -113,8 +113,8 @@ METHOD = Method(
     source="PruneVid, stage 1, arXiv 2412.16117",
     deviations="first stage only: the second needs the question; sets of tokens are merged to their share of the budget, "
     "not to half, small sets too; cells are released from being still where too few tokens would be left; a "
-    "segment may have one frame, and of equally long runs of a cluster only the first is kept; no random "
-    "noise in DPC-kNN; sets without a share of a small budget are left out",
+    "segment may have one frame, in which nothing is still, and of equally long runs of a cluster only the first is "
+    "kept; no random noise in DPC-kNN; sets without a share of a small budget are left out",
     mixes=True,
     compress=merge_still_cells,
 )

@@ -18,9 +18,10 @@ import torch
 class StageTimer:
     """Adds up the seconds of named stages, without waiting for the device in between.
 
-    On CUDA, events mark both ends of a stage in the device's own queue, so its seconds are those in which the device was
-    busy with it or waited for it. ``stage`` is for the thread that gives the device its work; ``host_stage``, for work that
-    does not touch the device, may run in another one at the same time.
+    On CUDA, events mark both ends of a stage in the queue that is current, so its seconds are those in which that queue was
+    busy with it or waited for it; stages in two queues share the device, and each takes longer. ``stage`` is for the thread
+    that gives the device its work; ``host_stage``, for work that does not touch the device, may run in another one at the
+    same time.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -12,13 +12,14 @@ from unittest.mock import patch
 
 import torch
 
-from freres_cli.backbones import attention, engine, fused, long_attention, token_steps
+from freres_cli.backbones import attention, engine, fused_layers, long_attention, token_steps
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bench.report import describe_environment, summarize_ratios, summarize_runs
 from freres_cli.bench.tables import TABLES
 from freres_cli.cli.output import print_line
 from freres_cli.cli.profile_table import weights_of
 from freres_cli.devices import choose_device, synchronize
+from freres_cli.pipeline import compressor
 from freres_cli.pipeline.beside import BesideTower
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import LatentStream, VideoSource
@@ -60,8 +61,15 @@ def measure_gpu(repeat: int = 3) -> dict[str, Any]:
 def in_passes() -> Iterator[None]:
     """Within the block, PyTorch's own passes in place of one kernel for several of them."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(fused, "_takes", lambda *_: False))
+        stack.enter_context(patch.object(fused_layers, "_takes", lambda *_: False))
         stack.enter_context(patch.object(long_attention, "find_kernels", lambda *_: (None, None)))
+        yield
+
+
+@contextmanager
+def in_one_queue() -> Iterator[None]:
+    """Within the block, a method waits for the tower, as on a CPU."""
+    with patch.object(compressor, "BesideTower", lambda *_: BesideTower(torch.device("cpu"))):
         yield
 
 
@@ -114,27 +122,22 @@ def _encode_each_way(models: Models, source: VideoSource) -> dict[str, float]:
     asked = {}
     for name, method in (("adaptive", "adaptive"), ("fre_res", "fre-res")):
         settings: dict[str, Any] = {"preset": "long-video", "sample": "native", "track_density": 1}
-        compressor = Compressor(models=models, budget_tokens=CLIP_BUDGET, method=method, **settings)
-        plan, timer = compressor.plan(source.video), StageTimer(models.encoder.device)
-        compress = partial(compressor.run_stages, source, compressor.options, plan, timer)
+        own = Compressor(models=models, budget_tokens=CLIP_BUDGET, method=method, **settings)
+        plan, timer = own.plan(source.video), StageTimer(models.encoder.device)
+        compress = partial(own.run_stages, source, own.options, plan, timer)
         asked[name] = _time(compress)
-        with patch.object(BesideTower, "__init__", in_one_queue):
+        with in_one_queue():
             asked[f"{name}_in_one_queue"] = _time(compress)
-    encode = partial(_encode_alone, source, compressor, plan)
+    encode = partial(_encode_alone, source, own, plan)
     asked["encoding_alone"] = _time(encode)
     with in_passes():
         asked["encoding_in_passes"] = _time(encode)
     return asked
 
 
-def in_one_queue(self: Any, device: torch.device, is_due: Callable[[], bool] = lambda: False) -> None:
-    """In place of ``BesideTower.__init__``: a method waits for the tower, as on a CPU."""
-    self._device, self._is_due, self._queue, self.is_ahead = device, is_due, None, False
-
-
-def _encode_alone(source: VideoSource, compressor: Compressor, plan: CompressPlan) -> None:
-    encoder = compressor.models.encoder
-    for _ in LatentStream(encoder, StageTimer(encoder.device), TOWER).encode(source.open(plan, compressor.options)):
+def _encode_alone(source: VideoSource, own: Compressor, plan: CompressPlan) -> None:
+    encoder = own.models.encoder
+    for _ in LatentStream(encoder, StageTimer(encoder.device), TOWER).encode(source.open(plan, own.options)):
         pass
 
 

@@ -31,7 +31,8 @@ compress:
     hold tokens are not known yet. With `--quality`, the number of visual tokens is known only once the frames are encoded:
     `--dry-run` has null for it. Method adaptive records `quality`, the share of energy that its bundle keeps; a note says
     so if it is below the one asked for. It is null for other methods. Frames are read and resized while others are encoded,
-    so the stages of `timings_s` may add up to more than `total`; `decode` is the time of the thread that reads. With
+    and on a GPU most methods work beside the tower, so the stages of `timings_s` may add up to more than `total`; `decode` is
+    the time of the thread that reads. With
     `--residual-grid`, only anchor frames pass the tower at their whole grid; every frame, anchors too, passes it at the
     smaller one, from which events and residuals are taken. The file is decoded once for both grids. `encoded_tokens` counts
     both. With `--set line_levels=N`, it counts the frames that passed the tower; see freres(7).

@@ -12,7 +12,8 @@ BAR_INCHES, MARGIN_INCHES = 0.55, 1.7
 
 
 def stage_seconds(row: dict[str, Any]) -> list[float]:
-    """Return the seconds of each of ``STAGES``; they add up to the time from the video, or the bundle, to the first token.
+    """Return the seconds of each of ``STAGES``, from the video, or the bundle, to the first token. Stages may overlap, and
+    then add up to more than that took.
 
     The time to first token holds the prefill, so the last stage is what is left of it. A stage that was not measured
     takes no time. ``row``: of ``workflows.profile.profile``.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,13 @@ Batch = TypeVar("Batch")
 MOST_BEGUN = 3
 
 
+@cache
+def _queue_of(device: torch.device) -> torch.cuda.Stream:
+    """The queue of all methods on a device: PyTorch and its libraries keep memory for each. Its kernels are small, and the
+    tower's large ones make room for them."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class BesideTower:
     """The queue of a method, and the batches that the tower is given before those before them are reduced.
 
@@ -29,8 +37,7 @@ class BesideTower:
 
     def __init__(self, device: torch.device, is_due: Callable[[], bool] = lambda: False) -> None:
         self._device, self._is_due = device, is_due
-        # Small kernels, for which the tower's large ones make room.
-        self._queue = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._queue = _queue_of(device) if device.type == "cuda" else None
         self.is_ahead = False
 
     def run_ahead(self, batches: Iterable[Batch]) -> Generator[tuple[Batch, torch.cuda.Event | None], None, None]:

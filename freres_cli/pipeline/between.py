@@ -53,7 +53,7 @@ class LineStream:
                 following = next(ahead, None)
                 yield self._take(frames, is_last=following is None)
                 frames = following
-        self._stream.check_finite()
+        self._stream.check_early()
 
     def _take(self, frames: Frames, is_last: bool) -> tuple[tuple[float, ...], Tensor]:
         with self._stream.timer.stage("encode"):

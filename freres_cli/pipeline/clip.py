@@ -246,6 +246,7 @@ class EncodedClip:
                 indices += frames.picture_index
                 seconds += frames.pts_seconds
                 parts.append(latents)
+        known.check_finite()
         if not parts:
             raise VideoError(f"{self._source.name}: no frame could be decoded in the requested part")
         latents = torch.cat(parts)
@@ -255,9 +256,11 @@ class EncodedClip:
     def _draw_view(self, plan: CompressPlan) -> View:
         """Decode the plan's frames, and encode the key frames not seen before; those between them are drawn."""
         frames = self._source.open(plan, self._options)
-        lines = LineStream(self._stream(None), (plan.size.grid_h, plan.size.grid_w), plan.line_levels)
+        stream = self._stream(None)
+        lines = LineStream(stream, (plan.size.grid_h, plan.size.grid_w), plan.line_levels)
         with closing(lines.encode(frames)) as drawn:
             seconds, parts = zip(*drawn, strict=True)
+        stream.check_finite()
         return View(torch.cat(parts), tuple(chain(*seconds)), frames.report, lines.waiting.num_encoded)
 
     def _stream(self, residual_size: FrameSize | None) -> LatentStream:

@@ -208,7 +208,8 @@ class Compressor:
         is_kept = checkpoints is not None and reducer is not None
         read = _note_positions(decoder, positions) if is_kept and decoder is not None else frames
         with closing(_encode(stream, lines, read, plan)) as batches:
-            reduction = reduce_latents(batches, plan, options, encoder.width, timer, on_batch, reducer, beside)
+            given = batches, plan, options, encoder.width, timer, on_batch, reducer, beside
+            reduction = reduce_latents(*given, stream.check_finite)
         if lines is not None:
             reduction = replace(reduction, num_encoded=lines.waiting.num_encoded)
         return reduction, frames.report

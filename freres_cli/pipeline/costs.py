@@ -36,7 +36,9 @@ def sum_bytes(parts: list[Part], *, is_cuda: bool) -> int:
     return sum(part.num_bytes for part in parts if part.is_on_device or not is_cuda)
 
 
-def encode_parts(tower: TowerSizes, batch_frames: int, frame_px: int, frame_tokens: int, itemsize: int) -> list[Part]:
+def encode_parts(
+    tower: TowerSizes, batch_frames: int, frame_px: int, frame_tokens: int, itemsize: int, num_batches: int = 2
+) -> list[Part]:
     """The memory of decoding and encoding.
 
     ``tower``: from ``measure_tower``. ``batch_frames``: n. ``frame_px``: pixels of a resized frame. ``frame_tokens``: N.
@@ -61,7 +63,11 @@ def encode_parts(tower: TowerSizes, batch_frames: int, frame_px: int, frame_toke
         Part("tower weights", tower.num_parameters * b, f"{tower.num_parameters} parameters * {b} bytes"),
         Part("frames", 2 * values, f"2 copies of {n} frames of {frame_px} pixels in 8-bit RGB", is_on_device=False),
         Part("tower activations", max(normalizing, passing), what),
-        Part("latents of a batch", 2 * n * frame_tokens * tower.out_channels * b, "2*n*N*C*b: this one and the last"),
+        Part(
+            "latents of batches",
+            num_batches * n * frame_tokens * tower.out_channels * b,
+            f"{num_batches}*n*N*C*b: this one, and those that are not reduced yet",
+        ),
     ]
 
 

@@ -138,7 +138,8 @@ class LatentStream:
         self._unchecked: deque[tuple[Callable[[], bool], torch.dtype]] = deque()
 
     def encode(self, batches: Iterable[Frames]) -> Generator[tuple[Frames, Tensor], None, None]:
-        """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite.
+        """Yield each batch with its latents (n, H, W, C). Raises ``BackboneError`` for latents that are not finite; on a GPU
+        call ``check_finite`` for those of the last batches.
 
         The next batches are read in another thread, until this generator is closed.
         """
@@ -147,7 +148,7 @@ class LatentStream:
                 with self.timer.stage("encode"):
                     rows = self.encode_batch(frames)
                 yield frames, rows
-        self.check_finite()
+        self.check_early()
 
     def encode_batch(self, frames: Frames) -> Tensor:
         """Return the latents (n, H, W, C) of a batch. A picture whose latents are kept is not encoded again."""
@@ -176,8 +177,7 @@ class LatentStream:
             return self._encode(frames.pixels[indices])
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        # A GPU may not be done with the last batches, and nothing is to wait for them.
-        self.check_finite(num_later=MOST_BEGUN if self.timer.device.type == "cuda" else 0)
+        self.check_early()
         latents = self._encoder.encode(pixels)
         self._unchecked.append((read_later(torch.isfinite(latents).all()), latents.dtype))
         return latents
@@ -202,6 +202,10 @@ class LatentStream:
         finally:
             if isinstance(iterator, Generator):
                 iterator.close()
+
+    def check_early(self) -> None:
+        """``check_finite`` without those that a GPU may not be done with: nothing is to wait for them."""
+        self.check_finite(num_later=MOST_BEGUN if self.timer.device.type == "cuda" else 0)
 
     def check_finite(self, num_later: int = 0) -> None:
         """Refuse latents that are not finite. ``num_later``: of how many of the last batches this is left for later."""

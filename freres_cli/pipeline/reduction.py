@@ -64,22 +64,24 @@ def reduce_latents(
     on_batch: OnBatch | None = None,
     reducer: Reducer | None = None,
     beside: BesideTower | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Reduction:
     """Reduce a clip by the method in ``options``.
 
     ``batches``: consecutive frames. ``plan``: the plan for the clip. ``width``: D. ``timer``: records the stage
     ``compress``. ``on_batch``: called with the number of frames done. ``reducer``: from ``make_reducer``; it may have taken
     the frames before these. ``beside``: where a method that takes frames as they arrive works, if it is beside the tower.
-    Raises ``VideoError`` if there are no frames, ``BackboneError`` if a value overflows its dtype.
+    ``check``: called once it has them all, and may refuse them. Raises ``VideoError`` if there are no frames,
+    ``BackboneError`` if a value overflows its dtype.
     """
     reducer = reducer or make_reducer(plan, options, width)
     if options.settings.deepstack == "drop":
         batches = (batch.narrow(width) for batch in batches)
     if reducer is None:
-        reduction = _reduce_by_peer(batches, plan, options, width, timer, on_batch)
+        reduction = _reduce_by_peer(batches, plan, options, width, timer, on_batch, check)
     else:
         beside = beside or BesideTower(torch.device("cpu"))
-        reduction = _reduce_in_stream(batches, plan, timer, reducer, beside, on_batch)
+        reduction = _reduce_in_stream(batches, plan, timer, reducer, beside, on_batch, check)
     _check_finite(reduction.content, options)
     return reduction
 
@@ -103,6 +105,7 @@ def _reduce_in_stream(
     reducer: Reducer,
     beside: BesideTower,
     on_batch: OnBatch | None,
+    check: Callable[[], None],
 ) -> Reduction:
     for (seconds, latents, whole), end in beside.run_ahead(batches):
         with beside.queue(end), timer.stage("compress"):
@@ -112,6 +115,7 @@ def _reduce_in_stream(
                 reducer.push(latents, seconds)
         if on_batch is not None:
             on_batch(reducer.num_frames)
+    check()
     _check_any(reducer.num_frames, plan)
     with beside.queue(), timer.stage("compress"):
         content = reducer.finish()
@@ -128,6 +132,7 @@ def _reduce_by_peer(
     width: int,
     timer: StageTimer,
     on_batch: OnBatch | None,
+    check: Callable[[], None],
 ) -> Reduction:
     compress = METHODS[options.method].compress
     assert compress is not None
@@ -138,6 +143,7 @@ def _reduce_by_peer(
         parts.append(latents.cpu())
         if on_batch is not None:
             on_batch(len(times))
+    check()
     _check_any(len(times), plan)
     with timer.stage("compress"), torch.no_grad():
         latents = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -20,11 +20,13 @@ REFINER = METHODS["cdpruner"]  # the method of ``ask --refine``
 @dataclass(frozen=True)
 class AskedFacts:
     """What the last question cost. ``overhead_tokens``: rows of [video] that are no visual tokens. ``prefill_s``: seconds
-    that the prefill of [system + video] took, ``refine_s``: that picking the tokens for the question took."""
+    that the prefill of [system + video] took, ``refine_s``: that picking the tokens for the question took.
+    ``chunk_tokens``: rows of a pass of that prefill, ``None`` if there was none."""
 
     overhead_tokens: int
     prefill_s: float
     refine_s: float
+    chunk_tokens: int | None
 
 
 def embed_question(model: LanguageModel, question: str) -> Tensor:

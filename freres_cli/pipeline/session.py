@@ -111,6 +111,11 @@ class Session:
         """Seconds that picking tokens for the last question took, 0 if all were used. Available after the first question."""
         return self._facts_of("refine_s").refine_s
 
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Rows of a pass of that prefill, ``None`` if it was read from a file. Available after the first question."""
+        return self._facts_of("chunk_tokens").chunk_tokens
+
     def _facts_of(self, name: str) -> AskedFacts:
         if self._facts is None:
             raise UsageError(f"{name}: not known before the first question", "ask a question first")
@@ -302,7 +307,7 @@ class Session:
         if tokens is self.tokens:
             self._prefixes[ids.prefix] = prefix
         overhead = prefix.num_tokens - len(ids.prefix) - prefix.num_visual_tokens
-        self._facts = AskedFacts(overhead, prefix.prefill_s, refine_s)
+        self._facts = AskedFacts(overhead, prefix.prefill_s, refine_s, prefix.chunk_tokens)
         return prefix, ids.suffix
 
     def _encode_choices(self, query: Query, refine: int | None = None) -> tuple[VideoPrefix, Ids, list[Ids]]:

@@ -11,12 +11,14 @@ from typing import Any, cast
 import torch
 
 from freres_cli.backbones.checkpoint import config_dtype
-from freres_cli.backbones.engine import choose_chunk
+from freres_cli.backbones.engine import choose_chunk, is_long_prompt
+from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS
 from freres_cli.backbones.quantized_weights import describe_weights
 from freres_cli.backbones.row_parts import PART_ROWS
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, has_experts, measure_decoder, measure_tower
 from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.devices import Storage, choose_dtype, memory_errors_as, synchronize
+from freres_cli.pipeline.beside import MOST_BEGUN
 from freres_cli.pipeline.costs import (
     CUDA_CONTEXT_BYTES,
     Part,
@@ -157,7 +159,8 @@ class Planner:
         context = text["context_tokens"]
         tower, decoder = measure_tower(self.encoder, plan.size), measure_decoder(self.language)
         rows = visual if context is None else context
-        chunk = choose_chunk(self.language, rows, is_cuda=self.is_cuda)
+        is_long = is_long_prompt(self.language, rows, is_cuda=self.is_cuda)
+        chunk = LONG_CHUNK_TOKENS if is_long else choose_chunk(self.language, rows, is_cuda=self.is_cuda)
         # As row_parts.use_row_parts: experts share out rows themselves.
         mlp_rows = PART_ROWS if self.is_cuda and not has_experts(self.language.decoder.config) else None
         b, cells = self.dtype.itemsize, plan.size.num_tokens
@@ -175,11 +178,16 @@ class Planner:
             None if plan.residual_size is None else measure_tower(self.encoder, plan.residual_size),
             decoder,
             chunk,
-            [*encode_parts(tower, batch, frame_px, cells, b), *kept],
+            [*encode_parts(tower, batch, frame_px, cells, b, self._num_batches(plan)), *kept],
             ask_parts(decoder, visual, rows, chunk, b, storage, is_cuda=self.is_cuda, mlp_rows=mlp_rows),
             self.is_cuda,
             storage,
         )
+
+    def _num_batches(self, plan: CompressPlan) -> int:
+        """How many batches of latents are there at once."""
+        is_beside = self.is_cuda and plan.residual_size is None and (plan.budget or self.options.method == ADAPTIVE)
+        return 2 + MOST_BEGUN if is_beside else 2
 
     def largest_budget(self, device_bytes: int) -> int | None:
         """The largest budget whose peak memory fits, ``None`` if not even one token does. At most every token."""

@@ -14,7 +14,6 @@ import torch
 
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.checkpoint import config_dtype
-from freres_cli.backbones.engine import choose_chunk
 from freres_cli.backbones.sizes import DecoderSizes, measure_decoder
 from freres_cli.bench.clock import PeakMemory, StageTimer, total_memory_bytes
 from freres_cli.bench.tables import CostRow, CostTable
@@ -136,7 +135,7 @@ def measure_table_row(request: TableRequest, wanted: CostRow) -> dict[str, Any]:
     return row | {
         "text_tokens": text_tokens,
         "flops_per_s": speed.flops_per_s,
-        "prefill_chunk_tokens": choose_chunk(model, wanted.context_tokens),
+        "prefill_chunk_tokens": session.chunk_tokens,
     }
 
 
