@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.merging import Merger, left_after, running_sums
-from freres_cli.method.stretch_means import merge_stretches
+from freres_cli.method.stretch_means import box_sizes, merge_stretches
 from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.method.tokens import seconds_at
 from freres_cli.records import VideoTokens
@@ -239,7 +239,9 @@ def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
     boxes = torch.cat([stretches.boxes, stretches.boxes.new_empty(steps, 6)])
     for part in _levels(pairs, count):
         a, b = pairs[part].unbind(1)
-        values[part + count] = merge_stretches(values[a], values[b], boxes[a], boxes[b], channels)
+        both = boxes[a], boxes[b]
+        sizes, times = (box_sizes(both[0]), box_sizes(both[1])), (both[0][:, :2], both[1][:, :2])
+        values[part + count] = merge_stretches(values[a], values[b], sizes, times, channels)
         low, high = torch.minimum(boxes[a], boxes[b]), torch.maximum(boxes[a], boxes[b])
         boxes[part + count] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
     left = left_after(pairs, count)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from freres_cli.method.cell_tree import NONE, CellTree, split_grid
-from freres_cli.method.stretch_means import box_sizes, merge_stretches
+from freres_cli.method.stretch_means import merge_stretches
 
 # Ours. The cost of a merge is (n1 n2 / (n1 + n2))^a |m1 - m2|^2. At a = 1 this is the squared error it adds, which
 # undervalues what is brief. On 60 clips of the world, 1/2 was a little better than 1, within noise, and better than 0.3.
@@ -220,21 +220,22 @@ class Merger:
         beside = torch.searchsorted(_keys(rows.cell, start), _keys(sibling, start)).clamp(max=len(self) - 1)
         is_beside = (rows.cell[beside] == sibling) & (rows.time[beside] == rows.time).all(1)
         partner = torch.stack([after, torch.where((sibling > rows.cell) & is_beside, beside, NONE)], dim=1)
-        names = torch.where(partner == NONE, NONE, rows.name[partner])
+        is_pair = partner != NONE
+        names = torch.where(is_pair, rows.name[partner], NONE)
         # What ends elsewhere, or has other cells, has other partners: one whose partners are the same has not changed itself.
-        a, kind = ((names != rows.partner) & (partner != NONE)).nonzero().unbind(1)
+        a, kind = ((names != rows.partner) & is_pair).nonzero().unbind(1)
         rows.partner.copy_(names)
         rows.cost[a, kind], rows.loss[a, kind] = self._price(a, partner[a, kind])
         return partner
 
     def _price(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Cost and added squared error, float64, of merging rows ``a`` and ``b``."""
-        slots_a, slots_b = self._rows.slot[a], self._rows.slot[b]
+        pair = self._rows.pick(a), self._rows.pick(b)
         distance = torch.empty(a.shape[0], dtype=torch.float64, device=a.device)
         for part in self._parts(a.shape[0]):
-            x, y = (self._storage[slots[part], : self._width].to(torch.float32) for slots in (slots_a, slots_b))
+            x, y = (self._storage[rows.slot[part], : self._width].to(torch.float32) for rows in pair)
             distance[part] = (x - y).square().sum(-1).to(torch.float64)
-        n, m = (box_sizes(self._boxes_of(rows)).to(torch.float64) for rows in (a, b))
+        n, m = (rows.size.to(torch.float64) for rows in pair)
         weight = n * m / (n + m)
         return weight**COST_EXPONENT * distance, weight * distance
 
@@ -247,22 +248,24 @@ class Merger:
 
     def _merge(self, merges: _Merges, into: Tensor | None) -> None:
         """Merge rows ``b`` into rows ``a``. ``into``: new places for the results; ``None`` to overwrite those of ``a``."""
-        rows, a, b = self._rows, merges.a, merges.b
-        slots_a, slots_b = rows.slot[a], rows.slot[b]
-        into = slots_a if into is None else into
-        boxes_a, boxes_b = self._boxes_of(a), self._boxes_of(b)
-        for part in self._parts(a.shape[0]):
-            x, y = self._storage[slots_a[part]], self._storage[slots_b[part]]
-            self._storage[into[part]] = merge_stretches(x, y, boxes_a[part], boxes_b[part], self._channels)
-        rows.slot[a] = into
-        rows.name[a] = torch.arange(self._num_named, self._num_named + a.shape[0], device=a.device)
-        rows.time[a, 1] = rows.time[b, 1]
-        rows.cell[a] = torch.where(merges.kind == 0, rows.cell[a], self._tree.parent[rows.cell[a]])
-        rows.shots[a, 1] = torch.maximum(rows.shots[a, 1], rows.shots[b, 1])
-        rows.height[a] = torch.maximum(merges.key, torch.maximum(rows.height[a], rows.height[b]))
-        rows.cell[b] = GONE
-        self._num_named += a.shape[0]
-        self._num_left -= a.shape[0]
+        count = merges.a.shape[0]
+        mine, other = self._rows.pick(merges.a), self._rows.pick(merges.b)
+        into = mine.slot if into is None else into
+        for part in self._parts(count):
+            x, y = self._storage[mine.slot[part]], self._storage[other.slot[part]]
+            sizes, times = (mine.size[part], other.size[part]), (mine.time[part], other.time[part])
+            self._storage[into[part]] = merge_stretches(x, y, sizes, times, self._channels)
+        mine.slot.copy_(into)
+        mine.name.copy_(torch.arange(self._num_named, self._num_named + count, device=into.device))
+        mine.time[:, 1] = other.time[:, 1]
+        mine.cell.copy_(torch.where(merges.kind == 0, mine.cell, self._tree.parent[mine.cell]))
+        mine.shots[:, 1] = torch.maximum(mine.shots[:, 1], other.shots[:, 1])
+        mine.height.copy_(torch.maximum(merges.key, torch.maximum(mine.height, other.height)))
+        mine.size.add_(other.size)
+        self._rows.ints[merges.a] = mine.ints
+        self._rows.cell[merges.b] = GONE
+        self._num_named += count
+        self._num_left -= count
 
 
 def running_sums(losses: Tensor, start: float) -> list[float]:
@@ -312,10 +315,11 @@ class _Merges:
 class _Rows:
     """One row a stretch, as few tensors as can be: on a GPU each costs a kernel whenever rows move.
 
-    ``ints`` (n, 10): ``slot``, its place in the storage; ``name``, which no other stretch of the clip ever had; ``time``
+    ``ints`` (n, 11): ``slot``, its place in the storage; ``name``, which no other stretch of the clip ever had; ``time``
     t0, t1; ``cell``, its rectangle; ``shots``, first and last; ``partner``, the names of those whose merges with it
-    ``costs`` holds, along time and with the sibling cells; ``height``, the largest key of the merges that made it. ``costs``
-    (n, 4) float64: ``cost`` of these two merges, and ``loss``, the squared error that they add.
+    ``costs`` holds, along time and with the sibling cells; ``height``, the largest key of the merges that made it; ``size``,
+    the number of latents in it. ``costs`` (n, 4) float64: ``cost`` of these two merges, and ``loss``, the squared error that
+    they add.
     """
 
     ints: Tensor
@@ -327,8 +331,13 @@ class _Rows:
         count = slot.shape[0]
         name = torch.arange(first_name, first_name + count, device=slot.device)
         none, height = torch.full_like(slot, NONE), torch.full_like(slot, FIRST)
-        ints = torch.stack([slot, name, frame, frame + 1, cell, shot, shot, none, none, height], dim=1)
+        size = torch.ones_like(slot)
+        ints = torch.stack([slot, name, frame, frame + 1, cell, shot, shot, none, none, height, size], dim=1)
         return _Rows(ints, torch.zeros(count, 4, dtype=torch.float64, device=slot.device))
+
+    def pick(self, index: Tensor) -> _Rows:
+        """Return a copy of some rows, without their costs."""
+        return _Rows(self.ints[index], self.costs[:0])
 
     @property
     def slot(self) -> Tensor:
@@ -357,6 +366,10 @@ class _Rows:
     @property
     def height(self) -> Tensor:
         return self.ints[:, 9]
+
+    @property
+    def size(self) -> Tensor:
+        return self.ints[:, 10]
 
     @property
     def cost(self) -> Tensor:

@@ -5,26 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Pair = tuple[Tensor, Tensor]
+
 
 def box_sizes(boxes: Tensor) -> Tensor:
     """Return how many latents each box (S, 6) covers: (S,) int64."""
     return (boxes[:, 1::2] - boxes[:, ::2]).prod(1)
 
 
-def merge_stretches(x: Tensor, y: Tensor, boxes_x: Tensor, boxes_y: Tensor, channels: int) -> Tensor:
+def merge_stretches(x: Tensor, y: Tensor, sizes: Pair, times: Pair, channels: int) -> Tensor:
     """Return what pairs of stretches merge into, (k, C) or (k, C + D), in the dtype of ``x``.
 
-    ``x``, ``y``: the first and the second of each pair, means (C) and, if they are kept, trends (D). ``boxes_x``,
-    ``boxes_y``: (k, 6), what they stand for. ``channels``: C.
+    ``x``, ``y``: the first and the second of each pair, means (C) and, if they are kept, trends (D). ``sizes``: of both,
+    (k,), the number of latents in each. ``times``: of both, (k, 2), its frames, half-open. ``channels``: C.
     """
-    n, m = box_sizes(boxes_x), box_sizes(boxes_y)
-    means = merge_means(x[:, :channels], y[:, :channels], n, m)
+    means = merge_means(x[:, :channels], y[:, :channels], *sizes)
     if x.shape[1] == channels:
         return means
-    return torch.cat([means, merge_trends(x, y, boxes_x, boxes_y, channels)], dim=1)
+    return torch.cat([means, merge_trends(x, y, sizes, times, channels)], dim=1)
 
 
-def merge_trends(x: Tensor, y: Tensor, boxes_x: Tensor, boxes_y: Tensor, channels: int) -> Tensor:
+def merge_trends(x: Tensor, y: Tensor, sizes: Pair, times: Pair, channels: int) -> Tensor:
     """Return the trends of merged pairs, (k, D), in the dtype of ``x``. Arguments as in ``merge_stretches``.
 
     The trend of a stretch is the covariance of its latents with their frames over the standard deviation of the frames:
@@ -33,11 +34,11 @@ def merge_trends(x: Tensor, y: Tensor, boxes_x: Tensor, boxes_y: Tensor, channel
     they do not. Covariances of merged sets add up exactly (Chan et al., 1979); the form is ours.
     """
     width = x.shape[1] - channels
-    n, m = box_sizes(boxes_x).to(torch.float64), box_sizes(boxes_y).to(torch.float64)
-    first, last = torch.minimum(boxes_x[:, 0], boxes_y[:, 0]), torch.maximum(boxes_x[:, 1], boxes_y[:, 1])
-    spread_x, spread_y = (_frame_spread(boxes[:, 1] - boxes[:, 0]) for boxes in (boxes_x, boxes_y))
+    n, m = (size.to(torch.float64) for size in sizes)
+    first, last = torch.minimum(times[0][:, 0], times[1][:, 0]), torch.maximum(times[0][:, 1], times[1][:, 1])
+    spread_x, spread_y = (_frame_spread(time[:, 1] - time[:, 0]) for time in times)
     spread = _frame_spread(last - first)
-    later = (boxes_y[:, 0] + boxes_y[:, 1] - boxes_x[:, 0] - boxes_x[:, 1]).to(torch.float64) / 2
+    later = (times[1].sum(1) - times[0].sum(1)).to(torch.float64) / 2
     # Two single frames beside each other have no spread in time, and none between them.
     total = (n + m) * spread.clamp(min=0.5)
     weights = (n * spread_x / total, m * spread_y / total, n * m / (n + m) * later / total)
