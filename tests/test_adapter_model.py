@@ -51,6 +51,32 @@ def test_an_adapter_for_other_weights_is_refused(other, adapter):
     assert "--adapter none" in failure.value.hint
 
 
+def test_where_no_adapter_is_named_the_one_that_ships_is_left_out_for_another_decoder(other, bundle):
+    """Of a model that ``freres world train --tower-steps 0`` wrote, which reads the bundles of the bundled tower."""
+    changed, folder = other
+    asked = ("ask", bundle, "what?", "--choices", "a|b", "--model", folder, "--json")
+    run = run_freres(*asked)
+    plain = run_freres(*asked, "--adapter", "none")
+    assert run.status == plain.status == 0, run.err
+    note = f"opened without an adapter: the one that ships does not fit the language half of {folder}"
+    is_out = changed == "decoder_sha256"
+    assert (note in run.err) == is_out and "without an adapter" not in plain.err
+    assert (run.json["choices"] == plain.json["choices"]) == is_out
+
+
+def test_an_adapter_that_records_no_weights_is_to_be_trained_again(adapter, tmp_path):
+    """The message names no model: both would have the same name."""
+    facts, path = loaded_models().facts, tmp_path / "early.safetensors"
+    modules = FreResModules(ModuleShape(192, 2, 5))
+    early = {key: value for key, value in facts.items() if key not in CHANGED}
+    write_adapter(path, modules.state_dict(), {"model": early, "shape": modules.shape.to_dict()})
+    with pytest.raises(BackboneError, match=r"early\.safetensors: does not record the weights") as failure:
+        load_adapter(path, facts)
+    assert "train it again" in failure.value.hint
+    with pytest.raises(BackboneError, match=r"adapter for another model: .*differs in projector_sha256, tower"):
+        load_adapter(path, {**facts, "projector_sha256": "0"})
+
+
 def test_eval_and_compare_compare_both_halves_and_ask_the_one_that_it_loads(other, adapter, bundle):
     changed, folder = other
     models = Models(make_source(str(folder), "cpu"))
