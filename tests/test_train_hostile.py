@@ -134,6 +134,14 @@ def test_a_teacher_that_does_not_fit_is_done_without(folder, tmp_path, monkeypat
     assert "without a full-token teacher" not in "".join(describe_left_out(more))
 
 
+def test_a_machine_is_another_one_with_more_memory(monkeypatch):
+    device, names = loaded_models().source.device, set()
+    for gib in (16, 32):
+        monkeypatch.setattr(training_data, "total_memory_bytes", lambda _, gib=gib: (gib << 30) + 5)
+        names |= {training_data.name_machine(device), training_data.name_machine(device)}
+    assert names == {"CPU, 16 GiB", "CPU, 32 GiB"}
+
+
 def test_running_out_of_memory_is_not_a_bug(folder, tmp_path):
     models = models_with(language_model=CountingLanguageModel(loaded_models().language_model, max_video_tokens=0))
     with fails(6, "training: out of memory"):
