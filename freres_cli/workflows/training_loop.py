@@ -89,7 +89,7 @@ class TrainingLoop:
     learned: Sequence[Example]
     held_out: Sequence[Example]
     workers: Workers
-    identity: Mapping[str, str]
+    identity: Mapping[str, Any]
 
     def train(self, state: dict[str, Any], state_path: Path, log: Callable[[str], None]) -> dict[str, Any]:
         """Train until the last step, or until validation stops improving.
