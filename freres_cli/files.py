@@ -89,16 +89,18 @@ def make_folder(path: Path, flag: str = "-o") -> None:
 
 
 @contextmanager
-def made_folder(path: Path, flag: str = "-o") -> Iterator[None]:
-    """Make a folder and its parents, as ``make_folder`` does, for what is done inside. If that fails, those that were made
-    and are still empty are removed again."""
+def made_folder(path: Path) -> Iterator[None]:
+    """Make the output folder of a whole command, and its parents, as ``make_folder`` does. If the command fails, those that
+    it made and the folders inside are removed again, as far as they are empty. Not for a part of the work: a folder that is
+    still empty may be the one that another part is about to write in."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    make_folder(path, flag)
+    make_folder(path)
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # one is no longer empty, and so none above it
-            for folder in missing:
+        inside = [Path(folder) for folder, _, _ in os.walk(path, topdown=False)] if missing else []
+        for folder in (*inside, *missing[1:]):
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         raise
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 
 import pytest
@@ -13,6 +12,8 @@ from freres_cli.bundle.adapter import write_adapter
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.errors import BackboneError
 from freres_cli.method.fusion import FreResModules, ModuleShape
+from freres_cli.method.stretch_modules import StretchModules
+from freres_cli.pipeline import adapters
 from freres_cli.pipeline.adapters import TRAINED_METHODS, load_adapter, load_modules_for
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows import training_data
@@ -51,6 +52,32 @@ def test_an_adapter_for_other_weights_is_refused(other, adapter):
     assert "--adapter none" in failure.value.hint
 
 
+def test_where_no_adapter_is_named_the_one_that_ships_is_left_out_for_another_decoder(other, bundle):
+    """Of a model that ``freres world train --tower-steps 0`` wrote, which reads the bundles of the bundled tower."""
+    changed, folder = other
+    asked = ("ask", bundle, "what?", "--choices", "a|b", "--model", folder, "--json")
+    run = run_freres(*asked)
+    plain = run_freres(*asked, "--adapter", "none")
+    assert run.status == plain.status == 0, run.err
+    note = f"opened without an adapter: the one that ships does not fit the language half of {folder}"
+    is_out = changed == "decoder_sha256"
+    assert (note in run.err) == is_out and "without an adapter" not in plain.err
+    assert (run.json["choices"] == plain.json["choices"]) == is_out
+
+
+def test_an_adapter_that_records_no_weights_is_to_be_trained_again(adapter, tmp_path):
+    """The message names no model: both would have the same name."""
+    facts, path = loaded_models().facts, tmp_path / "early.safetensors"
+    modules = FreResModules(ModuleShape(192, 2, 5))
+    early = {key: value for key, value in facts.items() if key not in CHANGED}
+    write_adapter(path, modules.state_dict(), {"model": early, "shape": modules.shape.to_dict()})
+    with pytest.raises(BackboneError, match=r"early\.safetensors: does not record the weights") as failure:
+        load_adapter(path, facts)
+    assert "train it again" in failure.value.hint
+    with pytest.raises(BackboneError, match=r"adapter for another model: .*differs in projector_sha256, tower"):
+        load_adapter(path, {**facts, "projector_sha256": "0"})
+
+
 def test_eval_and_compare_compare_both_halves_and_ask_the_one_that_it_loads(other, adapter, bundle):
     changed, folder = other
     models = Models(make_source(str(folder), "cpu"))
@@ -80,14 +107,20 @@ def test_the_precision_and_the_place_of_a_model_do_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("method", TRAINED_METHODS)
-def test_a_header_that_asks_for_large_modules_takes_no_memory(tmp_path, method):
+def test_a_header_that_asks_for_large_modules_takes_no_memory(tmp_path, monkeypatch, method):
     """Of 2 KB, which asked for gibibytes before they were compared with its weights."""
+    kind, made = (StretchModules if method == "adaptive" else FreResModules), []
+
+    def make(shape):
+        made.append(kind(shape))
+        return made[-1]
+
+    monkeypatch.setattr(adapters, kind.__name__, make)
     path, shape = tmp_path / "a.safetensors", {**ModuleShape(192, 100_000, 5).to_dict()}
     write_adapter(path, {"gates": torch.ones(2)}, {"model": {}, "method": method, "shape": shape})
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BackboneError, match=r"damaged adapter: .*: expected shape \(.*\), got none"):
         load_adapter(path, {})
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
+    assert [{parameter.device.type for parameter in one.parameters()} for one in made] == [{"meta"}]
 
 
 def test_weights_of_other_sizes_than_the_header_says_are_named(tmp_path):

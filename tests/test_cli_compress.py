@@ -80,7 +80,16 @@ def test_frames_that_are_read_twice_are_told_wherever_compression_is(clip, tmp_p
     part = run_freres("compress", clip, *flags, "--fps", 60, "--end", 0.5, "--dry-run")
     assert "shows 15 frames, which are read as 30" in part.err
     assert REPEATED in run_freres("plan", clip, *twice, "--tflops", 1).err
-    assert REPEATED in run_freres("compare", clip, "--methods", "uniform", "--budgets", "40", *twice).err
+    compared = run_freres("compare", clip, "--methods", "uniform", "--budgets", "40", *twice).err
+    assert REPEATED in compared and "a lower sample_fps" in compared  # compare has no --fps
+
+
+def test_a_frame_that_is_read_twice_now_and_then_is_not_told(tmp_path):
+    """As where a clip of 29.97 frames a second is read as one of 30."""
+    path = write_clip(tmp_path / "ntsc.mp4", 120, fps=30000 / 1001)
+    for fps, is_told in ((30, False), (31, True)):
+        run = run_freres("compress", path, "--budget", 40, "--fps", fps, "--dry-run", "--json")
+        assert run.json["frames"] > 120 and ("the clip shows 120 frames" in run.err) == is_told, run.err
 
 
 @pytest.mark.slow

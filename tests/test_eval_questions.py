@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -127,6 +128,24 @@ def test_a_questions_file_may_have_a_byte_order_mark_and_no_last_newline(tmp_pat
 )
 def test_flags_that_cannot_be_carried_out(questions, flags, text):
     check_failure(run_freres("eval", questions, *[str(flag).format(questions=questions) for flag in flags]), 2, text)
+
+
+@pytest.mark.parametrize("place", [("eval",), ("train",), ("ablate", "-o", "out"), ("ablate", "-o", "out", "--train")])
+def test_questions_that_may_not_be_read_are_named(questions, tmp_path, monkeypatch, place):
+    def refuse(path, *rest, **more):  # root may read every file
+        if path == shut:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest, **more)
+
+    shut, opened = tmp_path / "shut.jsonl", Path.open
+    shut.touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: mode != os.R_OK or path != shut)
+    monkeypatch.chdir(tmp_path)
+    others = [questions] if "--train" in place else []
+    run = run_freres(place[0], *others, *place[1:], shut)
+    check_failure(run, 2, f"{shut}: cannot be read: Permission denied")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_question_that_the_model_reads_as_a_command_is_named(tmp_path):

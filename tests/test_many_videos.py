@@ -10,6 +10,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +18,16 @@ import pytest
 
 from freres_cli.bundle.store import read_bundle
 from freres_cli.cli.output import print_notes, print_warning
-from freres_cli.errors import BackboneError, VideoError
+from freres_cli.errors import VideoError
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.matching import find_differences
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.video.ending import DAMAGED, ENDS_INSIDE, SKIPPED
 from freres_cli.video.listing import list_videos
 from freres_cli.workflows import compress as compress_workflow
-from freres_cli.workflows.compress import compress_many
+from freres_cli.workflows.compress import Row, compress_many
 from tests.clips import write_short_clips
-from tests.runner import fails, run_freres
+from tests.runner import check_failure, fails, run_freres
 
 FLAGS = ("--budget", 40, "--device", "cpu")
 
@@ -93,11 +94,48 @@ def test_a_bad_video_is_a_failed_row(clips, compressor, tmp_path):
     assert not (tmp_path / "out" / "bad.pt").exists()
 
 
-def test_without_a_model_the_run_ends(clips, tmp_path):
-    compressor = Compressor(model=str(tmp_path), budget_tokens=40, device="cpu")
-    with pytest.raises(BackboneError, match=r"config\.json"):
-        compress_many(compressor, videos_of(clips), tmp_path / "new" / "out")
-    assert list(tmp_path.iterdir()) == []
+def test_without_a_model_the_run_ends_and_leaves_no_folder(clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "clips" / "deep")
+    (tmp_path / "model").mkdir()
+    there = sorted(tmp_path.rglob("*"))
+    arguments = (tmp_path / "clips", "-o", tmp_path / "new" / "out", *FLAGS)
+    check_failure(run_freres("compress", *arguments, "--model", tmp_path / "model"), 5, "config.json")
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_a_failed_video_leaves_the_folder_that_another_worker_writes_in(clips, compressor, tmp_path, monkeypatch):
+    """Both are under way in a folder that the one that fails has made."""
+    begun = {name: threading.Event() for name in ("clip0.mp4", "clip1.mp4")}
+    whole = Compressor.compress
+
+    def compress(self, video, **options):
+        begun[video.name].set()
+        if video.name == "clip1.mp4":
+            assert begun["clip0.mp4"].wait(30)
+            raise VideoError(f"{video}: damaged")
+        bad.join()
+        assert (tmp_path / "out" / "deep").is_dir()
+        return whole(self, video, **options)
+
+    monkeypatch.setattr(Compressor, "compress", compress)
+    videos = [(path, Path("deep") / path.stem) for path, _ in videos_of(clips)]
+    bad = threading.Thread(target=compress_many, args=(compressor, videos[1:2], tmp_path / "out"))
+    bad.start()
+    assert begun["clip1.mp4"].wait(30)
+    rows = compress_many(compressor, videos[:1], tmp_path / "out")
+    assert statuses(rows) == ["done"], rows[0].error
+
+
+def test_a_folder_that_another_command_removed_meanwhile_is_made_again(clips, compressor, tmp_path, monkeypatch):
+    whole = Compressor.compress
+
+    def compress(self, video, **options):
+        bundle = whole(self, video, **options)
+        (tmp_path / "out").rmdir()
+        return bundle
+
+    monkeypatch.setattr(Compressor, "compress", compress)
+    assert statuses(compress_many(compressor, videos_of(clips)[:1], tmp_path / "out")) == ["done"]
 
 
 @pytest.mark.parametrize(
@@ -291,14 +329,11 @@ def test_a_full_disk_ends_the_run_at_the_first_bundle(clips, compressor, tmp_pat
         raise OSError(number, os.strerror(number))
 
     tried: list[object] = []
+    told: list[Row] = []
     monkeypatch.setattr("freres_cli.bundle.store.torch.save", fill)
-    if raised:
-        with fails(6, "clip0.pt: not enough disk space"):
-            compress_many(compressor, videos_of(clips), tmp_path / "out")
-    else:
-        rows = compress_many(compressor, videos_of(clips), tmp_path / "out")
-        assert statuses(rows) == ["failed"] * 3
-    assert len(tried) == (1 if raised else 3)
+    with fails(6, "clip0.pt: not enough disk space") if raised else contextlib.nullcontext():
+        compress_many(compressor, videos_of(clips), tmp_path / "out", on_row=told.append)
+    assert statuses(told) == ["failed"] * len(tried) and len(tried) == (1 if raised else 3)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 

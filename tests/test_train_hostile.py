@@ -58,7 +58,9 @@ def test_a_state_goes_on_only_where_it_came_from(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(data, output, log=stop_at(2))
     hidden.rename(video)
-    for changed in ({}, {"dtype": "bfloat16"}, {"rank": 3}):
+    with fails(2, "state of a run with other videos or questions: 4 videos can be used now, 3 when it began"):
+        train(data, output)
+    for changed in ({"dtype": "bfloat16"}, {"rank": 3}):
         with fails(2, "state of another run"):
             train(data, output, **changed)
     state = tmp_path / "a.safetensors.state"
@@ -125,13 +127,61 @@ def test_a_teacher_that_does_not_fit_is_done_without(folder, tmp_path, monkeypat
     for name in ("a", "again"):
         tower.num_frames.clear(), model.num_video_tokens.clear()
         done = train(data, tmp_path / f"{name}.safetensors", tmp_path / "cache", models=models, num_steps=1)
-        assert "2 videos without a full-token teacher" in "".join(describe_left_out(done))
+        (told,) = describe_left_out(done)
+        assert told.startswith("2 videos whose full-token teacher did not fit in memory on this machine")
+        assert f"remove {tmp_path / 'cache'}" in told
+        counts = read_header(tmp_path / f"{name}.safetensors")["training"]
+        assert (counts["num_videos_untaught"], counts["num_videos_teacher_failed"]) == (0, 2)
         is_first = name == "a"
         assert (max(model.num_video_tokens) > MOST_IN_MEMORY) == bool(tower.num_frames) == is_first
     # With more memory they are taught after all, from the same cache.
     monkeypatch.setattr(training_data, "name_machine", lambda _: "CPU, a lot")
     more = train(data, tmp_path / "b.safetensors", tmp_path / "cache", num_steps=1)
-    assert "without a full-token teacher" not in "".join(describe_left_out(more))
+    assert not list(describe_left_out(more))
+
+
+def test_free_answers_have_no_teacher_that_could_be_had_elsewhere(folder, tmp_path):
+    rows = [{key: row[key] for key in ("video", "question", "answer")} for row in rows_of(folder)[::6]]
+    done = train(write_rows(folder / "free.jsonl", rows), tmp_path / "a.safetensors", num_steps=1)
+    assert list(describe_left_out(done)) == [
+        "2 videos without a full-token teacher: too long for the model, or only free answers"
+    ]
+
+
+def test_a_state_names_the_video_that_is_missing_since_it_began(folder, tmp_path):
+    """One that is away for a moment does not cost the state."""
+    output, data = tmp_path / "a.safetensors", folder / "questions.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        train(data, output, log=stop_at(2))
+    before = (tmp_path / "a.safetensors.state").read_bytes()
+    video = folder / rows_of(folder)[0]["video"]
+    hidden = video.rename(video.with_suffix(".away"))
+    try:
+        with fails(2, f"3 videos can be used now, 4 when it began: {video}") as caught:
+            train(data, output)
+    finally:
+        hidden.rename(video)
+    assert "bring back" in caught.value.hint and (tmp_path / "a.safetensors.state").read_bytes() == before
+    assert train(data, output)["steps"] == 2
+
+
+def test_videos_that_failed_are_named_before_questions(folder, tmp_path):
+    model = copy.copy(loaded_models().language_model)
+    model.max_context_tokens = 500
+    rows = rows_of(folder)
+    rows[0] = {**rows[0], "question": "which way? " * 400}
+    rows[4]["video"] = rows[5]["video"] = "gone.mp4"
+    data = write_rows(folder / "both.jsonl", rows)
+    failed = train(data, tmp_path / "a.safetensors", models=models_with(language_model=model), num_steps=1)["failed"]
+    assert len(failed) == 2 and "gone.mp4" in failed[0] and failed[1].startswith("line 1: ")
+
+
+def test_a_machine_is_another_one_with_more_memory(monkeypatch):
+    device, names = loaded_models().source.device, set()
+    for gib in (16, 32):
+        monkeypatch.setattr(training_data, "total_memory_bytes", lambda _, gib=gib: (gib << 30) + 5)
+        names |= {training_data.name_machine(device), training_data.name_machine(device)}
+    assert names == {"CPU, 16 GiB", "CPU, 32 GiB"}
 
 
 def test_running_out_of_memory_is_not_a_bug(folder, tmp_path):

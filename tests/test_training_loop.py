@@ -82,10 +82,10 @@ class Answering(TrainingLoop):
         return [scores[i] for i in picked]
 
 
-def answering(rank, count, questions_a_video=2):
+def answering(rank, count, questions_a_video=2, budgets=BUDGETS):
     question = SimpleNamespace(truth=1, answers=((1,), (2, 3), (4,)))
     held_out = [SimpleNamespace(name=name, questions=(question,) * (3 + name)) for name in range(5)]
-    recipe = Recipe(BUDGETS, 1, questions_a_video=questions_a_video)
+    recipe = Recipe(budgets, 1, questions_a_video=questions_a_video)
     loop = Answering(recipe, None, None, None, (), held_out, Part(rank=rank, count=count), {})
     loop.asked = []
     return loop
@@ -103,6 +103,16 @@ def test_validation_is_shared_out_and_has_the_score_of_one_worker():
     for loop in loops:
         loop.workers.gather = lambda _: [other.workers.mine for other in loops]
         assert loop.validate() == score
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_worker_validates_at_every_budget(count):
+    """A video costs more at a larger budget."""
+    budgets = parse_budgets("0.5,0.25,0.1,0.05")
+    for rank in range(count):
+        loop = answering(rank, count, budgets=budgets)
+        loop.validate()
+        assert {budget for _, budget, _ in loop.asked} == {*range(len(budgets))}
 
 
 def test_validation_asks_as_many_questions_at_a_time_as_a_step():

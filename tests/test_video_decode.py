@@ -206,8 +206,9 @@ def test_a_time_lapse_keeps_its_times(tmp_path, name):
 def test_a_rate_that_a_time_lapse_cannot_be_read_at_is_refused(tmp_path):
     stamps = [k * 86_400 for k in range(40)]
     path = clips.write_clip(tmp_path / "days.mkv", 40, pts=stamps, time_base=Fraction(1), fps=1)
-    with fails(2, "expected at most 10000000 frames"):
+    with fails(2, "expected at most 10000000 frames") as caught:
         decode(path, Sampling("fps", fps=30))
+    assert "--" not in caught.value.hint  # most verbs have no flag for it
 
 
 @pytest.mark.parametrize("stamps", [[0, 10**12], [0, 100, 10**12], [0, 10**9, 10**14], [*range(30), 10**9, 2 * 10**9]])

@@ -66,6 +66,11 @@ def read_adapter(
     weights, header = _read(path)
     compared = (*MODEL_FACTS, *(fact for fact in WEIGHT_FACTS if fact in model))
     differing = [fact for fact in compared if header["model"].get(fact) != model.get(fact)]
+    if differing and all(fact in WEIGHT_FACTS and header["model"].get(fact) is None for fact in differing):
+        raise BackboneError(
+            f"{path}: does not record the weights that it was trained for",
+            "train it again, or name --adapter none",
+        )
     if differing:
         raise BackboneError(
             f"{path}: adapter for another model: expected {name_model(model)}, got {name_model(header['model'])} "

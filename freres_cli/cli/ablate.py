@@ -20,14 +20,16 @@ REMEDY = "remove it, or name another folder with -o"
 
 
 def ablate(
-    questions: Annotated[Path, typer.Argument(metavar="QUESTIONS", help="Questions, as for freres eval.")],
+    questions: Annotated[
+        Path, typer.Argument(metavar="QUESTIONS", readable=False, help="Questions, as for freres eval.")
+    ],
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for adapters and answers; reused by later runs."),
     ],
     data: Annotated[
         Path | None,
-        typer.Option("--train", metavar="DATA", help="Training data, as for freres train."),
+        typer.Option("--train", metavar="DATA", readable=False, help="Training data, as for freres train."),
     ] = None,
     tables: Annotated[
         str, typer.Option("--tables", metavar="NAME,...", help="Any of components, coefficients, frames, anchors.")
@@ -81,6 +83,7 @@ def ablate(
     if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
         raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
     file = read_questions(questions, limit)
+    known = None if data is None else read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
     from freres_cli.pipeline.models import Models
@@ -91,8 +94,7 @@ def ablate(
     make_folder(output)
     models = Models(chosen.model)
     adapters: dict[str, Path] = {}
-    if data is not None:
-        known = read_questions(data, is_named=False)
+    if known is not None:
         recipe = Recipe(trained_sizes, steps, seed=seed)
         adapters = train_variants(
             known, chosen, recipe, names, output, lambda line: print_notes([line], quiet or json), print_warning, models

@@ -25,6 +25,7 @@ from freres_cli.cli.output import (
 from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
 from freres_cli.devices import AS_COMPUTED, Storage, use_one_heap
 from freres_cli.errors import UsageError, count_of
+from freres_cli.files import made_folder
 from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
 from freres_cli.presets import BUNDLED, load_settings, parse_assignment
@@ -203,15 +204,16 @@ def _compress_many(
         notes = () if row.result is None else row.result.notes
         shown.show(row, said, notes)
 
-    rows = compress_many(
-        compressor,
-        videos,
-        folder,
-        force=force,
-        on_row=on_row,
-        progress=progress,
-        tell=lambda note: print_notes([note], quiet),
-    )
+    with made_folder(folder):
+        rows = compress_many(
+            compressor,
+            videos,
+            folder,
+            force=force,
+            on_row=on_row,
+            progress=progress,
+            tell=lambda note: print_notes([note], quiet),
+        )
     raise_first_failure(rows)
     counts = count_statuses(rows)
     if not json:

@@ -244,12 +244,14 @@ train:
     data's SHA-256, the recipe, every validation, and how the SHA-256 of each video begins: eval and compare note the videos
     that it was trained on. The cache keeps the bundles and the scores of the model with every
     token. A clip whose tokens are too many for the model or for the memory has no such scores, and is learned from its
-    answers alone. What did not fit in memory is tried again on a machine with more of it; on the same machine, remove the
-    cache to have it tried again. Of a damaged video, what can be read is used, and a warning says so.
+    answers alone. What did not fit in memory is tried again on a device of another kind, or with another amount of
+    memory; to have it tried again on the same one, remove the cache. Of a damaged video, what can be read is used, and a
+    warning says so.
   schemas:
     freres.train/1:
-      adapter method variant settings recipe data_sha256 num_questions num_videos num_videos_untaught num_videos_damaged
-      num_left_out num_parameters share_of_model steps best_step validation history train_s failed
+      adapter method variant settings recipe data_sha256 num_questions num_videos num_videos_untaught
+      num_videos_teacher_failed num_videos_damaged num_left_out num_parameters share_of_model steps best_step validation
+      history train_s cache failed
       video_notes (video lost_s notes) environment
   defaults: {rank: "the largest power of two up to 64 that trains at most 1 % of the model", cache: FILE.cache}
 ablate:

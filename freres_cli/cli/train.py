@@ -19,10 +19,12 @@ from freres_cli.presets import environment_value
 
 
 def train(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSON lines: video, question, choices, answer.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The adapter to write.")] = Path(
-        "adapter.safetensors"
-    ),
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", readable=False, help="JSON lines: video, question, choices, answer.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", readable=False, help="The adapter to write.")
+    ] = Path("adapter.safetensors"),
     budgets: Annotated[
         str,
         typer.Option(

@@ -104,10 +104,16 @@ def describe_overlap(trained: Mapping[Path, frozenset[str]], sha256s: Sequence[s
 
 
 def has_other_weights(model: Mapping[str, Any]) -> bool:
-    """Whether the ``model`` of a manifest has embedded weights other than today's."""
+    """Whether the ``model`` of a manifest has embedded weights other than today's. The decoder that reads its tokens, of
+    which ``model`` may have the digest as well, is compared with the one that the adapter that ships was trained for."""
     if model["model_id"] != BUNDLED:
         return False
-    return name_weights(model["projector_sha256"]) != bundled_model_info()["weights"]
+    if name_weights(model["projector_sha256"]) != bundled_model_info()["weights"]:
+        return True
+    shipped, decoder = bundled_adapter(), model.get("decoder_sha256")
+    if decoder is None or not shipped.exists():
+        return False
+    return bool(decoder != read_header(shipped)["model"].get("decoder_sha256"))
 
 
 def load_adapter(path: Path, model: Mapping[str, Any]) -> Adapter:

@@ -120,7 +120,7 @@ def describe_repeats(plan: CompressPlan) -> Iterator[str]:
     if plan.sampling.mode == "fps" and plan.baseline_frames > (1 + REPEATED_SHARE) * plan.num_shown:
         yield (
             f"the clip shows {count_of(plan.num_shown, 'frame')}, which are read as {plan.baseline_frames}: repeated ones "
-            "count among its full tokens, so the compression looks larger than it is; a lower --fps repeats none"
+            "count among its full tokens, so the compression looks larger than it is; a lower sample_fps repeats none"
         )
 
 

@@ -57,8 +57,9 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None, models: Models | 
     """Return the visual tokens of a bundle, with a row for every channel that its language model takes.
 
     No language model is loaded. ``adapter``: trained modules, as ``adapters.choose_adapter`` takes them. ``models``: what
-    will read the tokens, if it is at hand: an adapter is then refused for other weights of the decoder too. Raises
-    ``BackboneError`` for an adapter that does not fit, ``ResourceError`` where memory runs out.
+    will read the tokens, if it is at hand: an adapter that was named is then refused for other weights of the decoder too,
+    and the one that ships is left out, with a note. Raises ``BackboneError`` for a named adapter that does not fit,
+    ``ResourceError`` where memory runs out.
     """
     content, manifest = bundle.content, bundle.manifest
     model, settings = manifest["model"], manifest["settings"]
@@ -67,10 +68,12 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None, models: Models | 
     modules: AnyModules | None = None
     if isinstance(content, Tracks):
         path = choose_adapter_for(adapter, model, method, variant)
+        known = model if path is None else _known(model, models)
+        if adapter is None and variant == "absorber" and has_other_weights(known):
+            path = None
+            notes.append(f"opened without an adapter: the one that ships does not fit {_name_unfit(model, models)}")
         if path is not None:
-            modules = load_modules(path, _known(model, models), variant, content.width, content.num_bands)
-        if adapter is None and variant == "absorber" and has_other_weights(model):
-            notes.append(f"opened without an adapter: the one that ships does not fit {describe_model(model)}")
+            modules = load_modules(path, known, variant, content.width, content.num_bands)
         if modules is None and variant == "concat":
             notes.append("variant concat without an adapter: coefficients enter the model raw")
     elif isinstance(content, Stretches):
@@ -93,6 +96,13 @@ def load_tokens(bundle: AnyBundle, adapter: str | None = None, models: Models | 
 def _known(model: Mapping[str, Any], models: Models | None) -> dict[str, Any]:
     """The manifest's facts about a model, with the decoder's where it is at hand."""
     return {**model, **({} if models is None else {"decoder_sha256": models.decoder_sha256})}
+
+
+def _name_unfit(recorded: Mapping[str, Any], models: Models | None) -> str:
+    """What the adapter that ships does not fit: the weights that made the bundle, or else the decoder that reads it."""
+    if models is None or has_other_weights(recorded):
+        return describe_model(recorded)
+    return f"the language half of {models.source.name}"
 
 
 def make_tokens(content: Content, variant: str = "absorber", modules: AnyModules | None = None) -> VideoTokens:

@@ -109,7 +109,7 @@ def num_sampled_frames(sampling: Sampling, start_s: float, duration_s: float, nu
             raise UsageError(
                 f"{sampling.fps:g} frames a second of {last - first:.0f} s: expected at most {MOST_INSTANTS} frames, "
                 f"got {count}",
-                "lower --fps, or read a part with --start and --end",
+                "set a lower sample_fps, or read a part of the video",
             )
         return count
     num_shown = max(1, num_shown)

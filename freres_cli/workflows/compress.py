@@ -20,7 +20,7 @@ from freres_cli.errors import (
     UsageError,
     as_freres_error,
 )
-from freres_cli.files import check_destination, made_folder, save_stream
+from freres_cli.files import check_destination, make_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
 from freres_cli.pipeline.compressor import Compressor, Progress
@@ -120,6 +120,7 @@ def _refuse_overwriting(video: Path, output: Path) -> None:
 
 def _write(compressor: Compressor, bundle: Bundle, output: Path, force: bool, start: float) -> CompressResult:
     before = time.perf_counter()
+    make_folder(output.parent)  # another command that failed may have removed it while it was empty
     write_bundle(output, bundle.content, bundle.manifest, force=force)
     end = time.perf_counter()
     assert bundle.peak_memory_bytes is not None
@@ -152,26 +153,28 @@ def compress_many(
     ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, relative to
     ``folder``, which is created. ``on_row``: called with each row when it is done. ``progress``: called with the number
     of videos done and the number of all videos. ``tell``: as ``compress_file`` takes it. Raises ``UsageError`` for the
-    folder, ``BackboneError`` if the model cannot be loaded, and ``DiskFullError`` as soon as a bundle finds no room.
+    folder, ``BackboneError`` if the model cannot be loaded, and ``DiskFullError`` after the row of the first bundle that
+    finds no room.
     """
     rows = []
-    with made_folder(folder):
-        for done, (video, name) in enumerate(videos):
-            if progress is not None:
-                progress(done, len(videos))
-            output = folder / name.with_name(name.name + SUFFIX)
-            try:
-                with made_folder(output.parent):
-                    row = _compress_one(compressor, video, output, force, tell)
-            except Exception as error:
-                # Without a model, or on a full disk, every other video would fail for the same reason.
-                has_no_model = isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder
-                if has_no_model or isinstance(error, DiskFullError):
-                    raise
-                row = Row(video, output, "failed", error=as_freres_error(error, str(video)))
-            rows.append(row)
-            if on_row is not None:
-                on_row(row)
+    make_folder(folder)
+    for done, (video, name) in enumerate(videos):
+        if progress is not None:
+            progress(done, len(videos))
+        output = folder / name.with_name(name.name + SUFFIX)
+        try:
+            make_folder(output.parent)
+            row = _compress_one(compressor, video, output, force, tell)
+        except Exception as error:
+            # Without a model, or on a full disk, every other video would fail for the same reason.
+            if isinstance(error, BackboneError | ResourceError) and not compressor.models.has_encoder:
+                raise
+            row = Row(video, output, "failed", error=as_freres_error(error, str(video)))
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+        if isinstance(row.error, DiskFullError):
+            raise row.error
     return rows
 
 

@@ -84,8 +84,9 @@ def train_adapter(
     refuse_reasoning(model, "train")
     torch.manual_seed(recipe.seed)
     modules = make_modules(model, options, recipe.rank)
-    identity = {"run": _identify(request, models, modules)}
-    _refuse_other(state, identity, state_path)
+    identity: dict[str, Any] = {"run": _identify(request, models, modules)}
+    if state and state.get("run") != identity["run"]:
+        raise UsageError(f"{state_path}: the state of another run", "remove it, or name another output with -o")
     videos = list(request.data.by_video().values())
     data = workers.first_then_all(
         lambda: prepare_data(videos, recipe.budgets, options, models, request.cache, progress)
@@ -95,9 +96,8 @@ def train_adapter(
         if note not in model.notes:
             log(note)
     learned, held_out = _split(data, recipe)
-    # They decide which ones are held out.
-    identity["videos"] = _digest([[example.sha256, len(example.questions)] for example in data.examples])
-    _refuse_other(state, identity, state_path)
+    identity |= {"videos": _identify_videos(data), "num_videos": len(data.examples)}
+    _refuse_other_videos(state, identity, data, state_path)
     run = TrainingLoop(recipe, options.settings, model, modules, learned, held_out, workers, identity)
     start = time.perf_counter()
     done = run.train(state, state_path, log)
@@ -108,7 +108,7 @@ def train_adapter(
         _write(request, models, modules, done["best"], {**facts, TRAINED_ON: used})
         state_path.unlink(missing_ok=True)
     workers.wait()
-    told = {"failed": data.failed, "video_notes": data.video_notes}
+    told = {"cache": str(request.cache), "failed": data.failed, "video_notes": data.video_notes}
     return {"adapter": str(request.output), **facts, "train_s": time.perf_counter() - start, **told}
 
 
@@ -120,8 +120,14 @@ def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts["num_left_out"] > len(shown):
         yield f"{facts['num_left_out'] - len(shown)} {'more ' if shown else ''}were left out of the training"
     if facts["num_videos_untaught"]:
-        why = "too long for the model or for memory, or only free answers"
-        yield f"{facts['num_videos_untaught']} videos without a full-token teacher: {why}"
+        counted = count_of(facts["num_videos_untaught"], "video")
+        yield f"{counted} without a full-token teacher: too long for the model, or only free answers"
+    if facts["num_videos_teacher_failed"]:
+        counted = count_of(facts["num_videos_teacher_failed"], "video")
+        yield (
+            f"{counted} whose full-token teacher did not fit in memory on this machine, or gave no finite scores; to try "
+            f"again here, remove {facts.get('cache', 'the cache')}"
+        )
     if facts["num_videos_damaged"]:
         first = next(iter(find_damaged(facts.get("video_notes", ()))), None)
         named = "" if first is None else f": {first['video']}, {first['lost_s']:.2f} s lost"
@@ -166,10 +172,21 @@ def _split(data: TrainingData, recipe: Recipe) -> tuple[list[Example], list[Exam
     return chosen[count:], chosen[:count]
 
 
-def _refuse_other(state: Mapping[str, Any], identity: Mapping[str, str], path: Path) -> None:
-    """Refuse to go on from the ``state`` in ``path`` if it differs from what is known of the run. Raises ``UsageError``."""
-    if state and any(state.get(key) != value for key, value in identity.items()):
-        raise UsageError(f"{path}: the state of another run", "remove it, or name another output with -o")
+def _refuse_other_videos(state: Mapping[str, Any], identity: Mapping[str, Any], data: TrainingData, path: Path) -> None:
+    """Refuse to go on from the ``state`` in ``path`` with other videos: they decide which ones are held out. Raises
+    ``UsageError``."""
+    if not state or state.get("videos") == identity["videos"]:
+        return
+    first = f": {data.failed[0]}" if data.failed else ""
+    raise UsageError(
+        f"{path}: the state of a run with other videos or questions: {count_of(identity['num_videos'], 'video')} can be "
+        f"used now, {state.get('num_videos')} when it began{first}",
+        "bring back what could be used then, or remove the state to begin anew",
+    )
+
+
+def _identify_videos(data: TrainingData) -> str:
+    return _digest([[example.sha256, len(example.questions)] for example in data.examples])
 
 
 def _digest(facts: Any) -> str:
@@ -177,8 +194,8 @@ def _digest(facts: Any) -> str:
 
 
 def _identify(request: TrainRequest, models: Models, modules: AnyModules) -> str:
-    """Return a digest of everything that decides this run, apart from which videos can be used; the state of another run is
-    not resumed."""
+    """Return a digest of everything that decides this run, apart from what can be used of the data; the state of another
+    run is not resumed."""
     machine = [str(models.language_model.dtype), request.options.model.device.name.partition(":")[0]]
     made = [__version__, models.facts, asdict(modules.shape), machine]
     return _digest([*made, request.recipe.facts(), used_settings(request.options), request.data.sha256])
@@ -199,6 +216,7 @@ def _facts(
         "num_questions": len(request.data.questions),
         "num_videos": len(data.examples),
         "num_videos_untaught": data.num_untaught,
+        "num_videos_teacher_failed": data.num_teacher_failed,
         "num_videos_damaged": len(find_damaged(data.video_notes)),
         "num_left_out": len(data.failed),
         "num_parameters": trained,

@@ -66,12 +66,14 @@ class Example:
     """A video, identified by the SHA-256 of its content, with one bundle per budget and the questions about it.
 
     ``reading``: its name in the data, the seconds that could not be decoded, and notes on how it was read.
+    ``has_failed_teacher``: some scores of the teacher could not be had on this machine.
     """
 
     sha256: str
     bundles: tuple[Path, ...]
     questions: tuple[Asked, ...]
     reading: dict[str, Any]
+    has_failed_teacher: bool
 
     def content(self, budget: int) -> Content:
         """Read the bundle of a budget, given by its index, and check it like any other."""
@@ -80,12 +82,23 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """``examples``: the videos. ``failed``: videos and questions that could not be used, each with the reason.
-    ``num_untaught``: videos without a teacher."""
+    """``examples``: the videos. ``failed``: videos, and then questions, that could not be used, each with the reason."""
 
     examples: tuple[Example, ...]
     failed: tuple[str, ...]
-    num_untaught: int
+
+    @property
+    def num_teacher_failed(self) -> int:
+        """Videos whose teacher failed, for want of memory or with scores that are not finite."""
+        return sum(example.has_failed_teacher for example in self.examples)
+
+    @property
+    def num_untaught(self) -> int:
+        """The other videos without a teacher."""
+        return sum(
+            all(one.teacher is None for one in example.questions) and not example.has_failed_teacher
+            for example in self.examples
+        )
 
     @property
     def video_notes(self) -> list[dict[str, Any]]:
@@ -131,11 +144,12 @@ def prepare_data(
     store = _Store(folder, budgets, options, models)
     found: dict[str, Example] = {}
     failed: list[str] = []
+    too_long: list[str] = []
     for done, questions in enumerate(videos):
         if progress is not None:
             progress(done, len(videos))
         try:
-            example = store.prepare(questions, failed)
+            example = store.prepare(questions, too_long)
         except ResourceError:
             raise
         except FreresError as error:
@@ -145,15 +159,18 @@ def prepare_data(
             continue
         # A file may have two names. It must not be both trained on and held out.
         known = found.get(example.sha256)
-        both = example if known is None else replace(known, questions=known.questions + example.questions)
-        found[example.sha256] = both
+        found[example.sha256] = example if known is None else _joined(known, example)
+    failed += too_long
     if not found:
         raise VideoError(
             f"none of {len(videos)} videos could be used: {failed[0]}", "paths are relative to the data file"
         )
-    examples = tuple(found.values())
-    num_untaught = sum(all(one.teacher is None for one in example.questions) for example in examples)
-    return TrainingData(examples, tuple(failed), num_untaught)
+    return TrainingData(tuple(found.values()), tuple(failed))
+
+
+def _joined(one: Example, other: Example) -> Example:
+    has_failed = one.has_failed_teacher or other.has_failed_teacher
+    return replace(one, questions=one.questions + other.questions, has_failed_teacher=has_failed)
 
 
 def _named(question: Question, error: FreresError) -> str:
@@ -173,8 +190,8 @@ class _Store:
     def model(self) -> LanguageModel:
         return self.models.language_model
 
-    def prepare(self, questions: Sequence[Question], failed: list[str]) -> Example:
-        """Make what is missing for a video. Questions that are too long are added to ``failed``."""
+    def prepare(self, questions: Sequence[Question], too_long: list[str]) -> Example:
+        """Make what is missing for a video. Questions that are too long for the model are added to ``too_long``."""
         sha256, machine = hash_file(questions[0].video), name_machine(self.options.model.device)
         stem = self.folder / sha256[:16]
         bundles = tuple(stem.with_name(f"{stem.name}-{budget.text}.pt") for budget in self.budgets)
@@ -199,11 +216,12 @@ class _Store:
             try:
                 self._check_length(one, tokens)
             except BackboneError as error:
-                failed.append(f"line {question.line}: {_named(question, error)}")
+                too_long.append(f"line {question.line}: {_named(question, error)}")
                 continue
             asked.append(one)
         reading = _describe_reading(questions[0].video_name, [bundle.manifest for bundle in made])
-        return Example(sha256, bundles, tuple(asked), reading)
+        has_failed = any(isinstance(taught[_text_key(question)], str) for question in questions)
+        return Example(sha256, bundles, tuple(asked), reading, has_failed)
 
     def _largest(self, contents: Sequence[Content]) -> VideoTokens:
         content = max(contents, key=_num_tokens)

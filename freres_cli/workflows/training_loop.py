@@ -89,7 +89,7 @@ class TrainingLoop:
     learned: Sequence[Example]
     held_out: Sequence[Example]
     workers: Workers
-    identity: Mapping[str, str]
+    identity: Mapping[str, Any]
 
     def train(self, state: dict[str, Any], state_path: Path, log: Callable[[str], None]) -> dict[str, Any]:
         """Train until the last step, or until validation stops improving.
@@ -182,7 +182,8 @@ class TrainingLoop:
     def validate(self) -> Score:
         """Ask every question about the validation videos at every budget. Each worker asks a part of them."""
         mine = []
-        for number, (example, budget) in enumerate(product(self.held_out, range(len(self.recipe.budgets)))):
+        # Budgets outermost, or an even number of workers would give each only some of them, whose tokens cost more or less.
+        for number, (budget, example) in enumerate(product(range(len(self.recipe.budgets)), self.held_out)):
             if number % self.workers.count == self.workers.rank:
                 with _memory_errors():
                     mine.append((number, *self._validate(example, budget)))
