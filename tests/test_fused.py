@@ -134,9 +134,11 @@ def test_a_copy_of_a_model_has_weights_of_its_own(folders, on_cpu):
         assert torch.equal(run(decoder), before)
 
 
-def test_replaced_layers_are_freed_at_once(on_cpu):
-    layers = nn.ModuleList([Qwen3VLTextRMSNorm(8)])
-    replace_passes(layers, Written)
+def test_replaced_layers_share_their_kind_and_are_freed_at_once(on_cpu):
+    layers, others = (nn.ModuleList([Qwen3VLTextRMSNorm(width)]) for width in (8, 16))
+    for own in (layers, others, others):
+        replace_passes(own, Written)
+    assert type(layers[0]) is type(others[0]) is not Qwen3VLTextRMSNorm
     gone = weakref.ref(layers[0])
     gc.disable()
     try:

@@ -51,7 +51,7 @@ def replace_passes(model: nn.Module, kernels: Kernels) -> None:
             key = _shape_of(module)
             if key not in known:
                 forward = _find_forward(module, kernels)
-                known[key] = None if forward is None else _make_kind(type(module), forward)
+                known[key] = None if forward is None else _kind_below(type(module), forward, kernels)
             if (kind := known[key]) is not None:
                 replaced.append((module, kind))
     for module, kind in replaced:
@@ -65,17 +65,19 @@ def _shape_of(module: nn.Module) -> Any:
     return type(module), *own, *(getattr(module, name, None) for name in names)
 
 
+# By kind of layer and kernels, which are kept, so no others have their id.
 _KINDS: dict[str, type[nn.Module]] = {}
 
 
-def _make_kind(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
-    name = f"{kind.__module__}.{kind.__qualname__} {len(_KINDS)}"
+def _kind_below(kind: type[nn.Module], forward: Forward, kernels: Kernels) -> type[nn.Module]:
+    """The kind of layer with another forward pass, one for all models."""
+    name = f"{kind.__module__}.{kind.__qualname__} {id(kernels)}"
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _make_again, (kind, name), self.__dict__
 
-    _KINDS[name] = type(kind.__name__, (kind,), {"forward": forward, "__reduce_ex__": reduce})
-    return _KINDS[name]
+    facts = {"forward": forward, "__reduce_ex__": reduce, "_kernels": kernels}
+    return _KINDS.setdefault(name, type(kind.__name__, (kind,), facts))
 
 
 def _make_again(kind: type[nn.Module], name: str) -> nn.Module:
