@@ -180,9 +180,7 @@ class Compressor:
                 if lines is not None and state.waiting is not None:
                     lines.waiting = state.waiting
 
-        # Whole frames pass the tower when the method asks for them, which would take memory for two passes at once.
-        device = timer.device if plan.residual_size is None else torch.device("cpu")
-        beside = BesideTower(device, (lambda: False) if checkpoints is None else checkpoints.is_due)
+        beside = _make_beside(plan, timer.device, checkpoints)
         taken = None if decoder is None else decoder.position
         # The decoder reads ahead: where it was at the end of each batch that is not reduced yet.
         positions: deque[Position] = deque()
@@ -208,8 +206,8 @@ class Compressor:
         is_kept = checkpoints is not None and reducer is not None
         read = _note_positions(decoder, positions) if is_kept and decoder is not None else frames
         with closing(_encode(stream, lines, read, plan)) as batches:
-            given = batches, plan, options, encoder.width, timer, on_batch, reducer, beside
-            reduction = reduce_latents(*given, stream.check_finite)
+            given = batches, plan, options, encoder.width, timer, on_batch, reducer
+            reduction = reduce_latents(*given, beside, stream.check_finite)
         if lines is not None:
             reduction = replace(reduction, num_encoded=lines.waiting.num_encoded)
         return reduction, frames.report
@@ -231,6 +229,13 @@ class Compressor:
             raise UsageError("frames: expected no start_s or end_s with frames already decoded", "cut the frames")
         values = {"sample": "native", "sample_fps": None, "sample_count": None, "track_density": 1}
         return replace(options, settings=options.settings.with_values("frames as given", **values))
+
+
+def _make_beside(plan: CompressPlan, device: torch.device, checkpoints: Checkpoints | None) -> BesideTower:
+    """With two resolutions, frames also pass the tower when the method asks for them: two passes at once would take more
+    memory."""
+    place = device if plan.residual_size is None else torch.device("cpu")
+    return BesideTower(place) if checkpoints is None else BesideTower(place, checkpoints.is_due)
 
 
 def _encode(

@@ -42,7 +42,7 @@ def encode_parts(
     """The memory of decoding and encoding.
 
     ``tower``: from ``measure_tower``. ``batch_frames``: n. ``frame_px``: pixels of a resized frame. ``frame_tokens``: N.
-    ``itemsize``: b.
+    ``itemsize``: b. ``num_batches``: whose latents are there at once.
     """
     n, b, values = batch_frames, itemsize, 3 * frame_px * batch_frames
     rows = n * tower.rows
