@@ -133,13 +133,13 @@ def test_the_remainder_of_prumerge_holds_only_what_was_dropped():
 # --- FastVID ----------------------------------------------------------------------------------------------------------
 
 
-def scenes(lengths, size=(3, 4), channels=32, seed=0):
-    """Scenes with a mean in common and a picture each, with a little motion."""
+def scenes(lengths, size=(3, 4), channels=32, seed=0, motion=0.4):
+    """Scenes with a mean in common and a picture each. ``motion``: how much, of all cells or of each, (H, W, 1)."""
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randn(len(lengths), 1, 1, channels, generator=generator)
     cells = torch.randn(len(lengths), *size, channels, generator=generator)
     frames = (1 + 0.8 * pictures + cells).repeat_interleave(torch.tensor(lengths), 0)
-    return frames + 0.4 * torch.randn(frames.shape, generator=generator)
+    return frames + motion * torch.randn(frames.shape, generator=generator)
 
 
 def segments_by_definition(latents):
