@@ -142,11 +142,11 @@ def test_of_windows_that_save_as_much_the_last_is_longest():
         assert find_windows(pairs) == windows_by_definition(pairs)
 
 
-@pytest.mark.parametrize("budget", [3, 9, 10, 11, 16, 30, 60, 85])
+@pytest.mark.parametrize("budget", [9, 10, 11, 41, 61, 67, 78, 90])
 def test_holitom_is_its_definition(budget):
-    """100 tokens, so that 10 are just a tenth."""
+    """100 tokens, so that 10 are just a tenth; one window is a single frame."""
     size, num_cells = (2, 5), 10
-    latents = moving_scenes([3, 5, 2], size, seed=4)
+    latents = moving_scenes([3, 1, 4, 2], size, seed=1, motion=1.0)
     flat = latents.flatten(1, 2)
     cosines = (unit(flat)[1:] * unit(flat)[:-1]).sum(-1)
     pairs = cosines > (0.65 if budget <= 10 else 0.8)
