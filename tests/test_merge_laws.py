@@ -20,7 +20,11 @@ def moving_scenes(lengths, size, seed=0, motion=1.6):
 
 
 def clusters_by_definition(tokens, count, k):
-    """The members of each cluster, by its centre; a centre comes first."""
+    """The members of each cluster, by its centre; a centre comes first.
+
+    With two neighbours, itself one, the two nearest tokens are equally dense, and rounding decides: no test asks for that.
+    """
+    assert k != 2 or len(tokens) == 2
     centres = density_peaks(tokens, count, k)
     distance = torch.cdist(tokens.double(), tokens[centres].double())
     found = {centre: [centre] for centre in centres}
@@ -142,11 +146,11 @@ def test_of_windows_that_save_as_much_the_last_is_longest():
         assert find_windows(pairs) == windows_by_definition(pairs)
 
 
-@pytest.mark.parametrize("budget", [9, 10, 11, 41, 61, 67, 78, 90])
+@pytest.mark.parametrize("budget", [9, 10, 11, 41, 51, 61, 67, 78, 90])
 def test_holitom_is_its_definition(budget):
     """100 tokens, so that 10 are just a tenth; one window is a single frame."""
     size, num_cells = (2, 5), 10
-    latents = moving_scenes([3, 1, 4, 2], size, seed=1, motion=1.0)
+    latents = moving_scenes([4, 1, 5], size, seed=4, motion=1.0)
     flat = latents.flatten(1, 2)
     cosines = (unit(flat)[1:] * unit(flat)[:-1]).sum(-1)
     pairs = cosines > (0.65 if budget <= 10 else 0.8)
@@ -202,11 +206,14 @@ def links_by_definition(flat, picked, firsts, fewest):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "budget"), [([9, 6, *[1] * 9, 2], 97), ([9, 6, *[1] * 9, 2], 270), ([7, 9], 5), ([7, 9], 52), ([9], 80)]
+    ("lengths", "budget"),
+    [([9, 6, *[1] * 9, 2], 150), ([9, 6, *[1] * 9, 2], 285), ([7, 9], 5), ([7, 9], 97), ([7, 9], 180)],
 )
 def test_flashvid_is_its_definition(lengths, budget):
+    """The left half of the picture changes little from scene to scene, so that trees would go on without a cut."""
     size, num_cells = (3, 4), 12
-    latents = moving_scenes(lengths, size)
+    latents = moving_scenes(lengths, size, motion=0.8)
+    latents[:, :, :2] = (latents[:, :, :2] + latents[0, :, :2]) / 2
     flat, num_frames = latents.flatten(1, 2), len(latents)
     num_picked = round(0.7 * budget)
     shares = split(num_picked, [1] * num_frames, [num_cells] * num_frames)
