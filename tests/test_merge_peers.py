@@ -119,14 +119,12 @@ def test_shares_add_up_and_are_in_proportion():
 
 
 def density_peaks(tokens, count, k):
-    """DPC-kNN by its definition, in float64."""
+    """DPC-kNN by its definition, in float64. Of equal densities the first is the denser one."""
     points = tokens.double().numpy()
     distance = np.linalg.norm(points[:, None] - points[None], axis=-1) / math.sqrt(points.shape[1])
     density = np.exp(-np.mean(np.sort(distance, axis=1)[:, :k] ** 2, axis=1))
-    gap = [
-        min((d for d, rho in zip(row, density, strict=True) if rho > own), default=distance.max())
-        for row, own in zip(distance, density, strict=True)
-    ]
+    rank = np.argsort(np.argsort(-density, kind="stable"))
+    gap = [min(row[rank < own], default=distance.max()) for row, own in zip(distance, rank, strict=True)]
     return sorted(np.argsort(-density * np.array(gap), kind="stable")[:count].tolist())
 
 

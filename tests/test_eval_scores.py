@@ -1,0 +1,168 @@
+"""Retention and differences against a plain count of the answers, and intervals where a category is rare."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from freres_cli.evaluation.cells import Budget, Cell
+from freres_cli.evaluation.intervals import estimate_shares
+from freres_cli.evaluation.questions import Question, QuestionFile
+from freres_cli.evaluation.scores import summarize
+
+HALF, QUARTER = Budget("0.5", Fraction(1, 2)), Budget("0.25", Fraction(1, 4))
+# The full tokens do not come first, as in a run that asks for them last.
+CELLS = [Cell("uniform", HALF), Cell("evs", HALF), Cell("evs", QUARTER), Cell("full", None)]
+# The categories of the questions of each video.
+ASKED = ["aab", "ab", "aaa", "c", "aac"]
+
+
+def asked_questions():
+    path = Path("q.jsonl")
+    return [
+        Question(f"{v}.{j}", f"{v}.mp4", path, category, "?", (), "yes", 1)
+        for v, categories in enumerate(ASKED)
+        for j, category in enumerate(categories)
+    ]
+
+
+def summary_of(right):
+    """``right``: for each cell the videos that it answered, each with whether each answer is right."""
+    figures = ("budget_tokens", "visual_tokens", "context_tokens", "num_frames", "encoded_tokens")
+    figures += ("compress_s", "prefill_s", "kv_cache_bytes", "peak_memory_bytes")
+    rows = []
+    for v in range(len(ASKED)):
+        parts = [
+            {"status": "ok", "answers": {f"{v}.{j}": ["", is_right, 0.1] for j, is_right in enumerate(cell[v])}}
+            | dict.fromkeys(figures, 1)
+            if v in cell
+            else {"status": "failed", "message": "no"}
+            for cell in right
+        ]
+        row = {"video": f"{v}.mp4", "status": "ok", "lost_s": 0, "notes": [], "cells": parts}
+        rows.append(row | dict.fromkeys(("full_tokens", "decode_s", "encode_s"), 1))
+    return summarize(QuestionFile(Path("q.jsonl"), "0", tuple(asked_questions())), rows, CELLS)
+
+
+def shares_of(cell, videos, categories="abc"):
+    """Shares of right answers of a cell about some videos: of all, the mean of the categories, and each."""
+    answers = [(c, cell[v][j]) for v in videos for j, c in enumerate(ASKED[v])]
+    each = {c: [is_right for other, is_right in answers if other == c] for c in categories}
+    each = {c: sum(found) / len(found) if found else None for c, found in each.items()}
+    known = [share for share in each.values() if share is not None]
+    overall = sum(is_right for _, is_right in answers) / len(answers) if answers else None
+    return [overall, sum(known) / len(known) if known else None, *each.values()], len(answers)
+
+
+def some_answers(seed):
+    rng = np.random.default_rng(seed)
+    return [
+        {v: [bool(rng.random() < 0.6) for _ in categories] for v, categories in enumerate(ASKED) if rng.random() < 0.7}
+        for _ in CELLS
+    ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_retention_is_over_the_videos_that_a_row_shares_with_full(seed):
+    """Of none, of a category that none of these asks about, or of 0, there is none; a row with no right answer keeps 0."""
+    right = some_answers(seed)
+    full = right[3]
+    for cell, row in zip(right, summary_of(right)["rows"], strict=True):
+        shared = sorted(set(cell) & set(full))
+        own, of_full = shares_of(cell, shared)[0], shares_of(full, shared)[0]
+        expected = [a / b if a is not None and b else None for a, b in zip(own, of_full, strict=True)]
+        found = [row, row["mean_over_categories"], *(row["by_category"][c] for c in "abc")]
+        assert [part["retention"] for part in found] == pytest.approx(expected)
+
+
+def test_these_answers_have_every_kind_of_retention():
+    kinds = set()
+    for seed in range(12):
+        *cells, full = some_answers(seed)
+        for cell in cells:
+            shared = sorted(set(cell) & set(full))
+            kinds |= set(zip(shares_of(cell, shared)[0], shares_of(full, shared)[0], strict=True))
+    assert {(None, None), (0, 1), (1, 0), (0, 0), (1, 1)} <= kinds
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_differences_are_over_the_videos_that_both_answered(seed):
+    right = some_answers(seed)
+    expected = {}
+    for minus, own in [(3, 0), (3, 1), (3, 2), (0, 1)]:
+        shared = sorted(set(right[own]) & set(right[minus]))
+        (one, num_questions), (other, _) = (shares_of(right[i], shared) for i in (own, minus))
+        both = [a - b if a is not None else None for a, b in zip(one, other, strict=True)]
+        name = (CELLS[own].method, CELLS[minus].method, CELLS[own].budget.number)
+        expected[name] = (num_questions, *both[:2])
+    found = {
+        (row["method"], row["minus"], row["budget"]): (
+            row["num_questions"],
+            row["difference"],
+            row["mean_over_categories"]["difference"],
+        )
+        for row in summary_of(right)["differences"]
+    }
+    assert found.keys() == expected.keys()
+    for name, figures in found.items():
+        assert figures == pytest.approx(expected[name]), name
+
+
+def test_two_rows_that_never_differ_may_differ_either_way_on_other_videos():
+    """Five videos: fewer than 1 - 0.05**(1/5) of all videos do otherwise, for better or for worse."""
+    answers = {v: [j % 2 == 0 for j, _ in enumerate(categories)] for v, categories in enumerate(ASKED)}
+    others = 1 - 0.05 ** (1 / 5)
+    # Four videos ask about a, two about b, two about c.
+    in_mean = np.mean([1 - 0.05 ** (1 / n) for n in (4, 2, 2)])
+    for row in summary_of([answers] * 4)["differences"]:
+        assert [row[key] for key in ("difference", "ci_low", "ci_high")] == pytest.approx([0, -others, others])
+        mean = row["mean_over_categories"]
+        assert [mean[key] for key in ("difference", "ci_low", "ci_high")] == pytest.approx([0, -in_mean, in_mean])
+
+
+def every_resample(num_videos):
+    """How often each video is drawn, and how likely that is."""
+    for drawn in itertools.product(range(num_videos + 1), repeat=num_videos):
+        if sum(drawn) == num_videos:
+            ways = math.factorial(num_videos) / math.prod(map(math.factorial, drawn))
+            yield np.array(drawn), ways / num_videos**num_videos
+
+
+def interval_of(values, odds):
+    """The 2.5th and the 97.5th of a hundred parts of what is known."""
+    order = np.argsort(values)
+    order = order[: np.count_nonzero(~np.isnan(values))]
+    below = np.cumsum(odds[order]) / odds[order].sum()
+    return [values[order][np.searchsorted(below, part)] for part in (0.025, 0.975)]
+
+
+def test_a_group_that_a_resample_leaves_out_does_not_count_in_it():
+    """Two of six videos ask about the second group: one resample in eleven has neither."""
+    total = np.array([[3, 2], [3, 2], [3, 0], [3, 0], [3, 0], [3, 0]])
+    correct = np.array([[3, 1], [2, 2], [3, 0], [1, 0], [2, 0], [0, 0]])
+    odds, shares = [], []
+    for drawn, likely in every_resample(6):
+        right, asked = drawn @ correct, drawn @ total
+        odds.append(likely)
+        shares.append([a / b if b else np.nan for a, b in zip(right, asked, strict=True)])
+    odds, shares = np.array(odds), np.array(shares)
+    assert 0.08 < odds[np.isnan(shares[:, 1])].sum() < 0.1
+    found = estimate_shares(correct, total)
+    means = [np.mean([share for share in row if not np.isnan(share)]) for row in shares]
+    for part, values in zip((*found.groups, found.mean_over_groups), (*shares.T, np.array(means)), strict=True):
+        assert [part.low, part.high] == pytest.approx(interval_of(values, odds), abs=0.03)
+
+
+def test_a_rare_group_whose_videos_agree_is_bounded_by_their_number():
+    """Also where some resamples leave it out; the mean of two such groups lies between the means of their bounds."""
+    total = np.array([[1, 2], [1, 2], [1, 0], [1, 0], [1, 0], [1, 0]])
+    found = estimate_shares(total, total)
+    bounds = [0.05 ** (1 / 6), 0.05 ** (1 / 2)]
+    assert [group.low for group in found.groups] == pytest.approx(bounds) and found.groups[1].high == 1
+    assert (found.mean_over_groups.low, found.mean_over_groups.high) == (pytest.approx(np.mean(bounds)), 1)
+    assert found.overall.low == pytest.approx(bounds[0])
