@@ -49,7 +49,7 @@ def transport_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int,
     carried to them, see ``absorb``. Between the anchors of a clip's first frame and those of a later one the transport
     plan is found; a token of the later frame matches as well as the largest share of it that goes to one anchor. Those
     that match least are kept, over all clips, ties in raster order. Each of the rest gives itself to the clip's anchors,
-    frame by frame, in those shares; the anchors that took them in lie in the middle of the clip, all others at their own
+    frame by frame, in those shares; the anchors that took them in lie in the middle of these frames, all others at their own
     places. Decisions are over the first D channels. A video that fits the budget stays as encoded. Time is 100*A*H*W a
     frame besides the distances, memory linear: float32 for a few frames and for what is kept. ``frame_seconds``: (T,)
     float64. ``width``: D. Raises ``ValueError`` if the budget is below one.
@@ -90,8 +90,8 @@ def lay_out(num_frames: int, per_frame: int, num_tokens: int) -> Layout:
 
     The video is cut into 8 equal clips, or as many as B has room for: a clip of several frames takes 2*A tokens, a single
     frame A. A is on the line through the authors' settings for the share of tokens kept. Where the anchors of all frames
-    would not fill B, A is larger, and nothing is left to be taken in, so no merged anchors are kept (ours). A single clip
-    with too little room has B/2 anchors (ours).
+    would not do more than fill B, A is larger, and nothing is left to be taken in, so no merged anchors are kept (ours). A
+    single clip with too little room has B/2 anchors (ours).
     """
     share = num_tokens / (num_frames * per_frame)
     wanted = max(1, round(_interpolate(share) / OF_TOKENS * per_frame))

@@ -40,7 +40,8 @@ def find_peaks(tokens: Tensor, count: int, num_neighbours: int) -> Tensor:
     The density of a token is exp(-m), m the mean squared distance, divided by D, to its ``num_neighbours`` nearest tokens,
     itself included; its gap is the distance to the nearest token of higher density, or of equal density and earlier; the
     first has the largest distance of all. Centres have the largest density * gap, ties in order. Logarithms are compared,
-    so that large latents do not underflow. Time is n*n*D, memory n times a chunk.
+    so that large latents do not underflow. Of two neighbours each, the two nearest tokens are equally dense but for rounding,
+    which then picks one. Time is n*n*D, memory n times a chunk.
     """
     size = tokens.shape[0]
     if count >= size:
