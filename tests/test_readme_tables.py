@@ -107,6 +107,14 @@ def test_level_2() -> None:
             check(differences, [own.difference("adaptive", minus, budget) for budget in BUDGETS[1:]], name)
 
 
+def test_level_2_on_other_clips() -> None:
+    own = Part("world", "level_2_more")
+    for name, *cells in tables_after("**Level 2, others**")[0][1:]:
+        wanted = [own.accuracy(name, budget) for budget in BUDGETS[2:]]
+        differences = ["", ""] if name == "adaptive" else [own.difference("adaptive", name, b) for b in BUDGETS[2:]]
+        check(cells, wanted + differences, name)
+
+
 @pytest.mark.parametrize(
     ("level", "file", "budgets"), [(1, "all_methods", BUDGETS), (3, "all_methods_level_3", BUDGETS[2:])]
 )
