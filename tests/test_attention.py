@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from freres_cli import devices
 from freres_cli.backbones import attention
@@ -308,3 +309,33 @@ def test_uneven_segments_are_looked_up_once_for_all_layers(monkeypatch):
             part = (tensor[:, :, low:high] for tensor in (query, key, value))
             torch.testing.assert_close(got[:, low:high].transpose(1, 2), scaled_dot_product_attention(*part))
     assert counts == [4, 3]
+
+
+class LargestMade(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor has that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, tuple) else (out,)
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("num_rows", [attention.LEAST_ROWS_IN_PARTS, 1100, 1299])
+@torch.no_grad()
+def test_a_later_chunk_on_the_cpu_is_the_end_of_the_whole_and_holds_no_mask(dtype, num_kv_heads, num_rows):
+    drawn = torch.Generator().manual_seed(num_rows)
+    query, key, value = (
+        torch.randn(2, heads, 1300, 24, dtype=dtype, generator=drawn) for heads in (4, num_kv_heads, num_kv_heads)
+    )
+    whole = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5, enable_gqa=True)
+    with LargestMade() as made:
+        part, _ = attention.batch_attention(nn.Module(), query[:, :, -num_rows:], key, value, None, 0.5)
+    bound = {torch.float32: 4e-6, torch.float64: 1e-14, torch.bfloat16: 2**-5}[dtype]
+    assert part.dtype == dtype
+    assert (part.transpose(1, 2) - whole[:, :, -num_rows:]).abs().max() < bound
+    assert made.numel <= query.numel()

@@ -19,6 +19,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
+from freres_cli.backbones.fused import Written
 from freres_cli.backbones.long_attention import attend_long, can_attend_long, is_whole_chunk
 from freres_cli.devices import flash_package
 from freres_cli.errors import ResourceError
@@ -32,6 +33,9 @@ WHOLE_FRAMES = "freres_whole_frames"
 
 # transformers builds no mask for a name that has no mask function.
 CAUSAL_NO_MASK = "freres_causal_no_mask"
+
+# From so many rows on, a chunk of a prompt on the CPU is attended to in two parts (ours: the mask of fewer is small).
+LEAST_ROWS_IN_PARTS = 512
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 
@@ -167,6 +171,8 @@ def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | Non
     if query.is_cuda and query.shape[1] != key.shape[1] and not _has_grouped_kernel(query):
         # PyTorch would hold all scores: 4 bytes for each pair.
         key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
+    if is_causal and LEAST_ROWS_IN_PARTS <= num_queries < num_keys and _takes_flash_on_cpu(query, key, value):
+        return _attend_parts(query, key, value, scaling)
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if not is_causal or num_queries in (1, num_keys):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal and num_queries > 1, **options)
@@ -190,6 +196,29 @@ def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     is_grouped = query.shape[1] != key.shape[1]
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
+
+
+def _takes_flash_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch would run its flash kernel for CPUs, which can say what its scores add up to."""
+    if query.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    choice = torch._fused_sdp_choice(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+    return choice == SDPBackend.FLASH_ATTENTION.value
+
+
+def _attend_parts(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of the last q of kv rows on the CPU: among themselves, and to all before them, put together.
+
+    Ours, because PyTorch's kernel aligns a causal mask to the first key. With a mask of its own it would hold 4 bytes for
+    each pair, and compute those that are hidden.
+    """
+    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    num_before = key.shape[2] - query.shape[2]
+    own, sums = flash(query, key[:, :, num_before:], value[:, :, num_before:], 0.0, True, scale=scaling)
+    part, part_sums = flash(query, key[:, :, :num_before], value[:, :, :num_before], 0.0, False, scale=scaling)
+    whole = own.float() if own.dtype.itemsize == 2 else own
+    Written.blend(whole, sums, part, part_sums)
+    return whole.to(own.dtype)
 
 
 def _repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:

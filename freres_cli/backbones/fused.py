@@ -66,7 +66,7 @@ class Written:
     @staticmethod
     def blend(whole: Tensor, sums: Tensor, part: Tensor, part_sums: Tensor) -> None:
         """See ``kernels.blend``."""
-        whole.lerp_(part.float(), torch.sigmoid(part_sums - sums)[..., None])
+        whole.lerp_(part.to(whole.dtype), torch.sigmoid(part_sums - sums)[..., None])
         torch.logaddexp(sums, part_sums, out=sums)
 
 

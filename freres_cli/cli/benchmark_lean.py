@@ -1,5 +1,5 @@
-"""The part ``lean`` of the benchmark: the cache with spare rows against the growing one, and reading a saved prefix against
-prefilling."""
+"""The part ``lean`` of the benchmark: the cache with spare rows against the growing one, reading a saved prefix against
+prefilling, and later chunks of a prompt in two parts against a mask."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from transformers import DynamicCache
 
+from freres_cli.backbones import attention
 from freres_cli.backbones.cache import reserve_rows
-from freres_cli.backbones.engine import prefill, prefill_video
+from freres_cli.backbones.engine import PREFILL_CHUNK_TOKENS, prefill, prefill_video
 from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.saved_prefix import open_prefix
 from freres_cli.bench.report import summarize_ratios, summarize_runs
@@ -22,10 +24,11 @@ from freres_cli.world.make import make_set
 
 LENGTHS = (1000, 8000)
 STEPS = 64
+LONG_ROWS = 16384
 
 
 def measure_lean(folder: Path, repeat: int = 5) -> dict[str, Any]:
-    """Measure both with the bundled model, each pair in turn, in CPU and wall seconds; the first pair is not counted."""
+    """Measure each with the bundled model, each pair in turn, in CPU and wall seconds; the first pair is not counted."""
     (folder / "lean").mkdir()
     clip = folder / "lean" / make_set(folder / "lean", "test", 1)[0].file
     session = Compressor(method=METHOD, device="cpu").compress(clip).open(device="cpu")
@@ -44,10 +47,16 @@ def measure_lean(folder: Path, repeat: int = 5) -> dict[str, Any]:
         lambda: prefill_video(model, ids, tokens, session.text_after),
         repeat,
     )
+    rows["late_chunks"] = {
+        "rows": LONG_ROWS,
+        "chunk_rows": PREFILL_CHUNK_TOKENS,
+        "most_mask_bytes": 4 * PREFILL_CHUNK_TOKENS * LONG_ROWS,
+        **measure_late_chunks(model, repeat),
+    }
     return {
         "steps": STEPS,
-        "this": "spare rows; the saved prefix",
-        "other": "the cache of transformers; a prefill",
+        "this": "spare rows; the saved prefix; attention of later chunks in two parts",
+        "other": "the cache of transformers; a prefill; attention with a mask",
         "visual_tokens": len(tokens),
         "prefix_bytes": path.stat().st_size,
         "warmup": 1,
@@ -75,6 +84,23 @@ def measure_decoding(model: Any, num_rows: int, repeat: int, caches: dict[str, A
             model.logits(prefill(model, rows, cache)).argmax()
 
     return compare(lambda: decode("this"), lambda: decode("other"), repeat)
+
+
+def measure_late_chunks(model: Any, repeat: int) -> dict[str, Any]:
+    """Time the prefill of ``LONG_ROWS`` rows in the chunks that a large model takes, as ``compare`` does.
+
+    ``model``: the language half. ``repeat``: pairs of runs.
+    """
+    prompt = model.text_rows([5] * LONG_ROWS, 0, 0.0)
+
+    def run() -> None:
+        prefill(model, prompt, make_cache(model.decoder.config), PREFILL_CHUNK_TOKENS)
+
+    def run_with_mask() -> None:
+        with patch.object(attention, "LEAST_ROWS_IN_PARTS", LONG_ROWS):
+            run()
+
+    return compare(run, run_with_mask, repeat)
 
 
 def compare(this: Callable[[], Any], other: Callable[[], Any], repeat: int) -> dict[str, Any]:
