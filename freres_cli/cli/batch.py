@@ -61,6 +61,7 @@ def batch(
     start: options.Start = None,
     end: options.End = None,
     strict: options.Strict = False,
+    decode: options.Decode = "cpu",
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
@@ -93,14 +94,12 @@ def batch(
     named = {"budget_tokens": budget, "variant": variant, "sample_fps": fps, "sample_count": frames, "grid": grid}
     flags = gather_flags(assignments, {**named, "deepstack": deepstack, "quality": quality})
     # The workers choose their devices; with Ray, those are on other machines.
-    here = ("cpu", None) if engine == RAY else (device, attn)
+    here: dict[str, Any] = {"device": "cpu" if engine == RAY else device, "attn": None if engine == RAY else attn}
 
     def make_own(own: Mapping[str, Any]) -> CompressOptions:
         window = (own.get("start_s", start), own.get("end_s", end), own.get("strict", strict))
-        named = own.get("method", method)
-        made = make_options(
-            with_own(flags, own), preset, model, revision, named, *window, device=here[0], dtype=dtype, attn=here[1]
-        )
+        given = (with_own(flags, own), preset, model, revision, own.get("method", method))
+        made = make_options(*given, *window, dtype=dtype, decode=decode, **here)
         made.check_settings()
         return made
 

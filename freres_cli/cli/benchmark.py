@@ -3,8 +3,8 @@
 Parts: ``method`` (cost after encoding against encoding at a released model's widths), ``decode`` (against plain PyAV),
 ``memory`` (one and ten minutes of 30 fps video), ``bounded`` (adaptive Fre-Res with less memory than a clip has latents,
 against merging it as a whole), ``many`` (20 short clips with one command against 20 commands), ``questions`` (32 questions
-together against one at a time), ``still`` (frames in which nothing moved) and ``lean`` (the cache with spare rows, and a
-saved prefix). Takes about 20 minutes on two cores.
+together against one at a time), ``still`` (frames in which nothing moved), ``lean`` (the cache with spare rows, a saved
+prefix, and prompts in chunks) and ``resize`` (a frame on one core). Takes about 20 minutes on two cores.
 
 Only if they are named: ``peers`` (the cost of every method after encoding; it may take hours, and ``--frames`` makes its
 clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and in ``--other CHECKOUT``, in turn) and ``hours``
@@ -43,6 +43,7 @@ from freres_cli.cli.benchmark_levers import measure_levers
 from freres_cli.cli.benchmark_lines import measure_lines
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_quantized import measure_quantized
+from freres_cli.cli.benchmark_resize import measure_resize
 from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
 from freres_cli.cli.output import print_result
@@ -66,7 +67,7 @@ from freres_cli.video.sampling import Sampling
 from freres_cli.world.make import CODECS, clip_seed, encode_scene, make_set
 from freres_cli.world.script import make_scene
 
-USUAL = "method, decode, memory, bounded, many, questions, still, lean"
+USUAL = "method, decode, memory, bounded, many, questions, still, lean, resize"
 ONLY_IF_NAMED = (
     "peers",
     "startup",
@@ -362,6 +363,7 @@ def main() -> None:
             "questions": lambda: measure_questions(Path(folder)),
             "still": lambda: measure_still(Path(folder)),
             "lean": lambda: measure_lean(Path(folder)),
+            "resize": measure_resize,
             "peers": lambda: measure_peers(arguments.frames, arguments.limit, arguments.methods),
             "levers": lambda: measure_levers(
                 write_video(Path(folder) / "minute.mp4", arguments.frames, (1280, 720)), Path(folder), arguments.frames

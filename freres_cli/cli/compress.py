@@ -60,18 +60,12 @@ def compress(
     fps: options.Fps = None,
     frames: options.Frames = None,
     grid: options.Grid = None,
-    residual_grid: Annotated[
-        str | None,
-        typer.Option(
-            "--residual-grid",
-            metavar="ROWSxCOLS",
-            help="Token grid of the frames between anchors (fre-res only), full (as the anchors) or half of each side.",
-        ),
-    ] = None,
+    residual_grid: options.ResidualGrid = None,
     assignments: options.Assignments = None,
     start: options.Start = None,
     end: options.End = None,
     strict: options.Strict = False,
+    decode: options.Decode = "cpu",
     device: options.DeviceName = None,
     dtype: options.Dtype = None,
     attn: options.Attention = None,
@@ -92,6 +86,11 @@ def compress(
     is still being written, what it held at the start is used, and a note says so. Work that takes more than five
     minutes keeps its state in a hidden file beside the bundle: the same command goes on from there if it was killed
     (not with the methods that need the whole clip at once), and the bundle is the same.
+
+    With --decode gpu, an NVIDIA GPU decodes (NVDEC; the GPU of --device, else the first): H.264, HEVC, VP9 and others, as far
+    as it takes them. The frames are the same; they are copied to the host and resized there. A note says if a video was
+    decoded on the CPU instead. Damage inside a picture is not always noticed, so it does not go with --strict. Where no GPU
+    can decode, it is an error.
 
     For several videos, a folder (searched recursively; links to folders are not followed) or a .txt list (one path per
     line, relative to the list), the model is loaded only once. Bundles are named after their videos. An existing bundle is
@@ -116,7 +115,9 @@ def compress(
     unit = "videos" if many else "frames"
     with progress_bar("compress", quiet or json or dry_run, unit, "loading model") as progress:
         with quick_imports():
-            chosen = make_options(flags, preset, model, revision, method, start, end, strict, device, dtype, attn)
+            chosen = make_options(
+                flags, preset, model, revision, method, start, end, strict, device, dtype, attn, decode=decode
+            )
             chosen.check_settings()
             from freres_cli.pipeline.compressor import Compressor
         compressor = Compressor.from_options(chosen)
@@ -247,12 +248,13 @@ def make_options(
     dtype: str | None = None,
     attn: str | None = None,
     storage: Storage = AS_COMPUTED,
+    decode: str = "cpu",
 ) -> CompressOptions:
     """Turn flags into options.
 
     ``flags``: settings that were given. ``preset``, ``model``, ``revision``, ``method``, ``start``, ``end``, ``strict``,
     ``device``, ``dtype``, ``attn``: the flags with these names. ``storage``: of the language half, from
-    ``devices.choose_storage``. Raises ``UsageError`` or ``PresetError``.
+    ``devices.choose_storage``. ``decode``: the flag. Raises ``UsageError`` or ``PresetError``.
     """
     chosen = model or BUNDLED
     if method is not None:
@@ -266,7 +268,7 @@ def make_options(
     from freres_cli.pipeline.planning import CompressOptions
 
     source = make_source(chosen, device, dtype, revision, attn, storage)
-    return CompressOptions(source, settings, used, start, end, strict)
+    return CompressOptions(source, settings, used, start, end, strict, decode)
 
 
 def at_budgets(

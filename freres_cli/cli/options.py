@@ -179,6 +179,14 @@ Frames = Annotated[
 Grid = Annotated[
     str | None, typer.Option("--grid", metavar="ROWSxCOLS", help="Token grid of a frame, or auto (keep aspect).")
 ]
+ResidualGrid = Annotated[
+    str | None,
+    typer.Option(
+        "--residual-grid",
+        metavar="ROWSxCOLS",
+        help="Token grid of the frames between anchors (fre-res only), full (as the anchors) or half of each side.",
+    ),
+]
 Start = Annotated[
     float | None,
     typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
@@ -187,6 +195,14 @@ End = Annotated[
     float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")]
+Decode = Annotated[
+    str,
+    typer.Option(
+        "--decode",
+        metavar="cpu|gpu",
+        help="What decodes the video; gpu: NVDEC, where it takes it. The bundle is the same.",
+    ),
+]
 Adapter = Annotated[
     str | None,
     typer.Option(

@@ -33,9 +33,9 @@ from freres_cli.pipeline.encoding import VideoSource, count_batch_frames
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.pipeline.reduction import Reducer
 from freres_cli.records import Frames
-from freres_cli.video.decode import Position
 from freres_cli.video.lines import KeyFinder
 from freres_cli.video.oddities import OddFrames
+from freres_cli.video.reading import Position
 
 PREFIX, SUFFIX = ".freres-", ".resume"
 EVERY_S = 300.0

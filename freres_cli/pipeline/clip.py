@@ -32,7 +32,7 @@ from freres_cli.presets import FULL
 from freres_cli.records import FrameSize, VideoTokens
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
-from freres_cli.video.decode import DecodeReport
+from freres_cli.video.reading import DecodeReport
 from freres_cli.video.sampling import Sampling
 
 

@@ -28,13 +28,14 @@ from freres_cli.pipeline.encoding import LatentStream, VideoSource
 from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source, refuse_beside
 from freres_cli.pipeline.notes import describe_fit, describe_limits, describe_plan
-from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
+from freres_cli.pipeline.planning import CPU, CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
 from freres_cli.pipeline.reduction import LatentBatch, Reduction, make_reducer, reduce_latents
 from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.records import Frames
-from freres_cli.video.decode import Decoder, DecodeReport, Position
+from freres_cli.video.decode import Decoder
 from freres_cli.video.frames import FrameArray
+from freres_cli.video.reading import DecodeReport, Position
 
 Progress = Callable[[int, int], None]
 LONG_FRAMES = 2048  # more frames than that are a long video: peak memory then matters more than CPU time
@@ -47,8 +48,9 @@ class Compressor:
     ``model``: ``bundled``, a folder, or a hub id. ``preset``: settings to start from, a name or a .yaml file; the default
     is that of ``freres compress``. ``budget_tokens``: maximum visual tokens of a bundle. ``method``: a name that
     ``freres methods`` lists; by default the preset's. ``device``, ``dtype``, ``revision``, ``attention``: as
-    ``models.make_source`` takes them. ``strict``: refuse a video that is damaged anywhere. ``models``: a model that is
-    already loaded. Further keyword arguments are settings by name, see freres-preset(5), such as ``quality``.
+    ``models.make_source`` takes them. ``strict``: refuse a video that is damaged anywhere. ``decode``: ``cpu`` or ``gpu``,
+    see freres-compress(1). ``models``: a model that is already loaded. Further keyword arguments are settings by name, see
+    freres-preset(5), such as ``quality``.
 
     Raises ``PresetError`` for an unknown or illegal setting, ``UsageError`` or ``ResourceError`` for a method or a device
     that cannot be used.
@@ -66,6 +68,7 @@ class Compressor:
         revision: str | None = None,
         attention: str | None = None,
         strict: bool = False,
+        decode: str = CPU,
         models: Models | None = None,
         **settings: Any,
     ) -> None:
@@ -80,7 +83,7 @@ class Compressor:
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
         if method is not None:
             chosen = chosen.with_values("argument", method=method)
-        self.options = CompressOptions(source, chosen, choose_method(chosen), strict=strict)
+        self.options = CompressOptions(source, chosen, choose_method(chosen), strict=strict, decode=decode)
         self.options.check_settings()
         self.models = models or Models(source)
 

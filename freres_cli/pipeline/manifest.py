@@ -17,7 +17,7 @@ from freres_cli.pipeline.prompt_text import PromptText, describe_text, record_te
 from freres_cli.pipeline.reduction import Reduction
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
-from freres_cli.video.decode import DecodeReport
+from freres_cli.video.reading import DecodeReport
 
 
 def build_manifest(

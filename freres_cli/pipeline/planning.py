@@ -18,6 +18,7 @@ from freres_cli.video.sampling import Sampling, num_sampled_frames, num_shown_fr
 
 # The settings that change nothing in any other method.
 FRE_RES_KEYS = sorted({*(knob.name for knob in fields(MethodSettings)), "residual_grid"} - {REFERENCE})
+CPU, GPU = DECODERS = ("cpu", "gpu")
 FULL_BUDGET = 2**31 - 1  # every token of the clip
 
 
@@ -27,8 +28,10 @@ class CompressOptions:
 
     ``model``: its tower encodes the frames. ``method``: a name in ``baselines.registry``. ``start_s``, ``end_s``: the
     part of each video to read, in seconds after its first frame. ``strict``: refuse a video that is damaged anywhere.
+    ``decode``: one of ``DECODERS``, what decodes; the samples are the same.
 
-    Raises ``UsageError`` if the settings name a quality and the method has none.
+    Raises ``UsageError`` if the settings name a quality and the method has none, for another decoder, and for one that
+    cannot be strict.
     """
 
     model: ModelSource
@@ -37,8 +40,15 @@ class CompressOptions:
     start_s: float | None = None
     end_s: float | None = None
     strict: bool = False
+    decode: str = CPU
 
     def __post_init__(self) -> None:
+        if self.decode not in DECODERS:
+            raise UsageError(f"decode: expected one of {', '.join(DECODERS)}, got {self.decode}")
+        if self.strict and self.decode == GPU:
+            raise UsageError(
+                "strict: the GPU does not notice all damage inside a picture", "decode on the CPU, or be less strict"
+            )
         if self.settings.quality is not None and not METHODS[self.method].has_quality:
             able = ", ".join(name for name, method in METHODS.items() if method.has_quality)
             raise UsageError(

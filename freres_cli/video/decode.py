@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import av
@@ -21,61 +22,16 @@ import torch
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
 from freres_cli.video.ending import DAMAGED, ENDS_INSIDE, SKIPPED
+from freres_cli.video.nvdec import REFUSED, UNNOTICED, choose_gpu, take_decoded
 from freres_cli.video.oddities import OddFrames
 from freres_cli.video.opening import iterate_frames, open_video, video_stream
 from freres_cli.video.packets import PacketTable, read_packet_table
+from freres_cli.video.reading import DecodeReport, Position, Tally
 from freres_cli.video.resizing import Resizer
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, num_shown_frames, sampling_instants, sampling_window
 from freres_cli.video.seeking import find_entry, frames_from
 from freres_cli.video.still import StillDetector, read_planes
 from freres_cli.video.turn import Turn
-
-
-@dataclass(frozen=True)
-class DecodeReport:
-    """The outcome of decoding. ``num_pictures``: sampled frames that differ from the one before. ``lost_s``: seconds of the
-    requested part that could not be decoded."""
-
-    num_frames_decoded: int
-    num_frames_sampled: int
-    num_pictures: int
-    lost_s: float
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far reading has come, to go on from there in another process.
-
-    ``num_sampled``, ``num_pictures``: so far. ``picture_index``, ``picture_s``: number and time of the frame that shows the
-    last picture; ``picture_slot``: frames sampled before it; ``odd``: what was odd before it. ``is_clean``: nothing was
-    damaged so far.
-    """
-
-    num_sampled: int
-    num_pictures: int
-    picture_index: int
-    picture_s: float
-    picture_slot: int
-    odd: OddFrames
-    is_clean: bool
-
-
-@dataclass
-class _Tally:
-    """Counts kept while decoding. ``num_before``: frames before the one that decoding began at."""
-
-    num_before: int = 0
-    num_decoded: int = 0
-    num_sampled: int = 0
-    num_pictures: int = 0
-    num_failed: int = 0
-    num_damaged: int = 0
-    num_restamped: int = 0
-    is_read_again: bool = False
-    ends_badly: bool = False
-    is_exhausted: bool = False
-    covered_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +56,7 @@ class _Picture:
     slot: int
     odd: OddFrames
 
-    def locate(self, tally: _Tally) -> Position:
+    def locate(self, tally: Tally) -> Position:
         """Where reading is, at a frame that shows this picture. Damage that was met since counts as well."""
         is_clean = not (tally.is_read_again or tally.num_restamped or tally.num_damaged)
         facts = self.number, self.index, self.start_s, self.slot, self.odd
@@ -133,15 +89,17 @@ def decode_frames(
     batch_frames: int = 16,
     strict: bool = False,
     still_levels: int = 0,
+    gpu: int | None = None,
 ) -> Decoder:
     """An iterable of ``Frames``, at most ``batch_frames`` at a time, resized to ``size`` and upright.
 
     ``path`` is the file and ``info`` what ``probe_video`` returned for it; ``sampling`` says which frames to return.
     Damaged files give whatever can be decoded, and ``Decoder.report`` says what was lost; with ``strict`` they raise
     ``VideoError`` instead. ``still_levels``: a frame that differs by no more from the last picture is that picture, as in
-    ``StillDetector``. Iterating raises ``VideoError``, or ``UsageError`` if the window is outside the clip.
+    ``StillDetector``. ``gpu``: the number of the GPU that decodes what it can, by default none. Iterating raises
+    ``VideoError``, ``UsageError`` if the window is outside the clip, or ``ResourceError`` if that GPU does not decode.
     """
-    return Decoder(str(path), info, sampling, size, batch_frames, strict, still_levels)
+    return Decoder(str(path), info, sampling, size, batch_frames, strict, still_levels, gpu)
 
 
 class Decoder:
@@ -159,11 +117,13 @@ class Decoder:
         batch_frames: int,
         strict: bool,
         still_levels: int,
+        gpu: int | None,
     ) -> None:
         if batch_frames < 1:
             raise ValueError(f"batch_frames: expected at least 1, got {batch_frames}")
         self._path, self._info, self._sampling, self._size = path, info, sampling, size
         self._batch_frames, self._strict, self._still_levels = batch_frames, strict, still_levels
+        self._gpu = gpu
         self._turn = Turn(info.rotation_deg, info.is_mirrored)
         self._report: DecodeReport | None = None
         self._begin = Position(0, 0, 0, float("-inf"), 0, OddFrames.of(info), True)
@@ -189,29 +149,34 @@ class Decoder:
     def __iter__(self) -> Iterator[Frames]:
         self._report, self._odd = None, replace(self._begin.odd)
         table = read_packet_table(self._path, self._info.stream_index, self._info.num_bytes)
-        tally = _Tally(num_sampled=self._begin.picture_slot, num_pictures=max(0, self._begin.num_pictures - 1))
+        tally = Tally(num_sampled=self._begin.picture_slot, num_pictures=max(0, self._begin.num_pictures - 1))
         with closing(self._pick(table, tally)) as picked:
             yield from self._pack(picked, tally)
         self._report = self._sum_up(table, tally)
 
     @contextmanager
-    def _open(self, table: PacketTable, tally: _Tally, threads: str) -> Iterator[Iterator[av.VideoFrame | None]]:
+    def _open(self, table: PacketTable, tally: Tally, threads: str) -> Iterator[Iterator[av.VideoFrame | None]]:
         """Frames from where the requested part begins, if the file leads there exactly, else from the beginning."""
         first, _ = sampling_window(self._sampling, self._info.start_s, self._info.duration_s)
         entry = find_entry(table, max(first, self._begin.picture_s)) if self._begin.is_clean else None
-        for place in (entry, None):
-            with open_video(self._path, self._info.num_bytes) as container:
+        gpu = None if self._gpu is None or threads == "NONE" else choose_gpu(self._gpu)
+        for accelerator, place in product(dict.fromkeys((gpu, None)), (entry, None)):
+            with open_video(self._path, self._info.num_bytes, accelerator) as container:
                 stream = video_stream(container, self._info.stream_index)
                 stream.thread_type = threads
-                if threads == "NONE":
+                if threads == "NONE" or accelerator is not None:
+                    # Each thread would hold surfaces of the GPU, of which there are few.
                     stream.codec_context.thread_count = 1
                 frames = iterate_frames(container, stream) if place is None else frames_from(container, stream, place)
+                if frames is not None and accelerator is not None:
+                    frames = take_decoded(stream, frames)
                 if frames is not None:
                     tally.num_before = 0 if place is None else place.first_index
+                    tally.is_on_gpu |= accelerator is not None
                     yield frames
                     return
 
-    def _decode(self, table: PacketTable, tally: _Tally) -> Generator[tuple[av.VideoFrame, int], None, None]:
+    def _decode(self, table: PacketTable, tally: Tally) -> Generator[tuple[av.VideoFrame, int], None, None]:
         """Frames in display order, with their numbers. Packets that cannot be decoded are counted and skipped."""
         with self._open(table, tally, "AUTO") as frames:
             for frame in frames:
@@ -246,7 +211,7 @@ class Decoder:
                 f"{self._path}: the video is damaged: {trouble}", hint="omit --strict to use what can be decoded"
             )
 
-    def _stamp(self, table: PacketTable, tally: _Tally) -> Generator[tuple[av.VideoFrame, int, float], None, None]:
+    def _stamp(self, table: PacketTable, tally: Tally) -> Generator[tuple[av.VideoFrame, int, float], None, None]:
         """Each decoded frame with its number and its time. Times never run backwards.
 
         If timestamps are missing, run backwards, or do not say when a B-frame is shown, the k-th frame from the decoder
@@ -269,7 +234,7 @@ class Decoder:
                 previous = time
                 yield frame, index, time
 
-    def _show(self, table: PacketTable, tally: _Tally) -> Generator[_Shown, None, None]:
+    def _show(self, table: PacketTable, tally: Tally) -> Generator[_Shown, None, None]:
         """Each frame with the time it leaves the screen, which is when the next one appears."""
         held: tuple[av.VideoFrame, int, float] | None = None
         with closing(self._stamp(table, tally)) as stamped:
@@ -283,7 +248,7 @@ class Decoder:
             yield _Shown(*held, end_s=tally.covered_s)
         tally.is_exhausted = True
 
-    def _pick(self, table: PacketTable, tally: _Tally) -> Generator[tuple[_Shown, int], None, None]:
+    def _pick(self, table: PacketTable, tally: Tally) -> Generator[tuple[_Shown, int], None, None]:
         """The sampled frames, each with the number of instants at which it is on screen."""
         clip = self._info.start_s, self._info.duration_s
         first, last = sampling_window(self._sampling, *clip)
@@ -307,7 +272,7 @@ class Decoder:
                 if position == len(instants):
                     return
 
-    def _resize(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Generator[_Resized, None, None]:
+    def _resize(self, picked: Iterator[tuple[_Shown, int]], tally: Tally) -> Generator[_Resized, None, None]:
         """The sampled frames with their pixels, in order. Several are resized at once, each by one thread, so the pixels
         are those that a single thread makes."""
         detector = StillDetector(self._still_levels)
@@ -327,7 +292,7 @@ class Decoder:
                     yield waiting.popleft()
             yield from waiting
 
-    def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: _Tally) -> Iterator[Frames]:
+    def _pack(self, picked: Iterator[tuple[_Shown, int]], tally: Tally) -> Iterator[Frames]:
         shape = (self._batch_frames, self._size.height_px, self._size.width_px, 3)
         pixels = torch.empty(shape, dtype=torch.uint8)
         times: list[float] = []
@@ -352,7 +317,7 @@ class Decoder:
         if times:
             yield Frames(pixels[: len(times)], tuple(times), tuple(indices), tuple(picture_indices))
 
-    def _sum_up(self, table: PacketTable, tally: _Tally) -> DecodeReport:
+    def _sum_up(self, table: PacketTable, tally: Tally) -> DecodeReport:
         if tally.num_sampled == 0:
             raise VideoError(
                 f"{self._path}: no frame of the requested part can be decoded",
@@ -368,7 +333,7 @@ class Decoder:
             notes.append(ENDS_INSIDE)
         return DecodeReport(tally.num_decoded, tally.num_sampled, tally.num_pictures, lost, tuple(notes))
 
-    def _measure_loss(self, table: PacketTable, tally: _Tally) -> float:
+    def _measure_loss(self, table: PacketTable, tally: Tally) -> float:
         """Seconds of the requested part that no decoded frame covers."""
         end = table.end_s + (table.missing_s if table.is_cut or tally.ends_badly else 0.0)
         if self._sampling.end_s is not None:
@@ -380,7 +345,9 @@ class Decoder:
         hole = (due - tally.num_before - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
         return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
 
-    def _describe(self, tally: _Tally, lost: float) -> Iterator[str]:
+    def _describe(self, tally: Tally, lost: float) -> Iterator[str]:
+        if self._gpu is not None:
+            yield UNNOTICED if tally.is_on_gpu else REFUSED
         if self._still_levels and tally.num_pictures < tally.num_sampled:
             yield (
                 f"frames that did not move by more than {self._still_levels} levels, so were not encoded: "

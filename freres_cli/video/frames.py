@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.decode import DecodeReport
+from freres_cli.video.reading import DecodeReport
 from freres_cli.video.resizing import RESIZE
 from freres_cli.video.sampling import TOLERANCE_S
 from freres_cli.video.still import StillDetector

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import av
+from av.codec.hwaccel import HWAccel
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.packet import Packet
@@ -67,11 +68,11 @@ def count_bytes(path: str | Path) -> int:
     return status.st_size
 
 
-def open_video(path: str, num_bytes: int | None = None) -> InputContainer:
+def open_video(path: str, num_bytes: int | None = None, accelerator: HWAccel | None = None) -> InputContainer:
     """Open the file for reading; the caller closes it.
 
-    ``num_bytes``: only this much of it, as it may grow while it is read. Raises ``VideoError``, also if the file has
-    become smaller than that.
+    ``num_bytes``: only this much of it, as it may grow while it is read. ``accelerator``: what decodes, if not the CPU.
+    Raises ``VideoError``, also if the file has become smaller than that.
     """
     held = count_bytes(path)
     if num_bytes is not None and held < num_bytes:
@@ -85,7 +86,7 @@ def open_video(path: str, num_bytes: int | None = None) -> InputContainer:
     try:
         # Formats are refused before FFmpeg opens what a playlist names.
         options = {"protocol_whitelist": protocols, "format_whitelist": _allowed_formats()}
-        return av.open(place, metadata_errors="replace", options=options)
+        return av.open(place, metadata_errors="replace", options=options, hwaccel=accelerator)
     except FFmpegError as error:
         if _is_text(path):
             raise VideoError(

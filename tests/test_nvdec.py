@@ -1,0 +1,178 @@
+"""Decoding on a GPU gives the frames that decoding on the CPU gives, or says why it did not.
+
+Without a GPU, a stand-in gives pictures as NVDEC does: those of the CPU's decoder, with their colours in one plane.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import ColorPrimaries, ColorTrc
+
+from freres_cli.errors import ResourceError, UsageError
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.records import FrameSize
+from freres_cli.video import decode as decoding
+from freres_cli.video import nvdec
+from freres_cli.video.decode import decode_frames
+from freres_cli.video.nvdec import REFUSED, UNNOTICED
+from freres_cli.video.opening import open_video
+from freres_cli.video.probe import probe_video
+from freres_cli.video.sampling import Sampling
+from freres_cli.video.still import read_planes
+from tests import clips
+from tests.decoding import NATIVE
+from tests.runner import check_failure, run_freres
+
+SIZE = FrameSize(48, 40, 1, 1)
+SEMIPLANAR = {planar: written for written, planar in nvdec.PLANAR.items()} | {"yuvj420p": "nv12"}
+GPU = 0
+
+
+def as_nvdec(frame):
+    """A picture of the CPU's decoder as NVDEC would have given it."""
+    if frame is None:
+        return None
+    written = frame.reformat(format=SEMIPLANAR[frame.format.name], dst_color_range=frame.color_range, threads=1)
+    written.time_base = frame.time_base
+    return written
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that takes every video. Gives the videos that it was opened for."""
+    opened = []
+
+    def open_there(path, num_bytes=None, accelerator=None):
+        if accelerator is not None:
+            opened.append(accelerator)
+        return open_video(path, num_bytes)
+
+    monkeypatch.setattr(decoding, "choose_gpu", lambda ordinal: f"GPU {ordinal}")
+    monkeypatch.setattr(decoding, "open_video", open_there)
+    monkeypatch.setattr(decoding, "take_decoded", lambda _, frames: map(nvdec._with_planes, map(as_nvdec, frames)))
+    return opened
+
+
+def read(path, sampling=NATIVE, **options):
+    """All batches of a file, and the report."""
+    decoder = decode_frames(path, probe_video(path), sampling, SIZE, **options)
+    return list(decoder), decoder.report
+
+
+def check_same(path, notes=(UNNOTICED,), **options):
+    """Frames, times and pixels of both are equal; the report as well, but for ``notes``."""
+    (own, report), (others, other) = read(path, gpu=GPU, **options), read(path, **options)
+    for mine, theirs in zip(own, others, strict=True):
+        assert torch.equal(mine.pixels, theirs.pixels)
+        assert (mine.pts_seconds, mine.source_index) == (theirs.pts_seconds, theirs.source_index)
+        assert mine.picture_index == theirs.picture_index
+    assert report.notes == (*notes, *other.notes)
+    assert (report.num_pictures, report.num_frames_sampled, report.lost_s) == (
+        other.num_pictures,
+        other.num_frames_sampled,
+        other.lost_s,
+    )
+
+
+KINDS = {
+    "h264": {},
+    "full range": {"pix_fmt": "yuvj420p", "color_range": 2},
+    "hevc": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},
+    "mpeg4": {"codec": "mpeg4"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_are_those_of_the_cpu(tmp_path, gpu, kind):
+    check_same(clips.write_clip(tmp_path / "clip.mp4", **KINDS[kind]))
+    assert gpu == ["GPU 0"]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling("native", start_s=1.4), Sampling("count", count=5), Sampling("fps", fps=3)]
+)
+def test_sampled_frames_are_those_of_the_cpu(tmp_path, gpu, sampling):
+    options = {**clips.X264_B_FRAMES, "g": "8"}
+    check_same(clips.write_clip(tmp_path / "clip.mp4", options=options), sampling=sampling, still_levels=2)
+
+
+def test_a_turned_picture_is_turned(tmp_path, gpu):
+    check_same(clips.rotate_mp4(clips.write_clip(tmp_path / "turned.mp4"), 90))
+
+
+@pytest.mark.parametrize(("planar", "largest"), [("yuv420p", 255), ("yuv422p", 255), ("yuv420p10le", 1023)])
+@pytest.mark.parametrize("color_range", [0, 1, 2])
+def test_samples_are_moved_and_not_changed_and_keep_their_tags(planar, largest, color_range):
+    frame = av.VideoFrame(322, 178, planar)
+    drawn = np.random.default_rng(0)
+    for plane in frame.planes:
+        dtype = np.uint8 if largest == 255 else np.uint16
+        samples = drawn.integers(0, largest + 1, plane.buffer_size // dtype().itemsize, dtype=dtype)
+        plane.update(samples.tobytes())
+    frame.pts, frame.time_base, frame.color_range = 7, Fraction(1, 24), color_range
+    frame.color_trc, frame.color_primaries, frame.colorspace = ColorTrc.SMPTE2084, ColorPrimaries.BT2020, 9
+    back = nvdec._with_planes(as_nvdec(frame))
+    (mine, bits), (theirs, others) = read_planes(back), read_planes(frame)
+    assert bits == others and back.pts == 7 and back.color_range == color_range
+    assert (back.time_base, back.color_trc, back.color_primaries, back.colorspace) == (
+        frame.time_base,
+        ColorTrc.SMPTE2084,
+        ColorPrimaries.BT2020,
+        9,
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("numbers", [slice(20, 22), slice(0, 2)])
+def test_damage_that_is_noticed_is_treated_as_on_the_cpu(tmp_path, gpu, numbers):
+    path = clips.write_clip(tmp_path / "clip.mp4", options=clips.X264_P_FRAMES)
+    check_same(clips.blank_payloads(path, numbers))
+
+
+def test_a_video_that_the_gpu_refuses_is_decoded_on_the_cpu_and_told(tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr(decoding, "take_decoded", nvdec.take_decoded)
+    path = clips.write_clip(tmp_path / "clip.mp4", options={**clips.X264_B_FRAMES, "g": "8"})
+    check_same(path, (REFUSED,))
+    check_same(path, (REFUSED,), sampling=Sampling("native", start_s=1.4))
+
+
+def test_what_was_decoded_is_in_the_bundle_and_the_bundle_is_else_the_same(tmp_path, gpu):
+    path = clips.write_clip(tmp_path / "clip.mp4", size=(96, 96))
+    made = [Compressor(budget_tokens=64, decode=name).compress(path) for name in ("gpu", "cpu")]
+    assert torch.equal(*(bundle.tokens().latents for bundle in made))
+    assert UNNOTICED in made[0].notes and UNNOTICED not in made[1].notes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_an_error(tmp_path):
+    path, out = clips.write_clip(tmp_path / "clip.mp4"), tmp_path / "x.pt"
+    with pytest.raises(ResourceError, match="cannot decode on GPU 0"):
+        nvdec.choose_gpu(0)
+    result = run_freres("compress", str(path), "--decode", "gpu", "-o", str(out))
+    check_failure(result, 6, "cannot decode on GPU 0")
+    assert "decode on the CPU" in result.err
+    assert not list(tmp_path.glob("*x.pt*"))
+
+
+def test_other_names_and_strictness_are_refused():
+    with pytest.raises(UsageError, match="expected one of cpu, gpu, got tpu"):
+        Compressor(decode="tpu")
+    with pytest.raises(UsageError, match="strict: the GPU does not notice"):
+        Compressor(decode="gpu", strict=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpeg4"])
+def test_a_real_gpu_gives_the_frames_of_the_cpu(tmp_path, kind):
+    try:
+        nvdec.choose_gpu(GPU)
+    except ResourceError as error:
+        pytest.skip(str(error))
+    # No GPU takes pictures as small as those of the other tests.
+    path = clips.write_clip(tmp_path / "clip.mp4", **{"size": (320, 256), **KINDS[kind]})
+    check_same(path)
