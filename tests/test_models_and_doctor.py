@@ -9,6 +9,7 @@ import torch
 
 from freres_cli.backbones import registry
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS
+from freres_cli.errors import ResourceError
 from freres_cli.workflows import doctor
 from tests.runner import run_freres
 
@@ -105,6 +106,20 @@ def test_kernels_of_a_cuda_device_are_tried(monkeypatch):
         monkeypatch.setattr(doctor, "find_kernels", lambda *_, note=note: (None, note))
         (found,) = doctor._kernels()
         assert found.state == state and (note is None or found.text == note) and not found.is_needed
+
+
+def test_decoding_on_a_cuda_device_is_tried(monkeypatch):
+    assert torch.cuda.is_available() or doctor._gpu_decoder() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "choose_gpu", lambda _: None)
+    assert doctor._gpu_decoder()[0].state == "ok"
+
+    def refuse(_):
+        raise ResourceError("decode: no", "take the CPU")
+
+    monkeypatch.setattr(doctor, "choose_gpu", refuse)
+    (found,) = doctor._gpu_decoder()
+    assert (found.state, found.text, found.is_needed) == ("limited", "decode: no: take the CPU", False)
 
 
 def test_attention_and_hub_are_reported(monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, import_ha
 from freres_cli.bench.clock import total_memory_bytes
 from freres_cli.devices import choose_device
 from freres_cli.errors import BackboneError, ResourceError
+from freres_cli.video.nvdec import choose_gpu
 from freres_cli.world.bundled_model import bundled_model_dir
 
 CODECS = {"h264": True, "hevc": False, "vp9": False, "libdav1d": False, "mpeg4": False}
@@ -40,7 +41,7 @@ class Finding:
 
 def examine_machine() -> list[Finding]:
     """Return a finding for each part that freres uses."""
-    device = [*_devices(), _attention(), *_kernels(), _memory()]
+    device = [*_devices(), _attention(), *_kernels(), *_gpu_decoder(), _memory()]
     machine = [_packages(), _decoders(), _encoder(), *device, _bundled_model(), _hub()]
     return [*machine, *(_family(model_type) for model_type in FAMILIES)]
 
@@ -99,6 +100,17 @@ def _kernels() -> list[Finding]:
     _, note = find_kernels(torch.device("cuda:0"), torch.bfloat16)
     text = "norms, rotations and gates of models in 16 bits have one kernel each, by Triton"
     return [Finding("kernels", "ok", text) if note is None else Finding("kernels", "limited", note)]
+
+
+def _gpu_decoder() -> list[Finding]:
+    """Report whether ``--decode gpu`` works on the first CUDA device, by asking for it."""
+    if not torch.cuda.is_available():
+        return []
+    try:
+        choose_gpu(0)
+    except ResourceError as error:
+        return [Finding("decoding on the GPU", "limited", f"{error.message}: {error.hint}")]
+    return [Finding("decoding on the GPU", "ok", "--decode gpu: NVDEC")]
 
 
 def _memory() -> Finding:
