@@ -33,35 +33,38 @@ def drop_repeated_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: 
     per_frame = latents.shape[1] * latents.shape[2]
     if budget_tokens < per_frame:
         return gather_tokens(latents, frame_seconds, thin_first_frame(per_frame, budget_tokens), width)
-    change = _search(unit_tokens(latents, width), budget_tokens)
+    change = _search(latents, width, budget_tokens)
     return gather_tokens(latents, frame_seconds, pick_highest(change, budget_tokens), width)
 
 
-def keep_above(units: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def keep_above(latents: Tensor, width: int, threshold: float) -> tuple[Tensor, Tensor]:
     """Return which tokens are kept, (T, N) bool, and the change of each since the last kept token of its cell, (T, N).
 
-    ``units``: (T, N, D), tokens of norm 1. A token is kept if its change, 1 - cos, is at least ``threshold``. The change
-    of the first frame is infinite.
+    ``latents``: (T, H, W, C), of which the first ``width`` channels are compared. A token is kept if its change, 1 - cos,
+    is at least ``threshold``. The change of the first frame is infinite.
     """
-    kept = torch.ones(units.shape[:2], dtype=torch.bool)
-    change = torch.full(units.shape[:2], torch.inf)
-    last = units[0].clone()
-    for frame in range(1, units.shape[0]):
-        change[frame] = measure_change(units[frame], last)
+    num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
+    kept = torch.ones(num_frames, per_frame, dtype=torch.bool)
+    change = torch.full((num_frames, per_frame), torch.inf)
+    last = unit_tokens(latents[0], width)
+    # Scaled frame by frame in every pass: a float32 copy of the clip would be twice as large as the clip.
+    for frame in range(1, num_frames):
+        units = unit_tokens(latents[frame], width)
+        change[frame] = measure_change(units, last)
         kept[frame] = change[frame] >= threshold
-        last[kept[frame]] = units[frame, kept[frame]]
+        last[kept[frame]] = units[kept[frame]]
     return kept, change
 
 
-def _search(units: Tensor, budget_tokens: int) -> Tensor:
+def _search(latents: Tensor, width: int, budget_tokens: int) -> Tensor:
     """Return the changes (T, N) at the threshold that was found: those of kept tokens are above all others."""
     low, high = 0.0, MOST_CHANGE
-    best = keep_above(units, high)
+    best = keep_above(latents, width, high)
     for _ in range(NUM_HALVINGS):
         if int(best[0].sum()) == budget_tokens:
             break
         middle = (low + high) / 2
-        tried = keep_above(units, middle)
+        tried = keep_above(latents, width, middle)
         if int(tried[0].sum()) > budget_tokens:
             low = middle
         else:
