@@ -349,6 +349,7 @@ def test_a_reader_that_stops_early_leaves_the_session_usable(clip, models):
 
 
 def test_many_options_take_no_more_copies_of_the_cache_than_questions(clip, models, monkeypatch):
+    monkeypatch.setattr(batches, "can_share", lambda _: False)
     session = Compressor(budget_tokens=BUDGET, models=models).compress(clip).open(models=models)
     words = ("left", "right", "up", "down", "round and round", "not at all", "away")
     queries = [Query("Where does it go?", words), Query("And then?", words)]

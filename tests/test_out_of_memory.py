@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 
+from freres_cli.backbones import batches
 from freres_cli.cli import app as cli_app
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError, ResourceError, as_freres_error
@@ -147,8 +148,9 @@ def test_a_question_that_does_not_fit_is_a_resource_error(bundle, monkeypatch):
     session = session_module.open_session(
         session_module.AskRequest(bundle, make_source("bundled", "cpu").device), loaded_models()
     )
-    for name in ("generate", "score_options", "find_evidence", "score_options_batch"):
+    for name in ("generate", "score_options", "find_evidence"):
         monkeypatch.setattr(session_module, name, fail)
+    monkeypatch.setattr(batches, "score_options_batch", fail)
     question = Query("Which way?", ("left", "right"))
     for ask in (
         lambda: session.ask("Which way?"),

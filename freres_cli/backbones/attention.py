@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
+from freres_cli.backbones.flash import attend_flash, takes_flash
 from freres_cli.backbones.fused import Written
 from freres_cli.backbones.long_attention import attend_long, can_attend_long, is_whole_chunk
+from freres_cli.backbones.shared_prefix import Shared, attend_shared
 from freres_cli.devices import flash_package
 from freres_cli.errors import ResourceError
 
@@ -112,6 +113,7 @@ def batch_attention(
     attended: list[Tensor] | None = None,
     key_bias: Tensor | None = None,
     is_long: bool = False,
+    shared: Shared | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of a batch without padding: causal if ``is_last_of_keys``, else from every query to every key.
@@ -120,11 +122,15 @@ def batch_attention(
     last q of the kv positions. ``scaling``: factor of the scores, by default 1/sqrt(d). ``kernel``: sdpa, flash or eager.
     ``attended``: gets the weights of the last query, as ``attend_last`` gives them; no others are computed. ``key_bias``:
     of a single query to keys that are not all filled, as ``attend_row`` takes it. ``is_long``: of a long prompt, whose
-    whole chunks have kernels of their own. ``module`` and ``attention_mask`` are part of transformers' interface and not
+    whole chunks have kernels of their own. ``shared``: what the n sequences continue, of which ``key`` and ``value`` are then
+    no part, as ``attend_shared`` takes it. ``module`` and ``attention_mask`` are part of transformers' interface and not
     used. Returns (n, q, heads, d) and None.
     """
     if key_bias is not None:
         return attend_row(query, key, value, scaling, key_bias), None
+    if shared is not None:
+        out = attend_shared(query, key, value, scaling, cast(int, module.layer_idx), shared, kernel)
+        return out.transpose(1, 2).contiguous(), None
     if attended is not None:
         attended.append(attend_last(query, key, scaling))
     if is_long and kernel == "sdpa" and is_whole_chunk(query.shape[2], key.shape[2]) and can_attend_long(query, key):
@@ -164,14 +170,16 @@ def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:
     """The kernel that PyTorch picks, with a mask only where it needs one."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if is_causal and _takes_flash(query, key, value):
-        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention
-        out: Tensor = flash(query, key, value, 0.0, num_queries > 1, False, scale=scaling)[0]
-        return out
+    is_on_cpu = query.device.type == "cpu"
+    if is_causal and not is_on_cpu and takes_flash(query, key, value):
+        # Not what PyTorch picks: from compute capability 9.0 on that is cuDNN's kernel, which prepares each new shape for
+        # 45 ms, and every token of an answer has one.
+        return attend_flash(query, key, value, scaling, num_queries > 1)[0]
     if query.is_cuda and query.shape[1] != key.shape[1] and not _has_grouped_kernel(query):
         # PyTorch would hold all scores: 4 bytes for each pair.
         key, value = (_repeat_heads(tensor, query.shape[1]) for tensor in (key, value))
-    if is_causal and LEAST_ROWS_IN_PARTS <= num_queries < num_keys and _takes_flash_on_cpu(query, key, value):
+    is_late = is_causal and LEAST_ROWS_IN_PARTS <= num_queries < num_keys
+    if is_late and is_on_cpu and takes_flash(query, key, value):
         return _attend_parts(query, key, value, scaling)
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if not is_causal or num_queries in (1, num_keys):
@@ -186,36 +194,15 @@ def _has_grouped_kernel(query: Tensor) -> bool:
     return query.dtype.itemsize == 2 and not is_old
 
 
-def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether to call PyTorch's flash kernel, whose causal mask is aligned to the last key, without asking PyTorch.
-
-    From compute capability 9.0 on PyTorch picks cuDNN's, which prepares each new shape for 45 ms; every token of an answer
-    has one.
-    """
-    if not query.is_cuda or query.dtype.itemsize != 2 or query.shape[-1] % 8 or torch.is_grad_enabled():
-        return False
-    is_grouped = query.shape[1] != key.shape[1]
-    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped))
-
-
-def _takes_flash_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch would run its flash kernel for CPUs, which can say what its scores add up to."""
-    if query.device.type != "cpu" or torch.is_grad_enabled():
-        return False
-    choice = torch._fused_sdp_choice(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
-    return choice == SDPBackend.FLASH_ATTENTION.value
-
-
 def _attend_parts(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Causal attention of the last q of kv rows on the CPU: among themselves, and to all before them, put together.
 
     Ours, because PyTorch's kernel aligns a causal mask to the first key. With a mask of its own it would hold 4 bytes for
     each pair, and compute those that are hidden.
     """
-    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     num_before = key.shape[2] - query.shape[2]
-    own, sums = flash(query, key[:, :, num_before:], value[:, :, num_before:], 0.0, True, scale=scaling)
-    part, part_sums = flash(query, key[:, :, :num_before], value[:, :, :num_before], 0.0, False, scale=scaling)
+    own, sums = attend_flash(query, key[:, :, num_before:], value[:, :, num_before:], scaling, True)
+    part, part_sums = attend_flash(query, key[:, :, :num_before], value[:, :, :num_before], scaling, False)
     whole = own.float() if own.dtype.itemsize == 2 else own
     Written.blend(whole, sums, part, part_sums)
     return whole.to(own.dtype)

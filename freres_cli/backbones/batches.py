@@ -1,11 +1,12 @@
-"""Run several questions about one prefilled video at once. Each continues a copy of the prefix.
+"""Run several questions about one prefilled video at once.
 
 Questions of different lengths are padded on the left, between the video and the question; the padding is hidden from
 attention and takes up no positions. A recurrent state cannot skip masked tokens, so families that keep one (their cache
 cannot be cropped) run questions of one length at a time instead. Either way, the answers are those of one question at a
 time; in float32, logits change by about 1e-5.
 
-The cache of n questions takes n times the memory of the prefix. The caller chooses n.
+All continue one copy of the video, as ``shared_prefix`` has it. Of families with a recurrent state, the cache of n questions
+takes n times the memory of the prefix. The caller chooses n.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from torch.nn.functional import pad
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
 from freres_cli.backbones.engine import VideoPrefix, check_context, check_scores, lend_cache, memory_of
+from freres_cli.backbones.shared_prefix import SharedCache, can_share, share
 from freres_cli.errors import BackboneError
 
 Ids = Sequence[int]
+TEXTS_TOGETHER = 64  # options that continue a shared video at once, of which each has only its own rows
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Branches:
     def pick(self, rows: Sequence[int]) -> Branches:
         """A copy of these rows, which may repeat."""
         index = torch.tensor(rows, device=self.is_token.device)
+        if isinstance(self.cache, SharedCache):
+            return Branches(self.cache.pick(index), self.is_token[index])
         if getattr(self.cache, "is_croppable", True):
             # Picking puts new keys and values in the place of the old ones: to copy those first would only take memory.
             cache = copy.copy(self.cache)
@@ -46,6 +51,11 @@ class Branches:
             cache = copy.deepcopy(self.cache)
         cache.reorder_cache(index)
         return Branches(cache, self.is_token[index])
+
+
+def copies_video(prefix: VideoPrefix) -> bool:
+    """Whether each question takes a copy of the video's cache."""
+    return not can_share(prefix.cache)
 
 
 @torch.no_grad()
@@ -74,8 +84,9 @@ def score_options_batch(
                     scores[i][j] = first[row, option[0]]
                     later += [(row, i, j)] if len(option) > 1 else []
             lengths = [len(options[i][j]) for _, i, j in later]
-            # Each option continues a copy of the video's cache, and no more copies fit than there are questions.
-            for part in _parts(_groups(trunk, lengths), len(suffixes)):
+            # Where each option continues a copy of the video's cache, no more copies fit than there are questions.
+            most = TEXTS_TOGETHER if isinstance(trunk.cache, SharedCache) else len(suffixes)
+            for part in _parts(_groups(trunk, lengths), most):
                 chosen = [later[place] for place in part]
                 twigs = branches.pick([row for row, _, _ in chosen])
                 texts = [
@@ -139,6 +150,7 @@ def _lend(model: LanguageModel, prefix: VideoPrefix, num_tokens: Sequence[int]) 
     longest = prefix.num_tokens + max(num_tokens, default=0)
     check_context(model, longest, prefix.next_position, prefix.num_tokens)
     with lend_cache(prefix) as cache:
+        cache = share(cache) if can_share(cache) else cache
         yield Branches(cache, torch.ones(1, prefix.num_tokens, dtype=torch.bool, device=model.device))
 
 

@@ -29,8 +29,7 @@ from freres_cli.devices import memory_errors_as, synchronize
 from freres_cli.errors import BackboneError, ContextError, UsageError, count_of
 from freres_cli.records import VideoTokens
 
-# Rows per forward pass of a prefill: enough to keep the device busy, and more where their activations are small, because
-# later chunks are attended with a mask, which costs twice the time on a CPU.
+# Rows per forward pass of a prefill: enough to keep the device busy, and more where their activations are small.
 PREFILL_CHUNK_TOKENS = 2048
 PREFILL_CHUNK_BYTES = 256 << 20
 

@@ -36,6 +36,7 @@ from freres_cli.backbones.pruning import only_layers
 from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.row_parts import use_row_parts
+from freres_cli.backbones.shared_prefix import Shared, SharedCache
 from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_widest_row, has_experts
 from freres_cli.backbones.templates import render_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
@@ -365,6 +366,10 @@ class DecoderLanguageModel(ABC):
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Run the text rows of several sequences at once. See ``base.LanguageModel``."""
+        of_attention: dict[str, Any] = {}
+        if isinstance(cache, SharedCache):
+            is_own = None if mask is None else mask[:, cache.num_video_rows :]
+            of_attention, mask = {"shared": Shared(cache, is_own)}, None
         with nullcontext() if mask is None else attention_for_padding(self.decoder):
             out = self.decoder(
                 inputs_embeds=embeds[..., : self.width],
@@ -372,6 +377,7 @@ class DecoderLanguageModel(ABC):
                 attention_mask=mask,
                 use_cache=True,
                 **{CACHE_ARGUMENT: cache},
+                **of_attention,
             )
         hidden: Tensor = out.last_hidden_state
         return hidden

@@ -43,6 +43,7 @@ from freres_cli.cli.benchmark_levers import measure_levers
 from freres_cli.cli.benchmark_lines import measure_lines
 from freres_cli.cli.benchmark_peers import measure_peers
 from freres_cli.cli.benchmark_quantized import measure_quantized
+from freres_cli.cli.benchmark_questions import measure_questions
 from freres_cli.cli.benchmark_resize import measure_resize
 from freres_cli.cli.benchmark_startup import measure_startup
 from freres_cli.cli.benchmark_still import measure_still
@@ -57,8 +58,6 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.planning import method_settings
-from freres_cli.pipeline.query import Query
-from freres_cli.pipeline.session import Session
 from freres_cli.presets import load_settings
 from freres_cli.records import FrameSize
 from freres_cli.video.decode import decode_frames
@@ -284,38 +283,6 @@ def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, An
         **{f"{name}_s": summarize_runs(values) for name, values in walls.items()},
         "one_command_over_a_command_each": summarize_runs(ratios),
         "load_s": {name: summarize_runs(values) for name, values in loads.items()},
-    }
-
-
-def measure_questions(folder: Path, repeat: int = 5) -> dict[str, Any]:
-    """Time 32 questions about one bundle, answered together, against one at a time, in turn."""
-    (folder / "asked").mkdir()
-    made = make_set(folder / "asked", "test", 8)
-    bundle = Compressor(method=METHOD, budget_tokens=322, device="cpu").compress(folder / "asked" / made[0].file)
-    session = bundle.open(device="cpu")
-    questions = [question for clip in made for question in clip.questions]
-    kinds = {
-        "choices": [Query(question.question, question.choices) for question in questions],
-        "free_8_tokens": [Query(question.question) for question in questions],
-    }
-    measured = {name: _time_queries(session, queries, repeat) for name, queries in kinds.items()}
-    return {"visual_tokens": bundle.num_visual_tokens, "warmup": 1, "runs": repeat, **measured}
-
-
-def _time_queries(session: Session, queries: list[Query], repeat: int) -> dict[str, Any]:
-    def ask_alone() -> None:
-        for query in queries:
-            session.ask(query.question, choices=query.choices, max_new_tokens=8)
-
-    def ask_together() -> None:
-        session.ask_many(queries, max_new_tokens=8)
-
-    runs = [(time_runs(ask_alone, 1)[0], time_runs(ask_together, 1)[0]) for _ in range(repeat + 1)][1:]
-    return {
-        "num_questions": len(queries),
-        "one_at_a_time_s": summarize_runs([alone for alone, _ in runs]),
-        "together_s": summarize_runs([together for _, together in runs]),
-        "together_over_one_at_a_time": summarize_runs([together / alone for alone, together in runs]),
     }
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from freres_cli.backbones.base import LanguageModel
-from freres_cli.backbones.batches import answer_batch, score_options_batch
 from freres_cli.backbones.engine import VideoPrefix, check_scores, prefill_video, score_options
 from freres_cli.backbones.evidence import Evidence, find_evidence, find_places, why_no_evidence
 from freres_cli.backbones.generation import Sampling, generate
@@ -31,8 +30,8 @@ from freres_cli.pipeline.refining import REFINER, AskedFacts, check_refine, desc
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
 from freres_cli.records import Answer, VideoTokens
 
-# Limits on questions answered together: each has its own copy of the video's cache.
-MAX_BATCH = 16
+# Limits on questions answered together: each has rows of its own in the cache, and of some families a copy of the video's.
+MAX_BATCH = 32
 MAX_BATCH_BYTES = 2**30
 
 _fits = memory_errors_as(
@@ -259,19 +258,25 @@ class Session:
             mine = [place for place, query in enumerate(queries) if bool(query.choices) == with_choices]
             while mine:
                 with self.model.lock:
-                    part = mine[: self._batch_size(queries[mine[0]])]
+                    part = mine[: self._batch_size(queries[mine[0]], 0 if with_choices else max_new_tokens)]
                     batch = [queries[place] for place in part]
                     made = self._choose_batch(batch) if with_choices else self._answer_batch(batch, max_new_tokens)
                 for place, answer in zip(part, made, strict=True):
                     yield place, replace(answer, notes=(*answer.notes, *told))
                 mine = mine[len(part) :]
 
-    def _batch_size(self, query: Query) -> int:
-        prefix, _ = self._prompt(query)
-        each = max(1, prefix.num_tokens * self.model.kv_bytes_per_token)
-        return max(1, min(MAX_BATCH, MAX_BATCH_BYTES // each))
+    def _batch_size(self, query: Query, max_new_tokens: int) -> int:
+        """How many questions are answered together, if all are about as long as ``query``."""
+        # It imports transformers, which whoever only reads tokens does without.
+        from freres_cli.backbones.batches import copies_video
+
+        prefix, suffix = self._prompt(query)
+        num_own = len(suffix) + max_new_tokens + (prefix.num_tokens if copies_video(prefix) else 0)
+        return max(1, min(MAX_BATCH, MAX_BATCH_BYTES // max(1, num_own * self.model.kv_bytes_per_token)))
 
     def _choose_batch(self, queries: Sequence[Query]) -> list[Answer]:
+        from freres_cli.backbones.batches import score_options_batch
+
         encoded = [self._encode_choices(query) for query in queries]
         found: dict[int, Answer] = {}
         for prefix, mine in _by_prefix([prefix for prefix, _, _ in encoded]):
@@ -282,6 +287,8 @@ class Session:
         return [found[place] for place in range(len(queries))]
 
     def _answer_batch(self, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        from freres_cli.backbones.batches import answer_batch
+
         prompts = [self._prompt(query) for query in queries]
         found: dict[int, Answer] = {}
         for prefix, mine in _by_prefix([prefix for prefix, _ in prompts]):
