@@ -47,7 +47,7 @@ def test_the_result_does_not_depend_on_batches(batch, monkeypatch):
     assert_equal(compress(clip, 17), compress(clip, 17, batch=batch))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_cutting_equals_compressing_anew_bit_for_bit(dtype):
     clip = walk(16, 3, 4).to(dtype)
     budgets = (192, 150, 97, 40, 12, 5, 1)
@@ -110,7 +110,7 @@ def test_quality_is_kept_with_the_fewest_tokens(quality):
     assert_equal(cut_stretches(whole, len(stretches)), stretches)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_asking_for_the_quality_of_a_bundle_gives_that_bundle(seed):
     clip = walk(16, 3, 4, seed)
     whole = compress(clip, 10**6)

@@ -52,7 +52,8 @@ def test_every_budget_is_met_in_raster_order(name, grid, kind):
     elif kind != "random":
         latents = latents[:1].repeat(grid[0], 1, 1, 1) * (kind == "still")
     full = math.prod(grid)
-    for budget in range(1, full + 2):
+    # All budgets of random clips, and every third of the others: some methods take 0.1 s for each.
+    for budget in sorted({*range(1, full + 2, 1 if kind == "random" else 3), full, full + 1}):
         tokens = compress(name, latents, budget, 3)
         places = tokens.positions.tolist()
         assert len(tokens) == min(budget, full) and places == sorted(places) and tokens.grid == grid

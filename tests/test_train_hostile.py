@@ -94,6 +94,7 @@ def test_what_the_model_reads_as_a_command_is_refused(folder, tmp_path):
             train(data, tmp_path / "a.safetensors")
 
 
+@pytest.mark.slow
 def test_one_clip_under_two_names_is_one_video(folder, tmp_path):
     """Otherwise it could be both trained on and held out. Unused keys may hold anything."""
     rows = rows_of(folder)

@@ -41,7 +41,11 @@ def _ffprobe_times(path: Path) -> list[float]:
     return [float(f["best_effort_timestamp_time"]) for f in frames if "best_effort_timestamp_time" in f]
 
 
-@pytest.mark.parametrize("name", _names())
+# The longest by far takes as long as all others.
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "screen.mp4" else ()) for name in _names()]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_frame_is_given_with_its_time(name):
     path = FOLDER / name
     info = probe_video(path)
@@ -58,7 +62,7 @@ def test_every_frame_is_given_with_its_time(name):
         assert times == pytest.approx(_ffprobe_times(path), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", _names())
+@pytest.mark.parametrize("name", NAMES)
 def test_sampled_frames_are_those_on_screen(name):
     path = FOLDER / name
     info = probe_video(path)
