@@ -66,10 +66,17 @@ def test_the_cost_of_many_clips_is_the_measured_one() -> None:
 
 def test_the_cost_of_many_questions_is_the_measured_one() -> None:
     questions = json.loads((RESULTS / "pipeline.json").read_text())["questions"]
-    with_options, free = (
-        questions[kind]["together_over_one_at_a_time"]["median"] for kind in ("choices", "free_8_tokens")
-    )
+
+    def ratios(size: str, over: str) -> list[float]:
+        return [questions[kind + size][f"together_over_{over}"]["median"] for kind in ("choices", "free_8_tokens")]
+
+    with_options, free = ratios("", "one_at_a_time")
     assert f"| {with_options:.2f}x with options, {free:.2f}x for free answers of 8 tokens |" in README
+    with_options, free = ratios("_long", "one_at_a_time")
+    assert f"| {with_options:.2f}x, {free:.2f}x |" in README
+    with_options, free = ratios("_long", "of_copies")
+    shared, copied = (questions["choices_long"][f"{way}_s"]["median"] for way in ("together", "of_copies"))
+    assert f"| {with_options:.2f}x ({shared:.1f} s, {copied:.1f} s), {free:.2f}x |" in README
 
 
 def test_verbs_and_flags_exist() -> None:
