@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from freres_cli import devices
 from freres_cli.backbones import attention
@@ -28,6 +27,7 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import choose_device, fit_attention
 from freres_cli.errors import ResourceError, UsageError
 from freres_cli.world.clip import make_clip
+from tests.largest_made import LargestMade
 from tests.runner import check_failure, run_freres
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, make_qwen2_vl, open_checkpoint, video_tokens
@@ -309,18 +309,6 @@ def test_uneven_segments_are_looked_up_once_for_all_layers(monkeypatch):
             part = (tensor[:, :, low:high] for tensor in (query, key, value))
             torch.testing.assert_close(got[:, low:high].transpose(1, 2), scaled_dot_product_attention(*part))
     assert counts == [4, 3]
-
-
-class LargestMade(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor has that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, tuple) else (out,)
-        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))])
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

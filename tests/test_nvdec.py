@@ -5,7 +5,9 @@ Without a GPU, a stand-in gives pictures as NVDEC does: those of the CPU's decod
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,12 +16,15 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
 from freres_cli.errors import ResourceError, UsageError
+from freres_cli.pipeline.checkpoints import _digest
 from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.records import FrameSize
 from freres_cli.video import decode as decoding
 from freres_cli.video import nvdec
 from freres_cli.video.decode import decode_frames
-from freres_cli.video.nvdec import REFUSED, UNNOTICED
+from freres_cli.video.ending import UNNOTICED, tells_damage
+from freres_cli.video.nvdec import REFUSED
 from freres_cli.video.opening import open_video
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
@@ -83,7 +88,6 @@ KINDS = {
     "h264": {},
     "full range": {"pix_fmt": "yuvj420p", "color_range": 2},
     "hevc": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},
-    "mpeg4": {"codec": "mpeg4"},
 }
 
 
@@ -132,13 +136,52 @@ def test_samples_are_moved_and_not_changed_and_keep_their_tags(planar, largest, 
 def test_damage_that_is_noticed_is_treated_as_on_the_cpu(tmp_path, gpu, numbers):
     path = clips.write_clip(tmp_path / "clip.mp4", options=clips.X264_P_FRAMES)
     check_same(clips.blank_payloads(path, numbers))
+    assert gpu == ["GPU 0"], "what is read again is read on the CPU"
 
 
 def test_a_video_that_the_gpu_refuses_is_decoded_on_the_cpu_and_told(tmp_path, gpu, monkeypatch):
     monkeypatch.setattr(decoding, "take_decoded", nvdec.take_decoded)
     path = clips.write_clip(tmp_path / "clip.mp4", options={**clips.X264_B_FRAMES, "g": "8"})
     check_same(path, (REFUSED,))
+    assert gpu == ["GPU 0"]
     check_same(path, (REFUSED,), sampling=Sampling("native", start_s=1.4))
+
+
+def stream_with(codec="h264", name=nvdec.KIND, width=64, is_hwaccel=True):
+    context = SimpleNamespace(
+        codec=SimpleNamespace(canonical_name=codec),
+        format=SimpleNamespace(name=name),
+        width=width,
+        height=48,
+        is_hwaccel=is_hwaccel,
+    )
+    return SimpleNamespace(codec_context=context)
+
+
+@pytest.mark.parametrize(
+    ("stream", "first", "is_taken"),
+    [
+        (stream_with(), av.VideoFrame(64, 48, "nv12"), True),
+        (stream_with(), av.VideoFrame(64, 48, "yuv444p"), True),
+        (stream_with("mpeg4"), av.VideoFrame(64, 48, "nv12"), False),
+        (stream_with(name="yuv420p"), av.VideoFrame(64, 48, "yuv420p"), False),
+        (stream_with(is_hwaccel=False), av.VideoFrame(64, 48, "nv12"), False),
+        (stream_with(), av.VideoFrame(64, 48, "p016le"), False),
+        (stream_with(width=60), av.VideoFrame(64, 48, "nv12"), False),
+        (stream_with(), None, False),
+    ],
+    ids=["8 bits", "4:4:4", "inexact codec", "refused", "no decoder", "other samples", "cropped", "damaged"],
+)
+def test_only_what_equals_the_cpu_is_taken(stream, first, is_taken):
+    later = av.VideoFrame(64, 48, "nv12")
+    later.time_base = Fraction(1, 24)
+    if first is not None:
+        first.time_base = Fraction(1, 24)
+    taken = nvdec.take_decoded(stream, iter([first, later, None]))
+    assert (taken is not None) == is_taken
+    if taken is not None:
+        formats = [frame and frame.format.name for frame in taken]
+        assert formats == ["yuv444p" if first.format.name == "yuv444p" else "yuv420p", "yuv420p", None]
 
 
 def test_what_was_decoded_is_in_the_bundle_and_the_bundle_is_else_the_same(tmp_path, gpu):
@@ -157,6 +200,13 @@ def test_without_a_gpu_it_is_an_error(tmp_path):
     check_failure(result, 6, "cannot decode on GPU 0")
     assert "decode on the CPU" in result.err
     assert not list(tmp_path.glob("*x.pt*"))
+    # Of many videos, one line: not one for each.
+    for verb in ("compress", "batch"):
+        result = run_freres(verb, str(path), str(path), "--decode", "gpu", "-o", str(tmp_path / verb))
+        assert result.status == 6 and len(result.errors) == 1 and "cannot decode on GPU 0" in result.errors[0], (
+            result.err
+        )
+        assert not list((tmp_path / verb).glob("*.pt"))
 
 
 def test_other_names_and_strictness_are_refused():
@@ -166,8 +216,26 @@ def test_other_names_and_strictness_are_refused():
         Compressor(decode="gpu", strict=True)
 
 
+def test_the_gpu_of_the_model_decodes_or_else_the_first():
+    options = Compressor(decode="gpu").options
+    assert options.decoding_gpu == 0 and Compressor().options.decoding_gpu is None
+    there = replace(options.model, device=replace(options.model.device, name="cuda:3"))
+    assert replace(options, model=there).decoding_gpu == 3
+
+
+def test_a_bundle_or_a_state_of_the_gpu_is_not_taken_for_a_strict_one(tmp_path, gpu):
+    path = clips.write_clip(tmp_path / "clip.mp4")
+    compressor = Compressor(budget_tokens=64, decode="gpu")
+    bundle = compressor.compress(path)
+    assert tells_damage(bundle.notes)
+    source, encoder = VideoSource(path), compressor.models.encoder
+    plan = compressor.plan(path)
+    digests = {_digest(source, options, plan, encoder) for options in (compressor.options, Compressor().options)}
+    assert len(digests) == 2
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpeg4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_real_gpu_gives_the_frames_of_the_cpu(tmp_path, kind):
     try:
         nvdec.choose_gpu(GPU)

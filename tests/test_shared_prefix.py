@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import Cache
 
 from freres_cli.backbones import batches, engine, shared_prefix
@@ -15,6 +14,7 @@ from freres_cli.backbones.cache import ReservedLayer
 from freres_cli.backbones.shared_prefix import Shared, attend_shared, can_share, share
 from freres_cli.pipeline import session as session_module
 from freres_cli.pipeline.query import Query
+from tests.largest_made import LargestMade
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
@@ -33,24 +33,31 @@ def cache_of_video(dtype):
     return Cache(layers=[layer])
 
 
+def padding(num_own, num_pads, is_first):
+    """Where rows are tokens: after the padding that a text begins with; in a later pass there is also some in the middle."""
+    is_token = torch.arange(num_own) >= torch.tensor(num_pads)[:, None]
+    if not is_first:
+        is_token[1, num_own // 2 : num_own // 2 + 2] = False
+    return is_token
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_pads", [None, (0, 4, 2)], ids=["no padding", "padding"])
+@pytest.mark.parametrize("num_pads", [(0, 0, 0), (0, 4, 2)], ids=["no padding", "padding"])
+@pytest.mark.parametrize(("num_own", "num_queries"), [(9, 9), (9, 4), (300, 300), (300, 270)])
 @torch.no_grad()
-def test_both_parts_are_the_attention_to_all_rows(monkeypatch, kernel, dtype, num_pads):
-    monkeypatch.setattr(shared_prefix, "SCORE_BYTES", 4 * HEADS * NUM_VIDEO * 5)  # several parts of the written-out one
-    cache = share(cache_of_video(dtype))
-    num_own, num_queries = 9, 7
+def test_both_parts_are_the_attention_to_all_rows(monkeypatch, kernel, dtype, num_pads, num_own, num_queries):
+    monkeypatch.setattr(shared_prefix, "SCORE_BYTES", 4 * HEADS * NUM_VIDEO * 5)  # several parts of what is written out
+    cache, is_first = share(cache_of_video(dtype)), num_queries == num_own
     key, value = (draw(NUM_TEXTS, KV_HEADS, num_own, WIDTH, seed=seed, dtype=dtype) for seed in (3, 4))
     query = draw(NUM_TEXTS, HEADS, num_queries, WIDTH, seed=5, dtype=dtype)
-    is_token = None
-    if num_pads is not None:
-        is_token = torch.arange(num_own) >= torch.tensor(num_pads)[:, None]
-    out = attend_shared(query, key, value, 0.3, 0, Shared(cache, is_token), kernel)
+    is_token = padding(num_own, num_pads, is_first) if any(num_pads) else None
+    shared = Shared(cache, is_token, num_pads if is_first else None)
+    with LargestMade() as made:
+        out = attend_shared(query, key, value, 0.3, 0, shared, kernel)
     video = cache.parts[0].read_video(dtype)
     keys, values = (
-        torch.cat([shared.expand(NUM_TEXTS, -1, -1, -1), own], 2)
-        for shared, own in zip(video, (key, value), strict=True)
+        torch.cat([rows.expand(NUM_TEXTS, -1, -1, -1), own], 2) for rows, own in zip(video, (key, value), strict=True)
     )
     seen = torch.ones(num_queries, NUM_VIDEO + num_own, dtype=torch.bool).tril(NUM_VIDEO + num_own - num_queries)
     seen = seen[None, None].expand(NUM_TEXTS, 1, -1, -1).clone()
@@ -60,20 +67,9 @@ def test_both_parts_are_the_attention_to_all_rows(monkeypatch, kernel, dtype, nu
         query.double(), keys.double(), values.double(), attn_mask=seen, scale=0.3, enable_gqa=True
     )
     assert out.dtype == dtype
-    assert (out - whole).abs().max() < {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
-
-
-class LargestMade(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor has that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, tuple | list) else (out,)
-        made = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
-        self.numel = max([self.numel, *(tensor.numel() for tensor in made)])
-        return out
+    assert (out - whole).abs().max() < {torch.float32: 4e-6, torch.bfloat16: 2**-7}[dtype]
+    # Neither the scores of a long text nor those of the video are there at once.
+    assert made.numel <= max(query.numel(), keys.numel(), shared_prefix.SCORE_BYTES // 4)
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +119,45 @@ def test_a_layer_that_is_no_list_of_rows_is_not_shared(video):
     assert not can_share(cache)
 
 
-def test_how_many_are_asked_together_does_not_depend_on_the_video(bundle, monkeypatch):
-    session = session_module.open_session(session_module.AskRequest(bundle, CPU))
+LONG = "word " * 40
+
+
+@pytest.fixture
+def session(bundle):
+    return session_module.open_session(session_module.AskRequest(bundle, CPU))
+
+
+def bound_rows(session, monkeypatch, num_rows):
+    monkeypatch.setattr(session_module, "MAX_BATCH_BYTES", num_rows * session.model.kv_bytes_per_token)
+    assert len(session.tokens) > num_rows
+
+
+def test_how_many_are_asked_together_does_not_depend_on_the_video(session, monkeypatch):
     queries = [Query(f"What is {n}?") for n in range(7)]
     _, suffix = session._prompt(queries[0])
-    own_bytes = (len(suffix) + 4) * session.model.kv_bytes_per_token
-    monkeypatch.setattr(session_module, "MAX_BATCH_BYTES", 3 * own_bytes)
-    assert len(session.tokens) * session.model.kv_bytes_per_token > 3 * own_bytes
+    bound_rows(session, monkeypatch, 3 * (len(suffix) + 4))
     sizes, answer = [], batches.answer_batch
     monkeypatch.setattr(batches, "answer_batch", lambda *args: sizes.append(len(args[2])) or answer(*args))
     together = session.ask_many(queries, max_new_tokens=4)
     assert sizes == [3, 3, 1]
     assert [one.text for one in together] == [session.ask(query.question, max_new_tokens=4).text for query in queries]
+
+
+@pytest.mark.parametrize("choices", [(), ("left", "right and up", "nowhere at all, I think", "up")])
+def test_rows_of_questions_and_options_are_bounded_in_any_order(session, monkeypatch, choices):
+    queries = [Query(text, choices) for text in ("Why?", LONG, "Who?", "What?", LONG, "Where?", "When?", "How?")]
+    num_rows = 2 * len(session.model.prompt(LONG).suffix) + 40
+    bound_rows(session, monkeypatch, num_rows)
+    most, run = [], type(session.model).decode_batch
+
+    def watch(model, embeds, positions, mask, cache):
+        out = run(model, embeds, positions, mask, cache)
+        most.append(len(embeds) * (cache.get_seq_length() - cache.num_video_rows))
+        return out
+
+    monkeypatch.setattr(type(session.model), "decode_batch", watch)
+    together = session.ask_many(queries, max_new_tokens=4)
+    assert 0 < max(most) <= num_rows
+    for query, answer in zip(queries, together, strict=True):
+        alone = session.ask(query.question, choices=choices, max_new_tokens=4)
+        assert answer.text == alone.text and answer.choices == pytest.approx(alone.choices, abs=1e-4)

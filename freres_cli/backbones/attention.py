@@ -36,7 +36,7 @@ WHOLE_FRAMES = "freres_whole_frames"
 CAUSAL_NO_MASK = "freres_causal_no_mask"
 
 # From so many rows on, a chunk of a prompt on the CPU is attended to in two parts (ours: the mask of fewer is small).
-LEAST_ROWS_IN_PARTS = 512
+LEAST_ROWS_IN_PARTS = 64
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 

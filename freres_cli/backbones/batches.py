@@ -27,7 +27,7 @@ from freres_cli.backbones.shared_prefix import SharedCache, can_share, share
 from freres_cli.errors import BackboneError
 
 Ids = Sequence[int]
-TEXTS_TOGETHER = 64  # options that continue a shared video at once, of which each has only its own rows
+MAX_ROWS = 1 << 14  # ours
 
 
 @dataclass
@@ -60,13 +60,18 @@ def copies_video(prefix: VideoPrefix) -> bool:
 
 @torch.no_grad()
 def score_options_batch(
-    model: LanguageModel, prefix: VideoPrefix, suffixes: Sequence[Ids], options: Sequence[Sequence[Ids]]
+    model: LanguageModel,
+    prefix: VideoPrefix,
+    suffixes: Sequence[Ids],
+    options: Sequence[Sequence[Ids]],
+    max_rows: int = MAX_ROWS,
 ) -> list[Tensor]:
     """``engine.score_options`` for several questions: the log-likelihoods of each one's own options, (n,) float32.
 
     ``model`` and ``prefix`` are the language model and the video it has prefilled. ``suffixes``: the token ids after the
-    video, for each question. ``options``: the token ids of the options of each question. Raises BackboneError if an
-    option has no tokens or a prompt exceeds the model's context.
+    video, for each question. ``options``: the token ids of the options of each question. ``max_rows``: of questions and
+    options, that are held at once beside those of a shared video. Raises BackboneError if an option has no tokens or a
+    prompt exceeds the model's context.
     """
     if len(suffixes) != len(options) or not all(own and all(own) for own in options):
         raise BackboneError("options: expected at least one option for each question, with at least one token each")
@@ -85,7 +90,8 @@ def score_options_batch(
                     later += [(row, i, j)] if len(option) > 1 else []
             lengths = [len(options[i][j]) for _, i, j in later]
             # Where each option continues a copy of the video's cache, no more copies fit than there are questions.
-            most = TEXTS_TOGETHER if isinstance(trunk.cache, SharedCache) else len(suffixes)
+            own_rows = max(map(len, suffixes)) + max(lengths, default=0)
+            most = max(1, max_rows // own_rows) if isinstance(trunk.cache, SharedCache) else len(suffixes)
             for part in _parts(_groups(trunk, lengths), most):
                 chosen = [later[place] for place in part]
                 twigs = branches.pick([row for row, _, _ in chosen])

@@ -366,20 +366,16 @@ class DecoderLanguageModel(ABC):
 
     def decode_batch(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Run the text rows of several sequences at once. See ``base.LanguageModel``."""
-        of_attention: dict[str, Any] = {}
-        if isinstance(cache, SharedCache):
-            is_own = None if mask is None else mask[:, cache.num_video_rows :]
-            of_attention, mask = {"shared": Shared(cache, is_own)}, None
-        with nullcontext() if mask is None else attention_for_padding(self.decoder):
-            out = self.decoder(
+        shared = {"shared": Shared.of(cache, mask, len(embeds))} if isinstance(cache, SharedCache) else {}
+        with nullcontext() if shared or mask is None else attention_for_padding(self.decoder):
+            hidden: Tensor = self.decoder(
                 inputs_embeds=embeds[..., : self.width],
                 position_ids=positions if self.num_axes > 1 else positions[0],
-                attention_mask=mask,
+                attention_mask=None if shared else mask,
                 use_cache=True,
                 **{CACHE_ARGUMENT: cache},
-                **of_attention,
-            )
-        hidden: Tensor = out.last_hidden_state
+                **shared,
+            ).last_hidden_state
         return hidden
 
     @property

@@ -17,10 +17,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from freres_cli.backbones.cache import ReservedLayer
 from freres_cli.backbones.flash import attend_flash, takes_flash
+from freres_cli.backbones.fused import Written
 from freres_cli.backbones.quantized_cache import QuantizedLayer, unpack_rows
 
-# Scores that are held at a time where no kernel of PyTorch can be used (ours).
+# Scores that are held at a time where no kernel of PyTorch is used (ours), and rows of a text from which on one is: of fewer,
+# all texts are faster in one product.
 SCORE_BYTES = 256 << 20
+LEAST_ROWS_OF_KERNEL = 256
+FLOAT32 = 4
 
 
 class _OwnRows(CacheLayerMixin):
@@ -100,10 +104,21 @@ def _empty_like(layer: ReservedLayer) -> ReservedLayer:
 @dataclass(frozen=True)
 class Shared:
     """What attention needs to know. ``cache``: of the video and the texts. ``is_token``: (B, s) bool, False where a text's
-    own rows are padding, ``None`` if none are."""
+    own rows are padding, ``None`` if none are. ``num_pads``: how many of them each text begins with, in its first pass, where
+    there is no other padding; else ``None``."""
 
     cache: SharedCache
     is_token: Tensor | None
+    num_pads: tuple[int, ...] | None
+
+    @staticmethod
+    def of(cache: SharedCache, is_token: Tensor | None, num_texts: int) -> Shared:
+        """For a pass of texts. ``is_token``: (B, P + s) bool, with the rows of the video, or ``None``."""
+        own = None if is_token is None else is_token[:, cache.num_video_rows :]
+        if cache.get_seq_length() > cache.num_video_rows:
+            return Shared(cache, own, None)
+        # Read once for all layers: a GPU is waited for.
+        return Shared(cache, own, (0,) * num_texts if own is None else tuple((~own).sum(1).tolist()))
 
 
 def attend_shared(
@@ -120,22 +135,51 @@ def attend_shared(
     # All texts are queries of one sequence, so that keys and values of the video are read once.
     rows = query.transpose(0, 1).reshape(1, num_heads, num_texts * num_queries, width)
     seen, sums = _attend_all(rows, *shared.cache.parts[layer].read_video(query.dtype), factor, kernel)
-    seen = seen.float().view(num_heads, num_texts, num_queries, width).transpose(0, 1)
-    sums = sums.view(num_heads, num_texts, num_queries).transpose(0, 1)
+    seen = seen.float().view(num_heads, num_texts, num_queries, width).transpose(0, 1).contiguous()
+    sums = sums.float().view(num_heads, num_texts, num_queries).transpose(0, 1).contiguous()
+    is_long = num_queries >= LEAST_ROWS_OF_KERNEL and kernel != "eager"
+    if shared.num_pads is not None and is_long and takes_flash(query, key, value):
+        for text, start in enumerate(shared.num_pads):
+            part = slice(text, text + 1), slice(None), slice(start, None)
+            Written.blend(seen[part], sums[part], *attend_flash(query[part], key[part], value[part], factor, True))
+        return seen.to(query.dtype)
+    size = max(1, SCORE_BYTES // (FLOAT32 * num_texts * num_heads * key.shape[2]))
+    for start in range(0, num_queries, size):
+        part = slice(None), slice(None), slice(start, start + size)
+        num_later = num_queries - min(start + size, num_queries)
+        _add_own(seen[part], sums[part], query[part], key, value, factor, num_later, shared.is_token)
+    return seen.to(query.dtype)
+
+
+def _add_own(
+    seen: Tensor,
+    sums: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    factor: float,
+    num_later: int,
+    is_token: Tensor | None,
+) -> None:
+    """Add what queries read of their own rows to what they have ``seen``, with every score written out.
+
+    ``seen``: (B, heads, q, d) float32. ``sums``: (B, heads, q), what the scores of it add up to. ``query``, ``key``,
+    ``value``: as in ``attend_shared``, of ``query`` some. ``factor``: of the scores. ``num_later``: rows after the last
+    query. ``is_token``: as in ``Shared``.
+    """
+    num_texts, num_heads, num_queries, width = query.shape
+    num_keys = key.shape[2]
     groups = query.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, kv_heads, heads of each * q, d)
-    scores = (groups @ key.float().mT * factor).view(num_texts, num_heads, num_queries, -1)
-    scores = scores.masked_fill(_hidden(num_queries, key.shape[2], shared.is_token, query.device), -torch.inf)
+    scores = (groups @ key.float().mT * factor).view(num_texts, num_heads, num_queries, num_keys)
+    places = torch.arange(num_keys, device=query.device)
+    last = places[num_keys - num_later - num_queries : num_keys - num_later, None]
+    hidden = places > last if is_token is None else (places > last) | ~is_token[:, None, None]
+    scores.masked_fill_(hidden, -torch.inf)
     total = torch.logaddexp(sums, scores.logsumexp(-1))
     # A row of padding sees no row of its own: its scores are minus infinity, and the video is all it reads.
-    shares = (scores - total[..., None]).exp().view(num_texts, key.shape[1], -1, key.shape[2])
+    shares = scores.sub_(total[..., None]).exp_().view(num_texts, key.shape[1], -1, num_keys)
     own = (shares @ value.float()).view(num_texts, num_heads, num_queries, width)
-    return (seen * (sums - total).exp()[..., None] + own).to(query.dtype)
-
-
-def _hidden(num_queries: int, num_keys: int, is_token: Tensor | None, device: torch.device) -> Tensor:
-    """Where a query does not look, (B or 1, 1, q, s): at later rows, and at padding."""
-    later = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(num_keys - num_queries + 1)
-    return later[None, None] if is_token is None else later | ~is_token[:, None, None]
+    seen.mul_((sums - total).exp()[..., None]).add_(own)
 
 
 def _attend_all(query: Tensor, key: Tensor, value: Tensor, factor: float, kernel: str) -> tuple[Tensor, Tensor]:
@@ -144,9 +188,10 @@ def _attend_all(query: Tensor, key: Tensor, value: Tensor, factor: float, kernel
     if kernel != "eager" and takes_flash(query, key, value):
         return attend_flash(query, key, value, factor, False)
     groups = query[0].float().unflatten(0, (key.shape[1], -1))  # (kv_heads, heads of each, n, d)
-    parts = []
-    for part in groups.split(max(1, SCORE_BYTES // (4 * query.shape[1] * key.shape[2])), dim=2):
-        scores = part @ key[0, :, None].float().mT * factor
-        parts.append((scores.softmax(-1) @ value[0, :, None].float(), scores.logsumexp(-1)))
+    keys, values, parts = key[0].float().mT, value[0].float(), []
+    for part in groups.split(max(1, SCORE_BYTES // (FLOAT32 * query.shape[1] * key.shape[2])), dim=2):
+        scores = part.flatten(1, 2) @ keys * factor  # the heads of a group are rows of one product
+        sums = scores.logsumexp(-1).unflatten(1, part.shape[1:3])
+        parts.append(((scores.softmax(-1) @ values).unflatten(1, part.shape[1:3]), sums))
     out, sums = (torch.cat(found, dim=2).flatten(0, 1)[None] for found in zip(*parts, strict=True))
     return out, sums

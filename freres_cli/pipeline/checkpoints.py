@@ -148,7 +148,7 @@ def _digest(source: VideoSource, options: CompressOptions, plan: CompressPlan, e
         "video": [source.sha256, source.num_bytes],
         "model": [encoder.fingerprint, str(encoder.dtype), encoder.attention, options.model.device.name],
         "settings": {**options.settings.values(), "method": options.method},
-        "window": [options.start_s, options.end_s, options.strict],
+        "window": [options.start_s, options.end_s, options.strict, options.decode],
         "plan": [asdict(plan.sampling), asdict(plan.size), plan.num_frames, count_batch_frames(plan)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -133,12 +133,13 @@ def ask_parts(
     # Of a layer: its input, what the attention added, and the normed rows; then three stages of the MLP at once, and in parts
     # also where their results go.
     mlp = b * ((3 if r == q else 4) * q * decoder.width + 3 * r * decoder.inner)
-    # Queries, keys and values, turned; of a long prompt on a GPU also the two parts of what was read.
-    attention = q * b * (2 * decoder.width + (6 if is_cuda and context > chunk else 4) * decoder.heads_width)
-    # Kernels on a GPU need none.
-    mask = q * context * (1 + b) if context > chunk and not is_cuda else 0
+    # Queries, keys and values, turned; of a later chunk also the two parts of what was read, which a CPU puts together in
+    # float32.
+    attention = q * b * (2 * decoder.width + (6 if context > chunk else 4) * decoder.heads_width)
+    if context > chunk and not is_cuda and b < FLOAT32:
+        attention += 2 * q * FLOAT32 * decoder.heads_width
     moving, reading, what = _layer_bytes(decoder, context, b, storage, is_cuda)
-    passing = max(mlp, attention) + mask + max(moving, reading)
+    passing = max(mlp, attention) + max(moving, reading)
     weights, held = f"{decoder.num_parameters} parameters * {b} bytes", f"L * {decoder.kv_values} numbers * b"
     if storage.kv is not None:
         held = f"L * ({decoder.kv_values} numbers in {storage.kv} + {decoder.kv_heads} scales * b)"

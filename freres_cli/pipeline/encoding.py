@@ -20,7 +20,7 @@ from freres_cli.devices import read_later
 from freres_cli.errors import BackboneError
 from freres_cli.pipeline.ahead import read_ahead
 from freres_cli.pipeline.beside import MOST_BEGUN
-from freres_cli.pipeline.planning import GPU, CompressOptions, CompressPlan
+from freres_cli.pipeline.planning import CompressOptions, CompressPlan
 from freres_cli.records import Frames, FrameSize
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.frames import FrameArray
@@ -99,8 +99,8 @@ class VideoSource:
         size, levels = count_batch_frames(plan), options.settings.still_levels
         if isinstance(self.video, FrameArray):
             return self.video.open(plan.size, size, levels)
-        gpu = torch.device(options.model.device.name).index or 0 if options.decode == GPU else None
-        return decode_frames(self.video, plan.info, plan.sampling, plan.size, size, options.strict, levels, gpu)
+        facts = plan.info, plan.sampling, plan.size, size, options.strict, levels
+        return decode_frames(self.video, *facts, options.decoding_gpu)
 
 
 def count_batch_frames(plan: CompressPlan) -> int:

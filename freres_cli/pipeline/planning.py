@@ -28,7 +28,7 @@ class CompressOptions:
 
     ``model``: its tower encodes the frames. ``method``: a name in ``baselines.registry``. ``start_s``, ``end_s``: the
     part of each video to read, in seconds after its first frame. ``strict``: refuse a video that is damaged anywhere.
-    ``decode``: one of ``DECODERS``, what decodes; the samples are the same.
+    ``decode``: one of ``DECODERS``, what decodes files; the samples are the same.
 
     Raises ``UsageError`` if the settings name a quality and the method has none, for another decoder, and for one that
     cannot be strict.
@@ -55,6 +55,11 @@ class CompressOptions:
                 f"{self.settings.name_of('quality')}: method {self.method} has none: expected method {able}",
                 f"choose method {able}, or name a budget in its place",
             )
+
+    @property
+    def decoding_gpu(self) -> int | None:
+        """The number of the GPU that decodes, if one does: that of the model, or else the first."""
+        return int(self.model.device.name.partition(":")[2] or 0) if self.decode == GPU else None
 
     def check_settings(self) -> None:
         """Refuse settings of Fre-Res that change nothing, because the method is another.

@@ -258,21 +258,32 @@ class Session:
             mine = [place for place, query in enumerate(queries) if bool(query.choices) == with_choices]
             while mine:
                 with self.model.lock:
-                    part = mine[: self._batch_size(queries[mine[0]], 0 if with_choices else max_new_tokens)]
+                    part = self._first_batch(mine, queries, 0 if with_choices else max_new_tokens)
                     batch = [queries[place] for place in part]
                     made = self._choose_batch(batch) if with_choices else self._answer_batch(batch, max_new_tokens)
                 for place, answer in zip(part, made, strict=True):
                     yield place, replace(answer, notes=(*answer.notes, *told))
                 mine = mine[len(part) :]
 
-    def _batch_size(self, query: Query, max_new_tokens: int) -> int:
-        """How many questions are answered together, if all are about as long as ``query``."""
+    def _first_batch(self, places: list[int], queries: Sequence[Query], max_new_tokens: int) -> list[int]:
+        """The first of the questions at ``places``: as many as are answered together, padded to the longest."""
         # It imports transformers, which whoever only reads tokens does without.
         from freres_cli.backbones.batches import copies_video
 
-        prefix, suffix = self._prompt(query)
-        num_own = len(suffix) + max_new_tokens + (prefix.num_tokens if copies_video(prefix) else 0)
-        return max(1, min(MAX_BATCH, MAX_BATCH_BYTES // max(1, num_own * self.model.kv_bytes_per_token)))
+        longest = 0
+        for count, place in enumerate(places, start=1):
+            query = queries[place]
+            prefix, suffix = self._encode_choices(query)[:2] if query.choices else self._prompt(query)
+            longest = max(longest, len(suffix))
+            num_rows = longest + max_new_tokens + (prefix.num_tokens if copies_video(prefix) else 0)
+            if count > MAX_BATCH or (count > 1 and count * num_rows > self._most_rows):
+                return places[: count - 1]
+        return places
+
+    @property
+    def _most_rows(self) -> int:
+        """Rows of the cache that may be held beside the video for questions answered together."""
+        return MAX_BATCH_BYTES // max(1, self.model.kv_bytes_per_token)
 
     def _choose_batch(self, queries: Sequence[Query]) -> list[Answer]:
         from freres_cli.backbones.batches import score_options_batch
@@ -281,7 +292,7 @@ class Session:
         found: dict[int, Answer] = {}
         for prefix, mine in _by_prefix([prefix for prefix, _, _ in encoded]):
             suffixes, options = [encoded[place][1] for place in mine], [encoded[place][2] for place in mine]
-            scores = score_options_batch(self.model, prefix, suffixes, options)
+            scores = score_options_batch(self.model, prefix, suffixes, options, self._most_rows)
             for place, suffix, own in zip(mine, suffixes, scores, strict=True):
                 found[place] = report_choice(queries[place], prefix, suffix, check_scores(own))
         return [found[place] for place in range(len(queries))]

@@ -21,8 +21,8 @@ import torch
 
 from freres_cli.errors import VideoError
 from freres_cli.records import Frames, FrameSize, VideoInfo
-from freres_cli.video.ending import DAMAGED, ENDS_INSIDE, SKIPPED
-from freres_cli.video.nvdec import REFUSED, UNNOTICED, choose_gpu, take_decoded
+from freres_cli.video.ending import DAMAGED, ENDS_INSIDE, SKIPPED, UNNOTICED
+from freres_cli.video.nvdec import REFUSED, choose_gpu, take_decoded
 from freres_cli.video.oddities import OddFrames
 from freres_cli.video.opening import iterate_frames, open_video, video_stream
 from freres_cli.video.packets import PacketTable, read_packet_table
@@ -160,7 +160,7 @@ class Decoder:
         first, _ = sampling_window(self._sampling, self._info.start_s, self._info.duration_s)
         entry = find_entry(table, max(first, self._begin.picture_s)) if self._begin.is_clean else None
         gpu = None if self._gpu is None or threads == "NONE" else choose_gpu(self._gpu)
-        for accelerator, place in product(dict.fromkeys((gpu, None)), (entry, None)):
+        for accelerator, place in product(dict.fromkeys((gpu, None)), dict.fromkeys((entry, None))):
             with open_video(self._path, self._info.num_bytes, accelerator) as container:
                 stream = video_stream(container, self._info.stream_index)
                 stream.thread_type = threads

@@ -9,6 +9,7 @@ from pathlib import Path
 ENDS_INSIDE = "the file ends inside a packet: it was longer, and does not say by how much"
 SKIPPED = "packets skipped because they cannot be decoded"
 DAMAGED = "damaged frames"
+UNNOTICED = "decoded on the GPU, which does not notice all damage inside a picture"
 LOOK_BYTES = 1 << 16  # an Ogg page has at most 65,307 bytes
 TS_SYNC, TS_SIZES, TS_RUN = 0x47, (188, 192, 204), 5
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -103,5 +104,5 @@ def _ends_inside_fragment(path: str, num_bytes: int) -> bool:
 
 
 def tells_damage(notes: Iterable[str]) -> bool:
-    """Whether the notes on a decoded video name damage that --strict would refuse."""
-    return any(note.startswith((ENDS_INSIDE, SKIPPED, DAMAGED)) for note in notes)
+    """Whether the notes on a decoded video name damage that --strict would refuse, or may have left out some."""
+    return any(note.startswith((ENDS_INSIDE, SKIPPED, DAMAGED, UNNOTICED)) for note in notes)

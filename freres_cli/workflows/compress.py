@@ -25,6 +25,7 @@ from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
 from freres_cli.pipeline.compressor import Compressor, Progress
 from freres_cli.pipeline.matching import find_differences
+from freres_cli.video.nvdec import choose_gpu
 from freres_cli.video.opening import hash_file
 
 SUFFIX = ".pt"
@@ -153,9 +154,11 @@ def compress_many(
     ``compressor``: model and settings. ``videos``: each with the name of its bundle, without suffix, relative to
     ``folder``, which is created. ``on_row``: called with each row when it is done. ``progress``: called with the number
     of videos done and the number of all videos. ``tell``: as ``compress_file`` takes it. Raises ``UsageError`` for the
-    folder, ``BackboneError`` if the model cannot be loaded, and ``DiskFullError`` after the row of the first bundle that
-    finds no room.
+    folder, ``BackboneError`` if the model cannot be loaded, ``ResourceError`` if the GPU cannot decode, and
+    ``DiskFullError`` after the row of the first bundle that finds no room.
     """
+    if (gpu := compressor.options.decoding_gpu) is not None:
+        choose_gpu(gpu)  # without it, every video would fail for the same reason
     rows = []
     make_folder(folder)
     for done, (video, name) in enumerate(videos):
