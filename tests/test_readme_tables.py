@@ -95,8 +95,8 @@ def test_levels_1_and_3(marker: str, part: str) -> None:
 
 
 def test_level_2() -> None:
-    own = Part("world", "level_2")
-    for name, *cells in tables_after("**Level 2**: 240")[0][1:]:
+    own = Part("world", "level_2_full")
+    for name, *cells in tables_after("**Level 2, with every token**")[0][1:]:
         means, differences = cells[:3], cells[3:]
         if name == "every token":
             check(means[:1], [own.accuracy("full", None)], name)
@@ -107,12 +107,18 @@ def test_level_2() -> None:
             check(differences, [own.difference("adaptive", minus, budget) for budget in BUDGETS[1:]], name)
 
 
-def test_level_2_on_other_clips() -> None:
-    own = Part("world", "level_2_more")
-    for name, *cells in tables_after("**Level 2, others**")[0][1:]:
-        wanted = [own.accuracy(name, budget) for budget in BUDGETS[2:]]
-        differences = ["", ""] if name == "adaptive" else [own.difference("adaptive", name, b) for b in BUDGETS[2:]]
+def test_level_2_at_a_tenth_and_a_twentieth() -> None:
+    own, budgets = Part("world", "level_2"), BUDGETS[2:]
+    means, categories = tables_after("**Level 2**: 2,000")[:2]
+    for name, *cells in means[1:]:
+        wanted = [own.accuracy(name, budget) for budget in budgets]
+        differences = ["", ""] if name == "adaptive" else [own.difference("adaptive", name, b) for b in budgets]
         check(cells, wanted + differences, name)
+    columns = [(name, float(budget)) for name, budget in (title.split() for title in categories[0][1:])]
+    for title, *cells in categories[1:]:
+        category, count = re.fullmatch(r"(\w+) \((\d+)\)", title).groups()  # type: ignore[union-attr]
+        check(cells, [own.category(*column, category) for column in columns], title)
+        assert own.rows["adaptive", 0.1]["by_category"][category]["num_questions"] == int(count)
 
 
 @pytest.mark.parametrize(

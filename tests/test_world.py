@@ -369,6 +369,6 @@ def test_the_measured_weights_and_adapter_are_those_that_ship():
     assert {row["adapter_sha256"] for row in ours} == {hashlib.sha256(measured).hexdigest()}
     names = ("all_methods", "all_methods_level_3", "ablation")
     level_1, level_3, ablation = (json.loads((results / f"{name}.json").read_text()) for name in names)
-    parts = [world[part] for part in ("methods", "level_2", "level_3", "adapter", "no_adapter")]
+    parts = [world[part] for part in ("methods", "level_2", "level_2_full", "level_3", "adapter", "no_adapter")]
     for part in (*parts, level_1, level_3, ablation["components"], ablation["sweeps"]):
         assert name_weights(part["model"]["projector_sha256"]) == bundled_model_info()["weights"]
