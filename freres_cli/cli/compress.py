@@ -87,7 +87,7 @@ def compress(
     minutes keeps its state in a hidden file beside the bundle: the same command goes on from there if it was killed
     (not with the methods that need the whole clip at once), and the bundle is the same.
 
-    With --decode gpu, an NVIDIA GPU decodes (NVDEC; the GPU of --device, else the first): H.264, HEVC, VP9 and others, as far
+    With --decode gpu, an NVIDIA GPU decodes (NVDEC; the GPU of --device, else the first): H.264, HEVC, VP8 and VP9, as far
     as it takes them. The frames are the same; they are copied to the host and resized there. A note says if a video was
     decoded on the CPU instead. Damage inside a picture is not always noticed, so it does not go with --strict. Where no GPU
     can decode, it is an error.
