@@ -133,9 +133,10 @@ def test_every_method_answers_within_its_budget(folder, method):
         model = make_model(method=own)
         model.task_dict = docs
         counts.append(model.generate_until(requests[:1])[0].token_counts.input_tokens)
-    most = {"full": FRAMES * 36, "blind": 0}.get(method, TOKENS)
+    # What prunes in the decoder has every token in its context.
+    most = {"full": FRAMES * 36, "fastv": FRAMES * 36, "framefusion-prune": FRAMES * 36, "blind": 0}.get(method, TOKENS)
     visual = counts[0] - counts[1]
-    assert visual == most if method in ("full", "blind", "uniform", "adaptive") else 0 < visual <= most
+    assert 0 < visual <= most if method not in ("full", "blind", "uniform", "adaptive") else visual == most
 
 
 def test_a_share_is_of_the_full_tokens(folder):
