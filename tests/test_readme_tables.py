@@ -211,7 +211,8 @@ def test_what_fewer_frames_and_smaller_grids_change(part: str, level: str, name:
 
 def test_costs_of_other_methods() -> None:
     again = {name: row for name, row in cost_rows("peers_again").items() if name not in ("uniform", "adaptive")}
-    rows, longer = cost_rows("peers") | again, cost_rows("peers_1800_again")
+    rows = cost_rows("peers") | again | {"dtd": cost_rows("peers_dtd")["dtd"]}
+    longer = cost_rows("peers_1800_again") | cost_rows("peers_1800_last")
     for name, *cells in tables_after("**What other methods cost**")[0][1:]:
         method, _, shorter = name.partition(" ")
         row = rows[method]
