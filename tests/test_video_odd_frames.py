@@ -12,6 +12,7 @@ import torch
 
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.records import FrameSize
+from freres_cli.video import resizing
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.opening import hash_file
 from freres_cli.video.probe import probe_video
@@ -110,6 +111,31 @@ def test_hlg_and_wide_colours_are_told(tmp_path):
         decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
         list(decoder)
         assert sum(word in note for note in decoder.report.notes) == 1, decoder.report.notes
+
+
+def test_what_resizes_is_used_again_and_keeps_nothing_of_the_clip_before(tmp_path, monkeypatch):
+    made, spare = [], []
+    kind = resizing.VideoReformatter
+    monkeypatch.setattr(resizing, "VideoReformatter", lambda: made.append(kind()) or made[-1])
+    monkeypatch.setattr(resizing, "_SPARE", spare)
+    paths = [
+        clips.write_clip(tmp_path / "plain.mp4", 6),
+        clips.write_clip(tmp_path / "wide.mp4", 6, size=(96, 64), color_range=2, pix_fmt="yuvj420p"),
+        clips.write_size_change(tmp_path / "sizes.h264"),
+    ]
+
+    def pixels(path):
+        return torch.cat([batch.pixels for batch in decode_frames(path, probe_video(path), NATIVE, SMALL)])
+
+    alone = []
+    for path in paths:
+        spare.clear()
+        alone.append(pixels(path))
+    spare.clear()
+    made.clear()
+    for path, wanted in zip([*paths, *reversed(paths)], [*alone, *reversed(alone)], strict=True):
+        assert torch.equal(pixels(path), wanted)
+    assert 0 < len(made) <= resizing.MOST_RESIZE_THREADS and sorted(map(id, spare)) == sorted(map(id, made))
 
 
 def test_plain_clips_have_no_such_notes(tmp_path):

@@ -21,6 +21,8 @@ from freres_cli.video.turn import Turn
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 # Resizing a frame takes up to five times as long as decoding it, and decoding has threads of its own.
 MOST_RESIZE_THREADS = 4
+# Reformatters that no thread uses. One keeps what it has built for frames of one kind, which for HDR takes 3 s.
+_SPARE: list[VideoReformatter] = []
 
 
 class Resizer:
@@ -36,12 +38,14 @@ class Resizer:
         self.most_waiting = 2 * num_threads
         self._pool = ThreadPoolExecutor(num_threads, "resize")
         self._local = threading.local()  # each thread has its own reformatter
+        self._taken: list[VideoReformatter] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        _SPARE.extend(self._taken)
 
     def submit(self, frame: av.VideoFrame) -> Future[np.ndarray]:
         """Return what ``convert`` will return of a frame."""
@@ -57,7 +61,7 @@ class Resizer:
             height, width = width, height
         try:
             if not hasattr(self._local, "reformatter"):
-                self._local.reformatter = VideoReformatter()
+                self._local.reformatter = self._take_reformatter()
             resized = self._local.reformatter.reformat(
                 frame, width, height, "rgb24", interpolation=RESIZE, threads=1, **screen_colours(frame)
             )
@@ -67,3 +71,11 @@ class Resizer:
         # Rows are padded to a multiple of the vector width.
         rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
         return self._turn.apply(rows.reshape(height, width, 3))
+
+    def _take_reformatter(self) -> VideoReformatter:
+        try:
+            taken = _SPARE.pop()
+        except IndexError:
+            taken = VideoReformatter()
+        self._taken.append(taken)
+        return taken
