@@ -174,7 +174,7 @@ def test_every_family_says_what_ask_says(name, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", 40, fps=8)
     run = run_freres(
         *("compress", clip, "--model", model, "--frames", 8, "--grid", "4x5", "--budget", 70, "--device", "cpu"),
-        *("--set", "anchors=2", "-o", bundle),
+        *("--method", "fre-res", "--set", "anchors=2", "-o", bundle),
     )
     assert run.status == 0, run.err
     session = load_bundle(bundle).open(device="cpu")
