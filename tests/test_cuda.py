@@ -187,8 +187,9 @@ def test_every_way_to_ask_gives_what_it_does_on_the_cpu(load, device, name, ask,
         tokens = video_tokens(drawn, width=model.width)
         file = None if ask is not choose_from_file else tmp_path / f"{model.device.type}.safetensors"
         found.append(ask(Session(model, tokens, len(tokens), "max", 0.0, prefix_file=file)))
+    # Under a label, too, heads that share keys get copies of them in float32, as a GPU needs.
     is_label = device.description.startswith("CPU")
-    assert found[1] == (found[0] if is_label else pytest.approx(found[0], abs=1e-3))
+    assert found[1] == pytest.approx(found[0], abs=1e-6 if is_label else 1e-3)
 
 
 @on_both
@@ -345,7 +346,7 @@ def test_attention_over_a_long_prompt_is_that_of_other_kernels(num_keys):
 def test_heads_that_share_keys_are_repeated_where_no_kernel_takes_them(monkeypatch, dtype, capability, is_repeated):
     repeated = []
     monkeypatch.setattr(attention, "_repeat_heads", lambda tensor, heads: repeated.append(heads) or tensor)
-    monkeypatch.setattr(attention, "_takes_flash", lambda *_: False)
+    monkeypatch.setattr(attention, "takes_flash", lambda *_: False)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda query, *_, **__: query)
     with labelled_device(monkeypatch) as device:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,7 +15,7 @@ from freres_cli.cli.output import format_bytes, format_seconds, print_json, prin
 from freres_cli.errors import UsageError
 from freres_cli.files import make_folder
 
-DEMO_BUDGETS = (1440, 576, 288)  # the first is every token: what the model itself answers
+DEMO_BUDGETS = (1152, 576, 288)  # the first is every token: what the model itself answers
 
 
 def demo(
