@@ -27,9 +27,9 @@ def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def cache_of_video(dtype):
+def cache_of_video(dtype, place):
     layer = ReservedLayer()
-    layer.update(*(draw(1, KV_HEADS, NUM_VIDEO, WIDTH, seed=seed, dtype=dtype) for seed in (1, 2)))
+    layer.update(*(draw(1, KV_HEADS, NUM_VIDEO, WIDTH, seed=seed, dtype=dtype).to(place) for seed in (1, 2)))
     return Cache(layers=[layer])
 
 
@@ -41,17 +41,18 @@ def padding(num_own, num_pads, is_first):
     return is_token
 
 
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_pads", [(0, 0, 0), (0, 4, 2)], ids=["no padding", "padding"])
 @pytest.mark.parametrize(("num_own", "num_queries"), [(9, 9), (9, 4), (300, 300), (300, 270)])
 @torch.no_grad()
-def test_both_parts_are_the_attention_to_all_rows(monkeypatch, kernel, dtype, num_pads, num_own, num_queries):
+def test_both_parts_are_the_attention_to_all_rows(monkeypatch, place, kernel, dtype, num_pads, num_own, num_queries):
     monkeypatch.setattr(shared_prefix, "SCORE_BYTES", 4 * HEADS * NUM_VIDEO * 5)  # several parts of what is written out
-    cache, is_first = share(cache_of_video(dtype)), num_queries == num_own
-    key, value = (draw(NUM_TEXTS, KV_HEADS, num_own, WIDTH, seed=seed, dtype=dtype) for seed in (3, 4))
-    query = draw(NUM_TEXTS, HEADS, num_queries, WIDTH, seed=5, dtype=dtype)
-    is_token = padding(num_own, num_pads, is_first) if any(num_pads) else None
+    cache, is_first = share(cache_of_video(dtype, place)), num_queries == num_own
+    key, value = (draw(NUM_TEXTS, KV_HEADS, num_own, WIDTH, seed=seed, dtype=dtype).to(place) for seed in (3, 4))
+    query = draw(NUM_TEXTS, HEADS, num_queries, WIDTH, seed=5, dtype=dtype).to(place)
+    is_token = padding(num_own, num_pads, is_first).to(place) if any(num_pads) else None
     shared = Shared(cache, is_token, num_pads if is_first else None)
     with LargestMade() as made:
         out = attend_shared(query, key, value, 0.3, 0, shared, kernel)
@@ -59,7 +60,9 @@ def test_both_parts_are_the_attention_to_all_rows(monkeypatch, kernel, dtype, nu
     keys, values = (
         torch.cat([rows.expand(NUM_TEXTS, -1, -1, -1), own], 2) for rows, own in zip(video, (key, value), strict=True)
     )
-    seen = torch.ones(num_queries, NUM_VIDEO + num_own, dtype=torch.bool).tril(NUM_VIDEO + num_own - num_queries)
+    seen = torch.ones(num_queries, NUM_VIDEO + num_own, dtype=torch.bool, device=place).tril(
+        NUM_VIDEO + num_own - num_queries
+    )
     seen = seen[None, None].expand(NUM_TEXTS, 1, -1, -1).clone()
     if is_token is not None:
         seen[..., NUM_VIDEO:] &= is_token[:, None, None]

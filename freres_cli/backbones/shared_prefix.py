@@ -135,8 +135,8 @@ def attend_shared(
     # All texts are queries of one sequence, so that keys and values of the video are read once.
     rows = query.transpose(0, 1).reshape(1, num_heads, num_texts * num_queries, width)
     seen, sums = _attend_all(rows, *shared.cache.parts[layer].read_video(query.dtype), factor, kernel)
-    seen = seen.float().view(num_heads, num_texts, num_queries, width).transpose(0, 1).contiguous()
-    sums = sums.float().view(num_heads, num_texts, num_queries).transpose(0, 1).contiguous()
+    seen = seen.float().reshape(num_heads, num_texts, num_queries, width).transpose(0, 1).contiguous()
+    sums = sums.float().reshape(num_heads, num_texts, num_queries).transpose(0, 1).contiguous()
     is_long = num_queries >= LEAST_ROWS_OF_KERNEL and kernel != "eager"
     if shared.num_pads is not None and is_long and takes_flash(query, key, value):
         for text, start in enumerate(shared.num_pads):
