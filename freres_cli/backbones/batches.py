@@ -27,7 +27,7 @@ from freres_cli.backbones.shared_prefix import SharedCache, can_share, share
 from freres_cli.errors import BackboneError
 
 Ids = Sequence[int]
-MAX_ROWS = 1 << 14  # ours
+MAX_ROWS = 1 << 14  # of questions and options held at once, where the caller has no limit (ours)
 
 
 @dataclass
