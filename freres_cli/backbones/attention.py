@@ -35,8 +35,9 @@ WHOLE_FRAMES = "freres_whole_frames"
 # transformers builds no mask for a name that has no mask function.
 CAUSAL_NO_MASK = "freres_causal_no_mask"
 
-# From so many rows on, a chunk of a prompt on the CPU is attended to in two parts (ours: the mask of fewer is small).
-LEAST_ROWS_IN_PARTS = 64
+# From so many rows on, a chunk of a prompt on the CPU is attended to in two parts (ours: the mask of fewer is small, and so
+# questions are read as on a device that has no such parts, to the bit).
+LEAST_ROWS_IN_PARTS = 512
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 
