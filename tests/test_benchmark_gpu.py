@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from freres_cli.backbones import attention, engine, fused_layers, token_steps
-from freres_cli.cli.benchmark_gpu import CHUNK_BY_BYTES, measure_session
+from freres_cli.cli.benchmark_gpu import CHUNK_BY_BYTES, NUM_QUESTIONS, SHORT_ANSWER, measure_session
 
 
 class Recorder:
@@ -26,6 +26,9 @@ class Recorder:
         self.seen.append((max_new_tokens, *levers))
         return SimpleNamespace(ttft_s=0.5, tpot_s=0.25, num_new_tokens=max_new_tokens)
 
+    def ask_many(self, questions, max_new_tokens):
+        self.seen.append((len(questions), max_new_tokens))
+
 
 REAL = (attention.can_attend_long, token_steps.can_record, fused_layers._takes)
 
@@ -37,7 +40,8 @@ def test_each_lever_is_on_and_off_in_turn():
     once = ["new", (1, *on), "new", (1, True, True, True, False)]
     once += ["new", (1, False, True, True, True), "new", (1, False, False, True, True)]
     once += ["new", (7, *on), (7, *on), (7, True, True, False, True)]
-    once += ["new", (2, True, True, True, False), (7, True, True, True, False)]
+    once += ["new", (token_steps.STEPS_BEFORE_RECORDING + 2, True, True, True, False), (7, True, True, True, False)]
+    once += [(NUM_QUESTIONS, SHORT_ANSWER), *[(SHORT_ANSWER, *on)] * NUM_QUESTIONS]
     assert session.seen == ["new", (1, *on), *once, *once]
     assert figures["runs"] == 2 and figures["cudnn_over_flash"]["median"] == 1
     assert (attention.can_attend_long, token_steps.can_record, fused_layers._takes) == REAL

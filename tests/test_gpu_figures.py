@@ -21,7 +21,7 @@ LEVERS = (
     ("cudnn", "in_passes", "fused_over_in_passes", "ttft_s"),
     ("recorded", "eager", "recorded_over_eager", "tpot_s"),
     ("recorded_later", "eager", "recorded_later_over_eager", "tpot_s"),
-    ("recorded_later", "recorded_in_passes", "recorded_fused_over_in_passes", "tpot_s"),
+    ("recorded", "recorded_in_passes", "recorded_fused_over_in_passes", "tpot_s"),
 )
 
 
@@ -44,7 +44,8 @@ def test_the_tables_on_a_gpu_are_those_of_the_file():
         values = [f"{scale * part[name][key]['median']:.{places}f} {unit}" for name in (on, off)]
         spread = part[ratio]
         assert [cell.removesuffix(" a token") for cell in cells[:2]] == values
-        assert cells[2] == f"{spread['median']:.2f}x ({spread['min']:.2f} to {spread['max']:.2f})"
+        told = f"({spread['min']:.2f} to {spread['max']:.2f})" if "min" in spread else "of the medians"
+        assert cells[2].replace(",", "") == f"{spread['median']:.2f}x {told}"
 
 
 def test_the_tables_of_encoding_on_a_gpu_are_those_of_the_file():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
-from freres_cli.errors import ResourceError, UsageError
+from freres_cli.errors import ResourceError, UsageError, VideoError
 from freres_cli.pipeline.checkpoints import _digest
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
@@ -147,12 +147,12 @@ def test_a_video_that_the_gpu_refuses_is_decoded_on_the_cpu_and_told(tmp_path, g
     check_same(path, (REFUSED,), sampling=Sampling("native", start_s=1.4))
 
 
-def stream_with(codec="h264", name=nvdec.KIND, width=64, is_hwaccel=True):
+def stream_with(codec="h264", name=nvdec.KIND, width=64, height=48, is_hwaccel=True):
     context = SimpleNamespace(
         codec=SimpleNamespace(canonical_name=codec),
         format=SimpleNamespace(name=name),
         width=width,
-        height=48,
+        height=height,
         is_hwaccel=is_hwaccel,
     )
     return SimpleNamespace(codec_context=context)
@@ -182,6 +182,52 @@ def test_only_what_equals_the_cpu_is_taken(stream, first, is_taken):
     if taken is not None:
         formats = [frame and frame.format.name for frame in taken]
         assert formats == ["yuv444p" if first.format.name == "yuv444p" else "yuv420p", "yuv420p", None]
+
+
+# How film grain is to be drawn, as a message of H.264 (SEI, payload 19): additive, of the luma alone.
+GRAIN = bytes.fromhex("0000000106130a00a00200ff019010082880")
+
+
+def grainy_frames(**options):
+    """Decoded pictures of one grey, before each of which the stream describes grain."""
+    writer = av.CodecContext.create("libx264", "w")
+    writer.width, writer.height, writer.pix_fmt, writer.time_base = 320, 256, "yuv420p", Fraction(1, 25)
+    writer.options = {"bf": "0", "x264-params": "log-level=none:repeat-headers=0"}
+    writer.flags |= av.codec.context.Flags.global_header
+    picture = av.VideoFrame.from_ndarray(np.full((384, 320), 128, np.uint8), format="yuv420p")
+    packets = []
+    for number in range(3):
+        picture.pts, picture.time_base = number, writer.time_base
+        packets += writer.encode(picture)
+    packets += writer.encode(None)
+    reader = av.CodecContext.create("h264", "r")
+    reader.options = options
+    headers = bytes(writer.extradata)
+    frames = [frame for packet in packets for frame in reader.decode(av.Packet(headers + GRAIN + bytes(packet)))]
+    return [*frames, *reader.decode(None)]
+
+
+def test_grain_that_only_the_cpu_adds_is_left_to_the_cpu():
+    added, described = grainy_frames(), grainy_frames(export_side_data="film_grain")
+    assert len(added) == len(described) == 3
+    assert [bool(np.ptp(read_planes(frame)[0][0])) for frame in added] == [True] * 3
+    assert not any(np.ptp(read_planes(frame)[0][0]) for frame in described), "FFmpeg leaves it out beside a GPU"
+    assert [nvdec._with_planes(frame) for frame in described] == [None] * 3
+    for frame, is_taken in ((described[0], False), (added[0], True)):
+        first = SimpleNamespace(format=SimpleNamespace(name="nv12"), width=320, height=256, side_data=frame.side_data)
+        assert (nvdec.take_decoded(stream_with(width=320, height=256), iter([first])) is not None) == is_taken
+
+
+def test_a_gpu_that_cannot_take_another_file_is_no_fault_of_the_file(tmp_path, gpu, monkeypatch):
+    def open_there(path, num_bytes=None, accelerator=None):
+        if accelerator is not None:
+            gpu.append(accelerator)
+            raise VideoError(f"{path}: not a video that FFmpeg can read: Operation not permitted")
+        return open_video(path, num_bytes)
+
+    monkeypatch.setattr(decoding, "open_video", open_there)
+    check_same(clips.write_clip(tmp_path / "clip.mp4"), (REFUSED,))
+    assert gpu == ["GPU 0"]
 
 
 def test_what_was_decoded_is_in_the_bundle_and_the_bundle_is_else_the_same(tmp_path, gpu):
@@ -234,13 +280,29 @@ def test_a_bundle_or_a_state_of_the_gpu_is_not_taken_for_a_strict_one(tmp_path, 
     assert len(digests) == 2
 
 
+REAL_KINDS = {
+    **KINDS,
+    "odd size": {"size": (322, 178)},
+    "hevc, 10 bits": {**KINDS["hevc"], "pix_fmt": "yuv420p10le"},
+    "vp8": {"codec": "libvpx"},
+    "vp9": {"codec": "libvpx-vp9"},
+    "grey": {"pix_fmt": "gray"},
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_real_gpu_gives_the_frames_of_the_cpu(tmp_path, kind):
+@pytest.mark.parametrize("kind", REAL_KINDS)
+@pytest.mark.parametrize("start_s", [None, 1.4])
+def test_a_real_gpu_gives_the_frames_of_the_cpu(tmp_path, kind, start_s):
     try:
         nvdec.choose_gpu(GPU)
     except ResourceError as error:
         pytest.skip(str(error))
     # No GPU takes pictures as small as those of the other tests.
-    path = clips.write_clip(tmp_path / "clip.mp4", **{"size": (320, 256), **KINDS[kind]})
-    check_same(path)
+    suffix = "mkv" if kind.startswith("vp") else "mp4"
+    path = clips.write_clip(tmp_path / f"clip.{suffix}", **{"size": (320, 256), **REAL_KINDS[kind]})
+    sampling = Sampling("native", start_s=start_s)
+    is_taken = read(path, gpu=GPU)[1].notes[0] == UNNOTICED
+    # Some kinds are not of every GPU. These are.
+    assert is_taken or kind not in KINDS
+    check_same(path, (UNNOTICED,) if is_taken else (REFUSED,), sampling=sampling)

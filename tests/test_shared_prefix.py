@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from freres_cli.backbones import batches, engine, shared_prefix
 from freres_cli.backbones.cache import ReservedLayer
 from freres_cli.backbones.shared_prefix import Shared, attend_shared, can_share, share
+from freres_cli.devices import choose_device
 from freres_cli.pipeline import session as session_module
 from freres_cli.pipeline.query import Query
 from tests.largest_made import LargestMade
@@ -164,3 +165,18 @@ def test_rows_of_questions_and_options_are_bounded_in_any_order(session, monkeyp
     for query, answer in zip(queries, together, strict=True):
         alone = session.ask(query.question, choices=choices, max_new_tokens=4)
         assert answer.text == alone.text and answer.choices == pytest.approx(alone.choices, abs=1e-4)
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_in_16_bits_kernels_read_the_video_and_long_questions(bundle, monkeypatch, place):
+    request = session_module.AskRequest(bundle, choose_device(place), dtype="bfloat16")
+    session = session_module.open_session(request)
+    texts = ("Why?", "word " * (shared_prefix.LEAST_ROWS_OF_KERNEL + 9), "Where is it?")
+    queries = [Query(text, ("left", "right and up", "nowhere at all")) for text in texts]
+    alone = [session.ask(query.question, choices=query.choices).choices for query in queries]
+    called, attend = [], shared_prefix.attend_flash
+    monkeypatch.setattr(shared_prefix, "attend_flash", lambda *args: called.append(args[4]) or attend(*args))
+    together = session.ask_many(queries)
+    assert set(called) == {True, False}
+    for own, answer in zip(alone, together, strict=True):
+        assert answer.choices == pytest.approx(own, abs=0.02)

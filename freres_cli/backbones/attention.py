@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,9 @@ CAUSAL_NO_MASK = "freres_causal_no_mask"
 # From so many rows on, a chunk of a prompt on the CPU is attended to in two parts (ours: the mask of fewer is small, and so
 # questions are read as on a device that has no such parts, to the bit).
 LEAST_ROWS_IN_PARTS = 512
+
+# PyTorch keeps which kernels are allowed for the whole process, and each of two threads would put back what it found.
+_KERNEL_FLAGS = RLock()
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None, bool], Tensor]
 
@@ -220,7 +224,11 @@ def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
         swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
         out: Tensor = package.flash_attn_func(*swapped, softmax_scale=scaling, causal=is_causal)
         return out.transpose(1, 2)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _no_kernel_refused(query):
+    if takes_flash(query, key, value):  # without gradients
+        if is_causal:
+            return _attend_sdpa(query, key, value, scaling, is_causal)  # which calls the same kernel, with a mask
+        return attend_flash(query, key, value, scaling, False)[0]
+    with _KERNEL_FLAGS, sdpa_kernel(SDPBackend.FLASH_ATTENTION), _no_kernel_refused(query):
         return _attend_sdpa(query, key, value, scaling, is_causal)
 
 
@@ -299,7 +307,7 @@ def attention_for_padding(model: nn.Module) -> Iterator[None]:
     before = config._attn_implementation
     use_attention(model, "sdpa")
     try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        with _KERNEL_FLAGS, sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             yield
     finally:
         use_attention(model, before)

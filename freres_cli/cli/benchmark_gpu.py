@@ -32,6 +32,7 @@ from freres_cli.video.frames import FrameArray
 
 MODEL, TABLE, ROW = "Qwen3-VL-8B", "dense-30fps", "fre-res"
 QUESTION, NEW_TOKENS = "What happens in the video?", 128
+NUM_QUESTIONS, SHORT_ANSWER = 16, 16
 # Rows of a chunk that have 256 MiB of activations in this model, as before there were chunks for cuDNN.
 CHUNK_BY_BYTES = 3640
 TOWER, CLIP_FRAMES, CLIP_PX, CLIP_BUDGET = "Qwen2-VL-7B", 300, 672, 17280
@@ -166,7 +167,7 @@ def measure_session(session: Session, repeat: int, num_new: int = NEW_TOKENS) ->
             asked["flash"] = _ask_anew(session, memory)
             with patch.object(engine, "fit_long_chunk", lambda _: CHUNK_BY_BYTES):
                 asked["flash_in_small_chunks"] = _ask_anew(session, memory)
-        asked |= _answers(session, num_new)
+        asked |= _answers(session, num_new) | _ask_together(session)
         print_line(f"run {run + 1}: {', '.join(f'{name} {row}' for name, row in asked.items())}")
         runs[run] = asked
     names = list(runs[0])
@@ -190,6 +191,9 @@ def measure_session(session: Session, repeat: int, num_new: int = NEW_TOKENS) ->
         "recorded_fused_over_in_passes": ratio("recorded_later", "recorded_in_passes", "tpot_s"),
         "recorded_over_eager": ratio("recorded", "eager", "tpot_s"),
         "recorded_later_over_eager": ratio("recorded_later", "eager", "tpot_s"),
+        "num_questions": NUM_QUESTIONS,
+        "short_answer_tokens": SHORT_ANSWER,
+        "together_over_one_at_a_time": ratio("together", "one_at_a_time", "all_s"),
     }
 
 
@@ -201,6 +205,21 @@ def _ask_anew(session: Session, memory: PeakMemory) -> dict[str, float]:
     return {"ttft_s": answer.ttft_s, "peak_memory_bytes": memory.read_bytes()}
 
 
+def _ask_together(session: Session) -> dict[str, dict[str, float]]:
+    """Seconds for several questions about a prefilled video, together and one at a time."""
+    questions = [f"{QUESTION} ({number})" for number in range(NUM_QUESTIONS)]
+    ways: dict[str, Callable[[], Any]] = {
+        "together": lambda: session.ask_many(questions, max_new_tokens=SHORT_ANSWER),
+        "one_at_a_time": lambda: [session.ask(question, max_new_tokens=SHORT_ANSWER) for question in questions],
+    }
+    seconds = {}
+    for name, run in ways.items():
+        start = time.perf_counter()
+        run()  # it ends with words, so the device is done
+        seconds[name] = {"all_s": time.perf_counter() - start}
+    return seconds
+
+
 def _answers(session: Session, num_new: int) -> dict[str, dict[str, float]]:
     """Seconds a token of the first answer about a video, of a later one, and of one without recorded steps."""
     session.forget_prefix()
@@ -209,7 +228,7 @@ def _answers(session: Session, num_new: int) -> dict[str, dict[str, float]]:
         asked["eager"] = session.ask(QUESTION, max_new_tokens=num_new)
     session.forget_prefix()
     with in_passes():
-        session.ask(QUESTION, max_new_tokens=2)  # records the step
+        session.ask(QUESTION, max_new_tokens=token_steps.STEPS_BEFORE_RECORDING + 2)  # records the step
         asked["recorded_in_passes"] = session.ask(QUESTION, max_new_tokens=num_new)
     assert all(answer.num_new_tokens == num_new for answer in asked.values()), "an answer ended early"
     return {name: {"tpot_s": answer.tpot_s or 0.0} for name, answer in asked.items()}

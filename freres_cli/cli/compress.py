@@ -88,9 +88,9 @@ def compress(
     (not with the methods that need the whole clip at once), and the bundle is the same.
 
     With --decode gpu, an NVIDIA GPU decodes (NVDEC; the GPU of --device, else the first): H.264, HEVC, VP8 and VP9, as far
-    as it takes them. The frames are the same; they are copied to the host and resized there. A note says if a video was
-    decoded on the CPU instead. Damage inside a picture is not always noticed, so it does not go with --strict. Where no GPU
-    can decode, it is an error.
+    as it takes them. The frames are the same; they are copied to the host and resized there. A video with film grain, which
+    only the CPU adds, is read again on the CPU. A note says if the GPU did not take a video. Damage inside a picture is not
+    always noticed, so it does not go with --strict. Where no GPU can decode, it is an error.
 
     For several videos, a folder (searched recursively; links to folders are not followed) or a .txt list (one path per
     line, relative to the list), the model is loaded only once. Bundles are named after their videos. An existing bundle is

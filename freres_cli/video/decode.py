@@ -161,7 +161,13 @@ class Decoder:
         entry = find_entry(table, max(first, self._begin.picture_s)) if self._begin.is_clean else None
         gpu = None if self._gpu is None or threads == "NONE" else choose_gpu(self._gpu)
         for accelerator, place in product(dict.fromkeys((gpu, None)), dict.fromkeys((entry, None))):
-            with open_video(self._path, self._info.num_bytes, accelerator) as container:
+            try:
+                container = open_video(self._path, self._info.num_bytes, accelerator)
+            except VideoError:
+                if accelerator is None:
+                    raise
+                continue  # each file takes memory of the GPU, which may have none left
+            with container:
                 stream = video_stream(container, self._info.stream_index)
                 stream.thread_type = threads
                 if threads == "NONE" or accelerator is not None:

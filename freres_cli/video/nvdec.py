@@ -1,12 +1,15 @@
 """Decoding on an NVIDIA GPU (NVDEC), by FFmpeg's own decoders of H.264, HEVC, VP8 and VP9.
 
-The samples are those that the CPU decodes: these standards define every bit, which MPEG-1, 2 and 4 and JPEG do not. They are
-copied to host memory, where they are resized as any others, so that a bundle is the same. Ours, through PyAV: torchcodec
-converts colours in another way, times frames by itself, and stops at the first packet that is damaged.
+The samples are those that the CPU decodes: these standards define every bit, which MPEG-1, 2 and 4 and JPEG do not, nor
+film grain, which only the CPU's decoders add. They are copied to host memory, where they are resized as any others, so that
+a bundle is the same. Ours, through PyAV: torchcodec converts colours in another way, times frames by itself, and stops at
+the first packet that is damaged.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
@@ -15,15 +18,17 @@ import av
 from av.codec import Codec
 from av.codec.hwaccel import HWAccel
 from av.error import FFmpegError
+from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
 
 from freres_cli.errors import ResourceError
 
 KIND = "cuda"  # FFmpeg's name, of the devices as of the frames in their memory
-CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "av1"))
+CODECS = frozenset(("h264", "hevc", "vp8", "vp9"))
 # What NVDEC writes, and what the CPU's decoders write: the same samples, with those of colour in planes of their own.
 PLANAR = {"nv12": "yuv420p", "nv16": "yuv422p", "p010le": "yuv420p10le", "p210le": "yuv422p10le", "yuv444p": "yuv444p"}
-REFUSED = "decoded on the CPU: the GPU did not take the first frame"
+REFUSED = "decoded on the CPU: the GPU did not take the video"
+DECODER = "nvcuvid.dll" if sys.platform == "win32" else "libnvcuvid.so.1"
 
 
 def choose_gpu(ordinal: int) -> HWAccel:
@@ -37,7 +42,8 @@ def _try_gpu(ordinal: int) -> None:
     """Raise ``ResourceError`` if a GPU cannot decode. FFmpeg would report that as it does a file that is no video."""
     try:
         HWAccel(KIND, str(ordinal)).create(Codec("h264", "r"))
-    except (FFmpegError, NotImplementedError) as error:
+        ctypes.CDLL(DECODER)  # FFmpeg loads it at the first picture, and would then decode on the CPU
+    except (FFmpegError, NotImplementedError, OSError) as error:
         raise ResourceError(
             f"decode: FFmpeg cannot decode on GPU {ordinal}: {error}",
             "it needs an NVIDIA GPU and libnvcuvid, which comes with its driver (in a container, the capability video); or "
@@ -60,11 +66,19 @@ def take_decoded(stream: VideoStream, frames: Iterator[av.VideoFrame | None]) ->
         and codec.format.name == KIND
         and first.format.name in PLANAR
         and (first.width, first.height) == (codec.width, codec.height)
+        and not _lacks_grain(first)
     )
     return map(_with_planes, chain([first], frames)) if is_taken else None
 
 
+def _lacks_grain(frame: av.VideoFrame) -> bool:
+    return Type.FILM_GRAIN_PARAMS in frame.side_data
+
+
 def _with_planes(frame: av.VideoFrame | None) -> av.VideoFrame | None:
+    """The frame as the CPU's decoder would have given it; ``None``, as for one that is damaged, if the CPU has to decode."""
+    if frame is not None and _lacks_grain(frame):
+        return None
     planar = None if frame is None else PLANAR.get(frame.format.name)
     if frame is None or planar in (None, frame.format.name):
         return frame
