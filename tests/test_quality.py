@@ -193,11 +193,13 @@ def test_a_method_without_quality_refuses_it_in_one_line(clip, tmp_path, method)
         Compressor(method=method, quality=0.9)
     assert not out.exists()
     bundle = compress(clip, method=method, sample_count=2)
-    with fails(ExitStatus.USAGE, f"made by method {method}: only bundles of method adaptive can be cut to a quality"):
+    with fails(ExitStatus.BUNDLE, f"made by method {method}: only bundles of method adaptive can be cut to a quality"):
         bundle.repack(quality=0.5)
     bundle.save(out)
     run = run_freres("repack", out, "--quality", 0.5, "-o", tmp_path / "r.pt")
-    check_failure(run, ExitStatus.USAGE, f"made by method {method}")
+    check_failure(run, ExitStatus.BUNDLE, f"made by method {method}")
+    assert "compress the video again with --method adaptive --quality 0.5" in run.err
+    assert ("cut it to a --budget" in run.err) == (method == "fre-res")  # what the hint names must work
     assert not (tmp_path / "r.pt").exists()
 
 

@@ -113,7 +113,8 @@ class Bundle:
         """Return the same clip in at most ``budget_tokens``, without the video or the tower.
 
         ``quality``: share of the latents' energy to keep, in as few tokens as possible; needs a bundle of adaptive
-        Fre-Res. Raises ``UsageError`` for an illegal budget or quality, or a method whose tokens cannot be cut.
+        Fre-Res. Raises ``UsageError`` for an illegal budget or quality, ``BundleError`` for a method whose tokens cannot be
+        cut.
         """
         if budget_tokens is None and quality is None:
             raise UsageError("repack: expected budget_tokens or quality, got neither")

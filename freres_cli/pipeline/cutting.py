@@ -9,7 +9,7 @@ from typing import Any
 from freres_cli import __version__
 from freres_cli.baselines.registry import ADAPTIVE, METHODS
 from freres_cli.content import Content, count_by_kind, without_deep_rows
-from freres_cli.errors import UsageError, count_of
+from freres_cli.errors import BundleError, UsageError, count_of
 from freres_cli.method.adaptive import count_for_quality, cut_stretches
 from freres_cli.method.budget import MethodSettings
 from freres_cli.method.select import cut_tracks
@@ -40,8 +40,8 @@ def cut_content(
     """Return content, manifest and notes of a smaller bundle.
 
     ``content``, ``manifest``: those of the bundle. ``cut``: what to cut it to. ``name``: the bundle's, for messages.
-    Raises ``UsageError`` for an illegal budget or quality, for tokens that cannot be cut, or if rows to keep were dropped
-    before.
+    Raises ``UsageError`` for an illegal budget or quality, or if rows to keep were dropped before, ``BundleError`` for a
+    method whose tokens cannot be cut.
     """
     if cut.budget_tokens is not None and cut.budget_tokens < 1:
         raise UsageError(f"budget_tokens: expected at least 1, got {cut.budget_tokens}")
@@ -82,9 +82,10 @@ def _count_for_quality(content: Content, manifest: Mapping[str, Any], quality: f
         raise UsageError(f"quality: expected 0 to 1, got {quality:g}")
     if not isinstance(content, Stretches):
         method = manifest["settings"]["method"]["value"]
-        raise UsageError(
+        again = f"compress the video again with --method {ADAPTIVE} --quality {quality:g}"
+        raise BundleError(
             f"{name}: made by method {method}: only bundles of method {ADAPTIVE} can be cut to a quality",
-            "cut it to a --budget",
+            f"cut it to a --budget, or {again}" if isinstance(content, Tracks) else again,
         )
     return count_for_quality(content, quality)
 
@@ -100,7 +101,7 @@ def _cut(content: Content, manifest: Mapping[str, Any], budget_tokens: int, name
             if has_budget
             else f"another --method and --budget {budget_tokens}"
         )
-        raise UsageError(
+        raise BundleError(
             f"{name}: made by method {method}: its tokens are not ordered by importance, so it cannot be cut",
             f"compress the video again with {other}",
         )

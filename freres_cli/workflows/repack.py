@@ -25,8 +25,8 @@ def repack_bundle(source: Path, output: Path, cut: Cut, *, force: bool = False) 
     """Cut a bundle to a smaller budget.
 
     ``source``, ``output``: the bundle, and the one to write. ``cut``: what to cut it to. ``force``: replace an existing
-    file. Raises ``BundleError`` for a bad bundle, ``UsageError`` for a cut that is not possible or a file that
-    cannot be written.
+    file. Raises ``BundleError`` for a bad bundle or one whose method cannot be cut so, ``UsageError`` for an illegal cut or
+    a file that cannot be written.
     """
     check_destination(output, force)
     bundle = read_bundle(source)
