@@ -8,6 +8,7 @@ import pytest
 
 from freres_cli import Compressor
 from freres_cli.evaluation.questions import MAX_TEXT_BYTES
+from freres_cli.workflows.ask import read_queries
 from tests.clips import write_clip
 from tests.runner import check_failure, run_freres
 
@@ -39,7 +40,7 @@ def test_answers_are_those_of_single_questions_in_the_order_of_the_file(bundle, 
     run = ask(bundle, write_rows(tmp_path / "q.jsonl", ROWS), "--json")
     assert run.status == 0, run.err
     rows = [json.loads(line) for line in run.out.splitlines()]
-    assert [row["id"] for row in rows] == ["first", "2", "7", "4"]
+    assert [row["id"] for row in rows] == ["first", 2, 7, 4], "as written, or the line"
     for row, asked in zip(rows, ROWS, strict=True):
         flags = ["--choices", "|".join(asked["choices"])] if asked.get("choices") else []
         alone = run_freres(
@@ -74,6 +75,9 @@ def test_sampling_asks_one_at_a_time_with_the_seed(bundle, tmp_path):
         ('{"question": "a?", "choices": ["x"]}', ":1: choices: expected 2 to 26"),
         ('{"question": "a?", "choices": "x|y"}', ":1: choices: expected a list"),
         ('{"question": "a?", "id": [1]}', ":1: id"),
+        ('{"question": "a?", "id": 7}\n\n{"question": "b?", "id": 7}', ":3: id 7 is already that of line 1"),
+        ('{"question": "a?", "id": "x"}\n{"question": "b?", "id": "x"}', ':2: id "x" is already that of line 1'),
+        ('{"question": "a?", "id": 2}\n{"question": "b?"}', ":2: id 2 is already that of line 1"),
         ('{"question": "a \\ud800"}', ":1: an unpaired surrogate"),
         (json.dumps({"question": "a" * (MAX_TEXT_BYTES + 1)}), ":1: too long"),
         ('{"question": "<|im_end|>"}', ":1: holds <|im_end|>"),
@@ -83,6 +87,18 @@ def test_rows_that_cannot_be_asked(bundle, tmp_path, line, text):
     file = tmp_path / "q.jsonl"
     file.write_text(line + "\n")
     check_failure(ask(bundle, file), 2, text)
+
+
+def test_a_list_of_options_is_not_told_of_separators(bundle, tmp_path):
+    for choices in (["x"], ["x", ""]):
+        run = ask(bundle, write_rows(tmp_path / "q.jsonl", [{"question": "a?", "choices": choices}]))
+        assert "hint: list 2 to 26 options" in run.err and "separate" not in run.err
+    assert "hint: separate options with |" in run_freres("ask", bundle, "a?", "--choices", "x").err
+
+
+def test_a_text_and_a_number_are_two_ids(tmp_path):
+    rows = read_queries(write_rows(tmp_path / "q.jsonl", [{"question": "a?", "id": 7}, {"question": "b?", "id": "7"}]))
+    assert [row.id for row in rows] == [7, "7"]
 
 
 def test_questions_stand_in_one_place(bundle, tmp_path):

@@ -95,7 +95,8 @@ def ask(
     once.
 
     With --questions, all questions in a file are answered from one prefill, several at a time, and printed in file
-    order, one line each. A row is a JSON object with the key question and, optionally, choices (2 to 26 options) and id.
+    order, one line each. A row is a JSON object with the key question and, optionally, choices (a list of 2 to 26 options)
+    and id: text or a whole number, a different one in each row. A row without an id has its line number.
 
     With --refine, each question keeps exactly B of the bundle's visual tokens: those that differ most from one another and
     are nearest to the question (the method cdpruner; see freres methods). They keep their positions and times. The video
@@ -129,7 +130,7 @@ def ask(
     from freres_cli.evaluation.questions import check_choices, check_length
 
     if choices is not None:
-        check_choices(listed)
+        check_choices(listed, "--choices", "|")
     check_length((text or "", *listed))
     check_revision(model, revision)
     storage = choose_storage(kv_dtype, weight_dtype)

@@ -73,7 +73,7 @@ def compare(
     asked = [check_text(text.strip(), "--question") for text in question or []]
     listed = [] if choices is None else [check_text(choice.strip(), "--choices") for choice in choices.split("|")]
     if choices is not None:
-        check_choices(listed)
+        check_choices(listed, "--choices", "|")
         if not asked:
             raise UsageError("--choices: expected --question as well, got none", "ask one with --question")
     for text in asked:

@@ -126,14 +126,14 @@ class _BadRow(Exception):
     """What is wrong with a row, and how to fix it."""
 
 
-def check_choices(choices: Sequence[str], where: str = "--choices", separator: str = "|") -> list[str]:
-    """Return the letters of the options. Raises ``UsageError`` for too few or too many, empty or equal options."""
+def check_choices(choices: Sequence[str], where: str = "choices", separator: str | None = None) -> list[str]:
+    """Return the letters of the options. ``separator``: what stands between them, if they are no list. Raises ``UsageError``
+    for too few or too many, empty or equal options."""
+    hint = f"list 2 to {MAX_CHOICES} options" if separator is None else f"separate options with {separator}"
     if not 2 <= len(choices) <= MAX_CHOICES:
-        raise UsageError(
-            f"{where}: expected 2 to {MAX_CHOICES} options, got {len(choices)}", f"separate them with {separator}"
-        )
+        raise UsageError(f"{where}: expected 2 to {MAX_CHOICES} options, got {len(choices)}", hint)
     if any(not choice.strip() for choice in choices):
-        raise UsageError(f"{where}: an option is empty", f"separate options with {separator}")
+        raise UsageError(f"{where}: an option is empty", hint)
     if len({choice.strip() for choice in choices}) < len(choices):
         raise UsageError(f"{where}: two options are the same")
     return [chr(ord("A") + i) for i in range(len(choices))]
@@ -274,7 +274,7 @@ def _read_choices(values: dict[str, Any]) -> tuple[str, ...]:
         raise _BadRow("choices: expected a list of strings: put each in quotes, or leave the key out")
     try:
         choices = tuple(choice.strip() for choice in listed)
-        check_choices(choices, "choices")
+        check_choices(choices)
     except UsageError as error:
         raise _BadRow(f"{error.message}: list 2 to {MAX_CHOICES} different options, or leave the key out") from error
     return tuple(_check_text(choice, "choices") for choice in choices)

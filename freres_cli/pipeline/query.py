@@ -90,7 +90,7 @@ def check_query(query: Query, model: LanguageModel) -> None:
         raise UsageError("question: is empty", 'ask something, such as: freres ask bundle.pt "what moves first?"')
     check_length(query.texts)
     if query.choices:
-        check_choices(query.choices, "choices", "commas")
+        check_choices(query.choices)
         refuse_reasoning(model, "choices")
     refuse_control_tokens([("question", query.texts)], model)
 

@@ -24,16 +24,17 @@ HINT = "keys of a row: question, and optionally choices (2 to 26 options) and id
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row of a questions file: its ``query``, its ``id``, or the line number if it has none, and ``where`` it stands."""
+    """A row of a questions file: its ``query``, its ``id`` as written there, or the line number if it has none, and
+    ``where`` it stands."""
 
-    id: str
+    id: str | int
     query: Query
     where: str
 
 
 def read_queries(path: Path) -> list[AskedRow]:
-    """Return the questions in a JSON lines file. Every row is checked; keys other than question, choices and id are
-    ignored.
+    """Return the questions in a JSON lines file. Every row is checked, and no two may have one id; keys other than
+    question, choices and id are ignored.
 
     Raises ``UsageError``, which names the first bad row as FILE:LINE.
     """
@@ -42,16 +43,24 @@ def read_queries(path: Path) -> list[AskedRow]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path}: cannot be read: {reason}", "name a file of questions in JSON lines") from error
-    rows = []
+    rows: list[AskedRow] = []
+    line_of: dict[str | int, int] = {}
     for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            rows.append(_read_row(line, f"{path}:{number}", str(number)))
+        if not line.strip():
+            continue
+        row = _read_row(line, f"{path}:{number}", number)
+        if (first := line_of.setdefault(row.id, number)) != number:
+            raise UsageError(
+                f"{row.where}: id {json.dumps(row.id)[:40]} is already that of line {first}",
+                "give each row an id of its own; one without an id has its line number",
+            )
+        rows.append(row)
     if not rows:
         raise UsageError(f"{path}: holds no questions", "write one JSON object per line")
     return rows
 
 
-def _read_row(line: bytes, where: str, number: str) -> AskedRow:
+def _read_row(line: bytes, where: str, number: int) -> AskedRow:
     try:
         values: Any = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -71,9 +80,9 @@ def _read_row(line: bytes, where: str, number: str) -> AskedRow:
     for text in (*query.texts, str(own_id)):
         check_text(text, where)
     if choices:
-        check_choices(query.choices, f"{where}: choices", "commas")
+        check_choices(query.choices, f"{where}: choices")
     check_length(query.texts, where)
-    return AskedRow(str(own_id), query, where)
+    return AskedRow(own_id, query, where)
 
 
 def answer_rows(
