@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import typer
 
+from freres_cli.cli.app import app
+from freres_cli.cli.manpages import leaf_commands
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.runner import check_failure, run_freres
@@ -19,8 +22,8 @@ from tests.runner import check_failure, run_freres
         (("compress", "{clip}", "--variant", "magic"), 2, "variant"),
         (("compress", "{clip}", "--grid", "2by2"), 2, "grid"),
         (("compress", "{clip}", "--set", "anchors=0"), 2, "anchors"),
-        (("compress", "{clip}", "--fps", "0"), 2, "sample_fps"),
-        (("compress", "{clip}", "--fps", "nan"), 2, "sample_fps"),
+        (("compress", "{clip}", "--fps", "0"), 2, "--fps: expected"),
+        (("compress", "{clip}", "--fps", "nan"), 2, "--fps: expected"),
         (("compress", "{clip}", "--start", "100"), 2, "window"),
         (("compress", "{clip}", "--start", "2", "--end", "1"), 2, "window"),
         (("compress", "{clip}", "--model", "no-such-model"), 5, "no-such-model"),
@@ -55,6 +58,31 @@ def test_usage_errors_are_2(clip):
     for arguments in (("compress",), ("compress", clip, "--budget", "0"), ("compress", clip, "--nope"), ("fly",)):
         run = run_freres(*arguments)
         assert run.status == 2 and run.out == "" and "Traceback" not in run.err
+
+
+NUMBERS = [
+    pytest.param(name.split(), parameter, id=f"{name} {parameter.opts[0]}")
+    for name, command in leaf_commands(typer.main.get_command(app)).items()
+    for parameter in command.params
+    if parameter.type_descriptor.annotation in (int, float)
+]
+
+
+@pytest.mark.parametrize(("verb", "parameter"), NUMBERS)
+def test_a_number_that_is_none_is_one_line_with_its_flag_and_value(verb, parameter):
+    flag, low, high = parameter.opts[0], parameter.min, parameter.max
+    bad = ["", "10%", "nan", "inf", "1e999", "9" * 5000]
+    bad += [] if low is None else [str(low - 1)]
+    bad += [] if high is None else [str(high + 1)]
+    for value in bad:
+        run = run_freres(*verb, f"{flag}={value}")
+        check_failure(run, 2, f"error: {flag}: expected a ")
+        assert f"got '{value[:40]}'" in run.errors[0] and len(run.errors[0]) < 120
+
+
+def test_a_share_as_a_budget_is_told_of_the_quality_where_there_is_one():
+    assert "use --quality" in run_freres("compress", "x.mp4", "--budget", "0.1").err
+    assert "hint" not in run_freres("profile", "x.mp4", "--budget", "0.1").err
 
 
 def test_a_question_in_place_of_the_bundle_is_one_line(clip):

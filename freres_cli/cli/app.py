@@ -37,6 +37,7 @@ from freres_cli.cli import (
     verify,
     world,
 )
+from freres_cli.cli.numbers import check_numbers
 from freres_cli.cli.output import print_error, print_result
 from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError, find_interruption, is_out_of_memory
 
@@ -49,26 +50,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("compress")(compress.compress)
-app.command("batch")(batch.batch)
-app.command("plan")(plan.plan)
-app.command("ask")(ask.ask)
-app.command("profile")(profile.profile)
-app.command("eval")(eval.evaluate)
-app.command("fidelity")(fidelity.fidelity)
-app.command("compare")(compare.compare)
-app.command("ablate")(ablate.ablate)
-app.command("train")(train.train)
-app.command("inspect")(inspect.inspect)
-app.command("report")(report.report)
-app.command("repack")(repack.repack)
-app.command("export")(export.export)
-app.command("presets")(presets.presets)
-app.command("models")(models.models)
-app.command("methods")(methods.methods)
-app.command("doctor")(doctor.doctor)
-app.command("verify")(verify.verify)
-app.command("demo")(demo.demo)
+app.command("compress")(check_numbers(compress.compress))
+app.command("batch")(check_numbers(batch.batch))
+app.command("plan")(check_numbers(plan.plan))
+app.command("ask")(check_numbers(ask.ask))
+app.command("profile")(check_numbers(profile.profile))
+app.command("eval")(check_numbers(eval.evaluate))
+app.command("fidelity")(check_numbers(fidelity.fidelity))
+app.command("compare")(check_numbers(compare.compare))
+app.command("ablate")(check_numbers(ablate.ablate))
+app.command("train")(check_numbers(train.train))
+app.command("inspect")(check_numbers(inspect.inspect))
+app.command("report")(check_numbers(report.report))
+app.command("repack")(check_numbers(repack.repack))
+app.command("export")(check_numbers(export.export))
+app.command("presets")(check_numbers(presets.presets))
+app.command("models")(check_numbers(models.models))
+app.command("methods")(check_numbers(methods.methods))
+app.command("doctor")(check_numbers(doctor.doctor))
+app.command("verify")(check_numbers(verify.verify))
+app.command("demo")(check_numbers(demo.demo))
 app.add_typer(world.world, name="world")
 
 

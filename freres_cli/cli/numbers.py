@@ -1,0 +1,74 @@
+"""Flags that take a number. Typer's own messages leave out what was typed; these name it, the flag and its limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import copy
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from freres_cli.errors import UsageError
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+# Of a number that is none: which other flag may be meant, if the verb has it, and what to do.
+MEANT = {"--budget": ("--quality", "a budget is a count of tokens; for a share of the energy, use --quality")}
+
+
+def check_numbers(verb: Verb) -> Verb:
+    """Return a verb whose flags of type ``int`` and ``float`` are read here: a ``UsageError`` says what is wrong with one."""
+    hints = get_type_hints(verb, include_extras=True)
+    flags = {flag for hint in hints.values() for flag in _flags_of(hint)}
+    # Typer reads the annotations from here.
+    verb.__annotations__ = {name: _with_reader(hint, flags) for name, hint in hints.items()}
+    return verb
+
+
+def _with_reader(hint: Any, flags: set[str]) -> Any:
+    """The annotation of a parameter; of a number, with its reader. ``flags``: all of the verb."""
+    if get_origin(hint) is not Annotated:
+        return hint
+    kind, option = get_args(hint)
+    number = next((one for one in (int, float) if one is kind or one in get_args(kind)), None)
+    if number is None:
+        return hint
+    option = copy(option)  # verbs share it, and may have other flags
+    flag = _flags_of(hint)[0]
+    other, meant = MEANT.get(flag, ("", None))
+    option.parser = _Reader(number, flag, option.min, option.max, meant if other in flags else None)
+    return Annotated[kind, option]
+
+
+def _flags_of(hint: Any) -> list[str]:
+    """The flags of a parameter, the long one first. Typer takes the first for a default until it meets ``Annotated``."""
+    if get_origin(hint) is not Annotated:
+        return []
+    option = get_args(hint)[1]
+    return [flag for flag in (option.default, *(option.param_decls or ())) if isinstance(flag, str)]
+
+
+class _Reader:
+    """Reads the number of a flag. ``low``, ``high``: its limits, if it has any. ``hint``: if it is none."""
+
+    def __init__(self, kind: type, flag: str, low: float | None, high: float | None, hint: str | None) -> None:
+        self._kind, self._flag, self._low, self._high, self._hint = kind, flag, low, high, hint
+        self.__name__ = kind.__name__ if low is None and high is None else f"{kind.__name__} range"  # for --help
+
+    def __call__(self, typed: Any) -> Any:
+        """The number that was typed, or the default. Raises ``UsageError``."""
+        try:
+            value = self._kind(typed)
+        except ValueError:
+            value = math.nan
+        low, high = self._low, self._high
+        is_number = isinstance(value, int) or math.isfinite(value)
+        if not is_number or (low is not None and value < low) or (high is not None and value > high):
+            what = "a whole number" if self._kind is int else "a number"
+            raise UsageError(f"{self._flag}: expected {what}{self._limits()}, got {str(typed)[:40]!r}", self._hint)
+        return value
+
+    def _limits(self) -> str:
+        if self._low is None:
+            return ""
+        low, high = (f"{limit:g}" if isinstance(limit, float) else str(limit) for limit in (self._low, self._high))
+        return f" of at least {low}" if self._high is None else f" from {low} to {high}"
