@@ -117,8 +117,9 @@ def choose_storage(kv: str | None = None, weights: str | None = None) -> Storage
     return chosen
 
 
-def choose_device(requested: str | None = None, attention: str | None = None) -> Device:
-    """Choose the device and the attention kernel. ``auto`` (or None) means CUDA if available, else the CPU.
+def choose_device(requested: str | None = None, attention: str | None = None, name: str = "--device") -> Device:
+    """Choose the device and the attention kernel. ``auto`` (or None) means CUDA if available, else the CPU. ``name``: what
+    ``requested`` was named with, for messages.
 
     Of several CUDA devices, it is the one of LOCAL_RANK, if no number is named. Raises ResourceError if the CUDA device does
     not exist or cannot run the kernel, and UsageError unless the device is auto, cpu, cuda or cuda:N, the kernel is one of
@@ -126,16 +127,15 @@ def choose_device(requested: str | None = None, attention: str | None = None) ->
     """
     if attention not in (None, *ATTENTION_NAMES):
         raise UsageError(f"--attn: expected one of {', '.join(ATTENTION_NAMES)}, got {attention}")
-    return _choose_attention(_choose_place(requested), attention or "auto")
+    return _choose_attention(_choose_place(requested or "auto", name), attention or "auto")
 
 
-def _choose_place(requested: str | None) -> Device:
+def _choose_place(name: str, named_with: str) -> Device:
     import torch
 
-    name = requested or "auto"
     kind, _, index = name.partition(":")
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {name}")
+        raise UsageError(f"{named_with}: expected auto, cpu, cuda or cuda:N, got {name}")
     num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu":
         return _cpu_device("asked for")
@@ -148,7 +148,7 @@ def _choose_place(requested: str | None) -> Device:
         seen = count_of(num_cuda, "CUDA device") if num_cuda else "no CUDA device"
         seen += f", and LOCAL_RANK is {rank}" if rank else ""
         raise ResourceError(
-            f"device: {name} is not available: torch sees {seen}",
+            f"{named_with}: {name} is not available: torch sees {seen}",
             "use --device cpu, or install a CUDA build of torch and check nvidia-smi",
         )
     properties = torch.cuda.get_device_properties(ordinal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ class Settings:
     """The value of every key in ``KEYS`` except the description, and where each came from.
 
     ``reference_budget_tokens``: the preset's own budget, for which ``anchors`` was chosen. ``sources``: for each key,
-    ``flag``, ``preset NAME``, ``default``, or the verb that set it.
+    ``flag``, ``preset NAME``, ``default``, or the verb that set it. ``names``: what those that were named are called in
+    messages, if not by their keys.
     """
 
     method: str
@@ -145,11 +146,12 @@ class Settings:
     trends: str
     reference_budget_tokens: int
     sources: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def values(self) -> dict[str, Any]:
         """Return the value of each key."""
         found = asdict(self)
-        del found["sources"]
+        del found["sources"], found["names"]
         return found
 
     def is_named(self, key: str) -> bool:
@@ -157,12 +159,13 @@ class Settings:
         return not self.sources[key].startswith(("preset", "default"))
 
     def name_of(self, key: str) -> str:
-        """Return the name of a setting in messages, with the preset that it came from."""
-        return key if self.is_named(key) else f"{self.sources[key]}: {key}"
+        """Return the name of a setting in messages: what the user wrote, or the key, with the preset that it came from."""
+        return self.names.get(key, key) if self.is_named(key) else f"{self.sources[key]}: {key}"
 
     def with_values(self, source: str, **values: Any) -> Settings:
         """Return these settings with some values changed. ``source``: where the new values come from."""
-        return replace(self, **values, sources={**self.sources, **dict.fromkeys(values, source)})
+        names = {key: name for key, name in self.names.items() if key not in values}
+        return replace(self, **values, sources={**self.sources, **dict.fromkeys(values, source)}, names=names)
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Return the value and source of each key, in the form that bundles and ``--json`` documents use."""
@@ -245,55 +248,49 @@ def load_preset(name_or_path: str) -> Preset:
     return Preset(path.stem, path, values)
 
 
-def check_value(key: str, value: Any, where: str) -> Any:
-    """Return ``value`` converted to the type of ``key``. Raises ``PresetError``, which names ``where``."""
+def check_value(key: str, value: Any, where: str, name: str | None = None) -> Any:
+    """Return ``value`` converted to the type of ``key``. ``where``: what it was read from. ``name``: of the key in messages,
+    if not those two. Raises ``PresetError``."""
     if key not in KEYS:
         raise PresetError(
             f"{where}: unknown setting {_shown(key)}", _near(key[:40], list(KEYS)) or f"settings: {', '.join(KEYS)}"
         )
-    return check_rule(key, KEYS[key], value, where)
+    return check_rule(key, KEYS[key], value, name or f"{where}: {key}")
 
 
-def check_rule(key: str, rule: Key, value: Any, where: str) -> Any:
-    """Return ``value`` converted to the type that ``rule`` gives ``key``.
-
-    ``where``: what the value was read from. Raises ``PresetError``.
-    """
+def check_rule(key: str, rule: Key, value: Any, name: str) -> Any:
+    """Return ``value`` converted to the type that ``rule`` gives ``key``. ``name``: of the key in messages. Raises
+    ``PresetError``."""
     if rule.optional and (value is None or value == "auto"):
         return None
     if isinstance(value, Real) and not isinstance(value, bool):  # also one of NumPy
         value = int(value) if isinstance(value, Integral) else float(value)
     fits = isinstance(value, (int, float)) if rule.kind is float else isinstance(value, rule.kind)
     if not fits or (isinstance(value, bool) and rule.kind is not bool):
-        raise PresetError(f"{where}: {key}: expected {_type_name(rule)}, got {_shown(value)}")
+        raise PresetError(f"{name}: expected {_type_name(rule)}, got {_shown(value)}")
     if rule.choices is not None and value not in rule.choices:
-        raise PresetError(f"{where}: {key}: expected one of {', '.join(rule.choices)}, got {_shown(value)}")
+        raise PresetError(f"{name}: expected one of {', '.join(rule.choices)}, got {_shown(value)}")
     if rule.kind is int and abs(value) > MAX_WHOLE:
-        raise PresetError(f"{where}: {key}: expected at most {MAX_WHOLE}, got a larger number")
+        raise PresetError(f"{name}: expected at most {MAX_WHOLE}, got a larger number")
     if (rule.low is not None and not value >= rule.low) or (rule.high is not None and not value <= rule.high):
         limits = f"at least {rule.low:g}" if rule.high is None else f"{rule.low:g} to {rule.high:g}"
-        raise PresetError(f"{where}: {key}: expected {limits}, got {_shown(value)}")
+        raise PresetError(f"{name}: expected {limits}, got {_shown(value)}")
     if key == "grid":
-        parse_grid(value, where)
+        parse_grid(value, name)
     if key == "residual_grid":
-        parse_grid(value, where, key, RESIDUAL_GRIDS)
+        parse_grid(value, name, RESIDUAL_GRIDS)
     return float(value) if rule.kind is float else value
 
 
-def parse_grid(
-    text: str, where: str = "grid", key: str = "grid", words: tuple[str, ...] = ("auto",)
-) -> tuple[int, int] | None:
-    """Return (rows, columns) of ``"24x24"``, ``None`` for one of the ``words`` that may stand in its place.
-
-    ``text``: the value of ``key``. ``where``: what it was read from. Raises ``PresetError``.
-    """
+def parse_grid(text: str, name: str = "grid", words: tuple[str, ...] = ("auto",)) -> tuple[int, int] | None:
+    """Return (rows, columns) of ``"24x24"``, ``None`` for one of the ``words`` that may stand in its place. ``name``: of the
+    setting in messages. Raises ``PresetError``."""
     if text in words:
         return None
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 256 for part in parts):
         raise PresetError(
-            f"{where}: {key}: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or {' or '.join(words)}, got "
-            f"{_shown(text)}"
+            f"{name}: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or {' or '.join(words)}, got {_shown(text)}"
         )
     return int(parts[0]), int(parts[1])
 
@@ -312,22 +309,28 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 SAMPLE_OF = {"sample_fps": "fps", "sample_count": "count"}  # the sampling that each number is for
 
 
-def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag") -> Settings:
-    """Return every setting. A given value overrides the preset, and the preset overrides the default.
+def merge_settings(
+    preset: Preset, given: Mapping[str, Any], source: str = "flag", names: Mapping[str, str] | None = None
+) -> Settings:
+    """Return every setting. A given value overrides ``preset``, and the preset overrides the default.
 
     ``given``: only the values that were named; ``None`` means ``auto`` if the key allows it. ``source``: where they came
-    from. Naming a rate or a count also selects the matching ``sample``. Raises ``PresetError`` if values contradict.
+    from. ``names``: what they are called in messages, if not by their keys. Naming a rate or a count also selects the
+    matching ``sample``. Raises ``PresetError`` if values contradict.
     """
-    given = {key: check_value(key, value, source) for key, value in given.items()}
+    known = {**{key: key for key in given}, **(names or {})}
+    given = {key: check_value(key, value, source, known[key]) for key, value in given.items()}
     if "sample" not in given and ("sample_fps" in given or "sample_count" in given):
         if "sample_fps" in given and "sample_count" in given:
-            raise PresetError("--fps and --frames: expected one of them, got both")
+            both = f"{known['sample_fps']} and {known['sample_count']}"
+            raise PresetError(f"{both}: expected one of them, got both", "leave one of them out")
         given["sample"] = "fps" if "sample_fps" in given else "count"
     for key, sample in SAMPLE_OF.items():
         if given.get(key) is None:
             continue
         if given["sample"] != sample:
-            raise PresetError(f"sample: {key} belongs to {sample}, got {given['sample']}", "leave one of them out")
+            both = f"{known[key]} and {known['sample']}"
+            raise PresetError(f"{both}: expected sample {sample}, got {given['sample']}", "leave one of them out")
         # A density belongs to the preset's own sampling, not to one that replaces it.
         if sample != preset.values.get("sample", KEYS["sample"].default):
             given.setdefault("track_density", 1)
@@ -351,12 +354,15 @@ def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag
             flag = {"sample_fps": "--fps", "sample_count": "--frames"}[needed]
             raise PresetError(f"sample: {values['sample']} needs {needed}", f"name it with {flag}, or {needed}=NUMBER")
         raise PresetError(f"{preset.path}: sample: {values['sample']} needs {needed}")
-    return Settings(**values, sources=sources)
+    return Settings(**values, sources=sources, names=known)
 
 
-def load_settings(name: str, given: Mapping[str, Any], source: str = "flag") -> Settings:
-    """Return the settings of a preset (a name or a file), overridden by ``given``. Raises ``PresetError``."""
-    return merge_settings(load_preset(name), given, source)
+def load_settings(
+    name: str, given: Mapping[str, Any], source: str = "flag", names: Mapping[str, str] | None = None
+) -> Settings:
+    """Return the settings of the preset ``name``, or of a file, overridden as ``merge_settings`` does with ``given``,
+    ``source`` and ``names``. Raises ``PresetError``."""
+    return merge_settings(load_preset(name), given, source, names)
 
 
 def environment_value(name: str) -> str | None:

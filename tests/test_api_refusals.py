@@ -73,10 +73,25 @@ def test_times_that_are_none(compressor, seconds):
     refuses(lambda: compressor.compress(FRAMES, seconds=seconds), "frames: expected", VideoError)
 
 
-@pytest.mark.parametrize("number", [1j, np.complex64(1), torch.zeros(2), torch.tensor(1j), 10**400, "soon"])
+@pytest.mark.parametrize("number", [1j, np.complex64(1), torch.zeros(2), torch.tensor(1j), 10**400, "soon", "1", True])
 def test_numbers_that_are_none(compressor, bundle, number):
     refuses(lambda: compressor.compress("clip.mp4", start_s=number), "start_s: expected a number", UsageError)
     refuses(lambda: bundle.repack(quality=number), "quality: expected a number", UsageError)
+
+
+@pytest.mark.parametrize("count", [True, "5", 5.0])
+def test_counts_that_are_none(compressor, bundle, count):
+    refuses(lambda: Compressor(budget_tokens=count), "budget_tokens: expected a whole number", UsageError)
+    refuses(lambda: bundle.repack(count), "budget_tokens: expected a whole number", UsageError)
+    refuses(lambda: Compressor(anchors=str(count)), "anchors: expected a whole number", PresetError)
+
+
+def test_an_argument_is_named_as_in_python(compressor):
+    refuses(lambda: Compressor(sample_fps=0), "sample_fps: expected 1e-06 to 1000", PresetError)
+    refuses(
+        lambda: Compressor(sample="native", sample_fps=2), "sample_fps and sample: expected sample fps", PresetError
+    )
+    refuses(lambda: compressor.compress("clip.mp4", start_s=2, end_s=1), "clip.mp4: no such file", VideoError)
 
 
 @pytest.mark.parametrize("path", ["a\0b", "", "\ud800", b"a", 3, None])
@@ -95,6 +110,8 @@ def test_paths_that_are_none(compressor, bundle, path):
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": [1]}, "top_p"),
         ({"seed": 0.5}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"temperature": True}, "temperature"),
         ({"seed": 2**64}, "seed"),
     ],
 )

@@ -121,6 +121,12 @@ def test_two_videos_of_one_name_are_refused_before_anything_runs(videos):
         ({"video": "a.mp4", "method": "other"}, "other", ""),
         ({"video": "a.mp4", "method": "uniform", "quality": 0.9}, "quality", ""),
         ({"video": "a.mp4", "start_s": -1}, "start_s: expected", ""),
+        (
+            {"video": "a.mp4", "start_s": 1, "end_s": 0.5},
+            "end_s: expected a number of seconds above the start, 1, got",
+            "",
+        ),
+        ({"video": "a.mp4", "end_s": 0}, "end_s: expected a number of seconds above the start, 0, got 0", ""),
         ({"video": "a.mp4", "start_s": "1"}, "start_s: expected a number", ""),
         ({"video": "a.mp4", "strict": 1}, "strict: expected true or false", ""),
         ({"video": "a.mp4", "end_s": True}, "end_s: expected a number", ""),

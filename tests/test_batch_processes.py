@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from freres_cli.bench.apart import start_deaf
 from freres_cli.errors import ResourceError
 from freres_cli.workflows import batch_process
 from freres_cli.workflows.batch_process import READY, Supervisor, explain_end, run_local
@@ -64,6 +67,19 @@ def test_every_job_has_one_row_whatever_breaks(tmp_path):
     assert [rows[number].video for number in range(5)] == videos
     assert [rows[number].tries for number in range(5)] == [1, 2, 2, 1, 1]
     assert isinstance(rows[2].error, ResourceError) and isinstance(rows[1], FakeRow)
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_is_starting(supervisor, monkeypatch, capfd):
+    def start(process):
+        start_deaf(process)
+        os.kill(process.pid, signal.SIGINT)
+
+    monkeypatch.setattr(batch_process, "start_deaf", start)
+    with ThreadPoolExecutor(1) as pool:  # as run_local does
+        rows = [pool.submit(supervisor.run, FakeJob(video)).result() for video in ("ok-1", "unlucky-1", "ok-2")]
+    assert [row.tries for row in rows] == [1, 2, 1] and supervisor._num_ends == 1, "only the unlucky one ended"
+    assert capfd.readouterr().err == ""
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "this process still hears it"
 
 
 def test_a_run_that_is_stopped_leaves_no_process_and_no_copy(tmp_path):

@@ -138,7 +138,11 @@ def test_one_frame_of_the_temporal_variant_is_one_token(clip, tmp_path):
 
 def test_the_device_can_come_from_the_environment(clip, tmp_path, monkeypatch):
     monkeypatch.setenv("FRERES_DEVICE", "cuda:99")
-    check_failure(run_freres("compress", clip, "-o", tmp_path / "b.pt"), 6, "cuda:99")
+    check_failure(run_freres("compress", clip, "-o", tmp_path / "b.pt"), 6, "error: FRERES_DEVICE: cuda:99")
+    monkeypatch.setenv("FRERES_DTYPE", "int3")
+    run = run_freres("compress", clip, "-o", tmp_path / "b.pt", "--device", "cpu")
+    check_failure(run, 2, "error: FRERES_DTYPE: expected")
+    monkeypatch.delenv("FRERES_DTYPE")
     assert run_freres("compress", clip, "-o", tmp_path / "b.pt", "--device", "cpu").status == 0
 
 

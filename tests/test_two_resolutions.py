@@ -164,14 +164,14 @@ def test_a_grid_that_is_finer_than_that_of_anchors_is_refused(clip, grid):
 @pytest.mark.parametrize("method", ["adaptive", "uniform", "full"])
 def test_other_methods_refuse_it(clip, tmp_path, method):
     run = run_freres("compress", clip, "--method", method, "--residual-grid", "half", "-o", tmp_path / "b.pt")
-    check_failure(run, 2, f"residual_grid: a setting of method fre-res, got method {method}")
+    check_failure(run, 2, f"--residual-grid: a setting of method fre-res, got method {method}")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", ["auto", "3", "0x3", "3x", "third"])
 def test_a_grid_that_is_none_is_refused(clip, tmp_path, value):
     run = run_freres("compress", clip, "--residual-grid", value, "-o", tmp_path / "b.pt")
-    check_failure(run, 2, "residual_grid: expected ROWSxCOLUMNS")
+    check_failure(run, 2, "--residual-grid: expected ROWSxCOLUMNS")
 
 
 def test_the_bundle_records_it_and_repack_keeps_it(clip, tmp_path):

@@ -35,7 +35,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, kind in (("temperature", Real), ("top_p", Real), ("seed", Integral)):
-            if not isinstance(value := getattr(self, name), kind):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
                 expected = "a number" if kind is Real else "a whole number"
                 raise UsageError(f"{name}: expected {expected}, got {value!r:.80}")
         if not -(2**63) <= self.seed < 2**64:

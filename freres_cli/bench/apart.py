@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.resource_tracker
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,21 @@ class Outcome:
         return self.value is None and not self.is_late and self.exit_code == -signal.SIGKILL
 
 
+def start_deaf(process: BaseProcess) -> None:
+    """Start a process that was made to be spawned, and that Ctrl-C does not reach: who starts it decides what becomes of it.
+
+    Ctrl-C reaches every process of a terminal, and one that is still importing would print a traceback. Its threads and
+    processes do not hear it, either. Safe in any thread.
+    """
+    # Its start would let this thread hear Ctrl-C again.
+    multiprocessing.resource_tracker.ensure_running()
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
 def run_apart(target: Callable[..., None], arguments: tuple[Any, ...], timeout_s: float) -> Outcome:
     """Call ``target`` in a fresh process, and return what it sends through a connection, its first argument.
 
@@ -43,7 +60,7 @@ def run_apart(target: Callable[..., None], arguments: tuple[Any, ...], timeout_s
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-    process.start()
+    start_deaf(process)
     theirs.close()
     value, is_late = None, False
     try:

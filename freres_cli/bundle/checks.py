@@ -108,7 +108,7 @@ def read_settings(
         if setting["value"] is REQUIRED:
             raise damaged(where, f"the manifest lacks settings.{key}")
         try:
-            value = check_rule(key, rule, setting["value"], "settings")
+            value = check_rule(key, rule, setting["value"], f"settings: {key}")
         except PresetError as error:
             raise damaged(where, error.message) from error
         read[key] = {**setting, "value": value}

@@ -9,9 +9,10 @@ import typer
 
 from freres_cli.baselines.registry import FRE_RES
 from freres_cli.cli import options
-from freres_cli.cli.compress import at_budgets, gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval import describe_result, print_failures, run_notes
 from freres_cli.cli.eval_tables import print_rows, print_totals
+from freres_cli.cli.given import gather_flags
 from freres_cli.cli.output import print_json, print_line, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
 from freres_cli.files import make_folder

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_options
+from freres_cli.cli.compress import make_options
+from freres_cli.cli.given import Given, gather_flags
 from freres_cli.cli.output import format_bytes, format_seconds, print_json_line, print_notes, progress_bar
 from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
 from freres_cli.errors import UsageError, count_of
@@ -98,7 +99,8 @@ def batch(
 
     def make_own(own: Mapping[str, Any]) -> CompressOptions:
         window = (own.get("start_s", start), own.get("end_s", end), own.get("strict", strict))
-        given = (with_own(flags, own), preset, model, revision, own.get("method", method))
+        names = {**flags.names, **{key: key for key in own}}
+        given = (Given(with_own(flags, own), names), preset, model, revision, own.get("method", method))
         made = make_options(*given, *window, dtype=dtype, decode=decode, **here)
         made.check_settings()
         return made

@@ -9,8 +9,9 @@ import typer
 from freres_cli.baselines.registry import METHODS
 from freres_cli.cli import options
 from freres_cli.cli.ask import check_text
-from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval_tables import name_row
+from freres_cli.cli.given import gather_flags_at_budgets
 from freres_cli.cli.output import (
     format_seconds,
     format_share,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
+from freres_cli.cli.given import Given, gather_flags
 from freres_cli.cli.output import (
     format_bytes,
     format_seconds,
@@ -28,7 +29,7 @@ from freres_cli.errors import UsageError, count_of
 from freres_cli.files import made_folder
 from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision, choose_method, choose_preset, find_bundle_method
-from freres_cli.presets import BUNDLED, load_settings, parse_assignment
+from freres_cli.presets import BUNDLED, load_settings
 
 if TYPE_CHECKING:
     from freres_cli.evaluation.cells import Cell
@@ -221,22 +222,8 @@ def _compress_many(
         print_notes([f"{counts['done']} compressed, {counts['skipped']} skipped"], quiet)
 
 
-def gather_flags(assignments: list[str] | None, named: dict[str, Any]) -> dict[str, Any]:
-    """Return the given settings. ``named``: settings that have a flag of their own, which overrides ``--set``."""
-    given = {key: value for key, value in named.items() if value is not None}
-    return dict(parse_assignment(text) for text in assignments or []) | given
-
-
-def gather_flags_at_budgets(assignments: list[str] | None) -> dict[str, Any]:
-    """Return the settings given to a verb that names its budgets itself. Raises ``UsageError`` for a budget."""
-    flags = gather_flags(assignments, {})
-    if "budget_tokens" in flags:
-        raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
-    return flags
-
-
 def make_options(
-    flags: dict[str, Any],
+    flags: Mapping[str, Any],
     preset: str | None,
     model: str | None,
     revision: str | None = None,
@@ -252,21 +239,24 @@ def make_options(
 ) -> CompressOptions:
     """Turn flags into options.
 
-    ``flags``: settings that were given. ``preset``, ``model``, ``revision``, ``method``, ``start``, ``end``, ``strict``,
-    ``device``, ``dtype``, ``attn``: the flags with these names. ``storage``: of the language half, from
-    ``devices.choose_storage``. ``decode``: the flag. Raises ``UsageError`` or ``PresetError``.
+    ``flags``: settings that were given, with their names if it is a ``Given``. ``preset``, ``model``, ``revision``,
+    ``method``, ``start``, ``end``, ``strict``, ``device``, ``dtype``, ``attn``: the flags with these names. ``storage``: of
+    the language half, from ``devices.choose_storage``. ``decode``: the flag. Raises ``UsageError`` or ``PresetError``.
     """
     chosen = model or BUNDLED
     if method is not None:
         find_bundle_method(method)
     check_revision(chosen, revision)
-    settings = load_settings(preset or choose_preset(chosen), flags)
+    names = flags.names if isinstance(flags, Given) else {}
+    settings = load_settings(preset or choose_preset(chosen), flags, names=names)
     if method is not None:
         settings = settings.with_values("flag", method=method)
     used = choose_method(settings)
     from freres_cli.pipeline.models import make_source
     from freres_cli.pipeline.planning import CompressOptions
+    from freres_cli.video.sampling import check_window
 
+    check_window(start, end, (names.get("start_s", "--start"), names.get("end_s", "--end")))
     source = make_source(chosen, device, dtype, revision, attn, storage)
     return CompressOptions(source, settings, used, start, end, strict, decode)
 
@@ -293,7 +283,9 @@ def at_budgets(
         return replace(chosen, method=trains[0])
     if chosen.method not in trains:
         able = " or ".join(trains)
-        raise UsageError(f"method: {verb} trains adapters of {able}, got {chosen.method}", "leave it out")
+        raise UsageError(
+            f"{settings.name_of('method')}: {verb} trains adapters of {able}, got {chosen.method}", "leave it out"
+        )
     refuse_lost_settings(settings, (chosen.method,), "leave one of the two out")
     return chosen
 

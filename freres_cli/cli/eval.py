@@ -10,8 +10,9 @@ import typer
 
 from freres_cli.baselines.registry import METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval_tables import print_differences, print_rows, print_totals
+from freres_cli.cli.given import gather_flags_at_budgets
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.devices import choose_storage
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions

@@ -8,8 +8,9 @@ import typer
 
 from freres_cli.baselines.registry import BUNDLE_METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import at_budgets, gather_flags_at_budgets, make_options
+from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval import print_losses
+from freres_cli.cli.given import gather_flags_at_budgets
 from freres_cli.cli.output import (
     format_share,
     print_json,

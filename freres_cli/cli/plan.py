@@ -9,7 +9,8 @@ import typer
 
 from freres_cli.baselines.registry import METHODS
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_options, plan_document
+from freres_cli.cli.compress import make_options, plan_document
+from freres_cli.cli.given import gather_flags
 from freres_cli.cli.output import (
     format_bytes,
     format_seconds,

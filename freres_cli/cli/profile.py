@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.compress import gather_flags, make_options
+from freres_cli.cli.compress import make_options
+from freres_cli.cli.given import gather_flags
 from freres_cli.cli.output import (
     format_bytes,
     format_seconds,

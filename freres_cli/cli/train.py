@@ -11,7 +11,8 @@ import typer
 
 from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
 from freres_cli.cli import options
-from freres_cli.cli.compress import at_budgets, gather_flags, make_options
+from freres_cli.cli.compress import at_budgets, make_options
+from freres_cli.cli.given import gather_flags
 from freres_cli.cli.output import print_json, print_notes, print_result, print_warning, progress_bar
 from freres_cli.errors import UsageError
 from freres_cli.files import check_destination

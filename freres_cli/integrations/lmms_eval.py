@@ -71,7 +71,12 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
             raise UsageError(f"method: expected one of {', '.join(METHODS)}, got {method}", "see: freres methods")
         self._method, self._budget = method, parse_budget(str(budget), "budget")
         source = models.source if models else make_source(pretrained, device, dtype, revision)
-        chosen = load_settings(str(preset or choose_preset(source.name)), settings, "model_args")
+        chosen = load_settings(
+            str(preset or choose_preset(source.name)),
+            settings,
+            "model_args",
+            {key: f"model_args: {key}" for key in settings},
+        )
         if chosen.quality is not None:
             raise UsageError("quality: expected none: the budget decides", "leave it out")
         refuse_lost_settings(chosen, (method,), "model_args: name method=fre-res as well")

@@ -21,6 +21,8 @@ from freres_cli.presets import BUNDLED, MODEL_INFO_FILE, Settings
 def as_whole(value: object, name: str) -> int:
     """Return a whole number of any library as Python's own. ``name``: of the argument. Raises ``UsageError``."""
     try:
+        if isinstance(value, bool):
+            raise TypeError("Python would count it as 0 or 1")
         return operator.index(value)  # type: ignore[arg-type]  # what has no index is what this refuses
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: expected a whole number, got {value!r}") from error
@@ -32,6 +34,8 @@ def as_number(value: object, name: str) -> float | None:
     try:
         if isinstance(value, Complex) and not isinstance(value, Real):
             raise TypeError("NumPy would leave out a part of it")
+        if isinstance(value, bool | str | bytes | bytearray):
+            raise TypeError("Python would read a number from it")
         return None if value is None else float(value)  # type: ignore[arg-type]  # as above
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is torch's
         raise UsageError(f"{name}: expected a number, got {value!r}") from error

@@ -106,14 +106,17 @@ def find_device(device: str | torch.device | Device | None = None, attention: st
     """
     if isinstance(device, Device):
         return device
-    return choose_device(str(device) if device else environment_value("device"), attention)
+    if not device and (found := environment_value("device")) is not None:
+        return choose_device(found, attention, "FRERES_DEVICE")
+    return choose_device(str(device) if device else None, attention)
 
 
 def find_dtype(dtype: str | None = None) -> str | None:
     """Return the named dtype, else that of FRERES_DTYPE, else ``None`` for automatic."""
     name = dtype or environment_value("dtype")
     if name not in (None, *DTYPE_NAMES):
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPE_NAMES)}, got {name}")
+        named_with = "--dtype" if dtype else "FRERES_DTYPE"
+        raise UsageError(f"{named_with}: expected one of {', '.join(DTYPE_NAMES)}, got {name}")
     return name
 
 

@@ -145,7 +145,9 @@ def refuse_lost_settings(settings: Settings, methods: Collection[str], hint: str
     """
     named = [key for key in FRE_RES_KEYS if settings.is_named(key)]
     if named and FRE_RES not in methods:
-        raise UsageError(f"{named[0]}: a setting of method {FRE_RES}, got method {', '.join(methods)}", hint)
+        raise UsageError(
+            f"{settings.name_of(named[0])}: a setting of method {FRE_RES}, got method {', '.join(methods)}", hint
+        )
 
 
 def method_settings(settings: Settings) -> MethodSettings:
@@ -189,7 +191,7 @@ def _choose_residual_size(
     """Return the size of frames that are no anchors; ``None`` if it is that of anchors."""
     if settings.residual_grid == FULL:
         return None
-    grid = parse_grid(settings.residual_grid, "setting", "residual_grid", RESIDUAL_GRIDS)
+    grid = parse_grid(settings.residual_grid, words=RESIDUAL_GRIDS)
     rows, columns = grid or ((size.grid_h + 1) // 2, (size.grid_w + 1) // 2)
     name = settings.name_of("residual_grid")
     if rows > size.grid_h or columns > size.grid_w:

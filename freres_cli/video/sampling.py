@@ -48,14 +48,20 @@ class Sampling:
             raise UsageError(f"fps: expected a finite number above 0, got {self.fps}")
         if self.count is not None and self.count < 1:
             raise UsageError(f"number of frames: expected at least 1, got {self.count}")
-        self._check_window()
+        check_window(self.start_s, self.end_s)
 
-    def _check_window(self) -> None:
-        start = 0.0 if self.start_s is None else self.start_s
-        if not (math.isfinite(start) and start >= 0):
-            raise UsageError(f"start of the window: expected a finite number of at least 0 s, got {start}")
-        if self.end_s is not None and not (math.isfinite(self.end_s) and self.end_s > start):
-            raise UsageError(f"end of the window: expected a finite number above {start:g} s, got {self.end_s}")
+
+def check_window(start_s: float | None, end_s: float | None, names: tuple[str, str] = ("start_s", "end_s")) -> None:
+    """Refuse a part of a clip that cannot be. ``start_s``, ``end_s``: in seconds, ``None`` for the clip's own. ``names``: of
+    both in messages. Raises ``UsageError``."""
+    start = 0.0 if start_s is None else start_s
+    if not (math.isfinite(start) and start >= 0):
+        raise UsageError(f"{names[0]}: expected a number of seconds, 0 or more, got {start}")
+    if end_s is not None and not (math.isfinite(end_s) and end_s > start):
+        raise UsageError(
+            f"{names[1]}: expected a number of seconds above the start, {start:g}, got {end_s:g}",
+            "choose an earlier start or a later end",
+        )
 
 
 def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tuple[float, float]:

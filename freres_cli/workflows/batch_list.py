@@ -24,6 +24,7 @@ from freres_cli.video.listing import (
     read_lines,
     refuse_same_outputs,
 )
+from freres_cli.video.sampling import check_window
 from freres_cli.workflows.batch_store import Store, as_place, fixed_part, has_wildcard, is_url, join_url, short_name
 from freres_cli.workflows.batch_worker import Job
 
@@ -216,9 +217,7 @@ def _kind_of(key: str) -> str:
 def _check_places(row: dict[str, Any], place: str) -> dict[str, Any]:
     if not row.get("video") or "\0" in row["video"]:
         raise UsageError(f"{place}: video: expected a path or URL", 'write {"video": "clip.mp4"}')
-    for key in ("start_s", "end_s"):
-        if key in row and not 0 <= row[key] < float("inf"):
-            raise UsageError(f"{place}: {key}: expected a number of seconds, 0 or more, got {row[key]}")
+    check_window(row.get("start_s"), row.get("end_s"), (f"{place}: start_s", f"{place}: end_s"))
     name = row.get("name")
     if name is not None:
         parts = PurePosixPath(name).parts

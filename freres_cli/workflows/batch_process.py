@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
+from freres_cli.bench.apart import start_deaf
 from freres_cli.devices import local_rank, use_one_heap
 from freres_cli.errors import ResourceError, UsageError
 from freres_cli.workflows.batch_worker import BatchRow, Job, VideoWorker, WorkerSetup, broken_row
@@ -29,8 +30,6 @@ MOST_ENDS = 20
 
 def _serve(connection: Connection, setup: WorkerSetup, rank: int, scratch: str) -> None:
     """What a worker process does: rows for jobs, until the other end is closed."""
-    # Ctrl-C reaches every process of a terminal; the driver decides what becomes of its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     use_one_heap()  # a worker may serve for days
     threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
@@ -111,7 +110,7 @@ class Supervisor:
             self._scratch = tempfile.TemporaryDirectory(prefix="freres-batch-", ignore_cleanup_errors=True)
             arguments = (theirs, self._setup, self._rank, self._scratch.name)
             self._process = context.Process(target=_serve, args=arguments, daemon=True)
-            self._process.start()
+            start_deaf(self._process)
             theirs.close()
             connection = self._connection
         if connection.recv() != READY:
