@@ -266,6 +266,10 @@ def test_a_broken_copy_is_one_line_that_names_the_place(copies, tmp_path, case):
 
 def test_missing_annotations_and_wrong_names_are_usage(copies, tmp_path):
     check_failure(run_freres("eval", tmp_path), 2, "got none that is known")
+    (tmp_path / "questions.jsonl").touch()  # as freres world make leaves it
+    run = run_freres("eval", tmp_path)
+    check_failure(run, 2, "got none that is known")
+    assert f"hint: for questions of your own, name {tmp_path / 'questions.jsonl'}" in run.err
     check_failure(run_freres("eval", tmp_path, "--benchmark", "mvbench"), 2, "action_sequence.json: is missing")
     check_failure(run_freres("eval", tmp_path, "--benchmark", "mvbenhc"), 2, "expected one of mvbench, nextqa")
     check_failure(run_freres("eval", copies["nextqa"], "--benchmark", "nextqa:train"), 2, "expected one of test, val")

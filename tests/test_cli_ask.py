@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,30 @@ def test_sampling_is_seeded(bundle):
     flags = ("--temperature", 2.0, "--max-new-tokens", 12)
     texts = [run_freres("ask", bundle, "what?", *flags, "--seed", seed).out for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "without_effect"),
+    [
+        (("--seed", 5), ("--seed",)),
+        (("--top-p", 0.5), ("--top-p",)),
+        (("--choices", "a|b", "--temperature", 1, "--seed", 5), ("--temperature", "--seed")),
+        (("--temperature", 1, "--seed", 5, "--top-p", 0.5), ()),
+        (("--choices", "a|b"), ()),
+    ],
+)
+def test_flags_that_change_nothing_say_so(bundle, flags, without_effect):
+    run = run_freres("ask", bundle, "what?", "--max-new-tokens", 2, "--device", "cpu", *flags)
+    assert run.status == 0, run.err
+    assert tuple(re.findall(r"^note: (\S+) has no effect: ", run.err, re.MULTILINE)) == without_effect
+
+
+@pytest.mark.parametrize("value", ["0.0005", "-1"])
+def test_a_temperature_that_cannot_be_is_refused_as_the_help_says(value):
+    run = run_freres("ask", "missing.pt", "what?", "--temperature", value)
+    check_failure(run, 2, "error: --temperature: expected 0, or at least 0.001, got ")
+    assert "0 or at least 0.001" in " ".join(run_freres("ask", "--help").out.split())
+    check_failure(run_freres("ask", "missing.pt", "what?", "--top-p", 2), 2, "error: --top-p: expected")
 
 
 def test_another_model_is_refused(bundle, tiny):

@@ -48,7 +48,7 @@ from tests.runner import check_failure, run_freres
         (("ask", "{bundle}", "what?", "--choices", "one"), 2, "--choices"),
         (("ask", "{bundle}", "what?", "--choices", "a||b"), 2, "empty"),
         (("ask", "{bundle}", "what?", "--choices", "a|a"), 2, "the same"),
-        (("ask", "{bundle}", "what?", "--top-p", "2"), 2, "top_p"),
+        (("ask", "{bundle}", "what?", "--top-p", "2"), 2, "error: --top-p: expected"),
         (("ask", "{bundle}", "what?", "--text-after", "x"), 2, "--text-after"),
         (("ask", "{bundle}", "--json"), 2, "--json"),
         (("inspect", "missing.pt"), 4, "missing.pt"),

@@ -87,6 +87,26 @@ def test_files_that_cannot_be_used_give_one_plain_error(tmp_path, kind, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_kind_that_cannot_be_decoded_is_not_only_called_damaged(tmp_path):
+    chunks = b"VP8X" + struct.pack("<IIHBHB", 10, 2, 7, 0, 7, 0)  # animated, 8x8
+    chunks += b"ANIM" + struct.pack("<IIH", 6, 0, 0)
+    # A frame of lossless data: FFmpeg finds the stream, and has no decoder for an animation.
+    frame = bytes(6) + struct.pack("<HBHB", 7, 0, 7, 0) + bytes(4) + b"VP8L" + struct.pack("<I", 12)
+    frame += b"\x2f\x07\xc0\x01\x00" + bytes(7)
+    chunks += b"ANMF" + struct.pack("<I", len(frame)) + frame
+    path = _written(tmp_path / "a.webp", b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks)
+    with pytest.raises(VideoError, match="no frame can be decoded") as caught:
+        probe_video(path)
+    assert "animated WebP" in caught.value.hint and "convert it" in caught.value.hint
+
+
+def test_a_list_for_batch_is_told_apart(tmp_path):
+    path = _written(tmp_path / "list.JSONL", b'{"video": "a.mp4"}\n')
+    with pytest.raises(VideoError, match=PLAYLIST) as caught:
+        probe_video(path)
+    assert "freres batch" in caught.value.hint
+
+
 def test_permission_is_named(plain_clip, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")

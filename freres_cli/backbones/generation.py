@@ -42,9 +42,7 @@ class Sampling:
         if not -(2**63) <= self.seed < 2**64:
             raise UsageError(f"seed: expected -2^63 to 2^64 - 1, got {self.seed}")
         if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
-            raise UsageError(
-                f"temperature: expected a number, 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}"
-            )
+            raise UsageError(f"temperature: expected 0, or at least {LEAST_TEMPERATURE}, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 

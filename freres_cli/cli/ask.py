@@ -31,6 +31,7 @@ from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
 
 if TYPE_CHECKING:
+    from freres_cli.backbones.generation import Sampling
     from freres_cli.pipeline.session import AskRequest, Session
     from freres_cli.records import Answer
     from freres_cli.workflows.ask import AskedRow
@@ -55,7 +56,9 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 128,
     temperature: Annotated[
         float,
-        typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 always takes the most likely token."),
+        typer.Option(
+            "--temperature", help="Sampling temperature, 0 or at least 0.001; 0 always takes the most likely token."
+        ),
     ] = 0.0,
     top_p: Annotated[
         float, typer.Option("--top-p", help="Sample from the most likely tokens that add up to this probability.")
@@ -141,7 +144,11 @@ def ask(
         from freres_cli.pipeline.session import AskRequest, open_session
         from freres_cli.workflows.ask import read_queries
 
-    sampling = Sampling(temperature, top_p, seed)
+    try:
+        sampling = Sampling(temperature, top_p, seed)
+    except UsageError as error:  # which names its fields
+        raise UsageError(f"--{error.message.replace('_', '-', 1)}", error.hint) from error
+    print_notes(_without_effect(sampling, has_choices=choices is not None), quiet)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
     manner["refine"] = refine
     rows = None if questions is None else read_queries(questions)
@@ -163,6 +170,18 @@ def ask(
         print_json("freres.ask/1", document | {"where": _locate(session, text, manner, quiet) if where else None})
     else:
         _answer(session, text, manner, quiet, where)
+
+
+def _without_effect(sampling: Sampling, has_choices: bool) -> list[str]:
+    """Return a note for each flag of sampling that changes nothing."""
+    named = {"--temperature": sampling.temperature > 0, "--top-p": sampling.top_p < 1, "--seed": sampling.seed > 0}
+    if has_choices:
+        why = "an option of --choices is chosen by its probability"
+    elif sampling.temperature == 0:
+        why = "at --temperature 0 the most likely token is always taken"
+    else:
+        return []
+    return [f"{flag} has no effect: {why}" for flag, is_named in named.items() if is_named]
 
 
 def _read_question(question: str | None, json: bool) -> str | None:

@@ -91,7 +91,9 @@ def open_video(path: str, num_bytes: int | None = None, accelerator: HWAccel | N
         if _is_text(path):
             raise VideoError(
                 f"{path}: is text, such as a playlist, not a video",
-                hint="name a video file; other files that it lists are not opened",
+                hint="freres batch reads lists in .jsonl"
+                if path.lower().endswith(".jsonl")
+                else "name a video file; other files that it lists are not opened",
             ) from error
         raise VideoError(
             f"{path}: not a video that FFmpeg can read: {error.strerror}",

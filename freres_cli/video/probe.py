@@ -42,7 +42,9 @@ def _first_frame(path: str, container: InputContainer, stream: VideoStream) -> a
     frame = next((f for f in iterate_frames(container, stream) if f is not None), None)
     if frame is None:
         raise VideoError(
-            f"{path}: no frame can be decoded", hint="the file is damaged: try to play it, or download it again"
+            f"{path}: no frame can be decoded",
+            hint="the file is damaged, or of a kind that this FFmpeg cannot decode, such as animated WebP: try to play it, and "
+            "convert it if it plays",
         )
     return frame
 

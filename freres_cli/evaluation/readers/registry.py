@@ -15,6 +15,8 @@ from freres_cli.evaluation.readers.nextqa import NEXTQA
 from freres_cli.evaluation.readers.video_mme import VIDEO_MME
 
 BENCHMARKS = {own.name: own for own in (MVBENCH, NEXTQA, EGOSCHEMA, LONGVIDEOBENCH, VIDEO_MME)}
+# The file that freres world make writes.
+QUESTIONS = "questions.jsonl"
 
 
 def read_any_questions(path: Path, named: str | None = None, limit: int | None = None) -> QuestionFile:
@@ -54,9 +56,12 @@ def _choose(named: str, copy: LocalCopy) -> tuple[Benchmark, str | None]:
 def _recognize(copy: LocalCopy) -> Benchmark:
     found = [benchmark for benchmark in BENCHMARKS.values() if benchmark.is_in(copy)]
     if len(found) != 1:
+        names = f"name it with --benchmark: {', '.join(BENCHMARKS)}; freres-benchmarks(7) has their layouts"
+        if not found and (copy.root / QUESTIONS).is_file():
+            names = f"for questions of your own, name {copy.root / QUESTIONS}"
         got = "more than one: " + ", ".join(own.name for own in found) if found else "none that is known"
         raise UsageError(
             f"{copy.root}: expected the files of one benchmark, got {got}",
-            f"name it with --benchmark: {', '.join(BENCHMARKS)}; freres-benchmarks(7) has their layouts",
+            names,
         )
     return found[0]
