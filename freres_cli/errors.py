@@ -135,6 +135,15 @@ def find_interruption(error: BaseException | None) -> BaseException | None:
     return error
 
 
+def size_of(count: float) -> str:
+    """Return bytes in binary units: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
 def explain_no_file(path: str | Path, what: str = "file") -> str:
     """Return the path, and why it is no regular file: ``PATH: no such file``, or a URL, a folder, a pipe or a device.
     ``what``: what it was to be."""
@@ -144,7 +153,9 @@ def explain_no_file(path: str | Path, what: str = "file") -> str:
     if os.path.exists(name):  # noqa: PTH110
         return f"{name}: is a pipe or device, not a file"
     if (url := re.match(r"([a-z][a-z0-9+.-]+):/+(.*)", name, re.IGNORECASE | re.DOTALL)) is not None:
-        # A path has lost one of the two slashes.
+        # A path has lost all but one of the slashes.
+        if url[1].lower() == "file":
+            return f"{url[1]}:///{url[2]}: is a URL, not a file: name the path, /{url[2]}"
         return f"{url[1]}://{url[2]}: is a URL, not a file: download it first"
     return f"{name}: no such {what}"
 

@@ -163,7 +163,11 @@ def test_a_saved_prefix_is_read_by_the_next_question_and_a_foreign_one_replaced(
     runs = [run_freres("ask", path, *question, "--save-prefix") for _ in range(2)]
     assert all(run.json["choices"] == plain.json["choices"] for run in runs)
     saved, read = (" ".join(run.json["notes"]) for run in runs)
-    assert "prefix saved in" in saved and "prefix read from" in read and kept.stat().st_size > 10_000
+    assert (
+        re.search(r"prefix saved in .*, [\d.]+ [KM]iB\n", saved)
+        and "prefix read from" in read
+        and kept.stat().st_size > 10_000
+    )
     assert run_freres("repack", bundle, "--budget", 200, "-o", path, "--force").status == 0
     stale = run_freres("ask", path, *question, "--save-prefix").json
     assert "made from another bundle" in " ".join(stale["notes"])

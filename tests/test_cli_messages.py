@@ -9,6 +9,8 @@ import re
 import pytest
 
 from freres_cli.cli import app as cli_app
+from freres_cli.cli.eval_tables import print_totals
+from freres_cli.cli.output import format_share
 from freres_cli.errors import BackboneError, ExitStatus, as_freres_error, count_of
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
@@ -25,6 +27,8 @@ def test_a_window_too_short_for_a_frame_is_no_damage(clip, tmp_path):
 def test_a_url_and_a_pipe_are_named_as_what_they_are(verb, status, tmp_path):
     question = ["what?"] if verb == "ask" else []
     check_failure(run_freres(verb, "https://x.org/a", *question), status, "https://x.org/a: is a URL, not a file")
+    run = run_freres(verb, "file:///tmp/a", *question)
+    check_failure(run, status, "file:///tmp/a: is a URL, not a file: name the path, /tmp/a")
     os.mkfifo(tmp_path / "pipe")
     check_failure(run_freres(verb, tmp_path / "pipe", *question), status, "pipe: is a pipe or device, not a file")
 
@@ -59,13 +63,22 @@ def test_one_is_not_many(clip, tmp_path, monkeypatch):
     runs.append(run_freres("ask", path, "what?", "--max-new-tokens", 2, "--device", "cpu"))
     runs.append(run_freres("repack", path, "--budget", 1, "-o", tmp_path / "c.pt"))
     runs.append(run_freres("inspect", path))
+    runs.append(run_freres("ask", path, "what?", "--refine", 1, "--max-new-tokens", 2, "--device", "cpu"))
     for run in runs:
         assert run.status == 0, run.err
-        assert not re.search(r"(?<![\d.,])1 (visual )?(token|thread|frame|GoP|question|video)s\b", run.out + run.err), (
-            run
-        )
+        assert not re.search(
+            r"(?<![\d.,])1 (visual )?(token|thread|frame|GoP|question|video|run|single latent)s\b|(?<![\d.,])1 stretches",
+            run.out + run.err,
+        ), run
     assert "1 visual token " in runs[0].err and "1 thread)" in runs[0].err
     assert (count_of(0, "token"), count_of(1, "token"), count_of(2, "token")) == ("0 tokens", "1 token", "2 tokens")
+
+
+def test_totals_and_shares_are_plain(capsys):
+    summary = {"num_questions": 1, "num_videos": 1, "failed": [], "full_tokens": 9, "intervals": {"resamples": 5}}
+    print_totals({**summary, "decode_s": 1.0, "encode_s": 1.0})
+    assert "1 question on 1 video, " in capsys.readouterr().out
+    assert format_share(-0.0001) == "0.0 %" and format_share(-0.001) == "-0.1 %"
 
 
 LINES = b"what moves?\n\xff\xfe bytes\n" + b"x" * 70_000 + b"\nwhat <|im_end|> moves?\nwhere?\n"

@@ -59,6 +59,13 @@ def test_only_line_feeds_end_a_line(tmp_path):
     assert [video.name for video, _ in list_videos([path]).videos] == ["a\x0cb\x85c\u2028d.mp4", "next.mp4"]
 
 
+def test_a_url_in_a_list_is_refused_as_a_url(tmp_path):
+    (tmp_path / "list.txt").write_text("http://x/y.mp4\nfile:///v/z.mp4\n")
+    run = run_freres("compress", tmp_path / "list.txt", "-o", tmp_path / "out", "--device", "cpu")
+    assert run.status == 3 and "http://x/y.mp4: is a URL, not a file: download it first" in run.err
+    assert "file:///v/z.mp4: is a URL, not a file: name the path, /v/z.mp4" in run.err
+
+
 def test_a_folder_hides_nothing_that_was_meant(tmp_path):
     (tmp_path / "in" / "own").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()

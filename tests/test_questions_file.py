@@ -101,6 +101,22 @@ def test_a_text_and_a_number_are_two_ids(tmp_path):
     assert [row.id for row in rows] == [7, "7"]
 
 
+def test_a_file_of_questions_can_be_piped(bundle, tmp_path):
+    file = write_rows(tmp_path / "q.jsonl", ROWS[:2])
+    flags = ("--device", "cpu", "--max-new-tokens", 3, "--json")
+    piped = run_freres("ask", bundle, "--questions", "-", *flags, stdin=file.read_bytes())
+    assert piped.status == 0 and piped.out == ask(bundle, file, "--json").out
+    bad = run_freres("ask", bundle, "--questions", "-", *flags, stdin=b'{"question": 3}')
+    check_failure(bad, 2, "error: -:1: question: expected text")
+
+
+def test_a_closed_standard_input_is_called_closed(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.runner._open_stdin", lambda _: None)  # what Python has for it
+    check_failure(run_freres("ask", bundle, "--questions", "-"), 2, "--questions -: standard input is closed")
+    run = run_freres("compress", "-", "-o", tmp_path / "b.pt", "--device", "cpu")
+    check_failure(run, 2, "-: standard input is closed")
+
+
 def test_questions_stand_in_one_place(bundle, tmp_path):
     file = write_rows(tmp_path / "q.jsonl", ROWS)
     check_failure(run_freres("ask", bundle, "why?", "--questions", file), 2, "--questions")

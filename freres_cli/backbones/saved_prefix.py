@@ -24,7 +24,7 @@ from freres_cli.backbones.engine import PREFILL_CHUNK_TOKENS, VideoPrefix, check
 from freres_cli.backbones.sizes import find_head_width
 from freres_cli.backbones.weight_samples import add_weights, bytes_of
 from freres_cli.devices import AS_COMPUTED, synchronize
-from freres_cli.errors import BundleError, FreresError, explain_no_file
+from freres_cli.errors import BundleError, FreresError, explain_no_file, size_of
 from freres_cli.files import write_atomically
 from freres_cli.records import VideoTokens
 
@@ -140,7 +140,7 @@ def write_prefix(path: Path, prefix: VideoPrefix, digest: str) -> str:
         write_atomically(path, lambda file: _write_tensors(file, tensors, header), force=True, flag="--save-prefix")
     except FreresError as error:
         return f"prefix not saved: {error.message}"
-    return f"prefix saved in {path}, {path.stat().st_size} bytes"
+    return f"prefix saved in {path}, {size_of(path.stat().st_size)}"
 
 
 def _write_tensors(file: IO[bytes], tensors: dict[str, Tensor], header: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
 
+STDIN = "-"
+
 if TYPE_CHECKING:
     from freres_cli.backbones.generation import Sampling
     from freres_cli.pipeline.session import AskRequest, Session
@@ -50,7 +52,10 @@ def ask(
     questions: Annotated[
         Path | None,
         typer.Option(
-            "--questions", metavar="FILE", readable=False, help="Answer a file of JSON lines: question, choices, id."
+            "--questions",
+            metavar="FILE",
+            readable=False,
+            help="Answer a file of JSON lines, or - for stdin: question, choices, id.",
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 128,
@@ -151,7 +156,8 @@ def ask(
     print_notes(_without_effect(sampling, has_choices=choices is not None), quiet)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
     manner["refine"] = refine
-    rows = None if questions is None else read_queries(questions)
+    is_piped = questions is not None and str(questions) == STDIN
+    rows = None if questions is None else read_queries(questions, _read_piped() if is_piped else None)
     place, precision = find_device(device, attn), find_dtype(dtype)
     request = AskRequest(bundle, place, model, revision, precision, adapter, text_after, save_prefix, storage)
     session = open_session(request)
@@ -190,7 +196,7 @@ def _read_question(question: str | None, json: bool) -> str | None:
         if json:
             raise UsageError("--json: expected a question", "give the question, or - to read it from stdin")
         return None
-    text = check_text((_read_stdin() if question == "-" else question).strip(), "question")
+    text = check_text((_read_stdin() if question == STDIN else question).strip(), "question")
     if not text:
         raise UsageError("question: is empty", 'for example: freres ask bundle.pt "what moves first?"')
     return text
@@ -203,6 +209,16 @@ def check_text(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise UsageError(f"{name}: expected UTF-8 text, got other bytes") from error
     return text
+
+
+def _read_piped() -> bytes:
+    """Return the bytes of a file of questions on standard input. Raises ``UsageError`` where none can be."""
+    hint = "pipe them in: freres ask BUNDLE --questions - < FILE"
+    if sys.stdin is None:
+        raise UsageError("--questions -: standard input is closed", hint)
+    if sys.stdin.isatty():
+        raise UsageError("--questions -: standard input is a terminal: expected a file of questions", hint)
+    return sys.stdin.buffer.read()
 
 
 def _read_stdin(line: bool = False) -> str:

@@ -168,6 +168,8 @@ def _compress_one(
 
     if video is not None:
         return compress_file(compressor, video, output, force=force, progress=progress, tell=tell)
+    if sys.stdin is None:
+        raise UsageError("-: standard input is closed: expected a video", "pipe one in: freres compress - < VIDEO")
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or stream.isatty():
         raise UsageError("-: standard input is a terminal: expected a video", "pipe one in: freres compress - < VIDEO")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from freres_cli.cli.output import format_bytes, format_seconds, print_result, print_table
+from freres_cli.errors import count_of
 
 TABLE_WIDTH = 100  # columns of a terminal that categories are spread over
 MOST_DIFFERENCES = 40  # rows; beyond, only the differences from the first method are shown
@@ -54,10 +55,10 @@ def print_rows(summary: dict[str, Any]) -> None:
 
 def print_totals(summary: dict[str, Any]) -> None:
     """Print what the tables are based on."""
+    asked, videos = count_of(summary["num_questions"], "question"), count_of(summary["num_videos"], "video")
     print_result("")
     print_result(
-        f"{summary['num_questions']} questions on {summary['num_videos']} videos, {len(summary['failed'])} failed; "
-        f"{summary['full_tokens']:.0f} full tokens per video"
+        f"{asked} on {videos}, {len(summary['failed'])} failed; {summary['full_tokens']:.0f} full tokens per video"
     )
     print_result(
         "in percent: accuracy over questions, and by category the mean over categories; 95 % intervals\n"
@@ -153,7 +154,7 @@ def _count(tokens: float | None) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+    return "-" if share is None else f"{100 * share:z.1f}"
 
 
 def _interval(part: dict[str, Any]) -> str:

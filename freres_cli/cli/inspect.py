@@ -168,13 +168,14 @@ CURVE_SHARES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
 
 def _print_stretches(stretches: dict[str, Any], num_tokens: int) -> None:
     curve = stretches["curve"]
+    held = "1 stretch" if num_tokens == 1 else f"{num_tokens} stretches"
     print_result("")
     print_wrapped(
         "quality",
-        f"{format_share(stretches['quality'])} of the latents' energy in {num_tokens} stretches, on average "
+        f"{format_share(stretches['quality'])} of the latents' energy in {held}, on average "
         f"{stretches['frames_mean']:.1f} frames of {stretches['cells_mean']:.1f} cells; the largest: "
         f"{count_of(stretches['frames_max'], 'frame')}, {count_of(stretches['cells_max'], 'cell')}; "
-        f"{stretches['num_single']} single latents",
+        f"{count_of(stretches['num_single'], 'single latent')}",
     )
     wanted = [share * curve[0]["visual_tokens"] for share in CURVE_SHARES]
     points = [min(curve, key=lambda point: abs(point["visual_tokens"] - count)) for count in wanted]

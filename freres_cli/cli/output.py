@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, TextIO
 
-from freres_cli.errors import ExitStatus, FreresError, ResourceError
+from freres_cli.errors import ExitStatus, FreresError, ResourceError, size_of
 
 # They reverse or embed what stands around them.
 BIDI_CONTROLS = frozenset("\u200e\u200f\u061c\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -198,13 +198,7 @@ def print_wrapped(label: str, text: str) -> None:
 
 def format_bytes(count: float | None) -> str:
     """Return bytes in binary units: ``1.5 GiB``."""
-    if count is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+    return "-" if count is None else size_of(count)
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -216,4 +210,4 @@ def format_seconds(seconds: float | None) -> str:
 
 def format_share(share: float | None) -> str:
     """Return a share, 0 to 1, in percent."""
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None else f"{100 * share:z.1f} %"

@@ -115,7 +115,7 @@ def profile(
     with ExitStack() as stack:
         place, about = stack.enter_context(weights_of(model, weights))
         told = [*about, chosen.note, chosen.attention_note, *storage.notes]
-        waiting = [*told, f"{repeat} runs per row after {warmup} warm-up; please wait"]
+        waiting = [*told, f"{count_of(repeat, 'run')} per row after {warmup} warm-up; please wait"]
         if table is not None:
             source = make_source(place or BUNDLED, chosen, dtype, revision, storage=storage)
             source = replace(source, is_random=is_random)

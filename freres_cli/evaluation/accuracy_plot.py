@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from freres_cli.errors import count_of
 from freres_cli.evaluation.plots import encode_figure, new_figure
 
 INCHES = (9.0, 6.0)
@@ -49,7 +50,8 @@ def draw_accuracy(summary: Mapping[str, Any]) -> bytes:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_title(
-        f"{summary['num_questions']} questions on {summary['num_videos']} videos; bars: 95 % intervals",
+        f"{count_of(summary['num_questions'], 'question')} on {count_of(summary['num_videos'], 'video')}; "
+        "bars: 95 % intervals",
         fontsize="medium",
     )
     axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from torch import Tensor
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import METHODS
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.pipeline.choices import as_whole
 from freres_cli.records import VideoTokens
 
@@ -66,7 +66,7 @@ def describe_refine(refine: int | None, num_tokens: int) -> tuple[str, ...]:
     if refine is None:
         return ()
     if refine >= num_tokens:
-        return (f"refine {refine}: the video has {num_tokens} tokens, so all are kept",)
+        return (f"refine {refine}: the video has {count_of(num_tokens, 'token')}, so all are kept",)
     return (
         f"refine: {refine} of {num_tokens} tokens kept for this question; its time to the first token includes picking "
         "and prefilling them",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from freres_cli.errors import UsageError, count_of, explain_no_file
 T = TypeVar("T")
 
 LIST_SUFFIX = ".txt"
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # In a folder, videos are recognized by suffix; a file named on the command line is tried whatever its name.
 VIDEO_SUFFIXES = frozenset(
     (
@@ -94,7 +96,7 @@ def expand(argument: Path, notes: list[str]) -> Iterator[tuple[Path, Path]]:
             yield path, path.relative_to(argument)
     elif _is_list(argument):
         for number, line in read_lines(argument):
-            path = argument.parent / line
+            path = Path(line) if URL.match(line) else argument.parent / line  # a URL is refused by name
             yield path, _name_of(path, f"{argument}:{number}: {line}")
     else:
         yield argument, _name_of(argument, str(argument))

@@ -43,8 +43,8 @@ def _first_frame(path: str, container: InputContainer, stream: VideoStream) -> a
     if frame is None:
         raise VideoError(
             f"{path}: no frame can be decoded",
-            hint="the file is damaged, or of a kind that this FFmpeg cannot decode, such as animated WebP: try to play it, and "
-            "convert it if it plays",
+            hint="the file is damaged, or of a kind that this FFmpeg cannot decode, such as animated WebP: try to play it, "
+            "and convert it if it plays",
         )
     return frame
 

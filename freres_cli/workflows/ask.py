@@ -32,14 +32,14 @@ class AskedRow:
     where: str
 
 
-def read_queries(path: Path) -> list[AskedRow]:
+def read_queries(path: Path, data: bytes | None = None) -> list[AskedRow]:
     """Return the questions in a JSON lines file. Every row is checked, and no two may have one id; keys other than
-    question, choices and id are ignored.
+    question, choices and id are ignored. ``data``: the bytes of the file, if they are not at ``path``.
 
     Raises ``UsageError``, which names the first bad row as FILE:LINE.
     """
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = (path.read_bytes() if data is None else data).removeprefix(b"\xef\xbb\xbf")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path}: cannot be read: {reason}", "name a file of questions in JSON lines") from error
