@@ -69,22 +69,6 @@ def test_sampling_is_seeded(bundle):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize(
-    ("flags", "without_effect"),
-    [
-        (("--seed", 5), ("--seed",)),
-        (("--top-p", 0.5), ("--top-p",)),
-        (("--choices", "a|b", "--temperature", 1, "--seed", 5), ("--temperature", "--seed")),
-        (("--temperature", 1, "--seed", 5, "--top-p", 0.5), ()),
-        (("--choices", "a|b"), ()),
-    ],
-)
-def test_flags_that_change_nothing_say_so(bundle, flags, without_effect):
-    run = run_freres("ask", bundle, "what?", "--max-new-tokens", 2, "--device", "cpu", *flags)
-    assert run.status == 0, run.err
-    assert tuple(re.findall(r"^note: (\S+) has no effect: ", run.err, re.MULTILINE)) == without_effect
-
-
 @pytest.mark.parametrize("value", ["0.0005", "-1"])
 def test_a_temperature_that_cannot_be_is_refused_as_the_help_says(value):
     run = run_freres("ask", "missing.pt", "what?", "--temperature", value)

@@ -144,20 +144,13 @@ def ask(
     storage = choose_storage(kv_dtype, weight_dtype)
     print_notes([options.LOADING], quiet)
     with quick_imports():
-        from freres_cli.backbones.generation import Sampling
         from freres_cli.pipeline.models import find_device, find_dtype
         from freres_cli.pipeline.session import AskRequest, open_session
-        from freres_cli.workflows.ask import read_queries
 
-    try:
-        sampling = Sampling(temperature, top_p, seed)
-    except UsageError as error:  # which names its fields
-        raise UsageError(f"--{error.message.replace('_', '-', 1)}", error.hint) from error
-    print_notes(_without_effect(sampling, has_choices=choices is not None), quiet)
+    sampling = _make_sampling(temperature, top_p, seed)
     manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
     manner["refine"] = refine
-    is_piped = questions is not None and str(questions) == STDIN
-    rows = None if questions is None else read_queries(questions, _read_piped() if is_piped else None)
+    rows = None if questions is None else _read_rows(questions)
     place, precision = find_device(device, attn), find_dtype(dtype)
     request = AskRequest(bundle, place, model, revision, precision, adapter, text_after, save_prefix, storage)
     session = open_session(request)
@@ -178,16 +171,13 @@ def ask(
         _answer(session, text, manner, quiet, where)
 
 
-def _without_effect(sampling: Sampling, has_choices: bool) -> list[str]:
-    """Return a note for each flag of sampling that changes nothing."""
-    named = {"--temperature": sampling.temperature > 0, "--top-p": sampling.top_p < 1, "--seed": sampling.seed > 0}
-    if has_choices:
-        why = "an option of --choices is chosen by its probability"
-    elif sampling.temperature == 0:
-        why = "at --temperature 0 the most likely token is always taken"
-    else:
-        return []
-    return [f"{flag} has no effect: {why}" for flag, is_named in named.items() if is_named]
+def _make_sampling(temperature: float, top_p: float, seed: int) -> Sampling:
+    from freres_cli.backbones.generation import Sampling
+
+    try:
+        return Sampling(temperature, top_p, seed)
+    except UsageError as error:  # which names its fields
+        raise UsageError(f"--{error.message.replace('_', '-', 1)}", error.hint) from error
 
 
 def _read_question(question: str | None, json: bool) -> str | None:
@@ -211,14 +201,18 @@ def check_text(text: str, name: str) -> str:
     return text
 
 
-def _read_piped() -> bytes:
-    """Return the bytes of a file of questions on standard input. Raises ``UsageError`` where none can be."""
+def _read_rows(questions: Path) -> list[AskedRow]:
+    """Return the questions of a file, or of standard input. Raises ``UsageError``."""
+    from freres_cli.workflows.ask import read_queries
+
+    if str(questions) != STDIN:
+        return read_queries(questions)
     hint = "pipe them in: freres ask BUNDLE --questions - < FILE"
     if sys.stdin is None:
         raise UsageError("--questions -: standard input is closed", hint)
     if sys.stdin.isatty():
         raise UsageError("--questions -: standard input is a terminal: expected a file of questions", hint)
-    return sys.stdin.buffer.read()
+    return read_queries(questions, sys.stdin.buffer.read())
 
 
 def _read_stdin(line: bool = False) -> str:
