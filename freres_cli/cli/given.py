@@ -32,5 +32,5 @@ def gather_flags_at_budgets(assignments: list[str] | None) -> Given:
     """Return the settings given to a verb that names its budgets itself. Raises ``UsageError`` for a budget."""
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
-        raise UsageError("--set budget_tokens: budgets come from --budgets", "use --budgets")
+        raise UsageError("--set: budget_tokens: budgets come from --budgets", "use --budgets")
     return flags

@@ -94,7 +94,7 @@ def train(
     check_destination(output, True)
     flags = gather_flags(assignments, {})
     if "budget_tokens" in flags:
-        raise UsageError("--set budget_tokens: the adapter is trained for the sizes in --budgets", "use --budgets")
+        raise UsageError("--set: budget_tokens: the adapter is trained for the sizes in --budgets", "use --budgets")
     sizes = parse_budgets(budgets)
     file = read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
