@@ -65,6 +65,21 @@ def test_cutting_holds_for_a_clip_that_just_fits_and_for_budgets_above_half_of_t
         assert_equal(cut_stretches(compress(clip, larger), smaller), compress(clip, smaller))
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_cut"),
+    [
+        ([*[10.0] * 8, *[1.0] * 7, 12.0], False),
+        ([*[10.0] * 8, *[1.0] * 7, 16.0], True),
+        ([*[10.0] * 8, *[1.0] * 8, 9.0], True),
+    ],
+)
+def test_a_cut_stands_out_from_the_median_of_the_fifteen_changes_before(changes, is_cut):
+    place = [0.0]
+    for change in changes:  # to and fro, so that the spread of the clip stays below the changes
+        place.append(place[-1] + change**0.5 * (1 if place[-1] <= 0 else -1))
+    assert CutDetector().observe(torch.tensor(place)[:, None, None, None])[-1] == is_cut
+
+
 @pytest.mark.parametrize("quality", [0.5, 0.99, 0.999])
 def test_a_quality_beside_a_budget_changes_nothing_about_the_way(quality, monkeypatch):
     """Also of a clip that is longer than memory."""
@@ -73,6 +88,14 @@ def test_a_quality_beside_a_budget_changes_nothing_about_the_way(quality, monkey
     both = compress(clip, 80, quality)
     assert_equal(both, cut_stretches(compress(clip, 80), len(both)))
     assert_equal(cut_stretches(both, 7), compress(clip, 7))
+
+
+@pytest.mark.parametrize("budget", [90, 50, 20])
+def test_a_quality_counts_what_was_lost_while_a_long_clip_was_read(budget, monkeypatch):
+    monkeypatch.setattr(adaptive, "MOST_STRETCHES", 100)
+    clip = walk(160, 3, 4)
+    made = compress(clip, budget)
+    assert_equal(compress(clip, quality=made.quality), made)
 
 
 def test_cutting_twice_equals_cutting_once():

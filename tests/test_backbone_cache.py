@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import DynamicCache, Qwen2VLConfig
+from transformers.cache_utils import DynamicLayer
 
 from freres_cli.backbones import attention, engine
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, use_attention
 from freres_cli.backbones.base import Piece, PromptRows
-from freres_cli.backbones.cache import LEAST_SPARE, reserve_rows
+from freres_cli.backbones.cache import LEAST_SPARE, ReservedLayer, reserve_rows
 from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel
 from freres_cli.devices import Storage
@@ -105,6 +106,16 @@ def test_whatever_is_done_to_it_it_equals_the_growing_cache(tiny):
         embeds = torch.cat([text.embeds[None] * scale for scale in (1, 2, 3)])
         model.decode_batch(embeds, text.positions.expand(-1, 3, -1), None, cache)
     assert is_same(ours, theirs), "sequences that shared their rows have their own after them"
+
+
+def test_rows_that_somebody_replaced_are_not_those_of_the_buffers():
+    first, more = torch.randn(2, 2, 1, 3, 4).unbind(), torch.randn(2, 2, 1, 1, 4).unbind()
+    ours, theirs = ReservedLayer(), DynamicLayer()
+    for layer in (ours, theirs):
+        layer.update(*first)
+        layer.batch_select_indices(torch.tensor([1, 0]))
+        layer.update(*more)
+    assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
 
 def test_gradients_are_those_of_the_growing_cache(tiny):

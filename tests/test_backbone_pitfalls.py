@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from freres_cli.backbones import engine
 from freres_cli.errors import BackboneError
+from tests import family_contract
 from tests.family_contract import Tiny, difference
 from tests.tiny_families import FAMILY_CASES
-from tests.tiny_models import CPU, open_checkpoint
+from tests.tiny_models import CPU, open_checkpoint, video_tokens
 
 CASES = {case.name: case for case in FAMILY_CASES}
+folders = family_contract.folders
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +65,16 @@ def test_pixels_that_become_zero_are_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
     with pytest.raises(BackboneError, match="no shade of grey that normalizes to zero"):
         CASES["smolvlm"].vision_class.load(open_checkpoint(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_token_half_way_between_two_is_told_half_way(name, axis, folders):
+    """Where all tokens are one run, in time as in space. Counted in frames of half a second."""
+    model = CASES[name].language_class.load(open_checkpoint(folders(name)), CPU)
+    places = torch.tensor([[1.0, 1, 1], [1, 1, 1], [1, 1, 1]])
+    places[:, axis] += torch.tensor([0, 0.5, 1])
+    video = video_tokens(torch.zeros(3, 4, 4, model.width), torch.arange(3), period_s=0.5)
+    rows = model.splice(model.prompt("Why?").prefix, replace(video, positions=places))
+    first, middle, last = rows.positions[-model.num_axes :, 0, rows.visual_mask].T
+    assert torch.equal(middle, (first + last) / 2) and not torch.equal(first, last)

@@ -78,6 +78,7 @@ def test_the_context_is_a_limit(tmp_path):
     model = Qwen2VLLanguageModel.load(open_checkpoint(tmp_path), CPU)
     with pytest.raises(ContextError, match="expected at most 100, got 1"):
         engine.prefill_video(model, tuple(range(30)), video_tokens(torch.zeros(4, 4, 5, 48)))
+    assert engine.prefill_video(model, tuple(range(20)), video_tokens(torch.zeros(4, 4, 5, 48))).num_tokens == 100
     few = video_tokens(torch.zeros(90, 1, 1, 48), torch.tensor([0, 89]))
     prefix = engine.prefill_video(model, tuple(range(30)), few)
     assert prefix.notes == ("positions reach 120, beyond the model's context of 100",)

@@ -75,7 +75,8 @@ def test_frame_size():
 def test_smart_resize_agrees_where_its_limit_holds():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    for width, height in [(1920, 1080), (1080, 1920), (640, 480), (37, 500), (333, 333), (3000, 20)]:
+    small = [(width, height) for width in range(28, 56, 5) for height in range(28, 56, 9)]
+    for width, height in [(1920, 1080), (1080, 1920), (640, 480), (37, 500), (333, 333), (3000, 20), *small]:
         expected = smart_resize(height, width, 28, 56 * 56, 400 * 784)
         assert fit_grid(width, height, 28, 56 * 56, 400 * 784) == (expected[0] // 28, expected[1] // 28)
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from freres_cli.bench.apart import start_deaf
-from freres_cli.errors import ResourceError
-from freres_cli.workflows import batch_process
+from freres_cli.errors import BackboneError, ResourceError
+from freres_cli.workflows import batch_process, batch_worker
 from freres_cli.workflows.batch_process import READY, Supervisor, explain_end, run_local
+from freres_cli.workflows.batch_worker import VideoWorker, WorkerSetup
 from tests import broken_workers
 from tests.broken_workers import FakeJob, FakeRow, FakeSetup
+from tests.test_batch import job_of
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,15 @@ def test_workers_that_cannot_start_end_the_run(tmp_path, monkeypatch, breaks, jo
     supervisor = Supervisor(FakeSetup(str(tmp_path), breaks))
     *_, row = (supervisor.run(FakeJob(job)) for job in jobs)
     assert row.is_fatal and "2 workers in a row" in row.error.message and "ended with status 7" in row.error.message
+
+
+@pytest.mark.parametrize(("jobs", "is_fatal"), [("killed-1 killed-2", True), ("ok-1 killed-2 killed-3", False)])
+def test_workers_that_never_had_a_row_end_the_run_whichever_videos_they_broke_on(
+    supervisor, monkeypatch, jobs, is_fatal
+):
+    monkeypatch.setattr(batch_process, "MOST_ENDS", 4)
+    *_, row = (supervisor.run(FakeJob(job)) for job in jobs.split())
+    assert row.status == "failed" and row.is_fatal == is_fatal
 
 
 def test_every_job_has_one_row_whatever_breaks(tmp_path):
@@ -105,3 +116,14 @@ def test_workers_count_on_from_the_rank_of_their_batch(monkeypatch, given, num_g
 def test_how_a_process_ended():
     assert explain_end(-9) == "was killed by SIGKILL, as when memory runs out"
     assert explain_end(-11) == "was killed by SIGSEGV" and explain_end(3) == "ended with status 3"
+
+
+@pytest.mark.parametrize("output", ["memory://out", "out"])
+def test_what_every_video_would_meet_ends_the_run_wherever_bundles_go(tmp_path, monkeypatch, output):
+    def fail(*_, **__):
+        raise BackboneError("weights: damaged")
+
+    monkeypatch.setattr(batch_worker, "compress_many", fail)
+    monkeypatch.chdir(tmp_path)
+    row = VideoWorker(WorkerSetup(output, False, "bundled", "cpu"), tmp_path).run(job_of(tmp_path / "clip.mp4"))
+    assert (row.status, row.is_fatal, row.error.message) == ("failed", True, "weights: damaged")

@@ -66,11 +66,18 @@ def nested_tuples(depth: int) -> bytes:
     return b"\x80\x02}(" + doubled + b"Nu."
 
 
+def nested_tuples_by_long_names(depth: int) -> bytes:
+    """The same, in the instructions for what is remembered after the first 256 things."""
+    levels = (struct.pack("<cicci", b"j", 256 + level, b"\x86", b"r", 257 + level) for level in range(depth))
+    return b"\x80\x02}(N\x85r" + struct.pack("<i", 256) + b"".join(levels) + b"Nu."
+
+
 BOMBS = {
     "many dictionaries": b"\x80\x02(" + b"}" * (3 * MIB) + b"t.",
     "more than the limit": pickle.dumps("x" * (MAX_PICKLE_BYTES + 1), 2),
     "a byte array": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
     "nested tuples": nested_tuples(60),
+    "nested tuples by long names": nested_tuples_by_long_names(60),
     "few instructions too many": b"\x80\x02(" + b"N" * MAX_INSTRUCTIONS + b"t.",
 }
 
@@ -113,6 +120,16 @@ def test_a_directory_that_readers_might_not_agree_on_is_refused(bundle):
             read_bundle(bundle)
     bundle.write_bytes(whole)
     read_bundle(bundle)
+
+
+def test_a_directory_that_says_it_stands_elsewhere_is_refused(bundle, monkeypatch):
+    """zipfile looks for it before its end, torch where it says it is. Here both ends are told right."""
+    whole = bundle.read_bytes()
+    (end,) = struct.unpack_from("<Q", whole, len(whole) - 34)
+    bundle.write_bytes(b"moved" + whole[:-34] + struct.pack("<Q", end + 5) + whole[-26:])
+    with zipfile.ZipFile(bundle) as archive:
+        assert archive.testzip() is None
+    check_refused_unread(bundle, monkeypatch, "directory")
 
 
 def test_a_bundle_written_again_record_by_record_is_read(bundle, tracks):

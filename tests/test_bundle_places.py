@@ -86,6 +86,8 @@ def test_times_of_real_clips_are_read(tmp_path, contents, kind, version):
         ("seconds", lambda s: s - 1.0),
         ("seconds", lambda s: s + 100.0),
         ("seconds", lambda s: s.half()),
+        ("kind", put(0, 4)),
+        ("gop", put(0, -1)),
     ],
 )
 def test_tokens_that_are_out_of_place_are_refused(tmp_path, contents, name, change, version):

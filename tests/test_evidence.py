@@ -59,6 +59,18 @@ def test_shares_are_the_weights_of_stock_eager_attention(tiny):
     torch.testing.assert_close(found.shares, expected / expected.sum(), atol=1e-6, rtol=1e-3)
 
 
+def test_layers_from_the_middle_to_just_before_the_end_are_read(tiny, monkeypatch):
+    """Of ten layers, each of which looks at a token of its own."""
+    tokens, ids = tiny.tokens(), tiny.prompt
+    prefix = prefill_video(tiny.model, ids.prefix, tokens, "hf")
+    places = find_places(tiny.model, ids.prefix, tokens, "hf")
+    weights = torch.zeros(10, prefix.num_tokens + len(ids.suffix))
+    weights[torch.arange(10), places[:10]] = 1
+    monkeypatch.setattr(tiny.model, "attend_from_last", lambda rows, cache: weights)
+    found = find_evidence(tiny.model, prefix, places, ids.suffix)
+    assert found.num_layers == 4 and found.shares.nonzero()[:, 0].tolist() == [5, 6, 7, 8]
+
+
 def test_each_token_is_found_at_its_own_row(tiny):
     """Of shuffled and thinned tokens, too: the row holds the token's own latent."""
     generator = torch.Generator().manual_seed(3)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -315,3 +317,45 @@ def test_repack_and_compress_take_the_same_outputs(tmp_path, monkeypatch):
             assert run.status == 0 and run.out == f"{expected or place}\n", run.err
             assert (tmp_path / (expected or place)).is_file()
         check_failure(run_freres(verb, source, *flags, ""), ExitStatus.USAGE, "expected a path")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_after(tmp_path, monkeypatch, force):
+    out, real, synced = tmp_path / "out", os.fsync, []
+
+    def fsync(descriptor):
+        synced.append((out.exists(), stat.S_ISDIR(os.fstat(descriptor).st_mode)))
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    write_atomically(out, lambda file: file.write(b"whole"), force=force)
+    assert synced == [(False, False), (True, True)]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EIO, errno.EROFS])
+def test_only_where_there_are_no_hard_links_a_file_is_moved(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "link", fail)
+    if number in (errno.EPERM, errno.ENOTSUP):
+        write_atomically(tmp_path / "out", lambda file: file.write(b"whole"), force=False)
+    else:
+        with pytest.raises(UsageError, match=os.strerror(number)):
+            write_atomically(tmp_path / "out", lambda file: file.write(b"whole"), force=False)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"] * (number in (errno.EPERM, errno.ENOTSUP))
+
+
+def test_a_file_that_another_run_took_for_abandoned_is_begun_again(tmp_path, monkeypatch):
+    """Between making it and locking it."""
+    real, taken = files.fcntl.flock, []
+
+    def flock(file, how):
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            taken[0].unlink()
+        real(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    write_atomically(tmp_path / "out", lambda file: file.write(b"whole"), force=False)
+    assert taken and [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]

@@ -102,6 +102,46 @@ def test_tome_merges_the_most_similar_pair_of_a_pair_of_frames_first(frames, see
     assert bool((tokens.latents - merged).abs().amax(1).min() < 1e-6)
 
 
+def tome_by_definition(latents, budget):
+    """The latents that each token holds, in order of the first: rounds of links, one at a time."""
+    num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
+    flat, held = latents.flatten(0, 2), [[index] for index in range(num_frames * per_frame)]
+    num_rounds, done = math.ceil(math.log2(num_frames)), 0
+    while len(held) > budget:
+        units = [torch.nn.functional.normalize(flat[own].sum(0), dim=0) for own in held]
+        links = []
+        for later, own in enumerate(held):
+            frame = own[0] // per_frame
+            pair = frame >> (done + 1)  # of groups of frames
+            before = [n for n in range(later) if held[n][0] // per_frame >> (done + 1) == pair]
+            if done == 0 and num_frames > 1:
+                before = [n for n in before if held[n][0] // per_frame < frame]
+            if before:
+                best = max(before, key=lambda n: (float(units[later] @ units[n]), -n))
+                links.append((float(units[later] @ units[best]), later, best))
+        done += 1
+        goal = max(budget, len(held) - len(held) // 2)
+        if done < num_rounds:
+            goal = max(goal, int(len(flat) * (budget / len(flat)) ** (done / num_rounds)))
+        into = list(range(len(held)))
+        for _, later, earlier in sorted(links, key=lambda link: -link[0])[: max(0, len(held) - goal)]:
+            into[later] = earlier
+        for later in range(len(held)):
+            into[later] = into[into[later]]
+        held = [[i for n, own in enumerate(held) if into[n] == head for i in own] for head in sorted(set(into))]
+    return held
+
+
+@pytest.mark.parametrize(("frames", "budget"), [(4, 5), (4, 9), (5, 7), (8, 4), (8, 20), (7, 12), (1, 3), (2, 3)])
+def test_tome_is_its_definition(frames, budget):
+    latents, seconds = random_clip(frames, 2, 3, seed=frames + budget)
+    tokens = merge_similar_tokens(latents, seconds, budget, D)
+    held = tome_by_definition(latents, budget)
+    means = torch.stack([latents.flatten(0, 2)[own].mean(0) for own in held])
+    assert len(tokens) == len(held) == budget
+    assert torch.allclose(tokens.latents.sort(0).values, means.sort(0).values, atol=1e-5)
+
+
 def test_tome_spreads_merging_over_its_rounds():
     """Half of each picture is in all frames, half of it in every second. All that is merged is equal, because frames 0 and
     1 need not give up what they do not share before they are compared with 2 and 3."""

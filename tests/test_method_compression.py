@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
 
 from freres_cli.method.anchors import anchor_schedule
-from freres_cli.method.budget import MethodSettings, plan_budget
+from freres_cli.method.budget import DEMOTED_SUMMARY_SHARE, MethodSettings, allocate_budget, plan_budget
 from freres_cli.method.compress import StreamingCompressor, _choose_reach, compress_latents
 from freres_cli.method.energy import report_energy
 from freres_cli.method.residuals import MAX_TIME_BINS, cell_centres, pool_to_cells
@@ -202,6 +203,22 @@ def test_budget_is_never_exceeded_and_is_used(seed):
         assert plan.expected.total <= budget
 
 
+def test_every_split_of_a_budget_uses_it_and_takes_no_more_than_there_is():
+    names = ("anchor_target", "anchor_available", "num_gops", "num_demoted", "static_available", "dynamic_available")
+    for budget, *values in itertools.product(
+        range(1, 8), (0, 2, 5), (0, 3, 9), (0, 2, 4), (0, 1, 6), (0, 3), (0, 2, 9)
+    ):
+        split = allocate_budget(budget, make_settings(), **dict(zip(names, values, strict=True)))
+        assert min(vars(split).values()) >= 0, (budget, values, split)
+        assert split.total == min(budget, sum(values[1:])), (budget, values, split)
+
+
+@pytest.mark.parametrize("num_frames", range(1, 40, 3))
+def test_no_coefficient_is_planned_that_no_gop_has_frames_for(num_frames):
+    plan = plan_budget(num_frames, (4, 4), make_settings(max_coefficients=64, temporal_share=0.9), 15 * num_frames)
+    assert plan.num_coefficients <= max(1, -(-num_frames // plan.num_anchors) - 1)
+
+
 def test_a_budget_of_one_token_is_legal():
     tracks, _, _ = compress(smooth_clip(12, (6, 6)), 1)
     assert len(build_tokens(tracks)) == 1
@@ -359,3 +376,12 @@ def test_a_clip_of_nothing_but_cuts_still_fills_a_cut_bundle():
     total = sum(tracks.num_tokens_by_kind().values())
     for budget in (1, 3, total - 8, total - 1):
         assert 0.98 * budget <= len(build_tokens(cut_tracks(tracks, settings, budget))) <= budget
+
+
+def test_cuts_that_found_no_room_take_no_more_of_a_cut_bundle_than_of_a_whole_one():
+    latents = torch.cat([smooth_clip(9, (6, 6), seed=s) * (1 + 0.2 * s) for s in range(12)])
+    tracks, _, settings = compress(latents, 100, anchors=1, reference_budget_tokens=100, events=True, tau=0.3)
+    for budget in (50, 33, 20):
+        cut = cut_tracks(tracks, settings, budget)
+        demoted = int((cut.gop_start[cut.summary_gop] == 2).sum())
+        assert 0 < demoted <= DEMOTED_SUMMARY_SHARE * (budget - cut.anchor_gop.shape[0])

@@ -157,3 +157,13 @@ def test_what_long_gops_tell_is_that_of_their_frames():
     summary = tokens.latents[tokens.kind == TOKEN_KINDS.index("summary")]
     means = torch.stack([pooled[first + 1 : first + 401].mean((0, 1)) for first in (0, 401, 802)])
     torch.testing.assert_close(summary, means, rtol=1e-4, atol=1e-4)
+
+
+def test_no_loss_reaches_into_the_next_gop():
+    """201 residual frames in bins of two: the last bin is not full."""
+    latents = torch.randn(404, 3, 3, 4, generator=torch.Generator().manual_seed(6))
+    tracks, _, _ = compress(latents, 90, anchors=2, reference_budget_tokens=90)
+    assert tracks.gop_anchor_frame.tolist() == [0, 202] and tracks.gop_bin_frames.tolist() == [2, 2]
+    losses = sorted(report_energy(tracks).losses, key=lambda loss: loss.start_s)
+    assert len(losses) == 16 and [losses[7].end_s, losses[15].end_s] == pytest.approx([20.2, 40.4])
+    assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(losses))

@@ -12,7 +12,7 @@ from scipy.fft import idct as scipy_idct
 
 from freres_cli.method.budget import Allocation, BudgetPlan
 from freres_cli.method.compress import compress_latents
-from freres_cli.method.dct import dct_basis_at, null_energy_share
+from freres_cli.method.dct import choose_instants, dct_basis_at, null_energy_share
 from freres_cli.method.residuals import (
     MAX_TIME_BINS,
     ResidualTrajectory,
@@ -97,6 +97,24 @@ def test_impulses_are_the_frames_that_the_coefficients_miss_most(pooled):
     assert torch.allclose(closed.impulse_energies, missed.amax(0) * areas / areas.mean(), rtol=1e-4)
     assert torch.equal(closed.impulses, residuals[closed.impulse_bins, torch.arange(len(areas))])
     assert not close_gop(frames, pooled, 16, width=6).impulse_bins.numel(), "all coefficients miss nothing"
+
+
+@pytest.mark.parametrize("pooled", [(6, 5), (2, 3), (4, 4)])
+def test_the_summary_of_a_gop_is_that_of_its_mean_token(pooled):
+    """Every token of a frame counts once, whatever the areas of cells."""
+    frames = make_frames(16, (6, 5))
+    closed = close_gop(frames, pooled, 16, width=6)
+    assert torch.allclose(closed.summary_base, frames[0].mean((0, 1)), atol=1e-5)
+    expected = scipy_dct((frames[1:] - frames[0]).mean((1, 2)).numpy(), type=2, norm="ortho", axis=0)
+    assert np.abs(closed.summary_spectrum.numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 16, MAX_TIME_BINS, MAX_TIME_BINS + 72])
+def test_the_means_of_cells_are_those_of_all_residual_frames(length):
+    """Static tokens are these means, also where frames share a time bin."""
+    frames = make_frames(length, (6, 5))
+    means = close_gop(frames, (2, 3), 1, width=6).means
+    assert torch.allclose(means, pool_to_cells(frames[1:], 2, 3).mean(0), atol=1e-5)
 
 
 def test_a_gop_has_no_more_coefficients_than_residual_frames():
@@ -227,6 +245,11 @@ def test_a_lone_band_never_gives_the_i_token():
         assert order_dynamic(plain).instants.unique().tolist() == [7.5], "bundles of versions 1 and 2: in the middle"
 
 
+def test_of_instants_that_show_a_wave_alike_the_later_is_taken():
+    """Each of these waves is strongest at both instants in the middle; the anchor tells what came before."""
+    assert [choose_instants(torch.tensor([band])).tolist() for band in (1, 3, 5)] == [[1], [2], [3]]
+
+
 # --- pooling, residuals -----------------------------------------------------------------------------------------------
 
 
@@ -257,6 +280,8 @@ def test_trajectory_is_bounded_and_keeps_mean_and_energy(num_frames):
     assert trajectory.bin_energies().sum().item() == pytest.approx(float(residuals.square().sum()), rel=1e-6)
     first = residuals[: trajectory.bin_frames].mean(0)
     assert torch.allclose(trajectory.bins()[0], first)
+    last = residuals[(trajectory.num_bins() - 1) * trajectory.bin_frames :].mean(0)
+    assert torch.allclose(trajectory.bins()[-1], last), "also of a bin that is not full"
     if num_frames <= MAX_TIME_BINS:
         assert torch.equal(trajectory.bins(), residuals)
 

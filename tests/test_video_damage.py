@@ -95,6 +95,35 @@ def test_a_hole_inside_the_clip_is_counted(tmp_path):
     assert decode(path, Sampling("fps", fps=24))[0] == [max(n for n in shown if n <= k) for k in range(240)]
 
 
+@pytest.mark.parametrize(
+    ("sampling", "num_lost"),
+    [
+        (NATIVE, 96),
+        (Sampling("fps", fps=24), 96),
+        (Sampling("fps", fps=2), 96),
+        (Sampling("count", count=20), 96),
+        (Sampling("native", end_s=6.0), 44),
+        (Sampling("fps", fps=2, end_s=6.0), 44),
+        (Sampling("native", start_s=6.0), 52),
+        (Sampling("native", start_s=8.5), 0),
+        (Sampling("fps", fps=2, start_s=8.5), 0),
+        (Sampling("fps", fps=2, end_s=4.0), 0),
+    ],
+)
+def test_a_hole_is_lost_however_the_clip_is_sampled(tmp_path, sampling, num_lost):
+    path = clips.write_clip(tmp_path / "hole.mov", 240, codec="mjpeg", pix_fmt="yuvj420p", color_range=2)
+    clips.blank_payloads(path, slice(100, 196))
+    assert decode(path, sampling)[4].lost_s == pytest.approx(num_lost / 24)
+
+
+def test_frames_that_are_timed_by_their_order_keep_their_times_after_a_hole(tmp_path):
+    path = clips.blank_payloads(clips.write_pts_equal_dts(tmp_path / "blind.mp4"), slice(10, 11))
+    shown, times, *_ = decode(path)
+    assert len(shown) == 47
+    # At the hole itself, the decoder holds frames back.
+    assert all(round(time * 24) == number for number, time in zip(shown, times, strict=True) if abs(number - 9) > 3)
+
+
 def _decode_on_one_thread(path: Path) -> list[Fraction | None]:
     """Times of the frames that PyAV decodes from a damaged file without threads."""
     times = []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import struct
+from array import array
 from pathlib import Path
 
 import pytest
 
 from freres_cli.errors import VideoError
 from freres_cli.video.decode import decode_frames
-from freres_cli.video.packets import read_packet_table
+from freres_cli.video.ending import ASF_PROPERTIES, ends_inside, is_whole_avi
+from freres_cli.video.packets import PacketTable, read_packet_table, tolerated_s
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
 from tests import clips
@@ -89,3 +92,47 @@ def test_sampling_a_cut_file_says_what_is_lost(tmp_path, sampling):
     assert decoder.report.lost_s == pytest.approx(5.0 - info.duration_s, abs=0.1) and decoder.report.lost_s > 1
     with pytest.raises(VideoError, match="are lost"):
         list(decode_frames(path, info, sampling, SMALL, strict=True))
+
+
+def test_a_broadcast_says_nothing_of_its_size(whole_files, tmp_path):
+    path, data = tmp_path / "live.wmv", bytearray(whole_files["windows.wmv"].read_bytes())
+    path.write_bytes(data)
+    assert ends_inside(str(path), "asf", len(data) - 1)
+    data[data.index(ASF_PROPERTIES) + 88] |= 1
+    path.write_bytes(data)
+    assert not ends_inside(str(path), "asf", len(data) - 1)
+
+
+def test_a_chunk_of_odd_size_has_a_byte_after_it(tmp_path):
+    path, chunk = tmp_path / "old.avi", b"RIFF" + struct.pack("<I", 3) + b"odd"
+    for data, is_whole in ((chunk + b"\0", True), (chunk, False), (chunk + b"\0" + chunk + b"\0", True)):
+        path.write_bytes(data)
+        assert is_whole_avi(str(path), len(data)) == is_whole
+
+
+def trim(path, skipped, kept):
+    """Let the edit list of an mp4 show ``kept`` frames of 512 units and 1/24 s, after those ``skipped``."""
+    data, shown_ms = bytearray(path.read_bytes()), kept * 1000 // 24
+    struct.pack_into(">Ii", data, data.index(b"elst") + 12, shown_ms, 512 * skipped)
+    for name, offset in ((b"mvhd", 20), (b"tkhd", 24)):
+        struct.pack_into(">I", data, data.index(name) + offset, shown_ms)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("gop", ["48", "12"])
+@pytest.mark.parametrize(("skipped", "kept"), [(12, 36), (0, 36), (12, 24)])
+def test_what_an_edit_list_trims_is_not_missing(tmp_path, skipped, kept, gop):
+    """Phones trim so: all packets stay in the file. FFmpeg passes over whole GoPs, and decodes the others unseen."""
+    options = {**clips.X264_P_FRAMES, "g": gop, "x264-params": "scenecut=0"}
+    path = trim(clips.write_clip(tmp_path / "trimmed.mp4", 48, options=options), skipped, kept)
+    shown, times, _, _, report = decode(path, strict=True)
+    assert shown == list(range(skipped, skipped + kept)) and times == pytest.approx([k / 24 for k in range(kept)])
+    assert probe_video(path).num_packets == kept and report.lost_s == 0 and not report.notes
+
+
+def test_a_last_frame_may_stay_as_long_as_any_other():
+    """Slides: few containers store how long the last one is shown."""
+    stamps = array("d", [0, 0.04, 0.08, 0.12, 9.12, 9.16])
+    table = PacketTable(stamps, 9.2, 0.04, True, False, 0.0, False)
+    assert tolerated_s(table, 18.2) == pytest.approx(9)

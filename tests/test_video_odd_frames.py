@@ -14,6 +14,7 @@ from freres_cli.pipeline.compressor import Compressor
 from freres_cli.records import FrameSize
 from freres_cli.video import resizing
 from freres_cli.video.decode import decode_frames
+from freres_cli.video.oddities import screen_colours
 from freres_cli.video.opening import hash_file
 from freres_cli.video.probe import probe_video
 from tests import clips
@@ -111,6 +112,15 @@ def test_hlg_and_wide_colours_are_told(tmp_path):
         decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
         list(decoder)
         assert sum(word in note for note in decoder.report.notes) == 1, decoder.report.notes
+
+
+@pytest.mark.parametrize(
+    ("curve", "primaries", "is_turned"), [(1, 1, False), (1, 9, True), (16, 9, True), (18, 1, True)]
+)
+def test_wide_colours_are_turned_into_those_of_a_screen_as_hdr_is(curve, primaries, is_turned):
+    frame = av.VideoFrame(16, 16, "yuv420p")
+    frame.color_trc, frame.color_primaries = curve, primaries
+    assert screen_colours(frame) == ({"dst_color_trc": 1, "dst_color_primaries": 1} if is_turned else {})
 
 
 def test_what_resizes_is_used_again_and_keeps_nothing_of_the_clip_before(tmp_path, monkeypatch):

@@ -117,3 +117,13 @@ def test_damage_after_the_start_costs_the_same_frames_and_is_told_alike(tmp_path
     found, begun = read(path, sampling)
     check_same(found, read_from_the_beginning(path, sampling, monkeypatch))
     assert any(begun) and found[3] == pytest.approx(10 / FPS, abs=0.01)
+
+
+@pytest.mark.parametrize("blanked", [slice(144, 145), slice(143, 146)])
+def test_damage_where_decoding_would_begin_changes_no_number(tmp_path, blanked, monkeypatch):
+    """Frame 144 is on screen at the start, and 143 the key frame before it: without them, the first frame is another."""
+    path = clips.write_clip(tmp_path / "hole.mov", COUNT, codec="mjpeg", pix_fmt="yuvj420p", color_range=2)
+    clips.blank_payloads(path, blanked)
+    for sampling in (Sampling("native", start_s=6.0), Sampling("fps", fps=24, start_s=6.0)):
+        found, _ = read(path, sampling)
+        check_same(found, read_from_the_beginning(path, sampling, monkeypatch))

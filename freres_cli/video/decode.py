@@ -245,6 +245,7 @@ class Decoder:
         held: tuple[av.VideoFrame, int, float] | None = None
         with closing(self._stamp(table, tally)) as stamped:
             for frame, index, time in stamped:
+                tally.num_missing += self._count_missing(table, tally, held and held[2], time)
                 if held is not None:
                     yield _Shown(*held, end_s=time)
                 held = (frame, index, time)
@@ -344,12 +345,18 @@ class Decoder:
         end = table.end_s + (table.missing_s if table.is_cut or tally.ends_badly else 0.0)
         if self._sampling.end_s is not None:
             end = min(end, self._info.start_s + self._sampling.end_s)
-        tail, due = end - table.end_s, tally.num_before + tally.num_decoded
-        if tally.is_exhausted:
-            tail, due = end - tally.covered_s, bisect_left(table.stamps_s, tally.covered_s - TOLERANCE_S)
+        tail = end - (tally.covered_s if tally.is_exhausted else table.end_s)
         # A gap inside the clip does not show in the times: the frame before it simply stays on screen longer.
-        hole = (due - tally.num_before - tally.num_decoded) * table.gap_s if tally.num_failed else 0.0
-        return max(0.0, hole) + (tail if tail > TOLERANCE_S else 0.0)
+        hole = tally.num_missing * table.gap_s if tally.num_failed else 0.0
+        return hole + (tail if tail > TOLERANCE_S else 0.0)
+
+    def _count_missing(self, table: PacketTable, tally: Tally, before: float | None, after: float) -> int:
+        """How many frames of the requested part come between two decoded ones, or before the first."""
+        first, last = sampling_window(self._sampling, self._info.start_s, self._info.duration_s)
+        stamps = table.stamps_s
+        low = tally.num_before if before is None else bisect_right(stamps, before + TOLERANCE_S)
+        low = max(low, bisect_right(stamps, first + TOLERANCE_S) - 1)
+        return max(0, bisect_left(stamps, min(after, last) - TOLERANCE_S) - low)
 
     def _describe(self, tally: Tally, lost: float) -> Iterator[str]:
         if self._gpu is not None:

@@ -128,8 +128,8 @@ def _read_packet_table(path: str, stream_index: int, num_bytes: int, _mtime_ns: 
             is_cut = True
         # Of a corrupt packet that FFmpeg's parser splits, it does not mark the last piece.
         is_cut |= any(was_corrupt) or ends_inside(path, container.format.name, num_bytes)
-        # The sample tables of mp4 and mov are exact, unlike the counts of other containers.
-        if "mp4" in container.format.name and stream.frames > len(stamps.pts) + stamps.num_discarded:
+        # The index of mp4 and mov is exact, unlike the counts of other containers. It lacks what an edit list leaves out.
+        if "mp4" in container.format.name and len(stream.index_entries) > len(stamps.pts) + stamps.num_discarded:
             is_cut = True
         # Some containers count time from the first packet, others from 0: take the reading with less missing.
         held = max(file_end, file_end - file_start) if file_start < float("inf") else float("inf")
@@ -149,7 +149,9 @@ def tolerated_s(table: PacketTable, header_s: float) -> float:
 
 def promised_s(container: InputContainer, stream: VideoStream) -> float:
     """How long the file is, in seconds, according to its headers. AVI only states a number of frames."""
-    by_frames = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+    # Those of an mp4 count frames that its edit list leaves out.
+    rate = None if "mp4" in container.format.name else stream.average_rate
+    by_frames = float(stream.frames / rate) if rate else 0.0
     return max((container.duration or 0) / av.time_base, by_frames)
 
 

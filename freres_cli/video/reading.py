@@ -51,6 +51,7 @@ class Tally:
     num_sampled: int = 0
     num_pictures: int = 0
     num_failed: int = 0
+    num_missing: int = 0
     num_damaged: int = 0
     num_restamped: int = 0
     is_read_again: bool = False
