@@ -200,14 +200,14 @@ def test_a_flash_in_a_few_cells_is_no_cut():
 def test_noise_is_no_cut():
     detector = CutDetector()
     torch.manual_seed(0)
-    assert not any(detector.observe(5 + 0.3 * torch.randn(50, 1, 1, D) + torch.randn(1, 6, 6, D)))
+    assert not any(detector.observe(5 + 0.3 * torch.randn(50, 1, 1, D) + torch.randn(1, 6, 6, D))[0])
 
 
 def test_noise_of_a_flat_lead_in_is_a_cut_once_at_most():
     """Nothing but noise is in the picture, and all of it is new in every frame."""
     torch.manual_seed(0)
     lead_in, scene = 0.3 * torch.randn(30, 6, 6, D), walk(20, 6, 6) + 5 * torch.randn(1, 6, 6, D)
-    assert CutDetector().observe(torch.cat([lead_in, scene]))[2:] == [frame == 30 for frame in range(2, 50)]
+    assert CutDetector().observe(torch.cat([lead_in, scene]))[0][2:] == [frame == 30 for frame in range(2, 50)]
     stretches = compress(torch.cat([lead_in, scene]), 30)
     assert (stretches.boxes[:, 1] <= 30).sum() <= 2, "the lead-in has next to no energy, so it gets next to no tokens"
 

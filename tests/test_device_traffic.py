@@ -112,7 +112,7 @@ def test_a_result_is_read_by_parts(device, monkeypatch):
     clip = make_clip()[:12]
     mergers = [Merger((6, 6), 16, 16, clip.dtype, device=where) for where in (device, "cpu")]
     for merger in mergers:
-        merger.append(clip, 0, [0] * 12)
+        merger.append(clip, 0, [0] * 12, [0.0] * 12)
     slots = torch.arange(12 * 36).flip(0)
     monkeypatch.setattr(merging, "DEVICE_PAIR_BYTES_AT_ONCE", 8 * 16 * 10)  # ten rows
     with DeviceBytes() as live:

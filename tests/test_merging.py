@@ -14,6 +14,7 @@ from freres_cli.method.merging import Merger, left_after
 from freres_cli.method.stretch_means import merge_means
 
 D = 8
+FPS = 4
 
 
 def walk(num_frames, grid_h, grid_w, seed=0, channels=D):
@@ -35,25 +36,30 @@ class Merged:
         return len(self.boxes)
 
 
+def times(num_frames, first=0):
+    return [frame / FPS for frame in range(first, first + num_frames)]
+
+
 def feed(clip, shots=None, width=D, most=None):
     merger = Merger(clip.shape[1:3], clip.shape[-1], width, clip.dtype, most)
-    merger.append(clip, 0, shots or [0] * len(clip))
+    merger.append(clip, 0, shots or [0] * len(clip), times(len(clip)))
     return merger
 
 
-def merge(clip, count, shots=None, width=D):
-    """The clip after the first merges of the order in which all of it merges."""
+def merge(clip, count, shots=None, width=D, distance=0.0):
+    """The clip after the first merges of the order in which all of it merges. ``distance``: 0, so that latents alone
+    decide, but where time is what is tested."""
     merger = feed(clip, shots, width)
-    order = merger.merge_all()
+    order = merger.merge_all(distance)
     steps = max(0, len(order.loss) + 1 - count)
     left = left_after(order.pairs[:steps], len(order.loss) + 1)
     return Merged(merger.read(order.slots[left])[0], order.boxes[left], float(order.loss[:steps].sum()))
 
 
-def merge_in_place(clip, count, shots=None, width=D):
+def merge_in_place(clip, count, shots=None, width=D, distance=0.0):
     merger = feed(clip, shots, width)
-    merger.merge_down(count)
-    left, lost, order = len(merger), merger.lost, merger.merge_all()
+    merger.merge_down(count, distance)
+    left, lost, order = len(merger), merger.lost, merger.merge_all(distance)
     return Merged(merger.read(order.slots[:left])[0], order.boxes[:left], lost)
 
 
@@ -87,11 +93,11 @@ def test_merges_do_not_depend_on_when_rows_of_memory_are_cleared(most, monkeypat
     for rows in (most, None):
         merger = Merger((8, 8), D, D, clip.dtype, rows)
         for frame in range(0, len(clip), 2):
-            merger.append(clip[frame : frame + 2], frame, [0, 0])
+            merger.append(clip[frame : frame + 2], frame, [0, 0], times(2, frame))
             if frame % 4 == 2:
-                merger.merge_down(100)
+                merger.merge_down(100, 1.0)
         assert rows is None or merger._storage.shape[0] <= rows
-        lost, order = merger.lost, merger.merge_all()
+        lost, order = merger.lost, merger.merge_all(1.0)
         found.append((order.pairs, order.loss, order.boxes, merger.read(order.slots)[0], torch.tensor(lost)))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
@@ -101,8 +107,9 @@ def test_frames_may_come_in_any_batches():
     for size in (1, 5, 12):
         merger = Merger((3, 5), D, D, clip.dtype)
         for frame, part in zip(range(0, 12, size), clip.split(size), strict=True):
-            merger.append(part, frame, [int(index > 6) for index in range(frame, frame + len(part))])
-        found.append(merger.merge_all())
+            shots = [int(index > 6) for index in range(frame, frame + len(part))]
+            merger.append(part, frame, shots, times(len(part), frame))
+        found.append(merger.merge_all(1.0))
     for order in found[1:]:
         assert torch.equal(order.pairs, found[0].pairs) and torch.equal(order.loss, found[0].loss)
 
@@ -130,14 +137,15 @@ def test_one_stretch_is_the_mean_of_all():
     assert merger.lost == pytest.approx(float((clip - clip.mean((0, 1, 2))).square().sum()), rel=1e-4)
 
 
-def greedy(line, count, exponent):
+def greedy(line, count, exponent, distance):
     """Ward's merging of one time line, one pair at a time, as its definition reads: the starts of the stretches."""
     parts = [[value] for value in line]
 
     def cost(a, b):
         n, m = len(a), len(b)
-        distance = (torch.stack(a).mean(0) - torch.stack(b).mean(0)).square().sum()
-        return float((n * m / (n + m)) ** exponent * distance)
+        change = (torch.stack(a).mean(0) - torch.stack(b).mean(0)).square().sum()
+        apart = (n + m) / 2 / FPS / merging.APART_S  # the middles of two stretches that touch
+        return float((n * m / (n + m)) ** exponent * change) + distance * min(1, apart**2)
 
     while len(parts) > count:
         costs = [cost(a, b) for a, b in itertools.pairwise(parts)]
@@ -148,14 +156,31 @@ def greedy(line, count, exponent):
 
 @pytest.mark.parametrize("how", [merge, merge_in_place])
 @pytest.mark.parametrize("seed", range(5))
-def test_one_merge_a_round_is_the_greedy_of_the_definition(monkeypatch, seed, how):
+@pytest.mark.parametrize("distance", [0, 5, 500])
+def test_one_merge_a_round_is_the_greedy_of_the_definition(monkeypatch, seed, how, distance):
     """Order by height changes nothing then: a merge makes only merges cheaper that take part in its result."""
     monkeypatch.setattr(merging, "TREE_SHARE", 0)
     monkeypatch.setattr(merging, "STREAM_SHARE", 0)
     clip = walk(24, 1, 1, seed)
     for count in (16, 9, 4, 1):
-        starts = sorted(how(clip, count).boxes[:, 0].tolist())
-        assert starts == greedy(clip.flatten(1), count, merging.COST_EXPONENT)
+        starts = sorted(how(clip, count, distance=distance).boxes[:, 0].tolist())
+        assert starts == greedy(clip.flatten(1), count, merging.COST_EXPONENT, distance)
+
+
+def test_what_stands_still_is_seen_again_and_again():
+    """Noise alone would cut it anywhere."""
+    clip = 0.01 * walk(1, 1, 1).repeat(128, 1, 1, 1) + 1e-3 * torch.randn(128, 1, 1, D)
+    for distance, is_even in ((0.0, False), (1.0, True)):
+        merged = merge(clip, 16, distance=distance)
+        lengths = merged.boxes[:, 1] - merged.boxes[:, 0]
+        assert bool(lengths.max() <= 16) == is_even, lengths
+
+
+def test_what_is_brief_outlasts_time_however_long_a_clip_is():
+    clip = 1e-3 * torch.randn(3000, 1, 1, D)
+    clip[1200] += 1
+    boxes = merge(clip, 3, distance=D / 2).boxes[:, :2]
+    assert sorted(boxes.tolist()) == [[0, 1200], [1200, 1201], [1201, 3000]]
 
 
 @pytest.mark.parametrize("how", [merge, merge_in_place])
@@ -169,7 +194,7 @@ def test_rounds_of_merges_lose_hardly_more_than_one_at_a_time(monkeypatch, count
 
 def test_each_merge_is_of_stretches_that_are_there_and_touch():
     clip = walk(16, 3, 4).bfloat16()
-    order = feed(clip).merge_all()
+    order = feed(clip).merge_all(0.0)
     there, boxes = set(range(192)), order.boxes.tolist()
     for index, (a, b) in enumerate(order.pairs.tolist()):
         there -= {a, b}
@@ -195,7 +220,7 @@ def test_what_is_equal_merges_for_nothing_before_anything_is_lost(seed):
 
 def test_a_line_of_equal_latents_takes_few_rounds(monkeypatch):
     rounds, choose = [], Merger._choose
-    monkeypatch.setattr(Merger, "_choose", lambda merger, most: rounds.append(1) or choose(merger, most))
+    monkeypatch.setattr(Merger, "_choose", lambda *args: rounds.append(1) or choose(*args))
     merge(walk(1, 3, 4).repeat(200, 1, 1, 1), 12)
     assert len(rounds) < 40
 

@@ -45,24 +45,26 @@ class CutDetector:
         self._count = 0
         self._recent: list[float] = []  # changes, the last ``CUT_HISTORY``
 
-    def observe(self, latents: Tensor) -> list[bool]:
-        """Take the next frames, (n, H, W, D). Return for each whether it is the first one after a cut.
+    def observe(self, latents: Tensor) -> tuple[list[bool], list[float]]:
+        """Take the next frames, (n, H, W, D). Return for each whether it is the first one after a cut, and ``distance`` of
+        the tokens up to it.
 
         What is needed of a device is copied from it once.
         """
         measures = torch.stack([self._measure(frame.flatten(0, 1).to(torch.float32)) for frame in latents]).cpu()
         # A view of the last frame would keep its whole batch alive.
         self._previous = None if self._previous is None else self._previous.clone()
-        is_cut = []
+        is_cut, distances = [], []
         for change, squares, total in zip(*measures[:, :2].T.tolist(), measures[:, 2:], strict=True):
             self._sum = self._sum + total
             self._squares += squares
             self._count += latents.shape[1:3].numel()
             usual = median(self._recent) if self._recent else 0.0
-            is_cut.append(change > max(CUT_SHARE * 2 * self.energy / self._count, CUT_ONSET * usual))
+            distances.append(self.distance)
+            is_cut.append(change > max(CUT_SHARE * distances[-1], CUT_ONSET * usual))
             if self._count > latents.shape[1:3].numel():  # the first frame has none before it
                 self._recent = [*self._recent[1 - CUT_HISTORY :], change]
-        return is_cut
+        return is_cut, distances
 
     def _measure(self, frame: Tensor) -> Tensor:
         """Take a frame, (P, D) float32. Return (2 + D,) float64: its change, 0 for the first frame, its squares, its sum."""
@@ -70,6 +72,11 @@ class CutDetector:
         change = (frame - previous).square().sum(-1).median().to(torch.float64)
         squares, total = frame.square().sum(dtype=torch.float64), frame.sum(0, dtype=torch.float64)
         return torch.cat([torch.stack([change, squares]), total])
+
+    @property
+    def distance(self) -> float:
+        """Mean squared distance between two of the tokens so far."""
+        return 2 * self.energy / max(1, self._count)
 
     @property
     def energy(self) -> float:
@@ -126,8 +133,9 @@ class StretchCompressor:
         if self._merger is None:
             shape = (self._grid, latents.shape[-1], self._width)
             self._merger = Merger(*shape, latents.dtype, 2 * self._most, self._keeps_trends, latents.device)
-        shots = []
-        for second, is_cut in zip(seconds, self._detector.observe(latents[..., : self._width]), strict=True):
+        before, shots = self._detector.distance, []
+        cuts, distances = self._detector.observe(latents[..., : self._width])
+        for second, is_cut in zip(seconds, cuts, strict=True):
             if is_cut:
                 self._cuts.append(len(self._seconds))
             shots.append(len(self._cuts))
@@ -136,20 +144,20 @@ class StretchCompressor:
         cells, done = latents.shape[1] * latents.shape[2], 0
         while done < len(shots):
             if len(self._merger) + cells > 2 * self._most:
-                self._merger.merge_down(self._most)
+                self._merger.merge_down(self._most, distances[done - 1] if done else before)
             part = slice(done, done + max(1, (2 * self._most - len(self._merger)) // cells))
-            self._merger.append(latents[part], first + done, shots[part])
+            self._merger.append(latents[part], first + done, shots[part], seconds[part])
             done = part.stop
 
     def finish(self) -> Stretches:
         """Return the stretches; nothing can follow. Raises ``ValueError`` if there were no frames."""
         if self._merger is None:
             raise ValueError("no frames: expected at least 1")
-        merger, energy = self._merger, self._detector.energy
+        merger, energy, distance = self._merger, self._detector.energy, self._detector.distance
         curve = _Curve(len(merger), merger.lost)
         if len(merger) < self.num_frames * math.prod(self._grid):  # not as a whole
-            curve.add(merger.merge_down(self._most))
-        count, order = len(merger), merger.merge_all()
+            curve.add(merger.merge_down(self._most, distance))
+        count, order = len(merger), merger.merge_all(distance)
         curve.add(order.loss)
         steps = 0
         if self._quality is not None:

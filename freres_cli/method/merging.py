@@ -26,6 +26,10 @@ from freres_cli.method.stretch_means import merge_stretches
 # Ours. The cost of a merge is (n1 n2 / (n1 + n2))^a |m1 - m2|^2. At a = 1 this is the squared error it adds, which
 # undervalues what is brief. On 60 clips of the world, 1/2 was a little better than 1, within noise, and better than 0.3.
 COST_EXPONENT = 0.5
+# Ours. Beside the latents, a merge along time loses when they were: a cell that stands still would be one token, which a
+# model takes for something that it sees once. Middles this far apart count as one latent in place of another, chosen at
+# random, and no more than that however far they are, so that in long videos what is brief still comes first.
+APART_S = 5.0
 # Ours. A round looks at so many of the cheapest pairs, as a share of the stretches. While a clip is read a merge is for
 # good, and the share is small. At the end merges are put in order afterwards, and the share may be larger: on 22 clips, at
 # a twentieth of the tokens or more, the mean error was within 0.15 % of the energy of that of one merge at a time.
@@ -80,7 +84,7 @@ class Merger:
         self._storage = torch.zeros(0, channels + (width if keeps_trends else 0), dtype=dtype, device=device)
         self._used = 0  # rows of the storage
         nothing = self._tree.leaves[:0]
-        self._rows = _Rows.of(nothing, 0, nothing, nothing, nothing)
+        self._rows = _Rows.of(nothing, 0, nothing, nothing, nothing, nothing.to(torch.float64))
         self._num_left = 0
         self._num_named = 0
         self.lost = 0.0
@@ -101,8 +105,8 @@ class Merger:
     def _boxes_of(self, rows: Tensor | slice) -> Tensor:
         return torch.cat([self._rows.time[rows], self._tree.rectangles[self._rows.cell[rows]]], dim=1)
 
-    def append(self, latents: Tensor, frame: int, shots: list[int]) -> None:
-        """Add frames. ``latents``: (n, H, W, C). ``frame``: index of the first. ``shots``: of each, number of cuts before."""
+    def append(self, latents: Tensor, frame: int, shots: list[int], seconds: list[float]) -> None:
+        """Add frames: ``latents`` (n, H, W, C) from index ``frame`` on. Of each, ``shots`` cuts came before, at ``seconds``."""
         cells = self._tree.leaves.shape[0]
         count = cells * len(latents)
         wanted = 2 * (len(self) + count)
@@ -116,10 +120,12 @@ class Merger:
         shot = torch.tensor(shots).to(slot.device)
         frames = torch.arange(frame, frame + len(latents), device=slot.device)
         leaves = self._tree.leaves.repeat(len(latents))
-        new = _Rows.of(slot, self._num_named, leaves, frames.repeat_interleave(cells), shot.repeat_interleave(cells))
+        each = torch.stack([frames, shot], dim=1).repeat_interleave(cells, dim=0)
+        times = torch.tensor(seconds, dtype=torch.float64).to(slot.device).repeat_interleave(cells)
+        new = _Rows.of(slot, self._num_named, leaves, *each.unbind(1), times)
         self._num_named += count
         self._num_left += count
-        self._rows = _Rows(torch.cat([self._rows.ints, new.ints]), torch.cat([self._rows.costs, new.costs]))
+        self._rows = _Rows(torch.cat([self._rows.ints, new.ints]), torch.cat([self._rows.floats, new.floats]))
 
     def _make_room(self, count: int, wanted: int) -> None:
         """Make room in the storage for ``count`` more rows: drop those that were merged away. Grow to ``wanted`` rows, or
@@ -139,27 +145,29 @@ class Merger:
         self._rows.slot[order] = torch.arange(left, device=slots.device)
         self._storage, self._used = storage, left
 
-    def merge_down(self, count: int) -> Tensor:
+    def merge_down(self, count: int, distance: float) -> Tensor:
         """Merge until ``count`` >= 1 stretches are left. The way depends on ``count``.
 
-        Return the squared error that each merge adds, (k,) float64, on the CPU.
+        ``distance``: the mean squared distance between two latents of the clip so far. Return the squared error that each
+        merge adds, (k,) float64, on the CPU.
         """
         losses = [self._rows.loss[:0, 0]]
         while len(self) > count:
             # Of n merges that are still to be made, none is dearer than the n-th cheapest pair.
-            merges = self._choose(min(len(self) - count, max(1, int(STREAM_SHARE * len(self)))))
+            merges = self._choose(min(len(self) - count, max(1, int(STREAM_SHARE * len(self)))), distance)
             self._merge(merges, None)
             losses.append(merges.loss)
         added = torch.cat(losses).cpu()
         self.lost = running_sums(added, self.lost)[-1]
         return added
 
-    def merge_all(self) -> MergeOrder:
+    def merge_all(self, distance: float) -> MergeOrder:
         """Merge until one stretch is left, and return in which order. Every stretch on the way stays readable.
 
         A merge comes no earlier than those that made its sides, and otherwise by cost: where it would come if one merge
         were made at a time, unless a merge made another one cheaper. Merges across a cut come last; in a round with few
         pairs, one may take a stretch that another merge would have needed. Nothing is left to merge afterwards.
+        ``distance``: as in ``merge_down``.
         """
         count = len(self)
         self._make_room(count - 1, 2 * count - 1)
@@ -170,7 +178,7 @@ class Merger:
         boxes, names = [self._boxes_of(slice(None))], rows.name
         pairs, losses, heights = [names.new_zeros(0, 2)], [rows.loss[:0, 0]], [names[:0]]
         while len(self) > 1:
-            merges = self._choose(max(1, int(TREE_SHARE * len(self))))
+            merges = self._choose(max(1, int(TREE_SHARE * len(self))), distance)
             pairs.append(torch.stack([self._rows.name[merges.a], self._rows.name[merges.b]], dim=1))
             self._merge(merges, torch.arange(self._used, self._used + len(merges.a), device=names.device))
             self._used += len(merges.a)
@@ -183,14 +191,17 @@ class Merger:
     def _settle(self) -> None:
         """Put the rows in the order of cells, then of time, without those that were merged away."""
         order = _keys(self._rows.cell, self._rows.time[:, 0]).argsort()[: len(self)]
-        self._rows = _Rows(self._rows.ints[order], self._rows.costs[order])
+        self._rows = _Rows(self._rows.ints[order], self._rows.floats[order])
 
-    def _choose(self, most: int) -> _Merges:
-        """Return the merges of a round, cheapest first, among the ``most`` cheapest pairs. They do not touch each other."""
+    def _choose(self, most: int, distance: float) -> _Merges:
+        """Return the merges of a round, cheapest first, among the ``most`` cheapest pairs. They do not touch each other.
+        ``distance``: as in ``merge_down``."""
         self._settle()
         rows, partner = self._rows, self._refresh()
         # A float of 0 or more has the order of its bits. Merges that cross no cut get the sign bit, and come first.
-        bits = rows.cost.view(torch.int64)
+        apart = (rows.seconds[partner[:, 0]].sum(1) - rows.seconds.sum(1)) / (2 * APART_S)
+        costs = torch.stack([rows.cost[:, 0] + distance * apart.square().clamp(max=1), rows.cost[:, 1]], dim=1)
+        bits = costs.view(torch.int64)
         crosses = rows.shots[:, 1:] != rows.shots[:, 0][partner]
         keys = torch.where(partner == NONE, LAST, torch.where(crosses, bits, bits | FIRST)).flatten()
         # Of equal costs, merges along time come first, and of these every second one: so a line of equal latents halves in a
@@ -263,6 +274,7 @@ class Merger:
         mine.height.copy_(torch.maximum(merges.key, torch.maximum(mine.height, other.height)))
         mine.size.add_(other.size)
         self._rows.ints[merges.a] = mine.ints
+        self._rows.seconds[merges.a, 1] = self._rows.seconds[merges.b, 1]
         self._rows.cell[merges.b] = GONE
         self._num_named += count
         self._num_left -= count
@@ -317,27 +329,27 @@ class _Rows:
 
     ``ints`` (n, 11): ``slot``, its place in the storage; ``name``, which no other stretch of the clip ever had; ``time``
     t0, t1; ``cell``, its rectangle; ``shots``, first and last; ``partner``, the names of those whose merges with it
-    ``costs`` holds, along time and with the sibling cells; ``height``, the largest key of the merges that made it; ``size``,
-    the number of latents in it. ``costs`` (n, 4) float64: ``cost`` of these two merges, and ``loss``, the squared error that
-    they add.
+    ``floats`` holds, along time and with the sibling cells; ``height``, the largest key of the merges that made it; ``size``,
+    the number of latents in it. ``floats`` (n, 6) float64: ``cost`` of these two merges, as far as it depends on latents;
+    ``loss``, the squared error that they add; ``seconds``, of the first and the last frame.
     """
 
     ints: Tensor
-    costs: Tensor
+    floats: Tensor
 
     @staticmethod
-    def of(slot: Tensor, first_name: int, cell: Tensor, frame: Tensor, shot: Tensor) -> _Rows:
+    def of(slot: Tensor, first_name: int, cell: Tensor, frame: Tensor, shot: Tensor, seconds: Tensor) -> _Rows:
         """Return rows of latents that nothing was merged with."""
         count = slot.shape[0]
         name = torch.arange(first_name, first_name + count, device=slot.device)
         none, height = torch.full_like(slot, NONE), torch.full_like(slot, FIRST)
         size = torch.ones_like(slot)
         ints = torch.stack([slot, name, frame, frame + 1, cell, shot, shot, none, none, height, size], dim=1)
-        return _Rows(ints, torch.zeros(count, 4, dtype=torch.float64, device=slot.device))
+        return _Rows(ints, pad(torch.stack([seconds, seconds], dim=1), (4, 0)))
 
     def pick(self, index: Tensor) -> _Rows:
-        """Return a copy of some rows, without their costs."""
-        return _Rows(self.ints[index], self.costs[:0])
+        """Return a copy of some rows, without what is not whole."""
+        return _Rows(self.ints[index], self.floats[:0])
 
     @property
     def slot(self) -> Tensor:
@@ -373,11 +385,15 @@ class _Rows:
 
     @property
     def cost(self) -> Tensor:
-        return self.costs[:, :2]
+        return self.floats[:, :2]
 
     @property
     def loss(self) -> Tensor:
-        return self.costs[:, 2:]
+        return self.floats[:, 2:4]
+
+    @property
+    def seconds(self) -> Tensor:
+        return self.floats[:, 4:]
 
 
 # What the state of a merger consists of, besides tensors and plain values.
