@@ -56,10 +56,10 @@ def test_every_frame_is_given_with_its_time(name):
         indices += batch.source_index
     assert indices == list(range(info.num_packets))
     assert all(a < b for a, b in pairwise(times))
-    assert times[0] == info.start_s and times[-1] < info.start_s + info.duration_s
+    assert times[0] == 0 and times[-1] < info.duration_s
     assert decoder.report.lost_s == 0
     if shutil.which("ffprobe") and info.has_timestamps:
-        assert times == pytest.approx(_ffprobe_times(path), abs=1e-5)
+        assert [info.start_s + t for t in times] == pytest.approx(_ffprobe_times(path), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +72,7 @@ def test_sampled_frames_are_those_on_screen(name):
     decoder = decode_frames(path, info, sampling, SIZE)
     indices = [i for batch in decoder for i in batch.source_index]
     expected = [
-        max((i for i, t in enumerate(stamps) if t <= info.start_s + k / 3 + 1e-3), default=0)
+        max((i for i, t in enumerate(stamps) if t <= k / 3 + 1e-3), default=0)
         for k in range(num_sampled_frames(sampling, info.start_s, info.duration_s, info.num_packets))
     ]
     assert indices == expected

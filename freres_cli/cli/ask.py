@@ -110,7 +110,8 @@ def ask(
 
     --where adds which seconds of the clip got the most attention from the last token of the question, just before the
     answer begins: mean over heads, and over the layers from the middle to just before the end, next to the share of the
-    tokens in those seconds. Attention is not proof of evidence: a model may look at one place and answer from another.
+    tokens in those seconds, which count from the first frame of the file. Attention is not proof of evidence: a model may
+    look at one place and answer from another.
     Models whose layers mostly keep a running state (Qwen3.5, MiniCPM-V) cannot say.
     """
     started = time.perf_counter()

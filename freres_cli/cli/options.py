@@ -189,10 +189,11 @@ ResidualGrid = Annotated[
 ]
 Start = Annotated[
     float | None,
-    typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
+    typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds after the first frame."),
 ]
 End = Annotated[
-    float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
+    float | None,
+    typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds after the first frame."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")]
 Decode = Annotated[
