@@ -116,7 +116,7 @@ class Settings:
     """The value of every key in ``KEYS`` except the description, and where each came from.
 
     ``reference_budget_tokens``: the preset's own budget, for which ``anchors`` was chosen. ``sources``: for each key,
-    ``flag``, ``preset NAME``, ``default``, or the verb that set it.
+    ``flag``, ``preset NAME``, ``default``, or the verb that set it. ``file``: that of the preset.
     """
 
     method: str
@@ -145,11 +145,12 @@ class Settings:
     trends: str
     reference_budget_tokens: int
     sources: Mapping[str, str]
+    file: Path
 
     def values(self) -> dict[str, Any]:
         """Return the value of each key."""
         found = asdict(self)
-        del found["sources"]
+        del found["sources"], found["file"]
         return found
 
     def is_named(self, key: str) -> bool:
@@ -351,7 +352,7 @@ def merge_settings(preset: Preset, given: Mapping[str, Any], source: str = "flag
             flag = {"sample_fps": "--fps", "sample_count": "--frames"}[needed]
             raise PresetError(f"sample: {values['sample']} needs {needed}", f"name it with {flag}, or {needed}=NUMBER")
         raise PresetError(f"{preset.path}: sample: {values['sample']} needs {needed}")
-    return Settings(**values, sources=sources)
+    return Settings(**values, sources=sources, file=preset.path)
 
 
 def load_settings(name: str, given: Mapping[str, Any], source: str = "flag") -> Settings:

@@ -138,6 +138,7 @@ def profile(
             compress.check_settings()
             video = subject
         request = ProfileRequest(*asked, timeout or 1800.0, video=video, options=compress, bundle=bundle)
+        options.refuse_inputs(picture, request.inputs)
         print_notes(waiting, quiet or json)
         rows = run_profile(request)
     told += _note_video(rows, subject, quiet)

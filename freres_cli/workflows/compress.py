@@ -20,7 +20,7 @@ from freres_cli.errors import (
     UsageError,
     as_freres_error,
 )
-from freres_cli.files import check_destination, make_folder, save_stream
+from freres_cli.files import InputFiles, check_destination, make_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
 from freres_cli.pipeline.compressor import Compressor, Progress
@@ -83,7 +83,7 @@ def compress_file(
     ``Compressor.compress`` and ``Bundle.save`` raise.
     """
     check_destination(output, force)
-    _refuse_overwriting(video, output)
+    InputFiles([("video", video), *compressor.options.files]).refuse(output)
     start = time.perf_counter()
     checkpoints = Checkpoints(output.parent, tell or (lambda _: None))
     bundle = compressor.compress(video, progress=progress, checkpoints=checkpoints, title=title)
@@ -107,16 +107,12 @@ def compress_stream(
     ``stream``: the pipe. ``compressor``, ``output``, ``force``, ``progress``, ``tell``: as ``compress_file`` takes them.
     """
     check_destination(output, force)
+    InputFiles(compressor.options.files).refuse(output)
     with save_stream(stream, output.parent) as saved:
         try:
             return compress_file(compressor, saved, output, force=force, progress=progress, tell=tell, title=PIPE_TITLE)
         except FreresError as error:
             raise type(error)(error.message.replace(str(saved), PIPE_TITLE), error.hint) from error
-
-
-def _refuse_overwriting(video: Path, output: Path) -> None:
-    if output.exists() and video.is_file() and output.samefile(video):
-        raise UsageError(f"{output}: is the video itself", "name another file with -o")
 
 
 def _write(compressor: Compressor, bundle: Bundle, output: Path, force: bool, start: float) -> CompressResult:
@@ -160,6 +156,7 @@ def compress_many(
     if (gpu := compressor.options.decoding_gpu) is not None:
         choose_gpu(gpu)  # without it, every video would fail for the same reason
     rows = []
+    inputs = InputFiles([*(("video", video) for video, _ in videos), *compressor.options.files])
     make_folder(folder)
     for done, (video, name) in enumerate(videos):
         if progress is not None:
@@ -167,6 +164,8 @@ def compress_many(
         output = folder / name.with_name(name.name + SUFFIX)
         try:
             make_folder(output.parent)
+            check_destination(output, force=True)
+            inputs.refuse(output)
             row = _compress_one(compressor, video, output, force, tell)
         except Exception as error:
             # Without a model, or on a full disk, every other video would fail for the same reason.
@@ -182,8 +181,6 @@ def compress_many(
 
 
 def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, tell: Tell | None) -> Row:
-    check_destination(output, force=True)
-    _refuse_overwriting(video, output)
     row = _find_done(compressor, video, output, force)
     if row is not None:
         return row

@@ -49,6 +49,13 @@ class ProfileRequest:
     options: CompressOptions | None = None
     bundle: AskRequest | None = None
 
+    @property
+    def inputs(self) -> tuple[tuple[str, Path | None], ...]:
+        """The files that are read, as ``InputFiles`` takes them."""
+        bundle = None if self.bundle is None else self.bundle.bundle
+        own = () if self.options is None else self.options.files
+        return (("video", self.video), ("bundle", bundle), *own)
+
 
 def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
     """Return a row for the method of the clip or the bundle, and one for the full-token run of the same model.
