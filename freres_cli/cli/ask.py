@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from freres_cli.records import Answer
     from freres_cli.workflows.ask import AskedRow
 
+MAX_NEW_TOKENS = 128
+
 
 def ask(
     bundle: options.BundlePath,
@@ -52,7 +55,9 @@ def ask(
             "--questions", metavar="FILE", readable=False, help="Answer a file of JSON lines: question, choices, id."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")
+    ] = MAX_NEW_TOKENS,
     temperature: Annotated[
         float,
         typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 always takes the most likely token."),
@@ -142,12 +147,12 @@ def ask(
         from freres_cli.workflows.ask import read_queries
 
     sampling = Sampling(temperature, top_p, seed)
-    manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
-    manner["refine"] = refine
+    manner = dict[str, Any](choices=listed, max_new_tokens=max_new_tokens, sampling=sampling, refine=refine)
     rows = None if questions is None else read_queries(questions)
     place, precision = find_device(device, attn), find_dtype(dtype)
     request = AskRequest(bundle, place, model, revision, precision, adapter, text_after, save_prefix, storage)
     session = open_session(request)
+    session.notes = (*session.notes, *_describe_idle(manner, rows))
     print_notes(session.notes, quiet)
     if rows is not None:
         del manner["choices"]
@@ -186,6 +191,18 @@ def check_text(text: str, name: str) -> str:
     return text
 
 
+def check_question(text: str, name: str = "--question") -> str:
+    """Return a question without the spaces around it. ``name``: its flag. Raises ``UsageError`` for an empty one, or one that
+    is too long or no valid Unicode."""
+    from freres_cli.evaluation.questions import check_length
+
+    question = check_text(text.strip(), name)
+    if not question:
+        raise UsageError(f"{name}: is empty", f'for example: {name} "what moves first?"')
+    check_length((question,), name)
+    return question
+
+
 def _read_stdin(line: bool = False) -> str:
     """Return all of standard input, or a line of it, but no more than shows that it is too long. Bytes that are not UTF-8
     become what ``check_text`` refuses, so that the lines after them can still be read."""
@@ -201,6 +218,20 @@ def _read_stdin(line: bool = False) -> str:
     while len(part) > MAX_TEXT_BYTES and not part.endswith("\n"):
         part = sys.stdin.readline(MAX_TEXT_BYTES + 1)
     return text
+
+
+def _describe_idle(manner: dict[str, Any], rows: list[AskedRow] | None) -> Iterator[str]:
+    """Yield a note on each flag that changes no answer. ``manner``: how is asked. ``rows``: of a file of questions."""
+    sampling, chooses = manner["sampling"], bool(manner["choices"])
+    if rows is not None:
+        chooses = all(row.query.choices for row in rows)
+    flags = {"--temperature": sampling.temperature != 0, "--top-p": sampling.top_p != 1, "--seed": sampling.seed != 0}
+    if chooses:
+        flags["--max-new-tokens"] = manner["max_new_tokens"] != MAX_NEW_TOKENS
+    elif sampling.temperature:
+        return
+    why = "with options nothing is generated" if chooses else "at --temperature 0 the most likely token is always taken"
+    yield from (f"{flag} has no effect: {why}" for flag, is_given in flags.items() if is_given)
 
 
 def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool, where: bool = False) -> None:

@@ -27,6 +27,7 @@ from freres_cli.pipeline.compressor import Compressor, Progress
 from freres_cli.pipeline.matching import find_differences
 from freres_cli.video.nvdec import choose_gpu
 from freres_cli.video.opening import hash_file
+from freres_cli.video.sampling import Sampling
 
 SUFFIX = ".pt"
 PIPE_TITLE = "standard input"
@@ -102,12 +103,18 @@ def compress_stream(
     tell: Tell | None = None,
 ) -> CompressResult:
     """Compress a video that arrives through a pipe. It is saved beside the bundle first, and removed afterwards: a video is
-    read more than once, and the number of its frames decides which are anchors.
+    read more than once, and the number of its frames decides which are anchors. What needs no video is checked before the
+    pipe is read.
 
     ``stream``: the pipe. ``compressor``, ``output``, ``force``, ``progress``, ``tell``: as ``compress_file`` takes them.
     """
     check_destination(output, force)
-    InputFiles(compressor.options.files).refuse(output)
+    options = compressor.options
+    InputFiles(options.files).refuse(output)
+    Sampling("native", start_s=options.start_s, end_s=options.end_s)  # refuses a window that no video has
+    if (gpu := options.decoding_gpu) is not None:
+        choose_gpu(gpu)
+    compressor.models.identify_encoder()
     with save_stream(stream, output.parent) as saved:
         try:
             return compress_file(compressor, saved, output, force=force, progress=progress, tell=tell, title=PIPE_TITLE)

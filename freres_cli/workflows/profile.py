@@ -65,6 +65,8 @@ def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | 
     The ``status`` of a row is ok, out_of_memory, context_exceeded or timed_out; figures it did not reach are ``None``.
     Raises a ``FreresError`` for a video, bundle or model that cannot be used at all.
     """
+    if request.video is not None:
+        VideoSource(request.video)  # refuses a file that is no video before the first row's process starts
     rows = []
     for method in dict.fromkeys((_method_of(request), "full")):
         row = run_apart(request, method)
