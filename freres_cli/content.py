@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from freres_cli.records import TOKEN_KINDS, VideoTokens
+from freres_cli.records import TIME_DIGITS, TOKEN_KINDS, VideoTokens
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
 
@@ -32,6 +32,15 @@ def count_by_kind(content: Content) -> dict[str, int]:
 def latents_of(content: Content) -> Tensor:
     """Return tokens as they are stored, (n, C): those of the anchors, if it is tracks."""
     return content.anchor_latents if isinstance(content, Tracks) else content.latents
+
+
+def count_from(content: Content, zero_s: float) -> Content:
+    """Return content whose times are on a file's own clock with times in seconds after ``zero_s`` on that clock."""
+    if not zero_s:
+        return content
+    names = ("frame_seconds", "seconds") if isinstance(content, VideoTokens) else ("frame_seconds",)
+    times = {name: getattr(content, name) - zero_s for name in names}
+    return replace(content, **{name: t.round(decimals=TIME_DIGITS).clamp(min=0) for name, t in times.items()})
 
 
 def without_deep_rows(content: Content) -> Content:

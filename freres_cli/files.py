@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +57,38 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     folder = Path(os.path.realpath(path)).parent
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{path}: folder {folder} is not writable", f"name another file with {flag}")
+
+
+class InputFiles:
+    """The files that a run reads: none of its outputs may replace one, not even where existing files may be replaced.
+
+    ``named``: what each is called in messages, and its path, ``None`` if there is none.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Path | None]]) -> None:
+        self._names: dict[object, str] = {}
+        for name, path in named:
+            self.add(name, path)
+
+    def add(self, name: str, path: Path | None) -> None:
+        """Add a file. ``name``, ``path``: as in the constructor."""
+        if path is not None:
+            self._names.setdefault(_identify(path), name)
+
+    def refuse(self, output: Path | None, flag: str = "-o") -> None:
+        """Refuse an output that is one of these files, by whatever link or name. ``flag``: as in ``check_destination``.
+        Raises ``UsageError``."""
+        if output is not None and (name := self._names.get(_identify(output))) is not None:
+            raise UsageError(f"{output}: is the {name} itself", f"name another file with {flag}")
+
+
+def _identify(path: Path) -> object:
+    """The file behind a path, whatever links lead there; of one that is not there yet, its path without links."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 (names too long for the system are no files)
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino
 
 
 def can_be_name(path: str | Path) -> bool:

@@ -116,8 +116,8 @@ class Settings:
     """The value of every key in ``KEYS`` except the description, and where each came from.
 
     ``reference_budget_tokens``: the preset's own budget, for which ``anchors`` was chosen. ``sources``: for each key,
-    ``flag``, ``preset NAME``, ``default``, or the verb that set it. ``names``: what those that were named are called in
-    messages, if not by their keys.
+    ``flag``, ``preset NAME``, ``default``, or the verb that set it. ``file``: that of the preset. ``names``: what those that
+    were named are called in messages, if not by their keys.
     """
 
     method: str
@@ -146,12 +146,13 @@ class Settings:
     trends: str
     reference_budget_tokens: int
     sources: Mapping[str, str]
+    file: Path
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def values(self) -> dict[str, Any]:
         """Return the value of each key."""
         found = asdict(self)
-        del found["sources"], found["names"]
+        del found["sources"], found["file"], found["names"]
         return found
 
     def is_named(self, key: str) -> bool:
@@ -354,7 +355,7 @@ def merge_settings(
             flag = {"sample_fps": "--fps", "sample_count": "--frames"}[needed]
             raise PresetError(f"sample: {values['sample']} needs {needed}", f"name it with {flag}, or {needed}=NUMBER")
         raise PresetError(f"{preset.path}: sample: {values['sample']} needs {needed}")
-    return Settings(**values, sources=sources, names=known)
+    return Settings(**values, sources=sources, file=preset.path, names=known)
 
 
 def load_settings(

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TIME_DIGITS = 6  # of a time in seconds that is the difference of two
+
+
 def require(condition: bool, what: str) -> None:
     """Raise ``ValueError`` with ``what`` unless ``condition`` holds."""
     if not condition:
@@ -29,6 +32,9 @@ class VideoInfo:
     from the header, which may be wrong. ``width_px`` and ``height_px`` are what a player shows: rotated, with square
     pixels. ``rotation_deg`` (0, 90, 180 or 270): how far a player turns the picture counterclockwise, after it has swapped
     left and right if ``is_mirrored``. ``num_bytes``: of the file, or of decoded frames.
+
+    ``start_s``: when the first frame is shown, on the file's own clock. ``zero_s``: the time on that clock that all other
+    times of a clip count from: ``start_s``, or 0 for frames that were given with times of their own.
     """
 
     path: str
@@ -44,6 +50,7 @@ class VideoInfo:
     source_fps: float | None
     num_packets: int
     start_s: float
+    zero_s: float
     duration_s: float
     stream_index: int
     num_video_streams: int
@@ -51,13 +58,18 @@ class VideoInfo:
     num_bytes: int
     notes: tuple[str, ...] = ()
 
+    def count_s(self, time_s: float) -> float:
+        """Return a time on the file's own clock as seconds after the first frame, to the microsecond."""
+        # Rounded, or a frame a second after the first would be at 0.9999999 s.
+        return round(time_s - self.zero_s, TIME_DIGITS) if self.zero_s else time_s
+
 
 @dataclass(frozen=True)
 class Frames:
     """A batch of consecutive sampled frames.
 
-    ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: presentation time of each, in seconds on the file's
-    own clock. ``source_index``: index of the frame in the file, in display order, from 0. A source frame that is on
+    ``pixels``: (n, height, width, 3) uint8 RGB. ``pts_seconds``: when each is shown, in seconds after the first
+    frame of the file. ``source_index``: index of the frame in the file, in display order, from 0. A source frame that is on
     screen at several sampled instants appears once for each of them, with the same ``source_index``. ``picture_index``:
     ``source_index`` of the first frame that shows the same picture; equal indices mean equal ``pixels``.
     """

@@ -74,7 +74,7 @@ def make_request(
     options = make_options(settings or {}, None, model, device="cpu")
     cells = parse_cells(methods, budgets, HAS_BUDGET)
     cells = give_adapters(cells, adapter, options.model.name, options.settings.variant)
-    path = None if output is None else results_path(output, questions)
+    path = None if output is None else results_path(output)
     file = read_questions(questions, limit)
     return EvalRequest(file, cells, options, path, force, max_answer_tokens=max_answer_tokens)
 

@@ -54,6 +54,7 @@ MANIFEST: dict[str, Any] = {
         "height_px": 64,
         "source_fps": 10.0,
         "start_s": 0.0,
+        "zero_s": 0.0,
         "duration_s": 4.0,
         "notes": [],
     },

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.errors import ExitStatus
+from freres_cli.pipeline.manifest import clip_end_s
 from tests.forged_bundles import (
     MANIFEST,
     edit_manifest,
@@ -64,15 +65,46 @@ def test_times_that_no_clip_has_are_refused(tmp_path, contents, kind, version, f
     assert "frame_seconds" in caught.value.message
 
 
+def move(tensors: dict[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The times among these tensors, changed."""
+    return {name: change(tensors[name]) for name in ("frame_seconds", "seconds") if name in tensors}
+
+
 @pytest.mark.parametrize(("kind", "version"), VERSIONS)
 def test_times_of_real_clips_are_read(tmp_path, contents, kind, version):
-    """A clock may start below zero if the source says so, or far above; a frame may be shown twice."""
+    """The clock of given frames may start below zero if the source says so, or far above; a frame may be shown twice."""
     content, tensors = contents[kind]
     for start, change in ((-5.0, lambda t: t - 5.0), (0.0, lambda t: t + 1e9), (0.0, lambda t: t * 0)):
-        moved = {name: change(tensors[name]) for name in ("frame_seconds", "seconds") if name in tensors}
+        moved = move(tensors, change)
         source = {**MANIFEST["source"], "start_s": start}
         forge(tmp_path / "b.pt", content, tensors | moved, version, source=source)
         assert torch.equal(read_bundle(tmp_path / "b.pt").content.frame_seconds, moved["frame_seconds"])
+
+
+@pytest.mark.parametrize(("kind", "version"), VERSIONS)
+@pytest.mark.parametrize("start", [-5.0, 0.3, 8.333333, 1e6])
+def test_times_on_the_clock_of_the_file_are_counted_from_its_first_frame(tmp_path, contents, kind, version, start):
+    """Bundles that do not say when their zero is have the times that the file has. Written again, they say it."""
+    content, tensors = contents[kind]
+    source = {name: value for name, value in MANIFEST["source"].items() if name != "zero_s"} | {"start_s": start}
+    forge(tmp_path / "b.pt", content, tensors | move(tensors, lambda t: t + start), version, source=source)
+    first = read_bundle(tmp_path / "b.pt")
+    write_bundle(tmp_path / "again.pt", first.content, first.manifest)
+    for read in (first, read_bundle(tmp_path / "again.pt")):
+        assert read.manifest["source"] == {**source, "zero_s": start}
+        assert clip_end_s(read.manifest) == pytest.approx(source["duration_s"])
+        for name, told in move(tensors, lambda t: t).items():
+            torch.testing.assert_close(getattr(read.content, name), told, atol=1e-6, rtol=0)
+        assert torch.equal(read.content.frame_seconds, first.content.frame_seconds)
+
+
+def test_given_frames_keep_the_times_they_were_given(tmp_path, contents):
+    content, tensors = contents["tokens"]
+    source = {name: value for name, value in MANIFEST["source"].items() if name != "zero_s"}
+    source |= {"start_s": 5.0, "file": None, "container": None, "codec": None}
+    moved = move(tensors, lambda t: t + 5.0)
+    forge(tmp_path / "b.pt", content, tensors | moved, source=source)
+    assert torch.equal(read_bundle(tmp_path / "b.pt").content.frame_seconds, moved["frame_seconds"])
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -174,3 +174,29 @@ def test_loading_is_said_before_anything_else(bundle):
     )
     run = subprocess.run([sys.executable, "-c", program, bundle], capture_output=True, text=True, check=True)
     assert run.stdout == "False loading torch\n"
+
+
+IDLE = {
+    ("--choices", "a|b", "--temperature", 1): ["--temperature"],
+    ("--choices", "a|b", "--seed", 5, "--top-p", 0.5, "--max-new-tokens", 3): ["--top-p", "--seed", "--max-new-tokens"],
+    ("--choices", "a|b"): [],
+    ("--seed", 5, "--max-new-tokens", 2): ["--seed"],
+    ("--top-p", 0.5, "--max-new-tokens", 2): ["--top-p"],
+    ("--seed", 5, "--top-p", 0.5, "--temperature", 1, "--max-new-tokens", 2): [],
+}
+
+
+@pytest.mark.parametrize("flags", IDLE)
+def test_a_flag_without_effect_is_named(bundle, flags):
+    run = run_freres("ask", bundle, "what moves?", *flags, "--json")
+    told = [note for note in run.json["notes"] if "has no effect" in note]
+    assert [note.split()[0] for note in told] == IDLE[flags] and all(f"note: {note}" in run.err for note in told)
+
+
+@pytest.mark.parametrize("choices", [(["a", "b"], ["a", "b"]), (["a", "b"], None)])
+def test_a_flag_has_an_effect_if_one_question_of_a_file_has_no_options(bundle, tmp_path, choices):
+    rows = [{"question": "what moves?", "choices": given} for given in choices]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--questions", tmp_path / "q.jsonl", "--temperature", 1, "--max-new-tokens", 128)
+    run = run_freres("ask", bundle, *flags)
+    assert run.status == 0 and ("--temperature has no effect" in run.err) == (choices[1] is not None)

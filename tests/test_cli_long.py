@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from freres_cli.errors import ExitStatus
+from freres_cli.pipeline.compressor import Compressor
+from freres_cli.presets import BUNDLED
+from freres_cli.workflows.compress import compress_stream
 from tests.pipeline_fixtures import clip as clip
-from tests.runner import check_failure, run_freres
+from tests.pipeline_fixtures import options_with
+from tests.runner import check_failure, fails, run_freres
 
 ROOT = Path(__file__).parents[1]
 COMMON = ("--budget", 100, "--device", "cpu")
@@ -85,3 +91,22 @@ def test_a_terminal_says_that_the_model_is_loaded_before_torch_is_imported(clip,
             break
     os.close(ours)
     assert process.wait() == 1 and b"loading model" in shown, shown
+
+
+class Untouched(io.BytesIO):
+    """A pipe that is not to be read."""
+
+    def read(self, *_):
+        raise AssertionError("the pipe was read")
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "status"),
+    [({"start_s": 2.0, "end_s": 1.0}, BUNDLED, ExitStatus.USAGE), ({}, "/no/such/model", ExitStatus.BACKBONE)],
+)
+def test_a_pipe_is_not_read_for_a_run_that_cannot_be(tmp_path, changes, model, status):
+    options = options_with()
+    options = replace(options, model=replace(options.model, name=model), **changes)
+    with fails(status):
+        compress_stream(Compressor.from_options(options), Untouched(), tmp_path / "b.pt")
+    assert list(tmp_path.iterdir()) == []

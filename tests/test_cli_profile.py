@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from freres_cli.bench.apart import Outcome
+from freres_cli.cli.profile_table import require_figures
 from freres_cli.devices import choose_device
-from freres_cli.errors import BackboneError, ContextError
-from freres_cli.workflows.profile import ProfileRequest, _measure_row, run_apart
+from freres_cli.errors import BackboneError, ContextError, ExitStatus
+from freres_cli.workflows.profile import ProfileRequest, _measure_row, empty_row, run_apart
 from tests.clips import write_clip
 from tests.pipeline_fixtures import COMMAND
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.pipeline_fixtures import forked as forked
 from tests.pipeline_fixtures import tiny as tiny
-from tests.runner import check_failure, run_freres
+from tests.runner import check_failure, fails, run_freres
 
 
 @pytest.mark.slow
@@ -128,3 +129,43 @@ def test_sigterm_leaves_no_process_and_no_file(clip, tmp_path):
             break
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in child) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["question", "blank", "too long", "empty file", "no video"])
+def test_what_cannot_be_measured_is_refused_before_the_first_row(clip, tmp_path, monkeypatch, name):
+    def refuse(*_):
+        raise AssertionError("a row was started")
+
+    monkeypatch.setattr("freres_cli.workflows.profile.run_apart", refuse)
+    path = tmp_path / "v.mp4"
+    path.write_bytes(b"" if name == "empty file" else b"no video\n" * 99 if name == "no video" else clip.read_bytes())
+    question = {"question": "", "blank": " ", "too long": "x" * 20_000}.get(name)
+    flags = () if question is None else ("--question", question)
+    run = run_freres("profile", path, *flags)
+    check_failure(run, 3 if question is None else 2, "v.mp4: " if question is None else "--question: ")
+
+
+@pytest.mark.parametrize("json", [False, True])
+@pytest.mark.parametrize("measured", [(), ("adaptive",), ("full",), ("adaptive", "full")])
+def test_a_run_without_figures_of_the_compressed_clip_fails(clip, measured, json, monkeypatch):
+    def run_apart(request, method):
+        status = ("ok", None) if method in measured else ("timed_out", "took longer than 1 s")
+        return empty_row(method, *status)
+
+    monkeypatch.setattr("freres_cli.workflows.profile.run_apart", run_apart)
+    run = run_freres("profile", clip, *(["--json"] if json else []))
+    assert run.status == (0 if "adaptive" in measured else ExitStatus.RESOURCE)
+    if json:
+        assert [row["method"] for row in run.json["rows"]] == ["adaptive", "full"]
+    else:
+        assert run.out.count("(timed_out)") == 2 - len(measured)
+    if "adaptive" not in measured:
+        assert run.errors == ["error: row adaptive: timed_out: took longer than 1 s"] and "--timeout" in run.err
+
+
+@pytest.mark.parametrize("status", ["timed_out", "out_of_memory", "context_exceeded"])
+def test_of_a_table_one_row_with_figures_is_enough(status):
+    rows = [empty_row("full", status, "why"), empty_row("fourier", status, "why")]
+    with fails(ExitStatus.RESOURCE, f"row full: {status}: why"):
+        require_figures(rows)
+    require_figures([*rows, empty_row("adaptive", "ok", None)])

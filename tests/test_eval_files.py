@@ -96,18 +96,20 @@ def test_names_of_any_kind_stay_in_their_cells():
     ("flags", "text"),
     [
         (("--csv", "no/such/folder/rows.csv"), "does not exist"),
-        (("--csv", "{questions}", "--force"), "is another file of this run"),
-        (("--csv", "{folder}/clip0.mp4"), "already exists"),
+        (("--csv", "{questions}", "--force"), "is the questions file itself"),
+        (("--csv", "{folder}/clip0.mp4"), "is the video itself"),
+        (("--csv", "old.csv"), "already exists"),
         (("--csv", ""), "empty"),
         (("--plot", "rows.jpg"), ".png"),
         (("--plot", "{folder}"), ".png"),
-        (("--csv", "{folder}/new.png", "--plot", "{folder}/new.png"), "is another file of this run"),
-        (("-o", "{folder}/new.jsonl", "--csv", "{folder}/new.jsonl"), "is another file of this run"),
+        (("--csv", "{folder}/new.png", "--plot", "{folder}/new.png"), "is the file of --csv itself"),
+        (("-o", "{folder}/new.jsonl", "--csv", "{folder}/new.jsonl"), "is the file of -o itself"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_any_work(questions, flags, text, tmp_path, monkeypatch):
     """The model would be looked for next: there is none in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.csv").touch()
     names = {"questions": questions, "folder": questions.parent}
     flags = [flag.format(**names) for flag in flags]
     run = run_freres("eval", questions, "--methods", "full", "--model", tmp_path, *flags)

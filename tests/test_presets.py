@@ -143,7 +143,7 @@ def test_settings_are_the_keys_and_each_knows_its_source():
     settings = merge_settings(load_preset("compact-16f"), {"tau": None}, "argument")
     keys = set(KEYS) - {"description"} | {REFERENCE}
     assert (
-        {field.name for field in fields(Settings)} - {"sources", "names"}
+        {field.name for field in fields(Settings)} - {"sources", "file", "names"}
         == set(settings.values())
         == set(settings.sources)
         == keys

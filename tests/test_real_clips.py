@@ -27,7 +27,7 @@ def test_a_real_clip_goes_all_the_way(path, method, tmp_path):
     shown = run_freres("inspect", bundle, "--json").json
     assert shown["visual_tokens"] == made["visual_tokens"] and shown["source"]["file"] == path.name
     times = shown["over_time"]["edges_s"] if method == "adaptive" else [gop["start_s"] for gop in shown["gops"]]
-    assert times == sorted(times) and times[0] >= shown["source"]["start_s"] - 0.05
+    assert times == sorted(times) and 0 <= times[0] < shown["source"]["duration_s"]
     assert run_freres("inspect", bundle).status == 0
     flags = ("what moves?", "--choices", "a dog|a car", "--json")
     assert run_freres("ask", bundle, *flags).json["visual_tokens"] == made["visual_tokens"]

@@ -61,7 +61,7 @@ def test_native_gives_every_frame_once_in_display_order(tmp_path, name):
     assert info.num_packets == report.num_frames_decoded == report.num_frames_sampled == 48
     assert info.duration_s == pytest.approx(2.0, abs=2e-3)
     assert info.source_fps == pytest.approx(24, rel=1e-3)
-    assert times[0] == pytest.approx(info.start_s)
+    assert times[0] == 0
     assert report.lost_s == 0
 
 
@@ -132,7 +132,7 @@ def test_clips_that_do_not_start_at_zero(tmp_path, name, start):
     assert info.duration_s == pytest.approx(2.0, abs=2e-3)
     shown, times, *_ = decode(path, Sampling("fps", fps=2))
     assert shown == [0, 12, 24, 36]
-    assert times == pytest.approx([start + k / 2 for k in range(4)], abs=2e-3)
+    assert times == pytest.approx([k / 2 for k in range(4)], abs=2e-3)
 
 
 @pytest.mark.parametrize("name", ["stamps.mp4", "stamps.mkv", "stamps.avi"])
@@ -199,7 +199,7 @@ def test_a_time_lapse_keeps_its_times(tmp_path, name):
     assert info.has_timestamps and not any("no usable timestamps" in note for note in info.notes)
     shown, times, *_ = decode(path)
     assert shown == list(range(len(hours)))
-    assert [time - info.start_s for time in times] == [hour * 3600.0 for hour in hours]
+    assert times == [hour * 3600.0 for hour in hours]
     assert decode(path, Sampling("fps", fps=1 / 7200))[0][:6] == [0, 2, 4, 6, 8, 10]
 
 

@@ -37,7 +37,7 @@ class TimestampLanguageModel(FrameRunLanguageModel):
     """
 
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
-        """A frame's time is in seconds on the file's clock, with one decimal."""
+        """A frame's time is in seconds after the first frame of the file, with one decimal."""
         start, end = (self.config.vision_start_token_id, self.config.vision_end_token_id)
         times = [f"<{seconds:.1f} seconds>" for seconds in video.frame_seconds.tolist()]
         before = [[*ids, start] for ids in self.ids_of_each(times)]

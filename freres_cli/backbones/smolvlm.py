@@ -83,7 +83,8 @@ class SmolVLMLanguageModel(FrameRunLanguageModel):
         return self.split_prompt(text)
 
     def frame_texts(self, video: VideoTokens) -> FrameTexts:
-        """A frame's time is in minutes and seconds on the file's clock; the clip's length is the time of its last frame."""
+        """A frame's time is in minutes and seconds after the first frame of the file; the clip's length is the time of its
+        last frame."""
         seconds = video.frame_seconds.tolist()
         length = timedelta(seconds=int(seconds[-1]))
         count = in_words(len(seconds))

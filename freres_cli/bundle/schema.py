@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freres_cli.bundle import version_1, version_2, version_3, version_4
 from freres_cli.bundle.checks import Field, Fields, damaged, read_fields
-from freres_cli.content import Content, count_by_kind, kind_of, latents_of
+from freres_cli.content import Content, count_by_kind, count_from, kind_of, latents_of
 from freres_cli.errors import BundleError
 from freres_cli.stretches import Stretches
 
@@ -27,6 +27,7 @@ MAX_DEPTH = 16
 SCHEMA_VERSION = 4  # that freres writes
 # Fields added since the versions were fixed. A bundle without one has null in it: not known.
 LATER_FIELDS: Fields = {
+    "source": {"zero_s": Field("number", may_be_null=True, default=None)},
     "geometry": {
         "residual_grid": Field("wholes", may_be_null=True, default=None, length=2, low=1, high=256),
         "text_per_frame": Field("wholes", may_be_null=True, default=None, high=2**31),
@@ -118,7 +119,17 @@ def read_content(loaded: Any, where: str) -> tuple[int, dict[str, Any], Content]
     manifest = read_fields(reader.read_manifest(stored, where), LATER_FIELDS, where)
     content = reader.read_content(manifest, tensors, where)
     _check_facts(manifest, content, where)
-    return version, manifest, content
+    return version, *_settle_times(manifest, content)
+
+
+def _settle_times(manifest: dict[str, Any], content: Content) -> tuple[dict[str, Any], Content]:
+    """Manifest and content with times that count from the first frame. Without ``zero_s`` they are on the file's own clock;
+    those of frames passed already decoded stay as they were given."""
+    source = manifest["source"]
+    if source["zero_s"] is not None:
+        return manifest, content
+    zero_s = 0.0 if source["container"] is None else float(source["start_s"])
+    return {**manifest, "source": {**source, "zero_s": zero_s}}, count_from(content, zero_s)
 
 
 def _shown(version: Any) -> str:

@@ -87,6 +87,7 @@ def ablate(
     known = None if data is None else read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
+    options.refuse_inputs(picture, [("questions file", questions), ("data", data), *chosen.files])
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.eval_run import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,19 +24,20 @@ from freres_cli.cli.output import (
     print_text,
     progress_bar,
 )
+from freres_cli.cli.questions import check_text, read_question, read_rows, read_stdin
 from freres_cli.devices import choose_storage
 from freres_cli.errors import ExitStatus, FreresError, UsageError, count_of
 from freres_cli.imports import quick_imports
 from freres_cli.pipeline.choices import check_revision
 from freres_cli.presets import TEXT_AFTER
 
-STDIN = "-"
-
 if TYPE_CHECKING:
     from freres_cli.backbones.generation import Sampling
     from freres_cli.pipeline.session import AskRequest, Session
     from freres_cli.records import Answer
     from freres_cli.workflows.ask import AskedRow
+
+MAX_NEW_TOKENS = 128
 
 
 def ask(
@@ -58,7 +59,9 @@ def ask(
             help="Answer a file of JSON lines, or - for stdin: question, choices, id.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in the answer.")
+    ] = MAX_NEW_TOKENS,
     temperature: Annotated[
         float,
         typer.Option(
@@ -119,11 +122,12 @@ def ask(
 
     --where adds which seconds of the clip got the most attention from the last token of the question, just before the
     answer begins: mean over heads, and over the layers from the middle to just before the end, next to the share of the
-    tokens in those seconds. Attention is not proof of evidence: a model may look at one place and answer from another.
+    tokens in those seconds, which count from the first frame of the file. Attention is not proof of evidence: a model may
+    look at one place and answer from another.
     Models whose layers mostly keep a running state (Qwen3.5, MiniCPM-V) cannot say.
     """
     started = time.perf_counter()
-    text = None if questions is not None else _read_question(question, json)
+    text = None if questions is not None else read_question(question, json)
     if questions is not None and (question is not None or choices is not None):
         raise UsageError("--questions: expected no QUESTION and no --choices with it", "put them in the file")
     if questions is not None and where:
@@ -148,12 +152,12 @@ def ask(
         from freres_cli.pipeline.session import AskRequest, open_session
 
     sampling = _make_sampling(temperature, top_p, seed)
-    manner: dict[str, Any] = {"choices": listed, "max_new_tokens": max_new_tokens, "sampling": sampling}
-    manner["refine"] = refine
-    rows = None if questions is None else _read_rows(questions)
+    manner = dict[str, Any](choices=listed, max_new_tokens=max_new_tokens, sampling=sampling, refine=refine)
+    rows = None if questions is None else read_rows(questions)
     place, precision = find_device(device, attn), find_dtype(dtype)
     request = AskRequest(bundle, place, model, revision, precision, adapter, text_after, save_prefix, storage)
     session = open_session(request)
+    session.notes = (*session.notes, *_describe_idle(manner, rows))
     print_notes(session.notes, quiet)
     if rows is not None:
         del manner["choices"]
@@ -180,56 +184,18 @@ def _make_sampling(temperature: float, top_p: float, seed: int) -> Sampling:
         raise UsageError(f"--{error.message.replace('_', '-', 1)}", error.hint) from error
 
 
-def _read_question(question: str | None, json: bool) -> str | None:
-    """Return the question, read from stdin if it is ``-``. ``None`` means the prompt loop."""
-    if question is None:
-        if json:
-            raise UsageError("--json: expected a question", "give the question, or - to read it from stdin")
-        return None
-    text = check_text((_read_stdin() if question == STDIN else question).strip(), "question")
-    if not text:
-        raise UsageError("question: is empty", 'for example: freres ask bundle.pt "what moves first?"')
-    return text
-
-
-def check_text(text: str, name: str) -> str:
-    """Return the text if it is valid Unicode. Raises ``UsageError`` if it came from bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{name}: expected UTF-8 text, got other bytes") from error
-    return text
-
-
-def _read_rows(questions: Path) -> list[AskedRow]:
-    """Return the questions of a file, or of standard input. Raises ``UsageError``."""
-    from freres_cli.workflows.ask import read_queries
-
-    if str(questions) != STDIN:
-        return read_queries(questions)
-    hint = "pipe them in: freres ask BUNDLE --questions - < FILE"
-    if sys.stdin is None:
-        raise UsageError("--questions -: standard input is closed", hint)
-    if sys.stdin.isatty():
-        raise UsageError("--questions -: standard input is a terminal: expected a file of questions", hint)
-    return read_queries(questions, sys.stdin.buffer.read())
-
-
-def _read_stdin(line: bool = False) -> str:
-    """Return all of standard input, or a line of it, but no more than shows that it is too long. Bytes that are not UTF-8
-    become what ``check_text`` refuses, so that the lines after them can still be read."""
-    from freres_cli.evaluation.questions import MAX_TEXT_BYTES
-
-    if sys.stdin is None:
-        raise UsageError("question: standard input is closed", "give the question as an argument")
-    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    if not line:
-        return sys.stdin.read(MAX_TEXT_BYTES + 1)
-    text = part = sys.stdin.readline(MAX_TEXT_BYTES + 1)
-    while len(part) > MAX_TEXT_BYTES and not part.endswith("\n"):
-        part = sys.stdin.readline(MAX_TEXT_BYTES + 1)
-    return text
+def _describe_idle(manner: dict[str, Any], rows: list[AskedRow] | None) -> Iterator[str]:
+    """Yield a note on each flag that changes no answer. ``manner``: how is asked. ``rows``: of a file of questions."""
+    sampling, chooses = manner["sampling"], bool(manner["choices"])
+    if rows is not None:
+        chooses = all(row.query.choices for row in rows)
+    flags = {"--temperature": sampling.temperature != 0, "--top-p": sampling.top_p != 1, "--seed": sampling.seed != 0}
+    if chooses:
+        flags["--max-new-tokens"] = manner["max_new_tokens"] != MAX_NEW_TOKENS
+    elif sampling.temperature:
+        return
+    why = "with options nothing is generated" if chooses else "at --temperature 0 the most likely token is always taken"
+    yield from (f"{flag} has no effect: {why}" for flag, is_given in flags.items() if is_given)
 
 
 def _answer(session: Session, question: str, manner: dict[str, Any], quiet: bool, where: bool = False) -> None:
@@ -327,7 +293,7 @@ def _loop(session: Session, manner: dict[str, Any], quiet: bool, where: bool) ->
     while True:
         if is_terminal:
             print_prompt()
-        line = _read_stdin(line=True)
+        line = read_stdin(line=True)
         if not line:
             break
         if not line.strip():

@@ -8,7 +8,6 @@ import typer
 
 from freres_cli.baselines.registry import METHODS
 from freres_cli.cli import options
-from freres_cli.cli.ask import check_text
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval_tables import name_row
 from freres_cli.cli.given import gather_flags_at_budgets
@@ -22,6 +21,7 @@ from freres_cli.cli.output import (
     print_table,
     print_warning,
 )
+from freres_cli.cli.questions import check_question, check_text
 from freres_cli.errors import UsageError, count_of
 from freres_cli.pipeline.choices import choose_cells
 
@@ -71,15 +71,13 @@ def compare(
 
     path = options.check_path(video, "VIDEO")
     cells = choose_cells(methods, budgets, METHODS)
-    asked = [check_text(text.strip(), "--question") for text in question or []]
+    asked = [check_question(text) for text in question or []]
     listed = [] if choices is None else [check_text(choice.strip(), "--choices") for choice in choices.split("|")]
     if choices is not None:
         check_choices(listed, "--choices", "|")
         if not asked:
             raise UsageError("--choices: expected --question as well, got none", "ask one with --question")
     for text in asked:
-        if not text:
-            raise UsageError("--question: is empty", 'for example: --question "what moves first?"')
         check_length((text, *listed), "--question")
     flags = gather_flags_at_budgets(assignments)
     chosen = at_budgets(

@@ -109,7 +109,7 @@ def evaluate(
     cells, storage = choose_cells(methods, budgets, METHODS), choose_storage(kv_dtype, weight_dtype)
     flags = gather_flags_at_budgets(assignments)
     file = read_any_questions(questions, benchmark, limit)
-    path = None if output is None else results_path(output, questions)
+    path = None if output is None else results_path(output)
     made = [
         None if text is None else options.check_path(text, flag) for text, flag in ((table, "--csv"), (plot, "--plot"))
     ]

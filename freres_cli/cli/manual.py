@@ -131,8 +131,8 @@ profile:
     freres profile --json > profile.json: A clip made on the spot; every figure with its spread.
   output: >-
     A table with a row for the compressed clip and one for the full-token run of the same model. Figures are medians. A row
-    that could not be measured says why: out_of_memory, context_exceeded or timed_out. `--plot` needs matplotlib: pip
-    install 'freres[plot]'.
+    that could not be measured says why: out_of_memory, context_exceeded or timed_out. If that is the compressed clip, or
+    every row of a table, the exit status is 6. `--plot` needs matplotlib: pip install 'freres[plot]'.
   schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
   defaults: {method: the preset's, timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
     plot: none (nothing is drawn), model: "bundled, or the bundle's",

@@ -12,6 +12,7 @@ import typer
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
+from freres_cli.files import InputFiles
 from freres_cli.presets import BUNDLED, DEEPSTACK, preset_names
 
 
@@ -38,6 +39,12 @@ def check_plot(text: str | None, force: bool) -> PlotFile | None:
     plot = PlotFile(check_path(text, PLOT_FLAG), force)
     plot.check()
     return plot
+
+
+def refuse_inputs(plot: PlotFile | None, inputs: Iterable[tuple[str, Path | None]]) -> None:
+    """Refuse a picture that would replace a file that the run reads. ``inputs``: as ``InputFiles`` takes them."""
+    if plot is not None:
+        InputFiles(inputs).refuse(plot.path, PLOT_FLAG)
 
 
 def complete_preset(incomplete: str) -> list[str]:
@@ -189,10 +196,11 @@ ResidualGrid = Annotated[
 ]
 Start = Annotated[
     float | None,
-    typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds into the video."),
+    typer.Option("--start", min=0.0, metavar="SECONDS", help="Start this many seconds after the first frame."),
 ]
 End = Annotated[
-    float | None, typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds into the video.")
+    float | None,
+    typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds after the first frame."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")]
 Decode = Annotated[

@@ -24,7 +24,8 @@ from freres_cli.cli.output import (
     print_result,
     print_table,
 )
-from freres_cli.cli.profile_table import find_table, print_cost_table, weights_of
+from freres_cli.cli.profile_table import find_table, print_cost_table, require_figures, weights_of
+from freres_cli.cli.questions import check_question
 from freres_cli.devices import choose_storage
 from freres_cli.errors import UsageError, VideoError, count_of, explain_no_file
 from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
@@ -111,7 +112,7 @@ def profile(
     chosen = find_device(device, attn)
     if target is not None and not os.path.isfile(target):  # noqa: PTH113 (false for names too long, too)
         raise VideoError(explain_no_file(target), "name a video or a bundle")
-    asked, is_random = (chosen, question, repeat, warmup, max_new_tokens), weights == "random"
+    asked, is_random = (chosen, check_question(question), repeat, warmup, max_new_tokens), weights == "random"
     with ExitStack() as stack:
         place, about = stack.enter_context(weights_of(model, weights))
         told = [*about, chosen.note, chosen.attention_note, *storage.notes]
@@ -139,6 +140,7 @@ def profile(
             compress.check_settings()
             video = subject
         request = ProfileRequest(*asked, timeout or 1800.0, video=video, options=compress, bundle=bundle)
+        options.refuse_inputs(picture, request.inputs)
         print_notes(waiting, quiet or json)
         rows = run_profile(request)
     told += _note_video(rows, subject, quiet)
@@ -156,6 +158,7 @@ def _note_video(rows: list[dict[str, Any]], video: str | Path, quiet: bool) -> l
 def _show(
     rows: list[dict[str, Any]], request: ProfileRequest, facts: dict[str, Any], picture: PlotFile | None, *, json: bool
 ) -> None:
+    """Print the rows, and draw them. Raises ``ResourceError`` if the compressed clip has no figures."""
     from freres_cli.bench.report import describe_environment
     from freres_cli.evaluation.profile_plot import draw_profile
 
@@ -165,10 +168,11 @@ def _show(
         asked = {"question": request.question, "repeat": request.repeat, "warmup": request.warmup}
         facts = {**facts, **asked, "plot": None if picture is None else str(picture.path)}
         print_json("freres.profile/1", {**facts, "rows": rows, "environment": describe_environment(request.device)})
-        return
-    _print_rows(rows, request)
-    if picture is not None:
-        print_line(f"plot: {picture.path}")
+    else:
+        _print_rows(rows, request)
+        if picture is not None:
+            print_line(f"plot: {picture.path}")
+    require_figures(rows[:1])  # that the full-token run does not fit is a finding
 
 
 def _refuse_with_table(others: list[str]) -> None:

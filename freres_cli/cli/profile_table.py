@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from freres_cli.cli.output import format_seconds, print_json, print_line, print_result, print_table
-from freres_cli.errors import UsageError, count_of
+from freres_cli.errors import ResourceError, UsageError, count_of
 from freres_cli.presets import BUNDLED
 
 if TYPE_CHECKING:
@@ -53,10 +53,25 @@ def weights_of(model: str | None, weights: str) -> Iterator[tuple[str | None, tu
         yield str(write_weightless(model, Path(folder))), (DRAWN_NOTE, TOKENIZER_NOTE)
 
 
+HINTS = {
+    "timed_out": "raise --timeout",
+    "out_of_memory": "use a machine with more memory, or a smaller --budget",
+    "context_exceeded": "name a model with a longer context, or a smaller --budget",
+}
+
+
+def require_figures(rows: Sequence[dict[str, Any]]) -> None:
+    """Raise ``ResourceError`` if none of these rows has its figures: nothing was measured."""
+    if not any(row["status"] == "ok" for row in rows):
+        first = rows[0]
+        name = first.get("name", first["method"])
+        raise ResourceError(f"row {name}: {first['status']}: {first['message']}", HINTS[first["status"]])
+
+
 def print_cost_table(request: TableRequest, facts: dict[str, Any], *, json: bool) -> None:
-    """Measure a table and print it. ``facts``: what the JSON document also has. ``json``: print that document."""
+    """Measure a table and print it. ``facts``: what the JSON document also has. ``json``: print that document. Raises
+    ``ResourceError`` if no row has its figures."""
     from freres_cli.bench.report import describe_environment
-    from freres_cli.bench.tables import PAPER_SOURCE
     from freres_cli.workflows.profile_table import profile_table
 
     rows = profile_table(request)
@@ -64,7 +79,14 @@ def print_cost_table(request: TableRequest, facts: dict[str, Any], *, json: bool
         asked = {"question": request.question, "repeat": request.repeat, "warmup": request.warmup}
         document = {"target": f"table {request.table.name}", **asked, **facts, "rows": rows}
         print_json("freres.profile/1", {**document, "environment": describe_environment(request.device)})
-        return
+    else:
+        _print_rows(rows, request)
+    require_figures(rows)
+
+
+def _print_rows(rows: list[dict[str, Any]], request: TableRequest) -> None:
+    from freres_cli.bench.tables import PAPER_SOURCE
+
     columns = ("row", "context", "text", "prefill", "TTFT", "floor", "paper", "peak memory", "floor", "paper")
     print_table(columns, [_cells(row) for row in rows])
     for row in rows:

@@ -18,12 +18,10 @@ DEFAULT_NAME = "eval.jsonl"
 REMEDY = "name another file with -o, or start over with --force"
 
 
-def results_path(output: Path, questions: Path) -> Path:
+def results_path(output: Path) -> Path:
     """Return the file to write: ``output``, or ``eval.jsonl`` inside it if it is a folder. Raises ``UsageError``."""
     path = output / DEFAULT_NAME if output.is_dir() else output
     check_destination(path, force=True)  # the file of an earlier run is continued
-    if path.exists() and path.samefile(questions):
-        raise UsageError(f"{path}: is the questions file itself", "name another file with -o")
     return path
 
 

@@ -106,7 +106,7 @@ class Merger:
         return torch.cat([self._rows.time[rows], self._tree.rectangles[self._rows.cell[rows]]], dim=1)
 
     def append(self, latents: Tensor, frame: int, shots: list[int], seconds: list[float]) -> None:
-        """Add frames: ``latents`` (n, H, W, C) from index ``frame`` on. Of each, ``shots`` cuts came before, at ``seconds``."""
+        """Add frames: ``latents`` (n, H, W, C), from index ``frame`` on; of each, the cuts before it and its time."""
         cells = self._tree.leaves.shape[0]
         count = cells * len(latents)
         wanted = 2 * (len(self) + count)
@@ -120,9 +120,9 @@ class Merger:
         shot = torch.tensor(shots).to(slot.device)
         frames = torch.arange(frame, frame + len(latents), device=slot.device)
         leaves = self._tree.leaves.repeat(len(latents))
-        each = torch.stack([frames, shot], dim=1).repeat_interleave(cells, dim=0)
-        times = torch.tensor(seconds, dtype=torch.float64).to(slot.device).repeat_interleave(cells)
-        new = _Rows.of(slot, self._num_named, leaves, *each.unbind(1), times)
+        times = torch.tensor(seconds, dtype=torch.float64).to(slot.device)
+        frames, shot, times = (one.repeat_interleave(cells) for one in (frames, shot, times))
+        new = _Rows.of(slot, self._num_named, leaves, frames, shot, times)
         self._num_named += count
         self._num_left += count
         self._rows = _Rows(torch.cat([self._rows.ints, new.ints]), torch.cat([self._rows.floats, new.floats]))

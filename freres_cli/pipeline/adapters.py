@@ -50,6 +50,11 @@ def choose_adapter(named: str | None, model_id: str | None, method: str, variant
     return path if is_fit and path.exists() else None
 
 
+def adapter_file(named: str | None) -> Path | None:
+    """Return the file that ``named`` names; ``None`` if it names none."""
+    return None if named in (None, NO_ADAPTER) else Path(str(named))
+
+
 def choose_adapter_for(named: str | None, model: Mapping[str, Any], method: str, variant: str) -> Path | None:
     """Return the adapter file to use for a bundle, as ``choose_adapter`` does.
 

@@ -101,10 +101,10 @@ def describe_source(source: VideoSource) -> dict[str, Any]:
 
 
 def clip_end_s(manifest: Mapping[str, Any]) -> float:
-    """Return when the part of the video that was read ends, in seconds on the video's own clock."""
+    """Return when the part of the video that was read ends, counted as all times of the clip are."""
     source, last_s = manifest["source"], manifest["sampling"]["end_s"]
     length_s = source["duration_s"] if last_s is None else min(source["duration_s"], last_s)
-    return float(source["start_s"] + length_s)
+    return float(source["start_s"] - source["zero_s"] + length_s)
 
 
 def as_text(name: str) -> str:

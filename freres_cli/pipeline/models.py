@@ -31,6 +31,8 @@ from freres_cli.presets import BUNDLED, environment_value
 from freres_cli.world.bundled_model import bundled_model_dir, name_weights
 
 T = TypeVar("T")
+# What a folder holds of a model, beside anything else that a user keeps there.
+MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors")
 
 # Loading sets functions and a dtype of torch for the whole process for a while: two loads at once would undo each other.
 _LOADING = threading.RLock()
@@ -57,6 +59,12 @@ class ModelSource:
         """The absolute path of a local folder; ``None`` for the bundled model and for hub models."""
         folder = Path(self.name).expanduser()
         return str(folder.resolve()) if self.name != BUNDLED and folder.is_dir() else None
+
+    @property
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """The files of a local folder that belong to the model, as ``InputFiles`` takes them."""
+        found = () if self.folder is None else (path for kind in MODEL_FILES for path in Path(self.folder).glob(kind))
+        return tuple((f"model's {path.name}", path) for path in found)
 
 
 def describe_model(model: Mapping[str, Any]) -> str:

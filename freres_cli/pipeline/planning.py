@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.baselines.declaration import Method
@@ -78,6 +79,11 @@ class CompressOptions:
                 f"{self.method}",
                 f"add a line to the preset: method: {FRE_RES}",
             )
+
+    @property
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """The files that these options come from, as ``InputFiles`` takes them: the preset, and those of a local model."""
+        return (("preset", self.settings.file), *self.model.files)
 
     @property
     def has_budget(self) -> bool:

@@ -162,7 +162,8 @@ def bound_text(plan: CompressPlan, models: Models, method: str) -> dict[str, int
     """
     info, num_frames = plan.info, plan.num_frames
     visual = plan.budget.expected.total if plan.budget else plan.most_tokens
-    seconds = torch.linspace(info.start_s, info.start_s + info.duration_s, num_frames, dtype=torch.float64)
+    first_s = info.count_s(info.start_s)
+    seconds = torch.linspace(first_s, first_s + info.duration_s, num_frames, dtype=torch.float64)
     try:
         text = read_prompt_text(models.prompt_counter, (num_frames, plan.size.grid_h, plan.size.grid_w), seconds)
     except BackboneError:

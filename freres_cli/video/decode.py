@@ -235,7 +235,7 @@ class Decoder:
                 time = max(time, self._info.start_s)
                 tally.num_restamped += table.has_timestamps and time != own
                 if frame.is_corrupt:
-                    self._refuse_if_strict(f"the frame at {time:.3f} s is broken")
+                    self._refuse_if_strict(f"the frame at {self._info.count_s(time):.3f} s is broken")
                     tally.num_damaged += 1
                 previous = time
                 yield frame, index, time
@@ -289,7 +289,7 @@ class Decoder:
             for shown, repeats in picked:
                 if not detector.is_still(*read_planes(shown.frame)):
                     odd = replace(self._odd)
-                    self._odd.look_at(shown.frame, shown.start_s)
+                    self._odd.look_at(shown.frame, self._info.count_s(shown.start_s))
                     tally.num_pictures += 1
                     pixels = resizer.submit(shown.frame)
                     picture = _Picture(pixels, tally.num_pictures, shown.index, shown.start_s, slot, odd)
@@ -313,7 +313,7 @@ class Decoder:
                         continue
                     # torch would start a thread pool for this copy, which would compete with the decoder's threads.
                     pixels.numpy()[len(times)] = frame.picture.pixels.result()
-                    times.append(frame.start_s)
+                    times.append(self._info.count_s(frame.start_s))
                     indices.append(frame.index)
                     picture_indices.append(frame.picture.index)
                     tally.num_sampled += 1

@@ -67,6 +67,7 @@ class FrameArray:
             source_fps=(num_frames - 1) / span if span > TOLERANCE_S else None,
             num_packets=num_frames,
             start_s=self.seconds[0],
+            zero_s=0.0,
             duration_s=span + gap,
             stream_index=0,
             num_video_streams=1,

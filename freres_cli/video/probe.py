@@ -118,6 +118,7 @@ def probe_video(path: str | Path, stream: int | None = None) -> VideoInfo:
             source_fps=_measure_fps(table),
             num_packets=len(table.stamps_s),
             start_s=table.stamps_s[0],
+            zero_s=table.stamps_s[0],
             duration_s=table.end_s - table.stamps_s[0],
             stream_index=chosen.index,
             num_video_streams=len(_real_video_streams(container)),

@@ -19,8 +19,8 @@ def make_thumbnails(
 ) -> list[bytes]:
     """Return a JPEG of the frame on screen at each time, upright, ``WIDTH_PX`` wide at most.
 
-    The video is decoded once, from the first of these times to the last. ``path``, ``info``: of the video. ``seconds``: on
-    the file's own clock, not decreasing. ``progress``: called with the number of pictures made and of all. Raises
+    The video is decoded once, from the first of these times to the last. ``path``, ``info``: of the video. ``seconds``:
+    after its first frame, not decreasing. ``progress``: called with the number of pictures made and of all. Raises
     ``VideoError``.
     """
     scale = min(WIDTH_PX / info.width_px, MAX_HEIGHT_PX / info.height_px, 1.0)
@@ -28,7 +28,7 @@ def make_thumbnails(
     pictures: list[bytes] = []
     held = None
     # Of a shorter video, the last frame stays on screen.
-    first_s = max(0.0, min(seconds[0] - info.start_s, info.duration_s - 2 * TOLERANCE_S))
+    first_s = max(0.0, min(seconds[0], info.duration_s - 2 * TOLERANCE_S))
     sampling = Sampling("native", start_s=first_s or None)
     for batch in decode_frames(path, info, sampling, FrameSize(height, width, 1, 1)):
         for pixels, shown_s in zip(batch.pixels, batch.pts_seconds, strict=True):

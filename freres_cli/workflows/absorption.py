@@ -12,10 +12,10 @@ from torch import Tensor
 from freres_cli.baselines.registry import FRE_RES
 from freres_cli.bundle.store import StoredBundle
 from freres_cli.errors import BackboneError, BundleError, UsageError
-from freres_cli.files import check_destination, write_atomically
+from freres_cli.files import InputFiles, check_destination, write_atomically
 from freres_cli.method.absorption import AbsorptionMaps, map_absorption
 from freres_cli.method.tokens import VARIANTS_WITHOUT_ABSORBER
-from freres_cli.pipeline.adapters import choose_adapter_for, load_modules
+from freres_cli.pipeline.adapters import adapter_file, choose_adapter_for, load_modules
 from freres_cli.video.picture import draw_maps, encode_png
 
 FLAG = "--absorber"
@@ -42,10 +42,7 @@ def check_picture(bundle: Path, request: PictureRequest) -> None:
     if output.suffix.lower() != ".png":
         raise UsageError(f"{FLAG}: expected a file name ending in .png, got {output}")
     check_destination(output, request.force, FLAG)
-    named = Path(request.adapter) if request.adapter else None
-    for name, path in (("bundle", bundle), ("adapter", named)):
-        if path is not None and path.exists() and output.exists() and output.samefile(path):
-            raise UsageError(f"{output}: is the {name} itself", f"name another file with {FLAG}")
+    InputFiles([("bundle", bundle), ("adapter", adapter_file(request.adapter))]).refuse(output, FLAG)
 
 
 def draw_absorption(bundle: StoredBundle, request: PictureRequest) -> dict[str, Any]:

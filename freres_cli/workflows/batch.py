@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from freres_cli.errors import UsageError
-from freres_cli.files import check_destination, made_folder, write_atomically
+from freres_cli.files import InputFiles, check_destination, made_folder, write_atomically
 from freres_cli.pipeline.compressor import Progress
 from freres_cli.workflows.batch_process import run_local
 from freres_cli.workflows.batch_ray import run_on_ray
@@ -112,7 +112,9 @@ def check_rows_file(place: str, force: bool) -> None:
 
 
 def _refuse_taken(request: BatchRequest) -> None:
-    """Refuse a file of rows in the place of a video or a bundle, ``force`` or not: it would replace it."""
+    """Refuse a file of rows in the place of another file of the run, ``force`` or not: it would replace it."""
+    if request.jobs and not is_url(request.rows_file):  # the preset and the model are those of all jobs
+        InputFiles(request.jobs[0].options.files).refuse(Path(request.rows_file), "--rows")
     # Bundles may not be there yet. Of the many paths, only the folder that they share is looked up.
     setup = replace(request.setup, output=_absolute(request.setup.output))
     bundles = [setup.bundle_of(job) for job in request.jobs]

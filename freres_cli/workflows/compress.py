@@ -20,13 +20,14 @@ from freres_cli.errors import (
     UsageError,
     as_freres_error,
 )
-from freres_cli.files import check_destination, make_folder, save_stream
+from freres_cli.files import InputFiles, check_destination, make_folder, save_stream
 from freres_cli.pipeline.bundle import Bundle
 from freres_cli.pipeline.checkpoints import Checkpoints
 from freres_cli.pipeline.compressor import Compressor, Progress
 from freres_cli.pipeline.matching import find_differences
 from freres_cli.video.nvdec import choose_gpu
 from freres_cli.video.opening import hash_file
+from freres_cli.video.sampling import Sampling
 
 SUFFIX = ".pt"
 PIPE_TITLE = "standard input"
@@ -83,7 +84,7 @@ def compress_file(
     ``Compressor.compress`` and ``Bundle.save`` raise.
     """
     check_destination(output, force)
-    _refuse_overwriting(video, output)
+    InputFiles([("video", video), *compressor.options.files]).refuse(output)
     start = time.perf_counter()
     checkpoints = Checkpoints(output.parent, tell or (lambda _: None))
     bundle = compressor.compress(video, progress=progress, checkpoints=checkpoints, title=title)
@@ -102,21 +103,23 @@ def compress_stream(
     tell: Tell | None = None,
 ) -> CompressResult:
     """Compress a video that arrives through a pipe. It is saved beside the bundle first, and removed afterwards: a video is
-    read more than once, and the number of its frames decides which are anchors.
+    read more than once, and the number of its frames decides which are anchors. What needs no video is checked before the
+    pipe is read.
 
     ``stream``: the pipe. ``compressor``, ``output``, ``force``, ``progress``, ``tell``: as ``compress_file`` takes them.
     """
     check_destination(output, force)
+    options = compressor.options
+    InputFiles(options.files).refuse(output)
+    Sampling("native", start_s=options.start_s, end_s=options.end_s)  # refuses a window that no video has
+    if (gpu := options.decoding_gpu) is not None:
+        choose_gpu(gpu)
+    compressor.models.identify_encoder()
     with save_stream(stream, output.parent) as saved:
         try:
             return compress_file(compressor, saved, output, force=force, progress=progress, tell=tell, title=PIPE_TITLE)
         except FreresError as error:
             raise type(error)(error.message.replace(str(saved), PIPE_TITLE), error.hint) from error
-
-
-def _refuse_overwriting(video: Path, output: Path) -> None:
-    if output.exists() and video.is_file() and output.samefile(video):
-        raise UsageError(f"{output}: is the video itself", "name another file with -o")
 
 
 def _write(compressor: Compressor, bundle: Bundle, output: Path, force: bool, start: float) -> CompressResult:
@@ -160,6 +163,7 @@ def compress_many(
     if (gpu := compressor.options.decoding_gpu) is not None:
         choose_gpu(gpu)  # without it, every video would fail for the same reason
     rows = []
+    inputs = InputFiles([*(("video", video) for video, _ in videos), *compressor.options.files])
     make_folder(folder)
     for done, (video, name) in enumerate(videos):
         if progress is not None:
@@ -167,6 +171,8 @@ def compress_many(
         output = folder / name.with_name(name.name + SUFFIX)
         try:
             make_folder(output.parent)
+            check_destination(output, force=True)
+            inputs.refuse(output)
             row = _compress_one(compressor, video, output, force, tell)
         except Exception as error:
             # Without a model, or on a full disk, every other video would fail for the same reason.
@@ -182,8 +188,6 @@ def compress_many(
 
 
 def _compress_one(compressor: Compressor, video: Path, output: Path, force: bool, tell: Tell | None) -> Row:
-    check_destination(output, force=True)
-    _refuse_overwriting(video, output)
     row = _find_done(compressor, video, output, force)
     if row is not None:
         return row

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freres_cli.errors import UsageError
 from freres_cli.evaluation.accuracy_csv import write_rows
 from freres_cli.evaluation.accuracy_plot import draw_accuracy
 from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
-from freres_cli.files import check_destination, write_atomically
+from freres_cli.files import InputFiles, check_destination, write_atomically
 
 CSV_FLAG = "--csv"
 
@@ -23,16 +21,12 @@ class EvalFiles:
     table: Path | None = None
     plot: Path | None = None
 
-    def check(self, force: bool, taken: Sequence[Path | None]) -> None:
+    def check(self, force: bool, taken: InputFiles) -> None:
         """Refuse, before any work is done, files that cannot be written. ``force``: existing ones may be replaced.
-        ``taken``: files that the run reads or writes otherwise. Raises ``UsageError``."""
-        others = [path.resolve() for path in taken if path is not None]
+        ``taken``: files that the run reads or writes otherwise; it gets these as well. Raises ``UsageError``."""
         for flag, path in ((CSV_FLAG, self.table), (PLOT_FLAG, self.plot)):
-            if path is None:
-                continue
-            if path.resolve() in others:
-                raise UsageError(f"{flag}: {path} is another file of this run", f"name another file with {flag}")
-            others.append(path.resolve())
+            taken.refuse(path, flag)
+            taken.add(f"file of {flag}", path)
         if self.table is not None:
             check_destination(self.table, force, CSV_FLAG)
         if self.plot is not None:

@@ -43,6 +43,16 @@ class EvalRequest:
     max_answer_tokens: int = MAX_ANSWER_TOKENS
     files: EvalFiles = NO_FILES
 
+    @property
+    def inputs(self) -> Iterator[tuple[str, Path | None]]:
+        """The files that the run reads, as ``InputFiles`` takes them."""
+        yield "questions file", self.questions.path
+        yield from (
+            ("video", video) for video in dict.fromkeys(question.video for question in self.questions.questions)
+        )
+        yield from (("adapter", cell.adapter) for cell in self.cells)
+        yield from self.options.files
+
 
 def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:
     """Return everything that decides the answers. A results file is continued only if all of it is equal.

@@ -19,6 +19,7 @@ from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import Question, QuestionFile, check_length
 from freres_cli.evaluation.results import ResultsFile
 from freres_cli.evaluation.scores import summarize
+from freres_cli.files import InputFiles
 from freres_cli.pipeline.adapters import AnyModules, describe_overlap, load_modules_for, read_training_videos
 from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
@@ -66,7 +67,10 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     if none could be used, and ``UsageError`` for a question that holds a control token of the model or a file that cannot be
     written, and ``BackboneError`` for a method that cannot prune its decoder or a model that reasons first.
     """
-    request.files.check(request.force, (request.questions.path, request.output))
+    taken = InputFiles(request.inputs)
+    taken.refuse(request.output)
+    taken.add("file of -o", request.output)
+    request.files.check(request.force, taken)
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
     for where, texts in request.questions.places():

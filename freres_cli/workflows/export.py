@@ -15,9 +15,10 @@ from torch import Tensor
 
 from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.devices import Device
-from freres_cli.errors import BackboneError, UsageError
-from freres_cli.files import check_destination, write_atomically
-from freres_cli.pipeline.models import Models, find_model
+from freres_cli.errors import BackboneError
+from freres_cli.files import InputFiles, check_destination, write_atomically
+from freres_cli.pipeline.adapters import adapter_file
+from freres_cli.pipeline.models import Models, ModelSource, find_model
 from freres_cli.pipeline.placing import place_bundle, split_chat
 from freres_cli.pipeline.tokens import load_tokens
 
@@ -64,9 +65,10 @@ def export_bundle(request: ExportRequest) -> ExportResult:
     """Write what another runtime takes. Raises ``BundleError`` for a bad bundle, ``BackboneError`` for a model that is not
     the bundle's or whose family the target cannot take, ``UsageError`` for a file that cannot be written."""
     check_destination(request.output, request.force)
+    named = ("bundle", request.bundle), ("adapter", adapter_file(request.adapter))
+    model = () if request.model is None else ModelSource(request.model, request.device).files
+    InputFiles([*named, *model]).refuse(request.output)
     bundle = read_bundle(request.bundle)
-    if request.output.exists() and request.output.samefile(request.bundle):
-        raise UsageError(f"{request.output}: is the bundle itself", "name another file with -o")
     made = TARGETS[request.target](bundle, request)
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
     facts = {"format": f"freres.{request.target}/1", "model": bundle.manifest["model"], **made.facts}

@@ -26,7 +26,8 @@ from freres_cli.evaluation.fidelity import (
     share_kept,
 )
 from freres_cli.evaluation.fidelity_plot import draw_fidelity
-from freres_cli.evaluation.plots import PlotFile
+from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
+from freres_cli.files import InputFiles
 from freres_cli.method.rebuild import rebuild_frames
 from freres_cli.pipeline.choices import count_budget
 from freres_cli.pipeline.clip import EncodedClip
@@ -84,6 +85,8 @@ def measure_fidelity(
     """
     if request.plot is not None:
         request.plot.check()
+        inputs = InputFiles([*(("video", video) for video in request.videos), *request.options.files])
+        inputs.refuse(request.plot.path, PLOT_FLAG)
     encoder = (models or Models(request.options.model)).encoder
     videos, failed, errors = [], [], []
     for done, path in enumerate(request.videos):

@@ -49,6 +49,13 @@ class ProfileRequest:
     options: CompressOptions | None = None
     bundle: AskRequest | None = None
 
+    @property
+    def inputs(self) -> tuple[tuple[str, Path | None], ...]:
+        """The files that are read, as ``InputFiles`` takes them."""
+        bundle = None if self.bundle is None else self.bundle.bundle
+        own = () if self.options is None else self.options.files
+        return (("video", self.video), ("bundle", bundle), *own)
+
 
 def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
     """Return a row for the method of the clip or the bundle, and one for the full-token run of the same model.
@@ -58,6 +65,8 @@ def profile(request: ProfileRequest, on_row: Callable[[dict[str, Any]], None] | 
     The ``status`` of a row is ok, out_of_memory, context_exceeded or timed_out; figures it did not reach are ``None``.
     Raises a ``FreresError`` for a video, bundle or model that cannot be used at all.
     """
+    if request.video is not None:
+        VideoSource(request.video)  # refuses a file that is no video before the first row's process starts
     rows = []
     for method in dict.fromkeys((_method_of(request), "full")):
         row = run_apart(request, method)

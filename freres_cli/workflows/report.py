@@ -13,7 +13,7 @@ from torch import Tensor
 from freres_cli import __version__
 from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.errors import BackboneError, BundleError, UsageError
-from freres_cli.files import check_destination, write_atomically
+from freres_cli.files import InputFiles, check_destination, write_atomically
 from freres_cli.method.allocation import (
     frame_edges_s,
     map_frames,
@@ -24,7 +24,7 @@ from freres_cli.method.allocation import (
 from freres_cli.method.energy import report_energy
 from freres_cli.page.document import make_page
 from freres_cli.page.facts import Absorbed, Heat, PageFacts, Piece
-from freres_cli.pipeline.adapters import NO_ADAPTER
+from freres_cli.pipeline.adapters import NO_ADAPTER, adapter_file
 from freres_cli.pipeline.cutting import Cut, cut_content
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.manifest import clip_end_s
@@ -77,9 +77,8 @@ def write_report(request: ReportRequest, progress: Progress | None = None) -> Re
     ``BundleError``, ``VideoError``, and ``BackboneError`` for a named adapter that does not fit.
     """
     check_destination(request.output, request.force)
-    for name, path in (("bundle", request.bundle), ("video", request.video)):
-        if path is not None and path.exists() and request.output.exists() and request.output.samefile(path):
-            raise UsageError(f"{request.output}: is the {name} itself", "name another file with -o")
+    named = ("bundle", request.bundle), ("video", request.video), ("adapter", adapter_file(request.adapter))
+    InputFiles(named).refuse(request.output)
     bundle = read_bundle(request.bundle)
     source = None if request.video is None else VideoSource(request.video)
     notes = () if source is None else _compare_video(source, bundle)

@@ -19,7 +19,7 @@ from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.bundle.adapter import write_adapter
 from freres_cli.errors import UsageError, count_of
 from freres_cli.evaluation.questions import QuestionFile
-from freres_cli.files import check_destination
+from freres_cli.files import InputFiles, check_destination
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
 from freres_cli.pipeline.adapters import TRAINED_ON, AnyModules, name_videos
@@ -76,6 +76,10 @@ def train_adapter(
     state_path = request.output.with_name(request.output.name + ".state")
     check_destination(state_path, True)
     check_destination(request.output, request.force or state_path.exists())
+    read = request.data.questions
+    inputs = InputFiles([("data", request.data.path), *(("video", row.video) for row in read), *options.files])
+    for output in (request.output, state_path):
+        inputs.refuse(output)
     state = read_state(state_path)
     model = models.language_model
     for note in model.notes:
