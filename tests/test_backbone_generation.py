@@ -53,7 +53,7 @@ def test_top_p_draws_from_the_smallest_set():
     "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-9}, {"top_p": 0.0}, {"top_p": 1.5}]
 )
 def test_illegal_sampling_is_refused(bad):
-    with pytest.raises(UsageError, match="expected a number"):
+    with pytest.raises(UsageError, match="expected"):
         Sampling(**bad)
 
 

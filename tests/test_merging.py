@@ -145,7 +145,7 @@ def greedy(line, count, exponent, distance):
         n, m = len(a), len(b)
         change = (torch.stack(a).mean(0) - torch.stack(b).mean(0)).square().sum()
         apart = (n + m) / 2 / FPS / merging.APART_S  # the middles of two stretches that touch
-        return float((n * m / (n + m)) ** exponent * change) + distance * min(1, apart**2)
+        return float((n * m / (n + m)) ** exponent * change) + (distance * min(1, apart**2) if change else 0)
 
     while len(parts) > count:
         costs = [cost(a, b) for a, b in itertools.pairwise(parts)]
@@ -174,6 +174,12 @@ def test_what_stands_still_is_seen_again_and_again():
         merged = merge(clip, 16, distance=distance)
         lengths = merged.boxes[:, 1] - merged.boxes[:, 0]
         assert bool(lengths.max() <= 16) == is_even, lengths
+
+
+def test_what_is_equal_is_one_token_however_long_it_is():
+    clip = walk(1, 3, 4).repeat(200, 1, 1, 1)
+    merged = merge(clip, 12, distance=float(D))
+    assert merged.lost == 0 and set(merged.boxes[:, 1].tolist()) == {200}
 
 
 def test_what_is_brief_outlasts_time_however_long_a_clip_is():

@@ -22,13 +22,15 @@ from torch.nn.functional import pad
 
 from freres_cli.method.cell_tree import NONE, CellTree, split_grid
 from freres_cli.method.stretch_means import merge_stretches
+from freres_cli.method.stretch_rows import FIRST, Rows
 
 # Ours. The cost of a merge is (n1 n2 / (n1 + n2))^a |m1 - m2|^2. At a = 1 this is the squared error it adds, which
 # undervalues what is brief. On 60 clips of the world, 1/2 was a little better than 1, within noise, and better than 0.3.
 COST_EXPONENT = 0.5
 # Ours. Beside the latents, a merge along time loses when they were: a cell that stands still would be one token, which a
 # model takes for something that it sees once. Middles this far apart count as one latent in place of another, chosen at
-# random, and no more than that however far they are, so that in long videos what is brief still comes first.
+# random, and no more than that however far they are, so that in long videos what is brief still comes first. What is equal
+# to the bit merges for nothing: a slide is to cost little.
 APART_S = 5.0
 # Ours. A round looks at so many of the cheapest pairs, as a share of the stretches. While a clip is read a merge is for
 # good, and the share is small. At the end merges are put in order afterwards, and the share may be larger: on 22 clips, at
@@ -41,7 +43,7 @@ PAIR_BYTES_AT_ONCE = 2**20
 DEVICE_PAIR_BYTES_AT_ONCE = 2**26  # a GPU is faster with more at once; this bounds its memory
 ROWS_AT_ONCE = 1024  # bounds the memory of moving rows
 GONE = 2**30  # the rectangle of a stretch that was merged into another
-FIRST, LAST = -(2**63), 2**63 - 1  # keys of merges lie between
+LAST = 2**63 - 1  # above the keys of all merges
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Merger:
         self._storage = torch.zeros(0, channels + (width if keeps_trends else 0), dtype=dtype, device=device)
         self._used = 0  # rows of the storage
         nothing = self._tree.leaves[:0]
-        self._rows = _Rows.of(nothing, 0, nothing, nothing, nothing, nothing.to(torch.float64))
+        self._rows = Rows.of(nothing, 0, nothing, nothing, nothing, nothing.to(torch.float64))
         self._num_left = 0
         self._num_named = 0
         self.lost = 0.0
@@ -106,7 +108,8 @@ class Merger:
         return torch.cat([self._rows.time[rows], self._tree.rectangles[self._rows.cell[rows]]], dim=1)
 
     def append(self, latents: Tensor, frame: int, shots: list[int], seconds: list[float]) -> None:
-        """Add frames: ``latents`` (n, H, W, C), from index ``frame`` on; of each, the cuts before it and its time."""
+        """Add frames. ``latents``: (n, H, W, C). ``frame``: index of the first. ``shots``: of each, number of cuts before.
+        ``seconds``: of each, its time."""
         cells = self._tree.leaves.shape[0]
         count = cells * len(latents)
         wanted = 2 * (len(self) + count)
@@ -122,10 +125,10 @@ class Merger:
         leaves = self._tree.leaves.repeat(len(latents))
         times = torch.tensor(seconds, dtype=torch.float64).to(slot.device)
         frames, shot, times = (one.repeat_interleave(cells) for one in (frames, shot, times))
-        new = _Rows.of(slot, self._num_named, leaves, frames, shot, times)
+        new = Rows.of(slot, self._num_named, leaves, frames, shot, times)
         self._num_named += count
         self._num_left += count
-        self._rows = _Rows(torch.cat([self._rows.ints, new.ints]), torch.cat([self._rows.floats, new.floats]))
+        self._rows = Rows(torch.cat([self._rows.ints, new.ints]), torch.cat([self._rows.floats, new.floats]))
 
     def _make_room(self, count: int, wanted: int) -> None:
         """Make room in the storage for ``count`` more rows: drop those that were merged away. Grow to ``wanted`` rows, or
@@ -191,7 +194,7 @@ class Merger:
     def _settle(self) -> None:
         """Put the rows in the order of cells, then of time, without those that were merged away."""
         order = _keys(self._rows.cell, self._rows.time[:, 0]).argsort()[: len(self)]
-        self._rows = _Rows(self._rows.ints[order], self._rows.floats[order])
+        self._rows = Rows(self._rows.ints[order], self._rows.floats[order])
 
     def _choose(self, most: int, distance: float) -> _Merges:
         """Return the merges of a round, cheapest first, among the ``most`` cheapest pairs. They do not touch each other.
@@ -199,8 +202,9 @@ class Merger:
         self._settle()
         rows, partner = self._rows, self._refresh()
         # A float of 0 or more has the order of its bits. Merges that cross no cut get the sign bit, and come first.
+        costs = rows.cost.clone()
         apart = (rows.seconds[partner[:, 0]].sum(1) - rows.seconds.sum(1)) / (2 * APART_S)
-        costs = torch.stack([rows.cost[:, 0] + distance * apart.square().clamp(max=1), rows.cost[:, 1]], dim=1)
+        costs[:, 0] += torch.where(rows.loss[:, 0] > 0, distance * apart.square().clamp(max=1), 0.0)
         bits = costs.view(torch.int64)
         crosses = rows.shots[:, 1:] != rows.shots[:, 0][partner]
         keys = torch.where(partner == NONE, LAST, torch.where(crosses, bits, bits | FIRST)).flatten()
@@ -323,78 +327,5 @@ class _Merges:
     key: Tensor
 
 
-@dataclass
-class _Rows:
-    """One row a stretch, as few tensors as can be: on a GPU each costs a kernel whenever rows move.
-
-    ``ints`` (n, 11): ``slot``, its place in the storage; ``name``, which no other stretch of the clip ever had; ``time``
-    t0, t1; ``cell``, its rectangle; ``shots``, first and last; ``partner``, the names of those whose merges with it
-    ``floats`` holds, along time and with the sibling cells; ``height``, the largest key of the merges that made it; ``size``,
-    the number of latents in it. ``floats`` (n, 6) float64: ``cost`` of these two merges, as far as it depends on latents;
-    ``loss``, the squared error that they add; ``seconds``, of the first and the last frame.
-    """
-
-    ints: Tensor
-    floats: Tensor
-
-    @staticmethod
-    def of(slot: Tensor, first_name: int, cell: Tensor, frame: Tensor, shot: Tensor, seconds: Tensor) -> _Rows:
-        """Return rows of latents that nothing was merged with."""
-        count = slot.shape[0]
-        name = torch.arange(first_name, first_name + count, device=slot.device)
-        none, height = torch.full_like(slot, NONE), torch.full_like(slot, FIRST)
-        size = torch.ones_like(slot)
-        ints = torch.stack([slot, name, frame, frame + 1, cell, shot, shot, none, none, height, size], dim=1)
-        return _Rows(ints, pad(torch.stack([seconds, seconds], dim=1), (4, 0)))
-
-    def pick(self, index: Tensor) -> _Rows:
-        """Return a copy of some rows, without what is not whole."""
-        return _Rows(self.ints[index], self.floats[:0])
-
-    @property
-    def slot(self) -> Tensor:
-        return self.ints[:, 0]
-
-    @property
-    def name(self) -> Tensor:
-        return self.ints[:, 1]
-
-    @property
-    def time(self) -> Tensor:
-        return self.ints[:, 2:4]
-
-    @property
-    def cell(self) -> Tensor:
-        return self.ints[:, 4]
-
-    @property
-    def shots(self) -> Tensor:
-        return self.ints[:, 5:7]
-
-    @property
-    def partner(self) -> Tensor:
-        return self.ints[:, 7:9]
-
-    @property
-    def height(self) -> Tensor:
-        return self.ints[:, 9]
-
-    @property
-    def size(self) -> Tensor:
-        return self.ints[:, 10]
-
-    @property
-    def cost(self) -> Tensor:
-        return self.floats[:, :2]
-
-    @property
-    def loss(self) -> Tensor:
-        return self.floats[:, 2:4]
-
-    @property
-    def seconds(self) -> Tensor:
-        return self.floats[:, 4:]
-
-
 # What the state of a merger consists of, besides tensors and plain values.
-STATE_CLASSES = (Merger, CellTree, _Rows)
+STATE_CLASSES = (Merger, CellTree, Rows)
