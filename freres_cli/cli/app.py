@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -50,26 +51,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("compress")(check_numbers(compress.compress))
-app.command("batch")(check_numbers(batch.batch))
-app.command("plan")(check_numbers(plan.plan))
-app.command("ask")(check_numbers(ask.ask))
-app.command("profile")(check_numbers(profile.profile))
-app.command("eval")(check_numbers(eval.evaluate))
-app.command("fidelity")(check_numbers(fidelity.fidelity))
-app.command("compare")(check_numbers(compare.compare))
-app.command("ablate")(check_numbers(ablate.ablate))
-app.command("train")(check_numbers(train.train))
-app.command("inspect")(check_numbers(inspect.inspect))
-app.command("report")(check_numbers(report.report))
-app.command("repack")(check_numbers(repack.repack))
-app.command("export")(check_numbers(export.export))
-app.command("presets")(check_numbers(presets.presets))
-app.command("models")(check_numbers(models.models))
-app.command("methods")(check_numbers(methods.methods))
-app.command("doctor")(check_numbers(doctor.doctor))
-app.command("verify")(check_numbers(verify.verify))
-app.command("demo")(check_numbers(demo.demo))
+VERBS: dict[str, Callable[..., None]] = {
+    "compress": compress.compress,
+    "batch": batch.batch,
+    "plan": plan.plan,
+    "ask": ask.ask,
+    "profile": profile.profile,
+    "eval": eval.evaluate,
+    "fidelity": fidelity.fidelity,
+    "compare": compare.compare,
+    "ablate": ablate.ablate,
+    "train": train.train,
+    "inspect": inspect.inspect,
+    "report": report.report,
+    "repack": repack.repack,
+    "export": export.export,
+    "presets": presets.presets,
+    "models": models.models,
+    "methods": methods.methods,
+    "doctor": doctor.doctor,
+    "verify": verify.verify,
+    "demo": demo.demo,
+}
+for name, verb in VERBS.items():
+    app.command(name)(check_numbers(verb))
 app.add_typer(world.world, name="world")
 
 

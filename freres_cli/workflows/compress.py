@@ -27,7 +27,7 @@ from freres_cli.pipeline.compressor import Compressor, Progress
 from freres_cli.pipeline.matching import find_differences
 from freres_cli.video.nvdec import choose_gpu
 from freres_cli.video.opening import hash_file
-from freres_cli.video.sampling import Sampling
+from freres_cli.video.sampling import check_window
 
 SUFFIX = ".pt"
 PIPE_TITLE = "standard input"
@@ -111,7 +111,7 @@ def compress_stream(
     check_destination(output, force)
     options = compressor.options
     InputFiles(options.files).refuse(output)
-    Sampling("native", start_s=options.start_s, end_s=options.end_s)  # refuses a window that no video has
+    check_window(options.start_s, options.end_s)
     if (gpu := options.decoding_gpu) is not None:
         choose_gpu(gpu)
     compressor.models.identify_encoder()
