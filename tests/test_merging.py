@@ -177,7 +177,7 @@ def test_what_stands_still_is_seen_again_and_again():
 
 
 def test_what_is_equal_is_one_token_however_long_it_is():
-    clip = walk(1, 3, 4).repeat(200, 1, 1, 1)
+    clip = 0.01 * walk(1, 3, 4).repeat(200, 1, 1, 1)  # cells so alike that merging them would cost less than time does
     merged = merge(clip, 12, distance=float(D))
     assert merged.lost == 0 and set(merged.boxes[:, 1].tolist()) == {200}
 
