@@ -189,26 +189,6 @@ def test_fidelity() -> None:
         check(cells, [f"{100 * max(row['kept_hold'], row['kept_linear']):.1f}" for row in own], budget)
 
 
-@pytest.mark.parametrize(
-    ("part", "level", "name", "minus", "text"),
-    [
-        ("lines", "l1", "one frame in 3", "every frame", "loses {} and {}"),
-        ("lines", "l3", "line_levels 48", "every frame", "the mean by {} and {}"),
-        ("grids", "l1", "residual_grid half", "residual_grid full", "the mean by {} at a quarter and {} at"),
-        ("grids", "l3", "residual_grid 4x4", "residual_grid full", "tokens change it by {} and {}"),
-    ],
-)
-def test_what_fewer_frames_and_smaller_grids_change(part: str, level: str, name: str, minus: str, text: str) -> None:
-    own = Part.__new__(Part)
-    document = read_part("speed", part)["sets"][level]
-    own.differences = {(d["method"], d["minus"], d["budget"]): d for d in document["differences"]}
-    pair = (minus, name) if "loses" in text else (name, minus)
-    figures = [own.difference(*pair, budget) for budget in (0.25, 0.1)]
-    if "loses" in text:
-        figures = [plain(figure) for figure in figures]
-    assert text.format(*figures) in re.sub(r"\s+", " ", README).replace(" points", "")
-
-
 def test_costs_of_other_methods() -> None:
     again = {name: row for name, row in cost_rows("peers_again").items() if name not in ("uniform", "adaptive")}
     rows = cost_rows("peers") | again | {"dtd": cost_rows("peers_dtd")["dtd"]}

@@ -226,6 +226,7 @@ def overview_page(path: Path, verbs: Iterable[str]) -> str:
             "freres-benchmarks(7)",
             "freres-security(7)",
             "freres-serving(7)",
+            "freres-speed(7)",
             *(f"{page_name(name)}(1)" for name in verbs),
         ),
     }
