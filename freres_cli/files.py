@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,6 +20,9 @@ from freres_cli.errors import DiskFullError, ResourceError, UsageError, find_int
 
 MAX_NAME_BYTES = 255
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".freres-", ".tmp"
+
+# What is no path of this machine, as typed; a Path has lost one of the slashes.
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 KERNEL_PLACES = ("/proc/", "/sys/", "/dev/fd/", "/dev/std")
 

@@ -79,6 +79,7 @@ BAD_ROWS = {
     "empty option": ({**GOOD_ROW, "choices": ["a", ""]}, "an option is empty"),
     "options as text": ({**GOOD_ROW, "choices": "ab"}, "choices: expected a list"),
     "same id": (GOOD_ROW, "id '1' is already used in line 1"),
+    "URL": ({**GOOD_ROW, "id": "2", "video": "https://x.org/a.mp4"}, "https://x.org/a.mp4 is a URL, not a file"),
     "zero byte": ({**GOOD_ROW, "id": "2", "video": "a\0b"}, "zero byte"),
     "half a character": (json.dumps({**GOOD_ROW, "id": "2"}).replace("q?", "\\ud800"), "an unpaired surrogate"),
     "only punctuation": ({**GOOD_ROW, "id": "2", "choices": [], "answer": "?!"}, "only punctuation"),

@@ -12,6 +12,7 @@ from freres_cli.errors import ExitStatus
 from freres_cli.files import InputFiles
 from freres_cli.presets import presets_dir
 from freres_cli.world.bundled_model import bundled_adapter
+from tests.benchmark_copies import MAKERS
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.pipeline_fixtures import tiny as tiny
@@ -27,6 +28,8 @@ RUNS = {
     "eval --csv adapter": (*EVAL, "--adapter", "ad.safetensors", "--csv", "ad.safetensors"),
     "eval --csv model": (*EVAL, "--model", "model", "--csv", "model/config.json"),
     "eval --plot video": (*EVAL, "--plot", "v.png"),
+    "eval --csv annotations": ("eval", "copy", *EVAL[2:], "--csv", "copy/test.csv"),
+    "eval --csv its map": ("eval", "copy", *EVAL[2:], "--csv", "copy/map_vid_vidorID.json"),
     "train": ("train", "q.jsonl", "-o", "q.jsonl"),
     "train over a video": ("train", "q.jsonl", "-o", "v.mp4"),
     "train, its state": ("train", "q.state", "-o", "q"),
@@ -55,6 +58,8 @@ def files(clip, bundle, tiny, tmp_path_factory):
     shutil.copy(bundled_adapter(), folder / "ad.safetensors")
     shutil.copy(presets_dir() / "bundled.yaml", folder / "p.yaml")
     shutil.copytree(tiny[0], folder / "model")
+    (folder / "copy").mkdir()
+    MAKERS["nextqa"](folder / "copy")
     return folder
 
 

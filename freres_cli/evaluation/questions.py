@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from freres_cli.errors import UsageError
+from freres_cli.files import URL
 
 MAX_CHOICES = 26
 TRAILING = " .,;:!?\u3002"
@@ -79,7 +80,7 @@ class QuestionFile:
     """The questions of a file, in order, and the SHA-256 of its bytes.
 
     Of a benchmark, ``path`` is the folder of the copy, the digest is that of the annotations that were read, ``protocol``
-    says how answers are scored, and ``notes`` what the user should know.
+    says how answers are scored, ``notes`` what the user should know, and ``annotations`` which files were read.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class QuestionFile:
     questions: tuple[Question, ...]
     protocol: Protocol | None = None
     notes: tuple[str, ...] = ()
+    annotations: tuple[Path, ...] = ()
 
     def by_video(self) -> dict[str, list[Question]]:
         """Return the questions of each video, in the order of the file."""
@@ -239,6 +241,8 @@ def _read_row(row: bytes, line: int, folder: Path, is_named: bool) -> Question:
     )
     if "\0" in name:
         raise _BadRow("video: contains a zero byte: give the name of a file")
+    if URL.match(name):
+        raise _BadRow(f"video: {name[:60]} is a URL, not a file: download it first")
     choices = _read_choices(values)
     if choices and answer not in choices:
         raise _BadRow(f"answer {answer[:40]!r} is not one of the choices: copy one of them exactly")

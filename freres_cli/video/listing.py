@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from freres_cli.errors import UsageError, count_of, explain_no_file
+from freres_cli.files import URL
 
 T = TypeVar("T")
 
 LIST_SUFFIX = ".txt"
-URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # In a folder, videos are recognized by suffix; a file named on the command line is tried whatever its name.
 VIDEO_SUFFIXES = frozenset(
     (

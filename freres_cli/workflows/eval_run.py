@@ -47,6 +47,7 @@ class EvalRequest:
     def inputs(self) -> Iterator[tuple[str, Path | None]]:
         """The files that the run reads, as ``InputFiles`` takes them."""
         yield "questions file", self.questions.path
+        yield from (("annotation file", file) for file in self.questions.annotations)
         yield from (
             ("video", video) for video in dict.fromkeys(question.video for question in self.questions.questions)
         )

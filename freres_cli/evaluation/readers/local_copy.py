@@ -90,6 +90,11 @@ class LocalCopy:
         """Digest of the names and bytes of all annotations read so far."""
         return hashlib.sha256(json.dumps(sorted(self._read.items())).encode()).hexdigest()
 
+    @property
+    def annotations(self) -> tuple[Path, ...]:
+        """The files of annotations read so far."""
+        return tuple(self.root / name for name in self._read)
+
     def has(self, pattern: str) -> bool:
         """Return whether a file or folder matches a pattern."""
         return next(self.root.glob(pattern), None) is not None

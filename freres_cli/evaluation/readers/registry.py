@@ -37,7 +37,8 @@ def read_any_questions(path: Path, named: str | None = None, limit: int | None =
     if not questions:
         raise UsageError(f"{path}: {benchmark.name}: holds no questions", f"expected {benchmark.layout}")
     read = f"{path}: read as {benchmark.name}{f', {part}' if part else ''}, scored by its own prompt and rule"
-    return QuestionFile(path, copy.sha256, tuple(questions[:limit]), benchmark.protocol, (read, *copy.notes))
+    asked, notes = tuple(questions[:limit]), (read, *copy.notes)
+    return QuestionFile(path, copy.sha256, asked, benchmark.protocol, notes, copy.annotations)
 
 
 def _choose(named: str, copy: LocalCopy) -> tuple[Benchmark, str | None]:
