@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from freres_cli.cli.benchmark_batch import KilledBatch, find_workers
+from freres_cli.cli.benchmark.batch import KilledBatch, find_workers
 from tests.clips import write_short_clips
 from tests.runner import run_freres
 

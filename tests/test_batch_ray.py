@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from freres_cli.cli.benchmark_batch import KilledBatch
+from freres_cli.cli.benchmark.batch import KilledBatch
 from tests.clips import write_short_clips
 from tests.runner import run_freres
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from freres_cli.backbones import attention, engine, fused_layers, token_steps
-from freres_cli.cli.benchmark_gpu import CHUNK_BY_BYTES, NUM_QUESTIONS, SHORT_ANSWER, measure_session
+from freres_cli.cli.benchmark.gpu import CHUNK_BY_BYTES, NUM_QUESTIONS, SHORT_ANSWER, measure_session
 
 
 class Recorder:

@@ -16,8 +16,8 @@ from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import METHODS
 from freres_cli.bench.apart import STARTED, run_apart
 from freres_cli.bench.latents import NUM_SCENES, MadeLatents
-from freres_cli.cli import benchmark, benchmark_peers
-from freres_cli.cli.benchmark_peers import measure_peers, measure_stream, measure_whole
+from freres_cli.cli.benchmark import command, peers
+from freres_cli.cli.benchmark.peers import measure_peers, measure_stream, measure_whole
 from tests.pipeline_fixtures import forked as forked
 
 GRID, WIDTH = (6, 6), 16
@@ -59,7 +59,7 @@ def test_every_method_keeps_its_tenth_of_a_small_clip(name):
 
 def test_memory_is_what_the_method_adds_to_the_latents(monkeypatch):
     """The clip is 8 MB, and the method holds 64 MB for a moment."""
-    monkeypatch.setattr(benchmark_peers, "METHODS", {"greedy": Method("greedy", "s", "s", compress=hold)})
+    monkeypatch.setattr(peers, "METHODS", {"greedy": Method("greedy", "s", "s", compress=hold)})
     found = []
     for _ in range(3):  # what earlier tests left in this process may be freed while one is measured
         gc.collect()
@@ -89,7 +89,7 @@ def test_a_method_that_does_not_finish_is_a_row_and_is_measured_on_fewer_frames(
         status = "over_limit" if num_frames > 100 else "ok"
         return {"method": name, "num_frames": num_frames, "status": status, "message": "over 1 s"}
 
-    monkeypatch.setattr(benchmark_peers, "measure_peer", answer)
+    monkeypatch.setattr(peers, "measure_peer", answer)
     rows = measure_peers(1000, 1.0, ["evs"])["rows"]
     assert [row["num_frames"] for row in rows] == asked == [1000, 100]
     assert [row["status"] for row in rows] == ["over_limit", "ok"]
@@ -120,8 +120,8 @@ def leave(connection, *_):
     [(sleep, "over_limit", "over 1 s"), (die, "out_of_memory", "killed"), (leave, "failed", "status 3")],
 )
 def test_a_process_that_sends_nothing_is_a_row_that_says_why(target, status, message, forked, monkeypatch):
-    monkeypatch.setattr(benchmark_peers, "run_peer", target)
-    row = benchmark_peers.measure_peer("evs", 20, 1.0 if target is sleep else 60.0, GRID, WIDTH)
+    monkeypatch.setattr(peers, "run_peer", target)
+    row = peers.measure_peer("evs", 20, 1.0 if target is sleep else 60.0, GRID, WIDTH)
     assert row["status"] == status and message in row["message"] and row["compress_s"] is None
 
 
@@ -134,11 +134,11 @@ def test_making_the_latents_does_not_count_towards_the_limit(forked):
 
 def test_the_command_writes_the_part_and_runs_it_only_if_named(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(benchmark, "measure_peers", lambda *given: asked.append(given) or {"rows": []})
-    command = ["benchmark", "-o", str(tmp_path / "r.json"), "peers", "--frames", "7", "--limit", "9"]
-    monkeypatch.setattr(sys, "argv", command)
-    benchmark.main()
-    monkeypatch.setattr(sys, "argv", [*command, "--methods", "evs,dtd"])
-    benchmark.main()
+    monkeypatch.setattr(command, "measure_peers", lambda *given: asked.append(given) or {"rows": []})
+    words = ["benchmark", "-o", str(tmp_path / "r.json"), "peers", "--frames", "7", "--limit", "9"]
+    monkeypatch.setattr(sys, "argv", words)
+    command.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--methods", "evs,dtd"])
+    command.main()
     assert asked == [(7, 9.0, None), (7, 9.0, ["evs", "dtd"])]
     assert json.loads((tmp_path / "r.json").read_text())["peers"] == {"rows": []}

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from freres_cli.backbones import attention, base, engine, fused, generation, graph_decoding, long_attention, token_steps
 from freres_cli.backbones.generation import generate
-from freres_cli.cli.benchmark_gpu import in_one_queue
+from freres_cli.cli.benchmark.gpu import in_one_queue
 from freres_cli.devices import choose_device
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, ModelSource

@@ -10,7 +10,7 @@ from typing import Any
 import av
 
 from freres_cli.bench.apart import FRERES
-from freres_cli.cli.benchmark_inputs import write_video
+from freres_cli.cli.benchmark.inputs import write_video
 
 BASE_MINUTES = 10
 FPS, SAMPLE_FPS = 30, 1

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from freres_cli.backbones import batches
 from freres_cli.bench.report import summarize_ratios, summarize_runs
-from freres_cli.cli.benchmark_inputs import METHOD
+from freres_cli.cli.benchmark.inputs import METHOD
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.query import Query
 from freres_cli.pipeline.session import Session

@@ -15,7 +15,7 @@ from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.quantized_weights import plain_tensors
 from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.bench.clock import StageTimer
-from freres_cli.cli.benchmark_lean import compare, measure_decoding
+from freres_cli.cli.benchmark.lean import compare, measure_decoding
 from freres_cli.cli.output import print_line
 from freres_cli.devices import choose_device, choose_storage
 from freres_cli.evaluation.cells import Cell, parse_budget

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 
 from freres_cli.bench.report import summarize_runs
-from freres_cli.cli.benchmark_inputs import GRID, METHOD, TOWER, make_tower
-from freres_cli.cli.benchmark_still import FPS, NUM_SLIDES, SLIDE_S, draw_slides, write_clip
+from freres_cli.cli.benchmark.inputs import GRID, METHOD, TOWER, make_tower
+from freres_cli.cli.benchmark.still import FPS, NUM_SLIDES, SLIDE_S, draw_slides, write_clip
 from freres_cli.cli.output import print_line
 from freres_cli.pipeline import encoding
 from freres_cli.pipeline.compressor import Compressor

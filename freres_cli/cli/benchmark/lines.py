@@ -9,10 +9,10 @@ from typing import Any
 
 from freres_cli.baselines.registry import ADAPTIVE
 from freres_cli.bench.report import summarize_runs
-from freres_cli.cli.benchmark_grids import ask_set
-from freres_cli.cli.benchmark_inputs import write_video
-from freres_cli.cli.benchmark_levers import MOST_TOKENS, NO_LEVER, SHARE, WARM_UP_S, compare_runs, time_once
-from freres_cli.cli.benchmark_still import FPS
+from freres_cli.cli.benchmark.grids import ask_set
+from freres_cli.cli.benchmark.inputs import write_video
+from freres_cli.cli.benchmark.levers import MOST_TOKENS, NO_LEVER, SHARE, WARM_UP_S, compare_runs, time_once
+from freres_cli.cli.benchmark.still import FPS
 from freres_cli.cli.output import print_line
 from freres_cli.devices import choose_device
 from freres_cli.evaluation.cells import Cell, parse_budget

@@ -22,7 +22,7 @@ from typing import Any
 from freres_cli.bench.apart import FRERES, children_cpu_s
 from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.bundle.store import read_bundle
-from freres_cli.cli.benchmark_inputs import METHOD, METHOD_FLAGS
+from freres_cli.cli.benchmark.inputs import METHOD, METHOD_FLAGS
 from freres_cli.errors import BundleError
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models

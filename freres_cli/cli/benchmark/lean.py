@@ -18,7 +18,7 @@ from freres_cli.backbones.engine import PREFILL_CHUNK_TOKENS, prefill, prefill_v
 from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.saved_prefix import open_prefix
 from freres_cli.bench.report import summarize_ratios, summarize_runs
-from freres_cli.cli.benchmark_inputs import METHOD
+from freres_cli.cli.benchmark.inputs import METHOD
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.world.make import make_set
 

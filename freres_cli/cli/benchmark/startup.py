@@ -10,7 +10,7 @@ from typing import Any
 
 from freres_cli.bench.apart import FRERES, children_cpu_s
 from freres_cli.bench.report import summarize_ratios, summarize_runs
-from freres_cli.cli.benchmark_inputs import METHOD, METHOD_FLAGS
+from freres_cli.cli.benchmark.inputs import METHOD, METHOD_FLAGS
 from freres_cli.world.make import make_set
 
 THIS = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""What the README's figures are measured with: ``python -m freres_cli.cli.benchmark``, one file per part."""
