@@ -74,7 +74,7 @@ def ask(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed for sampling.")] = 0,
     refine: Annotated[
         int | None,
-        typer.Option("--refine", metavar="B", min=1, help="Use only the B visual tokens that each question needs."),
+        typer.Option("--refine", metavar="B", min=1, help="Use only B visual tokens, chosen for each question."),
     ] = None,
     where: Annotated[
         bool, typer.Option("--where", help="Also say which seconds of the clip the model attends to.")

@@ -91,7 +91,7 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
     if plan.line_levels:
         count, num_frames = tokens["encoded_tokens"] // plan.size.num_tokens, manifest["sampling"]["num_frames"]
         yield (
-            f"line_levels: {count} of {num_frames} frames were encoded; the latents of the others are drawn on "
+            f"line_levels: {count} of {num_frames} frames were encoded; the latents of the others are interpolated on "
             f"the line between two of these, from which no colour in them is further than {plan.line_levels} levels"
         )
     elif settings.line_levels:
