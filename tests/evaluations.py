@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def make_request(
     output: Path | None = None,
     force: bool = False,
     limit: int | None = None,
+    shard: tuple[int, int] | None = None,
+    joined: Sequence[Path] = (),
     adapter: str | None = None,
     settings: dict[str, Any] | None = None,
     model: str | None = None,
@@ -76,7 +79,8 @@ def make_request(
     cells = give_adapters(cells, adapter, options.model.name, options.settings.variant)
     path = None if output is None else results_path(output)
     file = read_questions(questions, limit)
-    return EvalRequest(file, cells, options, path, force, max_answer_tokens=max_answer_tokens)
+    file = file if shard is None else file.take_shard(*shard)
+    return EvalRequest(file, cells, options, path, force, max_answer_tokens=max_answer_tokens, joined=tuple(joined))
 
 
 def run_eval(questions: Path, methods: str, *args: Any, models: Models | None = None, **flags: Any) -> EvalResult:

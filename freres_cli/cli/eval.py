@@ -13,6 +13,7 @@ from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval_tables import print_differences, print_rows, print_totals
 from freres_cli.cli.given import gather_flags_at_budgets
+from freres_cli.cli.numbers import read_shard
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.devices import choose_storage
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
@@ -70,6 +71,18 @@ def evaluate(
         typer.Option("--force", help="Overwrite --csv and --plot; start over if the output file holds something else."),
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many questions.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="I/N", help="Ask only about every Nth video, from the Ith on: N runs share the work."
+        ),
+    ] = None,
+    joined: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--join", metavar="FILE", help="Take over the answers of this results file; use again for several files."
+        ),
+    ] = None,
     adapter: options.Adapter = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -99,6 +112,11 @@ def evaluate(
     A folder is a local copy of a public benchmark, in its own layout: see freres-benchmarks(7). The model answers the
     benchmark's prompt greedily, and the option is read from its words by the benchmark's rule, not by probability.
 
+    With --shard, runs on several machines or GPUs share the videos, each with its own -o; --join of all these files, in a
+    run without --shard, then gives the whole. --join also takes files of other methods: a method that is added to a
+    comparison is the only one that is asked. Questions, model, settings, kind of device and releases must be the same.
+    Seconds that are taken over are those of the run that measured them.
+
     freres methods says what each method keeps. full and blind have one row each, whatever the budgets. fre-res uses at most
     the budget, the others exactly the budget. With deepstack: drop, only full keeps the DeepStack rows. cdpruner
     picks and prefills its tokens for each question, and the time to the first token includes this. For fastv and
@@ -109,6 +127,8 @@ def evaluate(
     cells, storage = choose_cells(methods, budgets, METHODS), choose_storage(kv_dtype, weight_dtype)
     flags = gather_flags_at_budgets(assignments)
     file = read_any_questions(questions, benchmark, limit)
+    if shard is not None:
+        file = file.take_shard(*read_shard(shard))
     path = None if output is None else results_path(output)
     made = [
         None if text is None else options.check_path(text, flag) for text, flag in ((table, "--csv"), (plot, "--plot"))
@@ -121,7 +141,8 @@ def evaluate(
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
 
     cells = give_adapters(cells, adapter, chosen.model.name, chosen.settings.variant)
-    request = EvalRequest(file, cells, chosen, path, force, files=EvalFiles(*made))
+    others = tuple(options.check_path(text, "--join") for text in joined or ())
+    request = EvalRequest(file, cells, chosen, path, force, files=EvalFiles(*made), joined=others)
     with progress_bar("eval", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress)
     print_failures(result)
@@ -162,10 +183,16 @@ def print_losses(noted: Sequence[Mapping[str, Any]]) -> None:
 
 
 def run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
-    """Return a note on how much of the run was already done."""
-    if request.output is None:
-        return []
-    return [f"{request.output}: {result.num_resumed} videos were already answered"] if result.num_resumed else []
+    """Return notes on how much of the run was already done."""
+    notes = []
+    if request.output is not None and result.num_resumed:
+        notes.append(f"{request.output}: {result.num_resumed} videos were already answered")
+    if request.joined:
+        count = len(request.cells) * (result.summary["num_videos"] + len(result.summary["failed"]) - result.num_resumed)
+        notes.append(
+            f"--join: answers of {result.num_joined} of {count} rows (a video, method and budget) were taken over"
+        )
+    return notes
 
 
 def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
@@ -179,6 +206,9 @@ def describe_result(result: EvalResult, request: EvalRequest) -> dict[str, Any]:
         "csv": None if request.files.table is None else str(request.files.table),
         "plot": None if request.files.plot is None else str(request.files.plot),
         "num_videos_resumed": result.num_resumed,
+        "joined_files": [str(file) for file in request.joined],
+        "num_rows_joined": result.num_joined,
+        "shard": None if request.questions.shard is None else "{}/{}".format(*request.questions.shard),
         "model": result.run["model"],
         "settings": {key: s for key, s in request.options.recorded_settings.record().items() if key != "budget_tokens"},
         "notes": list(result.notes),

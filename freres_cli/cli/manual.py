@@ -144,6 +144,8 @@ eval:
     freres eval questions.jsonl -o answers.jsonl --json > result.json: Keep every answer; run it again to resume after a stop.
     freres eval questions.jsonl --csv rows.csv --plot rows.png: Rows for a spreadsheet, and accuracy against tokens.
     freres eval questions.jsonl --preset compact-16f --set track_density=1: Every method from the same 16 frames.
+    freres eval questions.jsonl --shard 2/8 -o part2.jsonl: The second of eight runs that share the videos.
+    freres eval questions.jsonl --join part1.jsonl --join part2.jsonl: The whole, from the files of two shards.
     freres eval MVBench/ --budgets 1280: A local copy of a public benchmark, scored by its own prompt and rule.
     freres eval NExT-QA/ --benchmark nextqa:val: The validation split of another.
   output: >-
@@ -184,8 +186,10 @@ eval:
       num_videos failed accuracy ci_low ci_high retention chance num_questions mean_over_categories by_category
       compress_s prefill_s ttft_s next_ttft_s kv_cache_bytes peak_memory_bytes) differences (method minus budget
       num_questions difference ci_low ci_high mean_over_categories) results_file csv plot scoring (benchmark answers
-      prompt extraction) num_videos_resumed model kv_dtype weight_dtype settings notes environment
-  defaults: {output: none (nothing is kept), limit: every question, table: none (nothing is written),
+      prompt extraction) num_videos_resumed joined_files num_rows_joined shard model
+      kv_dtype weight_dtype settings notes environment
+  defaults: {output: none (nothing is kept), limit: every question, shard: every video,
+    joined: none, table: none (nothing is written),
     benchmark: "by the files in the folder; none for a file",
     plot: none (nothing is drawn),
     adapter: "the bundled model's own, none for others"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from copy import copy
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -22,6 +23,15 @@ def check_numbers(verb: Verb) -> Verb:
     # Typer reads the annotations from here.
     verb.__annotations__ = {name: _with_reader(hint, flags) for name, hint in hints.items()}
     return verb
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Return the part and how many there are, of ``I/N``. Raises ``UsageError``."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    part, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= count:
+        raise UsageError(f"--shard: expected I/N, such as 2/8, with I from 1 to N, got {text[:40]!r}")
+    return part, count
 
 
 def _with_reader(hint: Any, flags: set[str]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -81,6 +81,7 @@ class QuestionFile:
 
     Of a benchmark, ``path`` is the folder of the copy, the digest is that of the annotations that were read, ``protocol``
     says how answers are scored, ``notes`` what the user should know, and ``annotations`` which files were read.
+    ``shard``: which part of how many this is, of a questions file that several runs share.
     """
 
     path: Path
@@ -89,6 +90,7 @@ class QuestionFile:
     protocol: Protocol | None = None
     notes: tuple[str, ...] = ()
     annotations: tuple[Path, ...] = ()
+    shard: tuple[int, int] | None = None
 
     def by_video(self) -> dict[str, list[Question]]:
         """Return the questions of each video, in the order of the file."""
@@ -96,6 +98,18 @@ class QuestionFile:
         for question in self.questions:
             videos.setdefault(question.video_name, []).append(question)
         return videos
+
+    def take_shard(self, part: int, count: int) -> QuestionFile:
+        """Return the questions about every ``count``-th video, from the ``part``-th on, counted from 1. Raises
+        ``UsageError`` if there is none."""
+        videos = list(self.by_video())
+        own = set(videos[part - 1 :: count])
+        if not own:
+            raise UsageError(
+                f"{self.path}: shard {part} of {count} is empty: its videos are {len(videos)}", "take fewer shards"
+            )
+        questions = tuple(question for question in self.questions if question.video_name in own)
+        return replace(self, questions=questions, shard=(part, count))
 
     def places(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Yield where each question stands, as FILE:LINE, and its texts."""

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class ResultsFile:
         self._remedy = remedy
         self.rows: dict[str, dict[str, Any]] = {}
         self.num_resumed = 0
-        self._header = {"schema": SCHEMA, "run_sha256": digest_run(run), "run": run}
+        self._header: dict[str, Any] = {"schema": SCHEMA, "run_sha256": digest_run(run), "run": run}
         if path is None:
             return
         try:
@@ -60,34 +61,17 @@ class ResultsFile:
 
     def _read(self, path: Path) -> int:
         """Take over the rows of an earlier run. Return the number of bytes in undamaged lines."""
-        data = _read_bytes(path)
-        lines = data.splitlines(keepends=True)
-        if not lines or (len(lines) == 1 and _is_cut_header(data)):
+        log = read_log(path, self._remedy)
+        if log is None:
             return 0
-        self._check_header(path, lines[0])
-        kept = len(lines[0])
-        for number, line in enumerate(lines[1:], start=2):
-            row = _parse(line) if line.endswith(b"\n") else None
-            if row is None or not _is_whole(row):
-                if number < len(lines):
-                    raise UsageError(f"{path}:{number}: damaged results", self._remedy)
-                break
-            self.rows[row["video"]] = row
-            kept += len(line)
-        return kept
-
-    def _check_header(self, path: Path, line: bytes) -> None:
-        header = _parse(line)
-        if header is None or header.get("schema") != SCHEMA:
-            raise UsageError(f"{path}: already exists and holds no results of freres eval", self._remedy)
-        if header.get("run_sha256") != self._header["run_sha256"]:
-            old, new = header.get("run"), json.loads(json.dumps(self._header["run"]))
-            old = old if isinstance(old, dict) else {}
-            differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        if log.run_sha256 != self._header["run_sha256"]:
+            differing = find_differing(log.run, self._header["run"])
             raise UsageError(
                 f"{path}: holds the results of another run: {', '.join(differing) or 'header'} differs",
                 self._remedy,
             )
+        self.rows |= {row["video"]: row for row in log.rows}
+        return log.num_bytes
 
     def _cut(self, path: Path, num_bytes: int) -> None:
         if path.exists():
@@ -101,6 +85,48 @@ class ResultsFile:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class ResultsLog:
+    """What a results file holds: what decided its answers, ``run``, with its digest, the rows, and the number of bytes in
+    undamaged lines."""
+
+    run: dict[str, Any]
+    run_sha256: object
+    rows: list[dict[str, Any]]
+    num_bytes: int
+
+
+def read_log(path: Path, remedy: str) -> ResultsLog | None:
+    """Read a results file; ``None`` if it ends before its first row begins. A last line that was cut short is left out.
+
+    ``remedy``: the hint of the ``UsageError`` for a file that cannot be read, holds something else or is damaged.
+    """
+    data = _read_bytes(path, remedy)
+    lines = data.splitlines(keepends=True)
+    if not lines or (len(lines) == 1 and _is_cut_header(data)):
+        return None
+    header = _parse(lines[0])
+    if header is None or header.get("schema") != SCHEMA:
+        raise UsageError(f"{path}: already exists and holds no results of freres eval", remedy)
+    rows, kept = [], len(lines[0])
+    for number, line in enumerate(lines[1:], start=2):
+        row = _parse(line) if line.endswith(b"\n") else None
+        if row is None or not _is_whole(row):
+            if number < len(lines):
+                raise UsageError(f"{path}:{number}: damaged results", remedy)
+            break
+        rows.append(row)
+        kept += len(line)
+    run = header.get("run")
+    return ResultsLog(run if isinstance(run, dict) else {}, header.get("run_sha256"), rows, kept)
+
+
+def find_differing(held: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which a run that was read differs from ``run``, sorted."""
+    new = json.loads(json.dumps(run))
+    return sorted(key for key in {*held, *new} if held.get(key) != new.get(key))
 
 
 def _is_whole(row: Mapping[str, Any]) -> bool:
@@ -154,11 +180,11 @@ def digest_run(run: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, remedy: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}", "name another file with -o") from error
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", remedy) from error
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

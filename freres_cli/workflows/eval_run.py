@@ -32,6 +32,7 @@ class EvalRequest:
     settings. ``output``: the results file, which is continued if it holds the same run; ``None`` keeps the results in
     memory. ``force``: start over if ``output`` holds something else, and replace ``files``. ``remedy``: the hint shown if
     it does and ``force`` is off. ``max_answer_tokens``: most tokens of a free answer. ``files``: what to write at the end.
+    ``joined``: results files of other runs, whose answers are taken over where they are to these questions.
     """
 
     questions: QuestionFile
@@ -42,6 +43,7 @@ class EvalRequest:
     remedy: str = REMEDY
     max_answer_tokens: int = MAX_ANSWER_TOKENS
     files: EvalFiles = NO_FILES
+    joined: tuple[Path, ...] = ()
 
     @property
     def inputs(self) -> Iterator[tuple[str, Path | None]]:
@@ -51,6 +53,7 @@ class EvalRequest:
         yield from (
             ("video", video) for video in dict.fromkeys(question.video for question in self.questions.questions)
         )
+        yield from (("file of --join", file) for file in self.joined)
         yield from (("adapter", cell.adapter) for cell in self.cells)
         yield from self.options.files
 
@@ -75,7 +78,7 @@ def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:
         "weights": {"tower_sha256": digest_weights(encoder.tower), "decoder_sha256": digest_weights(model.half)},
         "tokenizer_and_templates": models.checkpoint.small_files_sha256,
         "attention": [encoder.attention, model.attention],
-        "device": request.options.model.device.name,
+        "device": request.options.model.device.name.partition(":")[0],  # shards have GPUs of their own
         "dtype": str(model.dtype).removeprefix("torch."),
         **({} if model.storage == AS_COMPUTED else asdict(model.storage)),
         "settings": settings,

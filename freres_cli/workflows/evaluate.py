@@ -16,6 +16,7 @@ from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import FreresError, VideoError, as_freres_error
 from freres_cli.evaluation.cells import Cell
+from freres_cli.evaluation.joined import JoinedAnswers, KnownCells
 from freres_cli.evaluation.questions import Question, QuestionFile, check_length
 from freres_cli.evaluation.results import ResultsFile
 from freres_cli.evaluation.scores import summarize
@@ -47,7 +48,8 @@ class EvalResult:
 
     ``summary``: rows, questions and failed videos, as in the ``--json`` document. ``run``: what decides the answers, from
     ``describe_run``. ``dtype``: of the language model; ``storage``: of its cache and weights. ``num_resumed``: videos that an
-    earlier run had answered. ``notes``: what the user should know.
+    earlier run had answered. ``num_joined``: rows of a video, method and budget that were taken from other runs. ``notes``:
+    what the user should know.
     """
 
     summary: dict[str, Any]
@@ -55,6 +57,7 @@ class EvalResult:
     dtype: torch.dtype
     storage: dict[str, str]
     num_resumed: int
+    num_joined: int
     notes: tuple[str, ...]
 
 
@@ -73,17 +76,14 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     request.files.check(request.force, taken)
     models = models or Models(request.options.model)
     encoder, model = models.encoder, models.language_model
-    for where, texts in request.questions.places():
-        check_length(texts, where)
-    refuse_control_tokens(request.questions.places(), model)
-    refuse_reasoning(model, "eval")
-    check_methods((cell.method for cell in request.cells), model)
+    _check_questions(request, model)
     modules = load_all_modules(request.cells, request.options, models)
     trained = read_training_videos(request.cells)
     run = describe_run(request, models)
+    joined = JoinedAnswers(request.joined, run)
     results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
-    num_resumed = 0
+    num_resumed = num_joined = 0
     failures: list[FreresError] = []
     for done, (name, questions) in enumerate(videos.items()):
         if progress is not None:
@@ -91,23 +91,39 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
         if _is_done(results.rows.get(name), questions, len(request.cells)):
             num_resumed += 1
             continue
-        results.append(evaluate_video(request, name, questions, models, modules, failures))
+        known = _find_known(joined, name, questions)
+        num_joined += len(known.cells)
+        results.append(evaluate_video(request, name, questions, models, modules, failures, known))
     rows = [results.rows[name] for name in videos]
     if all(row["status"] == "failed" for row in rows):
         raise _explain_none(request.questions, rows, failures[0])
     summary = summarize(request.questions, rows, request.cells)
     request.files.write(summary, request.force)
+    notes = (*request.questions.notes, *describe_answers(request, model, rows, summary), *encoder.notes, *model.notes)
+    seen = [row["video_sha256"] for row in rows if row["status"] == "ok"]
+    notes = (*_describe_limits(request, videos, rows), *describe_overlap(trained, seen), *notes)
+    storage = model.storage.describe(model.dtype)
+    return EvalResult(summary, run, model.dtype, storage, num_resumed, num_joined, tuple(dict.fromkeys(notes)))
+
+
+def _check_questions(request: EvalRequest, model: LanguageModel) -> None:
+    """Refuse questions, models and methods that cannot be asked, before any work is done."""
+    for where, texts in request.questions.places():
+        check_length(texts, where)
+    refuse_control_tokens(request.questions.places(), model)
+    refuse_reasoning(model, "eval")
+    check_methods((cell.method for cell in request.cells), model)
+
+
+def _describe_limits(
+    request: EvalRequest, videos: Mapping[str, Sequence[Question]], rows: Sequence[Mapping[str, Any]]
+) -> tuple[str, ...]:
+    """Notes on what the bundled model knows. ``videos``: the questions of each. ``rows``: of the videos."""
     # This opens every file again, so it is done only for the bundled model.
     is_known = request.options.model.name != BUNDLED or all(
         is_world_clip(videos[row["video"]][0].video) for row in rows if row["status"] == "ok"
     )
-    limits = describe_limits(request.options.model.name, is_known)
-    notes = (*request.questions.notes, *describe_answers(request, model, rows, summary), *encoder.notes, *model.notes)
-    seen = [row["video_sha256"] for row in rows if row["status"] == "ok"]
-    notes = (*limits, *describe_overlap(trained, seen), *notes)
-    return EvalResult(
-        summary, run, model.dtype, model.storage.describe(model.dtype), num_resumed, tuple(dict.fromkeys(notes))
-    )
+    return tuple(describe_limits(request.options.model.name, is_known))
 
 
 def _explain_none(questions: QuestionFile, rows: Sequence[Mapping[str, Any]], first: FreresError) -> FreresError:
@@ -144,13 +160,16 @@ def evaluate_video(
     models: Models,
     modules: Modules,
     failures: list[FreresError],
+    known: KnownCells,
 ) -> dict[str, Any]:
-    """Return the row of one video. It is encoded once, and prefilled once for each method and budget.
+    """Return the row of one video. It is encoded once, and prefilled once for each method and budget that is not known.
 
     ``request``: what the run asks for. ``name``: the video's name in the questions file. ``questions``: the questions
     about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path. ``failures``: gets
-    what goes wrong.
+    what goes wrong. ``known``: what other runs answered.
     """
+    if known.row is not None and len(known.cells) == len(request.cells):
+        return {**known.row, "video": name, "cells": [known.cells[place] for place in range(len(request.cells))]}
     first = questions[0]
     video, model = first.video, models.language_model
     options = replace(request.options, start_s=first.start_s, end_s=first.end_s)
@@ -164,8 +183,11 @@ def evaluate_video(
             clip = EncodedClip(VideoSource(video), options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
-                _try_cell(cell, lambda cell: ask_cell(cell, clip, request, questions, model, modules, timer), failures)
-                for cell in request.cells
+                known.cells.get(place)
+                or _try_cell(
+                    cell, lambda cell: ask_cell(cell, clip, request, questions, model, modules, timer), failures
+                )
+                for place, cell in enumerate(request.cells)
             ]
             # After the cells: some decode the file once more.
             row |= {"lost_s": clip.lost_s, "notes": list(clip.notes)}
@@ -256,6 +278,16 @@ def _ask(session: Session, question: Question, request: EvalRequest) -> Answer:
         # The prompt lists the options, and has no part in what is relevant.
         return session.ask(question.prompt, max_new_tokens=protocol.max_new_tokens, relevant_text=question.question)
     return session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
+
+
+def _find_known(joined: JoinedAnswers, name: str, questions: Sequence[Question]) -> KnownCells:
+    """What other runs answered about a video, if there are any."""
+    if not joined:
+        return KnownCells()
+    try:
+        return joined.find(name, hash_file(questions[0].video), {question.id for question in questions})
+    except VideoError:  # evaluating the video says why
+        return KnownCells()
 
 
 def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:

@@ -1,0 +1,79 @@
+"""Answers that other runs gave to the same questions: those of other shards, and of methods that were compared before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from freres_cli.errors import UsageError
+from freres_cli.evaluation.results import ResultsLog, find_differing, read_log
+
+METHODS = "methods"  # the one key of a run that may differ
+REMEDY = "--join takes results of freres eval for the same questions, model, device, settings and releases"
+
+
+@dataclass(frozen=True)
+class KnownCells:
+    """What is known about a video. ``row``: one that another run wrote, whose ``cells`` are not these; ``None`` if nothing
+    is known. ``cells``: its parts by the place of their method in the run that is made."""
+
+    row: Mapping[str, Any] | None = None
+    cells: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class JoinedAnswers:
+    """The answers of other results files to the questions of a run.
+
+    ``paths``: the files; of two that have the same answers, the first counts. ``run``: everything that decides the answers,
+    as in ``ResultsFile``. Raises ``UsageError`` for a file that cannot be used, of a run that differs in more than its
+    methods, or with none of the methods of this one.
+    """
+
+    def __init__(self, paths: Sequence[Path], run: Mapping[str, Any]) -> None:
+        self._files = [self._read(path, run) for path in paths]
+
+    def __bool__(self) -> bool:
+        return bool(self._files)
+
+    def find(self, video: str, sha256: str, asked: set[str]) -> KnownCells:
+        """Return what is known about a video. ``sha256``: of the file. ``asked``: the ids of its questions: what answers
+        other ones is not taken, as tokens and times are those of all of them."""
+        base: Mapping[str, Any] | None = None
+        cells: dict[int, dict[str, Any]] = {}
+        for rows, places in self._files:
+            row = rows.get(video)
+            if row is None or row["video_sha256"] != sha256:
+                continue
+            for own, other in places.items():
+                cell = row["cells"][other]
+                if own not in cells and cell["status"] == "ok" and cell["answers"].keys() == asked:
+                    cells[own], base = cell, base or row
+        return KnownCells(base, cells)
+
+    @staticmethod
+    def _read(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[int, int]]:
+        """The rows of a file by video, and where it has each method of the run."""
+        log = read_log(path, REMEDY)
+        if log is None:
+            raise UsageError(f"{path}: holds no results", REMEDY)
+        if differing := [key for key in find_differing(log.run, run) if key != METHODS]:
+            raise UsageError(f"{path}: holds the results of another run: {', '.join(differing)} differs", REMEDY)
+        wanted, held = json.loads(json.dumps(run[METHODS])), log.run[METHODS]
+        places = {own: held.index(cell) for own, cell in enumerate(wanted) if cell in held}
+        if not places:
+            names = ", ".join(str(cell[0]) for cell in held)
+            raise UsageError(f"{path}: has none of the methods and budgets that are compared: it has {names}", REMEDY)
+        return _check_cells(path, log, len(held)), places
+
+
+def _check_cells(path: Path, log: ResultsLog, count: int) -> dict[str, dict[str, Any]]:
+    rows = {row["video"]: row for row in log.rows if row["status"] == "ok"}
+    for row in rows.values():
+        if len(row["cells"]) != count:
+            raise UsageError(
+                f"{path}: damaged results: {row['video']} has {len(row['cells'])} of {count} methods", REMEDY
+            )
+    return rows
