@@ -108,6 +108,7 @@ def test_a_file_of_another_run_is_refused(questions, before, tmp_path):
     row = json.loads(lines[1])
     for name, text, message in (
         ("cells", "\n".join([lines[0], json.dumps({**row, "cells": row["cells"][:2]})]) + "\n", "2 of 5 methods"),
+        ("methods", "\n".join([with_methods(lines[0], [1]), *lines[1:]]) + "\n", "the header names no methods"),
         ("empty", "", "holds no results"),
         ("notes", "some notes\n", "holds no results of freres eval"),
         ("line", "\n".join([lines[0], lines[1][:30], *lines[2:]]) + "\n", "line:2: damaged"),
@@ -121,6 +122,12 @@ def test_a_file_of_another_run_is_refused(questions, before, tmp_path):
     with fails(2, "is the file of --join itself"):
         run_eval(questions, *CELLS, joined=[before], output=before, force=True)
     assert before.read_bytes() == held
+
+
+def with_methods(header, methods):
+    """A header of the same run, but for its methods."""
+    values = json.loads(header)
+    return json.dumps({**values, "run": {**values["run"], "methods": methods}})
 
 
 def other_file(before, folder):

@@ -61,7 +61,9 @@ class JoinedAnswers:
             raise UsageError(f"{path}: holds no results", REMEDY)
         if differing := [key for key in find_differing(log.run, run) if key != METHODS]:
             raise UsageError(f"{path}: holds the results of another run: {', '.join(differing)} differs", REMEDY)
-        wanted, held = json.loads(json.dumps(run[METHODS])), log.run[METHODS]
+        wanted, held = json.loads(json.dumps(run[METHODS])), log.run.get(METHODS)
+        if not isinstance(held, list) or not all(isinstance(cell, list) and cell for cell in held):
+            raise UsageError(f"{path}: damaged results: the header names no methods", REMEDY)
         places = {own: held.index(cell) for own, cell in enumerate(wanted) if cell in held}
         if not places:
             names = ", ".join(str(cell[0]) for cell in held)
