@@ -84,7 +84,7 @@ def test_what_has_changed_since_or_failed_or_answers_other_questions_is_asked_ag
     run_eval(questions, "blind,uniform", "0.5", output=other, limit=5)
     rows = other.read_text().splitlines()
     row = json.loads(rows[1])
-    row["cells"][1] = {"method": "uniform", "budget": 0.5, "status": "failed", "message": "no", "answers": {}}
+    row["cells"][1] = {"method": "uniform", "budget": 0.5, "status": "failed", "message": "no"}
     other.write_text("\n".join([rows[0], json.dumps(row), *rows[2:]]) + "\n")
     write_clip(tmp_path / "clip1.mp4", 7, fps=10)
     del asked[:]

@@ -169,7 +169,7 @@ def evaluate_video(
     what goes wrong. ``known``: what other runs answered.
     """
     if known.row is not None and len(known.cells) == len(request.cells):
-        return {**known.row, "video": name, "cells": [known.cells[place] for place in range(len(request.cells))]}
+        return {**known.row, "cells": [known.cells[place] for place in range(len(request.cells))]}
     first = questions[0]
     video, model = first.video, models.language_model
     options = replace(request.options, start_s=first.start_s, end_s=first.end_s)
