@@ -130,7 +130,7 @@ def test_gradients_are_those_of_the_growing_cache(tiny):
     assert torch.equal(*found) and found[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("kv", [None, pytest.param("int8", marks=pytest.mark.slow), "fp8"])
+@pytest.mark.parametrize("kv", [None, *(pytest.param(kv, marks=pytest.mark.slow) for kv in ("int8", "fp8"))])
 @torch.no_grad()
 def test_a_prefill_takes_the_weights_the_cache_and_five_percent(monkeypatch, kv):
     """Qwen2-VL-7B on torch's meta device, which computes nothing. The kernel is taken to hold only its result. Of a cache in

@@ -110,7 +110,12 @@ USE_PART = "import torch._dynamo.utils as u; assert u is sys.modules['torch._dyn
 
 @pytest.mark.parametrize(
     ("statement", "environment", "is_imported"),
-    [(RUN, {}, False), (USE, {}, True), (USE_PART, {}, True), ("pass", {"WORLD_SIZE": "2"}, True)],
+    [
+        (RUN, {}, False),
+        pytest.param(USE, {}, True, marks=pytest.mark.slow),
+        (USE_PART, {}, True),
+        pytest.param("pass", {"WORLD_SIZE": "2"}, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_command_imports_no_compiler_until_it_is_used(statement, environment, is_imported, tmp_path) -> None:
     clip, bundle = write_clip(tmp_path / "clip.mp4", 4), tmp_path / "b.pt"
