@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from freres_cli.errors import VideoError
 from freres_cli.evaluation.questions import read_questions
 from freres_cli.workflows import evaluate
 from tests.clips import write_clip
@@ -91,6 +92,20 @@ def test_what_has_changed_since_or_failed_or_answers_other_questions_is_asked_ag
     joined = run_eval(questions, "blind,uniform", "0.5", joined=[other])
     assert asked == ["uniform 0.5", "blind", "uniform 0.5", "blind", "uniform 0.5"] and joined.num_joined == 1
     assert joined.summary["num_videos"] == 3 and joined.summary["rows"][1]["failed"] == []
+
+
+def test_answers_about_a_video_that_fails_now_are_not_counted(questions, before, monkeypatch):
+    """They stand in no row: a video that cannot be used counts for no method."""
+    clip_of = evaluate.EncodedClip
+
+    def fail_on_the_second(source, *rest):
+        if source.title == "clip1.mp4":
+            raise VideoError("no")
+        return clip_of(source, *rest)
+
+    monkeypatch.setattr(evaluate, "EncodedClip", fail_on_the_second)
+    joined = run_eval(questions, "full,evs", "0.25", joined=[before])
+    assert [item["video"] for item in joined.summary["failed"]] == ["clip1.mp4"] and joined.num_joined == 2
 
 
 def test_a_file_of_another_run_is_refused(questions, before, tmp_path):

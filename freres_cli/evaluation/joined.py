@@ -33,7 +33,8 @@ class JoinedAnswers:
     """
 
     def __init__(self, paths: Sequence[Path], run: Mapping[str, Any]) -> None:
-        self._files = [self._read(path, run) for path in paths]
+        written = json.loads(json.dumps(run))  # as files have it
+        self._files = [self._read(path, written) for path in paths]
 
     def __bool__(self) -> bool:
         return bool(self._files)
@@ -61,10 +62,10 @@ class JoinedAnswers:
             raise UsageError(f"{path}: holds no results", REMEDY)
         if differing := [key for key in find_differing(log.run, run) if key != METHODS]:
             raise UsageError(f"{path}: holds the results of another run: {', '.join(differing)} differs", REMEDY)
-        wanted, held = json.loads(json.dumps(run[METHODS])), log.run.get(METHODS)
+        held = log.run.get(METHODS)
         if not isinstance(held, list) or not all(isinstance(cell, list) and cell for cell in held):
             raise UsageError(f"{path}: damaged results: the header names no methods", REMEDY)
-        places = {own: held.index(cell) for own, cell in enumerate(wanted) if cell in held}
+        places = {own: held.index(cell) for own, cell in enumerate(run[METHODS]) if cell in held}
         if not places:
             names = ", ".join(str(cell[0]) for cell in held)
             raise UsageError(f"{path}: has none of the methods and budgets that are compared: it has {names}", REMEDY)

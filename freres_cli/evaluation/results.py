@@ -109,7 +109,7 @@ def read_log(path: Path, remedy: str) -> ResultsLog | None:
         return None
     header = _parse(lines[0])
     if header is None or header.get("schema") != SCHEMA:
-        raise UsageError(f"{path}: already exists and holds no results of freres eval", remedy)
+        raise UsageError(f"{path}: holds no results of freres eval", remedy)
     rows, kept = [], len(lines[0])
     for number, line in enumerate(lines[1:], start=2):
         row = _parse(line) if line.endswith(b"\n") else None

@@ -92,8 +92,9 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
             num_resumed += 1
             continue
         known = _find_known(joined, name, questions)
-        num_joined += len(known.cells)
-        results.append(evaluate_video(request, name, questions, models, modules, failures, known))
+        row = evaluate_video(request, name, questions, models, modules, failures, known)
+        num_joined += len(known.cells) if row["status"] == "ok" else 0
+        results.append(row)
     rows = [results.rows[name] for name in videos]
     if all(row["status"] == "failed" for row in rows):
         raise _explain_none(request.questions, rows, failures[0])
