@@ -278,7 +278,15 @@ def test_the_tree_halves_the_grid_down_to_cells(grid):
         assert tree.sibling[children].tolist() == children.flip(0).tolist()
 
 
+@pytest.mark.parametrize("size", [1e25, torch.inf, torch.nan])
+@pytest.mark.filterwarnings("error")
+def test_what_overflows_merges_without_a_word(size):
+    """Whoever takes the result refuses it by name."""
+    merged = merge(walk(6, 2, 2) * size, 3, distance=size)
+    assert len(merged) == 3
+
+
 def test_means_are_weighted_and_keep_the_dtype():
     x, y = torch.tensor([[1.0, 3.0]]).bfloat16(), torch.tensor([[5.0, 3.0]]).bfloat16()
-    mean = merge_means(x, y, torch.tensor([3]), torch.tensor([1]))
+    mean = merge_means(x, y, torch.tensor([[1 / 4]]))
     assert mean.tolist() == [[2.0, 3.0]] and mean.dtype == torch.bfloat16

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from freres_cli.method.merging import Merger, left_after, running_sums
-from freres_cli.method.stretch_means import box_sizes, merge_stretches
+from freres_cli.method.stretch_means import box_sizes, merge_stretches, merge_weights
 from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.method.tokens import seconds_at
 from freres_cli.records import VideoTokens
@@ -27,6 +27,7 @@ CUT_SHARE = 0.5
 # Ours. It also stands out: of a flat picture nothing is left but noise, which is new in every frame.
 CUT_ONSET = 1.5
 CUT_HISTORY = 15  # frames
+DEVICE_BYTES_AT_ONCE = 2**26  # of frames in float32 that are looked at together
 CURVE_STEPS_AN_OCTAVE = 8
 
 
@@ -51,9 +52,9 @@ class CutDetector:
 
         What is needed of a device is copied from it once.
         """
-        measures = torch.stack([self._measure(frame.flatten(0, 1).to(torch.float32)) for frame in latents]).cpu()
-        # A view of the last frame would keep its whole batch alive.
-        self._previous = None if self._previous is None else self._previous.clone()
+        # On a CPU one frame at a time: how sums of more are split among threads would show in their last bits.
+        most = 1 if latents.device.type == "cpu" else max(1, DEVICE_BYTES_AT_ONCE // (4 * latents[0].numel()))
+        measures = torch.cat([self._measure(frames.flatten(1, 2)) for frames in latents.split(most)]).cpu()
         is_cut, distances = [], []
         for change, squares, total in zip(*measures[:, :2].T.tolist(), measures[:, 2:], strict=True):
             self._sum = self._sum + total
@@ -66,12 +67,15 @@ class CutDetector:
                 self._recent = [*self._recent[1 - CUT_HISTORY :], change]
         return is_cut, distances
 
-    def _measure(self, frame: Tensor) -> Tensor:
-        """Take a frame, (P, D) float32. Return (2 + D,) float64: its change, 0 for the first frame, its squares, its sum."""
-        previous, self._previous = frame if self._previous is None else self._previous, frame
-        change = (frame - previous).square().sum(-1).median().to(torch.float64)
-        squares, total = frame.square().sum(dtype=torch.float64), frame.sum(0, dtype=torch.float64)
-        return torch.cat([torch.stack([change, squares]), total])
+    def _measure(self, frames: Tensor) -> Tensor:
+        """Take frames, (m, P, D). Return (m, 2 + D) float64: of each its change, 0 for the first of all, its squares, its
+        sum."""
+        frames = frames.to(torch.float32)
+        previous = torch.cat([frames[:1] if self._previous is None else self._previous, frames[:-1]])
+        self._previous = frames[-1:].clone()  # a view of it would keep its whole batch alive
+        change = (frames - previous).square().sum(-1).median(1).values.to(torch.float64)
+        squares, total = frames.square().sum((1, 2), dtype=torch.float64), frames.sum(1, dtype=torch.float64)
+        return torch.cat([torch.stack([change, squares], dim=1), total], dim=1)
 
     @property
     def distance(self) -> float:
@@ -249,7 +253,8 @@ def cut_stretches(stretches: Stretches, budget_tokens: int) -> Stretches:
         a, b = pairs[part].unbind(1)
         both = boxes[a], boxes[b]
         sizes, times = (box_sizes(both[0]), box_sizes(both[1])), (both[0][:, :2], both[1][:, :2])
-        values[part + count] = merge_stretches(values[a], values[b], sizes, times, channels)
+        weights = merge_weights(sizes, times, kept.shape[1] > channels)
+        values[part + count] = merge_stretches(values[a], values[b], weights, channels)
         low, high = torch.minimum(boxes[a], boxes[b]), torch.maximum(boxes[a], boxes[b])
         boxes[part + count] = torch.stack([low, high], dim=2)[:, range(6), [0, 1] * 3]
     left = left_after(pairs, count)

@@ -15,17 +15,14 @@ class CellTree:
     """The rectangles of cells that tokens can stand for: halves of halves of the grid, down to single cells.
 
     ``rectangles``: (K, 4) h0, h1, w0, w1, half-open. ``parent``, ``sibling``: (K,), -1 for the whole grid. ``leaves``:
-    (H*W,), the rectangle of each cell in raster order.
+    (H*W,), the rectangle of each cell in raster order. ``areas``: (K,), the number of cells in each.
     """
 
     rectangles: Tensor
     parent: Tensor
     sibling: Tensor
     leaves: Tensor
-
-    def to(self, device: torch.device | str) -> CellTree:
-        """Return the tree on a device."""
-        return CellTree(*(getattr(self, name).to(device) for name in ("rectangles", "parent", "sibling", "leaves")))
+    areas: Tensor
 
 
 def split_grid(grid_h: int, grid_w: int) -> CellTree:
@@ -49,4 +46,6 @@ def split_grid(grid_h: int, grid_w: int) -> CellTree:
             parent += [index, index]
             sibling += [at + 1, at]
         index += 1
-    return CellTree(torch.tensor(rectangles), torch.tensor(parent), torch.tensor(sibling), leaves.flatten())
+    sides = torch.tensor(rectangles)
+    areas = (sides[:, 1] - sides[:, 0]) * (sides[:, 3] - sides[:, 2])
+    return CellTree(sides, torch.tensor(parent), torch.tensor(sibling), leaves.flatten(), areas)

@@ -1,87 +1,214 @@
-"""The stretches that are being merged, as the few tensors that a device keeps of them beside their latents."""
+"""The stretches that are being merged, as the host knows them: all but their latents."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from numpy.typing import NDArray
 
-from freres_cli.method.cell_tree import NONE
+from freres_cli.method.cell_tree import NONE, CellTree
 
-FIRST = -(2**63)  # the key of what no merge made
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+DTYPES = {"Ints": np.int64, "Floats": np.float64, "Flags": np.bool_}
+
+FIRST = -(2**63)  # the sign bit; the key of what no merge made
+LAST = 2**63 - 1  # above the keys of all merges
+
+
+@dataclass
+class Pairs:
+    """Stretches ``a`` that may merge with stretches ``b``, slots (k,). ``kind``: (k,), 0 along time, 1 with the sibling
+    cells."""
+
+    a: Ints
+    b: Ints
+    kind: Ints
 
 
 @dataclass
 class Rows:
-    """One row a stretch, as few tensors as can be: on a GPU each costs a kernel whenever rows move.
+    """Everything that decides which stretches merge. Arrays but the last two have a row for each slot: the place of a
+    stretch's latents in the storage.
 
-    ``ints`` (n, 11): ``slot``, its place in the storage; ``name``, which no other stretch of the clip ever had; ``time``
-    t0, t1; ``cell``, its rectangle; ``shots``, first and last; ``partner``, the names of those whose merges with it
-    ``floats`` holds, along time and with the sibling cells; ``height``, the largest key of the merges that made it; ``size``,
-    the number of latents in it. ``floats`` (n, 6) float64: ``cost`` of these two merges, as far as it depends on latents;
-    ``loss``, the squared error that they add; ``seconds``, of the first and the last frame.
+    ``cell``: its rectangle in the tree. ``start``, ``stop``: its frames. ``first_shot``, ``last_shot``, ``first_s``,
+    ``last_s``: of its first and its last frame. ``after``: the slot of the stretch that follows in the same cells, ``mate``:
+    that of the sibling cells at the same time, -1 for none. Of the merge with the one that follows: ``cost``, as far as
+    latents decide it, ``apart``, the share of a latent that time adds, ``sign``, the sign bit if it crosses no cut, and
+    ``loss``, the squared error that it adds. Of that with the sibling, in the row of the first of the two: ``mate_key``, as
+    ``cheapest`` returns it, and ``mate_loss``. ``fresh``: whether it is new since partners were last sought.
+
+    ``order``: the slots of the stretches that are left, by cell, then by time; ``sorted``: their ``_sort_keys``.
     """
 
-    ints: Tensor
-    floats: Tensor
+    cell: Ints
+    start: Ints
+    stop: Ints
+    first_shot: Ints
+    last_shot: Ints
+    first_s: Floats
+    last_s: Floats
+    after: Ints
+    mate: Ints
+    cost: Floats
+    apart: Floats
+    sign: Ints
+    loss: Floats
+    mate_key: Ints
+    mate_loss: Floats
+    fresh: Flags
+    order: Ints
+    sorted: Ints
 
     @staticmethod
-    def of(slot: Tensor, first_name: int, cell: Tensor, frame: Tensor, shot: Tensor, seconds: Tensor) -> Rows:
-        """Return rows of n latents that nothing was merged with. ``slot``: (n,), where they are. ``first_name``: of the
-        first. ``cell``, ``frame``, ``shot``: of each, (n,). ``seconds``: of each, (n,) float64."""
-        count = slot.shape[0]
-        name = torch.arange(first_name, first_name + count, device=slot.device)
-        none, height = torch.full_like(slot, NONE), torch.full_like(slot, FIRST)
-        size = torch.ones_like(slot)
-        ints = torch.stack([slot, name, frame, frame + 1, cell, shot, shot, none, none, height, size], dim=1)
-        return Rows(ints, pad(torch.stack([seconds, seconds], dim=1), (4, 0)))
+    def empty() -> Rows:
+        """Return rows without slots."""
+        arrays: dict[str, Any] = {one.name: np.zeros(0, DTYPES[str(one.type)]) for one in fields(Rows)}
+        return Rows(**arrays)
 
-    def pick(self, index: Tensor) -> Rows:
-        """Return a copy of some rows, without what is not whole."""
-        return Rows(self.ints[index], self.floats[:0])
+    def __len__(self) -> int:
+        return len(self.order)
 
-    @property
-    def slot(self) -> Tensor:
-        return self.ints[:, 0]
+    # A state of a long compression is written by torch, which reads nothing but its own.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: torch.from_numpy(array) for name, array in vars(self).items()}
 
-    @property
-    def name(self) -> Tensor:
-        return self.ints[:, 1]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: tensor.numpy() for name, tensor in state.items()})
 
-    @property
-    def time(self) -> Tensor:
-        return self.ints[:, 2:4]
+    def _by_slot(self) -> list[str]:
+        return [one.name for one in fields(self)[:-2]]
 
-    @property
-    def cell(self) -> Tensor:
-        return self.ints[:, 4]
+    def resize(self, num_slots: int) -> None:
+        """Have this many slots, and no fewer than there are."""
+        more = num_slots - len(self.cell)
+        for name in self._by_slot() if more > 0 else ():
+            setattr(self, name, np.pad(getattr(self, name), (0, more)))
 
-    @property
-    def shots(self) -> Tensor:
-        return self.ints[:, 5:7]
+    def close_up(self) -> Ints:
+        """Give the stretches that are left the first slots, in the order of those that they have. Return these, ascending."""
+        slots = np.sort(self.order)
+        moved = np.full(len(self.cell) + 1, NONE)
+        moved[slots] = np.arange(len(slots))
+        for name in self._by_slot():
+            array = getattr(self, name)
+            array[: len(slots)] = array[slots]
+        for array in (self.after, self.mate):
+            array[: len(slots)] = moved[array[: len(slots)]]
+        self.order = moved[self.order]
+        return slots
 
-    @property
-    def partner(self) -> Tensor:
-        return self.ints[:, 7:9]
+    def add(self, first_slot: int, cells: Ints, frames: Ints, shots: Ints, seconds: Floats) -> None:
+        """Add latents that nothing was merged with, in slots from ``first_slot`` on. ``cells``, ``frames``, ``shots``,
+        ``seconds``: of each, (n,)."""
+        slots = np.arange(first_slot, first_slot + len(cells))
+        self.cell[slots], self.start[slots], self.stop[slots] = cells, frames, frames + 1
+        self.first_shot[slots] = self.last_shot[slots] = shots
+        self.first_s[slots] = self.last_s[slots] = seconds
+        self._enter(slots, slots)
 
-    @property
-    def height(self) -> Tensor:
-        return self.ints[:, 9]
+    def _enter(self, slots: Ints, moved: Ints) -> None:
+        """Have no partners for new stretches in ``slots``, and put ``moved``, some of them, into the order."""
+        self.after[slots] = self.mate[slots] = NONE
+        self.mate_key[slots], self.fresh[slots] = LAST, True
+        keys = _sort_keys(self.cell[moved], self.start[moved])
+        by_key = keys.argsort(kind="stable")
+        keys = keys[by_key]
+        at = self.sorted.searchsorted(keys)
+        self.order, self.sorted = np.insert(self.order, at, moved[by_key]), np.insert(self.sorted, at, keys)
 
-    @property
-    def size(self) -> Tensor:
-        return self.ints[:, 10]
+    def seek_partners(self, tree: CellTree) -> Pairs:
+        """Find which stretches may merge now, and return those pairs that were not there before. ``price`` is next."""
+        order = self.order
+        cell, start, stop, fresh = self.cell[order], self.start[order], self.stop[order], self.fresh[order]
+        follows = (cell[1:] == cell[:-1]) & (start[1:] == stop[:-1])
+        is_new = follows & ((self.after[order[:-1]] != order[1:]) | fresh[1:])
+        self.after[order] = NONE
+        self.after[order[:-1][follows]] = order[1:][follows]
+        along = order[:-1][is_new]
+        new = order[fresh]
+        # The sibling of the whole grid has a key that no stretch has.
+        wanted = _sort_keys(tree.sibling.numpy()[self.cell[new]], self.start[new])
+        at = np.minimum(self.sorted.searchsorted(wanted), len(order) - 1)
+        mate = order[at]
+        is_mate = (self.sorted[at] == wanted) & (self.stop[mate] == self.stop[new])
+        new, mate = new[is_mate], mate[is_mate]
+        is_first = self.cell[new] < self.cell[mate]
+        once = is_first | ~self.fresh[mate]
+        first, second = np.where(is_first, new, mate)[once], np.where(is_first, mate, new)[once]
+        self.mate[first], self.mate[second] = second, first
+        self.fresh[order] = False
+        kind = np.repeat(np.arange(2), (len(along), len(first)))
+        return Pairs(np.concatenate([along, first]), np.concatenate([self.after[along], second]), kind)
 
-    @property
-    def cost(self) -> Tensor:
-        return self.floats[:, :2]
+    def price(self, pairs: Pairs, cost: Floats, loss: Floats, apart_s: float) -> None:
+        """Take what merges cost.
 
-    @property
-    def loss(self) -> Tensor:
-        return self.floats[:, 2:4]
+        ``pairs``: those of ``seek_partners``. ``cost``: as far as latents decide it, ``loss``: the squared error they add,
+        (k,) each. ``apart_s``: so many seconds between two middles count as a latent. What is equal merges for nothing.
+        """
+        # A float of 0 or more has the order of its bits. Merges that cross no cut get the sign bit, and come first.
+        sign = np.where(self.last_shot[pairs.a] == self.first_shot[pairs.b], FIRST, 0)
+        along, beside = pairs.kind == 0, pairs.kind == 1
+        a, b = pairs.a[along], pairs.b[along]
+        middles = (self.first_s[b] + self.last_s[b]) - (self.first_s[a] + self.last_s[a])
+        share = np.minimum(np.square(middles / (2 * apart_s)), 1)
+        self.apart[a] = np.where(loss[along] > 0, share, 0.0)
+        self.cost[a], self.loss[a], self.sign[a] = cost[along], loss[along], sign[along]
+        a = pairs.a[beside]
+        self.mate_key[a], self.mate_loss[a] = cost[beside].view(np.int64) | sign[beside], loss[beside]
 
-    @property
-    def seconds(self) -> Tensor:
-        return self.floats[:, 4:]
+    def cheapest(self, most: int, distance: float) -> tuple[Pairs, Ints]:
+        """Return the ``most`` cheapest pairs, cheapest first, and their keys: whether they cross a cut, then their cost, as
+        one number. ``distance``: what time is measured by."""
+        order = self.order
+        after = self.after[order]
+        along = (self.cost[order] + distance * self.apart[order]).view(np.int64) | self.sign[order]
+        along[after == NONE] = LAST
+        # Of equal costs, merges along time come first, and of these every second one: so a line of equal latents halves in a
+        # round, and no cells merge before their time lines have.
+        keys = np.concatenate([along[::2], along[1::2], self.mate_key[order]])
+        found = np.arange(len(keys))
+        if most < len(keys):
+            found = np.flatnonzero(keys <= np.partition(keys, most - 1)[most - 1])
+        found = found[keys[found].argsort(kind="stable")[:most]]
+        found = found[keys[found] != LAST]
+        places = np.arange(len(order))
+        place = np.concatenate([places[::2], places[1::2], places])[found]
+        a, kind = order[place], np.where(found < len(order), 0, 1)
+        return Pairs(a, np.where(kind == 0, after[place], self.mate[a]), kind), keys[found]
+
+    def merge(self, pairs: Pairs, into: Ints, tree: CellTree) -> None:
+        """Merge stretches ``b`` into ``a``, and have the results in the slots ``into``, (k,): those of ``a``, or new ones."""
+        a, b = pairs.a, pairs.b
+        for left in (self.mate[a], self.mate[b]):
+            left = left[left != NONE]
+            self.mate[left], self.mate_key[left] = NONE, LAST
+        place = np.empty(len(self.cell), np.int64)
+        place[self.order] = np.arange(len(self))
+        rises = pairs.kind == 1
+        self.cell[into] = np.where(rises, tree.parent.numpy()[self.cell[a]], self.cell[a])
+        self.start[into], self.stop[into] = self.start[a], self.stop[b]
+        self.first_shot[into], self.last_shot[into] = self.first_shot[a], self.last_shot[b]
+        self.first_s[into], self.last_s[into] = self.first_s[a], self.last_s[b]
+        stays = np.ones(len(self), bool)
+        stays[place[b]] = stays[place[a[rises]]] = False
+        self.order[place[a]] = into
+        self.order, self.sorted = self.order[stays], self.sorted[stays]
+        self._enter(into, into[rises])
+
+    def times(self, slots: Ints) -> Ints:
+        """Return the frames of stretches, (k, 2), half-open."""
+        return np.stack([self.start[slots], self.stop[slots]], axis=1)
+
+    def boxes(self, slots: Ints, tree: CellTree) -> Ints:
+        """Return what stretches stand for, (k, 6): frames and cells, t0, t1, h0, h1, w0, w1, half-open."""
+        return np.concatenate([self.times(slots), tree.rectangles.numpy()[self.cell[slots]]], axis=1)
+
+
+def _sort_keys(cell: Ints, frame: Ints) -> Ints:
+    return cell << 32 | frame
