@@ -17,9 +17,14 @@ from typing import Any
 
 SCIPY = "scipy.optimize"
 COMPILER = "torch._dynamo"
-# The one function that transformers takes from each as it is imported with a model: for losses of object detection, and for
-# masks.
-PUT_OFF = {SCIPY: "linear_sum_assignment", f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex"}
+SHAPES = "torch.fx.experimental.symbolic_shapes"
+# The one function that is taken from each as a model of transformers is imported: for losses of object detection, for masks,
+# and, by torch 2.15, for its flex attention.
+PUT_OFF = {
+    SCIPY: "linear_sum_assignment",
+    f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex",
+    SHAPES: "has_free_unbacked_symbols",
+}
 # Decorators that only tell torch.compile something.
 MARKS = ("assume_constant_result", "allow_in_graph", "disable")
 # Where it is installed, transformers imports torchao with every model. It warns about each of its libraries for other
@@ -32,8 +37,9 @@ _is_command = False
 def declare_command() -> None:
     """Say that this process runs a ``freres`` command, and nobody else's code.
 
-    ``quick_imports`` then leaves out torch's compiler and its tensors over several devices, which no command uses: a quarter
-    of what ``freres ask`` takes to start. With several processes, as under torchrun, it leaves out nothing.
+    ``quick_imports`` then leaves out torch's compiler, with its algebra of shapes, and its tensors over several devices,
+    which no command uses: a quarter of what ``freres ask`` takes to start. With several processes, as under torchrun, it
+    leaves out nothing.
     """
     global _is_command
     _is_command = "WORLD_SIZE" not in os.environ
@@ -73,6 +79,7 @@ def without_compiler() -> Iterator[None]:
 
     with (
         _put_off(COMPILER, *(name for name in PUT_OFF if name.startswith(COMPILER))),
+        _put_off(SHAPES),
         _replaced(torch.distributed, "is_available", lambda: False),
         _replaced(torch.compiler, "disable", _keep_unmarked),
     ):
