@@ -169,9 +169,10 @@ class _PartsOfWhole(MetaPathFinder, Loader):
 
 
 def _import(name: str) -> ModuleType:
-    root = name.partition(".")[0]
+    """Import what a stand-in stands in for, with those that were put off together with it."""
+    whole = next(first for first in (SCIPY, COMPILER, SHAPES) if name.startswith(first))
     for other in [other for other, module in sys.modules.items() if isinstance(module, _StandIn)]:
-        if other.partition(".")[0] == root:
+        if other.startswith(whole):
             del sys.modules[other]
     return import_module(name)
 

@@ -121,16 +121,23 @@ def test_a_round_of_merges_is_little_work_for_a_device_to_begin(device, monkeypa
     assert len(rounds) > 20 and work.count < 25 * len(rounds)
 
 
-def test_the_device_gives_the_same_stretches(device):
-    for dtype in (torch.float32, torch.bfloat16):
-        found, made = [], make_clip()[40:52, :3, :3].to(dtype)
-        for clip in (made.to(device), made):
-            compressor = StretchCompressor((3, 3), 16, 40, keeps_trends=True)
-            compressor.push(clip, range(len(clip)))
-            found.append(compressor.finish())
-        for name in STRETCH_COLUMNS:
-            ours, theirs = (getattr(stretches, name) for stretches in found)
-            assert not isinstance(ours, LabelledTensor) and torch.equal(ours, theirs), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 2**26], ids=["one by one", "together"])
+def test_the_device_gives_the_same_stretches(device, monkeypatch, dtype, parts):
+    """In any parts, though the memory is small, and a cut is in the middle of a batch."""
+    monkeypatch.setattr(adaptive, "MOST_STRETCHES", 60)
+    monkeypatch.setattr(adaptive, "DEVICE_BYTES_AT_ONCE", parts)
+    monkeypatch.setattr(merging, "DEVICE_PAIR_BYTES_AT_ONCE", parts if parts > 1 else 8 * 16 * 7)
+    found, made = [], make_clip()[36:56, :3, :3].to(dtype)
+    for clip in (made.to(device), made):
+        compressor = StretchCompressor((3, 3), 16, 40, keeps_trends=True)
+        for frames, times in zip(clip.split(5), torch.arange(20.0).split(5), strict=True):
+            compressor.push(frames, times.tolist())
+        found.append(compressor.finish())
+    assert compressor.num_cuts_found == 1
+    for name in STRETCH_COLUMNS:
+        ours, theirs = (getattr(stretches, name) for stretches in found)
+        assert not isinstance(ours, LabelledTensor) and torch.equal(ours, theirs), name
 
 
 def test_a_result_is_read_by_parts(device, monkeypatch):

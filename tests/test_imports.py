@@ -83,6 +83,7 @@ import sys
 from freres_cli import imports
 imports.declare_command()
 with imports.quick_imports():
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
     from transformers.masking_utils import TransformGetItemToIndex
     from transformers.models.qwen2_vl import modeling_qwen2_vl
     {statement}
@@ -90,6 +91,7 @@ print([name in sys.modules for name in ("torch._dynamo", "torch.distributed.tens
 import torch, torch._dynamo
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as theirs
 assert type(torch._dynamo) is type(sys) and torch.distributed.is_available()
+assert not has_free_unbacked_symbols(torch.tensor(1)) and sys.modules[imports.SHAPES].free_symbols
 assert torch.compiler.disable.__module__ == "torch.compiler"
 with TransformGetItemToIndex() as mode:
     assert type(mode) is theirs
@@ -106,6 +108,20 @@ except SystemExit as end:
     assert not end.code"""
 USE = "from torch._dynamo import config; assert config.__name__ == 'torch._dynamo.config'"
 USE_PART = "import torch._dynamo.utils as u; assert u is sys.modules['torch._dynamo'].utils and u.__spec__.origin"
+
+
+def test_what_is_used_of_one_leaves_the_others_put_off() -> None:
+    program = """
+import sys
+from freres_cli import imports
+imports.declare_command()
+with imports.quick_imports():
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+    assert "sympy" in sys.modules
+    for name in (imports.SCIPY, imports.COMPILER):
+        assert isinstance(sys.modules[name], imports._StandIn)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,14 @@ def test_what_overflows_merges_without_a_word(size):
     assert len(merged) == 3
 
 
+def test_what_is_equal_merges_for_nothing_beside_what_overflows():
+    """Squares of what is finite may not be."""
+    clip = walk(24, 1, 1)
+    clip[4:20] = clip[4]
+    clip[0] *= 3e19
+    assert [4, 20] in merge(clip, 9, distance=torch.inf).boxes[:, :2].tolist()
+
+
 def test_means_are_weighted_and_keep_the_dtype():
     x, y = torch.tensor([[1.0, 3.0]]).bfloat16(), torch.tensor([[5.0, 3.0]]).bfloat16()
     mean = merge_means(x, y, torch.tensor([[1 / 4]]))

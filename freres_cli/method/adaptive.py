@@ -73,7 +73,9 @@ class CutDetector:
         frames = frames.to(torch.float32)
         previous = torch.cat([frames[:1] if self._previous is None else self._previous, frames[:-1]])
         self._previous = frames[-1:].clone()  # a view of it would keep its whole batch alive
-        change = (frames - previous).square().sum(-1).median(1).values.to(torch.float64)
+        changes = (frames - previous).square().sum(-1)
+        # One by one: medians with their places, as CUDA gives those of several rows, are not deterministic there.
+        change = torch.stack([one.median() for one in changes]).to(torch.float64)
         squares, total = frames.square().sum((1, 2), dtype=torch.float64), frames.sum(1, dtype=torch.float64)
         return torch.cat([torch.stack([change, squares], dim=1), total], dim=1)
 

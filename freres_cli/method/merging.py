@@ -201,8 +201,8 @@ class Merger:
         distance = torch.empty(count, dtype=torch.float32, device=self._storage.device)
         for part in self._parts(count):
             # On a CPU index_select is 2 to 5 times as fast as an index.
-            x, y = (compared.index_select(0, side[part]) for side in slots)
-            distance[part] = (x.to(torch.float32) - y).square().sum(-1)
+            x, y = (compared.index_select(0, side[part]).to(torch.float32) for side in slots)
+            distance[part] = (x - y).square().sum(-1)
         n, m = (self._sizes(side).astype(np.float64) for side in (pairs.a, pairs.b))
         weight, distances = n * m / (n + m), distance.cpu().numpy().astype(np.float64)
         return weight**COST_EXPONENT * distances, weight * distances

@@ -38,11 +38,11 @@ class Rows:
     ``cell``: its rectangle in the tree. ``start``, ``stop``: its frames. ``first_shot``, ``last_shot``, ``first_s``,
     ``last_s``: of its first and its last frame. ``after``: the slot of the stretch that follows in the same cells, ``mate``:
     that of the sibling cells at the same time, -1 for none. Of the merge with the one that follows: ``cost``, as far as
-    latents decide it, ``apart``, the share of a latent that time adds, ``sign``, the sign bit if it crosses no cut, and
-    ``loss``, the squared error that it adds. Of that with the sibling, in the row of the first of the two: ``mate_key``, as
-    ``cheapest`` returns it, and ``mate_loss``. ``fresh``: whether it is new since partners were last sought.
+    latents decide it, ``apart``, the share of a latent that time adds if they differ, ``sign``, the sign bit if it crosses
+    no cut, and ``loss``, the squared error that it adds. Of that with the sibling, in the row of the first of the two:
+    ``mate_key``, as ``cheapest`` returns it, and ``mate_loss``. ``fresh``: whether it is new since partners were last sought.
 
-    ``order``: the slots of the stretches that are left, by cell, then by time; ``sorted``: their ``_sort_keys``.
+    ``order``: the slots of the stretches that are left, by cell, then by time; ``order_keys``: their ``_sort_keys``.
     """
 
     cell: Ints
@@ -62,7 +62,7 @@ class Rows:
     mate_loss: Floats
     fresh: Flags
     order: Ints
-    sorted: Ints
+    order_keys: Ints
 
     @staticmethod
     def empty() -> Rows:
@@ -78,7 +78,7 @@ class Rows:
         return {name: torch.from_numpy(array) for name, array in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: tensor.numpy() for name, tensor in state.items()})
+        vars(self).update({one.name: state[one.name].numpy() for one in fields(self)})
 
     def _by_slot(self) -> list[str]:
         return [one.name for one in fields(self)[:-2]]
@@ -92,14 +92,14 @@ class Rows:
     def close_up(self) -> Ints:
         """Give the stretches that are left the first slots, in the order of those that they have. Return these, ascending."""
         slots = np.sort(self.order)
-        moved = np.full(len(self.cell) + 1, NONE)
-        moved[slots] = np.arange(len(slots))
+        new_slot = np.full(len(self.cell) + 1, NONE)
+        new_slot[slots] = np.arange(len(slots))
         for name in self._by_slot():
             array = getattr(self, name)
             array[: len(slots)] = array[slots]
         for array in (self.after, self.mate):
-            array[: len(slots)] = moved[array[: len(slots)]]
-        self.order = moved[self.order]
+            array[: len(slots)] = new_slot[array[: len(slots)]]
+        self.order = new_slot[self.order]
         return slots
 
     def add(self, first_slot: int, cells: Ints, frames: Ints, shots: Ints, seconds: Floats) -> None:
@@ -111,15 +111,15 @@ class Rows:
         self.first_s[slots] = self.last_s[slots] = seconds
         self._enter(slots, slots)
 
-    def _enter(self, slots: Ints, moved: Ints) -> None:
-        """Have no partners for new stretches in ``slots``, and put ``moved``, some of them, into the order."""
+    def _enter(self, slots: Ints, unplaced: Ints) -> None:
+        """Have no partners for new stretches in ``slots``, and put ``unplaced``, some of them, into the order."""
         self.after[slots] = self.mate[slots] = NONE
         self.mate_key[slots], self.fresh[slots] = LAST, True
-        keys = _sort_keys(self.cell[moved], self.start[moved])
+        keys = _sort_keys(self.cell[unplaced], self.start[unplaced])
         by_key = keys.argsort(kind="stable")
         keys = keys[by_key]
-        at = self.sorted.searchsorted(keys)
-        self.order, self.sorted = np.insert(self.order, at, moved[by_key]), np.insert(self.sorted, at, keys)
+        at = self.order_keys.searchsorted(keys)
+        self.order, self.order_keys = np.insert(self.order, at, unplaced[by_key]), np.insert(self.order_keys, at, keys)
 
     def seek_partners(self, tree: CellTree) -> Pairs:
         """Find which stretches may merge now, and return those pairs that were not there before. ``price`` is next."""
@@ -133,9 +133,9 @@ class Rows:
         new = order[fresh]
         # The sibling of the whole grid has a key that no stretch has.
         wanted = _sort_keys(tree.sibling.numpy()[self.cell[new]], self.start[new])
-        at = np.minimum(self.sorted.searchsorted(wanted), len(order) - 1)
+        at = np.minimum(self.order_keys.searchsorted(wanted), len(order) - 1)
         mate = order[at]
-        is_mate = (self.sorted[at] == wanted) & (self.stop[mate] == self.stop[new])
+        is_mate = (self.order_keys[at] == wanted) & (self.stop[mate] == self.stop[new])
         new, mate = new[is_mate], mate[is_mate]
         is_first = self.cell[new] < self.cell[mate]
         once = is_first | ~self.fresh[mate]
@@ -149,25 +149,25 @@ class Rows:
         """Take what merges cost.
 
         ``pairs``: those of ``seek_partners``. ``cost``: as far as latents decide it, ``loss``: the squared error they add,
-        (k,) each. ``apart_s``: so many seconds between two middles count as a latent. What is equal merges for nothing.
+        (k,) each. ``apart_s``: so many seconds between two middles count as a latent.
         """
         # A float of 0 or more has the order of its bits. Merges that cross no cut get the sign bit, and come first.
         sign = np.where(self.last_shot[pairs.a] == self.first_shot[pairs.b], FIRST, 0)
         along, beside = pairs.kind == 0, pairs.kind == 1
         a, b = pairs.a[along], pairs.b[along]
         middles = (self.first_s[b] + self.last_s[b]) - (self.first_s[a] + self.last_s[a])
-        share = np.minimum(np.square(middles / (2 * apart_s)), 1)
-        self.apart[a] = np.where(loss[along] > 0, share, 0.0)
+        self.apart[a] = np.minimum(np.square(middles / (2 * apart_s)), 1)
         self.cost[a], self.loss[a], self.sign[a] = cost[along], loss[along], sign[along]
         a = pairs.a[beside]
         self.mate_key[a], self.mate_loss[a] = cost[beside].view(np.int64) | sign[beside], loss[beside]
 
     def cheapest(self, most: int, distance: float) -> tuple[Pairs, Ints]:
         """Return the ``most`` cheapest pairs, cheapest first, and their keys: whether they cross a cut, then their cost, as
-        one number. ``distance``: what time is measured by."""
+        one number. ``distance``: what time is measured by. What is equal merges for nothing."""
         order = self.order
         after = self.after[order]
-        along = (self.cost[order] + distance * self.apart[order]).view(np.int64) | self.sign[order]
+        added = np.where(self.loss[order] > 0, distance * self.apart[order], 0.0)
+        along = (self.cost[order] + added).view(np.int64) | self.sign[order]
         along[after == NONE] = LAST
         # Of equal costs, merges along time come first, and of these every second one: so a line of equal latents halves in a
         # round, and no cells merge before their time lines have.
@@ -198,7 +198,7 @@ class Rows:
         stays = np.ones(len(self), bool)
         stays[place[b]] = stays[place[a[rises]]] = False
         self.order[place[a]] = into
-        self.order, self.sorted = self.order[stays], self.sorted[stays]
+        self.order, self.order_keys = self.order[stays], self.order_keys[stays]
         self._enter(into, into[rises])
 
     def times(self, slots: Ints) -> Ints:
