@@ -126,4 +126,5 @@ def _ask_video(
         for cell in cells[storage]
     ]
     row = {"video": name, "status": "ok", "full_tokens": clip.full_tokens, "cells": answered}
+    row |= {"lost_s": clip.lost_s, "notes": list(clip.notes)}
     return row | {"decode_s": timer.seconds["decode"], "encode_s": timer.seconds["encode"]}
