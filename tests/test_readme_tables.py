@@ -193,9 +193,10 @@ def test_fidelity() -> None:
 
 
 def test_costs_of_other_methods() -> None:
-    again = {name: row for name, row in cost_rows("peers_again").items() if name not in ("uniform", "adaptive")}
-    rows = cost_rows("peers") | again | {"dtd": cost_rows("peers_dtd")["dtd"]}
-    longer = cost_rows("peers_1800_again") | cost_rows("peers_1800_last")
+    rows = cost_rows("peers")
+    for part in ("peers_again", "peers_dtd", "peers_streams"):
+        rows |= {name: row for name, row in cost_rows(part).items() if name not in ("uniform", "evs")}
+    longer = cost_rows("peers_1800_again") | cost_rows("peers_1800_last") | cost_rows("peers_1800_streams")
     for name, *cells in tables_after("**What other methods cost**")[0][1:]:
         method, _, shorter = name.partition(" ")
         row = rows[method]
