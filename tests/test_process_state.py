@@ -58,7 +58,7 @@ def test_memory_is_given_back_at_once_for_long_videos_only(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_the_peak_of_memory_counts_from_a_reset_on():
-    held = bytearray(64 << 20)
+    held = bytearray(b"1") * (64 << 20)  # written, or none of it would be there
     memory = PeakMemory(torch.device("cpu"))
     with_held = memory.read_bytes()
     del held
