@@ -79,6 +79,11 @@ def test_the_cost_of_many_questions_is_the_measured_one() -> None:
     assert f"| {with_options:.2f}x ({shared:.1f} s, {copied:.1f} s), {free:.2f}x |" in README
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_results_name_no_place_of_the_machine_that_made_them(path: Path) -> None:
+    assert not re.search(r'(?m)"/|: "~|file://', path.read_text())
+
+
 def test_verbs_and_flags_exist() -> None:
     blocks = [*re.findall(r"(?ms)^```\n(.*?)^```", README), re.sub(r"(?m)^    ", "", README)]
     lines = [line.partition("#")[0] for block in blocks for line in block.splitlines() if line.startswith("freres ")]
