@@ -94,6 +94,16 @@ def test_levels_1_and_3(marker: str, part: str) -> None:
         check(cells, [own.difference(*title.split(" - "), budget) for budget in BUDGETS], title)
 
 
+def test_level_3_at_a_fiftieth() -> None:
+    own = Part("world", "level_3_fiftieth")
+    table = tables_after("**Level 3, at a fiftieth**")[0][1:]
+    for name, *cells in table:
+        key = ("full", None) if name == "every token" else (name, 0.02)
+        wanted = [own.accuracy(*key), "" if name == "adaptive" else own.difference("adaptive", key[0], 0.02)]
+        check(cells, wanted, name)
+    assert len(table) == len({method for method, _ in own.rows} - {"blind"})
+
+
 def test_level_2() -> None:
     own = Part("world", "level_2_full")
     for name, *cells in tables_after("**Level 2, with every token**")[0][1:]:
