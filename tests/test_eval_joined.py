@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -143,6 +144,28 @@ def with_methods(header, methods):
     """A header of the same run, but for its methods."""
     values = json.loads(header)
     return json.dumps({**values, "run": {**values["run"], "methods": methods}})
+
+
+def test_a_file_that_gzip_compressed_is_joined_and_one_that_is_damaged_is_refused(questions, before, tmp_path, asked):
+    packed = tmp_path / "before.jsonl.gz"
+    packed.write_bytes(gzip.compress(before.read_bytes()))
+    joined = run_eval(questions, *CELLS, joined=[packed])
+    assert asked == [] and figures(joined.summary) == figures(run_eval(questions, *CELLS, output=before).summary)
+    held = packed.read_bytes()
+    for damaged in (held[:-20], held[:8], held[:40] + bytes([held[40] ^ 255]) + held[41:], held[:-8] + bytes(8)):
+        packed.write_bytes(damaged)
+        with fails(2, f"{packed}: damaged results"):
+            run_eval(questions, *CELLS, joined=[packed])
+
+
+def test_a_file_that_gzip_compressed_is_not_continued(questions, before, tmp_path):
+    """Rows that are appended to it could not be read again."""
+    packed = tmp_path / "before.jsonl.gz"
+    packed.write_bytes(gzip.compress(before.read_bytes()))
+    held = packed.read_bytes()
+    with fails(2, "holds no results of freres eval"):
+        run_eval(questions, *CELLS, output=packed)
+    assert packed.read_bytes() == held
 
 
 def other_file(before, folder):

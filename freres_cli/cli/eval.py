@@ -80,7 +80,9 @@ def evaluate(
     joined: Annotated[
         list[str] | None,
         typer.Option(
-            "--join", metavar="FILE", help="Take over the answers of this results file; use again for several files."
+            "--join",
+            metavar="FILE",
+            help="Take over the answers of this results file, also compressed by gzip; use again for several files.",
         ),
     ] = None,
     adapter: options.Adapter = None,

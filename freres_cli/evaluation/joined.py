@@ -57,7 +57,7 @@ class JoinedAnswers:
     @staticmethod
     def _read(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[int, int]]:
         """The rows of a file by video, and where it has each method of the run."""
-        log = read_log(path, REMEDY)
+        log = read_log(path, REMEDY, packed=True)
         if log is None:
             raise UsageError(f"{path}: holds no results", REMEDY)
         if differing := [key for key in find_differing(log.run, run) if key != METHODS]:

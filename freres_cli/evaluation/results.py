@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from freres_cli.files import check_destination
 
 SCHEMA = "freres.eval.log/1"
 DEFAULT_NAME = "eval.jsonl"
+GZIP_MAGIC = b"\x1f\x8b"
 REMEDY = "name another file with -o, or start over with --force"
 
 
@@ -98,12 +101,15 @@ class ResultsLog:
     num_bytes: int
 
 
-def read_log(path: Path, remedy: str) -> ResultsLog | None:
+def read_log(path: Path, remedy: str, *, packed: bool = False) -> ResultsLog | None:
     """Read a results file; ``None`` if it ends before its first row begins. A last line that was cut short is left out.
 
     ``remedy``: the hint of the ``UsageError`` for a file that cannot be read, holds something else or is damaged.
+    ``packed``: whether the file may be one that gzip has compressed; one that is continued may not.
     """
     data = _read_bytes(path, remedy)
+    if packed and data.startswith(GZIP_MAGIC):
+        data = _unpack(data, path, remedy)
     lines = data.splitlines(keepends=True)
     if not lines or (len(lines) == 1 and _is_cut_header(data)):
         return None
@@ -185,6 +191,13 @@ def _read_bytes(path: Path, remedy: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}", remedy) from error
+
+
+def _unpack(data: bytes, path: Path, remedy: str) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: damaged results: {error}", remedy) from error
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
