@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from freres_cli.pipeline.clip import EncodedClip
+from freres_cli.workflows import evaluate
 from tests.evaluations import FRAMES, figures, read_rows, run_eval, write_clips, write_questions, write_rows
 from tests.loaded_models import CountingEncoder, CountingLanguageModel, loaded_models, models_with
 from tests.runner import fails, run_freres
@@ -75,6 +76,18 @@ def test_the_video_is_tried_again(questions, tmp_path, uniform_fails, monkeypatc
     monkeypatch.undo()
     again = run_eval(questions, *CELLS, output=log)
     assert again.num_resumed == 2 and all(not row["failed"] for row in again.summary["rows"])
+
+
+def test_of_a_video_only_what_failed_is_tried_again(questions, tmp_path, uniform_fails, monkeypatch):
+    """A method may fail on every video, as one does that needs more memory than there is."""
+    log, asked, ask_cell = tmp_path / "a.jsonl", [], evaluate.ask_cell
+    run_eval(questions, *CELLS, output=log)
+    monkeypatch.setattr(evaluate, "ask_cell", lambda cell, *rest: asked.append(cell.name) or ask_cell(cell, *rest))
+    again = run_eval(questions, *CELLS, output=log)
+    assert asked == ["uniform 0.5"] and again.num_resumed == 2 and again.num_joined == 0
+    monkeypatch.undo()
+    whole = run_eval(questions, *CELLS)
+    assert figures(run_eval(questions, *CELLS, output=log).summary) == figures(whole.summary)
 
 
 def test_a_method_that_does_not_fit_in_memory_leaves_the_others(questions):

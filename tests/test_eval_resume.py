@@ -78,6 +78,30 @@ def test_a_changed_video_and_a_failed_one_are_done_again(tmp_path):
     assert second.summary["full_tokens"] == first.summary["full_tokens"] / 4 * 6
 
 
+def test_answers_outlast_a_run_in_which_their_videos_are_away(tmp_path):
+    """A disk may be unmounted for a while."""
+    path, output = write_questions(write_clips(tmp_path)), tmp_path / "a.jsonl"
+    first = run_eval(path, *CELLS, output=output)
+    (tmp_path / "clip1.mp4").rename(tmp_path / "away.mp4")
+    away = run_eval(path, *CELLS, output=output)
+    assert [video["video"] for video in away.summary["failed"]] == ["clip1.mp4"] and away.num_resumed == 2
+    (tmp_path / "away.mp4").rename(tmp_path / "clip1.mp4")
+    again = run_eval(path, *CELLS, output=output)
+    assert again.num_resumed == 3 and again.summary["rows"] == first.summary["rows"]
+    write_clip(tmp_path / "clip1.mp4", 9, fps=10)
+    changed = run_eval(path, *CELLS, output=output)
+    assert changed.num_resumed == 2 and changed.summary["full_tokens"] > first.summary["full_tokens"]
+
+
+def test_a_video_is_read_once_to_be_known(questions, tmp_path, monkeypatch):
+    """A film takes seconds to hash."""
+    hashed, hash_file = [], evaluate.hash_file
+    monkeypatch.setattr(evaluate, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    run_eval(questions, "blind", output=tmp_path / "a.jsonl")
+    run_eval(questions, "blind,uniform", "0.5", output=tmp_path / "b.jsonl", joined=[tmp_path / "a.jsonl"])
+    assert hashed == ["clip0.mp4", "clip1.mp4", "clip2.mp4"] * 2
+
+
 def test_a_larger_limit_resumes(questions, tmp_path):
     output = tmp_path / "a.jsonl"
     assert run_eval(questions, "blind", output=output, limit=3).summary["num_videos"] == 2

@@ -1,9 +1,9 @@
-"""Answers that other runs gave to the same questions: those of other shards, and of methods that were compared before."""
+"""Answers that are there already: of this run's own file, of other shards, and of methods that were compared before."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ REMEDY = "--join takes results of freres eval for the same questions, model, dev
 
 @dataclass(frozen=True)
 class KnownCells:
-    """What is known about a video. ``row``: one that another run wrote, whose ``cells`` are not these; ``None`` if nothing
-    is known. ``cells``: its parts by the place of their method in the run that is made."""
+    """What is known about a video. ``row``: one that was written before, whose ``cells`` are not these; ``None`` if nothing
+    is known. ``cells``: its parts by the place of their method in the run that is made. ``num_joined``: how many of them
+    are from other files than the run's own. ``sha256``: of the video, if it was read."""
 
     row: Mapping[str, Any] | None = None
     cells: Mapping[int, dict[str, Any]] = field(default_factory=dict)
+    num_joined: int = 0
+    sha256: str | None = None
 
 
 class JoinedAnswers:
@@ -34,25 +37,37 @@ class JoinedAnswers:
 
     def __init__(self, paths: Sequence[Path], run: Mapping[str, Any]) -> None:
         written = json.loads(json.dumps(run))  # as files have it
+        self._num_cells = len(run[METHODS])
         self._files = [self._read(path, written) for path in paths]
 
-    def __bool__(self) -> bool:
-        return bool(self._files)
+    def find(self, video: str, sha256: str, asked: set[str], own: Mapping[str, Any] | None = None) -> KnownCells:
+        """Return what is known about a video.
 
-    def find(self, video: str, sha256: str, asked: set[str]) -> KnownCells:
-        """Return what is known about a video. ``sha256``: of the file. ``asked``: the ids of its questions: what answers
-        other ones is not taken, as tokens and times are those of all of them."""
+        ``sha256``: of the file. ``asked``: the ids of its questions: what answers other ones is not taken, as tokens and
+        times are those of all of them. ``own``: what the run's own file has about it, which counts first. What failed is
+        not known: it is tried again.
+        """
         base: Mapping[str, Any] | None = None
         cells: dict[int, dict[str, Any]] = {}
-        for rows, places in self._files:
-            row = rows.get(video)
-            if row is None or row["video_sha256"] != sha256:
+        num_own = 0
+        for row, places in self._find_rows(video, own):
+            if row is None or row["status"] != "ok" or row["video_sha256"] != sha256:
                 continue
-            for own, other in places.items():
+            for place, other in places.items():
                 cell = row["cells"][other]
-                if own not in cells and cell["status"] == "ok" and cell["answers"].keys() == asked:
-                    cells[own], base = cell, base or row
-        return KnownCells(base, cells)
+                if place not in cells and cell["status"] == "ok" and cell["answers"].keys() == asked:
+                    cells[place], base = cell, base or row
+                    num_own += row is own
+        return KnownCells(base, cells, len(cells) - num_own, sha256)
+
+    def _find_rows(
+        self, video: str, own: Mapping[str, Any] | None
+    ) -> Iterator[tuple[Mapping[str, Any] | None, Mapping[int, int]]]:
+        """Rows about a video, each with the places of the run's methods in it."""
+        if own is not None and len(own.get("cells", ())) == self._num_cells:
+            yield own, {place: place for place in range(self._num_cells)}
+        for rows, places in self._files:
+            yield rows.get(video), places
 
     @staticmethod
     def _read(path: Path, run: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[int, int]]:

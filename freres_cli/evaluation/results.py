@@ -30,7 +30,8 @@ def results_path(output: Path) -> Path:
 
 
 class ResultsFile:
-    """The rows of a run, one per video, also kept on disk if there is a ``path``. A later row replaces an earlier one.
+    """The rows of a run, one per video, also kept on disk if there is a ``path``. A later row replaces an earlier one, but
+    of rows that are read, a failed one does not replace answers: the video may have been away for a while.
 
     ``run``: everything that decides the answers. A file from the same run is continued. Any other file is refused with
     the hint ``remedy``, or overwritten with ``force``. A last line that was cut short by a crash is dropped. Raises
@@ -41,7 +42,6 @@ class ResultsFile:
         self.path = path
         self._remedy = remedy
         self.rows: dict[str, dict[str, Any]] = {}
-        self.num_resumed = 0
         self._header: dict[str, Any] = {"schema": SCHEMA, "run_sha256": digest_run(run), "run": run}
         if path is None:
             return
@@ -51,7 +51,6 @@ class ResultsFile:
             if not force:
                 raise
             kept = 0
-        self.num_resumed = len(self.rows)
         self._cut(path, kept)
         if not kept:
             self._write(self._header)
@@ -73,7 +72,9 @@ class ResultsFile:
                 f"{path}: holds the results of another run: {', '.join(differing) or 'header'} differs",
                 self._remedy,
             )
-        self.rows |= {row["video"]: row for row in log.rows}
+        for row in log.rows:
+            if row["status"] == "ok" or row["video"] not in self.rows:
+                self.rows[row["video"]] = row
         return log.num_bytes
 
     def _cut(self, path: Path, num_bytes: int) -> None:

@@ -88,12 +88,12 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     for done, (name, questions) in enumerate(videos.items()):
         if progress is not None:
             progress(done, len(videos))
-        if _is_done(results.rows.get(name), questions, len(request.cells)):
+        known = _find_known(joined, results.rows.get(name), name, questions)
+        if len(known.cells) - known.num_joined == len(request.cells):
             num_resumed += 1
             continue
-        known = _find_known(joined, name, questions)
         row = evaluate_video(request, name, questions, models, modules, failures, known)
-        num_joined += len(known.cells) if row["status"] == "ok" else 0
+        num_joined += known.num_joined if row["status"] == "ok" else 0
         results.append(row)
     rows = [results.rows[name] for name in videos]
     if all(row["status"] == "failed" for row in rows):
@@ -167,7 +167,7 @@ def evaluate_video(
 
     ``request``: what the run asks for. ``name``: the video's name in the questions file. ``questions``: the questions
     about this video. ``models``: both halves of the model. ``modules``: trained modules by adapter path. ``failures``: gets
-    what goes wrong. ``known``: what other runs answered.
+    what goes wrong. ``known``: what was answered before.
     """
     if known.row is not None and len(known.cells) == len(request.cells):
         return {**known.row, "cells": [known.cells[place] for place in range(len(request.cells))]}
@@ -180,7 +180,7 @@ def evaluate_video(
         with memory_errors_as(f"video {name}", "evaluate it on a machine with more memory, or with a smaller --dtype"):
             if first.problem:
                 raise VideoError(first.problem)
-            row["video_sha256"] = hash_file(video)
+            row["video_sha256"] = known.sha256 or hash_file(video)
             clip = EncodedClip(VideoSource(video), options, models.encoder, timer)
             row |= {"num_frames": clip.num_frames, "full_tokens": clip.full_tokens}
             row["cells"] = [
@@ -281,25 +281,12 @@ def _ask(session: Session, question: Question, request: EvalRequest) -> Answer:
     return session.ask(question.question, choices=question.choices, max_new_tokens=request.max_answer_tokens)
 
 
-def _find_known(joined: JoinedAnswers, name: str, questions: Sequence[Question]) -> KnownCells:
-    """What other runs answered about a video, if there are any."""
-    if not joined:
-        return KnownCells()
+def _find_known(
+    joined: JoinedAnswers, own: Mapping[str, Any] | None, name: str, questions: Sequence[Question]
+) -> KnownCells:
+    """What was answered about this exact file before. ``own``: what the run's own file has about it."""
     try:
-        return joined.find(name, hash_file(questions[0].video), {question.id for question in questions})
+        sha256 = hash_file(questions[0].video)
     except VideoError:  # evaluating the video says why
         return KnownCells()
-
-
-def _is_done(row: dict[str, Any] | None, questions: Sequence[Question], num_cells: int) -> bool:
-    """Whether an earlier run asked these questions, and no others, about this exact file: tokens and times of a row are
-    those of all its questions. A failed video is tried again."""
-    if row is None or row["status"] != "ok" or len(row["cells"]) != num_cells:
-        return False
-    asked = {question.id for question in questions}
-    if any(cell["answers"].keys() != asked for cell in row["cells"]):
-        return False
-    try:
-        return bool(row["video_sha256"] == hash_file(questions[0].video))
-    except VideoError:
-        return False
+    return joined.find(name, sha256, {question.id for question in questions}, own)
