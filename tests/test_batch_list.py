@@ -14,7 +14,7 @@ from freres_cli.errors import FreresError
 from freres_cli.video.listing import list_videos
 from freres_cli.workflows.batch_list import list_jobs, with_own
 from freres_cli.workflows.batch_store import is_url, short_name
-from tests.runner import fails
+from tests.runner import check_failure, fails, run_freres
 
 FLAGS = {"budget_tokens": 40, "sample_count": 8}
 
@@ -119,6 +119,8 @@ def test_two_videos_of_one_name_are_refused_before_anything_runs(videos):
         ({"video": "a.mp4", "description": "x"}, "unknown key", ""),
         ({"video": "a.mp4", "budget_tokens": "many"}, "budget_tokens: expected a whole number", ""),
         ({"video": "a.mp4", "method": "other"}, "other", ""),
+        ({"video": "a.mp4", "start_s": 10**400}, "start_s: expected a number of seconds, 0 or more, got inf", ""),
+        ({"video": "a.mp4", "end_s": 10**400}, "end_s: expected a number of seconds above", ""),
         ({"video": "a.mp4", "method": "uniform", "quality": 0.9}, "quality", ""),
         ({"video": "a.mp4", "start_s": -1}, "start_s: expected", ""),
         (
@@ -149,6 +151,12 @@ def test_a_bad_line_is_named_by_its_number(videos, row, text, hint):
     assert caught.value.exit_status == 2
     assert f"{listed}:3: " in caught.value.message and text in caught.value.message, caught.value.message
     assert hint in (caught.value.hint or "")
+
+
+def test_what_a_line_names_is_named_by_its_key_and_not_by_a_flag(videos, tmp_path):
+    listed = write(videos / "rows.jsonl", {"video": "a.mp4", "method": "other"})
+    run = run_freres("batch", listed, "-o", tmp_path / "out")
+    check_failure(run, 2, f"{listed}:1: {videos / 'a.mp4'}: method: expected one of full, uniform")
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff\xfe\n"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -53,6 +54,19 @@ def test_a_worker_that_ends_before_it_is_ready_is_no_try_of_a_video(tmp_path):
     supervisor = Supervisor(FakeSetup(str(tmp_path), "once"))
     assert supervisor.run(FakeJob("ok-1")).tries == 1
     supervisor.close()
+
+
+def test_a_worker_that_the_system_does_not_start_is_tried_again(supervisor, monkeypatch):
+    """As where there are too many processes, or no memory for one more."""
+    failures = [OSError(errno.EAGAIN, "no more processes")] * 2
+
+    def start(process):
+        if failures:
+            raise failures.pop()
+        start_deaf(process)
+
+    monkeypatch.setattr(batch_process, "start_deaf", start)
+    assert supervisor.run(FakeJob("ok-1")).tries == 1 and supervisor._num_ends == 2
 
 
 @pytest.mark.parametrize(("breaks", "jobs"), [("always", ("ok-1",)), ("later", ("ok-1", "unlucky-1"))])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 
 import pytest
 
+from freres_cli.errors import UsageError
 from freres_cli.evaluation.questions import Question
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
 from freres_cli.pipeline.query import Query
@@ -200,6 +202,30 @@ def test_parquet_gives_the_same_questions_as_json(copies, tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "videomme/test-00000-of-00001.parquet")
     made, expected = (read_any_questions(root).questions for root in (tmp_path, copies["video-mme"]))
     assert [(q.id, q.prompt, q.answer) for q in made] == [(q.id, q.prompt, q.answer) for q in expected]
+
+
+def test_damage_to_parquet_is_told_with_the_name_of_the_file(copies, tmp_path):
+    """pyarrow raises errors of several kinds for it."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "videomme/test-00000-of-00001.parquet"
+    path.parent.mkdir()
+    parquet.write_table(
+        pyarrow.Table.from_pylist(json.loads((copies["video-mme"] / "videomme.json").read_text())), path
+    )
+    whole, kinds = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(kinds.randint(1, 10)):
+            damaged[kinds.randrange(len(whole))] = kinds.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_any_questions(tmp_path)
+        except UsageError as error:
+            refused += "not a whole Parquet file" in error.message and str(path) in error.message
+    assert refused > 75
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

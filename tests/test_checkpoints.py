@@ -153,12 +153,20 @@ def test_a_state_that_cannot_be_read_is_told_and_removed(clip, models, tmp_path,
     assert states(tmp_path) == [] and not (tmp_path / "evil").exists()
 
 
-def test_a_state_that_does_not_fit_in_memory_is_kept(clip, models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_a_state_that_does_not_fit_in_memory_is_kept(clip, models, tmp_path, monkeypatch, failure):
     with pytest.raises(Stopped):
         compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=16)
 
     def fill(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise failure
 
     kept = states(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(ResourceError, match="memory"):

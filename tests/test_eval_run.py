@@ -20,7 +20,7 @@ from freres_cli.world.bundled_model import bundled_adapter, bundled_model_dir
 from tests.clips import solid, write_clip
 from tests.evaluations import make_request, read_rows, rows_for, run_eval, write_rows
 from tests.loaded_models import loaded_models, models_with
-from tests.runner import fails, run_freres
+from tests.runner import check_failure, fails, run_freres
 from tests.test_encoded_clip import encode_clip, options_for
 
 
@@ -137,6 +137,13 @@ def test_the_adapter_that_ships_is_named(folder, tmp_path):
     with (tmp_path / "rows.csv").open(newline="") as file:
         assert [row["adapter"] for row in csv.DictReader(file)] == [bundled_adapter().name, ""]
     assert "with adapter" not in run_freres(*flags, "--adapter", "none").err
+
+
+@pytest.mark.parametrize("verb", [("eval", "q.jsonl"), ("compare", "clip0.mp4", "--question", "What?")])
+def test_an_adapter_that_no_method_takes_is_refused(folder, verb):
+    """Whether or not there is such a file: a mistyped name must not look as if it had been used."""
+    flags = (verb[0], folder / verb[1], *verb[2:], "--methods", "uniform,evs", "--adapter", "nothere.safetensors")
+    check_failure(run_freres(*flags), 2, "--adapter: has no effect on uniform, evs")
 
 
 # --- another run ------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def interval_of(values, odds):
     return [values[order][np.searchsorted(below, part)] for part in (0.025, 0.975)]
 
 
-def test_a_group_that_a_resample_leaves_out_does_not_count_in_it():
+def test_a_group_that_a_resample_leaves_out_counts_in_the_mean_as_it_is():
     """Two of six videos ask about the second group: one resample in eleven has neither."""
     total = np.array([[3, 2], [3, 2], [3, 0], [3, 0], [3, 0], [3, 0]])
     correct = np.array([[3, 1], [2, 2], [3, 0], [1, 0], [2, 0], [0, 0]])
@@ -153,14 +153,21 @@ def test_a_group_that_a_resample_leaves_out_does_not_count_in_it():
     odds, shares = np.array(odds), np.array(shares)
     assert 0.08 < odds[np.isnan(shares[:, 1])].sum() < 0.1
     found = estimate_shares(correct, total)
-    means = [np.mean([share for share in row if not np.isnan(share)]) for row in shares]
+    whole = correct.sum(0) / total.sum(0)
+    means = [
+        np.mean([own if np.isnan(share) else share for share, own in zip(row, whole, strict=True)]) for row in shares
+    ]
     for part, values in zip((*found.groups, found.mean_over_groups), (*shares.T, np.array(means)), strict=True):
         assert [part.low, part.high] == pytest.approx(interval_of(values, odds), abs=0.03)
 
 
 def test_a_rare_group_whose_videos_agree_is_bounded_by_their_number():
-    """Also where some resamples leave it out; the mean of two such groups lies between the means of their bounds."""
+    """Also where some resamples leave it out; the mean of two such groups lies between the means of their bounds, also
+    where one is all right and the other all wrong."""
     total = np.array([[1, 2], [1, 2], [1, 0], [1, 0], [1, 0], [1, 0]])
+    apart = estimate_shares(total * [1, 0], total)
+    ends = [(0.05 ** (1 / 6) + 0) / 2, (1 + 1 - 0.05 ** (1 / 2)) / 2]
+    assert [apart.mean_over_groups.low, apart.mean_over_groups.high] == pytest.approx(ends)
     found = estimate_shares(total, total)
     bounds = [0.05 ** (1 / 6), 0.05 ** (1 / 2)]
     assert [group.low for group in found.groups] == pytest.approx(bounds) and found.groups[1].high == 1

@@ -232,6 +232,7 @@ def test_anything_but_one_video_is_refused(folder, visuals):
         ({"method": "magic"}, UsageError, "method: expected one of"),
         ({"bugdet_tokens": 4}, PresetError, "bugdet_tokens"),
         ({"quality": 0.9}, FreresError, "quality"),
+        ({"method": "evs", "adapter": "x"}, UsageError, "model_args: adapter: has no effect on evs"),
         ({"batch_size": 8}, UsageError, "batch_size: expected 1"),
     ],
 )

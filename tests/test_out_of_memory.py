@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from freres_cli.backbones import batches
+from freres_cli.bundle import store
 from freres_cli.cli import app as cli_app
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError, ResourceError, as_freres_error
@@ -25,7 +26,7 @@ from tests.evaluations import run_eval, write_clips, write_questions
 from tests.loaded_models import Wrapped, loaded_models, models_with
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
-from tests.runner import check_failure, run_freres
+from tests.runner import check_failure, fails, run_freres
 from tests.test_cli_compare import request_for as compare_request
 from tests.test_cli_fidelity import request_for as fidelity_request
 
@@ -39,6 +40,16 @@ OUT_OF_MEMORY = [
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ]
 each_failure = pytest.mark.parametrize("failure", OUT_OF_MEMORY, ids=range(len(OUT_OF_MEMORY)))
+
+
+@each_failure
+def test_a_bundle_that_does_not_fit_in_memory_is_not_called_damaged(bundle, monkeypatch, failure):
+    def fail(path):
+        raise failure
+
+    monkeypatch.setattr(store, "_load", fail)
+    with fails(6, f"{bundle}: not enough memory to read it"):
+        store.read_bundle(bundle)
 
 
 class Full(Wrapped):

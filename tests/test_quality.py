@@ -137,6 +137,24 @@ def test_a_budget_binds_a_quality_that_needs_more_and_that_is_said(clip, tmp_pat
     assert not any("in place of" in note or "no more distinct" in note for note in loose["notes"])
 
 
+def test_a_smaller_bundle_says_what_it_keeps_of_a_quality_that_it_misses(clip, tmp_path):
+    path, flags = tmp_path / "b.pt", ("repack", tmp_path / "b.pt", "--quality", 0.999)
+    kept = compress(clip, budget_tokens=40).save(path).content.quality
+    assert kept < 0.999
+    run = run_freres(*flags, "--budget", 200, "-o", tmp_path / "r.pt")
+    assert run.status == 0 and f"already fits: 40 tokens, quality {kept:.4f}, budget 200" in run.err
+
+
+def test_a_plan_knows_only_the_most_tokens_of_a_quality(clip):
+    flags = (clip, "--method", "adaptive", "--set", f"sample_count={FRAMES}", "--set", "quality=0.5")
+    run = run_freres("plan", *flags, "--tflops", 1, "--device", "cpu")
+    assert f"at most {FULL} of {FULL}, as few as keep quality 0.5: the rest is for the most" in run.out
+    planned = run_freres("plan", *flags, "--tflops", 1, "--device", "cpu", "--json").json
+    dry = run_freres("compress", *flags, "--dry-run", "--json").json
+    known = ("visual_tokens", "budget_tokens", "compression", "quality", "context_tokens")
+    assert [planned[key] for key in known] == [dry[key] for key in known] and planned["visual_tokens"] is None
+
+
 def test_what_was_merged_while_the_clip_was_read_bounds_the_quality_and_that_is_said(clip, monkeypatch):
     monkeypatch.setattr(adaptive, "MOST_STRETCHES", 60)
     made = compress(clip, quality=0.9999)

@@ -66,6 +66,25 @@ def test_native_gives_every_frame_once_in_display_order(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("num_frames", "fps", "sampling"),
+    [
+        (1, 1000, {"mode": "count", "count": 4}),
+        (1, 1000, {"mode": "fps", "fps": 2.0}),
+        (33, 1000, {"mode": "count", "count": 33}),
+        (3, 30, {"mode": "count", "count": 3}),
+    ],
+)
+def test_the_last_frame_is_shown_to_its_end(tmp_path, num_frames, fps, sampling):
+    """Of a clip this short an instant may lie within the tolerance of the end, where no other frame follows."""
+    path = clips.write_clip(tmp_path / "a.mp4", num_frames, fps=fps)
+    info = probe_video(path)
+    decoder = decode_frames(path, info, Sampling(**sampling), FrameSize(32, 32, 1, 1))
+    shown = [index for batch in decoder for index in batch.source_index]
+    assert len(shown) == num_sampled_frames(Sampling(**sampling), info.start_s, info.duration_s, num_frames)
+    assert shown[-1] == num_frames - 1 and decoder.report.lost_s == 0
+
+
+@pytest.mark.parametrize(
     "sampling", [NATIVE, Sampling("fps", fps=7), Sampling("fps", fps=60), Sampling("count", count=5)]
 )
 def test_batch_size_changes_nothing(plain_clip, sampling):

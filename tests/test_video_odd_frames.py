@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.records import FrameSize
 from freres_cli.video import resizing
 from freres_cli.video.decode import decode_frames
@@ -201,3 +202,12 @@ def test_a_bundle_of_a_file_that_grows_is_that_of_its_beginning(tmp_path):
     assert not any("while it was read" in note for note in still.notes)
     assert torch.equal(grown.tokens().latents, still.tokens().latents)
     assert grown.manifest["source"]["sha256"] == still.manifest["source"]["sha256"] == hash_file(part)
+
+
+def test_a_file_that_is_removed_while_it_is_read_is_said_to_be(tmp_path):
+    """Its frames are read to the end: the system keeps what is open."""
+    path = clips.write_clip(tmp_path / "a.mp4", 4)
+    source = VideoSource(path)
+    assert list(source.describe_change()) == []
+    path.unlink()
+    assert list(source.describe_change()) == ["the file was removed while it was read"]

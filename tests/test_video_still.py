@@ -105,6 +105,12 @@ def test_compress_says_how_many_frames_were_encoded(tmp_path):
         assert [note for note in made["notes"] if "not encoded" in note] == notes
 
 
+def test_frames_from_python_say_so_too():
+    frames = FrameArray(np.stack([np.full((64, 64, 3), level, np.uint8) for level in (0, 1, 2, 9)]), [0, 0.1, 0.2, 0.3])
+    notes = {levels: frames.open(SIZE, 2, levels).report.notes for levels in (0, 2)}
+    assert notes == {0: (), 2: ("frames that did not move by more than 2 levels, so were not encoded: 2 of 4",)}
+
+
 def test_a_palette_is_compared_by_the_colours_it_stands_for():
     grey = np.stack([np.arange(256, dtype=np.uint8)] * 3 + [np.full(256, 255, np.uint8)], axis=1)
     pictures = [np.zeros((16, 38), np.uint8), np.zeros((16, 38), np.uint8)]

@@ -149,6 +149,9 @@ def test_what_the_engine_would_trip_over_is_refused(reader, bundle, tiny, tmp_pa
         ("positions: expected 0 to", {"positions": tensors["positions"] - 1}),
         ("ids: expected 0 to", {"ids": odd_ids, "latents": tensors["latents"][:-1]}),
         ("ids: expected (300,)", {"ids": tensors["ids"].float()}),
+        ("ids: expected 1 dimension, got 0", {"ids": tensors["ids"][0]}),
+        ("positions: expected 2 dimensions, got 1", {"positions": tensors["positions"][0]}),
+        ("latents: expected 2 dimensions, got 1", {"latents": tensors["latents"][0]}),
     )
     for message, fault in faults:
         changed = {key: value.contiguous() for key, value in {**tensors, **fault}.items()}

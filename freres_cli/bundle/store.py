@@ -15,7 +15,7 @@ import torch
 from freres_cli.bundle.archive import HINT, check_archive
 from freres_cli.bundle.schema import make_content, read_content
 from freres_cli.content import Content, kind_of
-from freres_cli.errors import BundleError, explain_no_file
+from freres_cli.errors import BundleError, ResourceError, explain_no_file, is_out_of_memory
 from freres_cli.files import check_destination, write_atomically
 from freres_cli.tracks import Tracks
 
@@ -79,6 +79,8 @@ def read_bundle(path: Path) -> StoredBundle:
     except BundleError:
         raise
     except Exception as error:  # damage makes torch raise almost anything, even AssertionError
+        if is_out_of_memory(error):
+            raise ResourceError(f"{path}: not enough memory to read it", "use a larger machine") from error
         raise BundleError(f"{path}: damaged bundle: {_first_line(error)}", "compress the video again") from error
     version, manifest, content = read_content(loaded, str(path))
     return StoredBundle(path, version, manifest, content, path.stat().st_size)

@@ -246,10 +246,10 @@ def make_options(
     the language half, from ``devices.choose_storage``. ``decode``: the flag. Raises ``UsageError`` or ``PresetError``.
     """
     chosen = model or BUNDLED
-    if method is not None:
-        find_bundle_method(method)
-    check_revision(chosen, revision)
     names = flags.names if isinstance(flags, Given) else {}
+    if method is not None:
+        find_bundle_method(method, names.get("method", "--method"))
+    check_revision(chosen, revision)
     settings = load_settings(preset or choose_preset(chosen), flags, names=names)
     if method is not None:
         settings = settings.with_values("flag", method=method)

@@ -111,7 +111,12 @@ def parse_size(text: str) -> int:
 def _print_cost(cost: Cost, stages: list[Stage], speed: Speed) -> None:
     plan, text = cost.plan, "" if cost.text_tokens is None else f", {cost.text_tokens} of them text in the video"
     print_result(f"frames           {plan.num_frames} of {plan.size.grid_h}x{plan.size.grid_w} tokens")
-    print_result(f"visual tokens    {cost.visual_tokens} of {plan.full_tokens}")
+    most, why = (
+        ("", "")
+        if plan.quality is None
+        else ("at most ", f", as few as keep quality {plan.quality:g}: the rest is for the most")
+    )
+    print_result(f"visual tokens    {most}{cost.visual_tokens} of {plan.full_tokens}{why}")
     print_result(f"context tokens   at most {cost.context_tokens}{text}")
     print_result(f"KV cache         {format_bytes(cost.kv_bytes)}")
     rows = [
@@ -140,7 +145,6 @@ def _print_cost(cost: Cost, stages: list[Stage], speed: Speed) -> None:
 
 def _document(cost: Cost, stages: list[Stage], speed: Speed) -> dict[str, Any]:
     return {
-        "visual_tokens": cost.visual_tokens,
         "context_tokens": cost.context_tokens,
         "text_overhead_tokens": cost.text_tokens,
         "dtype": str(cost.dtype).removeprefix("torch."),

@@ -38,9 +38,10 @@ def estimate_shares(
 
     ``correct`` and ``total``: (V, K), right answers and questions about cluster (video) v in group (category) k; every
     group has a question. Answers about one video are correlated, so whole videos are resampled with replacement,
-    ``num_resamples`` times; a group without questions in a resample is left out of it. The same ``seed`` draws the same
-    videos, so methods that answered the same questions are compared on the same resamples. The ``correct`` of one method
-    minus that of another gives their difference, paired by video, with -1 as the ``lowest`` of an answer.
+    ``num_resamples`` times. A group without questions in a resample has no share there, and counts in the mean of the groups
+    with the share that it has in all videos (ours: without it the mean would jump to that of the others). The same ``seed``
+    draws the same videos, so methods that answered the same questions are compared on the same resamples. The ``correct``
+    of one method minus that of another gives their difference, paired by video, with -1 as the ``lowest`` of an answer.
 
     Where all n videos agree, as when every answer is right, no resample differs, and the interval is exact in place of that
     (ours): the one-sided Clopper-Pearson bound says that fewer than 1 - 0.05**(1/n) of all videos do otherwise, and they may
@@ -65,7 +66,7 @@ def estimate_shares(
         for bound, column, n in zip(bounds, by_group.T, in_group, strict=True)
     )
     of_means = Estimate(mean, *(float(np.mean([getattr(bound, end) for bound in bounds])) for end in ("low", "high")))
-    means = np.nanmean(by_group, axis=1)
+    means = np.where(np.isnan(by_group), shares, by_group).mean(axis=1)
     return GroupedEstimates(
         _with_interval(_bound(overall, len(total), lowest), all_shares), groups, _with_interval(of_means, means)
     )

@@ -18,7 +18,13 @@ from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import UsageError, VideoError
 from freres_cli.evaluation.cells import parse_budget
-from freres_cli.pipeline.adapters import TRAINED_METHODS, AnyModules, choose_adapter, load_modules_for
+from freres_cli.pipeline.adapters import (
+    TRAINED_METHODS,
+    AnyModules,
+    choose_adapter,
+    load_modules_for,
+    refuse_unused_adapter,
+)
 from freres_cli.pipeline.choices import choose_preset, count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
@@ -80,6 +86,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         if chosen.quality is not None:
             raise UsageError("quality: expected none: the budget decides", "leave it out")
         refuse_lost_settings(chosen, (method,), "model_args: name method=fre-res as well")
+        refuse_unused_adapter(adapter, (method,), "model_args: adapter")
         self._options = CompressOptions(source, chosen, method)
         self._models = models or Models(source)
         check_methods([method], self._models.language_model)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from freres_cli.backbones.placement import PlacedVideo
 from freres_cli.bundle.store import read_bundle
-from freres_cli.errors import BundleError, explain_no_file
+from freres_cli.errors import BundleError, count_of, explain_no_file
 from freres_cli.pipeline.models import Models, check_identity, make_source
 from freres_cli.pipeline.placing import place_bundle
 from freres_cli.workflows.export import HEADER, check_served
@@ -134,6 +134,9 @@ class BundleReader:
             raise BundleError("bundle: neither a bundle nor a file of freres export --to vllm") from error
         counter, identity = self._models.prompt_counter, self._models.identify_encoder().fingerprint
         check_identity(model, width, identity, counter.width, "bundle")
+        for name, tensor, count in (("ids", ids, 1), ("positions", positions, 2), ("latents", latents, 2)):
+            if tensor.ndim != count:
+                raise BundleError(f"bundle: {name}: expected {count_of(count, 'dimension')}, got {tensor.ndim}")
         pad: int = counter.video_token_id  # type: ignore[attr-defined]
         return PlacedVideo(ids, ids == pad, positions.T, latents, width, after)
 

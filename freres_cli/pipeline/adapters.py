@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freres_cli.baselines.registry import ADAPTIVE, FRE_RES
 from freres_cli.bundle.adapter import read_adapter, read_header
-from freres_cli.errors import BackboneError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import NUM_ORDERS, StretchModules
@@ -69,10 +69,11 @@ def give_adapters(cells: Sequence[Cell], named: str | None, model_id: str, varia
 
     ``cells``: methods and budgets. ``named``: an adapter, which those of its own method use, or ``none``; the others, or
     all without one, use what ``choose_adapter`` chooses. ``model_id``, ``variant``: as there. Raises ``BackboneError`` for
-    an adapter of a method that is in no cell.
+    an adapter of a method that is in no cell, ``UsageError`` if no cell takes one.
     """
+    refuse_unused_adapter(named, [cell.method for cell in cells])
     able = [cell.method for cell in cells if cell.method in TRAINED_METHODS]
-    own = None if named in (None, NO_ADAPTER) or not able else _method_of(read_header(Path(str(named))))
+    own = None if named in (None, NO_ADAPTER) else _method_of(read_header(Path(str(named))))
     if own is not None and own not in able:
         raise _for_another_method(Path(str(named)), " or ".join(dict.fromkeys(able)), own)
     given = []
@@ -81,6 +82,16 @@ def give_adapters(cells: Sequence[Cell], named: str | None, model_id: str, varia
         path = choose_adapter(mine, model_id, cell.method, variant) if cell.method in able else None
         given.append(replace(cell, adapter=path))
     return tuple(given)
+
+
+def refuse_unused_adapter(named: str | None, methods: Sequence[str], name: str = "--adapter") -> None:
+    """Raise ``UsageError`` if an adapter is ``named`` that none of the ``methods`` can take. ``name``: of the flag or key."""
+    if named in (None, NO_ADAPTER) or set(methods) & set(TRAINED_METHODS):
+        return
+    known = ", ".join(dict.fromkeys(methods))
+    raise UsageError(
+        f"{name}: has no effect on {known}", f"leave it out, or name {' or '.join(TRAINED_METHODS)} as well"
+    )
 
 
 def name_videos(sha256s: Iterable[str]) -> list[str]:

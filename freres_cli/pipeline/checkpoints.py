@@ -19,7 +19,7 @@ from torch import Tensor
 
 from freres_cli import __version__
 from freres_cli.backbones.base import VisionEncoder
-from freres_cli.errors import FreresError
+from freres_cli.errors import FreresError, is_out_of_memory
 from freres_cli.files import write_atomically
 from freres_cli.method.adaptive import CutDetector, StretchCompressor
 from freres_cli.method.anchors import EventDetector
@@ -162,7 +162,7 @@ def _read(path: Path) -> State | None:
                 return None
             parts: dict[str, Any] = torch.load(file, weights_only=True)
         return State(parts["position"], parts["known"], parts["reducer"], parts["waiting"])
-    except torch.OutOfMemoryError:
-        raise  # the state is good, and stays for when there is room
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise  # the state is good, and stays for when there is room
         return None

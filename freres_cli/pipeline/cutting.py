@@ -60,9 +60,10 @@ def cut_content(
                 "allows no more"
             )
     elif cut.budget_tokens is not None:
+        kept = f", quality {content.quality:.4f}" if cut.quality is not None and isinstance(content, Stretches) else ""
         notes.append(
-            f"the bundle already fits: {count_of(before, 'token')}, budget {cut.budget_tokens}; for more, compress the "
-            "video again"
+            f"the bundle already fits: {count_of(before, 'token')}{kept}, budget {cut.budget_tokens}; for more, compress "
+            "the video again"
         )
     elif cut.quality is not None:
         assert isinstance(content, Stretches)

@@ -55,7 +55,7 @@ class VideoSource:
     def __init__(self, video: Path | FrameArray, title: str | None = None) -> None:
         self.video = video
         self.title = None if isinstance(video, FrameArray) else title or video.name
-        self._written_ns = self._read_clock()
+        self._written_ns, _ = self._read_clock()
         self.info = video.info if isinstance(video, FrameArray) else probe_video(video)
 
     @property
@@ -79,20 +79,25 @@ class VideoSource:
         return not isinstance(self.video, FrameArray) and is_world_clip(self.video)
 
     def describe_change(self) -> Iterator[str]:
-        """Yield a note if the file was written to since it was opened."""
-        if self._read_clock() == self._written_ns:
+        """Yield a note if the file was written to, or removed, since it was opened."""
+        written_ns, num_bytes = self._read_clock()
+        if written_ns == self._written_ns:
             return
-        assert isinstance(self.video, Path)
-        if self.video.stat().st_size > self.num_bytes:
+        if num_bytes is None:
+            yield "the file was removed while it was read"
+        elif num_bytes > self.num_bytes:
             yield f"the file grew while it was read: its first {self.num_bytes} bytes, {self.info.duration_s:.2f} s, are used"
         else:
             yield "the file was written to while it was read: frames may be of before and after"
 
-    def _read_clock(self) -> int:
-        """When the file was last written to, 0 if it is gone or there is none."""
+    def _read_clock(self) -> tuple[int, int | None]:
+        """When the file was last written to, and how many bytes it has; of the latter ``None`` if it is gone or there is
+        none."""
         with suppress(OSError):
-            return self.video.stat().st_mtime_ns if isinstance(self.video, Path) else 0
-        return 0
+            if isinstance(self.video, Path):
+                found = self.video.stat()
+                return found.st_mtime_ns, found.st_size
+        return 0, None
 
     def open(self, plan: CompressPlan, options: CompressOptions) -> FrameStream:
         """Return the plan's frames, in batches for the tower."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -63,7 +64,7 @@ def build_manifest(
             "start_s": plan.sampling.start_s,
             "end_s": plan.sampling.end_s,
             "num_frames": num_frames,
-            "baseline_frames": min(plan.baseline_frames, num_frames),
+            "baseline_frames": count_baseline_frames(plan, num_frames),
             "lost_s": report.lost_s,
             "notes": [*describe_repeats(plan), *report.notes],
         },
@@ -124,6 +125,13 @@ def describe_frames(plan: CompressPlan) -> dict[str, Any]:
     }
 
 
+def count_baseline_frames(plan: CompressPlan, num_frames: int) -> int:
+    """Return how many frames the full-token model would read where ``num_frames`` of those of the plan could be."""
+    if num_frames >= plan.num_frames:
+        return plan.baseline_frames
+    return max(1, math.ceil(plan.baseline_frames * num_frames / plan.num_frames))
+
+
 def describe_tokens(
     plan: CompressPlan, options: CompressOptions, reduction: Reduction, report: DecodeReport
 ) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def describe_tokens(
     by_kind = count_by_kind(reduction.content)
     per_frame, of_frame = plan.size.num_tokens, plan.residual_size or plan.size
     num_encoded = report.num_pictures if reduction.num_encoded is None else reduction.num_encoded
-    full = min(plan.baseline_frames, reduction.num_frames) * per_frame
+    full = count_baseline_frames(plan, reduction.num_frames) * per_frame
     tracks = reduction.content if isinstance(reduction.content, Tracks) else None
     budget_tokens = plan.budget_tokens if options.has_budget else sum(by_kind.values())
     return {

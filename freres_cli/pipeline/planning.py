@@ -229,9 +229,9 @@ def _budget_of(method: Method, options: CompressOptions, full_tokens: int) -> in
         return budget_tokens
     if budget_tokens < full_tokens and options.settings.is_named("budget_tokens"):
         raise UsageError(
-            f"--budget: method {method.name} keeps all {full_tokens} tokens: expected at least that many, got "
-            f"{budget_tokens}",
-            "leave --budget out, or choose another method",
+            f"{options.settings.name_of('budget_tokens')}: method {method.name} keeps all {full_tokens} tokens: expected at "
+            f"least that many, got {budget_tokens}",
+            "leave it out, or choose another method",
         )
     return max(budget_tokens, FULL_BUDGET)
 

@@ -30,18 +30,19 @@ from freres_cli.video.reading import DecodeReport, Position, Tally
 from freres_cli.video.resizing import Resizer
 from freres_cli.video.sampling import TOLERANCE_S, Sampling, num_shown_frames, sampling_instants, sampling_window
 from freres_cli.video.seeking import find_entry, frames_from
-from freres_cli.video.still import StillDetector, read_planes
+from freres_cli.video.still import StillDetector, describe_still, read_planes
 from freres_cli.video.turn import Turn
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """A decoded frame and when it is on screen, in seconds on the file's clock."""
+    """A decoded frame and when it is on screen, in seconds on the file's clock. ``is_last``: nothing follows."""
 
     frame: av.VideoFrame
     index: int
     start_s: float
     end_s: float
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ class Decoder:
         if held is not None:
             following = bisect_right(table.stamps_s, held[2] + TOLERANCE_S)
             tally.covered_s = table.stamps_s[following] if following < len(table.stamps_s) else table.end_s
-            yield _Shown(*held, end_s=tally.covered_s)
+            yield _Shown(*held, end_s=tally.covered_s, is_last=following == len(table.stamps_s))
         tally.is_exhausted = True
 
     def _pick(self, table: PacketTable, tally: Tally) -> Generator[tuple[_Shown, int], None, None]:
@@ -272,7 +273,7 @@ class Decoder:
                     if not has_window or shown.end_s > first + TOLERANCE_S:
                         yield shown, 1
                     continue
-                following = bisect_left(instants, shown.end_s - TOLERANCE_S, lo=position)
+                following = bisect_left(instants, shown.end_s - (0 if shown.is_last else TOLERANCE_S), lo=position)
                 if following > position:
                     yield shown, following - position
                 position = following
@@ -361,11 +362,7 @@ class Decoder:
     def _describe(self, tally: Tally, lost: float) -> Iterator[str]:
         if self._gpu is not None:
             yield UNNOTICED if tally.is_on_gpu else REFUSED
-        if self._still_levels and tally.num_pictures < tally.num_sampled:
-            yield (
-                f"frames that did not move by more than {self._still_levels} levels, so were not encoded: "
-                f"{tally.num_sampled - tally.num_pictures} of {tally.num_sampled}"
-            )
+        yield from describe_still(self._still_levels, tally.num_pictures, tally.num_sampled)
         yield from self._odd.describe()
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
             yield f"{self._sampling.count} frames requested, {tally.num_sampled} returned: the clip has no more"

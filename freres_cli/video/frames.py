@@ -17,7 +17,7 @@ from freres_cli.records import Frames, FrameSize, VideoInfo
 from freres_cli.video.reading import DecodeReport
 from freres_cli.video.resizing import RESIZE
 from freres_cli.video.sampling import TOLERANCE_S
-from freres_cli.video.still import StillDetector
+from freres_cli.video.still import StillDetector, describe_still
 
 MAX_SECONDS = 1e10  # three centuries
 
@@ -137,7 +137,8 @@ class FrameBatches:
         is_new = [not detector.is_still([picture]) for picture in frames.pixels]
         self._picture_index = tuple(accumulate((i if new else 0 for i, new in enumerate(is_new)), max))
         num_frames = len(frames.seconds)
-        self.report = DecodeReport(num_frames, num_frames, sum(is_new), 0.0)
+        notes = tuple(describe_still(still_levels, sum(is_new), num_frames))
+        self.report = DecodeReport(num_frames, num_frames, sum(is_new), 0.0, notes)
 
     def __iter__(self) -> Iterator[Frames]:
         pixels, seconds = self._frames.pixels, self._frames.seconds

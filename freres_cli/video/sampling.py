@@ -54,7 +54,8 @@ class Sampling:
 def check_window(start_s: float | None, end_s: float | None, names: tuple[str, str] = ("start_s", "end_s")) -> None:
     """Refuse a part of a clip that cannot be. ``start_s``, ``end_s``: in seconds, ``None`` for the clip's own. ``names``: of
     both in messages. Raises ``UsageError``."""
-    start = 0.0 if start_s is None else start_s
+    start = 0.0 if start_s is None else _as_float(start_s)
+    end_s = None if end_s is None else _as_float(end_s)
     if not (math.isfinite(start) and start >= 0):
         raise UsageError(f"{names[0]}: expected a number of seconds, 0 or more, got {start}")
     if end_s is not None and not (math.isfinite(end_s) and end_s > start):
@@ -62,6 +63,14 @@ def check_window(start_s: float | None, end_s: float | None, names: tuple[str, s
             f"{names[1]}: expected a number of seconds above the start, {start:g}, got {end_s:g}",
             "choose an earlier start or a later end",
         )
+
+
+def _as_float(number: float) -> float:
+    """A whole number from a file may be larger than any float."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def sampling_window(sampling: Sampling, start_s: float, duration_s: float) -> tuple[float, float]:

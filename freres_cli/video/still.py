@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
@@ -29,6 +29,16 @@ class StillDetector:
             return True
         self._last = [plane.copy() for plane in planes]
         return False
+
+
+def describe_still(levels: int, num_pictures: int, num_frames: int) -> Iterator[str]:
+    """Yield a note if frames that are not equal to the one before may have been skipped. ``levels``: as above.
+    ``num_pictures``: encoded, of ``num_frames``."""
+    if levels and num_pictures < num_frames:
+        yield (
+            f"frames that did not move by more than {levels} levels, so were not encoded: {num_frames - num_pictures} of "
+            f"{num_frames}"
+        )
 
 
 def _is_close(a: np.ndarray, b: np.ndarray, bound: int) -> bool:

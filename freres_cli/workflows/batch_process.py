@@ -109,8 +109,9 @@ class Supervisor:
             self._connection, theirs = context.Pipe()
             self._scratch = tempfile.TemporaryDirectory(prefix="freres-batch-", ignore_cleanup_errors=True)
             arguments = (theirs, self._setup, self._rank, self._scratch.name)
-            self._process = context.Process(target=_serve, args=arguments, daemon=True)
-            start_deaf(self._process)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            start_deaf(process)  # which may fail, where there are too many processes
+            self._process = process
             theirs.close()
             connection = self._connection
         if connection.recv() != READY:

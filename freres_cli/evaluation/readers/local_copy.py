@@ -161,12 +161,12 @@ class LocalCopy:
             )
         import pyarrow.parquet
 
+        content = io.BytesIO(self._bytes(name))
         try:
-            rows = pyarrow.parquet.read_table(io.BytesIO(self._bytes(name))).to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UsageError(
-                f"{self.root / name}: not a Parquet file: {str(error)[:60]}", "download it again"
-            ) from error
+            rows = pyarrow.parquet.read_table(content).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # damage gives any of them
+            reason = " ".join(str(error).split())[:60]
+            raise UsageError(f"{self.root / name}: not a whole Parquet file: {reason}", "download it again") from error
         return self.number(name, rows)
 
     def find_video(self, folders: Iterable[str], name: str) -> str:
