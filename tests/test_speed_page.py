@@ -105,10 +105,13 @@ def test_memory_of_the_decoder() -> None:
     gain = ROWS["`--kv-dtype int8` (or `fp8`)"][1]
     assert f"{100 * row['kv int8'] / row['float32']:.0f} % of float32" in gain
     slower = [
-        part["decoding"][f"{kind}_after_1000_rows"]["cpu_s"]["this_over_other"]["median"] for kind in ("int8", "fp8")
+        part["decoding"][f"{kind}_after_{rows}_rows"]["cpu_s"]["this_over_other"]["median"]
+        for kind in ("int8", "fp8")
+        for rows in (1000, 4000)
     ]
-    assert "{:.1f} times as long (fp8: {:.1f})".format(*slower) in gain
-    assert "{:.1f} times as long on a CPU, and {:.1f} times with fp8".format(*slower) in read(NAME)
+    first = "{:.1f} times as long after 1,000 rows and {:.1f} times after 4,000"
+    assert f"{first} (fp8: {{:.1f}} and {{:.1f}})".format(*slower) in gain
+    assert f"{first}; with fp8, {{:.1f}} and {{:.1f}} times".format(*slower) in read(NAME)
     share = weights["weights int8"] / weights["float32"]
     assert f"{100 * share:.0f} % of the memory of float32" in ROWS["`--weight-dtype int8` (or `fp8`)"][1]
 

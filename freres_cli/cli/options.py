@@ -202,7 +202,7 @@ End = Annotated[
     float | None,
     typer.Option("--end", min=0.0, metavar="SECONDS", help="Stop this many seconds after the first frame."),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse a video that is damaged anywhere.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a video if what is read of it is damaged.")]
 Decode = Annotated[
     str,
     typer.Option(

@@ -28,7 +28,7 @@ class CompressOptions:
     """How to compress videos, the same for all of them.
 
     ``model``: its tower encodes the frames. ``method``: a name in ``baselines.registry``. ``start_s``, ``end_s``: the
-    part of each video to read, in seconds after its first frame. ``strict``: refuse a video that is damaged anywhere.
+    part of each video to read, in seconds after its first frame. ``strict``: refuse a video if what is read of it is damaged.
     ``decode``: one of ``DECODERS``, what decodes files; the samples are the same.
 
     Raises ``UsageError`` if the settings name a quality and the method has none, for another decoder, and for one that
