@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from freres_cli.bundle.store import read_bundle
-from tests.clips import numbered, write_clip
+from tests.clips import blank_payloads, numbered, write_clip
 from tests.pipeline_fixtures import COMMAND
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
@@ -174,6 +174,22 @@ def test_a_damaged_video_keeps_its_good_part_and_says_so(tmp_path):
     assert read_bundle(tmp_path / "b.pt").manifest["sampling"]["lost_s"] > 0
     strict = run_freres("compress", broken, "-o", tmp_path / "c.pt", "--strict")
     check_failure(strict, 3)
+
+
+def test_a_damaged_video_is_compared_with_the_frames_that_the_full_model_would_have(tmp_path):
+    """Also where adaptive and fre-res read more of them; and fre-res says why its budget is not used."""
+    broken = blank_payloads(write_clip(tmp_path / "a.mp4", 64, pictures=numbered(64)), slice(32, None))
+    facts = {}
+    for density in (1, 4):
+        flags = ("--set", "sample_count=16", "--set", f"track_density={density}", "--budget", 200)
+        run = run_freres("compress", broken, *flags, "-o", tmp_path / f"{density}.pt", "--json")
+        sampling = read_bundle(tmp_path / f"{density}.pt").manifest["sampling"]
+        facts[density] = [sampling["num_frames"] // density, *map(run.json.get, ("full_tokens", "compression"))]
+        assert sampling["baseline_frames"] * 36 == run.json["full_tokens"]
+    num_frames = facts[1][0]
+    assert 7 < num_frames < 12 and facts[4][1:] == facts[1][1:] == [num_frames * 36, num_frames * 36 / 200]
+    run = run_freres("compress", broken, "--method", "fre-res", "--budget", 1900, "-o", tmp_path / "f.pt")
+    assert "of 1900 tokens used: anchors were planned for 64 frames, of which 32 could be decoded" in run.err
 
 
 @pytest.mark.parametrize("moment", ["early", "while writing"])

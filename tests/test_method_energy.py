@@ -48,6 +48,39 @@ def test_the_loss_of_every_second_is_the_reconstruction_error():
     assert rates == sorted(rates, reverse=True)
 
 
+def hold_by_bin(tracks, gop):
+    """What the kept coefficients and impulses of 16 cells hold of each residual frame of a GoP, bin by bin: (L, 16, 6)."""
+    mine = tracks.coefficient_gop == gop
+    waves, sharp = mine & ~tracks.is_impulse, mine & tracks.is_impulse
+    dense = torch.zeros(int(tracks.gop_num_bins[gop]), 16, 6)
+    dense[tracks.coefficient_band[waves], tracks.coefficient_cell[waves]] = tracks.coefficient_values[waves]
+    bin_frames = int(tracks.gop_bin_frames[gop])
+    held = torch.from_numpy(scipy_idct(dense.numpy(), type=2, norm="ortho", axis=0)) / bin_frames**0.5
+    held[tracks.coefficient_band[sharp] - IMPULSE, tracks.coefficient_cell[sharp]] = tracks.coefficient_values[sharp]
+    return held[torch.arange(int(tracks.gop_num_residuals[gop])) // bin_frames]
+
+
+@pytest.mark.parametrize("num_frames", [1100, 1101, 1107, 2100])
+def test_a_last_time_bin_that_is_not_full_counts_for_the_frames_it_holds(num_frames):
+    """In a long GoP each bin is a few frames. What changes late makes the last bin matter most."""
+    generator = torch.Generator().manual_seed(4)
+    rise = torch.linspace(0, 1, num_frames)[:, None, None, None] ** 40
+    latents = torch.randn(4, 4, 6, generator=generator) + rise * torch.randn(4, 4, 6, generator=generator)
+    tracks, _, _ = compress(latents, 60, anchors=2, reference_budget_tokens=60)
+    edges, error, energy = [*tracks.gop_anchor_frame.tolist(), num_frames], 0.0, 0.0
+    assert int(tracks.gop_bin_frames.min()) > 1 and len(edges) == 3
+    for gop, (low, high) in enumerate(itertools.pairwise(edges)):
+        residual = (latents[low + 1 : high] - latents[low]).flatten(1, 2)
+        error += float((residual - hold_by_bin(tracks, gop)).square().sum())
+        energy += float(residual.square().sum())
+        means = latents[low + 1 : high].mean(0).flatten(0, 1)[tracks.static_cell[tracks.static_gop == gop]]
+        assert torch.allclose(tracks.static_latents[tracks.static_gop == gop], means, atol=1e-5)
+    report = report_energy(tracks)
+    lost = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in report.losses)
+    assert lost == pytest.approx(error, rel=2e-3) and len(tracks.static_gop)
+    assert report.clip_kept == pytest.approx(1 - error / energy, rel=2e-3) and 0.05 < report.clip_kept < 0.999
+
+
 def test_the_reported_spectrum_is_that_of_the_pooled_residuals():
     latents = smooth_clip(24, (4, 4), width=6)
     tracks, _, _ = compress(latents, 120, anchors=2, reference_budget_tokens=120)

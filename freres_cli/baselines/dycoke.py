@@ -74,7 +74,7 @@ METHOD = Method(
     name="dycoke",
     summary="whole frames at the start of windows, and of the others the tokens least like an earlier frame's",
     source="DyCoke, first stage, arXiv 2411.15024",
-    deviations="the share that is dropped follows from the budget; below a third of the tokens windows of 4 frames double "
+    deviations="the share that is dropped follows from the budget; windows of 4 frames double "
     "until their first frames are at most three quarters of the budget; a last frame without a partner is kept, not lost; "
     "every third frame of a window is pruned, the last window's too; tokens stay in raster order; a budget below one frame "
     "thins the first frame evenly",

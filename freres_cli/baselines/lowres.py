@@ -116,7 +116,8 @@ METHOD = Method(
     name="lowres",
     summary="every frame, averaged in space until the clip fits the budget",
     source="common practice",
-    deviations="averages latents; common practice shrinks the frames before the tower",
+    deviations="averages latents; common practice shrinks the frames before the tower; below one token a frame, "
+    "evenly spread frames are kept",
     mixes=True,
     compress=pool_frames,
 )

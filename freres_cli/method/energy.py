@@ -48,8 +48,9 @@ def report_energy(tracks: Tracks) -> EnergyReport:
     pooled = tracks.gop_pooled_energy.to(torch.float64)
     kept = torch.zeros(num_gops, dtype=torch.float64)
     gains = _impulse_gains(tracks)
-    energy = tracks.coefficient_energy.to(torch.float64)
-    kept.index_add_(0, tracks.coefficient_gop, torch.where(tracks.is_impulse, gains, energy))
+    kept.index_add_(0, tracks.coefficient_gop, gains)
+    for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
+        kept[gop] += float(_explained_by_segment(tracks, gop).sum())
     areas = tracks.grid[1] * tracks.grid[2] / (tracks.pooled_grid[0] * tracks.pooled_grid[1])
     spectrum, null = _spectra(tracks)
     losses = sorted(_losses(tracks, gains), key=lambda loss: -loss.lost_energy_per_s)
@@ -103,9 +104,8 @@ def _losses(tracks: Tracks, gains: Tensor) -> list[Loss]:
     losses, edges_s = [], frame_edges_s(tracks.frame_seconds).tolist()
     for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
         mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
-        impulses, mine = mine[tracks.is_impulse[mine]], mine[~tracks.is_impulse[mine]]
-        lost = tracks.gop_segment_energy[gop] - 2 * tracks.coefficient_segments[mine].sum(0)
-        lost = lost + _kept_by_segment(tracks, gop, mine)
+        impulses = mine[tracks.is_impulse[mine]]
+        lost = tracks.gop_segment_energy[gop] - _explained_by_segment(tracks, gop)
         num_bins, bin_frames = int(tracks.gop_num_bins[gop]), int(tracks.gop_bin_frames[gop])
         at = segment_of_bin(num_bins)[tracks.coefficient_band[impulses] % IMPULSE]
         lost = lost.index_add(0, at, -gains[impulses].to(torch.float32)).clamp(min=0)
@@ -120,16 +120,25 @@ def _losses(tracks: Tracks, gains: Tensor) -> list[Loss]:
     return losses
 
 
-def _kept_by_segment(tracks: Tracks, gop: int, rows: Tensor) -> Tensor:
-    """Energy of the reconstruction in each eighth of one GoP: (8,) float32."""
-    num_bins = int(tracks.gop_num_bins[gop])
+def _explained_by_segment(tracks: Tracks, gop: int) -> Tensor:
+    """What the kept coefficients take from the energy of each eighth of one GoP, 2 <r, r'> - |r'|^2: (8,) float32."""
+    rows = ((tracks.coefficient_gop == gop) & ~tracks.is_impulse).nonzero().squeeze(1)
     if not rows.numel():
         return torch.zeros(NUM_SEGMENTS)
     dense = _dense(tracks, rows)
     gram = torch.einsum("pkd,pjd->kj", dense * _weights(tracks, gop)[:, None, None], dense)
-    basis = dct_basis(num_bins, dense.shape[1])
-    per_bin = torch.einsum("kb,jb,kj->b", basis, basis, gram)
-    return sum_by_segment(per_bin[:, None]).squeeze(1)
+    counts = _bin_counts(tracks, gop)
+    basis = dct_basis(counts.shape[0], dense.shape[1])
+    per_bin = torch.einsum("kb,jb,kj->b", basis, basis, gram) * counts / float(tracks.gop_bin_frames[gop])
+    return 2 * tracks.coefficient_segments[rows].sum(0) - sum_by_segment(per_bin[:, None]).squeeze(1)
+
+
+def _bin_counts(tracks: Tracks, gop: int) -> Tensor:
+    """Frames in each time bin of one GoP, of which the last may hold fewer than the others: (B,) float32."""
+    num_bins, bin_frames = int(tracks.gop_num_bins[gop]), int(tracks.gop_bin_frames[gop])
+    counts = torch.full((num_bins,), float(bin_frames))
+    counts[-1] = int(tracks.gop_num_residuals[gop]) - (num_bins - 1) * bin_frames
+    return counts
 
 
 def _dense(tracks: Tracks, rows: Tensor) -> Tensor:
@@ -157,9 +166,9 @@ def _impulse_gains(tracks: Tracks) -> Tensor:
         impulses = (mine & tracks.is_impulse).nonzero().squeeze(1)
         dense = _dense(tracks, (mine & ~tracks.is_impulse).nonzero().squeeze(1))
         cell, at = tracks.coefficient_cell[impulses], tracks.coefficient_band[impulses] % IMPULSE
-        bin_frames = int(tracks.gop_bin_frames[gop])
-        waves = dct_basis(int(tracks.gop_num_bins[gop]), dense.shape[1])[:, at] / bin_frames**0.5
+        counts = _bin_counts(tracks, gop)
+        waves = dct_basis(counts.shape[0], dense.shape[1])[:, at] / float(tracks.gop_bin_frames[gop]) ** 0.5
         held = torch.einsum("kn,nkd->nd", waves, dense[cell])
         missed = tracks.coefficient_values[impulses, : tracks.width].to(torch.float32) - held
-        gains[impulses] = (missed.square().sum(1) * _weights(tracks, gop)[cell] * bin_frames).to(torch.float64)
+        gains[impulses] = (missed.square().sum(1) * _weights(tracks, gop)[cell] * counts[at]).to(torch.float64)
     return gains

@@ -177,6 +177,9 @@ class OpenGop:
             pooled_energy = bin_energy.sum()
             num_samples = self._trajectory.num_bins() * self._trajectory.bin_frames
             means = self._base + coefficients[0] / num_samples**0.5
+            if num_samples != self._trajectory.num_frames:  # of the last bin there is less than the coefficients count
+                counts = self._trajectory.bin_counts().to(means.device)[:, None, None]
+                means = self._base + (self._trajectory.bins() * counts).sum(0) / self._trajectory.num_frames
         impulses, impulse_bins, impulse_energies = self._find_impulses(coefficients)
         weights = (self._weights / self._weights.sum())[:, None]
         dtype = self.anchor.dtype
@@ -220,7 +223,8 @@ class OpenGop:
         coefficients = spectrum[:num_coefficients].clone()
         main = slice(0, self._width)
         inner = torch.einsum("bpc,kpc->bkp", bins[..., main], coefficients[..., main])
-        inner = inner * (basis[:num_coefficients].T * root)[..., None]
+        counts = self._trajectory.bin_counts().to(bins.device) / self._trajectory.bin_frames
+        inner = inner * (basis[:num_coefficients].T * root * counts[:, None])[..., None]
         return coefficients, band_energy, sum_by_segment(inner * self._weights)
 
     def _find_impulses(self, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:

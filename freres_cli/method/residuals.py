@@ -99,6 +99,10 @@ class ResidualTrajectory:
         """Return the mean residual of each bin: (B, P, C) float32."""
         return torch.stack([total / count for total, count in zip(self._sums, self._counts, strict=True)])
 
+    def bin_counts(self) -> Tensor:
+        """Return how many frames each bin holds: (B,) float32. The last may hold fewer than ``bin_frames``."""
+        return torch.tensor(self._counts, dtype=torch.float32)
+
     def bin_energies(self) -> Tensor:
         """Return the exact pooled residual energy of the frames in each bin: (B,) float32."""
         return torch.stack(self._energies).to(torch.float32)

@@ -48,9 +48,9 @@ class Compressor:
     ``model``: ``bundled``, a folder, or a hub id. ``preset``: settings to start from, a name or a .yaml file; the default
     is that of ``freres compress``. ``budget_tokens``: maximum visual tokens of a bundle. ``method``: a name that
     ``freres methods`` lists; by default the preset's. ``device``, ``dtype``, ``revision``, ``attention``: as
-    ``models.make_source`` takes them. ``strict``: refuse a video if what is read of it is damaged. ``decode``: ``cpu``, or ``gpu``
-    for files, see freres-compress(1). ``models``: a model that is already loaded. Further keyword arguments are settings by
-    name, see freres-preset(5), such as ``quality``.
+    ``models.make_source`` takes them. ``strict``: refuse a video if what is read of it is damaged. ``decode``: ``cpu``, or
+    ``gpu`` for files, see freres-compress(1). ``models``: a model that is already loaded. Further keyword arguments are
+    settings by name, see freres-preset(5), such as ``quality``.
 
     Raises ``PresetError`` for an unknown or illegal setting, ``UsageError`` or ``ResourceError`` for a method or a device
     that cannot be used.

@@ -71,10 +71,11 @@ def describe_plan(plan: CompressPlan, options: CompressOptions, manifest: Mappin
     elif plan.quality is not None:
         yield from _describe_quality(plan, tokens)
     elif method.has_budget and tokens["visual_tokens"] < FULL_SHARE * plan.budget_tokens:
-        yield f"{tokens['visual_tokens']} of {plan.budget_tokens} tokens used: the clip has no more distinct ones"
+        yield f"{tokens['visual_tokens']} of {plan.budget_tokens} tokens used: {_explain_few(plan, options, manifest)}"
     if tokens["cuts_not_honoured"]:
         yield (
-            f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts have no anchor of their own: the budget is full"
+            f"{tokens['cuts_not_honoured']} of {tokens['cuts_found']} cuts have no anchor of their own: the budget has room "
+            "for no more anchors"
         )
     if not method.streams:
         yield f"method {options.method} holds the latents of the whole clip in memory until its end"
@@ -122,6 +123,16 @@ def describe_repeats(plan: CompressPlan) -> Iterator[str]:
             f"the clip shows {count_of(plan.num_shown, 'frame')}, which are read as {plan.baseline_frames}: repeated ones "
             "count among its full tokens, so the compression looks larger than it is; a lower sample_fps repeats none"
         )
+
+
+def _explain_few(plan: CompressPlan, options: CompressOptions, manifest: Mapping[str, Any]) -> str:
+    """Why a budget that the clip could fill was not."""
+    num_frames = manifest["sampling"]["num_frames"]
+    if options.method != FRE_RES:
+        return "the clip has no more distinct ones"
+    if num_frames < plan.num_frames:
+        return f"anchors were planned for {plan.num_frames} frames, of which {num_frames} could be decoded"
+    return "fre-res finds no more that are distinct"
 
 
 def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator[str]:
