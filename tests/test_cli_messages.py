@@ -49,6 +49,14 @@ def test_a_question_that_does_not_fit_is_named_and_not_the_video(bundle, monkeyp
     assert "frames" not in run.err.partition("error:")[2] and "shorten it" in run.err
 
 
+def test_a_video_that_leaves_no_room_for_a_question_is_to_be_made_smaller(bundle, monkeypatch):
+    monkeypatch.setattr(loaded_models().language_model, "max_context_tokens", 320)
+    monkeypatch.setattr("freres_cli.pipeline.session.Models", lambda *_: loaded_models())
+    run = run_freres("ask", bundle, "what moves?", "--device", "cpu", "--max-new-tokens", 8)
+    check_failure(run, ExitStatus.BACKBONE, "question: too long for the model's context of 320 tokens")
+    assert "lower the token budget" in run.err and "shorten" not in run.err
+
+
 def test_a_video_that_does_not_fit_is_still_named(bundle, monkeypatch):
     monkeypatch.setattr(loaded_models().language_model, "max_context_tokens", 100)
     monkeypatch.setattr("freres_cli.pipeline.session.Models", lambda *_: loaded_models())

@@ -109,6 +109,11 @@ def test_answers_about_a_video_that_fails_now_are_not_counted(questions, before,
     assert [item["video"] for item in joined.summary["failed"]] == ["clip1.mp4"] and joined.num_joined == 2
 
 
+def test_a_budget_is_the_same_however_it_is_written(questions, before, asked):
+    joined = run_eval(questions, "full,uniform,adaptive", ".25,0.50", joined=[before])
+    assert asked == [] and joined.num_joined == 3 * 5
+
+
 def test_a_file_of_another_run_is_refused(questions, before, tmp_path):
     with fails(2, f"{before}: holds the results of another run: settings differs"):
         run_eval(questions, *CELLS, joined=[before], settings={"text_after": "max"})

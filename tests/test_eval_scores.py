@@ -15,7 +15,7 @@ from freres_cli.evaluation.intervals import estimate_shares
 from freres_cli.evaluation.questions import Question, QuestionFile
 from freres_cli.evaluation.scores import summarize
 
-HALF, QUARTER = Budget("0.5", Fraction(1, 2)), Budget("0.25", Fraction(1, 4))
+HALF, QUARTER = Budget(Fraction(1, 2)), Budget(Fraction(1, 4))
 # The full tokens do not come first, as in a run that asks for them last.
 CELLS = [Cell("uniform", HALF), Cell("evs", HALF), Cell("evs", QUARTER), Cell("full", None)]
 # The categories of the questions of each video.

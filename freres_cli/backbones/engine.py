@@ -32,6 +32,7 @@ from freres_cli.records import VideoTokens
 # Rows per forward pass of a prefill: enough to keep the device busy, and more where their activations are small.
 PREFILL_CHUNK_TOKENS = 2048
 PREFILL_CHUNK_BYTES = 256 << 20
+SHORT_QUESTION_TOKENS = 64  # a question and its answer may have fewer, but no advice to shorten them helps then
 
 
 @dataclass
@@ -133,7 +134,9 @@ def check_context(
         raise ContextError(
             f"question: too long for the model's context of {limit} tokens: expected at most {limit - num_before} with its "
             f"answer, got {num_tokens - num_before}",
-            "shorten it, or allow fewer new tokens",
+            "shorten it, or allow fewer new tokens"
+            if limit - num_before >= SHORT_QUESTION_TOKENS
+            else "lower the token budget, or the number of frames: the video fills the context",
         )
     if num_tokens > limit:
         raise ContextError(

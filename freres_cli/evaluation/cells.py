@@ -19,7 +19,6 @@ MAX_COUNT = 2**31 - 1
 class Budget:
     """A budget as requested: a share of the full tokens, kept exact, or a count."""
 
-    text: str
     share: Fraction | None = None
     count: int | None = None
 
@@ -53,7 +52,7 @@ class Cell:
     @property
     def name(self) -> str:
         name = self.label or self.method
-        return name if self.budget is None else f"{name} {self.budget.text}"
+        return name if self.budget is None else f"{name} {self.budget.number}"
 
     @property
     def adapter_sha256(self) -> str | None:
@@ -68,9 +67,9 @@ def parse_budget(text: str, flag: str = "--budgets") -> Budget:
     """
     text = text.strip()
     if re.fullmatch(r"[0-9]{1,10}", text) and 2 <= int(text) <= MAX_COUNT:
-        return Budget(text, count=int(text))
+        return Budget(count=int(text))
     if re.fullmatch(r"[0-9]{0,9}\.[0-9]{1,18}|[0-9]{1,9}\.", text) and 0 < (share := Fraction(text)) <= 1:
-        return Budget(text, share=share)
+        return Budget(share=share)
     raise UsageError(
         f"{flag}: expected a share such as 0.25 (above 0, at most 1.0) or a count such as 640, got {text!r}",
         "a decimal point makes a share: 1.0 is every token" if text == "1" else "separate budgets with commas",

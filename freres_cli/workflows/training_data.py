@@ -194,7 +194,7 @@ class _Store:
         """Make what is missing for a video. Questions that are too long for the model are added to ``too_long``."""
         sha256, machine = hash_file(questions[0].video), name_machine(self.options.model.device)
         stem = self.folder / sha256[:16]
-        bundles = tuple(stem.with_name(f"{stem.name}-{budget.text}.pt") for budget in self.budgets)
+        bundles = tuple(stem.with_name(f"{stem.name}-{budget.number}.pt") for budget in self.budgets)
         path = stem.with_name(f"{stem.name}-teacher.json")
         taught = _read_teacher(path)
         # What failed on one machine may work on another. Here it would fail again, for every worker and at every start.
