@@ -207,7 +207,13 @@ def _read_yaml(text: str, where: str) -> Any:
             if depth > MAX_YAML_DEPTH or number > MAX_YAML_EVENTS:
                 raise PresetError(f"{where}: expected one value for each setting, got far more")
         return yaml.load(text, _StrictLoader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+    ) as error:  # a tag that does not fit its value
         raise PresetError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -289,7 +295,7 @@ def parse_grid(text: str, name: str = "grid", words: tuple[str, ...] = ("auto",)
     if text in words:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 256 for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) <= 3 and 1 <= int(part) <= 256 for part in parts):
         raise PresetError(
             f"{name}: expected ROWSxCOLUMNS such as 24x24 (1 to 256 each), or {' or '.join(words)}, got {_shown(text)}"
         )
@@ -302,9 +308,20 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not separator:
         raise PresetError(f"--set {text}: expected KEY=VALUE")
     parsed = _read_yaml(value, f"--set {text[:MAX_SHOWN]}")
-    if KEYS.get(key.strip(), KEYS["description"]).kind is str and not isinstance(parsed, str):
+    kind = KEYS.get(key.strip(), KEYS["description"]).kind
+    if kind is str and not isinstance(parsed, str):
         parsed = value
+    if kind in (int, float) and not isinstance(parsed, bool | None):
+        parsed = _read_number(value, kind)
     return key.strip(), check_value(key.strip(), parsed, "--set")
+
+
+def _read_number(text: str, kind: type) -> float | str:
+    """A number as flags have it, or the text. YAML takes 1e-3 for text, 0100 for 64 and 1:30 for 90."""
+    try:
+        return int(text) if kind is int else float(text)
+    except ValueError:
+        return text.strip()
 
 
 SAMPLE_OF = {"sample_fps": "fps", "sample_count": "count"}  # the sampling that each number is for

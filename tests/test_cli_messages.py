@@ -12,6 +12,7 @@ from freres_cli.cli import app as cli_app
 from freres_cli.cli.eval_tables import print_totals
 from freres_cli.cli.output import format_share
 from freres_cli.errors import BackboneError, ExitStatus, as_freres_error, count_of
+from tests.evaluations import GOOD_ROW, write_rows
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
@@ -55,6 +56,24 @@ def test_a_video_that_leaves_no_room_for_a_question_is_to_be_made_smaller(bundle
     run = run_freres("ask", bundle, "what moves?", "--device", "cpu", "--max-new-tokens", 8)
     check_failure(run, ExitStatus.BACKBONE, "question: too long for the model's context of 320 tokens")
     assert "lower the token budget" in run.err and "shorten" not in run.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "-o", ""),
+        ("ablate", "q.jsonl", "--train", "q.jsonl", "-o", ""),
+        ("world", "make", "-o", ""),
+        ("world", "train", "-o", ""),
+        ("train", "q.jsonl", "--cache", ""),
+    ],
+)
+def test_a_folder_without_a_name_is_refused(arguments, tmp_path, monkeypatch):
+    """As an unset variable leaves it: the working folder would be filled."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "q.jsonl", [GOOD_ROW])
+    check_failure(run_freres(*arguments), 2, "expected a path, got an empty text")
+    assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
 
 
 def test_a_video_that_does_not_fit_is_still_named(bundle, monkeypatch):

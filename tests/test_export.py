@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from freres_cli.backbones.generation import generate
 from freres_cli.backbones.placement import PLACED_FAMILIES, place_video
 from freres_cli.backbones.registry import FAMILIES
 from freres_cli.pipeline.bundle import load_bundle
+from freres_cli.world.bundled_model import bundled_model_dir
 from tests import family_contract
+from tests.clips import write_clip
 from tests.pipeline_fixtures import bundle, clip, tiny
 from tests.runner import check_failure, fails, run_freres
 from tests.test_manpages import MAN, section
@@ -135,6 +138,27 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(bundle, tiny, tm
 
 def test_the_version_of_the_page_is_that_of_the_package():
     assert f'"freres {__version__}"' in (MAN / PAGE).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_export_does_not_replace_the_model_of_its_bundle(bundle, tmp_path, named):
+    """Whether the model is named or the bundle records it."""
+    model = shutil.copytree(bundled_model_dir(), tmp_path / "model")
+    clip = write_clip(tmp_path / "a.mp4", 4, fps=4)
+    made = tmp_path / "b.pt"
+    assert run_freres("compress", clip, "--model", model, "--budget", 20, "-o", made, "--device", "cpu").status == 0
+    weights = model / "model.safetensors"
+    held = weights.read_bytes()
+    own = ("--model", model) if named else ()
+    for target in ("hf", "vllm"):
+        run = run_freres("export", made, "--to", target, *own, "-o", weights, "--force")
+        check_failure(run, 2, "is the model's model.safetensors itself")
+    assert weights.read_bytes() == held
+
+
+def test_a_model_that_an_export_does_not_need_is_refused(bundle, tmp_path):
+    run = run_freres("export", bundle, "--to", "safetensors", "--model", "no/such", "-o", tmp_path / "x")
+    check_failure(run, 2, "--model: has no effect with --to safetensors")
 
 
 def test_an_export_does_not_replace_its_own_bundle(bundle, tmp_path):

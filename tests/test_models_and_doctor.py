@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import av
 import pytest
 import torch
 
@@ -120,6 +121,12 @@ def test_decoding_on_a_cuda_device_is_tried(monkeypatch):
     monkeypatch.setattr(doctor, "choose_gpu", refuse)
     (found,) = doctor._gpu_decoder()
     assert (found.state, found.text, found.is_needed) == ("limited", "decode: no: take the CPU", False)
+
+
+def test_an_encoder_that_this_ffmpeg_does_not_know_is_a_limit_and_no_bug(monkeypatch):
+    make = av.Codec
+    monkeypatch.setattr(doctor.av, "Codec", lambda name, mode: make("no such encoder", mode))
+    assert doctor._encoder().state == "limited"
 
 
 def test_attention_and_hub_are_reported(monkeypatch, tmp_path):

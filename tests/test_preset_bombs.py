@@ -58,6 +58,45 @@ def test_a_value_of_set_has_the_same_limits(value):
     assert len(caught.value.message) < 400
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("events", "!!bool maybe"),
+        ("budget_tokens", '!!int ""'),
+        ("tau", '!!float ""'),
+        ("budget_tokens", "!!timestamp x"),
+        ("grid", "9" * 5000 + "x1"),
+    ],
+)
+def test_a_value_that_yaml_or_python_cannot_read_is_no_bug(tmp_path, key, value):
+    (tmp_path / "p.yaml").write_text(f"{key}: {value}\n")
+    with fails(2, f"{tmp_path / 'p.yaml'}: "):
+        load_preset(str(tmp_path / "p.yaml"))
+    with fails(2, "--set"):
+        parse_assignment(f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("sample_fps=1e-3", 1e-3),
+        ("sample_fps=1e2", 100.0),
+        ("tau=2.5e-1", 0.25),
+        ("tau=auto", None),
+        ("budget_tokens=0100", 100),
+        ("budget_tokens= 7 ", 7),
+    ],
+)
+def test_numbers_of_set_are_those_of_flags(text, value):
+    assert parse_assignment(text)[1] == value
+
+
+@pytest.mark.parametrize("text", ["budget_tokens=1:30", "budget_tokens=1e2", "sample_fps=1:30", "budget_tokens=0x10"])
+def test_what_only_yaml_takes_for_a_number_is_refused(text):
+    with fails(2, "expected a"):
+        parse_assignment(text)
+
+
 @pytest.mark.parametrize(("sample", "flag"), [("count", "--frames"), ("fps", "--fps")])
 def test_a_sampling_named_without_its_value_does_not_blame_the_preset(sample, flag):
     with fails(ExitStatus.USAGE, f"sample: {sample} needs") as caught:

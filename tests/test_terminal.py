@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from freres_cli import Compressor
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.cli import output
 from freres_cli.cli.app import ANY_NAME, main
+from freres_cli.cli.video_rows import VideoRows
 from freres_cli.evaluation.questions import MAX_TEXT_BYTES
 from tests.clips import write_clip
 from tests.runner import check_failure, run_freres
@@ -116,6 +118,44 @@ def test_any_name_can_be_written_in_any_encoding(bundle, encoding, monkeypatch):
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code and written.getvalue().startswith("caf\u00e9".encode(encoding, ANY_NAME))
+
+
+def test_what_an_encoding_lacks_is_written_as_json_has_it():
+    name = "\U0001f600\u00e9\u4e2d a"
+    assert json.loads(b'"' + name.encode("ascii", ANY_NAME) + b'"') == name
+    assert "\udcff".encode("utf-8", ANY_NAME) == b"\xff"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "text"),
+    [("--help >/dev/full", 6, "error: stdout: cannot be written"), ("presets --nosuch 2>/dev/full", 2, "")],
+)
+def test_help_and_usage_that_cannot_be_written_are_no_bug(flags, status, text):
+    code = "from freres_cli.cli.start import main; main()"
+    run = subprocess.run(["bash", "-c", f"{sys.executable} -c '{code}' {flags}"], capture_output=True, text=True)
+    assert run.returncode == status and run.stderr.startswith(text) and "bug" not in run.stderr, run
+
+
+class Ended(io.StringIO):
+    """A stream on which the run is ended while a row is written. ``code``: of that end."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code = code
+
+    def write(self, text):
+        raise SystemExit(self.code)
+
+
+def test_a_signal_ends_many_videos_and_a_closed_pipe_does_not(monkeypatch):
+    row = SimpleNamespace(video="a.mp4", bundle=Path("a.pt"), status="ok", error=None)
+    rows = VideoRows(None, quiet=True)
+    monkeypatch.setattr(sys, "stdout", Ended(0))
+    rows.show(row, "done", [])
+    monkeypatch.setattr(sys, "stdout", Ended(143))
+    with pytest.raises(SystemExit) as end:
+        rows.show(row, "done", [])
+    assert end.value.code == 143
 
 
 @pytest.mark.parametrize("reader", ["head -1", "true"])

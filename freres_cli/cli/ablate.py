@@ -25,7 +25,7 @@ def ablate(
         Path, typer.Argument(metavar="QUESTIONS", readable=False, help="Questions, as for freres eval.")
     ],
     output: Annotated[
-        Path,
+        str,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for adapters and answers; reused by later runs."),
     ],
     data: Annotated[
@@ -93,18 +93,19 @@ def ablate(
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
     from freres_cli.workflows.training_loop import Recipe
 
-    make_folder(output)
+    folder = options.check_path(output, "-o")
+    make_folder(folder)
     models = Models(chosen.model)
     adapters: dict[str, Path] = {}
     if known is not None:
         recipe = Recipe(trained_sizes, steps, seed=seed)
         adapters = train_variants(
-            known, chosen, recipe, names, output, lambda line: print_notes([line], quiet or json), print_warning, models
+            known, chosen, recipe, names, folder, lambda line: print_notes([line], quiet or json), print_warning, models
         )
     else:
         print_notes(["nothing is trained without --train"], quiet)
     cells = make_cells(names, sizes, adapters)
-    request = EvalRequest(file, cells, chosen, output / "answers.jsonl", remedy=REMEDY)
+    request = EvalRequest(file, cells, chosen, folder / "answers.jsonl", remedy=REMEDY)
     with progress_bar("ablate", quiet or json, "videos") as progress:
         result = run_evaluation(request, progress, models)
     if picture is not None:

@@ -100,9 +100,15 @@ def _encode_any_name(error: UnicodeError) -> tuple[bytes, int]:
     """Write bytes of file names as they are, and what the terminal's encoding lacks as an escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    codes = [ord(character) for character in error.object[error.start : error.end]]
-    written = (bytes([c - 0xDC00]) if 0xDC80 <= c <= 0xDCFF else f"\\u{c:04x}".encode() for c in codes)
-    return b"".join(written), error.end
+    return b"".join(map(_escape, error.object[error.start : error.end])), error.end
+
+
+def _escape(character: str) -> bytes:
+    if 0xDC80 <= ord(character) <= 0xDCFF:
+        return bytes([ord(character) - 0xDC00])
+    # As JSON has it: a character beyond 16 bits is two escapes.
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)).encode()
 
 
 codecs.register_error(ANY_NAME, _encode_any_name)
@@ -133,6 +139,10 @@ def _run() -> None:
     except KeyboardInterrupt:
         sys.exit(ExitStatus.INTERRUPTED)
     except OSError as error:
+        if isinstance(status := getattr(error.__context__, "exit_code", None), int):
+            sys.exit(status)  # what was to be said about a wrong flag could not be written
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):
+            _fail(ResourceError(f"stdout: cannot be written: {error.strerror}"), error)
         if error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None:
             _fail(UsageError(f"{error.filename}: no permission", "name another place, or ask for rights there"), error)
         if error.errno != errno.ENAMETOOLONG:

@@ -15,12 +15,12 @@ from freres_cli.cli.output import format_bytes, format_seconds, print_json, prin
 from freres_cli.errors import UsageError
 from freres_cli.files import make_folder
 
-DEMO_BUDGETS = (1152, 576, 288)  # the first is every token: what the model itself answers
+DEMO_BUDGETS = (1152, 576, 288)  # the first is every token of the bundled model: what it answers by itself
 
 
 def demo(
     folder: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Keep the clip and the bundles here.")
+        str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Keep the clip and the bundles here.")
     ] = None,
     model: options.Model = None,
     device: options.DeviceName = None,
@@ -30,16 +30,17 @@ def demo(
     """Run the whole job on a generated clip.
 
     Makes an H.264 clip of the bundled model's world, compresses it at two budgets, asks three questions about it, and
-    profiles it. A third budget keeps every token, for comparison. Answers are printed next to the correct ones. One
-    question is about an object that is on screen for only one to three frames.
+    profiles it. A third budget is for comparison: with the bundled model it keeps every token. Answers are printed next to
+    the correct ones. One question is about an object that is on screen for only one to three frames.
     """
-    if folder is not None:
-        make_folder(folder)
+    kept = None if folder is None else options.check_path(folder, "-o")
+    if kept is not None:
+        make_folder(kept)
         names = ("clip.mp4", *[f"bundle-{budget}.pt" for budget in DEMO_BUDGETS])
-        taken = [name for name in names if (folder / name).exists()]
+        taken = [name for name in names if (kept / name).exists()]
         if taken:
-            raise UsageError(f"{folder}: already holds {', '.join(taken)}", "name an empty folder")
-    with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
+            raise UsageError(f"{kept}: already holds {', '.join(taken)}", "name an empty folder")
+    with tempfile.TemporaryDirectory() if kept is None else nullcontext(str(kept)) as place:
         document = _run(Path(place), model, device, quiet or json)
     if json:
         print_json("freres.demo/1", document)

@@ -52,7 +52,7 @@ def train(
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed for weights, order and held-out videos.")
     ] = 0,
     cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Folder of compressed videos; later runs reuse it.")
+        str | None, typer.Option("--cache", metavar="DIR", help="Folder of compressed videos; later runs reuse it.")
     ] = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -89,7 +89,8 @@ def train(
         raise UsageError(f"--learning-rate: expected a number, got {learning_rate}")
     place = device or environment_value("device") or ""
     if count_processes() > 1 and ":" in place:
-        raise UsageError(f"--device {place}: every process would use this one", "use --device cuda")
+        name = f"--device {place}" if device else f"FRERES_DEVICE={place}"
+        raise UsageError(f"{name}: every process would use this one", "use --device cuda")
     # The state and the cache next to it are named after it.
     check_destination(output, True)
     flags = gather_flags(assignments, {})
@@ -103,7 +104,7 @@ def train(
     from freres_cli.workflows.training_loop import Recipe
 
     recipe = Recipe(sizes, steps, batch, questions, learning_rate, rank, validation, validate_every, patience, seed)
-    folder = cache or output.with_name(output.name + ".cache")
+    folder = output.with_name(output.name + ".cache") if cache is None else options.check_path(cache, "--cache")
     request = TrainRequest(file, chosen, recipe, output, folder, force)
     silent = quiet or not is_first_process()
     if chosen.method != made.method:

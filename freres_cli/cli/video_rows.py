@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from freres_cli.cli.output import print_notes, print_path, print_warning
-from freres_cli.errors import FreresError, count_of
+from freres_cli.errors import ExitStatus, FreresError, count_of
 
 
 class VideoRow(Protocol):
@@ -37,9 +36,13 @@ class VideoRows:
 
     def show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
         """Print a row. ``said``: what became of a video that did not fail. ``notes``: about it."""
-        # A reader that closed the pipe has seen enough; the other videos are still to be compressed.
-        with contextlib.suppress(SystemExit):
+        try:
             self._show(row, said, notes)
+        except SystemExit as end:
+            # A reader that closed the pipe has seen enough; the other videos are still to be compressed. A signal ends
+            # the run.
+            if end.code not in (None, ExitStatus.DONE):
+                raise
 
     def _show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
         if row.error is not None:

@@ -24,7 +24,7 @@ world = typer.Typer(
 @world.command("make")
 @check_numbers
 def make(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new or empty folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new or empty folder.")],
     split: Annotated[str, typer.Option("--split", help="train, validation or test; they share no clips.")] = "test",
     count: Annotated[int, typer.Option("--count", min=1, max=10**6, help="Number of clips.")] = 500,
     seed: Annotated[int, typer.Option("--seed", min=0, max=998, help="Picks another set of the same split.")] = 0,
@@ -52,16 +52,17 @@ def make(
 
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
-    make_folder(output)
-    if any(output.iterdir()):
+    folder = options.check_path(output, "-o")
+    make_folder(folder)
+    if any(folder.iterdir()):
         raise UsageError(
-            f"{output}: expected a new or empty folder", "name another with -o, or remove what a stopped run left"
+            f"{folder}: expected a new or empty folder", "name another with -o, or remove what a stopped run left"
         )
 
     with progress_bar("clips", quiet or json) as advance:
-        made = make_set(output, split, count, seed, level, questions, advance)
+        made = make_set(folder, split, count, seed, level, questions, advance)
     num_questions = sum(len(clip.questions) for clip in made)
-    path = output / QUESTIONS_FILE
+    path = folder / QUESTIONS_FILE
     if json:
         by_category: dict[str, int] = {}
         for question in (question for clip in made for question in clip.questions):
@@ -77,7 +78,7 @@ def make(
 @check_numbers
 def train(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the model; a stopped run resumes from it.")
+        str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the model; a stopped run resumes from it.")
     ],
     start: Annotated[
         str | None,
@@ -103,14 +104,15 @@ def train(
 
     if (count := count_processes()) > 1:
         raise UsageError(f"world train: runs in one process, got {count}", "start it without torchrun")
-    make_folder(output)
+    folder = options.check_path(output, "-o")
+    make_folder(folder)
     from freres_cli.pipeline.models import find_device
     from freres_cli.workflows.train_world import TrainRequest, train_world
     from freres_cli.world.bundled_model import bundled_model_dir
 
     place = find_device(device)
     first = bundled_model_dir() if start == BUNDLED else None if start is None else Path(start)
-    request = TrainRequest(output, place, tower_steps, steps, seed, first)
+    request = TrainRequest(folder, place, tower_steps, steps, seed, first)
     done = train_world(request, lambda line: print_notes([line], quiet or json))
     if json:
         print_json("freres.world_train/1", done)

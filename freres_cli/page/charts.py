@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,9 +42,9 @@ class Axes:
 
 def ticks(low: float, high: float, count: int = NUM_TICKS) -> list[float]:
     """Return about ``count`` round numbers from ``low`` to ``high``."""
-    if not high > low:
-        return [low]
     raw = (high - low) / count
+    if not raw > sys.float_info.min:
+        return [low]
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)

@@ -142,10 +142,11 @@ def _try_cell(
         with memory_errors_as(cell.name, "use a smaller --dtype, or leave it out"):
             timer.seconds.pop("compress", None)
             tokens = clip.build_tokens(cell.method, budget_tokens, modules)
-            row |= {"visual_tokens": len(tokens), "compress_s": timer.seconds["compress"]}
+            row["compress_s"] = timer.seconds["compress"]
             row["num_frames"] = clip.count_frames(cell.method, budget_tokens)[0]
             # A method that needs the question has its own tokens for each.
             if METHODS[cell.method].is_question_blind:
+                row["visual_tokens"] = len(tokens)
                 row |= _measure_kept(cell.method, clip, tokens, energy, budget_tokens)
             if request.queries:
                 text_after = request.options.settings.text_after

@@ -66,7 +66,7 @@ def _decoders() -> Finding:
 def _encoder() -> Finding:
     try:
         av.Codec("libx264", "w")
-    except av.FFmpegError:
+    except (av.FFmpegError, ValueError):  # a name that this FFmpeg does not know is the latter
         return Finding("encoder", "limited", "no libx264: 'freres demo' cannot run, 'freres profile' needs a video")
     return Finding("encoder", "ok", "libx264, for the clips that freres makes itself")
 

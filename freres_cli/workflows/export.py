@@ -66,9 +66,10 @@ def export_bundle(request: ExportRequest) -> ExportResult:
     the bundle's or whose family the target cannot take, ``UsageError`` for a file that cannot be written."""
     check_destination(request.output, request.force)
     named = ("bundle", request.bundle), ("adapter", adapter_file(request.adapter))
-    model = () if request.model is None else ModelSource(request.model, request.device).files
-    InputFiles([*named, *model]).refuse(request.output)
+    InputFiles(named).refuse(request.output)
     bundle = read_bundle(request.bundle)
+    if request.target != "safetensors":  # which needs no model
+        InputFiles(_find_source(bundle, request).files).refuse(request.output)
     made = TARGETS[request.target](bundle, request)
     tensors = {name: tensor.contiguous() for name, tensor in made.tensors.items()}
     facts = {"format": f"freres.{request.target}/1", "model": bundle.manifest["model"], **made.facts}
@@ -126,9 +127,13 @@ def check_served(family: str) -> None:
 
 
 def _models_of(bundle: StoredBundle, request: ExportRequest) -> Models:
+    return Models(_find_source(bundle, request))
+
+
+def _find_source(bundle: StoredBundle, request: ExportRequest) -> ModelSource:
+    """The model that is named, or the one that the bundle records."""
     recorded = bundle.manifest["model"]
-    own = (request.model, request.revision)
-    return Models(find_model(recorded, str(request.bundle), request.device, *own))
+    return find_model(recorded, str(request.bundle), request.device, request.model, request.revision)
 
 
 TARGETS: dict[str, Callable[[StoredBundle, ExportRequest], Exported]] = {
