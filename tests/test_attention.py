@@ -323,7 +323,7 @@ def test_a_later_chunk_on_the_cpu_is_the_end_of_the_whole_and_holds_no_mask(dtyp
     whole = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5, enable_gqa=True)
     with LargestMade() as made:
         part, _ = attention.batch_attention(nn.Module(), query[:, :, -num_rows:], key, value, None, 0.5)
-    bound = {torch.float32: 4e-6, torch.float64: 1e-14, torch.bfloat16: 2**-5}[dtype]
+    bound = {torch.float32: 4e-6, torch.float64: 1e-13, torch.bfloat16: 2**-5}[dtype]
     assert part.dtype == dtype
     assert (part.transpose(1, 2) - whole[:, :, -num_rows:]).abs().max() < bound
     assert made.numel <= query.numel()

@@ -192,7 +192,8 @@ def test_every_way_to_ask_gives_what_it_does_on_the_cpu(load, device, name, ask,
 
 
 @on_both
-def test_the_host_waits_for_the_tower_once_a_batch_however_many_frames(load, device):
+def test_the_host_waits_for_a_tower_no_more_often_for_more_frames(load, device):
+    """How often is the tower's own: transformers' towers wait in their attention."""
     encoder = load("qwen3_vl", device).encoder
     found = []
     for count in (4, 12):

@@ -239,8 +239,23 @@ def test_a_compiler_that_fails_is_asked_once(monkeypatch):
     assert len(tries) == 1
 
 
-def test_memory_that_ran_out_is_asked_for_again(monkeypatch):
-    errors = [torch.OutOfMemoryError("full")]
+FULL = [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")]
+
+
+@pytest.mark.parametrize("failure", FULL, ids=["torch", "triton"])
+def test_memory_that_runs_out_while_a_model_tries_its_kernels_is_a_note(monkeypatch, failure):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(fused_layers, "find_kernels", lambda *_: (fused, None))
+    monkeypatch.setattr(fused_layers, "replace_passes", fail)
+    note = fused_layers.use_kernels(torch.nn.Linear(1, 1), torch.device("cuda:0"), torch.bfloat16)
+    assert note is not None and "out of memory" in note
+
+
+@pytest.mark.parametrize("failure", FULL, ids=["torch", "triton"])
+def test_memory_that_ran_out_is_asked_for_again(monkeypatch, failure):
+    errors = [failure]
 
     def compare(*_):
         if errors:

@@ -73,21 +73,26 @@ def test_no_cpu_and_no_float32_is_tried():
 
 def test_a_kind_of_heads_that_fails_is_not_tried_again_and_a_note_says_so(monkeypatch):
     tries = []
-    errors = [torch.OutOfMemoryError("full"), RuntimeError("no plan for these\nmore")]
+    full = torch.OutOfMemoryError("full"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    errors = [*full, RuntimeError("no plan for these\nmore")]
 
     def fail(*_):
         tries.append(1)
-        raise errors[min(len(tries), 2) - 1]
+        raise errors[min(len(tries), 3) - 1]
 
     monkeypatch.setattr(long_attention, "_PROBLEMS", {})
     monkeypatch.setattr(long_attention, "_attend", fail)
     config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     kind = long_attention.HeadKind.of(torch.device("cpu"), torch.float32, config)
-    found = [long_attention.find_problem(kind) for _ in range(3)]
+    found = [long_attention.find_problem(kind) for _ in range(4)]
     # Memory may be there the next time.
-    assert found == ["out of memory", *["no plan for these"] * 2] and len(tries) == 2
+    assert found == [*["out of memory"] * 2, *["no plan for these"] * 2] and len(tries) == 3
     assert len(long_attention.describe_problem(kind)) == 1
     assert not long_attention.describe_problem(dataclasses.replace(kind, head_width=16))
+    # Also where there is none for what it is tried with.
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: fail())
+    tries.clear()
+    assert long_attention.find_problem(dataclasses.replace(kind, head_width=32)) == "out of memory"
 
 
 def test_long_prompts_on_a_gpu_have_chunks_of_one_size():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from freres_cli.errors import is_out_of_memory
+
 QUICK_GELU_FACTOR = 1.702
 # Of values around 1 in 16 bits, how far kernels may be from PyTorch: two steps of bfloat16.
 TOLERANCE = 2**-6
@@ -70,6 +72,7 @@ class Written:
         torch.logaddexp(sums, part_sums, out=sums)
 
 
+SHORT_MEMORY = "out of memory"
 # Why there are no kernels for a device and a dtype, None if there are. The lock is held while they are tried.
 _PROBLEMS: dict[tuple[torch.device, torch.dtype], str | None] = {}
 _TRYING = threading.Lock()
@@ -86,8 +89,10 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | No
         if (device, dtype) not in _PROBLEMS:
             try:
                 _PROBLEMS[device, dtype] = _try_kernels(device, dtype)
-            except torch.OutOfMemoryError:  # there may be memory the next time
-                return None, tell_problem("out of memory")
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None, tell_problem(SHORT_MEMORY)  # there may be more the next time
         problem = _PROBLEMS[device, dtype]
     if problem is None:
         from freres_cli.backbones import kernels
@@ -124,9 +129,9 @@ def failures_told() -> Iterator[list[str]]:
     told: list[str] = []
     try:
         yield told
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         told.append(f"Triton's kernels failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
 

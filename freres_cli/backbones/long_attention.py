@@ -17,6 +17,7 @@ from torch import Tensor
 
 from freres_cli.backbones.fused import Written, find_kernels
 from freres_cli.backbones.sizes import find_head_width
+from freres_cli.errors import is_out_of_memory
 
 # The most and the fewest rows of a chunk, and the shortest prompt that is run in such chunks (ours: below, preparing takes
 # longer than it saves).
@@ -114,17 +115,17 @@ def find_problem(kind: HeadKind) -> str | None:
     """Why cuDNN does not attend with such heads, ``None`` if it does. Trying it has cuDNN compile what it needs."""
     with _TRYING:
         if kind not in _PROBLEMS:
-            rows = torch.zeros(1, dtype=kind.dtype, device=kind.device)
-            query = rows.new_zeros(1, CHUNK_STEP, kind.num_heads, kind.head_width).transpose(1, 2)
-            key, value = rows.new_zeros(2, 1, kind.num_kv_heads, 2 * CHUNK_STEP, kind.head_width)
             try:
+                rows = torch.zeros(1, dtype=kind.dtype, device=kind.device)
+                query = rows.new_zeros(1, CHUNK_STEP, kind.num_heads, kind.head_width).transpose(1, 2)
+                key, value = rows.new_zeros(2, 1, kind.num_kv_heads, 2 * CHUNK_STEP, kind.head_width)
                 with torch.no_grad():
                     attend_long(query, key, value, None)
                 _PROBLEMS[kind] = None
-            except torch.OutOfMemoryError:
-                _STARVED.add(kind)
-                return "out of memory"
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    _STARVED.add(kind)
+                    return "out of memory"
                 _PROBLEMS[kind] = str(error).strip().partition("\n")[0]
             _STARVED.discard(kind)
         return _PROBLEMS[kind]

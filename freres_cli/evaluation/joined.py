@@ -43,9 +43,9 @@ class JoinedAnswers:
     def find(self, video: str, sha256: str, asked: set[str], own: Mapping[str, Any] | None = None) -> KnownCells:
         """Return what is known about a video.
 
-        ``sha256``: of the file. ``asked``: the ids of its questions: what answers other ones is not taken, as tokens and
-        times are those of all of them. ``own``: what the run's own file has about it, which counts first. What failed is
-        not known: it is tried again.
+        ``video``: its name. ``sha256``: of the file. ``asked``: the ids of its questions: what answers other ones is not
+        taken, as tokens and times are those of all of them. ``own``: what the run's own file has about it, which counts
+        first. What failed is not known: it is tried again.
         """
         base: Mapping[str, Any] | None = None
         cells: dict[int, dict[str, Any]] = {}

@@ -17,7 +17,8 @@ import torch
 Batch = TypeVar("Batch")
 
 
-# Ours: a clip's merges come in lumps, during which the tower has this much to do. Each takes the memory of its latents.
+# Ours: a clip's merges come in lumps, during which so many batches may be begun. Each takes the memory of its latents. Where
+# a tower makes the host wait, as those of transformers do, its queue holds fewer.
 MOST_BEGUN = 3
 
 

@@ -201,7 +201,7 @@ class LatentStream:
                 with self.timer.host_stage("decode"):
                     frames = next(iterator, None)
                     if frames is not None and self.timer.device.type == "cuda":
-                        # From pinned memory the copy runs beside the tower.
+                        # From pinned memory the host does not wait for the copy.
                         frames = replace(frames, pixels=frames.pixels.pin_memory())
                 if frames is None:
                     return
@@ -222,4 +222,5 @@ class LatentStream:
                 hint = "the weights may be damaged: download the model again"
                 if dtype == torch.float16:
                     hint = "use --dtype float32 or bfloat16"
+                self.known.clear()  # else they would be taken unchecked when the clip is read again
                 raise BackboneError(f"{self._model}: latents are not finite in {dtype}", hint)

@@ -58,7 +58,7 @@ class Recipe:
 
     def facts(self) -> dict[str, Any]:
         """Return the recipe as states and adapters record it."""
-        return {**asdict(self), "budgets": [budget.number for budget in self.budgets]}
+        return {**asdict(self), "budgets": [str(budget.number) for budget in self.budgets]}
 
 
 @dataclass(frozen=True)
