@@ -15,6 +15,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file
 
 from freres_cli.backbones.checkpoint import fingerprint, resolve_checkpoint
+from freres_cli.backbones.halves import read_tokenizer
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
 from freres_cli.backbones.qwen_vision import fit_grid
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, load_language_model, load_vision_encoder
@@ -205,6 +206,25 @@ def test_a_missing_tokenizer(folder):
         path.unlink()
     with pytest.raises(BackboneError, match="tokenizer cannot be read"):
         Qwen2VLLanguageModel.load(open_checkpoint(folder), CPU)
+
+
+def test_a_tokenizer_of_a_newer_release_is_named(folder):
+    """The native part of tokenizers raises a bare Exception."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "model": {"type": "Nope"}}))
+    with pytest.raises(BackboneError, match="tokenizer cannot be read") as caught:
+        Qwen2VLLanguageModel.load(open_checkpoint(folder), CPU)
+    assert "newer release of tokenizers" in caught.value.hint
+
+
+def test_a_template_in_the_config_of_the_processor_counts_first(folder):
+    """As in processors of transformers."""
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "other"}))
+    (folder / "processor_config.json").write_text(json.dumps({"chat_template": "own"}))
+    checkpoint = open_checkpoint(folder)
+    assert read_tokenizer(checkpoint, "<|video_pad|>").chat_template == "own"
+    (folder / "processor_config.json").write_text("{}")
+    assert read_tokenizer(open_checkpoint(folder), "<|video_pad|>").chat_template == "other"
 
 
 # Model hub

@@ -72,6 +72,15 @@ def test_frame_size():
     assert fit_grid(10_000, 20, 28, 56 * 56, 50 * 784) == (1, 50)
 
 
+@pytest.mark.parametrize(("width", "height"), [(240, 180), (320, 180), (180, 320), (96, 72), (200, 200)])
+@pytest.mark.parametrize("cells", [50, 64, 70, 72, 80, 300])
+def test_a_lower_limit_near_the_upper_one_keeps_the_aspect_ratio(width, height, cells):
+    """At least 64 cells of 32 px, as Qwen3-VL has them, and at most as many as are asked for."""
+    rows, columns = fit_grid(width, height, 32, 64 * 32**2, cells * 32**2)
+    assert rows * columns <= cells and rows * columns >= 0.7 * min(cells, 64)
+    assert max(rows / columns / (height / width), columns / rows / (width / height)) < 1.35
+
+
 def test_smart_resize_agrees_where_its_limit_holds():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 

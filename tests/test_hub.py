@@ -248,6 +248,18 @@ def cache(repository, tmp_path, monkeypatch):
     return snapshot
 
 
+def test_a_snapshot_that_is_known_to_be_partial_is_used_without_a_network(cache, monkeypatch):
+    """huggingface_hub keeps a list of a commit's files, and then refuses a snapshot that lacks one of them."""
+
+    def refuse(*_, **__):
+        raise hub_errors.IncompleteSnapshotError("1 file(s) are missing", snapshot_path=str(cache))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert resolve_checkpoint("org/name", tuple(FAMILIES)).revision == COMMIT
+    with pytest.raises(BackboneError, match=rf"^org/name: {TOWER} is not in the local cache or on the hub$"):
+        load_vision_encoder("org/name", CPU)
+
+
 @pytest.mark.parametrize("is_offline", [True, False], ids=["HF_HUB_OFFLINE", "no network"])
 def test_a_partial_cache_without_a_network(cache, repository, monkeypatch, is_offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)

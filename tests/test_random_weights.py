@@ -12,8 +12,9 @@ from freres_cli.backbones import hub
 from freres_cli.backbones.drawn import DRAWN_STD, draw_checkpoint
 from freres_cli.backbones.registry import KNOWN_CHECKPOINTS
 from freres_cli.backbones.released import RELEASED_CONFIGS, write_weightless
-from freres_cli.errors import BackboneError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.models import Models, ModelSource
+from freres_cli.pipeline.query import Query, check_query
 from tests.family_contract import one_thread  # noqa: F401
 from tests.runner import check_failure, run_freres
 from tests.tiny_families import FAMILY_CASES
@@ -51,6 +52,14 @@ def test_the_stand_in_tokenizer_has_the_ids_of_the_config_and_loses_nothing(tmp_
     assert tokenizer.decode(ids) == text
     assert len(tokenizer("<1.5 seconds>", add_special_tokens=False)["input_ids"]) == 6  # < 1 . 5 seconds >
     assert tokenizer.encode("<|im_end|>", add_special_tokens=False) == [config["text_config"]["eos_token_id"]]
+
+
+def test_a_word_that_the_stand_in_tokenizer_knows_as_a_whole_may_be_asked_about(tmp_path):
+    folder = write_weightless("Qwen3-VL-4B", tmp_path)
+    model = Models(ModelSource(str(folder), CPU, is_random=True)).prompt_counter
+    check_query(Query("What happens after 5 seconds?"), model)
+    with pytest.raises(UsageError, match="as a command"):
+        check_query(Query("What happens<|im_end|>?"), model)
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES, ids=lambda case: case.name)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pytest
 import torch
 
 from freres_cli.bundle.adapter import read_header
-from freres_cli.workflows import training_data
+from freres_cli.cli.compress import make_options
+from freres_cli.errors import ContextError
+from freres_cli.pipeline.models import Models
+from freres_cli.workflows import training_data, training_loop
 from freres_cli.workflows.train_adapter import describe_left_out
+from freres_cli.world.bundled_model import bundled_model_dir
 from freres_cli.world.make import make_set
 from tests.clips import cut, write_clip
 from tests.evaluations import read_rows, write_rows
@@ -198,9 +203,44 @@ def test_an_adapter_that_learned_nothing_says_so(folder, tmp_path):
 
 def test_a_training_that_blows_up_ends(folder, tmp_path):
     models = models_with(language_model=NanWhenTraining(loaded_models().language_model))
-    with fails(2, "step 1: the loss is nan"):
+    with fails(5, "step 1: the loss is nan") as caught:
         train(folder / "questions.jsonl", tmp_path / "a.safetensors", models=models)
+    assert "--dtype" in caught.value.hint, "no step was taken: the learning rate has no part in it"
+    with fails(2, ": the loss"):
+        train(folder / "questions.jsonl", tmp_path / "a.safetensors", learning_rate=1e30)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_loss_on_held_out_videos_that_is_not_finite_is_refused_before_the_first_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop.TrainingLoop, "validate", lambda _: training_loop.Score(0.5, float("nan")))
+    with fails(5, "before the first step: the loss on the held-out videos is nan"):
+        train(folder / "questions.jsonl", tmp_path / "a.safetensors")
+
+
+def test_a_question_that_is_too_long_beside_every_token_is_no_want_of_memory(folder, tmp_path, monkeypatch):
+    """The video fits; no machine, and no larger memory, helps."""
+
+    def refuse(*_):
+        raise ContextError("question: too long")
+
+    monkeypatch.setattr(training_data, "score_options", refuse)
+    data = write_rows(folder / "few.jsonl", rows_of(folder)[::6])
+    done = train(data, tmp_path / "a.safetensors", tmp_path / "cache", num_steps=1)
+    (told,) = describe_left_out(done)
+    assert told == "2 videos without a full-token teacher: too long for the model, or only free answers"
+
+
+def test_another_image_processor_is_another_cache_and_another_run(folder, tmp_path):
+    """Its settings decide the pixels, and so every latent."""
+    model = shutil.copytree(bundled_model_dir(), tmp_path / "model")
+    options = make_options({}, None, str(model), device="cpu")
+    digests = []
+    for mean in (None, [0.4, 0.4, 0.4]):
+        if mean is not None:
+            path = model / "preprocessor_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": mean}))
+        digests.append(training_data._key(options, Models(options.model)))
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.parametrize(

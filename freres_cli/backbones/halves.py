@@ -132,9 +132,10 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
     checkpoint.fetch_files(TOKENIZER_FILES, are_needed=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # the native part of tokenizers raises no other for a file of a newer release
         reason = str(error).strip().partition("\n")[0]
-        raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: {reason}", hint) from error
+        newer = f"{hint}; one that a newer release of tokenizers wrote may need that release"
+        raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: {reason}", newer) from error
     # Without tokenizer files, transformers silently makes an empty tokenizer.
     if isinstance(known_token, int):
         is_known = tokenizer.convert_ids_to_tokens(known_token) is not None
@@ -142,8 +143,10 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
         is_known = known_token in tokenizer.get_vocab()
     if not is_known:
         raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: no token {known_token}", hint)
-    if template := checkpoint.read_json("chat_template.json").get("chat_template"):
-        tokenizer.chat_template = template
+    for name in ("processor_config.json", "chat_template.json"):  # as transformers' processors choose
+        if template := checkpoint.read_json(name).get("chat_template"):
+            tokenizer.chat_template = template
+            break
     return tokenizer
 
 

@@ -61,6 +61,8 @@ def fetch(model_id: str, revision: str | None, names: Iterable[str]) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise BackboneError(f"{model_id}: no such model on the hub, or it is private", "check the name") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        if held := getattr(error, "snapshot_path", None):  # a snapshot of which some of the files are cached
+            return Path(held)
         raise BackboneError(
             f"{model_id}: not in the local cache, and the hub cannot be reached", OFFLINE_HINT
         ) from error

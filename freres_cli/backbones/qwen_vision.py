@@ -26,8 +26,8 @@ def fit_grid(width_px: int, height_px: int, factor: int, min_pixels: int, max_pi
     """The (rows, columns) of a grid of square cells that keeps the aspect ratio and stays within the pixel limits.
 
     ``width_px`` and ``height_px`` are the size of the frame, ``factor`` is the side of a cell in pixels, and
-    ``min_pixels`` and ``max_pixels`` limit the area. This is ``smart_resize`` of transformers, except that the upper
-    limit also holds for very long frames, which have at least one row of cells.
+    ``min_pixels`` and ``max_pixels`` limit the area. This is ``smart_resize`` of transformers, except that the upper limit
+    always holds: for very long frames, which have at least one row of cells, and where it is close to the lower one.
     """
     rows, columns = (max(1, round(side / factor)) for side in (height_px, width_px))
     area, cells = height_px * width_px, max_pixels // factor**2
@@ -35,8 +35,11 @@ def fit_grid(width_px: int, height_px: int, factor: int, min_pixels: int, max_pi
         shrink = math.sqrt(area / max_pixels)
         rows, columns = (max(1, math.floor(side / shrink / factor)) for side in (height_px, width_px))
     elif rows * columns * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / area)
-        rows, columns = (math.ceil(side * grow / factor) for side in (height_px, width_px))
+        grow = math.sqrt(min(min_pixels, max_pixels) / area)
+        sides = [side * grow / factor for side in (height_px, width_px)]
+        rows, columns = map(math.ceil, sides)
+        if rows * columns > cells:  # the limits are close to each other
+            rows, columns = (max(1, math.floor(side)) for side in sides)
     if rows * columns > cells:
         rows, columns = (1, min(columns, cells)) if rows < columns else (min(rows, cells), 1)
     return rows, columns

@@ -201,7 +201,7 @@ def _identify(request: TrainRequest, models: Models, modules: AnyModules) -> str
     """Return a digest of everything that decides this run, apart from what can be used of the data; the state of another
     run is not resumed."""
     machine = [str(models.language_model.dtype), request.options.model.device.name.partition(":")[0]]
-    made = [__version__, models.facts, asdict(modules.shape), machine]
+    made = [__version__, models.facts, models.checkpoint.small_files_sha256, asdict(modules.shape), machine]
     return _digest([*made, request.recipe.facts(), used_settings(request.options), request.data.sha256])
 
 

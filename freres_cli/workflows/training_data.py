@@ -20,7 +20,7 @@ from freres_cli.bench.clock import StageTimer, total_memory_bytes
 from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.content import Content, count_by_kind
 from freres_cli.devices import Device, memory_errors_as
-from freres_cli.errors import BackboneError, BundleError, FreresError, ResourceError, VideoError
+from freres_cli.errors import BackboneError, BundleError, ContextError, FreresError, ResourceError, VideoError
 from freres_cli.evaluation.cells import Budget
 from freres_cli.evaluation.questions import Question
 from freres_cli.evaluation.scores import describe_reading
@@ -275,7 +275,8 @@ def _with_shared_rows(options: CompressOptions) -> CompressOptions:
 def _key(options: CompressOptions, models: Models) -> str:
     """Return a digest of what the cached bundles, and the teacher's scores, depend on besides video and budget."""
     dtype = str(models.language_model.dtype)
-    facts = [__version__, models.facts, dtype, options.method, used_settings(_with_shared_rows(options))]
+    small = models.checkpoint.small_files_sha256  # how pixels are normalised, tokens and prompts are made
+    facts = [__version__, models.facts, small, dtype, options.method, used_settings(_with_shared_rows(options))]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -309,8 +310,8 @@ def _teach(
     clip: EncodedClip, questions: Sequence[Question], model: LanguageModel, text_after: str, machine: str
 ) -> Taught:
     """Return the log-likelihoods of the options with every token of the clip, by question: ``None`` for free answers, and if
-    all tokens exceed the model's context; ``machine`` where it failed, for want of memory or with scores that are not
-    finite."""
+    all tokens and the question exceed the model's context; ``machine`` where it failed, for want of memory or with scores
+    that are not finite."""
     taught: Taught = {}
     tokens = clip.build_tokens("full", clip.full_tokens)
     prefixes: dict[Ids, Any] = {}
@@ -323,7 +324,9 @@ def _teach(
             scores = score_options(model, prefixes[prefix], suffix, list(answers)) if question.choices else None
             taught[_text_key(question)] = None if scores is None else scores.tolist()
         except (BackboneError, ResourceError) as error:
-            is_failure = isinstance(error, ResourceError) or prefix in prefixes
+            is_failure = isinstance(error, ResourceError) or (
+                prefix in prefixes and not isinstance(error, ContextError)
+            )
             taught[_text_key(question)] = machine if is_failure else None
     return taught
 

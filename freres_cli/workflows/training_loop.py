@@ -18,7 +18,7 @@ from torch import nn
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.gradients import score_answers
 from freres_cli.devices import memory_errors_as
-from freres_cli.errors import UsageError
+from freres_cli.errors import BackboneError, UsageError
 from freres_cli.evaluation.cells import Budget
 from freres_cli.method.losses import answer_loss, distillation_loss, total_loss
 from freres_cli.pipeline.adapters import AnyModules
@@ -104,13 +104,13 @@ class TrainingLoop:
         history, best = known.get("history"), known.get("best")
         if not history:
             score, best = self.validate(), self._copy()
+            _refuse_overflow(score.loss, 0, "before the first step: the loss on the held-out videos")
             history = [[0, score.accuracy, score.loss]]
         while step < recipe.num_steps and not self._is_over(history):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * learning_rate(step, recipe.num_steps)
             loss = self._step(step)
-            if not math.isfinite(loss):
-                raise UsageError(f"step {step + 1}: the loss is {loss}", "use a lower --learning-rate")
+            _refuse_overflow(loss, step, f"step {step + 1}: the loss")
             loss_sum += loss
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             optimizer.step()
@@ -119,6 +119,7 @@ class TrainingLoop:
             if step % recipe.validate_every and step < recipe.num_steps:
                 continue
             score = self.validate()
+            _refuse_overflow(score.loss, step, f"step {step}: the loss on the held-out videos")
             if score.loss < best_of(history)[2]:
                 best = self._copy()
             history.append([step, score.accuracy, score.loss])
@@ -225,6 +226,15 @@ def _progress_line(step: int, num_steps: int, loss: float, score: Score, left_s:
     accuracy = "" if score.accuracy is None else f", accuracy {100 * score.accuracy:.1f} %"
     held_out = f"validation: loss {score.loss:.4f}{accuracy}"
     return f"step {step}/{num_steps}: loss {loss:.4f}; {held_out}; {left_s / 60:.0f} min left"
+
+
+def _refuse_overflow(loss: float, num_steps: int, what: str) -> None:
+    """Refuse a loss that is not finite. ``num_steps``: taken before it. ``what``: it is, in the message."""
+    if math.isfinite(loss):
+        return
+    if num_steps:
+        raise UsageError(f"{what} is {loss}", "use a lower --learning-rate")
+    raise BackboneError(f"{what} is {loss}", "use --dtype bfloat16 or float32; else the checkpoint is damaged")
 
 
 def best_of(history: Sequence[Sequence[Any]]) -> Sequence[Any]:
