@@ -263,7 +263,7 @@ def test_processes_started_together_may_not_share_a_gpu(folder, tmp_path, monkey
     check_failure(run, 2, "--device cuda:0: every process would use this one")
     monkeypatch.setenv("FRERES_DEVICE", "cuda:1")
     run = run_freres("train", folder / "questions.jsonl", "-o", tmp_path / "a.safetensors")
-    check_failure(run, 2, "--device cuda:1: every process would use this one")
+    check_failure(run, 2, "FRERES_DEVICE=cuda:1: every process would use this one")
 
 
 def test_a_video_that_is_cut_short_is_trained_on_and_told(folder, tmp_path):
