@@ -15,6 +15,7 @@ from freres_cli.bundle.store import read_bundle, write_bundle
 from freres_cli.cli.compress import make_options
 from freres_cli.errors import BackboneError, ResourceError, UsageError, VideoError
 from freres_cli.method.tokens import build_tokens
+from freres_cli.pipeline import models as models_module
 from freres_cli.pipeline.adapters import NO_ADAPTER
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import (
@@ -85,6 +86,23 @@ class GreedyTower(Wrapped):
 
 
 @pytest.mark.parametrize("num_frames", [1, 7, 1000])
+@pytest.mark.parametrize("first", ["encoder", "language_model"])
+def test_both_halves_come_from_one_commit_whichever_is_loaded_first(first, monkeypatch):
+    """The branch moves between the two."""
+    commits, asked = iter(["old", "new"]), []
+
+    def load(place, device, dtype, revision, folder, **options):
+        asked.append(revision)
+        commit = next(commits) if revision == "main" else revision
+        return SimpleNamespace(fingerprint={"revision": commit})
+
+    monkeypatch.setattr(models_module, "load_vision_encoder", load)
+    monkeypatch.setattr(models_module, "load_language_model", load)
+    models = Models(ModelSource("some/model", CPU, "main"))
+    halves = [getattr(models, name) for name in (first, *{"encoder", "language_model"} - {first})]
+    assert asked == ["main", "old"] and {half.fingerprint["revision"] for half in halves} == {"old"}
+
+
 def test_batches_do_not_change_the_bundle(clip, bundle, models, tmp_path, num_frames):
     options, encoder, source = options_with(budget_tokens=BUDGET), models.encoder, VideoSource(clip)
     plan = plan_compression(options, encoder, source.info)

@@ -225,10 +225,11 @@ class Models:
         return draw_checkpoint(source.name, source.device.name)
 
     def _from_checkpoint(self, load: Callable[[str | Checkpoint, Device, str | None, str | None, Path | None], T]) -> T:
-        source, revision = self.source, self.source.revision
-        if self._encoder is not None:
-            # A branch may move: both halves come from the commit that it was when the first was loaded.
-            revision = self._encoder.fingerprint.get("revision") or revision
+        source = self.source
+        # A branch may move: all parts come from the commit that it was when the first was read.
+        read = (self._encoder, self._identity, self._language_model, self._prompt_counter)
+        commits = (part.fingerprint.get("revision") for part in read if part is not None)
+        revision = next(filter(None, commits), source.revision)
         with _LOADING:
             return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
 
