@@ -85,7 +85,6 @@ class GreedyTower(Wrapped):
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_frames", [1, 7, 1000])
 @pytest.mark.parametrize("first", ["encoder", "language_model"])
 def test_both_halves_come_from_one_commit_whichever_is_loaded_first(first, monkeypatch):
     """The branch moves between the two."""
@@ -103,6 +102,7 @@ def test_both_halves_come_from_one_commit_whichever_is_loaded_first(first, monke
     assert asked == ["main", "old"] and {half.fingerprint["revision"] for half in halves} == {"old"}
 
 
+@pytest.mark.parametrize("num_frames", [1, 7, 1000])
 def test_batches_do_not_change_the_bundle(clip, bundle, models, tmp_path, num_frames):
     options, encoder, source = options_with(budget_tokens=BUDGET), models.encoder, VideoSource(clip)
     plan = plan_compression(options, encoder, source.info)
