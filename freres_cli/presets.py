@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -312,16 +313,10 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if kind is str and not isinstance(parsed, str):
         parsed = value
     if kind in (int, float) and not isinstance(parsed, bool | None):
-        parsed = _read_number(value, kind)
+        parsed = value.strip()
+        with suppress(ValueError):  # as flags have numbers: YAML takes 1e-3 for text, 0100 for 64 and 1:30 for 90
+            parsed = kind(value)
     return key.strip(), check_value(key.strip(), parsed, "--set")
-
-
-def _read_number(text: str, kind: type) -> float | str:
-    """A number as flags have it, or the text. YAML takes 1e-3 for text, 0100 for 64 and 1:30 for 90."""
-    try:
-        return int(text) if kind is int else float(text)
-    except ValueError:
-        return text.strip()
 
 
 SAMPLE_OF = {"sample_fps": "fps", "sample_count": "count"}  # the sampling that each number is for

@@ -93,8 +93,7 @@ def ablate(
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
     from freres_cli.workflows.training_loop import Recipe
 
-    folder = options.check_path(output, "-o")
-    make_folder(folder)
+    make_folder(folder := options.check_path(output, "-o"))
     models = Models(chosen.model)
     adapters: dict[str, Path] = {}
     if known is not None:
