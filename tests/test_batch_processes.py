@@ -67,6 +67,11 @@ def test_a_worker_that_the_system_does_not_start_is_tried_again(supervisor, monk
 
     monkeypatch.setattr(batch_process, "start_deaf", start)
     assert supervisor.run(FakeJob("ok-1")).tries == 1 and supervisor._num_ends == 2
+    supervisor._end()
+    failures.extend([OSError(errno.EAGAIN, "no more processes")] * 40)
+    monkeypatch.setattr(batch_process, "MOST_ENDS", 3)
+    row = supervisor.run(FakeJob("ok-2"))
+    assert row.is_fatal and "could not be started: no more processes" in row.error.message
 
 
 @pytest.mark.parametrize(("breaks", "jobs"), [("always", ("ok-1",)), ("later", ("ok-1", "unlucky-1"))])

@@ -189,7 +189,7 @@ def test_a_damaged_video_is_compared_with_the_frames_that_the_full_model_would_h
     num_frames = facts[1][0]
     assert 7 < num_frames < 12 and facts[4][1:] == facts[1][1:] == [num_frames * 36, num_frames * 36 / 200]
     run = run_freres("compress", broken, "--method", "fre-res", "--budget", 1900, "-o", tmp_path / "f.pt")
-    assert "of 1900 tokens used: anchors were planned for 64 frames, of which 32 could be decoded" in run.err
+    assert "of 1900 tokens used: they were planned for 64 frames, of which 32 could be decoded" in run.err
 
 
 @pytest.mark.parametrize("moment", ["early", "while writing"])

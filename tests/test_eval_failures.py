@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 
+from freres_cli.errors import VideoError
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.workflows import evaluate
 from tests.evaluations import FRAMES, figures, read_rows, run_eval, write_clips, write_questions, write_rows
@@ -88,6 +89,22 @@ def test_of_a_video_only_what_failed_is_tried_again(questions, tmp_path, uniform
     monkeypatch.undo()
     whole = run_eval(questions, *CELLS)
     assert figures(run_eval(questions, *CELLS, output=log).summary) == figures(whole.summary)
+
+
+def test_answers_that_are_there_stay_where_a_video_cannot_be_encoded_again(
+    questions, tmp_path, uniform_fails, monkeypatch
+):
+    log = tmp_path / "a.jsonl"
+    before = run_eval(questions, *CELLS, output=log)
+
+    def fail(*_):
+        raise VideoError("no memory today")
+
+    monkeypatch.setattr(evaluate, "EncodedClip", fail)
+    again = run_eval(questions, *CELLS, output=log)
+    assert again.summary["failed"] == [] and again.num_resumed == 2
+    for row, old in zip(again.summary["rows"], before.summary["rows"], strict=True):
+        assert row["num_videos"] == old["num_videos"] and row["accuracy"] == old["accuracy"]
 
 
 def test_a_method_that_does_not_fit_in_memory_leaves_the_others(questions):

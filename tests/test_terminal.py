@@ -128,7 +128,7 @@ def test_what_an_encoding_lacks_is_written_as_json_has_it():
 
 @pytest.mark.parametrize(
     ("flags", "status", "text"),
-    [("--help >/dev/full", 6, "error: stdout: cannot be written"), ("presets --nosuch 2>/dev/full", 2, "")],
+    [("--help >/dev/full", 6, "error: output cannot be written"), ("presets --nosuch 2>/dev/full", 2, "")],
 )
 def test_help_and_usage_that_cannot_be_written_are_no_bug(flags, status, text):
     code = "from freres_cli.cli.start import main; main()"

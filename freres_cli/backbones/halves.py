@@ -17,7 +17,7 @@ from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.hub import TOKENIZER_FILES
 from freres_cli.backbones.sizes import find_layer_kinds, find_rope_kind
 from freres_cli.devices import memory_errors_as
-from freres_cli.errors import BackboneError
+from freres_cli.errors import BackboneError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
     except Exception as error:  # the native part of tokenizers raises no other for a file of a newer release
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         newer = f"{hint}; one that a newer release of tokenizers wrote may need that release"
         raise BackboneError(f"{checkpoint.model_id}: tokenizer cannot be read: {reason}", newer) from error

@@ -27,7 +27,8 @@ def fit_grid(width_px: int, height_px: int, factor: int, min_pixels: int, max_pi
 
     ``width_px`` and ``height_px`` are the size of the frame, ``factor`` is the side of a cell in pixels, and
     ``min_pixels`` and ``max_pixels`` limit the area. This is ``smart_resize`` of transformers, except that the upper limit
-    always holds: for very long frames, which have at least one row of cells, and where it is close to the lower one.
+    always holds: for very long frames, which have at least one row of cells, and where it is close to the lower one, which
+    may then be missed.
     """
     rows, columns = (max(1, round(side / factor)) for side in (height_px, width_px))
     area, cells = height_px * width_px, max_pixels // factor**2
@@ -35,11 +36,14 @@ def fit_grid(width_px: int, height_px: int, factor: int, min_pixels: int, max_pi
         shrink = math.sqrt(area / max_pixels)
         rows, columns = (max(1, math.floor(side / shrink / factor)) for side in (height_px, width_px))
     elif rows * columns * factor**2 < min_pixels:
-        grow = math.sqrt(min(min_pixels, max_pixels) / area)
+        grow = math.sqrt(min_pixels / area)
         sides = [side * grow / factor for side in (height_px, width_px)]
-        rows, columns = map(math.ceil, sides)
-        if rows * columns > cells:  # the limits are close to each other
-            rows, columns = (max(1, math.floor(side)) for side in sides)
+        up, down = (tuple(max(1, to(side)) for side in sides) for to in (math.ceil, math.floor))
+        if up[0] * up[1] <= cells:
+            rows, columns = up
+        else:  # the limits are close to each other: the largest grid near it that the upper one allows
+            near = [down, (up[0], down[1]), (down[0], up[1]), (rows, columns)]
+            rows, columns = max((grid for grid in near if grid[0] * grid[1] <= cells), key=math.prod, default=down)
     if rows * columns > cells:
         rows, columns = (1, min(columns, cells)) if rows < columns else (min(rows, cells), 1)
     return rows, columns

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -141,8 +142,8 @@ def _run() -> None:
     except OSError as error:
         if isinstance(status := getattr(error.__context__, "exit_code", None), int):
             sys.exit(status)  # what was to be said about a wrong flag could not be written
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):
-            _fail(ResourceError(f"stdout: cannot be written: {error.strerror}"), error)
+        if error.filename is None and _is_of_help(error):
+            _fail(ResourceError(f"output cannot be written: {error.strerror}"), error)
         if error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None:
             _fail(UsageError(f"{error.filename}: no permission", "name another place, or ask for rights there"), error)
         if error.errno != errno.ENAMETOOLONG:
@@ -157,6 +158,12 @@ def _run() -> None:
         if is_out_of_memory(error):
             _fail(ResourceError("not enough memory", "lower --budget, or use a smaller --dtype"), error)
         _fail_unexpected(error)
+
+
+def _is_of_help(error: OSError) -> bool:
+    """Whether it came of printing a page of help, which is not our own."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("click", "rich", "typer")
 
 
 def _fail_unexpected(error: Exception) -> NoReturn:

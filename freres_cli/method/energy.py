@@ -77,7 +77,8 @@ def lost_in_time(losses: Sequence[Loss], edges_s: Tensor) -> Tensor:
 
 
 def _share(part: float, whole: float) -> float | None:
-    return min(1.0, part / whole) if whole > 0 else None
+    # Coefficients count a last bin that is not full as full, so what they take from it may be less than nothing.
+    return max(0.0, min(1.0, part / whole)) if whole > 0 else None
 
 
 def _spectra(tracks: Tracks) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -238,9 +238,10 @@ class OpenGop:
         waves = dct_basis(num_bins, num_coefficients, bins.device) / self._trajectory.bin_frames**0.5
         main = slice(0, self._width)
         missed = bins[..., main] - torch.einsum("kb,kpc->bpc", waves, coefficients[..., main])
-        energy, at = missed.square().sum(-1).max(0)
+        counts = self._trajectory.bin_counts().to(bins.device)
+        energy, at = (missed.square().sum(-1) * counts[:, None]).max(0)
         cells = torch.arange(at.shape[0], device=at.device)
-        return bins[at, cells], at, energy * self._weights * self._trajectory.bin_frames
+        return bins[at, cells], at, energy * self._weights
 
 
 def _sum_after_first(values: Tensor) -> Tensor:

@@ -128,11 +128,11 @@ def describe_repeats(plan: CompressPlan) -> Iterator[str]:
 def _explain_few(plan: CompressPlan, options: CompressOptions, manifest: Mapping[str, Any]) -> str:
     """Why a budget that the clip could fill was not."""
     num_frames = manifest["sampling"]["num_frames"]
-    if options.method != FRE_RES:
-        return "the clip has no more distinct ones"
     if num_frames < plan.num_frames:
-        return f"anchors were planned for {plan.num_frames} frames, of which {num_frames} could be decoded"
-    return "fre-res finds no more that are distinct"
+        return f"they were planned for {plan.num_frames} frames, of which {num_frames} could be decoded"
+    if options.method == FRE_RES:
+        return "with these settings fre-res finds no more to keep"
+    return "the clip has no more distinct ones"
 
 
 def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator[str]:

@@ -102,8 +102,8 @@ def refuse_control_tokens(places: Iterable[tuple[str, Sequence[str]]], model: La
     ``places``: where each question stands, for the message, and its texts. Raises ``UsageError``.
     """
     # A word that a tokenizer knows as a whole is no command.
-    added = [str(token) for token in model.tokenizer.added_tokens_decoder.values()]
-    tokens = [token for token in added if not token.strip().isalpha()]
+    added = model.tokenizer.added_tokens_decoder.values()
+    tokens = [str(token) for token in added if token.special or not str(token).strip().isalpha()]
     for where, texts in places:
         if (token := find_control_token(texts, tokens)) is not None:
             raise UsageError(f"{where}: holds {token}, which the model reads as a command", "leave it out")

@@ -85,8 +85,11 @@ class Supervisor:
                 tries += 1
                 connection.send(job)
                 row: BatchRow = connection.recv()
-            except (EOFError, OSError):
-                reason, ends = self._end(), ends + 1
+            except (EOFError, OSError) as failure:
+                is_started, ends = self._process is not None, ends + 1
+                reason = self._end()
+                if isinstance(failure, OSError) and not is_started:
+                    reason = f"could not be started: {failure.strerror or failure}"
                 if max(ends, 0 if self._num_rows else self._num_ends) >= MOST_ENDS:
                     what = f"{MOST_ENDS} workers in a row ended before they had a result: the last one {reason}"
                     error = ResourceError(what, "see if memory is short; try one video with freres compress")
