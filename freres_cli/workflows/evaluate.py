@@ -194,9 +194,6 @@ def evaluate_video(
             row |= {"lost_s": clip.lost_s, "notes": list(clip.notes)}
     except FreresError as error:
         failures.append(error.without_frames())
-        if known.row is not None:  # answers about this very file, which stay
-            lost = [known.cells.get(i) or _failed_cell(cell, error.message) for i, cell in enumerate(request.cells)]
-            return {**known.row, "cells": lost}
         return {"video": name, "status": "failed", "message": error.message}
     if all(part["status"] == "failed" for part in row["cells"]):
         return {"video": name, "status": "failed", "message": row["cells"][0]["message"]}
@@ -210,12 +207,13 @@ def _try_cell(cell: Cell, ask: Callable[[Cell], dict[str, Any]], failures: list[
             return ask(cell)
     except Exception as error:
         failures.append(failure_of(error, cell.name))
-        return _failed_cell(cell, failures[-1].message)
-
-
-def _failed_cell(cell: Cell, message: str) -> dict[str, Any]:
-    budget = None if cell.budget is None else cell.budget.number
-    return {"method": cell.method, "budget": budget, "status": "failed", "message": message, "answers": {}}
+        return {
+            "method": cell.method,
+            "budget": None if cell.budget is None else cell.budget.number,
+            "status": "failed",
+            "message": failures[-1].message,
+            "answers": {},
+        }
 
 
 def failure_of(error: Exception, name: str) -> FreresError:
