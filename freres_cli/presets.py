@@ -208,13 +208,8 @@ def _read_yaml(text: str, where: str) -> Any:
             if depth > MAX_YAML_DEPTH or number > MAX_YAML_EVENTS:
                 raise PresetError(f"{where}: expected one value for each setting, got far more")
         return yaml.load(text, _StrictLoader)  # a SafeLoader
-    except (
-        yaml.YAMLError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-    ) as error:  # a tag that does not fit its value
+    # The last two come of a tag that does not fit its value.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise PresetError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 

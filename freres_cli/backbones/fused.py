@@ -87,12 +87,10 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Kernels | No
         return None, None
     with _TRYING:
         if (device, dtype) not in _PROBLEMS:
-            try:
-                _PROBLEMS[device, dtype] = _try_kernels(device, dtype)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                return None, tell_problem(SHORT_MEMORY)  # there may be more the next time
+            problem = _try_kernels(device, dtype)
+            if problem == SHORT_MEMORY:  # there may be more the next time
+                return None, tell_problem(problem)
+            _PROBLEMS[device, dtype] = problem
         problem = _PROBLEMS[device, dtype]
     if problem is None:
         from freres_cli.backbones import kernels
@@ -124,15 +122,14 @@ def _try_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @contextmanager
 def failures_told() -> Iterator[list[str]]:
-    """Whatever a compiler that is not there, or another release of it, may raise, as a text in the list. Not what comes of
-    memory that ran out: it may be there later."""
+    """Whatever a compiler that is not there, or another release of it, may raise, as a text in the list; ``SHORT_MEMORY`` if
+    memory ran out."""
     told: list[str] = []
     try:
         yield told
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        told.append(f"Triton's kernels failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        told.append(SHORT_MEMORY if is_out_of_memory(error) else f"Triton's kernels failed: {reason}")
 
 
 def compare_kernels(kernels: Kernels, device: torch.device | str, dtype: torch.dtype) -> list[str]:

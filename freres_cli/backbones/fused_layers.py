@@ -17,16 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from freres_cli.backbones.fused import (
-    SHORT_MEMORY,
-    Kernels,
-    Written,
-    failures_told,
-    find_kernels,
-    is_near,
-    tell_problem,
-)
-from freres_cli.errors import is_out_of_memory
+from freres_cli.backbones.fused import Kernels, Written, failures_told, find_kernels, is_near, tell_problem
 
 # The functions of transformers by which attention layers turn queries and keys.
 IN_DECODER, IN_TOWER = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
@@ -42,13 +33,8 @@ def use_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -> s
     kernels, note = find_kernels(device, dtype)
     if kernels is None:
         return note
-    try:
-        with failures_told() as told:
-            replace_passes(model, kernels)
-    except Exception as error:  # nothing is replaced by then
-        if not is_out_of_memory(error):
-            raise
-        return tell_problem(SHORT_MEMORY)
+    with failures_told() as told:
+        replace_passes(model, kernels)
     return tell_problem(told[0]) if told else None
 
 

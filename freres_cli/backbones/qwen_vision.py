@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -38,12 +39,10 @@ def fit_grid(width_px: int, height_px: int, factor: int, min_pixels: int, max_pi
     elif rows * columns * factor**2 < min_pixels:
         grow = math.sqrt(min_pixels / area)
         sides = [side * grow / factor for side in (height_px, width_px)]
-        up, down = (tuple(max(1, to(side)) for side in sides) for to in (math.ceil, math.floor))
-        if up[0] * up[1] <= cells:
-            rows, columns = up
-        else:  # the limits are close to each other: the largest grid near it that the upper one allows
-            near = [down, (up[0], down[1]), (down[0], up[1]), (rows, columns)]
-            rows, columns = max((grid for grid in near if grid[0] * grid[1] <= cells), key=math.prod, default=down)
+        # The largest of these that the upper limit allows: the first, unless the limits are close to each other.
+        up_or_down = [(math.ceil(side), max(1, math.floor(side))) for side in sides]
+        near = [*product(*up_or_down), (rows, columns)]
+        rows, columns = max((grid for grid in near if math.prod(grid) <= cells), key=math.prod, default=near[3])
     if rows * columns > cells:
         rows, columns = (1, min(columns, cells)) if rows < columns else (min(rows, cells), 1)
     return rows, columns

@@ -111,12 +111,10 @@ def parse_size(text: str) -> int:
 def _print_cost(cost: Cost, stages: list[Stage], speed: Speed) -> None:
     plan, text = cost.plan, "" if cost.text_tokens is None else f", {cost.text_tokens} of them text in the video"
     print_result(f"frames           {plan.num_frames} of {plan.size.grid_h}x{plan.size.grid_w} tokens")
-    most, why = (
-        ("", "")
-        if plan.quality is None
-        else ("at most ", f", as few as keep quality {plan.quality:g}: the rest is for the most")
-    )
-    print_result(f"visual tokens    {most}{cost.visual_tokens} of {plan.full_tokens}{why}")
+    visual = f"{cost.visual_tokens} of {plan.full_tokens}"
+    if plan.quality is not None:
+        visual = f"at most {visual}, as few as keep quality {plan.quality:g}: the rest is for the most"
+    print_result(f"visual tokens    {visual}")
     print_result(f"context tokens   at most {cost.context_tokens}{text}")
     print_result(f"KV cache         {format_bytes(cost.kv_bytes)}")
     rows = [

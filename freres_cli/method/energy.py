@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +49,14 @@ def report_energy(tracks: Tracks) -> EnergyReport:
     kept = torch.zeros(num_gops, dtype=torch.float64)
     gains = _impulse_gains(tracks)
     kept.index_add_(0, tracks.coefficient_gop, gains)
-    for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
-        kept[gop] += float(_explained_by_segment(tracks, gop).sum())
+    explained = {
+        gop: _explained_by_segment(tracks, gop) for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist()
+    }
+    for gop, by_segment in explained.items():
+        kept[gop] += float(by_segment.sum())
     areas = tracks.grid[1] * tracks.grid[2] / (tracks.pooled_grid[0] * tracks.pooled_grid[1])
     spectrum, null = _spectra(tracks)
-    losses = sorted(_losses(tracks, gains), key=lambda loss: -loss.lost_energy_per_s)
+    losses = sorted(_losses(tracks, gains, explained), key=lambda loss: -loss.lost_energy_per_s)
     return EnergyReport(
         gop_kept=tuple(_share(float(k), float(e)) for k, e in zip(kept, pooled, strict=True)),
         clip_kept=_share(float(kept.sum()), float(pooled.sum())),
@@ -97,16 +100,15 @@ def _spectra(tracks: Tracks) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(cumulative.tolist()), tuple(null)
 
 
-def _losses(tracks: Tracks, gains: Tensor) -> list[Loss]:
+def _losses(tracks: Tracks, gains: Tensor, explained: Mapping[int, Tensor]) -> list[Loss]:
     """Energy of residual minus reconstruction in each eighth of each GoP: E - 2 <r, r'> + |r'|^2, exact per bin.
 
-    ``gains``: what each impulse takes from that.
+    ``gains``: what each impulse takes from that. ``explained``: what the coefficients of each GoP take.
     """
     losses, edges_s = [], frame_edges_s(tracks.frame_seconds).tolist()
-    for gop in tracks.gop_num_residuals.nonzero().squeeze(1).tolist():
-        mine = (tracks.coefficient_gop == gop).nonzero().squeeze(1)
-        impulses = mine[tracks.is_impulse[mine]]
-        lost = tracks.gop_segment_energy[gop] - _explained_by_segment(tracks, gop)
+    for gop, by_segment in explained.items():
+        impulses = ((tracks.coefficient_gop == gop) & tracks.is_impulse).nonzero().squeeze(1)
+        lost = tracks.gop_segment_energy[gop] - by_segment
         num_bins, bin_frames = int(tracks.gop_num_bins[gop]), int(tracks.gop_bin_frames[gop])
         at = segment_of_bin(num_bins)[tracks.coefficient_band[impulses] % IMPULSE]
         lost = lost.index_add(0, at, -gains[impulses].to(torch.float32)).clamp(min=0)
