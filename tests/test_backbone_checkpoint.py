@@ -18,7 +18,13 @@ from freres_cli.backbones.checkpoint import fingerprint, resolve_checkpoint
 from freres_cli.backbones.halves import read_tokenizer
 from freres_cli.backbones.qwen2_vl import Qwen2VLLanguageModel, Qwen2VLVisionEncoder
 from freres_cli.backbones.qwen_vision import fit_grid
-from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, load_language_model, load_vision_encoder
+from freres_cli.backbones.registry import (
+    FAMILIES,
+    KNOWN_CHECKPOINTS,
+    identify_vision_encoder,
+    load_language_model,
+    load_vision_encoder,
+)
 from freres_cli.errors import BackboneError, ResourceError
 from freres_cli.world.bundled_model import (
     FRAME_PX,
@@ -318,6 +324,16 @@ def test_the_fingerprint_tells_models_apart(folder):
     content[content.index(needle)] ^= 1
     path.write_bytes(content)
     assert prints()["projector_sha256"] != first["projector_sha256"]
+
+
+def test_image_processors_are_told_apart_with_and_without_the_tower(folder):
+    def digests():
+        return {part(str(folder), CPU).pixels_sha256 for part in (identify_vision_encoder, load_vision_encoder)}
+
+    (first,) = digests()
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_std": [0.5, 0.5, 0.5]}))
+    (second,) = digests()
+    assert second != first
 
 
 # Bundled model and registry

@@ -288,13 +288,14 @@ def test_a_closed_pipe_does_not_end_the_work(clips, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_a_bundle_of_a_release_that_recorded_no_attention_kernel_may_match(clips, compressor, tmp_path):
+@pytest.mark.parametrize(("fact", "name"), [("attention", "attention"), ("pixels_sha256", "image processor")])
+def test_a_bundle_of_a_release_that_did_not_record_a_fact_may_match(clips, compressor, tmp_path, fact, name):
     compress_many(compressor, videos_of(clips)[:1], tmp_path)
     manifest = read_bundle(tmp_path / "clip0.pt").manifest
     sha256, model = manifest["source"]["sha256"], compressor.models.identify_encoder()
     assert find_differences(manifest, sha256, model, compressor.options) == []
-    for recorded, differing in ((None, []), ("flash", ["attention"])):
-        changed = {**manifest, "model": {**manifest["model"], "attention": recorded}}
+    for recorded, differing in ((None, []), ("another", [name])):
+        changed = {**manifest, "model": {**manifest["model"], fact: recorded}}
         assert find_differences(changed, sha256, model, compressor.options) == differing
 
 

@@ -190,16 +190,18 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What determines the latents of given frames: the model's fingerprint, and the tower's precision and attention
-    kernel."""
+    """What determines the latents of given frames: the model's fingerprint, the tower's precision and attention kernel, and
+    the digest of how pixels are normalized and how many a frame may have."""
 
     fingerprint: dict[str, str | None]
     dtype: torch.dtype
     attention: str
+    pixels_sha256: str
 
 
 class VisionEncoder(Protocol):
     """The frozen vision tower and projector of one family. ``tower``: the module, with its weights and config.
+    ``pixels_sha256``: as in ``EncoderIdentity``.
 
     Contract test: ``tests/test_backbone_contract.py``, part "vision". A new family gets a row there and must pass it:
     patches are bit-identical to those of the family's own image processor, latents are bit-identical to its own
@@ -213,6 +215,7 @@ class VisionEncoder(Protocol):
     device: torch.device
     attention: str
     fingerprint: dict[str, str | None]
+    pixels_sha256: str
     notes: tuple[str, ...]
     tower: Any
 

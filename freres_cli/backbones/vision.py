@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,6 +36,11 @@ class PixelRule:
     min_pixels: int
     max_pixels: int
     rescale_factor: float = 1 / 255
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the rule."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def read(self, checkpoint: Checkpoint) -> PixelRule:
         """The checkpoint's rule, with the values of this one for whatever its file does not give."""
@@ -82,6 +89,7 @@ class FrameEncoder(ABC):
         self.attention = attention
         self.tower: Any = tower.eval()
         self.pixel_rule = pixel_rule
+        self.pixels_sha256 = pixel_rule.sha256
         self.fingerprint = fingerprint
         kernels_note = use_kernels(self.tower, self.device, self.dtype)
         self.notes = notes if kernels_note is None else (*notes, kernels_note)
@@ -120,7 +128,8 @@ class FrameEncoder(ABC):
     def identify(cls, checkpoint: Checkpoint, device: Device, dtype: str | None = None) -> EncoderIdentity:
         """What identifies the encoder that ``load`` would return, without reading the tower."""
         chosen, attention, _ = cls._choose_precision(checkpoint, device, dtype)
-        return EncoderIdentity(fingerprint(checkpoint, cls.files.projector), chosen, attention)
+        rule = cls.default_rule.read(checkpoint)
+        return EncoderIdentity(fingerprint(checkpoint, cls.files.projector), chosen, attention, rule.sha256)
 
     @classmethod
     def _choose_precision(

@@ -27,6 +27,7 @@ MAX_DEPTH = 16
 SCHEMA_VERSION = 4  # that freres writes
 # Fields added since the versions were fixed. A bundle without one has null in it: not known.
 LATER_FIELDS: Fields = {
+    "model": {"pixels_sha256": Field("text", may_be_null=True, default=None)},
     "source": {"zero_s": Field("number", may_be_null=True, default=None)},
     "geometry": {
         "residual_grid": Field("wholes", may_be_null=True, default=None, length=2, low=1, high=256),

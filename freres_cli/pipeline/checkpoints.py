@@ -146,7 +146,8 @@ def _digest(source: VideoSource, options: CompressOptions, plan: CompressPlan, e
     facts = {
         "versions": [__version__, torch.__version__, av.__version__],
         "video": [source.sha256, source.num_bytes],
-        "model": [encoder.fingerprint, str(encoder.dtype), encoder.attention, options.model.device.name],
+        "model": [encoder.fingerprint, str(encoder.dtype), encoder.attention, encoder.pixels_sha256],
+        "device": options.model.device.name,
         "settings": {**options.settings.values(), "method": options.method},
         "window": [options.start_s, options.end_s, options.strict, options.decode],
         "plan": [asdict(plan.sampling), asdict(plan.size), plan.num_frames, count_batch_frames(plan)],

@@ -55,6 +55,7 @@ def build_manifest(
             "num_deep_layers": encoder.num_deep_layers,
             "dtype": str(encoder.dtype).removeprefix("torch."),
             "attention": encoder.attention,
+            "pixels_sha256": encoder.pixels_sha256,
         },
         "source": describe_source(source),
         "sampling": {

@@ -29,8 +29,9 @@ def find_differences(
             [model.fingerprint.get(fact) for fact in MODEL_FACTS],
         ),
         "dtype": (recorded["dtype"], dtype),
-        # The first release did not record it.
+        # Earlier releases did not record these two.
         "attention": (recorded["attention"] or model.attention, model.attention),
+        "image processor": (recorded["pixels_sha256"] or model.pixels_sha256, model.pixels_sha256),
         "start": (sampling["start_s"] or 0, options.start_s or 0),
         "end": (sampling["end_s"], options.end_s),
         "method": (manifest["settings"]["method"]["value"], options.method),

@@ -209,7 +209,8 @@ class Models:
     def identify_encoder(self) -> EncoderIdentity:
         """Return what determines the latents, without loading the tower."""
         if self._encoder is not None:
-            return EncoderIdentity(self._encoder.fingerprint, self._encoder.dtype, self._encoder.attention)
+            it = self._encoder
+            return EncoderIdentity(it.fingerprint, it.dtype, it.attention, it.pixels_sha256)
         if self._identity is None:
             self._identity = self._from_checkpoint(identify_vision_encoder)
         return self._identity
