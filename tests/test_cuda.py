@@ -303,15 +303,21 @@ def test_one_kernel_gives_what_several_passes_give(dtype):
 
 @on_cuda
 @pytest.mark.parametrize("method", ["fre-res", "adaptive"])
-def test_a_method_beside_the_tower_keeps_what_it_keeps_after_it(load, method):
+def test_a_method_beside_the_tower_keeps_what_it_keeps_after_it(load, method, monkeypatch):
     models = load("qwen3_vl", choose_device("cuda"))
+    encode = models.encoder.encode
+
+    def encode_late(pixels):
+        torch.cuda._sleep(20_000_000)  # cycles: who does not wait for the latents reads what was there before
+        return encode(pixels)
+
+    monkeypatch.setattr(models.encoder, "encode", encode_late)
     settings = {"preset": "bundled", "sample": "native", "grid": "4x5", "track_density": 1}
     compressor = Compressor(models=models, budget_tokens=200, method=method, **settings)
     frames = draw_frames(models.encoder.frame_size(35, 28, (4, 5)), 300)
-    seconds = [frame / 8 for frame in range(300)]
 
     def run():
-        return compressor.compress(frames, seconds=seconds).tokens()
+        return compressor.compress(frames, seconds=[frame / 8 for frame in range(300)]).tokens()
 
     beside = run()
     with in_one_queue():
