@@ -49,16 +49,6 @@ def test_an_answer_does_not_depend_on_the_video_before(internvl):
     assert torch.equal(internvl.last_logits(internvl.whole_prompt(internvl.tokens(internvl.keep))), first)
 
 
-def test_dynamic_rotary_scaling_is_noted(internvl, tmp_path):
-    CASES["internvl"].make(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model = CASES["internvl"].language_class.load(open_checkpoint(tmp_path), CPU)
-    assert any("rotary frequencies change past position 4096" in note for note in model.notes)
-    assert not any("rotary" in note for note in internvl.model.notes)
-
-
 def test_pixels_that_become_zero_are_refused(tmp_path):
     """SmolVLM's stock model drops frames of zeros, which is what black frames become if the mean is zero."""
     CASES["smolvlm"].make(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from freres_cli.backbones import stock_processors
 from freres_cli.errors import BackboneError
@@ -43,3 +44,30 @@ def test_the_stock_prompt_is_written_by_the_stock_processor(name, text, tmp_path
         tokenizer.chat_template = None
         with pytest.raises(BackboneError, match="the stock processor cannot write this prompt"):
             stock_processors.stock_prompt_ids(*arguments)
+
+
+@pytest.mark.parametrize("writes_bos", [True, False])
+def test_a_token_that_begins_every_text_begins_a_prompt_once(tmp_path, writes_bos):
+    """Of tokenizers like Llama's. The templates of some of their checkpoints write the token, those of others do not."""
+    case = next(case for case in FAMILY_CASES if case.name == "internvl")
+    stock = case.make(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    tokenizer = case.language_class.load_without_weights(checkpoint).tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    if writes_bos:
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path)
+    model = case.language_class.load_without_weights(open_checkpoint(tmp_path))
+    processor = stock_processors._make_processor(checkpoint, stock.config, model.tokenizer, 16, 2)
+    processor.chat_template = model.tokenizer.chat_template
+    hello = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
+    expected = processor.apply_chat_template(hello, tokenize=True, add_generation_prompt=True, return_dict=True)
+    assert expected["input_ids"][0][:2].count(begin) == 1
+    prompt = model.prompt(QUESTION)
+    assert prompt.prefix[0] == begin and begin not in (*prompt.prefix[1:], *prompt.suffix)
+    ids = stock_processors.stock_prompt_ids(
+        checkpoint, stock.config, model.tokenizer, (T, *case.grid), PERIOD_S, QUESTION
+    )
+    assert ids[0] == begin and ids[-len(prompt.suffix) :] == list(prompt.suffix)

@@ -80,6 +80,14 @@ def test_a_template_that_works_gives_what_transformers_gives(language, monkeypat
     assert render_chat(language.tokenizer, MESSAGES) == expected == "<user>[video][text]"
 
 
+def test_memory_is_limited_only_until_a_template_has_kept_to_the_limit(language, monkeypatch):
+    monkeypatch.setattr(language.tokenizer, "chat_template", "{% for m in messages %}<{{ m.role }}> again{% endfor %}")
+    limits, real = [], resource.setrlimit
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: (limits.append(limit), real(kind, limit)))
+    first = render_chat(language.tokenizer, MESSAGES)
+    assert len(limits) == 2 and render_chat(language.tokenizer, MESSAGES) == first and len(limits) == 2
+
+
 def test_two_threads_leave_the_limit_as_it_was():
     before = resource.getrlimit(resource.RLIMIT_AS)
     inside, second, left = threading.Event(), threading.Event(), threading.Event()

@@ -6,6 +6,7 @@ Works with any ``base.LanguageModel``, on one sequence at a time.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ def prefill_rows(
     start_s = time.perf_counter() if start_s is None else start_s
     notes = check_context(model, len(rows), rows.next_position)
     cache, pruned = model.new_cache(), None
+    settle_length(cache, rows)
     chunk_tokens = chunk_tokens or choose_chunk(model, len(rows))
     if pruning is None:
         # It imports transformers, which whoever only reads tokens does without.
@@ -118,6 +120,11 @@ def prefill_rows(
         notes += describe_problem(HeadKind.of(model.device, model.dtype, model.decoder.config))
     position = rows.next_position
     return VideoPrefix(cache, len(rows), num_visual_tokens, position, spent_s, notes, pruned, chunk_tokens)
+
+
+def settle_length(cache: Any, rows: PromptRows) -> None:
+    """Say in an empty ``cache`` how long the prompt is that ``rows`` begin, where rotary angles depend on it."""
+    cache.num_settled = math.ceil(rows.next_position)
 
 
 def check_context(
@@ -180,6 +187,8 @@ def prefill(model: LanguageModel, rows: PromptRows, cache: Any, chunk_tokens: in
     if not len(rows):
         raise BackboneError("prompt: expected at least one token after the video, got none")
     num_cached = cache.get_seq_length()
+    if not num_cached:
+        settle_length(cache, rows)
     chunk_tokens = chunk_tokens or choose_chunk(model, len(rows))
     is_long = not num_cached and is_long_prompt(model, len(rows))
     with memory_of(model, num_cached + len(rows)):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.hub import TOKENIZER_FILES
-from freres_cli.backbones.sizes import find_layer_kinds, find_rope_kind
+from freres_cli.backbones.sizes import find_layer_kinds
 from freres_cli.devices import memory_errors_as
 from freres_cli.errors import BackboneError, is_out_of_memory
 
@@ -119,7 +119,7 @@ def check_decoder(checkpoint: Checkpoint, text_config: Any) -> None:
         named = ", ".join(sorted(kinds)) or "sliding_attention"
         raise BackboneError(f"{checkpoint.model_id}: layers of kind {named} are not supported", "see: freres models")
     if any(".experts.0." in key for key in checkpoint.files_by_key):
-        hint = "load it with transformers 5 and save it again, which stores them together"
+        hint = "load it with transformers 5 and save it with save_pretrained(FOLDER, save_original_format=False)"
         raise BackboneError(f"{checkpoint.model_id}: experts that are stored one by one are not supported", hint)
 
 
@@ -150,16 +150,6 @@ def read_tokenizer(checkpoint: Checkpoint, known_token: int | str) -> Any:
             tokenizer.chat_template = template
             break
     return tokenizer
-
-
-def rope_notes(text_config: Any) -> tuple[str, ...]:
-    """What the user should know about the rotary angles of a decoder with this config."""
-    if find_rope_kind(text_config) != "dynamic":
-        return ()
-    limit = text_config.max_position_embeddings
-    return (
-        f"rotary frequencies change past position {limit} (dynamic scaling): beyond it, answers depend on chunking",
-    )
 
 
 def loading(checkpoint: Checkpoint, what: str) -> Any:

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModel, DynamicCache
 from transformers.initialization import no_init_weights
 
+from freres_cli.backbones.angles import rope_notes, settle_angles
 from freres_cli.backbones.attention import CAUSAL_NO_MASK, attention_for_padding, use_attention
 from freres_cli.backbones.base import Piece, PromptIds, PromptRows
 from freres_cli.backbones.cache import CACHE_ARGUMENT
@@ -28,7 +29,6 @@ from freres_cli.backbones.halves import (
     loading,
     read_config,
     read_tokenizer,
-    rope_notes,
 )
 from freres_cli.backbones.locks import ThreadLock
 from freres_cli.backbones.long_attention import HeadKind, start_compiling
@@ -37,8 +37,14 @@ from freres_cli.backbones.quantized_cache import make_cache, row_format
 from freres_cli.backbones.quantized_weights import quantize_linears
 from freres_cli.backbones.row_parts import use_row_parts
 from freres_cli.backbones.shared_prefix import Shared, SharedCache
-from freres_cli.backbones.sizes import find_head_width, find_layer_kinds, find_widest_row, has_experts
-from freres_cli.backbones.templates import render_chat
+from freres_cli.backbones.sizes import (
+    find_context_tokens,
+    find_head_width,
+    find_layer_kinds,
+    find_widest_row,
+    has_experts,
+)
+from freres_cli.backbones.templates import render_chat, tokenize_chat
 from freres_cli.devices import AS_COMPUTED, Device, Storage, choose_dtype, fit_attention
 from freres_cli.errors import BackboneError
 from freres_cli.presets import MODEL_INFO_FILE, TEXT_AFTER
@@ -84,11 +90,11 @@ class DecoderLanguageModel(ABC):
         self.decoder = half.decoder.eval()
         kernels_note = use_kernels(self.decoder, self.device, self.dtype)
         use_row_parts(self.decoder)
+        settle_angles(self.decoder)
         self.head_weight = half.decoder.embed_tokens.weight if half.lm_head is None else half.lm_head.weight
         self.tokenizer = tokenizer
-        self.video_token_id = int(
-            tokenizer.convert_tokens_to_ids(self.video_token) if self.video_token else config.video_token_id
-        )
+        named = tokenizer.convert_tokens_to_ids(self.video_token) if self.video_token else config.video_token_id
+        self.video_token_id = int(named)
         self.stop_ids = stop_ids
         self.fingerprint = fingerprint
         self.storage = storage
@@ -96,7 +102,7 @@ class DecoderLanguageModel(ABC):
         self.width = int(half.decoder.config.hidden_size)
         self.num_layers = len(half.decoder.layers)
         self.num_deep_layers = self.count_deep_layers(config)
-        self.max_context_tokens = int(half.decoder.config.max_position_embeddings)
+        self.max_context_tokens = find_context_tokens(half.decoder.config)
 
     @classmethod
     def load(
@@ -130,12 +136,8 @@ class DecoderLanguageModel(ABC):
         stop = checkpoint.read_json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
         stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         digests = fingerprint(checkpoint, cls.files.projector)
-        notes = tuple(
-            filter(
-                None,
-                (device.note, dtype_note, attention_note, long_note, weights_note, *rope_notes(config.text_config)),
-            )
-        )
+        found = (device.note, dtype_note, attention_note, long_note, weights_note, *rope_notes(config.text_config))
+        notes = tuple(filter(None, found))
         choices_as = checkpoint.read_json(MODEL_INFO_FILE).get("choices_as", "letters")
         return cls(config, half, tokenizer, stop_ids, digests, notes, attention, choices_as, storage)
 
@@ -232,7 +234,7 @@ class DecoderLanguageModel(ABC):
 
     def split_prompt(self, text: str) -> PromptIds:
         """The prompt's ids before and after the video's placeholder. Raises BackboneError unless there is exactly one."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenize_chat(self.tokenizer, text)
         if (num_places := ids.count(self.video_token_id)) != 1:
             raise BackboneError(
                 f"prompt: expected one place for the video, got {num_places}",
@@ -346,15 +348,14 @@ class DecoderLanguageModel(ABC):
     def _run(self, rows: PromptRows, cache: Any, **of_attention: Any) -> Tensor:
         rows = self.leave_out_zeros(rows).to(self.device)
         embeds = rows.embeds
-        out = self.decoder(
+        hidden: Tensor = self.decoder(
             inputs_embeds=embeds[None, :, : self.width],
             position_ids=rows.positions if self.num_axes > 1 else rows.positions[0],
             use_cache=True,
             **{CACHE_ARGUMENT: cache},
             **self.deep_inputs(embeds),
             **of_attention,
-        )
-        hidden: Tensor = out.last_hidden_state[0]
+        ).last_hidden_state[0]
         return hidden
 
     def leave_out_zeros(self, rows: PromptRows) -> PromptRows:
@@ -381,8 +382,7 @@ class DecoderLanguageModel(ABC):
     @property
     def keeps_state(self) -> bool:
         """See ``base.LanguageModel``."""
-        kinds = getattr(self.decoder.config, "layer_types", None) or []
-        return any(kind != "full_attention" for kind in kinds)
+        return any(kind != "full_attention" for kind in find_layer_kinds(self.decoder.config))
 
     def attend_from_last(self, rows: PromptRows, cache: Any) -> Tensor:
         """See ``base.LanguageModel``."""

@@ -20,7 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from freres_cli.backbones.base import LanguageModel, PromptRows
-from freres_cli.backbones.engine import PREFILL_CHUNK_TOKENS, VideoPrefix, check_context, memory_of, prefill_rows
+from freres_cli.backbones.engine import (
+    PREFILL_CHUNK_TOKENS,
+    VideoPrefix,
+    check_context,
+    memory_of,
+    prefill_rows,
+    settle_length,
+)
 from freres_cli.backbones.sizes import find_head_width
 from freres_cli.backbones.weight_samples import add_weights, bytes_of
 from freres_cli.devices import AS_COMPUTED, synchronize
@@ -50,6 +57,7 @@ def open_prefix(
     rows = model.splice(prefix_ids, video, text_after)
     notes = check_context(model, len(rows), rows.next_position)
     cache = model.new_cache()
+    settle_length(cache, rows)
     obstacle = _find_obstacle(path)
     if not all(isinstance(layer, ReservedLayer) for layer in cache.layers):
         obstacle = f"prefix not saved: {model.family} keeps a state, not a row for each token"

@@ -75,16 +75,17 @@ class _OwnRows(CacheLayerMixin):
 
 
 class SharedCache(Cache):
-    """The cache of several texts that continue one video."""
+    """The cache of several texts that continue one video. ``num_settled``: the length that settles rotary angles."""
 
-    def __init__(self, layers: Sequence[_OwnRows]) -> None:
+    def __init__(self, layers: Sequence[_OwnRows], num_settled: int | None) -> None:
         super().__init__(layers=list(layers))
         self.parts = list(layers)
         self.num_video_rows = layers[0].video.get_seq_length()
+        self.num_settled = num_settled
 
     def pick(self, index: Tensor) -> SharedCache:
         """A cache with a copy of these texts, which may repeat. Before any was run, there is nothing to copy."""
-        return SharedCache([layer.pick(index) for layer in self.parts])
+        return SharedCache([layer.pick(index) for layer in self.parts], self.num_settled)
 
 
 def can_share(cache: Any) -> bool:
@@ -94,7 +95,8 @@ def can_share(cache: Any) -> bool:
 
 def share(cache: Any) -> SharedCache:
     """Return a cache for texts that continue the video in ``cache``, for which ``can_share`` holds. It is not changed."""
-    return SharedCache([_OwnRows(layer, _empty_like(layer)) for layer in cache.layers])
+    own = [_OwnRows(layer, _empty_like(layer)) for layer in cache.layers]
+    return SharedCache(own, getattr(cache, "num_settled", None))
 
 
 def _empty_like(layer: ReservedLayer) -> ReservedLayer:

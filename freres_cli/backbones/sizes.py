@@ -197,6 +197,15 @@ def find_rope_kind(config: Any) -> str | None:
     return kind
 
 
+def find_context_tokens(config: Any) -> int:
+    """Return the most tokens that a decoder takes: with scaled rotary angles, as many times its own length as they reach.
+    ``config``: as above."""
+    rope, length = getattr(config, "rope_parameters", None) or {}, config.max_position_embeddings
+    if find_rope_kind(config) == "yarn":  # whether or not its config names the greater length as well
+        return max(length, int(rope["factor"] * (rope.get("original_max_position_embeddings") or length)))
+    return int(length * (rope["factor"] if find_rope_kind(config) in ("dynamic", "linear") else 1))
+
+
 def find_widest_row(decoder: nn.Module) -> int:
     """Numbers that the widest layer of a decoder holds for a row at once: three outputs, as a gated MLP does; or of the
     experts that a row passes, about four of its width each, as transformers computes them together."""

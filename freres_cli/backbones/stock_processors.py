@@ -21,7 +21,7 @@ from transformers.video_utils import VideoMetadata
 
 from freres_cli.backbones.checkpoint import Checkpoint
 from freres_cli.backbones.smolvlm import in_words
-from freres_cli.backbones.templates import OPTIONS
+from freres_cli.backbones.templates import OPTIONS, tokenize_chat
 from freres_cli.backbones.vision import PixelRule
 from freres_cli.errors import BackboneError
 
@@ -116,7 +116,7 @@ def stock_prompt_ids(
             raise BackboneError(
                 f"{checkpoint.model_id}: the stock processor cannot write this prompt: {reason}"
             ) from error
-    return list(tokenizer(expanded[0], add_special_tokens=False)["input_ids"])
+    return tokenize_chat(tokenizer, expanded[0])
 
 
 def prompt_note(family: str) -> str | None:

@@ -6,7 +6,7 @@ import ctypes
 import resource
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ OPTIONS = {"add_generation_prompt": True, "enable_thinking": False}
 HINT = "its chat template is at fault: use another copy of the model"
 
 _ONE_AT_A_TIME = threading.Lock()
+_RENDERED: set[str] = set()  # templates that have stayed within the limit of memory
 
 
 class _OutOfTimeError(BaseException):
@@ -34,9 +35,9 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
     cannot handle a message in parts. The template is asked to leave out reasoning.
 
     Templates run in a sandbox of transformers, which bounds a loop but not loops within loops. So the template runs in a
-    thread that is stopped after ``LIMIT_S`` (ours). A single operation cannot be stopped, so memory has a limit too. Raises
-    BackboneError for a template that takes longer or more, writes more than ``MAX_CHARACTERS``, or fails in any way but
-    those that templates have to say no.
+    thread that is stopped after ``LIMIT_S`` (ours). A single operation cannot be stopped, so the first time memory has a
+    limit too: not each time, because the limit is the whole process's. Raises BackboneError for a template that takes longer
+    or more, writes more than ``MAX_CHARACTERS``, or fails in any way but those that templates have to say no.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -50,7 +51,8 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
             failures.append(error)
 
     thread = threading.Thread(target=render, daemon=True)
-    with _bounded_memory():
+    template = repr(tokenizer.chat_template)
+    with nullcontext() if template in _RENDERED else _bounded_memory():
         thread.start()
         thread.join(LIMIT_S)
         if is_late := thread.is_alive():
@@ -62,9 +64,18 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
     if failures:
         _judge(failures[0])
         return None
+    _RENDERED.add(template)
     if len(made[0]) > MAX_CHARACTERS:
         raise BackboneError(f"chat template: expected at most {MAX_CHARACTERS} characters, got {len(made[0])}", HINT)
     return made[0]
+
+
+def tokenize_chat(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a prompt. As in transformers' processors, the tokenizer puts before it what it puts before any text,
+    if it does not begin with that already."""
+    bos = tokenizer.bos_token
+    has_begun = bos is not None and text.startswith(bos)
+    return list(tokenizer(text, add_special_tokens=not has_begun)["input_ids"])
 
 
 @contextmanager
