@@ -76,7 +76,11 @@ KEYS: dict[str, Key] = {
         low=1,
         high=64,
     ),
-    "grid": Key(str, "auto", "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio"),
+    "grid": Key(
+        str,
+        "auto",
+        "token grid of a frame, ROWSxCOLUMNS, or auto to keep the aspect ratio, within the model's limits for a picture",
+    ),
     "residual_grid": Key(
         str,
         "full",

@@ -113,6 +113,18 @@ def test_the_prompt_is_the_published_one_and_the_right_letter_is_right(copies, n
     assert evaluate(request, models=loaded_models()).summary["rows"][0]["accuracy"] == 0.0
 
 
+def test_spaces_are_in_the_prompt_as_they_are_published(tmp_path):
+    """The published scripts take none away, and a model reads them."""
+    MAKERS["mvbench"](tmp_path)
+    path = next(tmp_path.rglob("action_sequence.json"))
+    entries = json.loads(path.read_text())
+    entries[0] |= {"question": "What then? ", "candidates": ["sat ", " ran"], "answer": "sat"}
+    path.write_text(json.dumps(entries))
+    question = read_any_questions(tmp_path).questions[0]
+    assert question.prompt == "Question:What then? \nOption:\n(A) sat \n(B)  ran\nOnly give the best option.\n"
+    assert question.choices == ("sat", "ran") and question.answer == "A"
+
+
 def test_what_is_relevant_is_the_question_without_options_and_template(copies, monkeypatch):
     """The text that ``cdpruner`` picks tokens by."""
     request = request_for(copies["video-mme"], methods="cdpruner")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from freres_cli.baselines.registry import METHODS
@@ -16,6 +18,7 @@ from tests.evaluations import FRAMES, write_clips
 from tests.loaded_models import CountingEncoder, CountingLanguageModel, loaded_models, models_with
 from tests.runner import check_failure, fails, run_freres
 
+KEPT = ("kept_hold", "kept_linear")
 METHODS_ASKED = "full,uniform,fre-res,adaptive,blind"
 
 
@@ -50,6 +53,21 @@ def test_shares_are_those_of_fidelity_and_answers_those_of_ask(video, tmp_path):
         assert answer["answer"] == told["answer"] and answer["choices"] == pytest.approx(told["choices"], rel=1e-4)
         assert rows[method]["context_tokens"] == answer["context_tokens"] == told["context_tokens"]
         assert rows[method]["ttft_s"] > rows[method]["prefill_s"] > 0 and rows[method]["compress_s"] > 0
+
+
+@pytest.mark.parametrize("method", ["fre-res", "adaptive"])
+def test_shares_are_those_of_the_method_and_not_of_its_adapter(video, method, monkeypatch):
+    plain = compare(request_for(video, method), models=loaded_models()).rows[0]
+    tokens_of = EncodedClip.build_tokens
+
+    def build(self, name, budget_tokens, modules=None):
+        tokens = tokens_of(self, name, budget_tokens)
+        return tokens if modules is None else replace(tokens, latents=tokens.latents + 1)
+
+    monkeypatch.setattr(EncodedClip, "build_tokens", build)
+    monkeypatch.setattr("freres_cli.workflows.compare.load_all_modules", lambda *_: {None: object()})
+    asked = compare(request_for(video, method, queries=(Query("Which way?"),)), models=loaded_models()).rows[0]
+    assert asked["answers"] and [asked[key] for key in KEPT] == [plain[key] for key in KEPT]
 
 
 def test_one_frame_is_a_frame(tmp_path):

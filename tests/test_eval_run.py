@@ -16,6 +16,7 @@ from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models
 from freres_cli.workflows.eval_run import describe_run
+from freres_cli.workflows.evaluate import evaluate
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_dir
 from tests.clips import solid, write_clip
 from tests.evaluations import make_request, read_rows, rows_for, run_eval, write_rows
@@ -35,6 +36,21 @@ def folder(tmp_path_factory):
     (folder / "clip1.webm").write_bytes(data[: len(data) // 2])
     write_rows(folder / "q.jsonl", rows_for(["clip0.mp4", "clip1.webm", "clip2.mp4"]))
     return folder
+
+
+def test_notes_on_answers_are_told_once_a_kind_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaded_models().language_model, "max_context_tokens", 24)
+    for frames in (6, 40, 48):
+        write_clip(tmp_path / f"{frames}.mp4", frames, fps=4)
+    write_rows(tmp_path / "q.jsonl", rows_for(["6.mp4", "40.mp4", "48.mp4"]))
+    more = {"output": tmp_path / "a.jsonl", "settings": {"text_after": "max"}}
+    request = make_request(tmp_path / "q.jsonl", "uniform", "5,6", **more)
+    notes = evaluate(request, models=loaded_models()).notes
+    (told,) = [note for note in notes if "beyond the model's context of 24" in note]
+    assert told.startswith("40.mp4, uniform 5: positions reach") and "in 4 of 6 rows" in told
+    assert "context of 24" in read_rows(tmp_path / "a.jsonl")[2]["cells"][0]["notes"][0]
+    again = evaluate(request, models=loaded_models())
+    assert told in again.notes and again.num_resumed == 3
 
 
 # --- videos that are damaged ------------------------------------------------------------------------------------------

@@ -21,11 +21,14 @@ CELLS = [Cell("uniform", HALF), Cell("evs", HALF), Cell("evs", QUARTER), Cell("f
 # The categories of the questions of each video.
 ASKED = ["aab", "ab", "aaa", "c", "aac"]
 
+FIGURES = ("budget_tokens", "visual_tokens", "context_tokens", "num_frames", "encoded_tokens")
+FIGURES += ("compress_s", "prefill_s", "kv_cache_bytes", "peak_memory_bytes")
+READ = ("full_tokens", "decode_s", "encode_s")
+
 
 def asked_questions():
-    path = Path("q.jsonl")
     return [
-        Question(f"{v}.{j}", f"{v}.mp4", path, category, "?", (), "yes", 1)
+        Question(f"{v}.{j}", f"{v}.mp4", Path(f"{v}.mp4"), category, "?", (), "yes", 1)
         for v, categories in enumerate(ASKED)
         for j, category in enumerate(categories)
     ]
@@ -33,19 +36,17 @@ def asked_questions():
 
 def summary_of(right):
     """``right``: for each cell the videos that it answered, each with whether each answer is right."""
-    figures = ("budget_tokens", "visual_tokens", "context_tokens", "num_frames", "encoded_tokens")
-    figures += ("compress_s", "prefill_s", "kv_cache_bytes", "peak_memory_bytes")
     rows = []
     for v in range(len(ASKED)):
         parts = [
             {"status": "ok", "answers": {f"{v}.{j}": ["", is_right, 0.1] for j, is_right in enumerate(cell[v])}}
-            | dict.fromkeys(figures, 1)
+            | dict.fromkeys(FIGURES, 1)
             if v in cell
             else {"status": "failed", "message": "no"}
             for cell in right
         ]
         row = {"video": f"{v}.mp4", "status": "ok", "lost_s": 0, "notes": [], "cells": parts}
-        rows.append(row | dict.fromkeys(("full_tokens", "decode_s", "encode_s"), 1))
+        rows.append(row | dict.fromkeys(READ, 1))
     return summarize(QuestionFile(Path("q.jsonl"), "0", tuple(asked_questions())), rows, CELLS)
 
 
@@ -173,3 +174,29 @@ def test_a_rare_group_whose_videos_agree_is_bounded_by_their_number():
     assert [group.low for group in found.groups] == pytest.approx(bounds) and found.groups[1].high == 1
     assert (found.mean_over_groups.low, found.mean_over_groups.high) == (pytest.approx(np.mean(bounds)), 1)
     assert found.overall.low == pytest.approx(bounds[0])
+
+
+def test_parts_of_one_file_are_resampled_together():
+    """As questions about one video, which they would be if it were read whole."""
+
+    def summary(names):
+        """Two questions about each of 20 videos; ``names``: the clip of each question."""
+        questions, rows = [], {}
+        for number in range(40):
+            video = Path(f"{number // 2}.mp4")
+            questions.append(Question(str(number), names(number), video, "a", "?", (), "yes", 1))
+            rows.setdefault(names(number), {})[str(number)] = ["", number % 6 < 3, 0.1]
+        figures = dict.fromkeys(FIGURES, 1)
+        cells = [[{"status": "ok", "answers": answers} | figures for _ in CELLS[:2]] for answers in rows.values()]
+        clips = [
+            {"video": name, "status": "ok", "lost_s": 0, "notes": [], "cells": own, **dict.fromkeys(READ, 1)}
+            for name, own in zip(rows, cells, strict=True)
+        ]
+        return summarize(QuestionFile(Path("q.jsonl"), "0", tuple(questions)), clips, CELLS[:2])
+
+    whole, parts = summary(lambda i: f"{i // 2}.mp4"), summary(lambda i: f"{i // 2}.mp4 [{i % 2} s, {i % 2 + 1} s)")
+    assert parts["num_videos"] == 40 and whole["num_videos"] == 20
+    for key in ("accuracy", "ci_low", "ci_high", "mean_over_categories"):
+        assert parts["rows"][0][key] == whole["rows"][0][key]
+    assert parts["rows"][0]["ci_low"] < parts["rows"][0]["accuracy"] < parts["rows"][0]["ci_high"]
+    assert parts["differences"] == whole["differences"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import wave
@@ -207,6 +208,37 @@ def test_videos_that_cannot_be_opened_stop_the_run_before_anything_is_encoded(fo
         assert encoder.num_frames == []
 
 
+@pytest.mark.parametrize(
+    ("question", "wanted", "text"),
+    [
+        (" ", {}, "question: is empty"),
+        ("q <|im_end|>", {}, "which the model reads as a command"),
+        ("q?", {"num_beams": 3}, "num_beams: expected 1"),
+        ("q?", {"max_new_tokens": -1}, "max_new_tokens: expected at least 1"),
+    ],
+)
+def test_what_the_model_cannot_be_asked_stops_the_run_before_anything_is_encoded(folder, question, wanted, text):
+    docs = json.loads((folder / "tiny.json").read_text())
+    docs[-1]["question"] = question
+    requests, documents = make_requests(folder, docs)
+    requests[-1].args[1].update(wanted)
+    encoder = CountingEncoder(loaded_models().encoder)
+    with pytest.raises(UsageError, match=f"tiny, document {len(docs) - 1}: .*{re.escape(text)}"):
+        answer(make_model(models_with(encoder)), requests, documents)
+    assert encoder.num_frames == []
+
+
+def test_notes_on_answers_are_logged_once_a_kind(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(loaded_models().language_model, "max_context_tokens", 34)
+    docs = [{"video": str(tmp_path / f"{frames}.mp4"), "question": "q?", "answer": "x"} for frames in (40, 48)]
+    for doc in docs:
+        write_clip(Path(doc["video"]), int(Path(doc["video"]).stem), fps=4)
+    answer(make_model(text_after="max", method="uniform"), *make_requests(folder, docs))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (told,) = [text for text in warnings if "beyond the model's context of 34" in text]
+    assert "40.mp4: positions reach" in told
+
+
 def test_a_damaged_video_is_answered_with_a_warning(folder, tmp_path, caplog):
     write_clip(tmp_path / "whole.webm", 48, fps=12, codec="libvpx-vp9", options={"cpu-used": "8"})
     data = (tmp_path / "whole.webm").read_bytes()
@@ -232,6 +264,7 @@ def test_anything_but_one_video_is_refused(folder, visuals):
         ({"method": "magic"}, UsageError, "method: expected one of"),
         ({"bugdet_tokens": 4}, PresetError, "bugdet_tokens"),
         ({"quality": 0.9}, FreresError, "quality"),
+        ({"budget_tokens": 64}, UsageError, "model_args: budget_tokens: budget decides"),
         ({"method": "evs", "adapter": "x"}, UsageError, "model_args: adapter: has no effect on evs"),
         ({"batch_size": 8}, UsageError, "batch_size: expected 1"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from freres_cli.devices import AS_COMPUTED, Storage
 from freres_cli.errors import UsageError
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows.plan import Planner
+from freres_cli.world.bundled_model import bundled_model_dir
 from tests import pipeline_fixtures
 from tests.family_contract import one_thread  # noqa: F401
 from tests.runner import run_freres
@@ -180,6 +182,14 @@ def test_a_gpu_has_a_context_and_no_frames(clip, tiny):
     host = [part.num_bytes for part in gpu.encode if not part.is_on_device]
     assert sum(host) > 0 and gpu.encode_bytes == sum(part.num_bytes for part in gpu.encode) - sum(host)
     assert gpu.dtype == torch.float32  # as the checkpoint is stored
+
+
+def test_a_plan_is_for_the_dtype_that_is_stored_whatever_the_config_says(clip, tmp_path):
+    shutil.copytree(bundled_model_dir(), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    stored = Models(make_source(str(tmp_path), "cpu")).checkpoint.stored_dtype(("",))
+    assert stored != torch.float16 and Planner(clip, make_options({}, None, str(tmp_path)), True).dtype == stored
 
 
 def test_the_speed_of_this_device_is_measured(clip):

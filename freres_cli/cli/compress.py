@@ -371,7 +371,7 @@ def plan_document(plan: CompressPlan, chosen: CompressOptions) -> dict[str, Any]
         "method": chosen.method,
         "quality": plan.quality,
         "visual_tokens": visual,
-        "budget_tokens": most if budget is None else plan.budget_tokens,
+        "budget_tokens": plan.budget_tokens if chosen.has_budget and plan.quality is None else most,
         "full_tokens": plan.full_tokens,
         "compression": None if visual is None else plan.full_tokens / visual,
         "tokens_by_kind": None if budget is None else vars(budget.expected),

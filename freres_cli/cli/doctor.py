@@ -17,13 +17,13 @@ def doctor(json: options.Json = False) -> None:
 
     findings = examine_machine()
     missing = [finding.part for finding in findings if finding.state == "missing" and finding.is_needed]
-    if json and not missing:
+    if json:
         from freres_cli.bench.report import describe_environment
         from freres_cli.devices import choose_device
 
         rows = [vars(finding) for finding in findings]
         print_json("freres.doctor/1", {"findings": rows, "environment": describe_environment(choose_device())})
-    elif not json:
+    else:
         print_table(("part", "state", "what"), [(f.part, f.state, f.text) for f in findings])
     if missing:
         raise ResourceError(f"the main job cannot run: {', '.join(missing)}", "install what is missing")

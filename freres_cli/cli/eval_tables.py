@@ -74,7 +74,7 @@ def print_totals(summary: dict[str, Any]) -> None:
 
 def print_differences(summary: dict[str, Any]) -> None:
     """Print the paired differences between methods at equal budgets: all of them, or if there are too many to read, those
-    from the first method."""
+    from the first method that has a budget."""
     rows = [row for row in summary["differences"] if row["budget"] is not None and row["minus"] != "full"]
     if not rows:
         return
@@ -99,7 +99,7 @@ def print_differences(summary: dict[str, Any]) -> None:
         ],
     )
     if len(rows) < every:
-        print_result(f"differences from {rows[0]['minus']}, the first of --methods; --json has all {every}")
+        print_result(f"differences from {rows[0]['minus']}, the first method with a budget; --json has all {every}")
 
 
 def _print_categories(rows: Sequence[dict[str, Any]]) -> None:

@@ -260,7 +260,8 @@ def preset_page() -> str:
         page += line(f"Value: {_rule(key)}. Default: {none if default in (None, '') else default}.") + ".br\n"
         page += line(f"Example: `{name}: {KEY_EXAMPLES[name]}`")
     page += ".SH NOTES\n" + line(
-        "`sample: fps` needs `sample_fps`, and `sample: count` needs `sample_count`. `anchors` is the number at the preset's "
+        "`null` stands for none. `sample: fps` needs `sample_fps`, and `sample: count` needs `sample_count`. `anchors` is "
+        "the number at the preset's "
         "own budget. A larger budget has more; a smaller one has thinner anchors, and fewer only where they would keep less "
         "than a fifth of their tokens. `quality` needs method adaptive; with it, a budget limits the tokens only if it is a "
         "flag or in the same preset. If `grid` is ROWSxCOLUMNS, `tokens_per_frame` has no effect. "

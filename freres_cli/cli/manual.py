@@ -87,8 +87,9 @@ plan:
     counted, nor is memory that the C library keeps after it was freed (up to a third more, on small models), nor the page
     cache while weights are read. FLOPs count every multiplication and addition of matrices and attention, with the masked
     half. Times are estimates: one stage after the other, at the speed of a large matrix product on this device, or at
-    `--tflops`; with that, the time per token of an answer is null, because it depends on the bandwidth of the memory. Of
-    the model only config.json, preprocessor_config.json and the tokenizer are read.
+    `--tflops`; with that, the time per token of an answer is null, because it depends on the bandwidth of the memory. For a
+    GPU that is not here, the times of tower and decoder are null without `--tflops`. Of the model, the configs and the
+    tokenizer are read, and of its weights, if they are in a folder, in which dtype they are stored.
   schemas:
     freres.plan/2:
       the keys of freres.plan/1; model dtype device_memory_bytes fits largest_budget peak_memory_bytes base_memory_bytes
@@ -135,7 +136,7 @@ profile:
     every row of a table, the exit status is 6. `--plot` needs matplotlib: pip install 'freres[plot]'.
   schemas: {freres.profile/1: target question repeat warmup model rows plot environment}
   defaults: {method: the preset's, timeout: "1800, and 110 with a table", table: a clip or a bundle is measured,
-    plot: none (nothing is drawn), model: "bundled, or the bundle's",
+    plot: none (nothing is drawn), model: "bundled, or the bundle's (null in the JSON)",
     revision: "the hub's main branch, or the bundle's"}
 eval:
   examples:
@@ -149,35 +150,35 @@ eval:
     freres eval MVBench/ --budgets 1280: A local copy of a public benchmark, scored by its own prompt and rule.
     freres eval NExT-QA/ --benchmark nextqa:val: The validation split of another.
   output: >-
-    Tables: a row for each method and budget with its accuracy, one with its cost, accuracy by category, and the
-    differences between methods at equal budgets, paired by video (above 40, only those from the first of `--methods`).
-    A paired difference can separate methods whose own intervals overlap (`differences` in the JSON has those from full
-    as well). `accuracy` counts every question once, `mean_over_categories` every category once; `retention` is accuracy
-    over that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples (seed 0) of whole videos,
-    because the answers to questions about one video depend on each other. Where all n videos agree (every answer right,
-    every one wrong, or two methods that never differ) no resample says anything, and the interval is the exact
-    one-sided Clopper-Pearson bound by videos: all right is at least 0.05^(1/n). Videos are fewer than questions, so
+    Tables: a row for each method and budget with its accuracy, one with its cost, accuracy by category, and the differences
+    between methods at equal budgets, paired by video (above 40, only those from the first of `--methods` with a budget). A
+    paired difference can separate methods whose own intervals overlap (`differences` in the JSON has those from full as
+    well). `accuracy` counts every question once, `mean_over_categories` every category once; `retention` is accuracy over
+    that of full. Intervals are 95 % percentile bootstrap intervals over 2,000 resamples (seed 0) of whole videos, each with
+    all its parts, because the answers to questions about one video depend on each other. Where all n videos agree (every
+    answer right, every one wrong, or two methods that never differ) no resample says anything, and the interval is the
+    exact one-sided Clopper-Pearson bound by videos: all right is at least 0.05^(1/n). Videos are fewer than questions, so
     that is wide rather than narrow. An interval is null for a single video. Each is a single 95 % interval: none is
-    corrected for the number of comparisons in a table, so of twenty differences that are none, one can be expected to
-    look certain. Tokens are means over videos (`_max` is the largest), times are medians: `compress_s` from latents to
-    tokens (with a GPU, on it for adaptive and fre-res and on the CPU for the others), `ttft_s` for a video's first
-    question with its prefill, `next_ttft_s` for the others. `context_tokens` is the whole prompt with its text and the
-    question, a mean over questions. `num_frames` is how many frames a row's tokens are made from, and `encoded_tokens`
-    how many tokens pass the tower for them, as if the row were run alone: means over videos. A note says where rows
-    differ in frames. `adapter` is the file of trained modules that a row used, and a note names it: fre-res uses the
-    bundled model's own unless `--adapter none`. `kv_cache_bytes` is what the cache of the longest prompt takes,
-    computed from the model's shape, and null for methods that prune in the decoder. `peak_memory_bytes` is the most
-    allocated on the GPU during any video's turn of that row, with the model; it is null on a CPU, where memory cannot
-    be told apart by row. A method that fails on a video is a warning: its row has `num_videos` of the others, `failed`
-    says why, and `retention` and `differences` compare two rows on the videos that both have. Of a video that is
-    damaged or cut short, what can be read counts: a warning says how many there are, and `video_notes` has the seconds
-    lost and the notes on each video that was read with any. `--csv` has a line for each row, an empty cell for what is
-    unknown, and four columns for each category. `--plot` needs matplotlib: pip install 'freres[plot]'. The `--output`
-    file has a header and a line for each video. A file from a different run is
-    refused: of another release, with other questions, methods, settings, adapters, device, precision or attention
-    kernel, or of a model with another config, tokenizer, chat template or other weights (256 values of each tensor are
-    compared). Failed videos are tried again. `scoring` says how answers were made and read: of a benchmark, which
-    prompt and rule were used.
+    corrected for the number of comparisons in a table, so of twenty differences that are none, one can be expected to look
+    certain. Tokens are means over videos (`_max` is the largest), times are medians: `compress_s` from latents to tokens
+    (with a GPU, on it for adaptive and fre-res and on the CPU for the others), `ttft_s` for a video's first question with
+    its prefill, `next_ttft_s` for the others. `context_tokens` is the whole prompt with its text and the question, a mean
+    over questions. `num_frames` is how many frames a row's tokens are made from, and `encoded_tokens` how many tokens pass
+    the tower for them, as if the row were run alone: means over videos. A note says where rows differ in frames. `adapter`
+    is the file of trained modules that a row used, and a note names it: fre-res uses the bundled model's own unless
+    `--adapter none`. `kv_cache_bytes` is what the cache of the longest prompt takes, computed from the model's shape, and
+    null for methods that prune in the decoder. `peak_memory_bytes` is the most allocated on the GPU while any video was
+    prefilled and asked about, with the model; it is null on a CPU, where memory cannot be told apart by row. A method that
+    fails on a video is a warning: its row has `num_videos` of the others, `failed` says why, and `retention` and
+    `differences` compare two rows on the videos that both have. Of a video that is damaged or cut short, what can be read
+    counts: a warning says how many there are, and `video_notes` has the seconds lost and the notes on each video that was
+    read with any. Where answers came with notes, such as positions beyond the model's context, one of each kind is shown,
+    with the number of rows that have it. `--csv` has a line for each row, an empty cell for what is unknown, and four
+    columns for each category. `--plot` needs matplotlib: pip install 'freres[plot]'. The `--output` file has a header and a
+    line for each video. A file from a different run is refused: of another release, with other questions, methods,
+    settings, adapters, device, precision or attention kernel, or of a model with another config, tokenizer, chat template
+    or other weights (256 values of each tensor are compared). Failed videos are tried again. `scoring` says how answers
+    were made and read: of a benchmark, which prompt and rule were used.
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed video_notes (video lost_s notes) full_tokens

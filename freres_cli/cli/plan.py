@@ -22,6 +22,7 @@ from freres_cli.cli.output import (
 )
 from freres_cli.devices import choose_storage
 from freres_cli.errors import ResourceError, UsageError
+from freres_cli.presets import environment_value
 
 if TYPE_CHECKING:
     from freres_cli.workflows.plan import Cost, Speed, Stage
@@ -70,12 +71,16 @@ def plan(
     chosen = make_options(flags, preset, model, revision, method, device=device, dtype=dtype, storage=storage)
     chosen.check_settings()
     from freres_cli.bench.report import describe_environment
-    from freres_cli.workflows.plan import Planner, estimate_stages, measure_speed, state_speed
+    from freres_cli.workflows.plan import UNKNOWN_SPEED, Planner, estimate_stages, measure_speed, state_speed
 
     here = chosen.model.device
-    planner = Planner(path, chosen, is_cuda=here.is_cuda or (limit is not None and device != "cpu"))
+    is_cpu_named = (device or environment_value("device")) == "cpu"
+    planner = Planner(path, chosen, is_cuda=here.is_cuda or (limit is not None and not is_cpu_named))
     cost = planner.cost()
-    speed = measure_speed(here.name, cost.dtype) if tflops is None else state_speed(tflops)
+    if tflops is not None:
+        speed = state_speed(tflops)
+    else:
+        speed = UNKNOWN_SPEED if planner.is_cuda and not here.is_cuda else measure_speed(here.name, cost.dtype)
     stages = estimate_stages(cost, speed)
     needed = cost.peak_bytes + cost.base_bytes
     fits = None if limit is None else needed <= limit

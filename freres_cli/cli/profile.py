@@ -145,7 +145,7 @@ def profile(
         rows = run_profile(request)
     told += _note_video(rows, subject, quiet)
     facts = {"target": "made clip, 4 s" if target is None else str(target), "weights": weights, "notes": told}
-    _show(rows, request, facts | {"model": model or BUNDLED if bundle is None else None}, picture, json=json)
+    _show(rows, request, facts | {"model": model or (BUNDLED if bundle is None else None)}, picture, json=json)
 
 
 def _note_video(rows: list[dict[str, Any]], video: str | Path, quiet: bool) -> list[str]:

@@ -77,7 +77,7 @@ def print_cost_table(request: TableRequest, facts: dict[str, Any], *, json: bool
     rows = profile_table(request)
     if json:
         asked = {"question": request.question, "repeat": request.repeat, "warmup": request.warmup}
-        document = {"target": f"table {request.table.name}", **asked, **facts, "rows": rows}
+        document = {"target": f"table {request.table.name}", **asked, **facts, "plot": None, "rows": rows}
         print_json("freres.profile/1", {**document, "environment": describe_environment(request.device)})
     else:
         _print_rows(rows, request)

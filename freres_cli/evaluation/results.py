@@ -161,8 +161,11 @@ def _is_whole_cell(cell: Mapping[str, Any]) -> bool:
     answers = cell.get("answers")
     tokens = ("budget_tokens", "visual_tokens", "context_tokens", "encoded_tokens")
     numbers = (*tokens, "num_frames", "compress_s", "prefill_s")
+    notes = cell.get("notes", [])
     return (
         cell.get("status") == "ok"
+        and isinstance(notes, list)
+        and all(isinstance(note, str) for note in notes)
         and all(map(_is_number, map(cell.get, numbers)))
         and all(cell.get(key) is None or _is_number(cell[key]) for key in ("kv_cache_bytes", "peak_memory_bytes"))
         and isinstance(answers, dict)

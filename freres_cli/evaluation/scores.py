@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ def summarize(file: QuestionFile, rows: Sequence[Row], cells: Sequence[Cell]) ->
             "level": LEVEL,
             "resamples": NUM_RESAMPLES,
             "seed": SEED,
-            "method": "percentile bootstrap, videos resampled with replacement; where all videos agree, the exact one-sided "
-            "bound by their number (Clopper-Pearson)",
+            "method": "percentile bootstrap, videos resampled with replacement, each with all its parts; where all videos "
+            "agree, the exact one-sided bound by their number (Clopper-Pearson)",
         },
         "rows": summarized,
         "differences": _compare_cells(cells, used, asked),
@@ -71,6 +72,7 @@ def _compare_cells(
     rows whose own intervals overlap (ours; the paper compares single numbers).
     """
     counts = [_count_cell(i, used, asked) for i in range(len(cells))]
+    files = [asked[row["video"]][0].video for row in used]
     differences = []
     # Full comes first, so that every other row is compared with it.
     order = sorted(range(len(cells)), key=lambda i: cells[i].method != "full")
@@ -78,7 +80,8 @@ def _compare_cells(
         base, cell = cells[i], cells[j]
         if base.budget != cell.budget and base.method != "full":
             continue
-        (correct, total), (base_correct, _) = _keep_shared(counts[j], counts[i])
+        shared = _keep_shared(counts[j], counts[i])
+        (correct, total), (base_correct, _) = (_add_parts(part, files) for part in shared)
         is_asked = total.any(0)
         ahead = (correct - base_correct)[:, is_asked]
         estimates = estimate_shares(ahead, total[:, is_asked], lowest=-1) if len(total) else None
@@ -102,9 +105,21 @@ def _count_cell(index: int, used: Sequence[Row], asked: Mapping[str, Sequence[Qu
 
 
 def _keep_shared(*cells: Counts) -> list[Counts]:
-    """Return the counts of some cells over the videos that all of them answered."""
+    """Return the counts of some cells without those of videos that one of them did not answer."""
     rows = np.logical_and.reduce([total.any(1) for _, total in cells])
-    return [(correct[rows], total[rows]) for correct, total in cells]
+    return [(correct * rows[:, None], total * rows[:, None]) for correct, total in cells]
+
+
+def _add_parts(counts: Counts, files: Sequence[Path]) -> Counts:
+    """Return the counts of each file that has any: questions about two parts of one depend on each other as well. ``files``:
+    where each row's video is."""
+    places = {file: place for place, file in enumerate(dict.fromkeys(files))}
+    index = np.array([places[file] for file in files], dtype=np.int64)
+    added = [np.zeros((len(places), part.shape[1]), dtype=part.dtype) for part in counts]
+    for sums, part in zip(added, counts, strict=True):
+        np.add.at(sums, index, part)
+    is_asked = added[1].any(1)
+    return added[0][is_asked], added[1][is_asked]
 
 
 def _categories(asked: Sequence[Sequence[Question]]) -> list[str]:
@@ -118,7 +133,8 @@ def _summarize_cell(
     own = [row for row in used if row["cells"][index]["status"] == "ok"]
     parts, listed = [row["cells"][index] for row in own], [asked[row["video"]] for row in own]
     questions = [question for questions in listed for question in questions]
-    correct, total = count_answers(parts, listed, _categories(listed))
+    files = [questions[0].video for questions in listed]
+    correct, total = _add_parts(count_answers(parts, listed, _categories(listed)), files)
     estimates = estimate_shares(correct, total) if parts else None
     groups = dict(zip(_categories(listed), estimates.groups, strict=True)) if estimates else {}
     first, later = _ttft_seconds(parts, listed)

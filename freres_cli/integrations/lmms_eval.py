@@ -30,7 +30,9 @@ from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
 from freres_cli.pipeline.models import Models, make_source
+from freres_cli.pipeline.notes import kind_of_note
 from freres_cli.pipeline.planning import CompressOptions, refuse_lost_settings
+from freres_cli.pipeline.query import Query, check_limit, check_query
 from freres_cli.pipeline.reasoning import refuse_reasoning
 from freres_cli.pipeline.session import Session
 from freres_cli.presets import BUNDLED, load_settings
@@ -83,6 +85,8 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
             "model_args",
             {key: f"model_args: {key}" for key in settings},
         )
+        if "budget_tokens" in settings:
+            raise UsageError("model_args: budget_tokens: budget decides", "use budget")
         if chosen.quality is not None:
             raise UsageError("quality: expected none: the budget decides", "leave it out")
         refuse_lost_settings(chosen, (method,), "model_args: name method=fre-res as well")
@@ -93,6 +97,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         refuse_reasoning(self._models.language_model, "lmms-eval")
         self.device = torch.device(source.device.name)  # lmms-eval reads it where it runs in several processes
         self._timer = StageTimer(self.device)
+        self._told: set[str] = set()
         self._modules = self._load_modules(adapter) if method in TRAINED_METHODS else None
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -101,10 +106,11 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         Of a video that is damaged further inside, what can be decoded is used, and the log has a warning. Raises
         ``VideoError``: before anything is encoded for a video that is missing or cannot be opened, and for one without a
         frame that can be decoded when it is reached. An empty answer would count as a wrong one, or for some tasks not at
-        all.
+        all. Raises ``UsageError`` before anything is encoded for a request that the model cannot be asked.
         """
         by_video: dict[Path, list[int]] = {}
         for place, request in enumerate(requests):
+            self._check(request)
             by_video.setdefault(self._find_video(request), []).append(place)
         _check_videos(by_video)
         seeds = _number_repeats(requests)
@@ -113,7 +119,8 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
             with memory_errors_as(f"video {video}", "use a smaller dtype, or a machine with more memory"):
                 session = self._open(video)
                 for place in places:
-                    answers[place] = _answer(session, requests[place], seeds[place])
+                    answers[place], notes = _answer(session, requests[place], seeds[place])
+                    self._tell(video, (*session.notes, *notes))
                     self.cache_hook.add_partial("generate_until", requests[place].args, answers[place].text)
         return [answers[place] for place in range(len(requests))]
 
@@ -132,6 +139,24 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         if path is None:
             return None
         return load_modules_for(path, self._method, self._models, settings.values())
+
+    def _check(self, request: Instance) -> None:
+        """Refuse a request that the model cannot be asked. Found hours later, one would cost all answers so far."""
+        _, wanted, _, doc_id, task, _ = request.args
+        try:
+            with self._models.language_model.lock:
+                check_query(Query(_question_of(request)), self._models.language_model)
+            _choose_sampling(wanted, 0)
+            check_limit(_limit_of(wanted))
+        except UsageError as error:
+            raise UsageError(f"{task}, document {doc_id}: {error.message}", error.hint) from error
+
+    def _tell(self, video: Path, notes: Iterable[str]) -> None:
+        """Log each kind of note once."""
+        for note in notes:
+            if (kind := kind_of_note(note)) not in self._told:
+                self._told.add(kind)
+                LOG.warning("%s: %s", video, note)
 
     def _find_video(self, request: Instance) -> Path:
         """Return the video of a request. Raises ``UsageError`` unless there is exactly one, given as a path."""
@@ -178,15 +203,23 @@ def _number_repeats(requests: Iterable[Instance]) -> list[int]:
     return numbers
 
 
-def _answer(session: Session, request: Instance, seed: int) -> GenerationResult:
-    question, wanted = request.args[0], request.args[1]
-    limit = int(wanted.get("max_new_tokens") or MAX_NEW_TOKENS)
-    said = session.ask(question.replace("<image>", ""), max_new_tokens=limit, sampling=_choose_sampling(wanted, seed))
+def _question_of(request: Instance) -> str:
+    return str(request.args[0].replace("<image>", ""))
+
+
+def _limit_of(wanted: Mapping[str, Any]) -> int:
+    return int(wanted.get("max_new_tokens") or MAX_NEW_TOKENS)
+
+
+def _answer(session: Session, request: Instance, seed: int) -> tuple[GenerationResult, tuple[str, ...]]:
+    """Return the answer to a request, and the notes that it came with."""
+    question, wanted = _question_of(request), request.args[1]
+    said = session.ask(question, max_new_tokens=_limit_of(wanted), sampling=_choose_sampling(wanted, seed))
     stops = wanted.get("until") or []
     text = said.text
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.partition(stop)[0] if stop else text
-    return GenerationResult(text, TokenCounts(said.num_context_tokens, said.num_new_tokens))
+    return GenerationResult(text, TokenCounts(said.num_context_tokens, said.num_new_tokens)), said.notes
 
 
 def _choose_sampling(wanted: Mapping[str, Any], seed: int) -> Sampling | None:

@@ -83,7 +83,7 @@ def method_parts(
     """The memory of what a method keeps until the clip ends, and of its result.
 
     ``budget``: of Fre-Res, else ``None``. ``method``: its name. ``num_frames``: frames read. ``frame_tokens``: N.
-    ``visual``: S. ``channels``: C. ``itemsize``: b.
+    ``visual``: S. ``channels``: C, with trends if they are kept, without DeepStack rows if they are dropped. ``itemsize``: b.
     """
     row = channels * itemsize
     result = Part("tokens of the bundle", visual * row, "S*C*b", is_on_device=False)

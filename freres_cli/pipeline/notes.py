@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,11 @@ REPEATED_SHARE = 0.02
 def find_damaged(noted: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return those videos of which a part was lost. ``noted``: ``video``, ``lost_s`` and ``notes`` of each."""
     return [item for item in noted if item["lost_s"] > 0 or tells_damage(item["notes"])]
+
+
+def kind_of_note(note: str) -> str:
+    """Return a note without its numbers: many videos or questions have the same one about other numbers."""
+    return re.sub(r"\d+(\.\d+)?", "#", note)
 
 
 def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from freres_cli.baselines.registry import FRE_RES, METHODS
 from freres_cli.bench.clock import StageTimer
@@ -24,11 +26,10 @@ from freres_cli.pipeline.notes import describe_limits, describe_times
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.query import Query, refuse_control_tokens
 from freres_cli.pipeline.session import Session
-from freres_cli.records import VideoTokens
 from freres_cli.video.opening import hash_file
 from freres_cli.workflows.eval_run import describe_frame_counts, reads_other_frames
 from freres_cli.workflows.evaluate import Modules, failure_of, load_all_modules
-from freres_cli.workflows.fidelity import rebuild_clip, rebuild_tokens
+from freres_cli.workflows.fidelity import Rebuild, rebuild_clip, rebuild_tokens
 from freres_cli.world.make import is_world_clip
 
 
@@ -147,7 +148,11 @@ def _try_cell(
             # A method that needs the question has its own tokens for each.
             if METHODS[cell.method].is_question_blind:
                 row["visual_tokens"] = len(tokens)
-                row |= _measure_kept(cell.method, clip, tokens, energy, budget_tokens)
+                if len(tokens):
+                    # Fre-Res is rebuilt from its tracks, which its tokens no longer are; and modules make others of tokens.
+                    is_own = modules is None and cell.method != FRE_RES
+                    own = rebuild_tokens(clip, tokens) if is_own else rebuild_clip(clip, cell.method, budget_tokens)[1]
+                    row |= _measure_kept(clip.latents, own, tokens.width, energy)
             if request.queries:
                 text_after = request.options.settings.text_after
                 session = open_method_session(
@@ -161,15 +166,9 @@ def _try_cell(
     return row
 
 
-def _measure_kept(
-    method: str, clip: EncodedClip, tokens: VideoTokens, energy: float, budget_tokens: int
-) -> dict[str, float | None]:
-    """Return the share of energy that each reader rebuilds, as ``freres fidelity`` has it; ``None`` without tokens."""
-    if not len(tokens):
-        return {}
-    # Fre-Res is rebuilt from its tracks, which its tokens no longer are.
-    own = rebuild_clip(clip, method, budget_tokens)[1] if method == FRE_RES else rebuild_tokens(clip, tokens)
-    lost = {reader: float(measure_loss(clip.latents, own[reader], tokens.width).sum()) for reader in READERS}
+def _measure_kept(latents: Tensor, own: Mapping[str, Rebuild], width: int, energy: float) -> dict[str, float]:
+    """Return the share of ``energy`` that each reader rebuilds, as ``freres fidelity`` has it. ``own``: what they rebuild."""
+    lost = {reader: float(measure_loss(latents, own[reader], width).sum()) for reader in READERS}
     return {f"kept_{reader}": share_kept(lost[reader], energy) for reader in READERS}
 
 

@@ -16,7 +16,7 @@ from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.evaluation.results import REMEDY
 from freres_cli.pipeline.models import Models
-from freres_cli.pipeline.notes import describe_times
+from freres_cli.pipeline.notes import describe_times, kind_of_note
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.workflows.eval_files import NO_FILES, EvalFiles
 
@@ -99,6 +99,7 @@ def describe_answers(
         *_describe_frames(rows, summary["rows"], request.options.settings.track_density),
         *describe_times((cell.method for cell in request.cells), request.options.model.device),
         *describe_oddities(summary["video_notes"]),
+        *_describe_asking(rows),
         *_describe_drop(request, model),
     )
 
@@ -145,6 +146,21 @@ def describe_oddities(noted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if odd:
         more = f" (--json has those on all {len(odd)} videos)" if len(odd) > 1 else ""
         yield f"{odd[0]['video']}: {'; '.join(odd[0]['notes'])}{more}"
+
+
+def _describe_asking(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a note for each kind of note that answers came with: the first of them, and how many rows have one."""
+    cells = [(row["video"], cell) for row in rows for cell in row.get("cells", ())]
+    found: dict[str, list[str]] = {}
+    for video, cell in cells:
+        name = cell["method"] if cell["budget"] is None else f"{cell['method']} {cell['budget']}"
+        for kind, note in {kind_of_note(note): note for note in cell.get("notes", ())}.items():
+            found.setdefault(kind, []).append(f"{video}, {name}: {note}")
+    for told in found.values():
+        alike = (
+            f" (and alike in {len(told)} of {len(cells)} rows of a video, method and budget)" if len(told) > 1 else ""
+        )
+        yield f"{told[0]}{alike}"
 
 
 def _describe_unread(file: QuestionFile, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -240,17 +240,19 @@ def ask_cell(
     """
     budget_tokens = count_budget(cell.method, cell.budget, clip.full_tokens)
     timer.seconds.pop("compress", None)
-    # Resident memory of a process cannot be told apart by cell: what one frees, the next may use.
-    memory = PeakMemory(model.device) if model.device.type == "cuda" else None
     own = clip.with_settings(dict(cell.settings)) if cell.settings else clip
     text_after = request.options.settings.text_after
     session = make_method_session(own, cell.method, budget_tokens, model, text_after, modules.get(cell.adapter))
+    # From here on: what the clip keeps for all methods is made by whichever comes first. Resident memory of a process cannot
+    # be told apart by cell: what one frees, the next may use.
+    memory = PeakMemory(model.device) if model.device.type == "cuda" else None
     answers: dict[str, tuple[str, bool, float]] = {}
-    contexts = []
+    contexts, notes = [], [*session.notes]
     for question in questions:
         said = _ask(session, question, request)
         assert said.ttft_s is not None
         contexts.append(said.num_context_tokens)
+        notes += said.notes
         answers[question.id] = (said.text, request.questions.is_right(said.text, question), said.ttft_s)
     # Pruning in the decoder leaves its layers caches of different lengths.
     has_even_cache = "decoder layers" not in METHODS[cell.method].needs
@@ -268,6 +270,7 @@ def ask_cell(
         "peak_memory_bytes": None if memory is None else memory.read_bytes(),
         "compress_s": timer.seconds["compress"] + session.refine_s,
         "prefill_s": session.prefill_s,
+        "notes": list(dict.fromkeys(notes)),
         "answers": answers,
     }
 

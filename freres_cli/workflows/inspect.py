@@ -63,6 +63,8 @@ def describe_bundle(
         "energy": None,
         "gops": None,
         "over_time": None,
+        "tokens": None,
+        "absorber": None,
         "stretches": describe_stretches(content, clip_end_s(manifest)) if isinstance(content, Stretches) else None,
     }
     energy = report_energy(content) if isinstance(content, Tracks) else None

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from freres_cli.backbones.checkpoint import config_dtype
 from freres_cli.backbones.engine import choose_chunk, is_long_prompt
 from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS
 from freres_cli.backbones.quantized_weights import describe_weights
@@ -43,12 +42,19 @@ MATMUL_SECONDS, COPY_BYTES = 0.3, 2**26
 
 @dataclass(frozen=True)
 class Speed:
-    """What times are estimated from: ``flops_per_s``; ``bytes_per_s`` of memory, ``None`` if not known; ``source``: where
-    both come from."""
+    """What times are estimated from: ``flops_per_s``; ``bytes_per_s`` of memory, each ``None`` if not known; ``source``:
+    where both come from."""
 
-    flops_per_s: float
+    flops_per_s: float | None
     bytes_per_s: float | None
     source: str
+
+    def time(self, flops: int) -> float | None:
+        """Seconds for so much work."""
+        return None if self.flops_per_s is None else flops / self.flops_per_s
+
+
+UNKNOWN_SPEED = Speed(None, None, "nothing: the GPU that is planned for is not here; name its speed with --tflops")
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Planner:
         self.encoder = cast(Any, self.models.weightless_encoder)
         self.language = cast(Any, self.models.prompt_counter)
         parameters = self.language.num_parameters + sum(p.numel() for p in self.encoder.tower.parameters())
-        stored = config_dtype(self.models.checkpoint.config)
+        stored = self.models.checkpoint.planned_dtype(self.language.files.decoder)
         device = replace(options.model.device, name="cuda:0") if is_cuda else options.model.device
         self.dtype, self.dtype_note = choose_dtype(options.model.dtype, device, stored, parameters * stored.itemsize)
         # On the meta device: no values are converted, only the sizes of numbers.
@@ -167,7 +173,7 @@ class Planner:
         storage = options.model.storage
         batch = min(count_batch_frames(plan), plan.num_frames)
         frame_px = plan.size.height_px * plan.size.width_px
-        kept = method_parts(plan.budget, options.method, plan.num_frames, cells, visual, tower.out_channels, b)
+        kept = method_parts(plan.budget, options.method, plan.num_frames, cells, visual, self._kept_channels(tower), b)
         return Cost(
             plan,
             visual,
@@ -183,6 +189,12 @@ class Planner:
             self.is_cuda,
             storage,
         )
+
+    def _kept_channels(self, tower: TowerSizes) -> int:
+        """Numbers that a method keeps of each token: latents, with their DeepStack rows and trends where those are kept."""
+        settings, width = self.options.settings, int(self.encoder.width)
+        trends = width if self.options.method == ADAPTIVE and settings.trends == "keep" else 0
+        return (width if settings.deepstack == "drop" else tower.out_channels) + trends
 
     def _num_batches(self, plan: CompressPlan) -> int:
         """How many batches of latents are there at once."""
@@ -220,7 +232,7 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
         events = f" and {num_events} more for cuts" if num_events else ""
         encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens, {num_anchors} anchors whole{events},"
     prefill_flops = cost.decoder.prefill_flops(cost.context_tokens, cost.chunk)
-    rate = f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
+    rate = "a speed that is not known" if speed.flops_per_s is None else f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
     per_token = None
     if speed.bytes_per_s is not None:
         weights = cost.decoder.weight_bytes(cost.dtype.itemsize, cost.storage)
@@ -233,8 +245,8 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
             "every frame of the file, H.264, one thread",
         ),
         Stage("resize", None, plan.num_frames * source_px * RESIZE_S_PER_PX, "every sampled frame, one thread"),
-        Stage("tower", tower_flops, tower_flops / speed.flops_per_s, f"{encoded} at {rate}"),
-        Stage("prefill", prefill_flops, prefill_flops / speed.flops_per_s, f"the whole prompt at {rate}"),
+        Stage("tower", tower_flops, speed.time(tower_flops), f"{encoded} at {rate}"),
+        Stage("prefill", prefill_flops, speed.time(prefill_flops), f"the whole prompt at {rate}"),
         Stage("per token", None, per_token, "weights and cache are read once for each token of the answer"),
     ]
 

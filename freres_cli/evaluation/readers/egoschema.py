@@ -45,9 +45,9 @@ def read(copy: LocalCopy, part: str | None) -> list[Question]:
 
 
 def _read_entry(copy: LocalCopy, entry: Entry, own_id: str, answers: Entry) -> Question:
-    choices = tuple(entry.text(f"option {i}") for i in range(NUM_OPTIONS))
+    choices = tuple(entry.written(f"option {i}") for i in range(NUM_OPTIONS))
     prompt = (
-        f"{entry.text('question')}\n{list_options(choices)}\n"
+        f"{entry.written('question')}\n{list_options(choices)}\n"
         "Answer with the option's letter from the given choices directly."
     )
     video = copy.find_video(VIDEOS, own_id)

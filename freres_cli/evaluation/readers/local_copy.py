@@ -28,14 +28,18 @@ class Entry:
 
     def text(self, key: str) -> str:
         """Return text that is not empty, without the spaces around it."""
+        return self.written(key).strip()
+
+    def written(self, key: str) -> str:
+        """Return text that is not empty as it is written, which is how prompts have it."""
         value = self._value(key, "text")
         if not isinstance(value, str) or not value.strip():
             raise self.error(key, "text", value)
         check_text(value, f"{self.place}: {key}")
-        return value.strip()
+        return value
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Return a list of options: texts that may be empty, or equal, as in the published files."""
+        """Return a list of options as they are written: texts that may be empty, or equal, as in the published files."""
         value = self._value(key, "a list of texts")
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise self.error(key, "a list of texts", value)
@@ -43,7 +47,7 @@ class Entry:
             check_text(text, f"{self.place}: {key}")
         if not 2 <= len(value) <= MAX_CHOICES:
             raise self.error(key, f"2 to {MAX_CHOICES} options", f"{len(value)} options")
-        return tuple(text.strip() for text in value)
+        return tuple(value)
 
     def index(self, key: str, limit: int) -> int:
         """Return a whole number from 0 to ``limit`` - 1, written as a number or as text."""
@@ -207,7 +211,7 @@ class LocalCopy:
             video=self.root / video,
             category=category,
             question=entry.text("question"),
-            choices=tuple(choices),
+            choices=tuple(choice.strip() for choice in choices),
             answer=chr(ord("A") + right),
             line=0,
             prompt=prompt,

@@ -31,7 +31,7 @@ def read(copy: LocalCopy, part: str | None) -> list[Question]:
 def _read_entry(copy: LocalCopy, entry: Entry) -> Question:
     choices = entry.texts("candidates")
     prompt = (
-        f"{entry.text('question')}\n{list_options(choices)}\n"
+        f"{entry.written('question')}\n{list_options(choices)}\n"
         "Answer with the option's letter from the given choices directly.\n"
     )
     # Reported by length in the paper: 15, 60, 600 and 3,600 seconds.

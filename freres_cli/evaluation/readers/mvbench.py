@@ -65,7 +65,8 @@ def read(copy: LocalCopy, part: str | None) -> list[Question]:
 def _read_entry(copy: LocalCopy, entry: Entry, task: str, number: int) -> Question:
     choices = entry.texts("candidates")
     answer = entry.text("answer")
-    if answer not in choices:
+    known = [choice.strip() for choice in choices]
+    if answer not in known:
         raise entry.error("answer", "one of the candidates", answer)
     folders = [(PurePosixPath(parent) / folder).as_posix() for folder in FOLDERS[task] for parent in PARENTS]
     name = entry.text("video")
@@ -80,9 +81,9 @@ def _read_entry(copy: LocalCopy, entry: Entry, task: str, number: int) -> Questi
     is_part = task in CUT_TASKS and "_segment/" not in video
     bounds = {"start_s": entry.seconds("start"), "end_s": entry.seconds("end")} if is_part else {}
     options = list_options(choices, "({letter}) {option}")
-    prompt = f"Question:{entry.text('question')}\nOption:\n{options}\nOnly give the best option.\n"
+    prompt = f"Question:{entry.written('question')}\nOption:\n{options}\nOnly give the best option.\n"
     own_id = f"{task}/{number}"
-    return copy.ask(entry, own_id, video, task, choices, choices.index(answer), prompt, problem=problem, **bounds)
+    return copy.ask(entry, own_id, video, task, choices, known.index(answer), prompt, problem=problem, **bounds)
 
 
 MVBENCH = Benchmark(

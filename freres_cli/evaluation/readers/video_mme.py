@@ -47,7 +47,7 @@ def _read_entry(copy: LocalCopy, entry: Entry) -> Question:
         raise entry.error("duration", f"one of {', '.join(LENGTHS)}", category)
     video = copy.find_video(VIDEOS, entry.text("videoID"))
     listed = "\n".join(options)  # they come with their letters
-    prompt = f"{TASK}\n{entry.text('question')}\n{listed}\nThe best answer is:"
+    prompt = f"{TASK}\n{entry.written('question')}\n{listed}\nThe best answer is:"
     return copy.ask(entry, entry.text("question_id"), video, category, options, OPTIONS.index(answer), prompt)
 
 
