@@ -50,6 +50,8 @@ def test_inspect_reports_everything(bundle):
     assert all(0 <= loss["start_s"] < loss["end_s"] <= 2.1 for loss in energy["worst_seconds"])
     assert document["cuts_found"] >= 1, "the clip has a cut"
     assert any(abs(gop["start_s"] - 1.0) < 0.04 for gop in document["gops"]), "a GoP begins at the cut"
+    plain = run_freres("inspect", bundle, "--json").json
+    assert plain["tokens"] is plain["absorber"] is None and plain.keys() == document.keys()
     text = run_freres("inspect", bundle).out
     for word in ("lost the most", "null", "preset bundled", "flag", "GoP at", "cuts"):
         assert word in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import av
@@ -140,3 +141,11 @@ def test_attention_and_hub_are_reported(monkeypatch, tmp_path):
     assert "is not writable" in finding("hub").text and finding("hub").state == "limited"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE is set" in finding("hub").text
+
+
+def test_what_is_missing_is_in_the_document_as_well(monkeypatch):
+    gone = [doctor.Finding("PyAV", "missing", "not installed", is_needed=True)]
+    monkeypatch.setattr(doctor, "examine_machine", lambda: gone)
+    run = run_freres("doctor", "--json")
+    assert run.status == 6 and "the main job cannot run: PyAV" in run.err
+    assert [row["state"] for row in json.loads(run.out)["findings"]] == ["missing"]

@@ -184,6 +184,36 @@ def test_a_gpu_has_a_context_and_no_frames(clip, tiny):
     assert gpu.dtype == torch.float32  # as the checkpoint is stored
 
 
+def test_the_times_of_a_gpu_that_is_not_here_are_not_known(clip, monkeypatch):
+    monkeypatch.delenv("FRERES_DEVICE", raising=False)
+    flags = ("--budget", 300, "--device-memory", "24GiB", "--json")
+    gpu = run_freres("plan", clip, *flags).json
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert gpu["base_memory_bytes"] > 0 and "--tflops" in gpu["speed"]["source"]
+    seconds = {stage["name"]: stage["seconds"] for stage in gpu["stages"]}
+    assert seconds["tower"] is seconds["prefill"] is None and seconds["decode"] > 0
+    monkeypatch.setenv("FRERES_DEVICE", "cpu")
+    here = run_freres("plan", clip, *flags).json
+    assert here["base_memory_bytes"] == 0 and all(stage["seconds"] for stage in here["stages"])
+
+
+def test_what_a_method_keeps_is_planned_as_it_is_stored(clip, tmp_path):
+    next(case for case in FAMILY_CASES if case.name == "qwen3_vl").make(tmp_path)
+
+    def rows_of(method, **settings):
+        options = make_options({"budget_tokens": 64, **settings}, None, str(tmp_path), None, method, device="cpu")
+        planner = Planner(clip, options, False)
+        (part,) = (part for part in planner.cost().encode if part.name == "tokens of the bundle")
+        return part.num_bytes // 64 // planner.dtype.itemsize, planner.encoder
+
+    plain, encoder = rows_of("adaptive")
+    channels = encoder.width * (1 + encoder.num_deep_layers)
+    assert encoder.num_deep_layers > 0
+    assert plain == channels and rows_of("adaptive", trends="keep")[0] == channels + encoder.width
+    assert rows_of("adaptive", deepstack="drop")[0] == encoder.width
+
+
 def test_a_plan_is_for_the_dtype_that_is_stored_whatever_the_config_says(clip, tmp_path):
     shutil.copytree(bundled_model_dir(), tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
