@@ -15,6 +15,7 @@ from freres_cli.method.fusion import FreResModules, ModuleShape
 from freres_cli.method.stretch_modules import StretchModules
 from freres_cli.pipeline import adapters
 from freres_cli.pipeline.adapters import TRAINED_METHODS, load_adapter, load_modules_for
+from freres_cli.pipeline.bundle import load_bundle
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows import training_data
 from freres_cli.world.bundled_model import bundled_adapter, bundled_model_dir
@@ -63,6 +64,18 @@ def test_where_no_adapter_is_named_the_one_that_ships_is_left_out_for_another_de
     is_out = changed == "decoder_sha256"
     assert (note in run.err) == is_out and "without an adapter" not in plain.err
     assert (run.json["choices"] == plain.json["choices"]) == is_out
+
+
+def test_what_is_exported_are_the_tokens_that_this_model_reads(other, bundle, tmp_path):
+    changed, folder = other
+    if changed == "tower_sha256":
+        pytest.skip("the decoder is the bundle's")
+    flags = ("--model", folder, "-o", tmp_path / "v.safetensors")
+    run = run_freres("export", bundle, "--to", "vllm", *flags)
+    assert run.status == 0 and "opened without an adapter: the one that ships does not fit" in run.err
+    expected = load_bundle(bundle).open(model=folder, device="cpu").tokens.latents
+    assert torch.equal(load_file(tmp_path / "v.safetensors")["latents"], expected)
+    assert not torch.equal(expected, load_bundle(bundle).tokens().latents)
 
 
 def test_an_adapter_that_records_no_weights_is_to_be_trained_again(adapter, tmp_path):

@@ -16,6 +16,7 @@ import torch
 
 from freres_cli import Compressor
 from freres_cli.bench.clock import PeakMemory
+from freres_cli.errors import UsageError
 from freres_cli.pipeline import compressor as compressor_module
 from tests.clips import write_clip
 
@@ -55,6 +56,48 @@ def test_memory_is_given_back_at_once_for_long_videos_only(monkeypatch):
     for count, expected in ((3, []), (4, ["mallopt"])):
         compressor.compress(np.zeros((count, 8, 8, 3), np.uint8), seconds=range(count))
         assert told == expected
+
+
+STATES = {
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("method", ["adaptive", "fre-res"])
+@pytest.mark.parametrize("name", STATES)
+def test_results_do_not_depend_on_what_a_caller_has_set(tmp_path, name, method):
+    clip = write_clip(tmp_path / "clip.mp4", 24, fps=6)
+
+    def answers(session):
+        return session.ask("What moves?", choices=["a", "b"]).choices, session.ask("Why?", max_new_tokens=3).text
+
+    compressor = Compressor(budget_tokens=40, method=method, device="cpu")
+    plain = compressor.compress(clip)
+    expected = answers(plain.open(device="cpu"))
+    with STATES[name]():
+        made = compressor.compress(clip)
+        session, smaller = made.open(device="cpu"), made.repack(20)
+        assert answers(session) == expected and torch.equal(made.tokens().latents, plain.tokens().latents)
+    assert torch.equal(smaller.tokens().latents, plain.repack(20).tokens().latents)
+    assert answers(session) == expected, "what was prefilled before is continued"
+    assert session.ask_many(["Why?"], max_new_tokens=3)[0].text == expected[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_is_refused_by_name(tmp_path, dtype):
+    clip = write_clip(tmp_path / "clip.mp4", 6, fps=6)
+    compressor = Compressor(budget_tokens=20, device="cpu")
+    bundle = compressor.compress(clip)
+    session = bundle.open(device="cpu")
+    torch.set_default_dtype(dtype)
+    try:
+        for call in (lambda: compressor.compress(clip), bundle.tokens, bundle.open, lambda: session.ask("Why?")):
+            with pytest.raises(UsageError, match=r"default dtype: expected float32, got (bfloat16|float64)"):
+                call()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 from freres_cli.backbones.placement import PLACED_FAMILIES, place_video
 from freres_cli.integrations.vllm_bundles import (
     BundleReader,
+    is_payload,
     load_payload,
     make_payload,
     split_payload,
@@ -106,6 +107,10 @@ def test_a_payload_brings_the_files_back(bundle):
     one, other = load_payload(bundle), make_payload(b"PKx")
     both = {key: torch.cat([one[key], other[key]]) for key in one}
     assert split_payload(both) == [bundle.read_bytes(), b"PKx"]
+    assert split_payload([one, both]) == [bundle.read_bytes(), bundle.read_bytes(), b"PKx"]
+    assert is_payload([one, other]) and is_payload(one) and not is_payload([torch.zeros(2, 3, 4, 4)])
+    with fails(4, "expected a list of bundles alone"):
+        split_payload([one, torch.zeros(2, 3, 4, 4)])
     both["freres_bundle_bytes"] += 1
     with fails(4, "bytes in all"):
         split_payload(both)

@@ -68,12 +68,17 @@ def load_payload(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_payload(data: object) -> bool:
-    """Whether the data of a request is one or more bundles."""
-    return isinstance(data, Mapping) and CONTENT in data
+    """Whether the data of a request is one or more bundles: a payload, or a list with one in it."""
+    return any(isinstance(item, Mapping) and CONTENT in item for item in (data if isinstance(data, list) else [data]))
 
 
-def split_payload(data: Mapping[str, Any]) -> list[bytes]:
-    """Return the bytes of every file in a payload. Raises ``BundleError`` if the sizes are not those of the content."""
+def split_payload(data: Mapping[str, Any] | list[Any]) -> list[bytes]:
+    """Return the bytes of every file in a payload, or a list of them. Raises ``BundleError`` if the sizes are not those of
+    the content, or for a list with anything else in it."""
+    if isinstance(data, list):
+        if not all(map(is_payload, data)):
+            raise BundleError("bundle: expected a list of bundles alone", "put other videos into another request")
+        return [content for item in data for content in split_payload(item)]
     content, sizes = data[CONTENT], data.get(NUM_BYTES)
     if not isinstance(content, Tensor) or content.dtype != torch.uint8 or not isinstance(sizes, Tensor):
         raise BundleError("bundle: expected its bytes and their number, as make_payload gives them")

@@ -91,8 +91,9 @@ class BundleInfo:
         parser._parse_video_data = lambda data: self.read_bundles(data) if is_payload(data) else parse_other(data)
         return parser
 
-    def read_bundles(self, data: Mapping[str, Any]) -> BundleItems:
-        """Return the bundles of a payload. Raises ``VLLMValidationError``, which a client sees as a bad request."""
+    def read_bundles(self, data: Mapping[str, Any] | list[Any]) -> BundleItems:
+        """Return the bundles of a payload, or of a list of them. Raises ``VLLMValidationError``, which a client sees as a bad
+        request."""
         rate = getattr(self.ctx.get_mm_config(), "video_pruning_rate", None)
         if rate:
             raise VLLMValidationError(

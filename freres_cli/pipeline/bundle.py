@@ -19,6 +19,7 @@ from freres_cli.pipeline.cutting import Cut, cut_content
 from freres_cli.pipeline.models import Models, find_device, find_dtype, name_model, refuse_beside
 from freres_cli.pipeline.session import AskRequest, Session, open_bundle
 from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.pipeline.torch_state import plain_torch
 from freres_cli.presets import TEXT_AFTER
 from freres_cli.records import VideoTokens
 
@@ -64,6 +65,7 @@ class Bundle:
         write_bundle(path, self.content, self.manifest, force=force, flag="path")
         return replace(self, path=path)
 
+    @plain_torch()
     def tokens(self, adapter: str | os.PathLike[str] | None = None) -> VideoTokens:
         """Return the visual tokens, ready for a language model, without loading one.
 
@@ -72,6 +74,7 @@ class Bundle:
         """
         return load_tokens(self, _name_adapter(adapter)).tokens
 
+    @plain_torch()
     def open(
         self,
         *,
@@ -109,6 +112,7 @@ class Bundle:
         request = AskRequest(self.path or Path(self.name), place, *own, storage=storage)
         return open_bundle(self, request, models)
 
+    @plain_torch()
     def repack(self, budget_tokens: int | None = None, *, quality: float | None = None) -> Bundle:
         """Return the same clip in at most ``budget_tokens``, without the video or the tower.
 

@@ -31,6 +31,7 @@ from freres_cli.pipeline.notes import describe_fit, describe_limits, describe_pl
 from freres_cli.pipeline.planning import CPU, CompressOptions, CompressPlan, plan_compression
 from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
 from freres_cli.pipeline.reduction import LatentBatch, Reduction, make_reducer, reduce_latents
+from freres_cli.pipeline.torch_state import plain_torch
 from freres_cli.presets import BUNDLED, load_settings
 from freres_cli.records import Frames
 from freres_cli.video.decode import Decoder
@@ -95,6 +96,7 @@ class Compressor:
         compressor.models = models or Models(options.model)
         return compressor
 
+    @plain_torch()
     def plan(
         self, video: Video | FrameArray, seconds: Sequence[float] | Tensor | np.ndarray | None = None
     ) -> CompressPlan:
@@ -102,6 +104,7 @@ class Compressor:
         source = VideoSource(_as_video(video, seconds))
         return plan_compression(self._options_for(source), self.models.encoder, source.info)
 
+    @plain_torch()
     def compress(
         self,
         video: Video | FrameArray,
@@ -219,7 +222,9 @@ class Compressor:
         """Return the text of a prompt about the clip, or a note that it cannot be counted: that needs the tokenizer."""
         content = reduction.content
         try:
-            return read_prompt_text(self.models.prompt_counter, content.grid, content.frame_seconds), ()
+            counter = self.models.prompt_counter
+            with counter.lock:
+                return read_prompt_text(counter, content.grid, content.frame_seconds), ()
         except BackboneError as error:
             return None, (f"the text in the model's prompt is not counted: {error.message}",)
 

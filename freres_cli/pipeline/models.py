@@ -35,7 +35,7 @@ T = TypeVar("T")
 MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors")
 
 # Loading sets functions and a dtype of torch for the whole process for a while: two loads at once would undo each other.
-_LOADING = threading.RLock()
+LOADING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Models:
     def encoder(self) -> VisionEncoder:
         """The vision tower and projector."""
         if self._encoder is None:
-            with _LOADING:
+            with LOADING:
                 self._encoder = self._encoder or self._from_checkpoint(load_vision_encoder)
         return self._encoder
 
@@ -160,7 +160,7 @@ class Models:
         """The language half, with its tokenizer."""
         if self._language_model is None:
             load = partial(load_language_model, storage=self.source.storage)
-            with _LOADING:
+            with LOADING:
                 self._language_model = self._language_model or self._from_checkpoint(load)
         return self._language_model
 
@@ -171,7 +171,7 @@ class Models:
             return self._language_model
         if self._prompt_counter is None:
             load = partial(load_prompt_counter, storage=self.source.storage)
-            with _LOADING:
+            with LOADING:
                 self._prompt_counter = self._prompt_counter or self._from_checkpoint(load)
         return self._prompt_counter
 
@@ -231,7 +231,7 @@ class Models:
         read = (self._encoder, self._identity, self._language_model, self._prompt_counter)
         commits = (part.fingerprint.get("revision") for part in read if part is not None)
         revision = next(filter(None, commits), source.revision)
-        with _LOADING:
+        with LOADING:
             return load(self._place, source.device, source.dtype, revision, bundled_model_dir())
 
 
@@ -239,7 +239,7 @@ def refuse_beside(models: Models, model: str | os.PathLike[str] | None, **settle
     """Refuse arguments that say what a loaded model has settled. ``models``: it. ``model``: its name, or another one.
     ``settled``: the others by name, ``None`` where they are left out. Raises ``UsageError``."""
     source, name = models.source, None if model is None else name_model(model)
-    if name not in (None, source.name, source.folder) and str(Path(name or "").resolve()) != source.folder:
+    if name not in (None, source.name, source.folder) and str(Path(name or "").expanduser().resolve()) != source.folder:
         raise UsageError(f"model: expected none or {source.name} with models, got {name}")
     for key, value in settled.items():
         if value is not None:

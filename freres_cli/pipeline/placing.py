@@ -43,7 +43,7 @@ def place_bundle(bundle: AnyBundle, models: Models, name: str, adapter: str | No
     counter, manifest = models.prompt_counter, bundle.manifest
     identity = models.identify_encoder().fingerprint
     check_identity(manifest["model"], bundle.content.width, identity, counter.width, name)
-    loaded = load_tokens(bundle, adapter)
+    loaded = load_tokens(bundle, adapter, models)
     tokens, moves = settle_tokens(loaded.tokens, counter.text_per_frame(loaded.tokens))
     told = () if moves is None else (moves.describe(len(tokens)),)
     video = place_video(counter, tokens, manifest["settings"]["text_after"]["value"])

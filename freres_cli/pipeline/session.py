@@ -28,6 +28,7 @@ from freres_cli.pipeline.query import Query, check_limit, check_query, encode_ch
 from freres_cli.pipeline.reasoning import NOTE, opens_reasoning
 from freres_cli.pipeline.refining import REFINER, AskedFacts, check_refine, describe_refine, refine_tokens
 from freres_cli.pipeline.tokens import AnyBundle, load_tokens
+from freres_cli.pipeline.torch_state import plain_torch
 from freres_cli.records import Answer, VideoTokens
 
 # Limits on questions answered together: each has rows of its own in the cache, and of some families a copy of the video's.
@@ -91,7 +92,8 @@ class Session:
     _facts: AskedFacts | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.tokens, self.moves = settle_tokens(self.tokens, self.model.text_per_frame(self.tokens))
+        with self.model.lock:
+            self.tokens, self.moves = settle_tokens(self.tokens, self.model.text_per_frame(self.tokens))
         if self.moves is not None:
             self.notes = (*self.notes, self.moves.describe(len(self.tokens)))
 
@@ -126,6 +128,7 @@ class Session:
             self._prefixes.clear()
             self._facts = None
 
+    @plain_torch()
     @_fits
     def ask(
         self,
@@ -162,6 +165,7 @@ class Session:
                 answer = self._write(query, refine, limit, sampling, on_text, submitted)
         return replace(answer, notes=(*answer.notes, *describe_refine(refine, len(self.tokens))))
 
+    @plain_torch()
     @_fits
     def find_evidence(self, query: Query | str) -> Evidence:
         """Return which visual tokens the model attends to as it begins to answer. See ``backbones.evidence``.
@@ -179,6 +183,7 @@ class Session:
             places = find_places(self.model, ids, self.tokens, self.text_after)
             return find_evidence(self.model, prefix, places, suffix)
 
+    @plain_torch()
     @_fits
     def ask_many(
         self,
