@@ -43,6 +43,18 @@ def declare_command() -> None:
     """
     global _is_command
     _is_command = "WORLD_SIZE" not in os.environ
+    sys.meta_path.insert(0, _NumpyFirst())
+
+
+class _NumpyFirst(MetaPathFinder):
+    """Imports numpy before torch. Torch's native part would, and drops what a signal handler raises meanwhile: Ctrl-C, or
+    the end of a process that is told to end."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        """Find nothing."""
+        if fullname == "torch":
+            sys.meta_path.remove(self)
+            import_module("numpy")
 
 
 @contextmanager

@@ -384,7 +384,8 @@ def environment_value(name: str) -> str | None:
 
 def _shown(value: Any) -> str:
     """Return a bad value for a message."""
-    text = repr(value)
+    # Python writes no decimal number of thousands of digits.
+    text = hex(value) if type(value) is int and abs(value) >= 10**18 else repr(value)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 

@@ -139,6 +139,8 @@ def test_two_videos_of_one_name_are_refused_before_anything_runs(videos):
         ({"video": "a.mp4", "name": "../b"}, "name: expected a relative path", ""),
         ({"video": "a.mp4", "name": "/b"}, "name: expected a relative path", ""),
         ({"video": "a.mp4", "name": ""}, "name: expected a relative path", ""),
+        ({"video": "a.mp4", "name": "\ud800"}, "name: expected a relative path", ""),
+        ({"video": "\ud800.mp4"}, "video: expected a path or URL", ""),
         ("[1]\n", "expected a JSON object, got list", ""),
         ("{video: 1}\n", "not valid JSON", ""),
         ("[" * 100_000 + "\n", "not valid JSON", ""),

@@ -135,7 +135,7 @@ class _Evil:
         return os.mkdir, ("evil",)
 
 
-@pytest.mark.parametrize("content", ["damaged", "pickle", "other", "code"])
+@pytest.mark.parametrize("content", ["damaged", "flipped", "name", "pickle", "other", "code"])
 def test_a_state_that_cannot_be_read_is_told_and_removed(clip, models, tmp_path, monkeypatch, content):
     with pytest.raises(Stopped):
         compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=16)
@@ -143,6 +143,11 @@ def test_a_state_that_cannot_be_read_is_told_and_removed(clip, models, tmp_path,
     monkeypatch.chdir(tmp_path)
     if content == "damaged":
         clips.cut(kept, 0.5)
+    elif content in ("flipped", "name"):  # one bit of a number, which torch would read; or of the text of its pickle
+        data = bytearray(kept.read_bytes())
+        at = len(data) // 2 if content == "flipped" else data.index(b"position")
+        data[at] ^= 0x80
+        kept.write_bytes(data)
     elif content == "pickle":
         kept.write_bytes(pickle.dumps(_Evil()))
     else:

@@ -56,6 +56,16 @@ from tests.runner import check_failure, run_freres
         (("profile", "missing.mp4"), 3, "missing.mp4"),
         (("presets", "nothing"), 2, "preset nothing"),
         (("demo", "-o", "/dev/null/folder"), 2, "cannot be a folder"),
+        # As an unset variable leaves them.
+        (("compress", "{clip}", "--model", ""), 2, "--model: expected a name, got an empty text"),
+        (("compress", "{clip}", "--preset", ""), 2, "--preset: expected a name, got an empty text"),
+        (("inspect", ""), 2, "BUNDLE: expected a path, got an empty text"),
+        (("eval", "q.jsonl", "-o", ""), 2, "--output: expected a path, got an empty text"),
+        (("verify", ""), 2, "model: expected a name or a folder, got an empty text"),
+        (("train", "q.jsonl", "--rank", "100000000000"), 2, "--rank: expected a whole number from 1 to 4096"),
+        (("train", "q.jsonl", "--learning-rate", "1e300"), 2, "--learning-rate: expected a number from 0 to 1"),
+        (("plan", "{clip}", "--device-memory", "9" * 400 + "GiB"), 2, "--device-memory: expected a size"),
+        (("compress", "{clip}", "--quality", "0.5", "--set", "tau=0.1"), 2, "--set: tau: a setting of method fre-res"),
     ],
 )
 def test_bad_input_is_one_line_and_its_status(arguments, status, text, clip, bundle, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from freres_cli.world.make import CODECS, clip_seed, encode_scene
 from freres_cli.world.questions import questions_of
 from freres_cli.world.script import make_scene
 from tests import family_contract
+from tests.clips import write_clip
 from tests.loaded_models import Wrapped, loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
@@ -116,6 +117,17 @@ def test_spans_cover_the_clip_and_their_shares_add_up(bundle):
     run = run_freres("ask", bundle, "What moves?", "--choices", "the red circle|nothing", "--where")
     assert "where the model looked" in run.out and run.out.count("of the tokens") == 3
     assert run_freres("ask", bundle, "What moves?", "--json").json["where"] is None
+
+
+def test_one_frame_lasts_as_long_as_inspect_says(tmp_path):
+    bundle = tmp_path / "one.pt"
+    clip = write_clip(tmp_path / "clip.mp4", 16, fps=4)
+    run = run_freres("compress", clip, "--frames", 1, "--budget", 10, "-o", bundle, "--device", "cpu")
+    assert run.status == 0, run.err
+    spans = run_freres("ask", bundle, "What moves?", "--where", "--json").json["where"]["spans"]
+    edges_s = run_freres("inspect", bundle, "--json").json["over_time"]["edges_s"]
+    assert [spans[0]["start_s"], spans[-1]["end_s"]] == pytest.approx([edges_s[0], edges_s[-1]])
+    assert edges_s[-1] == pytest.approx(4.0) and spans[-1]["end_s"] - spans[0]["start_s"] > 1
 
 
 def test_the_answer_is_the_same_with_and_without(bundle):

@@ -299,6 +299,28 @@ start.load()()
 """
 
 
+# Torch's native part imports numpy, and drops what a handler raises meanwhile.
+INTERRUPTED_NUMPY = """
+import importlib.abc, os, signal, sys
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "numpy.linalg":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+from freres_cli.cli.start import main
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["freres", "ask", "missing.pt", "what?"]
+import freres_cli.cli.ask as ask
+main()
+"""
+
+
+def test_the_end_of_a_process_while_torch_is_imported_is_not_lost():
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED_NUMPY], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, run.stderr
+
+
 def test_an_interruption_while_modules_are_read_is_as_quiet():
     run = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr) == (ExitStatus.INTERRUPTED, "")

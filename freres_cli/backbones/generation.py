@@ -150,6 +150,7 @@ def pick_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
     probabilities = (logits.float().cpu() / sampling.temperature).softmax(-1)
     ordered, order = probabilities.sort(descending=True)
     is_outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+    is_outside[0] = False  # even if in float32 top_p is 0
     choice = torch.multinomial(ordered.masked_fill(is_outside, 0.0), 1, generator=generator)
     return int(order[choice])
 

@@ -19,6 +19,8 @@ from freres_cli.errors import BundleError, ResourceError, explain_no_file, is_ou
 from freres_cli.files import check_destination, write_atomically
 from freres_cli.tracks import Tracks
 
+ZIP_START = b"PK\x03\x04"
+
 
 @dataclass(frozen=True)
 class StoredBundle:
@@ -69,6 +71,10 @@ def read_bundle(path: Path) -> StoredBundle:
         with path.open("rb") as file:  # by its path, one that may not be read would be no archive
             is_archive = zipfile.is_zipfile(file)
         if not is_archive:
+            with path.open("rb") as file:
+                if file.read(len(ZIP_START)) == ZIP_START:  # the list of what an archive holds stands at its end
+                    hint = "copy it again, or compress the video again"
+                    raise BundleError(f"{path}: damaged bundle: it is cut short", hint)
             raise BundleError(f"{path}: not a freres bundle", "make one with: freres compress VIDEO")
         check_archive(path)
         loaded = _load(path)

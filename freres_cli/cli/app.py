@@ -39,8 +39,8 @@ from freres_cli.cli import (
     verify,
     world,
 )
-from freres_cli.cli.numbers import check_numbers
 from freres_cli.cli.output import print_error, print_result
+from freres_cli.cli.values import check_values
 from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError, find_interruption, is_out_of_memory
 
 app = typer.Typer(
@@ -75,7 +75,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
 }
 for name, verb in VERBS.items():
-    app.command(name)(check_numbers(verb))
+    app.command(name)(check_values(verb))
 app.add_typer(world.world, name="world")
 
 
@@ -156,7 +156,7 @@ def _run() -> None:
         if interruption is not None:
             sys.exit(ExitStatus.INTERRUPTED)
         if is_out_of_memory(error):
-            _fail(ResourceError("not enough memory", "lower --budget, or use a smaller --dtype"), error)
+            _fail(ResourceError("not enough memory", "lower the budget, or use a smaller --dtype"), error)
         _fail_unexpected(error)
 
 

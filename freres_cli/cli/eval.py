@@ -13,8 +13,8 @@ from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval_tables import print_differences, print_rows, print_totals
 from freres_cli.cli.given import gather_flags_at_budgets
-from freres_cli.cli.numbers import read_shard
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
+from freres_cli.cli.values import read_shard
 from freres_cli.devices import choose_storage
 from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
 from freres_cli.pipeline.choices import choose_cells

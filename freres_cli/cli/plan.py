@@ -27,6 +27,7 @@ from freres_cli.presets import environment_value
 if TYPE_CHECKING:
     from freres_cli.workflows.plan import Cost, Speed, Stage
 
+MAX_DIGITS = 18
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -107,7 +108,7 @@ def plan(
 def parse_size(text: str) -> int:
     """Return the bytes of ``24GiB``, ``24GB`` or ``24000MiB``. Raises ``UsageError`` for anything else, and for nothing."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B", text.strip())
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found and len(found[1]) <= MAX_DIGITS else 0
     if size < 1:
         raise UsageError(f"--device-memory: expected a size such as 24GiB, 24GB or 24000MiB, got {text}")
     return size

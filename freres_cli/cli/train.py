@@ -37,8 +37,10 @@ def train(
     questions: Annotated[
         int, typer.Option("--questions", min=1, help="Maximum questions about each video per step.")
     ] = 4,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0, help="Peak learning rate.")] = 1e-3,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Width of the bottlenecks.")] = None,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=0.0, max=1.0, help="Peak learning rate.")
+    ] = 1e-3,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, max=4096, help="Width of the bottlenecks.")] = None,
     validation: Annotated[
         float, typer.Option("--validation", metavar="SHARE", help="Share of the videos held out to choose the weights.")
     ] = 0.1,

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from freres_cli.cli import options
-from freres_cli.cli.numbers import check_numbers
 from freres_cli.cli.output import print_json, print_notes, print_result, progress_bar
+from freres_cli.cli.values import check_values
 from freres_cli.errors import UsageError, count_of
 from freres_cli.files import make_folder
 from freres_cli.presets import BUNDLED
@@ -22,7 +22,7 @@ world = typer.Typer(
 
 
 @world.command("make")
-@check_numbers
+@check_values
 def make(
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new or empty folder.")],
     split: Annotated[str, typer.Option("--split", help="train, validation or test; they share no clips.")] = "test",
@@ -75,7 +75,7 @@ def make(
 
 
 @world.command("train")
-@check_numbers
+@check_values
 def train(
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the model; a stopped run resumes from it.")

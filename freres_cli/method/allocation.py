@@ -93,7 +93,8 @@ def frame_edges_s(frame_seconds: Tensor, end_s: float | None = None) -> Tensor:
     """Return when each frame begins, and when the last one ends: (T + 1,) float64 seconds, increasing.
 
     Frames of one time, as when a frame of the file is sampled several times, share the time up to the next one. The last
-    gap is repeated. Where all frames have one time, they last until ``end_s``, or for a second if that is not later.
+    gap is repeated, but not past ``end_s``. Where all frames have one time, they last until ``end_s``, or for a second if
+    that is not later.
     """
     stamps, counts = frame_seconds.to(torch.float64).unique_consecutive(return_counts=True)
     each = stamps.diff() / counts[:-1]
@@ -103,7 +104,10 @@ def frame_edges_s(frame_seconds: Tensor, end_s: float | None = None) -> Tensor:
     each = torch.cat([each, each[-1:]])[: counts.shape[0]]
     nth = torch.arange(frame_seconds.shape[0]) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     begins = stamps.repeat_interleave(counts) + nth * each.repeat_interleave(counts)
-    return torch.cat([begins, stamps[-1:] + counts[-1] * each[-1]])
+    last = stamps[-1:] + counts[-1] * each[-1]
+    if end_s is not None and end_s > float(begins[-1]):
+        last = last.clamp(max=end_s)
+    return torch.cat([begins, last])
 
 
 def frames_at(edges_s: Tensor, seconds: Tensor) -> Tensor:

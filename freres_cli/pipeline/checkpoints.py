@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import time
+import zipfile
+import zlib
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,6 +40,10 @@ from freres_cli.video.oddities import OddFrames
 from freres_cli.video.reading import Position
 
 PREFIX, SUFFIX = ".freres-", ".resume"
+_DAMAGE = (
+    *(OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+)
 EVERY_S = 300.0
 MOST_SHARE = 0.05  # of the time that may go into writing
 KEPT_S = 14 * 24 * 3600.0  # nobody comes back for an older one
@@ -161,9 +167,13 @@ def _read(path: Path) -> State | None:
         with path.open("rb") as file, torch.serialization.safe_globals(list(CLASSES)):
             if os.fstat(file.fileno()).st_uid != os.getuid():
                 return None
+            with zipfile.ZipFile(file) as archive:  # torch does not look at the checksums that it writes
+                if archive.testzip() is not None:
+                    return None
+            file.seek(0)
             parts: dict[str, Any] = torch.load(file, weights_only=True)
         return State(parts["position"], parts["known"], parts["reducer"], parts["waiting"])
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except _DAMAGE as error:
         if is_out_of_memory(error):
             raise  # the state is good, and stays for when there is room
         return None

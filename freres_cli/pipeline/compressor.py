@@ -80,7 +80,8 @@ class Compressor:
         )
         if models is not None:
             refuse_beside(models, model, device=device, dtype=dtype, revision=revision, attention=attention)
-        source = models.source if models else make_source(model or BUNDLED, device, dtype, revision, attention)
+        place = BUNDLED if model is None else model
+        source = models.source if models else make_source(place, device, dtype, revision, attention)
         chosen = load_settings(str(preset or choose_preset(source.name)), given, "argument")
         if method is not None:
             chosen = chosen.with_values("argument", method=method)

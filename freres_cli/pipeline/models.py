@@ -85,6 +85,8 @@ def name_model(model: str | os.PathLike[str]) -> str:
         return str(Path(model).expanduser().absolute())
     if not isinstance(model, str):
         raise UsageError(f"model: expected a name or a folder, got {type(model).__name__}")
+    if not model:
+        raise UsageError("model: expected a name or a folder, got an empty text", "name one, or leave it out")
     return model
 
 

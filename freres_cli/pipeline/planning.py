@@ -71,7 +71,8 @@ class CompressOptions:
         settings = self.settings
         is_python = "argument" in settings.sources.values()
         as_given = f'method="{FRE_RES}"' if is_python else f"--method {FRE_RES}"
-        refuse_lost_settings(settings, (self.method,), f"choose that method as well: {as_given}")
+        hint = f"choose that method as well: {as_given}" if settings.quality is None else "leave it out"
+        refuse_lost_settings(settings, (self.method,), hint)
         own = [key for key in FRE_RES_KEYS if settings.sources[key] != "default"]
         if self.method != FRE_RES and settings.sources["method"] == "default" and own:
             raise UsageError(

@@ -21,6 +21,7 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import AS_COMPUTED, Device, Storage, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.answers import report_choice, report_generation, report_tokens
+from freres_cli.pipeline.manifest import clip_end_s
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
 from freres_cli.pipeline.prompt_text import Moves, settle_tokens
@@ -73,7 +74,7 @@ class Session:
     ``text_after``: position of the text after the video. ``load_s``: seconds spent loading bundle and model. ``notes``:
     what the user should know. ``refine``: that of ``ask``, where it has none of its own. ``refiner``: the method that
     picks these tokens. ``pruning``: which tokens reach the later layers of the decoder; ``None`` for all.
-    ``prefix_file``: where to keep the prefilled video, if anywhere.
+    ``prefix_file``: where to keep the prefilled video, if anywhere. ``end_s``: when the part that was read ends.
     """
 
     model: LanguageModel
@@ -86,6 +87,7 @@ class Session:
     refiner: Method = REFINER
     pruning: Pruning | None = None
     prefix_file: Path | None = None
+    end_s: float | None = None
     moves: Moves | None = field(default=None, init=False)
     _prefixes: dict[Ids, VideoPrefix] = field(default_factory=dict)
     _lock: ThreadLock = field(default_factory=ThreadLock, repr=False, compare=False)
@@ -374,7 +376,9 @@ def open_bundle(
     full_tokens = manifest["tokens"]["full_tokens"]
     kept = request.bundle.with_name(request.bundle.name + SUFFIX) if request.save_prefix else None
     notes = (*limits, *model.notes, *((NOTE,) if opens_reasoning(model) else ()), *loaded.notes)
-    return Session(model, loaded.tokens, full_tokens, text_after, load_s, notes, prefix_file=kept)
+    return Session(
+        model, loaded.tokens, full_tokens, text_after, load_s, notes, prefix_file=kept, end_s=clip_end_s(manifest)
+    )
 
 
 def _by_prefix(prefixes: Sequence[VideoPrefix]) -> Iterator[tuple[VideoPrefix, list[int]]]:

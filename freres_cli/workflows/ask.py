@@ -143,7 +143,7 @@ def locate_evidence(session: Session, query: Query) -> dict[str, Any] | str:
     if (why := why_no_evidence(session.model)) is not None:
         return why
     evidence = session.find_evidence(query)
-    edges_s = frame_edges_s(session.tokens.frame_seconds)
+    edges_s = frame_edges_s(session.tokens.frame_seconds, session.end_s)
     start, end = float(edges_s[0]), float(edges_s[-1])
     length = next(
         (length for length in SPAN_LENGTHS_S if (end - start) / length <= MAX_SPANS), (end - start) / MAX_SPANS

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from freres_cli.errors import FreresError, UsageError, count_of
+from freres_cli.files import can_be_name
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.presets import KEYS, check_value
 from freres_cli.video.listing import (
@@ -215,12 +216,12 @@ def _kind_of(key: str) -> str:
 
 
 def _check_places(row: dict[str, Any], place: str) -> dict[str, Any]:
-    if not row.get("video") or "\0" in row["video"]:
+    if not row.get("video") or not can_be_name(row["video"]):
         raise UsageError(f"{place}: video: expected a path or URL", 'write {"video": "clip.mp4"}')
     check_window(row.get("start_s"), row.get("end_s"), (f"{place}: start_s", f"{place}: end_s"))
     name = row.get("name")
     if name is not None:
         parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\0" in name:
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or not can_be_name(name):
             raise UsageError(f"{place}: name: expected a relative path without .., got {name[:40]!r}")
     return row

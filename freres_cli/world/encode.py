@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import av
 import numpy as np
 import torch
 
-from freres_cli.errors import ResourceError
+from freres_cli.errors import ResourceError, UsageError
 
 
 def encode_frames(
@@ -49,4 +50,9 @@ def encode_frames(
         path.unlink(missing_ok=True)
         if not isinstance(error, av.FFmpegError | ValueError | OSError):
             raise
+        reason = getattr(error, "errno", None)
+        if reason in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(f"{path}: cannot be written: {error}", "name another folder with -o") from error
+        if reason in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{path}: cannot be written: {error}", "free some space") from error
         raise ResourceError(f"{path}: the clip cannot be encoded: {error}", hint) from error

@@ -1,4 +1,4 @@
-"""Flags that take a number. Typer's own messages leave out what was typed; these name it, the flag and its limits."""
+"""Flags that take a number or a path. Typer's messages leave out what was typed; these name it, the flag and its limits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import math
 import re
 from collections.abc import Callable
 from copy import copy
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from freres_cli.cli.options import check_path
 from freres_cli.errors import UsageError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
+NAMES = ("--model", "--adapter", "--preset", "--revision", "--method", "--device", "--dtype", "--attn")
 # Of a number that is none: which other flag may be meant, if the verb has it, and what to do.
 MEANT = {"--budget": ("--quality", "a budget is a count of tokens; for a share of the energy, use --quality")}
 
 
-def check_numbers(verb: Verb) -> Verb:
-    """Return a verb whose flags of type ``int`` and ``float`` are read here: a ``UsageError`` says what is wrong with one."""
+def check_values(verb: Verb) -> Verb:
+    """Return a verb that reads its flags of type ``int``, ``float`` and ``Path`` here, whose errors name what is wrong."""
     hints = get_type_hints(verb, include_extras=True)
     flags = {flag for hint in hints.values() for flag in _flags_of(hint)}
     # Typer reads the annotations from here.
@@ -35,10 +39,19 @@ def read_shard(text: str) -> tuple[int, int]:
 
 
 def _with_reader(hint: Any, flags: set[str]) -> Any:
-    """The annotation of a parameter; of a number, with its reader. ``flags``: all of the verb."""
+    """The annotation of a parameter; of a number or a path, with its reader. ``flags``: all of the verb."""
     if get_origin(hint) is not Annotated:
         return hint
     kind, option = get_args(hint)
+    if Path in (kind, *get_args(kind)):
+        option = copy(option)
+        option.parser = _PathReader((_flags_of(hint) or [option.metavar])[0])
+        return Annotated[kind, option]
+    if (flag := next(iter(_flags_of(hint)), "")) in NAMES:
+        option = copy(option)
+        option.parser = partial(_read_name, flag=flag)
+        option.parser.__name__ = "text"
+        return Annotated[kind, option]
     number = next((one for one in (int, float) if one is kind or one in get_args(kind)), None)
     if number is None:
         return hint
@@ -55,6 +68,25 @@ def _flags_of(hint: Any) -> list[str]:
         return []
     option = get_args(hint)[1]
     return [flag for flag in (option.default, *(option.param_decls or ())) if isinstance(flag, str)]
+
+
+def _read_name(typed: str, flag: str) -> str:
+    """Return what was typed. An empty text, as an unset variable leaves it, would be the default. Raises ``UsageError``."""
+    if not typed:
+        raise UsageError(f"{flag}: expected a name, got an empty text", "leave it out for the default")
+    return typed
+
+
+class _PathReader:
+    """Reads the path of a flag or argument. An empty one, as an unset variable leaves it, would be the working folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.__name__ = "path"  # for --help
+
+    def __call__(self, typed: Any) -> Path:
+        """The path that was typed, or the default. Raises ``UsageError``."""
+        return check_path(str(typed), self._name)
 
 
 class _Reader:
