@@ -260,3 +260,12 @@ def test_the_last_frame_does_not_keep_its_batch():
     detector = CutDetector()
     detector.observe(torch.randn(32, 4, 4, D))
     assert detector._previous.untyped_storage().nbytes() == 16 * D * 4
+
+
+@pytest.mark.parametrize(("share", "is_cut"), [(0.4, False), (0.6, True)])
+def test_at_a_cut_cells_change_by_half_of_what_two_random_tokens_differ(share, is_cut):
+    still = torch.randn(1, 6, 6, D, generator=torch.Generator().manual_seed(0)).repeat(30, 1, 1, 1)
+    detector = CutDetector()
+    detector.observe(still)
+    moved = still[:1] + (share * detector.distance / D) ** 0.5
+    assert detector.observe(moved)[0] == [is_cut]

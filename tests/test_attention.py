@@ -327,3 +327,12 @@ def test_a_later_chunk_on_the_cpu_is_the_end_of_the_whole_and_holds_no_mask(dtyp
     assert part.dtype == dtype
     assert (part.transpose(1, 2) - whole[:, :, -num_rows:]).abs().max() < bound
     assert made.numel <= query.numel()
+
+
+def test_boundaries_of_two_passes_are_told_apart_whatever_their_number():
+    packed = torch.randn(3, 1, 2, 9, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    for cuts in ([0, 2, 5, 9], [0, 4, 5, 9]):
+        bounds = torch.tensor(cuts)
+        got, _ = packed_frames_attention(nn.Module(), *packed, None, None, bounds, bounds.diff().max())
+        alone = [scaled_dot_product_attention(*(x[:, :, a:b] for x in packed)) for a, b in pairwise(cuts)]
+        torch.testing.assert_close(got, torch.cat(alone, 2).transpose(1, 2))

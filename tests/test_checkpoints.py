@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ import torch
 from freres_cli.errors import ResourceError
 from freres_cli.pipeline import checkpoints, encoding
 from freres_cli.pipeline.compressor import Compressor
+from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.pipeline.planning import plan_compression
 from freres_cli.video import decode as decode_module
 from freres_cli.workflows.compress import compress_file
 from tests import clips
@@ -198,3 +203,41 @@ def test_a_disk_that_is_full_costs_the_state_and_not_the_work(clip, models, tmp_
     told = []
     result = compress(clip, tmp_path / "b.pt", models, monkeypatch, told=told)
     assert result.bundle.exists() and len(told) == 1 and "not enough disk space" in told[0]
+
+
+def test_a_state_is_named_by_everything_that_decides_the_bundle(clip, models):
+    options, source, tower = Compressor(models=models).options, VideoSource(clip), models.encoder
+    plan, names = plan_compression(options, tower, source.info), ("fingerprint", "dtype", "attention", "pixels_sha256")
+
+    def digest(options=options, **facts):
+        encoder = SimpleNamespace(**{name: getattr(tower, name) for name in names} | facts)
+        return checkpoints._digest(source, options, plan, encoder)
+
+    model = options.model
+    others = [replace(options, **own) for own in ({"method": "fre-res"}, {"strict": True}, {"decode": "gpu"})]
+    others.append(replace(options, model=replace(model, device=replace(model.device, name="cuda:1"))))
+    found = [digest(), *map(digest, others), digest(dtype=torch.bfloat16)]
+    found += [digest(**{name: "another"}) for name in names if name != "dtype"]
+    assert len(set(found)) == len(found) == 9
+
+
+def test_a_stopped_run_over_damage_gives_the_same_bytes(models, tmp_path, monkeypatch):
+    made = {"codec": "mjpeg", "pix_fmt": "yuvj420p", "color_range": 2}
+    video = clips.blank_payloads(clips.write_clip(tmp_path / "hole.mov", 60, **made), slice(5, 9))
+    whole = compress(video, tmp_path / "whole.pt", models, monkeypatch, every_s=1e9)
+    with pytest.raises(Stopped):
+        compress(video, tmp_path / "part.pt", models, monkeypatch, stop_at=32)
+    result = compress(video, tmp_path / "part.pt", models, monkeypatch)
+    assert result.resumed_frames == 32 and whole.manifest["sampling"]["lost_s"] > 0
+    assert result.bundle.read_bytes() == whole.bundle.read_bytes()
+
+
+def test_a_state_of_two_weeks_is_kept_and_that_of_another_user_is_not_read(models, clip, tmp_path, monkeypatch):
+    recent = tmp_path / ".freres-recent.resume"
+    recent.write_bytes(b"x")
+    os.utime(recent, (0, time.time() - 13 * 24 * 3600))
+    with pytest.raises(Stopped):
+        compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=8)
+    assert recent.exists() and len(states(tmp_path)) == 2
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert compress(clip, tmp_path / "b.pt", models, monkeypatch, every_s=1e9).resumed_frames == 0

@@ -218,9 +218,9 @@ def test_eval_keeps_every_budget_above_what_is_merged_as_a_clip_is_read(tmp_path
     for module in (adaptive, pipeline_clip):
         monkeypatch.setattr(module, "MOST_STRETCHES", 30)
     folder = write_clips(tmp_path)
-    flags = ("--methods", "adaptive", "--budgets", "1.0,100,20", "--json")
+    flags = ("--methods", "adaptive", "--budgets", "20,1.0,100", "--json")
     rows = run_freres("fidelity", folder / "clip2.mp4", *flags).json["rows"]
-    assert [row["visual_tokens"] for row in rows] == [6 * 36, 100, 20] and rows[0]["kept_hold"] == pytest.approx(1.0)
+    assert [row["visual_tokens"] for row in rows] == [20, 6 * 36, 100] and rows[1]["kept_hold"] == pytest.approx(1.0)
 
 
 # --- DeepStack --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.session import AskRequest, open_session
 from freres_cli.workflows.compress import compress_file
+from tests import clips
 from tests.evaluations import FRAMES, run_eval, write_clips, write_questions
 from tests.loaded_models import CountingEncoder, CountingLanguageModel, loaded_models, models_with
 from tests.runner import run_freres
@@ -122,3 +124,11 @@ def test_the_video_is_prefilled_once_for_all_its_questions(questions):
     model = CountingLanguageModel(loaded_models().language_model)
     run_eval(questions, "uniform,blind", "50", models=models_with(language_model=model))
     assert model.num_video_tokens == [50, 0] * 3
+
+
+def test_a_file_that_is_written_over_is_said_to_be(tmp_path):
+    path = clips.write_clip(tmp_path / "a.mp4", 4)
+    encoded = encode_clip(path, options_for())
+    assert not any("while it was read" in note for note in encoded.notes)
+    os.utime(path, ns=(0, 0))  # of the same size
+    assert any("was written to while it was read" in note for note in encoded.notes)

@@ -13,7 +13,7 @@ import pytest
 from freres_cli.evaluation.cells import Budget, Cell
 from freres_cli.evaluation.intervals import estimate_shares
 from freres_cli.evaluation.questions import Question, QuestionFile
-from freres_cli.evaluation.scores import summarize
+from freres_cli.evaluation.scores import _ttft_seconds, summarize
 
 HALF, QUARTER = Budget(Fraction(1, 2)), Budget(Fraction(1, 4))
 # The full tokens do not come first, as in a run that asks for them last.
@@ -200,3 +200,10 @@ def test_parts_of_one_file_are_resampled_together():
         assert parts["rows"][0][key] == whole["rows"][0][key]
     assert parts["rows"][0]["ci_low"] < parts["rows"][0]["accuracy"] < parts["rows"][0]["ci_high"]
     assert parts["differences"] == whole["differences"]
+
+
+def test_seconds_to_the_first_token_are_of_first_questions_and_of_the_others():
+    listed = [[q for q in asked_questions() if q.video_name == f"{v}.mp4"] for v in range(len(ASKED))]
+    parts = [{"answers": {q.id: ["", True, 1.0 if i else 9.0] for i, q in enumerate(own)}} for own in listed]
+    first, later = _ttft_seconds(parts, listed)
+    assert first == [9.0] * len(ASKED) and later == [1.0] * (sum(map(len, ASKED)) - len(ASKED))

@@ -365,3 +365,19 @@ def test_a_bundle_of_a_damaged_video_is_another_one_if_asked_to_be_strict(clips,
     damaged = {**manifest, "sampling": {**manifest["sampling"], "notes": ["timed by their order: 2", note]}}
     assert find_differences(damaged, *found, strict) == ["strict"]
     assert find_differences(damaged, *found, compressor.options) == []
+
+
+def test_a_bundle_of_another_model_or_that_was_cut_is_another_one(clips, compressor, tmp_path):
+    compress_many(compressor, videos_of(clips)[:1], tmp_path)
+    manifest = read_bundle(tmp_path / "clip0.pt").manifest
+    facts = (manifest["source"]["sha256"], compressor.models.identify_encoder())
+
+    def found(section, changed, options=compressor.options):
+        return find_differences({**manifest, section: changed}, *facts, options)
+
+    for fact in ("revision", "config_sha256", "projector_sha256"):
+        assert found("model", {**manifest["model"], fact: "another"}) == ["model"]
+    assert found("model", {**manifest["model"], "dtype": "float16"}) == ["dtype"]
+    assert found("history", [*manifest["history"], {"verb": "repack"}]) == ["history"]
+    strict = replace(compressor.options, strict=True)
+    assert found("sampling", {**manifest["sampling"], "lost_s": 0.5}, strict) == ["strict"]

@@ -144,7 +144,7 @@ def greedy(line, count, exponent, distance):
     def cost(a, b):
         n, m = len(a), len(b)
         change = (torch.stack(a).mean(0) - torch.stack(b).mean(0)).square().sum()
-        apart = (n + m) / 2 / FPS / merging.APART_S  # the middles of two stretches that touch
+        apart = (n + m) / 2 / FPS / 5.0  # the middles of two stretches that touch
         return float((n * m / (n + m)) ** exponent * change) + (distance * min(1, apart**2) if change else 0)
 
     while len(parts) > count:
@@ -164,7 +164,7 @@ def test_one_merge_a_round_is_the_greedy_of_the_definition(monkeypatch, seed, ho
     clip = walk(24, 1, 1, seed)
     for count in (16, 9, 4, 1):
         starts = sorted(how(clip, count, distance=distance).boxes[:, 0].tolist())
-        assert starts == greedy(clip.flatten(1), count, merging.COST_EXPONENT, distance)
+        assert starts == greedy(clip.flatten(1), count, 0.5, distance)
 
 
 def test_what_stands_still_is_seen_again_and_again():

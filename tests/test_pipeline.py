@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -288,3 +289,30 @@ def test_frames_that_lose_their_shape_are_named(tmp_path):
         bundle = Compressor(models=loaded_models(), grid=grid, budget_tokens=20).compress(clip)
         assert any(note.startswith(squeezed) for note in bundle.notes) == is_squeezed
         assert (bundle.manifest["geometry"]["fit"] == "squeezed") == is_squeezed
+
+
+class LoudTower(Wrapped):
+    """Its latents are as far apart as float16 goes: dark ones below zero, bright ones above."""
+
+    def encode(self, pixels):
+        sign = torch.where(pixels.float().mean((1, 2, 3)) < 128, -60000.0, 60000.0)
+        return torch.ones_like(self.inner.encode(pixels)).mul(sign[:, None, None, None]).half()
+
+
+def test_a_coefficient_that_overflows_where_no_latent_does_is_refused_by_name():
+    frames = np.full((24, 96, 96, 3), 255, np.uint8)
+    frames[0] = 0
+    models = models_with(LoudTower(loaded_models().encoder))
+    compressor = Compressor(models=models, method="fre-res", events=False, budget_tokens=200)
+    with pytest.raises(BackboneError, match="overflows in float16") as caught:
+        compressor.compress(frames, seconds=range(24))
+    assert "--dtype float32 or bfloat16" in caught.value.hint
+
+
+@pytest.mark.parametrize("keeps_all", [False, True])
+def test_latents_that_were_refused_are_not_taken_the_second_time(keeps_all):
+    frames = Frames(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), (0.0,), (0,), (0,))
+    stream = LatentStream(InfiniteTower(), CPU_TIMER, "some-model", keeps_all)
+    for _ in range(2):
+        with pytest.raises(BackboneError, match="not finite"):
+            list(stream.encode([frames]))

@@ -20,6 +20,7 @@ from freres_cli.cli.compress import make_options
 from freres_cli.cli.plan import parse_size
 from freres_cli.devices import AS_COMPUTED, Storage
 from freres_cli.errors import UsageError
+from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows.plan import Planner
 from freres_cli.world.bundled_model import bundled_model_dir
@@ -282,3 +283,9 @@ def test_memory_is_what_a_process_holds(clip, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])
         assert planned[kind]["bytes"] == pytest.approx(measured["peak"] - measured["base"], rel=0.1), (kind, measured)
+
+
+@pytest.mark.parametrize("rate", [{"sample": "fps", "sample_fps": 2.0}, {"sample": "count", "sample_count": 6}])
+def test_a_denser_track_reads_as_many_times_the_frames(clip, rate):
+    plan = Compressor(device="cpu", budget_tokens=40, track_density=3, **rate).plan(clip)
+    assert plan.num_frames == 3 * plan.baseline_frames > 3

@@ -17,6 +17,7 @@ from freres_cli.pipeline.prompt_text import (
     TEXT_SHARE,
     PromptText,
     count_frame_text,
+    describe_text,
     read_prompt_text,
     recall_text,
     record_text,
@@ -29,6 +30,8 @@ from freres_cli.records import TOKEN_KINDS, nearest_frames
 from freres_cli.workflows.training_loop import TrainingLoop
 from tests import family_contract
 from tests.clips import write_clip
+from tests.compressed_clips import compress as compress_clip
+from tests.compressed_clips import smooth_clip
 from tests.runner import run_freres
 from tests.test_presets import TABLE, plan_of
 from tests.tiny_families import FAMILY_CASES
@@ -274,3 +277,11 @@ def test_inspect_says_what_moved(compressed):
     out = run_freres("inspect", folder / "b.pt").out
     assert f"{made['context_tokens']} tokens without a question, {made['text_overhead_tokens']} of them text" in out
     assert (f"{made['moved_tokens']} tokens move" in out) == (made["moved_tokens"] > 0)
+
+
+@pytest.mark.parametrize("variant", ["absorber", "idct", "temporal"])
+def test_text_is_counted_for_the_tokens_of_the_variant(variant):
+    tracks, _, _ = compress_clip(smooth_clip(40, (8, 8)), 300, variant=variant)
+    text = PromptText(torch.arange(40) % 7, 3, 12)
+    tokens, _ = settle_tokens(make_tokens(tracks, variant), text.per_frame)
+    assert describe_text(tracks, variant, text)["text_overhead_tokens"] == text.count_overhead(tokens)

@@ -198,3 +198,10 @@ def test_a_file_that_cannot_be_read_costs_no_answer(tiny, tmp_path, monkeypatch,
         prefix = open_prefix(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents, KEEP), "max", tmp_path / name)
     assert any(note.startswith("prefix neither read nor saved: ") for note in prefix.notes)
     assert answers_of(tiny.model, prefix, tiny.prompt.suffix)[1] and (tmp_path / "shut").read_bytes() == b"kept"
+
+
+def test_notes_of_a_prefix_are_there_when_it_is_read(opened, monkeypatch):
+    monkeypatch.setattr(saved_prefix, "check_context", lambda *_: ("positions reach 9",))
+    opened()
+    read = opened()
+    assert is_read(read) and "positions reach 9" in read.notes

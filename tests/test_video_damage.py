@@ -217,3 +217,18 @@ def test_a_last_frame_that_stays_long_is_no_loss(tmp_path, name):
     """Few containers store how long the last frame is shown."""
     path = clips.write_clip(tmp_path / name, 6, fps=2, codec="mpeg4")
     assert decode(path, strict=True)[4].lost_s == 0
+
+
+@pytest.mark.parametrize("made", [{"options": clips.X264_P_FRAMES}, {"codec": "mpeg4", "options": {"qmax": "3"}}])
+def test_a_picture_that_is_damaged_inside_is_told_and_refused_if_strict(tmp_path, made):
+    path = clips.write_clip(tmp_path / "inside.mp4", 48, **made)
+    with av.open(str(path)) as container:
+        at, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][20]
+    data, part = bytearray(path.read_bytes()), slice(at + size * 2 // 5, at + size * 9 // 10)
+    data[part] = bytes(part.stop - part.start)
+    path.write_bytes(data)
+    decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
+    assert sum(len(batch.source_index) for batch in decoder) == 48
+    assert decoder.report.lost_s == 0 and "damaged frames: 1" in decoder.report.notes
+    with pytest.raises(VideoError, match=r"the frame at 0\.833 s is broken"):
+        list(decode_frames(path, probe_video(path), NATIVE, SMALL, strict=True))

@@ -147,3 +147,9 @@ def test_the_last_samples_of_a_row_that_fills_no_byte(pix_fmt):
     frames = [av.VideoFrame.from_ndarray(each, format="rgb24").reformat(format=pix_fmt) for each in (picture, moved)]
     detector = StillDetector(0)
     assert [detector.is_still(*read_planes(frame)) for frame in (*frames, frames[1])] == [False, False, True]
+
+
+def test_given_frames_at_other_times_are_another_video():
+    pixels = np.zeros((2, 8, 4, 3), np.uint8)
+    others = [(pixels, [0, 1]), (pixels, [0, 2]), (pixels + 1, [0, 1]), (pixels.reshape(2, 4, 8, 3), [0, 1])]
+    assert len({FrameArray(*own).sha256 for own in others}) == 4
