@@ -46,6 +46,11 @@ def declare_command() -> None:
     sys.meta_path.insert(0, _NumpyFirst())
 
 
+def is_command() -> bool:
+    """Whether this process was declared to run a ``freres`` command alone."""
+    return _is_command
+
+
 class _NumpyFirst(MetaPathFinder):
     """Imports numpy before torch. Torch's native part would, and drops what a signal handler raises meanwhile: Ctrl-C, or
     the end of a process that is told to end."""
@@ -53,7 +58,6 @@ class _NumpyFirst(MetaPathFinder):
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         """Find nothing."""
         if fullname == "torch":
-            sys.meta_path.remove(self)
             import_module("numpy")
 
 

@@ -164,6 +164,30 @@ def test_frames_of_one_time_last_until_the_clip_ends(count):
         torch.testing.assert_close(frame_edges_s(seconds, end_s), wanted)
 
 
+@pytest.mark.parametrize("seconds", [[0, 1, 2], [0, 1, 1, 1], [0, 1, 2, 3, 3, 3]])
+def test_the_last_frame_ends_where_the_clip_does_if_that_is_sooner(seconds):
+    seconds = torch.tensor(seconds, dtype=torch.float64)
+    whole = frame_edges_s(seconds)
+    for end_s in (float(seconds[-1]) + 0.5, float(whole[-1]), 100.0, float(seconds[-1]), 0.0):
+        edges = frame_edges_s(seconds, end_s)
+        assert edges[-1] == (min(end_s, float(whole[-1])) if end_s > seconds[-1] else whole[-1])
+        assert bool((edges.diff() > 0).all()) and torch.equal(
+            edges[: int((seconds < seconds[-1]).sum()) + 1][:2], whole[:2]
+        )
+
+
+def test_what_is_lost_is_lost_before_the_clip_ends():
+    """And the sum over parts of the clip, as inspect shows them, is the sum of all losses."""
+    tracks = make_tracks(smooth_latents(), BUDGET)
+    end_s = float(tracks.frame_seconds[-1]) + 0.01
+    losses = report_energy(tracks, end_s).losses
+    edges = frame_edges_s(tracks.frame_seconds, end_s)
+    bounds = torch.linspace(float(edges[0]), float(edges[-1]), 6, dtype=torch.float64)
+    total = sum(loss.lost_energy_per_s * (loss.end_s - loss.start_s) for loss in losses)
+    assert float(lost_in_time(losses, bounds).sum()) == pytest.approx(total) and total > 0
+    assert max(loss.end_s for loss in losses) == pytest.approx(end_s)
+
+
 def test_no_loss_is_spread_over_no_time():
     """Times that repeat are those between them: the losses, and the worst first, are those of evenly sampled frames."""
     tracks = make_tracks(smooth_latents(), BUDGET)

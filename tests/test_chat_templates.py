@@ -80,12 +80,19 @@ def test_a_template_that_works_gives_what_transformers_gives(language, monkeypat
     assert render_chat(language.tokenizer, MESSAGES) == expected == "<user>[video][text]"
 
 
-def test_memory_is_limited_only_until_a_template_has_kept_to_the_limit(language, monkeypatch):
-    monkeypatch.setattr(language.tokenizer, "chat_template", "{% for m in messages %}<{{ m.role }}> again{% endfor %}")
+@pytest.mark.parametrize(("is_command", "num_limits"), [(True, 2), (False, 1)])
+def test_where_others_code_runs_memory_is_limited_until_a_template_has_kept_to_it(
+    language, monkeypatch, is_command, num_limits
+):
+    own = f"{{% for m in messages %}}<{{{{ m.role }}}}> {is_command}{{% endfor %}}"
+    monkeypatch.setattr(language.tokenizer, "chat_template", own)
+    monkeypatch.setattr(templates, "is_command", lambda: is_command)
     limits, real = [], resource.setrlimit
     monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: (limits.append(limit), real(kind, limit)))
-    first = render_chat(language.tokenizer, MESSAGES)
-    assert len(limits) == 2 and render_chat(language.tokenizer, MESSAGES) == first and len(limits) == 2
+    assert (
+        render_chat(language.tokenizer, MESSAGES) == render_chat(language.tokenizer, MESSAGES) == f"<user> {is_command}"
+    )
+    assert len(limits) == 2 * num_limits  # set, and put back
 
 
 def test_two_threads_leave_the_limit_as_it_was():

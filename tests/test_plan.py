@@ -221,6 +221,8 @@ def test_a_plan_is_for_the_dtype_that_is_stored_whatever_the_config_says(clip, t
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     stored = Models(make_source(str(tmp_path), "cpu")).checkpoint.stored_dtype(("",))
     assert stored != torch.float16 and Planner(clip, make_options({}, None, str(tmp_path)), True).dtype == stored
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    assert Planner(clip, make_options({}, None, str(tmp_path)), True).dtype == torch.float16, "no weights are needed"
 
 
 def test_the_speed_of_this_device_is_measured(clip):

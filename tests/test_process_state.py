@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from freres_cli import Compressor
+from freres_cli import Compressor, load_bundle
 from freres_cli.bench.clock import PeakMemory
 from freres_cli.errors import UsageError
 from freres_cli.pipeline import compressor as compressor_module
@@ -79,7 +79,9 @@ def test_results_do_not_depend_on_what_a_caller_has_set(tmp_path, name, method):
     with STATES[name]():
         made = compressor.compress(clip)
         session, smaller = made.open(device="cpu"), made.repack(20)
+        read = load_bundle(made.save(tmp_path / "b.pt").path)
         assert answers(session) == expected and torch.equal(made.tokens().latents, plain.tokens().latents)
+    assert torch.equal(read.tokens().latents, plain.tokens().latents)
     assert torch.equal(smaller.tokens().latents, plain.repack(20).tokens().latents)
     assert answers(session) == expected, "what was prefilled before is continued"
     assert session.ask_many(["Why?"], max_new_tokens=3)[0].text == expected[1]

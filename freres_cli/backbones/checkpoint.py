@@ -131,9 +131,11 @@ class Checkpoint:
         return _STORED_DTYPES[name]
 
     def planned_dtype(self, candidates: tuple[str, ...]) -> torch.dtype:
-        """``stored_dtype``, if the weights are in a folder; else what the config names. Downloads nothing."""
-        is_here = not self.is_remote and next(self.directory.glob("*.safetensors"), None) is not None
-        return self.stored_dtype(candidates) if is_here else config_dtype(self.config)
+        """``stored_dtype``, if all weights are in a folder; else what the config names. Downloads nothing."""
+        try:
+            return config_dtype(self.config) if self.is_remote else self.stored_dtype(candidates)
+        except BackboneError:
+            return config_dtype(self.config)
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors one at a time, grouped by file. No other file is downloaded and no other tensor read."""

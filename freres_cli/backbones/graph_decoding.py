@@ -21,7 +21,7 @@ from freres_cli.backbones.cache import ReservedLayer
 from freres_cli.backbones.sizes import find_rope_kind, has_experts
 from freres_cli.devices import WAITING
 
-# Rotary angles that depend on the largest position so far, which the host would have to read.
+# Rotary angles that depend on the length of the prompt: what a replay reads may be those of another video by then.
 CHANGING_ROPE = ("dynamic", "longrope")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from freres_cli.errors import BackboneError
+from freres_cli.imports import is_command
 
 LIMIT_S = 5.0  # a template takes milliseconds
 GRACE_S = 1.0
@@ -35,9 +36,10 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
     cannot handle a message in parts. The template is asked to leave out reasoning.
 
     Templates run in a sandbox of transformers, which bounds a loop but not loops within loops. So the template runs in a
-    thread that is stopped after ``LIMIT_S`` (ours). A single operation cannot be stopped, so the first time memory has a
-    limit too: not each time, because the limit is the whole process's. Raises BackboneError for a template that takes longer
-    or more, writes more than ``MAX_CHARACTERS``, or fails in any way but those that templates have to say no.
+    thread that is stopped after ``LIMIT_S`` (ours). A single operation cannot be stopped, so memory has a limit too. It is
+    the whole process's: where others' code runs as well, there is one only until the template has kept to it. Raises
+    BackboneError for a template that takes longer or more, writes more than ``MAX_CHARACTERS``, or fails in any way but
+    those that templates have to say no.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -52,7 +54,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
 
     thread = threading.Thread(target=render, daemon=True)
     template = repr(tokenizer.chat_template)
-    with nullcontext() if template in _RENDERED else _bounded_memory():
+    with nullcontext() if template in _RENDERED and not is_command() else _bounded_memory():
         thread.start()
         thread.join(LIMIT_S)
         if is_late := thread.is_alive():
@@ -64,9 +66,9 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> str | None:
     if failures:
         _judge(failures[0])
         return None
-    _RENDERED.add(template)
     if len(made[0]) > MAX_CHARACTERS:
         raise BackboneError(f"chat template: expected at most {MAX_CHARACTERS} characters, got {len(made[0])}", HINT)
+    _RENDERED.add(template)
     return made[0]
 
 

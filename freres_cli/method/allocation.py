@@ -102,12 +102,11 @@ def frame_edges_s(frame_seconds: Tensor, end_s: float | None = None) -> Tensor:
         length = 1.0 if end_s is None or end_s <= float(stamps[0]) else end_s - float(stamps[0])
         each = torch.tensor([length], dtype=torch.float64) / counts
     each = torch.cat([each, each[-1:]])[: counts.shape[0]]
+    if end_s is not None and end_s > float(stamps[-1]):
+        each[-1:] = each[-1:].clamp(max=(end_s - float(stamps[-1])) / int(counts[-1]))
     nth = torch.arange(frame_seconds.shape[0]) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     begins = stamps.repeat_interleave(counts) + nth * each.repeat_interleave(counts)
-    last = stamps[-1:] + counts[-1] * each[-1]
-    if end_s is not None and end_s > float(begins[-1]):
-        last = last.clamp(max=end_s)
-    return torch.cat([begins, last])
+    return torch.cat([begins, stamps[-1:] + counts[-1] * each[-1]])
 
 
 def frames_at(edges_s: Tensor, seconds: Tensor) -> Tensor:

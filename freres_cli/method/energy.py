@@ -42,8 +42,9 @@ class EnergyReport:
     losses: tuple[Loss, ...]
 
 
-def report_energy(tracks: Tracks) -> EnergyReport:
-    """Return the shares of residual energy kept, the spectrum and its null, and the energy lost in all stretches."""
+def report_energy(tracks: Tracks, end_s: float | None = None) -> EnergyReport:
+    """Return the shares of residual energy kept, the spectrum and its null, and the energy lost in all stretches. ``end_s``:
+    as ``frame_edges_s`` takes it."""
     num_gops = tracks.gop_anchor_frame.shape[0]
     pooled = tracks.gop_pooled_energy.to(torch.float64)
     kept = torch.zeros(num_gops, dtype=torch.float64)
@@ -56,7 +57,7 @@ def report_energy(tracks: Tracks) -> EnergyReport:
         kept[gop] += float(by_segment.sum())
     areas = tracks.grid[1] * tracks.grid[2] / (tracks.pooled_grid[0] * tracks.pooled_grid[1])
     spectrum, null = _spectra(tracks)
-    losses = sorted(_losses(tracks, gains, explained), key=lambda loss: -loss.lost_energy_per_s)
+    losses = sorted(_losses(tracks, gains, explained, end_s), key=lambda loss: -loss.lost_energy_per_s)
     return EnergyReport(
         gop_kept=tuple(_share(float(k), float(e)) for k, e in zip(kept, pooled, strict=True)),
         clip_kept=_share(float(kept.sum()), float(pooled.sum())),
@@ -100,12 +101,13 @@ def _spectra(tracks: Tracks) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(cumulative.tolist()), tuple(null)
 
 
-def _losses(tracks: Tracks, gains: Tensor, explained: Mapping[int, Tensor]) -> list[Loss]:
+def _losses(tracks: Tracks, gains: Tensor, explained: Mapping[int, Tensor], end_s: float | None) -> list[Loss]:
     """Energy of residual minus reconstruction in each eighth of each GoP: E - 2 <r, r'> + |r'|^2, exact per bin.
 
-    ``gains``: what each impulse takes from that. ``explained``: what the coefficients of each GoP take.
+    ``gains``: what each impulse takes from that. ``explained``: what the coefficients of each GoP take. ``end_s``: of the
+    clip.
     """
-    losses, edges_s = [], frame_edges_s(tracks.frame_seconds).tolist()
+    losses, edges_s = [], frame_edges_s(tracks.frame_seconds, end_s).tolist()
     for gop, by_segment in explained.items():
         impulses = ((tracks.coefficient_gop == gop) & tracks.is_impulse).nonzero().squeeze(1)
         lost = tracks.gop_segment_energy[gop] - by_segment

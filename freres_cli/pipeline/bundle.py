@@ -56,6 +56,7 @@ class Bundle:
         """Its name in messages: the path, if it has one."""
         return "bundle" if self.path is None else str(self.path)
 
+    @plain_torch()
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Bundle:
         """Write the bundle atomically, and return it with its path.
 
@@ -136,6 +137,7 @@ def _name_adapter(adapter: str | os.PathLike[str] | None) -> str | None:
     return adapter if isinstance(adapter, str) else str(path.absolute())
 
 
+@plain_torch()
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Read a bundle. Every byte is checked, and nothing in the file is executed. Raises ``BundleError``,
     ``UsageError`` for what is no path."""

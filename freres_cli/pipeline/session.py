@@ -156,6 +156,8 @@ class Session:
         query, limit = Query(question, choices, relevant_text), check_limit(max_new_tokens)
         if not isinstance(sampling, Sampling | None):
             raise UsageError(f"sampling: expected a Sampling, got {type(sampling).__name__}", "see freres(3)")
+        # A method that picks for each question says so in its name.
+        told = describe_refine(check_refine(refine), len(self.tokens))
         refine = check_refine(self.refine if refine is None else refine)
         with self._lock:
             self._check(query)
@@ -165,7 +167,7 @@ class Session:
                     on_text(answer.text)
             else:
                 answer = self._write(query, refine, limit, sampling, on_text, submitted)
-        return replace(answer, notes=(*answer.notes, *describe_refine(refine, len(self.tokens))))
+        return replace(answer, notes=(*answer.notes, *told))
 
     @plain_torch()
     @_fits

@@ -67,7 +67,7 @@ def describe_bundle(
         "absorber": None,
         "stretches": describe_stretches(content, clip_end_s(manifest)) if isinstance(content, Stretches) else None,
     }
-    energy = report_energy(content) if isinstance(content, Tracks) else None
+    energy = report_energy(content, clip_end_s(manifest)) if isinstance(content, Tracks) else None
     report["over_time"] = describe_time(content, tokens, energy, clip_end_s(manifest)) | {
         "note": _describe_mixing(manifest)
     }

@@ -118,7 +118,8 @@ class Cost:
 
 
 class Planner:
-    """Plans for one video at any budget. Reads the video's packets, and of the model only config and tokenizer.
+    """Plans for one video at any budget. Reads the video's packets, and of the model only config, tokenizer and the dtype of
+    its weights, if those are in a folder.
 
     ``video``: the file. ``options``: how to compress it. ``is_cuda``: whether to plan for a CUDA device. Raises
     ``VideoError``, ``BackboneError`` or ``UsageError``.

@@ -28,7 +28,8 @@ def encode_frames(
 
     ``side_px``: width and height. ``fps``: frames per second. ``codec``, ``options``: the encoder and its options, as
     FFmpeg names them. ``comment``: stored in the file's metadata. Raises ``ResourceError`` with ``hint`` if this PyAV
-    lacks the encoder or the file cannot be written; no file is left behind.
+    lacks the encoder, or if the disk is full, and ``UsageError`` for a place that may not be written to; no file is left
+    behind.
     """
     if codec == "libx264" and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         # x264's AVX-512 code gives other bytes from run to run; its AVX2 code gives the bytes of other machines.
@@ -52,7 +53,7 @@ def encode_frames(
             raise
         reason = getattr(error, "errno", None)
         if reason in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UsageError(f"{path}: cannot be written: {error}", "name another folder with -o") from error
+            raise UsageError(f"{path}: cannot be written: {error}", "name another folder") from error
         if reason in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{path}: cannot be written: {error}", "free some space") from error
         raise ResourceError(f"{path}: the clip cannot be encoded: {error}", hint) from error
