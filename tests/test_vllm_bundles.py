@@ -120,7 +120,7 @@ def test_a_payload_brings_the_files_back(bundle):
 
 def test_what_the_engine_would_trip_over_is_refused(reader, bundle, tiny, tmp_path):
     content = bundle.read_bytes()
-    with fails(4, "bundle: not a freres bundle"):
+    with fails(4, "bundle: damaged bundle: its end is missing"):
         reader.read(content[:-2000] + bytes(2000))
     facts = {"format": "freres.vllm/1", "width": 8, "next_position": 1.0, "model": {}}
     for headers in (

@@ -74,7 +74,7 @@ def read_bundle(path: Path) -> StoredBundle:
             with path.open("rb") as file:
                 if file.read(len(ZIP_START)) == ZIP_START:  # the list of what an archive holds stands at its end
                     hint = "copy it again, or compress the video again"
-                    raise BundleError(f"{path}: damaged bundle: it is cut short", hint)
+                    raise BundleError(f"{path}: damaged bundle: its end is missing", hint)
             raise BundleError(f"{path}: not a freres bundle", "make one with: freres compress VIDEO")
         check_archive(path)
         loaded = _load(path)
