@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,26 +33,53 @@ def test_answers_are_whole_and_name_no_place(path: Path) -> None:
         assert not Path(row["video"]).is_absolute()
 
 
-def test_the_figures_at_two_point_one_are_those_of_the_answers() -> None:
-    part = PART["at_2.1x"]
+def check_figures(part: dict[str, Any]) -> None:
+    """The figures of a part of a results file are those of its answers."""
     log = read(RESULTS / part["answers"])
-    assert log.run["questions_sha256"] == part["questions_sha256"] == PART["questions_sha256"]
+    assert log.run["questions_sha256"] == part["questions_sha256"]
     assert len(log.rows) == part["num_videos"]
     for place, row in enumerate(part["rows"]):
-        answers = [answer for video in log.rows for answer in video["cells"][place]["answers"].values()]
-        assert [cell["method"] for video in log.rows for cell in video["cells"][place : place + 1]] == [
-            row["method"]
-        ] * len(log.rows)
+        cells = [video["cells"][place] for video in log.rows]
+        answers = [answer for cell in cells for answer in cell["answers"].values()]
+        assert [cell["method"] for cell in cells] == [row["method"]] * len(log.rows)
         assert len(answers) == row["num_questions"] == part["num_questions"]
         assert sum(is_right for _, is_right, _ in answers) / len(answers) == pytest.approx(row["accuracy"])
+
+
+def compare(part: dict[str, Any]) -> tuple[dict[str, float], set[str], set[str], set[str]]:
+    """Differences of the means of other methods less ``adaptive``, and those that are higher, certainly ahead and behind."""
+    found = {row["method"]: row["mean_over_categories"]["accuracy"] for row in part["rows"]}
+    less = {name: mean - found["adaptive"] for name, mean in found.items() if name != "adaptive"}
+    ahead, behind = set(), set()
+    for row in part["differences"]:
+        interval, is_other = row["mean_over_categories"], row["minus"] == "adaptive"
+        name, low, high = row["method"] if is_other else row["minus"], interval["ci_low"], interval["ci_high"]
+        ahead |= {name} if (low > 0 if is_other else high < 0) else set()
+        behind |= {name} if (high < 0 if is_other else low > 0) else set()
+    return less, {name for name, difference in less.items() if difference > 0}, ahead, behind
+
+
+def test_the_figures_of_level_2_are_those_of_the_answers() -> None:
+    parts = json.loads((RESULTS / "world.json").read_text(encoding="utf-8"))
+    part = parts["level_2_at_2.1x"]
+    check_figures(part)
+    assert part["questions_sha256"] == parts["level_2_full"]["questions_sha256"]
+    told = README.partition("**Level 2, with every token**")[2].partition("At 2.1x")[2].partition("**Level 3**")[0]
+    assert f"{part['num_questions']} of these questions on {part['num_videos']} clips" in told
+    less, higher, ahead, _ = compare(part)
+    assert higher == {"evs", "dtd", "uniform"} and not ahead
+    told_less = ", ".join(f"{100 * less[name]:.1f}" for name in ("evs", "dtd")) + f" and {100 * less['uniform']:.1f}"
+    assert f"by {told_less}, and none" in told
+
+
+def test_the_figures_of_level_3_are_those_of_the_answers() -> None:
+    part = PART["at_2.1x"]
+    check_figures(part)
+    assert part["questions_sha256"] == PART["questions_sha256"]
     told = README.partition("**Every method, level 3**")[2].partition("At 2.1x")[2].partition("```")[0]
     assert f"{part['num_questions']} questions on {part['num_videos']} clips" in told
     assert f"the other {PART['num_videos'] - part['num_videos']} clips" in told
-    mean = {row["method"]: row["mean_over_categories"]["accuracy"] for row in part["rows"]}
-    ahead = {d["method"] for d in part["differences"] if d["mean_over_categories"]["ci_low"] > 0}
-    behind = {d["method"] for d in part["differences"] if d["mean_over_categories"]["ci_high"] < 0}
+    less, higher, ahead, behind = compare(part)
     assert not ahead and behind == {"aot-norm", "fourier-raw", "prumerge-norm", "visionzip-norm"}
     assert all(f"`{name}`" in told for name in behind)
-    assert sum(share > mean["adaptive"] for share in mean.values()) == 6
-    assert "six have a higher mean, by 0.6 or less" in told
-    assert max(d["mean_over_categories"]["difference"] for d in part["differences"]) < 0.0065
+    assert len(higher) == 6 and f"six have a higher mean, by {100 * max(less.values()):.1f} or less" in told
