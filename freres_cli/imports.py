@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -25,6 +26,8 @@ PUT_OFF = {
     f"{COMPILER}._trace_wrapped_higher_order_op": "TransformGetItemToIndex",
     SHAPES: "has_free_unbacked_symbols",
 }
+# What transformers finds in a folder of a model.
+FOLDERS = "create_import_structure_from_path"
 # Decorators that only tell torch.compile something.
 MARKS = ("assume_constant_result", "allow_in_graph", "disable")
 # Where it is installed, transformers imports torchao with every model. It warns about each of its libraries for other
@@ -67,11 +70,17 @@ def quick_imports() -> Iterator[None]:
 
     An import makes many objects and nearly no garbage, so that looking for it is a seventh of the time of importing torch
     and transformers. In a process of ``declare_command``, leave out what that says, and never look at the modules again.
+    transformers looks through the folders of all its models, twice, and remembers too few of them: here it remembers all.
     """
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        with _put_off(SCIPY), without_compiler(), quiet_torchao():
+        with (
+            _put_off(SCIPY),
+            without_compiler(),
+            quiet_torchao(),
+            _replaced(functools, "lru_cache", _remember_folders),
+        ):
             yield
     finally:
         if was_collecting:
@@ -123,6 +132,14 @@ def _replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> It
         yield
     finally:
         setattr(module, name, before)
+
+
+def _remember_folders(maxsize: Any = 128, typed: bool = False) -> Any:
+    """``functools.lru_cache``, without a limit for the function ``FOLDERS``."""
+    if callable(maxsize):  # the function itself
+        is_of_folders = getattr(maxsize, "__name__", "") == FOLDERS
+        return lru_cache(None if is_of_folders else 128)(maxsize)
+    return lru_cache(maxsize, typed)
 
 
 def _keep_unmarked(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:

@@ -138,3 +138,28 @@ def test_a_command_imports_no_compiler_until_it_is_used(statement, environment, 
     command = [sys.executable, "-c", COMMAND.format(statement=statement), "compress", clip, "-o", bundle]
     run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
     assert run.stdout == f"{bundle}\n" * (statement == RUN) + f"{[is_imported] * 3}\n"
+
+
+FOLDERS = """
+import functools
+from functools import lru_cache
+from freres_cli.imports import quick_imports
+with quick_imports():
+    import transformers.models
+    @functools.lru_cache
+    def plain(): pass
+    @functools.lru_cache(maxsize=3, typed=True)
+    def few(): pass
+assert functools.lru_cache is lru_cache
+assert plain.cache_parameters() == {"maxsize": 128, "typed": False}
+assert few.cache_parameters() == {"maxsize": 3, "typed": True}
+from transformers.utils.import_utils import create_import_structure_from_path
+known = create_import_structure_from_path.cache_info()
+assert known.misses == known.currsize > 128, known
+assert known.hits > 128, known
+"""
+
+
+def test_each_folder_of_transformers_is_read_once() -> None:
+    run = subprocess.run([sys.executable, "-c", FOLDERS], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
