@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,10 +132,10 @@ class Checkpoint:
 
     def planned_dtype(self, candidates: tuple[str, ...]) -> torch.dtype:
         """``stored_dtype``, if all weights are in a folder; else what the config names. Downloads nothing."""
-        try:
-            return config_dtype(self.config) if self.is_remote else self.stored_dtype(candidates)
-        except BackboneError:
-            return config_dtype(self.config)
+        with suppress(BackboneError):
+            if not self.is_remote:
+                return self.stored_dtype(candidates)
+        return config_dtype(self.config)
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors one at a time, grouped by file. No other file is downloaded and no other tensor read."""
@@ -319,8 +319,8 @@ def fingerprint(checkpoint: Checkpoint, projector_prefixes: tuple[str, ...]) -> 
     return {
         "model_id": checkpoint.model_id,
         "revision": checkpoint.revision,
-        "config_sha256": _sha256_of(_without_ignored(checkpoint.config)),
-        "projector_sha256": _sha256_of(digests),
+        "config_sha256": digest_json(_without_ignored(checkpoint.config)),
+        "projector_sha256": digest_json(digests),
     }
 
 
@@ -330,5 +330,6 @@ def _without_ignored(config: Any) -> Any:
     return {key: _without_ignored(value) for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
 
 
-def _sha256_of(content: Any) -> str:
+def digest_json(content: Any) -> str:
+    """Return the SHA-256 of ``content`` as canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -102,7 +102,6 @@ def prefill_rows(
     start_s = time.perf_counter() if start_s is None else start_s
     notes = check_context(model, len(rows), rows.next_position)
     cache, pruned = model.new_cache(), None
-    settle_length(cache, rows)
     chunk_tokens = chunk_tokens or choose_chunk(model, len(rows))
     if pruning is None:
         # It imports transformers, which whoever only reads tokens does without.
@@ -112,6 +111,7 @@ def prefill_rows(
         prefill(model, rows, cache, chunk_tokens)
     else:
         check_pruning(model, pruning, cache)
+        settle_length(cache, rows)
         with memory_of(model, len(rows)):
             pruned = run_first_layers(model, rows, cache, pruning, chunk_tokens)
     synchronize(model.device)

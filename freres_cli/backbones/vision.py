@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.initialization import no_init_weights
 
 from freres_cli.backbones.base import EncoderIdentity
-from freres_cli.backbones.checkpoint import Checkpoint, fingerprint, load_submodule
+from freres_cli.backbones.checkpoint import Checkpoint, digest_json, fingerprint, load_submodule
 from freres_cli.backbones.fused import start_compiling_kernels
 from freres_cli.backbones.fused_layers import use_kernels
 from freres_cli.backbones.halves import FamilyFiles, MatricesOnMeta, check_decoder, loading, read_config
@@ -40,7 +38,7 @@ class PixelRule:
     @property
     def sha256(self) -> str:
         """Digest of the rule."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return digest_json(asdict(self))
 
     def read(self, checkpoint: Checkpoint) -> PixelRule:
         """The checkpoint's rule, with the values of this one for whatever its file does not give."""

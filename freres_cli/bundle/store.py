@@ -69,12 +69,12 @@ def read_bundle(path: Path) -> StoredBundle:
         raise BundleError(f"{explain_no_file(path)}: expected a bundle", "make one with: freres compress VIDEO")
     try:
         with path.open("rb") as file:  # by its path, one that may not be read would be no archive
-            is_archive = zipfile.is_zipfile(file)
+            begins_as_archive = file.read(len(ZIP_START)) == ZIP_START
+            is_archive = zipfile.is_zipfile(file)  # by the list of what it holds, at its end
+        if begins_as_archive and not is_archive:
+            hint = "copy it again, or compress the video again"
+            raise BundleError(f"{path}: damaged bundle: its end is missing", hint)
         if not is_archive:
-            with path.open("rb") as file:
-                if file.read(len(ZIP_START)) == ZIP_START:  # the list of what an archive holds stands at its end
-                    hint = "copy it again, or compress the video again"
-                    raise BundleError(f"{path}: damaged bundle: its end is missing", hint)
             raise BundleError(f"{path}: not a freres bundle", "make one with: freres compress VIDEO")
         check_archive(path)
         loaded = _load(path)

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable
 from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -43,22 +42,20 @@ def _with_reader(hint: Any, flags: set[str]) -> Any:
     if get_origin(hint) is not Annotated:
         return hint
     kind, option = get_args(hint)
-    if Path in (kind, *get_args(kind)):
-        option = copy(option)
-        option.parser = _PathReader((_flags_of(hint) or [option.metavar])[0])
-        return Annotated[kind, option]
-    if (flag := next(iter(_flags_of(hint)), "")) in NAMES:
-        option = copy(option)
-        option.parser = partial(_read_name, flag=flag)
-        option.parser.__name__ = "text"
-        return Annotated[kind, option]
-    number = next((one for one in (int, float) if one is kind or one in get_args(kind)), None)
-    if number is None:
+    kinds, flag = (kind, *get_args(kind)), (_flags_of(hint) or [option.metavar])[0]
+    number = next((one for one in (int, float) if one in kinds), None)
+    reader: Callable[[Any], Any]
+    if Path in kinds:
+        reader = _TextReader("path", check_path, flag)
+    elif flag in NAMES:
+        reader = _TextReader("text", _check_name, flag)
+    elif number is not None:
+        other, meant = MEANT.get(flag, ("", None))
+        reader = _Reader(number, flag, option.min, option.max, meant if other in flags else None)
+    else:
         return hint
     option = copy(option)  # verbs share it, and may have other flags
-    flag = _flags_of(hint)[0]
-    other, meant = MEANT.get(flag, ("", None))
-    option.parser = _Reader(number, flag, option.min, option.max, meant if other in flags else None)
+    option.parser = reader
     return Annotated[kind, option]
 
 
@@ -70,23 +67,23 @@ def _flags_of(hint: Any) -> list[str]:
     return [flag for flag in (option.default, *(option.param_decls or ())) if isinstance(flag, str)]
 
 
-def _read_name(typed: str, flag: str) -> str:
+def _check_name(text: str, flag: str) -> str:
     """Return what was typed. An empty text, as an unset variable leaves it, would be the default. Raises ``UsageError``."""
-    if not typed:
+    if not text:
         raise UsageError(f"{flag}: expected a name, got an empty text", "leave it out for the default")
-    return typed
+    return text
 
 
-class _PathReader:
-    """Reads the path of a flag or argument. An empty one, as an unset variable leaves it, would be the working folder."""
+class _TextReader:
+    """Reads the text of a flag or argument, which may not be empty. ``kind``: what it is. ``check``: gets it and ``name``."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.__name__ = "path"  # for --help
+    def __init__(self, kind: str, check: Callable[[str, str], Any], name: str) -> None:
+        self._check, self._name = check, name
+        self.__name__ = kind  # for --help
 
-    def __call__(self, typed: Any) -> Path:
-        """The path that was typed, or the default. Raises ``UsageError``."""
-        return check_path(str(typed), self._name)
+    def __call__(self, typed: Any) -> Any:
+        """What was typed, or the default. Raises ``UsageError``."""
+        return self._check(str(typed), self._name)
 
 
 class _Reader:
