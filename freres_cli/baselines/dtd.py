@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
-from freres_cli.baselines.evs import measure_change, pick_highest, thin_first_frame, unit_tokens
+from freres_cli.baselines.evs import measure_change, pick_highest, scale_frames, thin_first_frame
 from freres_cli.baselines.full import gather_tokens
 from freres_cli.records import VideoTokens
 
@@ -46,10 +46,9 @@ def keep_above(latents: Tensor, width: int, threshold: float) -> tuple[Tensor, T
     num_frames, per_frame = latents.shape[0], latents.shape[1] * latents.shape[2]
     kept = torch.ones(num_frames, per_frame, dtype=torch.bool)
     change = torch.full((num_frames, per_frame), torch.inf)
-    last = unit_tokens(latents[0], width)
-    # Scaled frame by frame in every pass: a float32 copy of the clip would be twice as large as the clip.
-    for frame in range(1, num_frames):
-        units = unit_tokens(latents[frame], width)
+    frames = scale_frames(latents, width)
+    last = next(frames).clone()
+    for frame, units in enumerate(frames, start=1):
         change[frame] = measure_change(units, last)
         kept[frame] = change[frame] >= threshold
         last[kept[frame]] = units[kept[frame]]

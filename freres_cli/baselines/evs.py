@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from freres_cli.baselines.declaration import Method, lazy_module
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = lazy_module("torch")
+
+_VALUES_AT_ONCE = 2**19  # of small frames, so many are scaled together that calls do not cost more than arithmetic
 
 
 def keep_changed_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, width: int) -> VideoTokens:
@@ -36,13 +40,17 @@ def measure_changes(latents: Tensor, width: int) -> Tensor:
     """Return 1 - cos of each token of ``latents`` (T, H, W, C) to that of its cell one frame earlier, over the first
     ``width`` channels: (T, H*W) float32; infinite in the first frame."""
     change = torch.full((latents.shape[0], latents.shape[1] * latents.shape[2]), torch.inf)
-    before = unit_tokens(latents[0], width)
-    # Frame by frame, so that no float32 copy of the clip is made.
-    for frame in range(1, latents.shape[0]):
-        now = unit_tokens(latents[frame], width)
+    for frame, (before, now) in enumerate(pairwise(scale_frames(latents, width)), start=1):
         change[frame] = measure_change(now, before)
-        before = now
     return change
+
+
+def scale_frames(latents: Tensor, width: int) -> Iterator[Tensor]:
+    """Yield ``unit_tokens`` of each frame of ``latents`` (T, H, W, C): (N, D) float32, T times. Only a few frames are scaled
+    at once: a float32 copy of the clip would be twice as large as the clip."""
+    at_once = max(1, _VALUES_AT_ONCE // (latents.shape[1] * latents.shape[2] * width))
+    for part in latents.split(at_once):
+        yield from unit_tokens(part, width)
 
 
 def unit_tokens(latents: Tensor, width: int) -> Tensor:
