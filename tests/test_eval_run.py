@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import csv
+import resource
 import shutil
 
 import pytest
 import torch
 
 from freres_cli.backbones.weight_samples import SAMPLED_VALUES, digest_weights
-from freres_cli.errors import UsageError
+from freres_cli.errors import ExitStatus, UsageError
 from freres_cli.evaluation.results import ResultsFile
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
@@ -195,10 +196,39 @@ def test_a_run_has_every_entry(run):
 def test_any_entry_that_differs_makes_it_another_run(run, name, tmp_path):
     """``kv`` and ``scoring`` are there only for a cache in 8 bits and for a benchmark."""
     path = tmp_path / "a.jsonl"
-    ResultsFile(path, run)
-    ResultsFile(path, copy.deepcopy(run))
+    for same in (run, copy.deepcopy(run)):
+        with ResultsFile(path, same):
+            pass
     with pytest.raises(UsageError, match=f"holds the results of another run: {name} differs"):
         ResultsFile(path, run | {name: "another"})
+
+
+def test_two_runs_do_not_write_one_file(run, tmp_path):
+    path = tmp_path / "a.jsonl"
+    with ResultsFile(path, run) as first:
+        for force in (False, True):
+            with fails(ExitStatus.USAGE, "a.jsonl: another run is writing it"):
+                ResultsFile(path, run, force)
+        first.append({"video": "clip0.mp4", "status": "failed", "message": "missing"})
+    with ResultsFile(path, run) as later:
+        assert list(later.rows) == ["clip0.mp4"]
+
+
+def test_a_full_disk_is_reported_and_the_rows_before_it_are_kept(run, tmp_path):
+    path, row = tmp_path / "a.jsonl", {"video": "a", "status": "failed", "message": "missing"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            fails(ExitStatus.RESOURCE, "a.jsonl: cannot be written: File too large"),
+            ResultsFile(path, run) as results,
+        ):
+            results.append(row)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+            results.append({**row, "video": "b"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with ResultsFile(path, run) as later:
+        assert list(later.rows) == ["a"]
 
 
 @pytest.mark.parametrize("half", ["tower", "decoder"])

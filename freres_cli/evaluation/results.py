@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from freres_cli.errors import ResourceError, UsageError
 from freres_cli.files import check_destination
@@ -34,8 +35,8 @@ class ResultsFile:
     of rows that are read, a failed one does not replace answers: the video may have been away for a while.
 
     ``run``: everything that decides the answers. A file from the same run is continued. Any other file is refused with
-    the hint ``remedy``, or overwritten with ``force``. A last line that was cut short by a crash is dropped. Raises
-    ``UsageError``.
+    the hint ``remedy``, or overwritten with ``force``. A last line that was cut short by a crash is dropped. Until it is
+    left, no other run may write the file. Raises ``UsageError``.
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, Any], force: bool = False, remedy: str = REMEDY) -> None:
@@ -45,13 +46,30 @@ class ResultsFile:
         self._header: dict[str, Any] = {"schema": SCHEMA, "run_sha256": digest_run(run), "run": run}
         if path is None:
             return
+        self._file = _open_alone(path)
         try:
-            kept = self._read(path) if path.exists() else 0
+            self._begin(path, force)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path is not None:
+            with suppress(OSError):  # of a row whose writing has failed before
+                self._file.close()
+
+    def _begin(self, path: Path, force: bool) -> None:
+        try:
+            kept = self._read(path)
         except UsageError:
             if not force:
                 raise
             kept = 0
-        self._cut(path, kept)
+        with _writing(path):
+            self._file.truncate(kept)
         if not kept:
             self._write(self._header)
 
@@ -77,18 +95,13 @@ class ResultsFile:
                 self.rows[row["video"]] = row
         return log.num_bytes
 
-    def _cut(self, path: Path, num_bytes: int) -> None:
-        if path.exists():
-            with _writing(path), path.open("r+b") as file:
-                file.truncate(num_bytes)
-
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self.path is not None
         text = json.dumps(row, allow_nan=False) + "\n"
-        with _writing(self.path), self.path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with _writing(self.path):
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 @dataclass(frozen=True)
@@ -215,6 +228,22 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _is_cut_header(data: bytes) -> bool:
     start = f'{{"schema": "{SCHEMA}"'.encode()
     return not data.endswith(b"\n") and data[: len(start)] == start[: len(data)]
+
+
+def _open_alone(path: Path) -> IO[bytes]:
+    """Open a file to append to, which no other run may then open. Raises ``UsageError``."""
+    with _writing(path):
+        file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UsageError(
+            f"{path}: another run is writing it", "wait until it ends, or name another file with -o"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 @contextmanager

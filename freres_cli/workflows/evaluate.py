@@ -81,20 +81,20 @@ def evaluate(request: EvalRequest, progress: Progress | None = None, models: Mod
     trained = read_training_videos(request.cells)
     run = describe_run(request, models)
     joined = JoinedAnswers(request.joined, run)
-    results = ResultsFile(request.output, run, request.force, request.remedy)
     videos = request.questions.by_video()
     num_resumed = num_joined = 0
     failures: list[FreresError] = []
-    for done, (name, questions) in enumerate(videos.items()):
-        if progress is not None:
-            progress(done, len(videos))
-        known = _find_known(joined, results.rows.get(name), name, questions)
-        if len(known.cells) - known.num_joined == len(request.cells):
-            num_resumed += 1
-            continue
-        row = evaluate_video(request, name, questions, models, modules, failures, known)
-        num_joined += known.num_joined if row["status"] == "ok" else 0
-        results.append(row)
+    with ResultsFile(request.output, run, request.force, request.remedy) as results:
+        for done, (name, questions) in enumerate(videos.items()):
+            if progress is not None:
+                progress(done, len(videos))
+            known = _find_known(joined, results.rows.get(name), name, questions)
+            if len(known.cells) - known.num_joined == len(request.cells):
+                num_resumed += 1
+                continue
+            row = evaluate_video(request, name, questions, models, modules, failures, known)
+            num_joined += known.num_joined if row["status"] == "ok" else 0
+            results.append(row)
     rows = [results.rows[name] for name in videos]
     if all(row["status"] == "failed" for row in rows):
         raise _explain_none(request.questions, rows, failures[0])
