@@ -28,6 +28,8 @@ LABELLED = Device(NAME, "CPU labelled cuda:0", "sdpa", "device cuda:0: a label o
 OF_UNKNOWN_SIZE = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 COPIES = {"_to_copy", "copy_"}
+# Of each copy to the device: whether the host goes on before it is done. Where not, it waits for the whole queue.
+SENT: list[bool] = []
 # PyTorch moves indices itself.
 MOVES_INDICES = {"index", "index_put_", "index_put", "_index_put_impl_"}
 
@@ -143,6 +145,8 @@ def count_wait(name: str, args: Any, kwargs: dict[str, Any], waits: Waits) -> No
         value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor) and value.is_cuda
     ]
     if not on_device:
+        if name == "_to_copy" and kwargs.get("device") is not None and is_there(kwargs["device"]):
+            SENT.append(bool(kwargs.get("non_blocking")))
         return
     if name in OF_UNKNOWN_SIZE | READS:
         waits[name] += 1

@@ -12,9 +12,10 @@ from freres_cli.pipeline import beside
 from freres_cli.pipeline.beside import MOST_BEGUN, BesideTower
 from freres_cli.pipeline.compressor import Compressor
 from tests import clips
+from tests.family_contract import CASES
 from tests.family_contract import folders as folders
 from tests.family_contract import load as load
-from tests.labelled_device import labelled_device
+from tests.labelled_device import SENT, labelled_device
 from tests.tiny_models import CPU
 
 QUEUE_OF = beside._queue_of
@@ -114,3 +115,13 @@ def test_a_state_holds_the_pictures_up_to_its_last_frame(load, monkeypatch, tmp_
     assert len(checkpoints.states) >= 2
     for num_frames, last_picture in checkpoints.states:
         assert last_picture == num_frames - 1
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision"])
+def test_the_host_sends_a_batch_without_waiting_for_the_one_before(load, name, monkeypatch):
+    """A tensor made on the device from a list would wait for all that the device has to do."""
+    with labelled_device(monkeypatch) as found:
+        encoder = load(name, found).encoder
+        SENT.clear()
+        encoder.encode(CASES[name].frames(4))
+    assert len(SENT) >= 3 and all(SENT), "pixels, means and deviations"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from freres_cli.backbones import cache, generation, token_steps
-from freres_cli.backbones.engine import lend_cache, prefill_video
+from freres_cli.backbones.engine import lend_cache, prefill_video, score_options
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.graph_decoding import StepGraph
 from tests.family_contract import CASES
@@ -138,3 +138,20 @@ def test_a_copy_of_a_prefix_has_no_graph_of_its_own_yet(load, recorded, monkeypa
     twin = copy.deepcopy(prefix)
     assert prefix.graph is not None and twin.graph is None
     assert answer_and_logits(model, twin, suffix, monkeypatch)[0] == expected and len(recorded.made) == 2
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda *given: list(generate(*given, 1)), lambda *given: score_options(*given, [(5,)])]
+)
+def test_a_graph_goes_before_a_question_that_its_buffers_cannot_hold(load, recorded, monkeypatch, ask):
+    """It would keep them beside the larger ones."""
+    model, prefix, suffix = prefix_of(load("qwen2_vl", CPU), "qwen2_vl")
+    monkeypatch.setattr(token_steps, "can_record", lambda *_: True)
+    answer_and_logits(model, prefix, suffix, monkeypatch)
+    num_rows, seen, real = prefix.graph.num_rows, [], model.decode
+    monkeypatch.setattr(model, "decode", lambda *given, **more: seen.append(prefix.graph) or real(*given, **more))
+    ask(model, prefix, suffix)
+    assert seen[0] is not None, "it fits"
+    seen.clear()
+    ask(model, prefix, (*suffix, *[5] * (num_rows - prefix.num_tokens)))
+    assert seen[0] is None

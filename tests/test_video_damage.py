@@ -232,3 +232,12 @@ def test_a_picture_that_is_damaged_inside_is_told_and_refused_if_strict(tmp_path
     assert decoder.report.lost_s == 0 and "damaged frames: 1" in decoder.report.notes
     with pytest.raises(VideoError, match=r"the frame at 0\.833 s is broken"):
         list(decode_frames(path, probe_video(path), NATIVE, SMALL, strict=True))
+
+
+def test_frames_that_cannot_be_decoded_are_not_said_to_be_absent(tmp_path):
+    path = clips.write_clip(tmp_path / "hole.mov", 48, codec="mjpeg", pix_fmt="yuvj420p", color_range=2)
+    clips.blank_payloads(path, slice(24, 48))
+    notes = decode(path, Sampling("count", count=8))[4].notes
+    assert "8 frames requested, 4 returned: the others cannot be decoded" in notes
+    whole = clips.write_clip(tmp_path / "short.mp4", 4)
+    assert "8 frames requested, 4 returned: the clip has no more" in decode(whole, Sampling("count", count=8))[4].notes

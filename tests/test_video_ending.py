@@ -128,7 +128,9 @@ def test_what_an_edit_list_trims_is_not_missing(tmp_path, skipped, kept, gop):
     path = trim(clips.write_clip(tmp_path / "trimmed.mp4", 48, options=options), skipped, kept)
     shown, times, _, _, report = decode(path, strict=True)
     assert shown == list(range(skipped, skipped + kept)) and times == pytest.approx([k / 24 for k in range(kept)])
-    assert probe_video(path).num_packets == kept and report.lost_s == 0 and not report.notes
+    info = probe_video(path)
+    assert info.num_packets == kept and report.lost_s == 0 and not report.notes
+    assert not any("promises" in note for note in info.notes)
 
 
 def test_a_last_frame_may_stay_as_long_as_any_other():
@@ -136,3 +138,9 @@ def test_a_last_frame_may_stay_as_long_as_any_other():
     stamps = array("d", [0, 0.04, 0.08, 0.12, 9.12, 9.16])
     table = PacketTable(stamps, 9.2, 0.04, True, False, 0.0, False)
     assert tolerated_s(table, 18.2) == pytest.approx(9)
+
+
+def test_a_line_feed_after_the_end_of_a_gif_is_no_damage(whole_files, tmp_path):
+    path = tmp_path / "fed.gif"
+    path.write_bytes(whole_files["picture.gif"].read_bytes() + b"\n")
+    assert decode(path, strict=True)[0] == list(range(48))

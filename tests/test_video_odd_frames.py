@@ -211,3 +211,48 @@ def test_a_file_that_is_removed_while_it_is_read_is_said_to_be(tmp_path):
     assert list(source.describe_change()) == []
     path.unlink()
     assert list(source.describe_change()) == ["the file was removed while it was read"]
+
+
+@pytest.mark.parametrize(("color_range", "shown"), [(1, (0, 255)), (2, (16, 235))])
+def test_gray_video_of_limited_range_is_as_bright_as_any_other(tmp_path, color_range, shown):
+    for level, expected in zip((16, 235), shown, strict=True):
+        path = tmp_path / f"{level}.mkv"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("ffv1", rate=4)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "gray"
+            stream.codec_context.color_range = color_range
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64), level, np.uint8), format="gray")
+            frame.color_range = color_range
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        batches = list(decode_frames(path, probe_video(path), NATIVE, SMALL))
+        assert batches[0].pixels.unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize(("alpha", "num_notes"), [(255, 0), (128, 1)])
+def test_transparency_that_is_left_out_is_told(tmp_path, alpha, num_notes):
+    path = tmp_path / "clear.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "rgba"
+        picture = np.full((64, 64, 4), 200, np.uint8)
+        picture[..., 3] = 255
+        picture[0, 0, 3] = alpha
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        container.mux(stream.encode(None))
+    decoder = decode_frames(path, probe_video(path), NATIVE, SMALL)
+    list(decoder)
+    told = "transparency is left out, so that the colours beneath show: 1 picture with transparent parts"
+    assert decoder.report.notes == (told,) * num_notes
+
+
+def test_of_an_animation_with_a_still_picture_ahead_the_animation_is_read(tmp_path):
+    if not clips.has_encoder("libsvtav1"):
+        pytest.skip("no such encoder in this build")
+    path = clips.write_clip(
+        tmp_path / "moving.avif",
+        12,
+        codec="libsvtav1",
+        options={"preset": "12", "svtav1-params": "lp=1"},
+    )
+    assert probe_video(path).num_packets == 12

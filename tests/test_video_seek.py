@@ -127,3 +127,13 @@ def test_damage_where_decoding_would_begin_changes_no_number(tmp_path, blanked, 
     for sampling in (Sampling("native", start_s=6.0), Sampling("fps", fps=24, start_s=6.0)):
         found, _ = read(path, sampling)
         check_same(found, read_from_the_beginning(path, sampling, monkeypatch))
+
+
+def test_key_frames_that_are_none_are_not_begun_at(tmp_path, monkeypatch):
+    """Without its table of key frames, an mp4 says that every frame is one. MPEG-4 decodes them all without complaint."""
+    path = clips.write_clip(tmp_path / "all.mp4", COUNT, codec="mpeg4", options={"g": "48", "qmax": "3"})
+    data = path.read_bytes()
+    assert data.count(b"stss") == 1
+    path.write_bytes(data.replace(b"stss", b"free"))
+    sampling = Sampling("fps", fps=2, start_s=7.0)
+    check_same(read(path, sampling)[0], read_from_the_beginning(path, sampling, monkeypatch))

@@ -153,3 +153,34 @@ def test_given_frames_at_other_times_are_another_video():
     pixels = np.zeros((2, 8, 4, 3), np.uint8)
     others = [(pixels, [0, 1]), (pixels, [0, 2]), (pixels + 1, [0, 1]), (pixels.reshape(2, 4, 8, 3), [0, 1])]
     assert len({FrameArray(*own).sha256 for own in others}) == 4
+
+
+@pytest.mark.parametrize(
+    "pix_fmt",
+    [
+        "gray",
+        "yuv420p",
+        "yuv420p10le",
+        "gbrp16le",
+        "gray16be",
+        "rgb565le",
+        "rgb8",
+        "monob",
+        "gbrpf32le",
+        "rgb48be",
+        "x2rgb10le",
+    ],
+)
+def test_the_bound_is_one_of_levels_in_every_layout(pix_fmt):
+    """Bytes of some formats are no samples: as numbers, black and white may be near each other."""
+    dark, light = (
+        av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, np.uint8), format="rgb24").reformat(format=pix_fmt)
+        for level in (0, 255)
+    )
+    detector = StillDetector(2)
+    assert [detector.is_still(*read_planes(frame, 2)) for frame in (dark, light, light, dark)] == [
+        False,
+        False,
+        True,
+        False,
+    ]

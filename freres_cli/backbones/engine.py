@@ -203,6 +203,8 @@ def read_question(model: LanguageModel, prefix: VideoPrefix, suffix_ids: Sequenc
     If the video is pruned, this is where the tokens for the later layers are picked, and run through them. Returns the
     last hidden state, (1, D). Raises as ``prefill``.
     """
+    if prefix.graph is not None and prefix.num_tokens + len(suffix_ids) > prefix.graph.num_rows:
+        prefix.graph = None  # it would keep the buffers that the cache now outgrows
     rows = model.text_rows(suffix_ids, prefix.num_tokens, prefix.next_position)
     if prefix.pruned is None:
         return prefill(model, rows, cache)

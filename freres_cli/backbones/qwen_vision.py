@@ -120,7 +120,8 @@ class QwenVisionEncoder(FrameEncoder):
     def features(self, pixels: Tensor) -> Tensor:
         """See ``FrameEncoder.features``. DeepStack rows follow the merged features, in order."""
         rows, columns = self.check_frames(pixels)
-        grid = torch.tensor([[len(pixels), rows * self.merge, columns * self.merge]], device=self.device)
+        shape = torch.tensor([[len(pixels), rows * self.merge, columns * self.merge]])
+        grid = shape.to(self.device, non_blocking=True)
         out = self.tower(self.patches(pixels).to(self.dtype), grid_thw=grid, return_dict=True)
         deep = out.deepstack_features if self.num_deep_layers else []
         return torch.cat([out.pooler_output, *deep], dim=-1).view(len(pixels), rows * columns, -1)

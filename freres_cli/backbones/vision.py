@@ -57,7 +57,11 @@ class PixelRule:
 
     def normalize(self, channels_first: Tensor) -> Tensor:
         """uint8 (..., 3, h, w) -> float32, like the Pil processors: scaled in float64, normalized in float32."""
-        mean, std = (torch.tensor(v, device=channels_first.device).view(3, 1, 1) for v in (self.mean, self.std))
+        # A GPU's queue is not waited for, as it is where a tensor is made on it from a list.
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1).to(channels_first.device, non_blocking=True)
+            for values in (self.mean, self.std)
+        )
         return channels_first.to(torch.float64).mul_(self.rescale_factor).to(torch.float32).sub_(mean).div_(std)
 
 

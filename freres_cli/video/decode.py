@@ -33,6 +33,9 @@ from freres_cli.video.seeking import find_entry, frames_from
 from freres_cli.video.still import StillDetector, describe_still, read_planes
 from freres_cli.video.turn import Turn
 
+# Of other codecs, a packet may hold a field, or a picture that is never shown.
+NEVER_HIDES = ("hevc",)
+
 
 @dataclass(frozen=True)
 class _Shown:
@@ -246,7 +249,9 @@ class Decoder:
         held: tuple[av.VideoFrame, int, float] | None = None
         with closing(self._stamp(table, tally)) as stamped:
             for frame, index, time in stamped:
-                tally.num_missing += self._count_missing(table, tally, held and held[2], time)
+                missing = self._count_missing(table, tally, held and held[2], time)
+                tally.num_missing += missing
+                tally.num_missing_first += missing if held is None else 0
                 if held is not None:
                     yield _Shown(*held, end_s=time)
                 held = (frame, index, time)
@@ -288,7 +293,7 @@ class Decoder:
         slot = tally.num_sampled
         with Resizer(self._path, self._size, self._turn) as resizer:
             for shown, repeats in picked:
-                if not detector.is_still(*read_planes(shown.frame)):
+                if not detector.is_still(*read_planes(shown.frame, self._still_levels)):
                     odd = replace(self._odd)
                     self._odd.look_at(shown.frame, self._info.count_s(shown.start_s))
                     tally.num_pictures += 1
@@ -348,8 +353,11 @@ class Decoder:
             end = min(end, self._info.start_s + self._sampling.end_s)
         tail = end - (tally.covered_s if tally.is_exhausted else table.end_s)
         # A gap inside the clip does not show in the times: the frame before it simply stays on screen longer.
-        hole = tally.num_missing * table.gap_s if tally.num_failed else 0.0
-        return hole + (tail if tail > TOLERANCE_S else 0.0)
+        if tally.num_failed or self._info.codec in NEVER_HIDES:
+            missing = tally.num_missing
+        else:
+            missing = min(tally.num_missing_first, table.num_headless)
+        return missing * table.gap_s + (tail if tail > TOLERANCE_S else 0.0)
 
     def _count_missing(self, table: PacketTable, tally: Tally, before: float | None, after: float) -> int:
         """How many frames of the requested part come between two decoded ones, or before the first."""
@@ -365,7 +373,8 @@ class Decoder:
         yield from describe_still(self._still_levels, tally.num_pictures, tally.num_sampled)
         yield from self._odd.describe()
         if self._sampling.count is not None and tally.num_sampled < self._sampling.count:
-            yield f"{self._sampling.count} frames requested, {tally.num_sampled} returned: the clip has no more"
+            why = "the clip has no more" if lost == 0 and not tally.num_failed else "the others cannot be decoded"
+            yield f"{self._sampling.count} frames requested, {tally.num_sampled} returned: {why}"
         if tally.num_restamped:
             yield f"timestamps run backwards or are missing; frames timed by their order: {tally.num_restamped}"
         if tally.num_failed:

@@ -31,7 +31,8 @@ def ends_inside(path: str, container: str, num_bytes: int) -> bool:
         if container == "ogg":
             return _lacks_last_ogg_page(last)
         if container == "gif":
-            return not last.rstrip(b"\0").endswith(b"\0;")  # the end of a picture, then that of the file
+            # The end of a picture, then that of the file. Some programs add a line feed.
+            return not last.rstrip(b"\0\r\n").endswith(b"\0;")
         if "mp4" in container:
             return _ends_inside_fragment(path, num_bytes)
     return False

@@ -25,12 +25,21 @@ def screen_colours(frame: av.VideoFrame) -> dict[str, Any]:
     return {}
 
 
+def is_clear(frame: av.VideoFrame) -> bool:
+    """Return whether any pixel of a frame is not opaque."""
+    kind = frame.format
+    if kind.name != "pal8" and not any(component.is_alpha for component in kind.components):
+        return False
+    return bool((frame.to_ndarray(format="rgba")[..., 3] < 255).any())
+
+
 @dataclass
 class OddFrames:
     """Counts of the pictures that were looked at. ``coded``: (width, height) of the first frame of the file.
 
     ``num_interlaced``: pictures of two fields. ``num_resized``: of another size than the first; ``size_px`` is the first
-    such size, and ``size_s`` when it was seen. ``curve``: PQ or HLG; ``is_wide``: whether colours are those of BT.2020.
+    such size, and ``size_s`` when it was seen. ``num_clear``: pictures that are transparent somewhere. ``curve``: PQ or HLG;
+    ``is_wide``: whether colours are those of BT.2020.
     """
 
     coded: tuple[int, int]
@@ -38,6 +47,7 @@ class OddFrames:
     num_resized: int = 0
     size_px: tuple[int, int] = (0, 0)
     size_s: float = 0.0
+    num_clear: int = 0
     curve: str = ""
     is_wide: bool = False
 
@@ -54,6 +64,7 @@ class OddFrames:
             if not self.num_resized:
                 self.size_px, self.size_s = size, second
             self.num_resized += 1
+        self.num_clear += is_clear(frame)
         self.curve = self.curve or HDR_CURVES.get(int(frame.color_trc), "")
         self.is_wide = self.is_wide or int(frame.color_primaries) == ColorPrimaries.BT2020
 
@@ -68,6 +79,11 @@ class OddFrames:
             yield (
                 f"the frame size changes from {was_w}x{was_h}, to {w}x{h} at {self.size_s:.2f} s: all are resized to the "
                 f"grid of the first: {count_of(self.num_resized, 'picture')}"
+            )
+        if self.num_clear:
+            yield (
+                "transparency is left out, so that the colours beneath show: "
+                f"{count_of(self.num_clear, 'picture')} with transparent parts"
             )
         if self.curve:
             yield f"high dynamic range ({self.curve}) converted to BT.709: what is brighter than its reference white is white"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ class PacketTable:
     do not say when a B-frame is shown. ``missing_s``: how much longer than its packets the header says the file is; 0 if
     it does not say. It counts only if ``is_cut``, that is, if there is other evidence that the end of the file is missing.
 
+    ``num_joints``: how often the timestamps of the file begin again; those here go on. ``num_headless``: packets before the
+    first at which decoding can begin, in file order.
+
     ``key_pts``, ``key_dts``: stamps of the packets at which decoding can begin, in file order, in units of ``time_base``;
     empty where timestamps do not tell frames apart, so that the file can only be read from its beginning.
     """
@@ -55,6 +59,8 @@ class PacketTable:
     is_order_blind: bool
     missing_s: float
     is_cut: bool
+    num_joints: int = 0
+    num_headless: int = 0
     time_base: Fraction = Fraction(1)
     key_pts: array[int] = field(default_factory=lambda: array("q"))
     key_dts: array[int] = field(default_factory=lambda: array("q"))
@@ -74,11 +80,14 @@ class _Stamps:
     """Packets as they are read: 8 bytes for each number, as an hour has 108,000 of them at 30 fps."""
 
     pts: array[int] = field(default_factory=lambda: array("q"))
+    dts: array[int] = field(default_factory=lambda: array("q"))
     durations: array[int] = field(default_factory=lambda: array("q"))
     key_pts: array[int] = field(default_factory=lambda: array("q"))
     key_dts: array[int] = field(default_factory=lambda: array("q"))
     num_discarded: int = 0
     num_bare: int = 0  # that do not say when they are shown
+    num_headless: int = 0
+    has_key: bool = False
 
     def add(self, packet: Packet[Any]) -> None:
         if packet.is_discard:
@@ -86,7 +95,10 @@ class _Stamps:
             return
         stamp = packet.pts if packet.pts is not None else packet.dts
         self.num_bare += packet.pts is None
+        self.has_key |= packet.is_keyframe
+        self.num_headless += not self.has_key
         self.pts.append(NO_STAMP if stamp is None else _bound(stamp))
+        self.dts.append(NO_STAMP if packet.dts is None else _bound(packet.dts))
         self.durations.append(_bound(packet.duration or 0))
         if packet.is_keyframe and packet.pts is not None:
             self.key_pts.append(_bound(packet.pts))
@@ -160,6 +172,8 @@ def _build_table(path: str, stream: VideoStream, stamps: _Stamps, missing_s: flo
         raise VideoError(f"{path}: holds no video packets", hint="the file may be cut short: download it again")
     time_base = stream.time_base
     assert time_base is not None
+    num_joints = _join_parts(stamps)
+    num_headless = stamps.num_headless if stamps.has_key else 0
     filled = np.frombuffer(array("q", _fill(stamps)), dtype=np.int64)
     ascending = np.sort(filled)
     steps = np.diff(ascending)
@@ -172,16 +186,35 @@ def _build_table(path: str, stream: VideoStream, stamps: _Stamps, missing_s: flo
         guesses = (usual * time_base, 1 / Fraction(stream.guessed_rate or GUESSED_FPS))
         gap = next((float(guess) for guess in guesses if 0 < guess < MOST_SECONDS_PER_FRAME), 1 / GUESSED_FPS)
         seconds = array("d", (k * gap for k in range(count)))
-        return PacketTable(seconds, count * gap, gap, False, True, missing_s, is_cut)
+        return PacketTable(seconds, count * gap, gap, False, True, missing_s, is_cut, 0, num_headless)
     usual = Fraction(float(np.median(steps[steps > 0]))) if steps.any() else Fraction(last_duration)
     gap = float(usual * time_base) or 1 / GUESSED_FPS
     end = float(int(ascending[-1]) * time_base) + (float(last_duration * time_base) or gap)
     seconds = array("d", (float(stamp * time_base) for stamp in array("q", ascending.tobytes())))
     is_order_blind = bool((np.diff(filled) >= 0).all()) and bool(stream.codec_context.has_b_frames)
-    table = PacketTable(seconds, end, gap, True, is_order_blind, missing_s, is_cut)
+    is_order_blind |= num_joints > 0
+    table = PacketTable(seconds, end, gap, True, is_order_blind, missing_s, is_cut, num_joints, num_headless)
     if is_order_blind or stamps.num_bare or stamps.num_discarded or not steps.all():
         return table
     return replace(table, time_base=time_base, key_pts=stamps.key_pts, key_dts=stamps.key_dts)
+
+
+def _join_parts(stamps: _Stamps) -> int:
+    """Where the times of decoding fall back, as in files that were joined byte by byte, let the stamps after go on from
+    those before. Return how often that was. A single stamp that is damaged does not count."""
+    dts = np.frombuffer(stamps.dts, dtype=np.int64)
+    if len(dts) < 4 or bool((dts == NO_STAMP).any()):
+        return 0
+    is_joint = np.maximum(dts[2:-1], dts[3:]) < np.minimum(dts[1:-2], dts[:-3])
+    joints = [int(place) + 2 for place in np.flatnonzero(is_joint)]
+    usual = int(np.median(np.abs(np.diff(dts))))
+    offset = 0
+    for start, stop in pairwise([*joints, len(dts)]):
+        offset = _bound(offset + int(dts[start - 1]) + (stamps.durations[start - 1] or usual) - int(dts[start]))
+        for place in range(start, stop):
+            if stamps.pts[place] != NO_STAMP:
+                stamps.pts[place] = _bound(stamps.pts[place] + offset)
+    return len(joints)
 
 
 def _is_spoilt(steps: np.ndarray, span_s: float, time_base: Fraction) -> bool:

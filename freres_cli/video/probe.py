@@ -31,6 +31,9 @@ def _select_stream(path: str, container: InputContainer, number: int | None) -> 
     if number is not None and not 0 <= number < len(streams):
         raise VideoError(f"{path}: video stream: expected 0 to {len(streams) - 1}, got {number}")
     stream = streams[number or 0]
+    if number is None and stream.frames == 1:
+        # An animated AVIF or HEIC has a still picture ahead of it.
+        stream = next((other for other in streams if other.frames > 1), stream)
     if stream.codec_context is None:
         raise VideoError(
             f"{path}: this build of FFmpeg has no decoder for its video", hint="convert the file to H.264 first"
@@ -51,7 +54,8 @@ def _first_frame(path: str, container: InputContainer, stream: VideoStream) -> a
 
 def _describe_oddities(container: InputContainer, stream: VideoStream, table: PacketTable) -> Iterator[str]:
     held, rate = len(table.stamps_s), _measure_fps(table)
-    if stream.frames and stream.frames != held:
+    # That of an mp4 counts frames that its edit list leaves out.
+    if stream.frames and stream.frames != held and (table.is_cut or "mp4" not in container.format.name):
         yield f"header promises {count_of(stream.frames, 'frame')}, the file holds {held}"
     promised = promised_s(container, stream)
     if table.missing_s > tolerated_s(table, promised):
@@ -59,6 +63,8 @@ def _describe_oddities(container: InputContainer, stream: VideoStream, table: Pa
     header_rate = stream.average_rate
     if table.has_timestamps and rate and header_rate and not 0.9 < float(header_rate) / rate < 1.1:
         yield f"header says {float(header_rate):.4g} frames per second, the timestamps say {rate:.4g}"
+    if table.num_joints:
+        yield f"timestamps begin again {count_of(table.num_joints, 'time')}: the parts are taken one after the other"
     if not table.has_timestamps:
         yield f"the file has no usable timestamps: times are guessed from {1 / table.gap_s:.2f} frames per second"
     steps = table.steps_s
@@ -85,9 +91,9 @@ def check_video(path: str | Path) -> None:
 def probe_video(path: str | Path, stream: int | None = None) -> VideoInfo:
     """What the file contains, going by its packets and its first decodable frame.
 
-    ``stream`` picks the n-th video stream, counting from 0 and leaving out cover pictures; the default is the first. In
-    the result, ``source_fps`` is the mean rate of the timestamps. Of a file that grows, only what it holds now counts.
-    Raises ``VideoError``.
+    ``stream`` picks the n-th video stream, counting from 0 and leaving out cover pictures; the default is the first, or the
+    next one if the first is a still picture. In the result, ``source_fps`` is the mean rate of the timestamps. Of a file
+    that grows, only what it holds now counts. Raises ``VideoError``.
     """
     path = str(path)
     num_bytes = count_bytes(path)

@@ -42,7 +42,8 @@ class Tally:
     """Counts kept while decoding.
 
     ``num_before``: frames before the one that decoding began at. ``is_on_gpu``: whether a GPU decodes, as long as nothing is
-    damaged.
+    damaged. ``num_missing``: frames of the requested part that did not come out of the decoder; ``num_missing_first``:
+    those of them before the first that did.
     """
 
     num_before: int = 0
@@ -52,6 +53,7 @@ class Tally:
     num_pictures: int = 0
     num_failed: int = 0
     num_missing: int = 0
+    num_missing_first: int = 0
     num_damaged: int = 0
     num_restamped: int = 0
     is_read_again: bool = False

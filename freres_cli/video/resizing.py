@@ -10,7 +10,7 @@ from typing import Self
 import av
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from freres_cli.errors import VideoError
 from freres_cli.records import FrameSize
@@ -21,6 +21,8 @@ from freres_cli.video.turn import Turn
 RESIZE = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 # Resizing a frame takes up to five times as long as decoding it, and decoding has threads of its own.
 MOST_RESIZE_THREADS = 4
+# Black is 16 in limited range, and white 235.
+_FULL_RANGE = ((np.arange(256) - 16) * (255 / 219)).round().clip(0, 255).astype(np.uint8)
 # Reformatters that no thread uses. One keeps what it has built for frames of one kind, which for HDR takes 3 s.
 _SPARE: list[VideoReformatter] = []
 
@@ -70,7 +72,11 @@ class Resizer:
         plane = resized.planes[0]
         # Rows are padded to a multiple of the vector width.
         rows = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[:height, : width * 3]
-        return self._turn.apply(rows.reshape(height, width, 3))
+        pixels = rows.reshape(height, width, 3)
+        # swscale takes gray for full range, whatever the frame says.
+        if frame.format.name.startswith(("gray", "ya")) and int(frame.color_range) == ColorRange.MPEG:
+            pixels = _FULL_RANGE[pixels]
+        return self._turn.apply(pixels)
 
     def _take_reformatter(self) -> VideoReformatter:
         try:

@@ -46,13 +46,22 @@ def find_entry(table: PacketTable, first_s: float) -> Entry | None:
 
 
 def frames_from(container: InputContainer, stream: VideoStream, entry: Entry) -> Iterator[av.VideoFrame | None] | None:
-    """Return what ``iterate_frames`` would, from the first used frame on; ``None`` if the file does not lead there."""
+    """Return what ``iterate_frames`` would, from the first used frame on; ``None`` if the file does not lead there.
+
+    Some files mark every packet as a key frame. Where the decoder knows better, decoding cannot begin there.
+    """
     packets = _packets_from(container, stream, entry)
     if packets is None:
         return None
-    frames = iterate_frames(container, stream, packets)
+    frames, codec = iterate_frames(container, stream, packets), stream.codec_context.codec
+    # H.264 has entries without a key frame, where the picture is refreshed bit by bit, and says what is not whole.
+    is_sure = codec.intra_only or codec.canonical_name == "h264"
     for frame in frames:
-        if frame is None or frame.pts is None or frame.pts < entry.first_pts:
+        if frame is None or frame.pts is None:
+            continue
+        if frame.pts in (entry.pts, entry.first_pts) and not (frame.key_frame or is_sure):
+            return None
+        if frame.pts < entry.first_pts:
             continue
         return chain([frame], frames) if frame.pts == entry.first_pts and not frame.is_corrupt else None
     return None

@@ -48,12 +48,25 @@ def _is_close(a: np.ndarray, b: np.ndarray, bound: int) -> bool:
     return bool((np.maximum(a, b) - np.minimum(a, b) <= bound).all())
 
 
-def read_planes(frame: av.VideoFrame) -> tuple[list[np.ndarray], int]:
-    """Return the visible samples of each plane of a frame as views, (rows, samples), and the bits of a sample."""
-    if frame.format.name == "pal8" or any(plane.line_size <= 0 for plane in frame.planes):
-        frame = frame.reformat(
-            format="rgb24"
-        )  # a palette is no plane of samples, and bottom-up rows lie before their start
+def _has_whole_samples(kind: av.VideoFormat) -> bool:
+    """Whether each sample is a number of its own, of one byte or of two with the lower one first."""
+    bits = {component.bits for component in kind.components}
+    if bits == {BITS_OF_LEVELS}:
+        return not kind.is_bit_stream
+    is_apart = kind.is_planar or len(kind.components) == 1
+    is_plain = not kind.is_big_endian and not any(name in kind.name for name in ("f16", "f32"))
+    return is_apart and is_plain and all(BITS_OF_LEVELS < count <= 16 for count in bits)
+
+
+def read_planes(frame: av.VideoFrame, levels: int = 0) -> tuple[list[np.ndarray], int]:
+    """Return the visible samples of each plane of a frame as views, (rows, samples), and the bits of a sample.
+
+    ``levels``: up to which they will be compared. Above 0, formats of which the bytes are no samples are made RGB first.
+    """
+    # A palette is no plane of samples, and bottom-up rows lie before their start.
+    is_odd = frame.format.name == "pal8" or any(plane.line_size <= 0 for plane in frame.planes)
+    if is_odd or (levels and not _has_whole_samples(frame.format)):
+        frame = frame.reformat(format="rgb24")
     components = frame.format.components
     bits = max(component.bits for component in components)
     dtype = np.dtype(np.uint8 if bits <= BITS_OF_LEVELS else "<u2")
