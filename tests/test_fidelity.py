@@ -11,7 +11,16 @@ import torch
 
 from freres_cli.baselines.full import keep_every_token
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
-from freres_cli.evaluation.fidelity import READERS, hold, interpolate, lost_by_second, measure_energy, measure_loss
+from freres_cli.evaluation.fidelity import (
+    READERS,
+    find_nearest,
+    find_places,
+    hold,
+    interpolate,
+    lost_by_second,
+    measure_energy,
+    measure_loss,
+)
 from freres_cli.evaluation.fidelity import share_kept as share_of
 from tests.compressed_clips import smooth_clip
 from tests.test_baselines import GRID_CASES, some_latents
@@ -244,7 +253,24 @@ def test_long_clips_are_compared_in_parts(monkeypatch, read):
 def test_a_clip_without_energy_has_nothing_to_lose():
     latents = torch.full((T, H, W, C), 0.1)
     assert measure_energy(latents, C) == 0 and share_of(0, 0) == 1
+    # Nor has one of equal tokens that were rounded apart, as a tower's are.
+    apart = latents * (1 + 1e-6 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)))
+    assert measure_energy(apart, C) == 0 < measure_energy(latents + 1e-3 * (apart > latents), C)
     assert lost_by_second(torch.zeros(T).double(), 0, range(T)) == [0] * T
+
+
+def test_frames_that_are_there_several_times_are_met_in_the_middle():
+    values = torch.tensor([0.0, 1, 1, 1, 1, 2, 3, 3, 3])
+    for wanted, places in [
+        ([0, 1, 2, 3], [0, 3, 5, 7]),
+        ([1, 1], [2, 4]),
+        ([0.4, 0.6, 1.2, 9], [0, 2, 4, 7]),
+        ([1] * 4, [1, 2, 3, 4]),
+    ]:
+        assert find_places(values, torch.tensor(wanted, dtype=torch.float32)).tolist() == places
+    once = torch.tensor([0.0, 0.5, 2])
+    wanted = torch.linspace(-1, 3, 41)
+    assert torch.equal(find_places(once, wanted), find_nearest(once, wanted))
 
 
 def test_what_is_lost_by_second_adds_up():

@@ -354,3 +354,16 @@ def test_a_browser_shows_the_page(bundle, clip, tmp_path, dark):
     assert red.sum() > 200
     narrow = photograph(tmp_path / "page.html", tmp_path / "n.png", 500, 1500, dark)
     assert (narrow[:, -6:] == paper).mean() > 0.9, "nothing is cut off at the right"
+
+
+def test_a_page_that_says_why_there_are_no_maps_names_no_folder(tmp_path):
+    """The adapter that ships has fewer bands than these settings allow."""
+    write_clip(tmp_path / "clip.mp4", 24)
+    settings = ("max_coefficients=12", "anchors=1", "events=false", "tau=1")
+    flags = [part for setting in settings for part in ("--set", setting)]
+    run_freres(
+        "compress", tmp_path / "clip.mp4", "--method", "fre-res", "--budget", 100, *flags, "-o", tmp_path / "b.pt"
+    )
+    assert run_freres("report", tmp_path / "b.pt", "-o", tmp_path / "page.html").status == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "adapter bands: expected at least 12" in page and str(bundled_adapter().parent) not in page

@@ -52,7 +52,7 @@ def choose_basis(tokens: Tensor) -> Tensor:
     """Return ten of ``tokens`` (N, D), or all if there are fewer, by farthest-point sampling: (M,) int64.
 
     The first is farthest from the mean of all (ours), each further one from the nearest of those before. Ties go to the
-    first token.
+    first token, but for rounding.
     """
     mean = torch.stack([part.sum(0, dtype=torch.float64) for part in _parts(tokens)]).sum(0) / tokens.shape[0]
     chosen = [int(_distances(tokens, mean).argmax())]
@@ -97,7 +97,7 @@ def _parts(tokens: Tensor) -> tuple[Tensor, ...]:
 
 METHOD = Method(
     name="apet",
-    summary="some of ten basis tokens, and those that these approximate worst, each the mean of itself and what is like it",
+    summary="some of ten basis tokens as they are, and those that these explain worst, each averaged with what is like it",
     source="ApET, arXiv 2602.19870, ahead of the language model",
     deviations="basis, choice and merging are over the whole clip, where the authors' code for video works frame by frame; "
     "sampling of the basis starts at the token farthest from the mean, not at random; fewer basis tokens are kept where "

@@ -47,8 +47,9 @@ METHOD = Method(
     source="CDPruner, arXiv 2506.10967",
     needs=("question",),
     makes_bundles=False,
-    deviations="relevance is the cosine to the language model's own input embeddings of the question (without its options), "
-    "because there is no CLIP text tower, and it is not negated as that of CLIP is; one selection over the whole clip, not "
-    "one for each frame; once every direction is spent, the search starts over among the rest",
+    deviations="relevance is the cosine to the language model's own input embeddings of the question (without its options; "
+    "under lmms-eval, of the whole prompt, which has them), because there is no CLIP text tower, and it is not negated as "
+    "that of CLIP is; one selection over the whole clip, not one for each frame; once every direction is spent, the search "
+    "starts over among the rest",
     pick_for_question=pick_relevant,
 )

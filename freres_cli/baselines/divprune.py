@@ -39,7 +39,7 @@ def choose_diverse(tokens: Tensor, count: int) -> Tensor:
     """Return the indices of ``count`` <= N of ``tokens`` (N, D), in the order of choice.
 
     The first is the token whose nearest other token is farthest. Each further one is farthest from the nearest of those
-    chosen. Distance is 1 - cos, ties go to the first token.
+    chosen. Distance is 1 - cos, ties go to the first token, but for rounding.
     """
     scale = inverse_norms(tokens)
     first = int(_nearest_others(tokens, scale).argmax())

@@ -26,7 +26,8 @@ METHOD = Method(
     source="FastV, arXiv 2403.06764",
     needs=("question", "decoder layers"),
     makes_bundles=False,
-    deviations="the budget is the number of tokens in the layers after the second; the first two see all of them",
+    deviations="the budget is the number of tokens in the layers after the second; the first two see all of them; tokens "
+    "are ranked by the attention of the prompt's last token, as in the authors' code, where the paper has the mean over all",
     pick_attended=pick_attended_last,
     num_full_layers=2,
 )

@@ -113,7 +113,8 @@ METHOD = Method(
     "tower's own features of frames; anchor frames are counted from the first of a segment, not from its "
     "last; a token joins one context token of its segment, not one in each anchor frame; no random noise in "
     "DPC-kNN; context tokens are picked before salient ones, so that both fit any budget; segments longer "
-    "than 32 frames are cut; segments without a share of a small budget are left out",
+    "than 32 frames are cut; segments without a share of a small budget are left out; constants are those of the authors' "
+    "code for LLaVA-OneVision, for every model",
     mixes=True,
     compress=prune_segments,
 )

@@ -33,7 +33,7 @@ def merge_trees(latents: Tensor, frame_seconds: Tensor, budget_tokens: int, widt
     left. Trees are averaged; where there are too many, frames share the budget in proportion to the trees that begin in
     them, and DPC-kNN merges those of a frame (k is 7, at most the number of clusters). A merged token stands where the
     first token of its (central) tree was; boxes are set. Decisions are over the first D channels. Time is quadratic in
-    the trees of a frame, memory linear: the trees of one segment are held in float32. ``frame_seconds``: (T,) float64.
+    the tokens of a frame, memory linear: the trees of one segment are held in float32. ``frame_seconds``: (T,) float64.
     ``width``: D. Raises ``ValueError`` if the budget is below one.
     """
     num_frames, grid_h, grid_w, _ = latents.shape

@@ -21,6 +21,7 @@ else:
 KEY_FRAMES = 6  # of the paper
 NORM_SHARE = 0.2  # of a token's score, where the paper has attention
 SEED = 0
+ROUNDING = 1e-5  # of the largest value: smaller differences are no more than that
 MOST_ROUNDS = 100
 
 
@@ -73,9 +74,10 @@ def score_tokens(tokens: Tensor) -> Tensor:
 
 
 def _scale(values: Tensor) -> Tensor:
-    """Shift and stretch to [0, 1]; 0 if all are equal."""
+    """Shift and stretch to [0, 1]; 0 if all are equal, but for rounding."""
     low, high = values.aminmax()
-    return (values - low) / (high - low) if bool(high > low) else torch.zeros_like(values)
+    is_varied = high - low > ROUNDING * values.abs().max()
+    return (values - low) / (high - low) if bool(is_varied) else torch.zeros_like(values)
 
 
 def _seed_centres(features: Tensor, count: int) -> Tensor:

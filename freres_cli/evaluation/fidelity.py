@@ -11,6 +11,8 @@ from torch import Tensor
 from freres_cli.records import VideoTokens
 
 CHUNK_VALUES = 2**24  # latents compared at a time: bounds the memory
+# Of the tokens' squared norms. Those of a picture of one colour differ by some 5e-13 of it.
+ROUNDING_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,12 @@ READERS: dict[str, Callable[[VideoTokens], Reading]] = {"hold": hold, "linear": 
 
 def measure_energy(latents: Tensor, width: int) -> float:
     """Return the energy of a clip, ``latents`` (T, H, W, C): the squared distances of its tokens to their mean, over the
-    first ``width`` channels, summed in float64."""
+    first ``width`` channels, summed in float64; 0 if it is but the rounding of equal tokens."""
     tokens = latents[..., :width].flatten(0, 2)
-    mean = sum(part.sum(0, dtype=torch.float64) for part in _parts(tokens)) / tokens.shape[0]
-    return float(sum((part.to(torch.float64) - mean).square().sum() for part in _parts(tokens)))
+    mean = torch.stack([part.sum(0, dtype=torch.float64) for part in _parts(tokens)]).sum(0) / tokens.shape[0]
+    energy = float(sum((part.to(torch.float64) - mean).square().sum() for part in _parts(tokens)))
+    whole = energy + tokens.shape[0] * float(mean.square().sum())  # their squared norms
+    return energy if energy > ROUNDING_SHARE * whole else 0.0
 
 
 def measure_loss(latents: Tensor, rebuild: Callable[[slice], Tensor], width: int) -> Tensor:
@@ -132,6 +136,16 @@ def find_nearest(values: Tensor, wanted: Tensor) -> Tensor:
     later = torch.searchsorted(values, wanted).clamp(max=values.shape[0] - 1)
     earlier = (later - 1).clamp(min=0)
     return torch.where((values[later] - wanted).abs() < (wanted - values[earlier]).abs(), later, earlier)
+
+
+def find_places(values: Tensor, wanted: Tensor) -> Tensor:
+    """Return the indices of the values nearest to the wanted ones, as ``find_nearest`` does, where both may repeat: what is
+    wanted at one value is spread evenly over the places that have it: (n,) int64. Both increase or stay."""
+    value = values[find_nearest(values, wanted)]
+    start, stop = torch.searchsorted(values, value), torch.searchsorted(values, value, right=True)
+    first, count = torch.searchsorted(start, start), torch.bincount(start, minlength=values.shape[0])[start]
+    rank = torch.arange(wanted.shape[0]) - first
+    return start + torch.div((2 * rank + 1) * (stop - start), 2 * count, rounding_mode="floor")
 
 
 def _parts(tokens: Tensor) -> Sequence[Tensor]:

@@ -212,7 +212,7 @@ def check_shape(adapter: Adapter, width: int, num_bands: int) -> None:
     if shape.num_bands < num_bands:
         raise BackboneError(
             f"{adapter.path}: adapter bands: expected at least {num_bands}, got {shape.num_bands}",
-            f"compress with --set max_coefficients={shape.num_bands}",
+            f"set max_coefficients={shape.num_bands} when compressing, or name --adapter none",
         )
 
 

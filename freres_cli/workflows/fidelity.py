@@ -19,7 +19,7 @@ from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import (
     READERS,
     Reading,
-    find_nearest,
+    find_places,
     lost_by_second,
     measure_energy,
     measure_loss,
@@ -146,13 +146,13 @@ def rebuild_clip(clip: EncodedClip, method: str, budget_tokens: int) -> tuple[in
     """Return how many tokens a method keeps of a clip, and the clip as each reader rebuilds it from them.
 
     Fre-Res is rebuilt from its tracks, by either reader. If a method reads frames more densely than the clip, each frame
-    is compared with the one of them that is nearest in time.
+    is compared with the one of them that is nearest in time; of several at one time, with one in the middle.
     """
     if method == FRE_RES:
         times = torch.tensor(clip.pts_seconds, dtype=torch.float64)
         tracks = clip.build_tracks(budget_tokens)
         frames = rebuild_frames(tracks)
-        nearest = find_nearest(tracks.frame_seconds, times)
+        nearest = find_places(tracks.frame_seconds, times)
         return sum(tracks.num_tokens_by_kind().values()), dict.fromkeys(READERS, lambda part: frames[nearest[part]])
     tokens = clip.build_tokens(method, budget_tokens)
     return len(tokens), rebuild_tokens(clip, tokens)
@@ -163,7 +163,7 @@ def rebuild_tokens(clip: EncodedClip, tokens: VideoTokens) -> dict[str, Rebuild]
     readings = {name: read(tokens) for name, read in READERS.items()}
     if tokens.grid[0] == clip.num_frames:
         return {name: reading.frames for name, reading in readings.items()}
-    near = find_nearest(tokens.frame_seconds, torch.tensor(clip.pts_seconds, dtype=torch.float64))
+    near = find_places(tokens.frame_seconds, torch.tensor(clip.pts_seconds, dtype=torch.float64))
     return {name: partial(_frames_at, reading, near) for name, reading in readings.items()}
 
 

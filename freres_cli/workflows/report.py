@@ -36,6 +36,7 @@ from freres_cli.video.picture import draw_heat, encode_png
 from freres_cli.video.thumbnails import make_thumbnails
 from freres_cli.workflows.absorption import read_absorption, strongest_gops
 from freres_cli.workflows.inspect import choose_gops, describe_bundle
+from freres_cli.world.bundled_model import bundled_adapter
 
 MAX_PIECES = 24  # shown closely, each with a thumbnail
 MAX_COLUMNS = 2000  # of the pictures of rows and columns over time; a longer clip has several frames in each
@@ -254,7 +255,8 @@ def _draw_absorber(bundle: StoredBundle, adapter: str | None) -> Absorbed | str:
             raise
         if isinstance(error, UsageError):
             return "without trained modules nothing is absorbed; name them with --adapter"
-        return error.message.removeprefix(f"{bundle.path}: ")
+        # The page may be passed on, so it names files without their folders.
+        return error.message.removeprefix(f"{bundle.path}: ").replace(f"{bundled_adapter().parent}/", "")
     peaks = [float(part.max()) for part in (maps.energy, maps.absorbed)]
     shown = strongest_gops(maps, MAX_ABSORBED).tolist()
     starts = bundle.content.frame_seconds[bundle.content.gop_anchor_frame].tolist()
