@@ -13,7 +13,7 @@ from freres_cli.cli.compress import make_options
 from freres_cli.errors import FreresError
 from freres_cli.video.listing import list_videos
 from freres_cli.workflows.batch_list import list_jobs, with_own
-from freres_cli.workflows.batch_store import is_url, short_name
+from freres_cli.workflows.batch_store import Store, is_url, join_url, short_name
 from tests.runner import check_failure, fails, run_freres
 
 FLAGS = {"budget_tokens": 40, "sample_count": 8}
@@ -263,3 +263,28 @@ def test_two_colons_in_a_name_make_no_url(videos, monkeypatch):
     assert named(write(videos / "own.txt", "a::b.mp4\n")) == named("a::b.mp4")
     assert all(map(is_url, ("simplecache::s3://b/c.mp4", "filecache::zip://c.mp4::s3://b/c.zip", "zip://c.mp4::c.zip")))
     assert not any(map(is_url, ("a::b.mp4", "a::b::c.mp4", "folder/a::s3://b")))
+
+
+def test_dots_in_a_path_beside_a_list_on_a_store_are_folded(store):
+    store.pipe_file("/in/deep/list.txt", b"./a.mp4\n../b.webm\n")
+    assert named("memory://in/deep/list.txt") == {"a": "memory://in/deep/a.mp4", "b": "memory://in/b.webm"}
+
+
+def test_a_name_with_two_colons_is_none_on_a_store():
+    with fails(2, "S::E.pt: cannot be a name on memory://out"):
+        join_url("memory://out", "S::E.pt")
+    assert join_url("simplecache::memory://out", "x.pt") == "simplecache::memory://out/x.pt"
+    assert join_url("zip://clips::memory://out.zip", "x.mp4") == "zip://clips/x.mp4::memory://out.zip"
+
+
+def test_what_a_store_of_a_host_holds_is_named_with_the_host(monkeypatch):
+    """FTP and SFTP leave it out of their paths."""
+    store = Store("memory://in")
+    monkeypatch.setattr(store, "url", "ftp://me:x@host:21/in/")
+    monkeypatch.setattr(store, "_scheme", "ftp")
+    assert store.path == "/in" and store.url_of("/in/deep/a.mp4") == "ftp://me:x@host:21/in/deep/a.mp4"
+
+
+def test_a_store_that_fails_as_it_is_opened_is_refused(tmp_path):
+    with fails(2, "cannot be opened: FileNotFoundError"):
+        jobs_of([f"zip://*.mp4::{tmp_path / 'gone.zip'}"])

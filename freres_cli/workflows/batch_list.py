@@ -6,6 +6,7 @@ import difflib
 import glob
 import json
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -184,7 +185,12 @@ def _beside(listing: str, video: str) -> str:
     if not is_url(listing):
         return str(Path(listing).parent / video)
     head, separator, rest = listing.partition("::")
-    return join_url(head.rpartition("/")[0] + separator + rest, video)
+    folder = head.rpartition("/")[0]
+    if {".", ".."} & set(video.split("/")):  # stores take them for names
+        video = posixpath.normpath(video)
+        while video.startswith("../") and not folder.endswith(":/"):
+            folder, video = folder.rpartition("/")[0], video.removeprefix("../")
+    return join_url(folder + separator + rest, video)
 
 
 def _read_row(line: str, place: str) -> dict[str, Any]:

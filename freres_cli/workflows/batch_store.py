@@ -52,10 +52,15 @@ def is_one_of(place: str, others: Iterable[str]) -> bool:
 
 
 def join_url(folder: str, name: str) -> str:
-    """Return the path or URL of ``name`` in a folder; the rest of a chain stays behind it."""
+    """Return the path or URL of ``name`` in a folder; the rest of a chain stays behind it. Raises ``UsageError`` for a name
+    that would be read as a chain."""
     if not is_url(folder):
         return str(Path(folder) / name)
+    if "::" in name:
+        raise UsageError(f"{name}: cannot be a name on {folder}: it has two colons", "rename the file")
     head, separator, rest = folder.partition("::")
+    if "://" not in head:  # such as simplecache::s3://bucket
+        return f"{head}::{join_url(rest, name)}"
     return f"{head.rstrip('/')}/{name}{separator}{rest}"
 
 
@@ -73,12 +78,20 @@ class Store:
             self.files, self.path = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise UsageError(f"{url}: {_reason(error)}", "install the package that fsspec needs for it") from error
+        except Exception as error:  # some connect, or open an archive, at once
+            raise UsageError(
+                f"{url}: cannot be opened: {_reason(error)}", "check the URL, and your rights there"
+            ) from error
 
     def url_of(self, path: str) -> str:
         """Return the URL of another path of this file system."""
         start = f"{self._scheme}://"
-        chain = "".join(self.url.partition("::")[1:])
-        return (path if path.startswith(start) else start + path) + chain
+        head, separator, rest = self.url.partition("::")
+        if not path.startswith(start):
+            # Of FTP and SFTP, paths begin after the host.
+            place, own = head.removeprefix(start).rstrip("/"), str(self.path).rstrip("/")
+            path = start + (place.removesuffix(own) if place.endswith(own) else "") + path
+        return path + separator + rest
 
     def exists(self) -> bool:
         """Return whether there is a file. Raises ``UsageError`` if the store does not say."""
@@ -105,7 +118,7 @@ class Store:
             else:
                 root = fixed_part(self.path)
                 found = [path for path, facts in self.files.glob(self.path, detail=True).items() if _is_file(facts)]
-        return [(self.url_of(path), PurePosixPath(path).relative_to(PurePosixPath(root))) for path in sorted(found)]
+            return [(self.url_of(path), PurePosixPath(path).relative_to(PurePosixPath(root))) for path in sorted(found)]
 
     def read(self) -> bytes:
         """Return the bytes of a small file. Raises ``UsageError``."""
@@ -129,11 +142,25 @@ class Store:
             self.files.makedirs(str(place.parent), exist_ok=True)
             try:
                 self.files.put_file(str(file), part)
-                self.files.mv(part, self.path)
-            except BaseException:
+                self._move(part)
+            except BaseException as error:
                 with contextlib.suppress(Exception):
                     self.files.rm_file(part)
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    hint = "free some space, or choose another place with -o"
+                    raise ResourceError(f"{self.url}: not enough disk space to write it", hint) from error
                 raise
+
+    def _move(self, part: str) -> None:
+        """Give a stored file its own name."""
+        import fsspec
+
+        if type(self.files).mv is not fsspec.AbstractFileSystem.mv:
+            self.files.mv(part, self.path)
+            return
+        # fsspec's own way takes names with brackets, stars and question marks for patterns.
+        self.files.cp_file(part, self.path)
+        self.files.rm_file(part)
 
 
 def short_name(url: str) -> str:
