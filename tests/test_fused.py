@@ -160,6 +160,30 @@ def test_a_kernel_that_fails_at_a_models_own_size_leaves_all_as_it_was(on_cpu, m
     assert [type(layer) for layer in layers] == [Qwen3VLTextRMSNorm] * 2
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "internvl"])
+def test_rotations_are_compared_at_every_number_of_heads_that_a_model_turns(folders, on_cpu, name):
+    """Each has a kernel of its own."""
+    case, checkpoint = CASES[name], open_checkpoint(folders(name))
+    shapes = set()
+
+    class Seeing(Counting):
+        def rotate(self, rows, cos, sin):
+            shapes.add((rows.shape[1], rows.shape[3]))
+            return Written.rotate(rows, cos, sin)
+
+    vision, model = case.vision_class.load(checkpoint, CPU), case.language_class.load(checkpoint, CPU)
+    for half in (vision.tower, model.decoder):
+        replace_passes(half, Seeing())
+    compared = set(shapes)
+    shapes.clear()
+    latents = vision.encode(case.frames(3))
+    with torch.no_grad():
+        model.decode(
+            model.splice(model.prompt("?").prefix, video_tokens(latents, width=vision.width)), model.new_cache()
+        )
+    assert len(shapes) > 1 and shapes <= compared
+
+
 def test_patches_that_do_not_overlap_are_one_product(on_cpu):
     torch.manual_seed(0)
     whole, overlapping = nn.Conv3d(3, 6, (2, 4, 4), (2, 4, 4)), nn.Conv3d(3, 6, (2, 4, 4), (2, 2, 2))

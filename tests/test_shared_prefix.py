@@ -21,6 +21,9 @@ from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.tiny_models import CPU, video_tokens
 
+cuda = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+on_both = pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=cuda)])
+
 NUM_VIDEO, NUM_TEXTS, HEADS, KV_HEADS, WIDTH = 700, 3, 4, 2, 24
 
 
@@ -42,7 +45,7 @@ def padding(num_own, num_pads, is_first):
     return is_token
 
 
-@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@on_both
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_pads", [(0, 0, 0), (0, 4, 2)], ids=["no padding", "padding"])
@@ -167,7 +170,7 @@ def test_rows_of_questions_and_options_are_bounded_in_any_order(session, monkeyp
         assert answer.text == alone.text and answer.choices == pytest.approx(alone.choices, abs=1e-4)
 
 
-@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@on_both
 def test_in_16_bits_kernels_read_the_video_and_long_questions(bundle, monkeypatch, place):
     request = session_module.AskRequest(bundle, choose_device(place), dtype="bfloat16")
     session = session_module.open_session(request)

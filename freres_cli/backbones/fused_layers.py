@@ -219,10 +219,21 @@ def _rotations_in(own: FunctionType) -> Iterator[str]:
 
 
 def _check_rotation(module: nn.Module, width: int, kernels: Kernels) -> None:
-    rows = _probe(module, 8 * width).view(1, 16, 8, width).transpose(1, 2)
-    for dtype in (rows.dtype, torch.float32):
-        angles = torch.linspace(-1, 1, 2 * 16 * width).view(2, 1, 16, width).to(rows.device, dtype)
-        _check("rotation", kernels.rotate(rows, *angles), Written.rotate(rows, *angles))
+    for num_heads in _heads_of(module):  # a kernel is compiled for each number
+        rows = _probe(module, num_heads * width).view(1, 16, num_heads, width).transpose(1, 2)
+        for dtype in (rows.dtype, torch.float32):
+            angles = torch.linspace(-1, 1, 2 * 16 * width).view(2, 1, 16, width).to(rows.device, dtype)
+            _check("rotation", kernels.rotate(rows, *angles), Written.rotate(rows, *angles))
+
+
+def _heads_of(module: nn.Module) -> list[int]:
+    """The numbers of query and key heads that an attention layer, or its config, names; 8 if there is none."""
+    holders, names = (
+        (module, getattr(module, "config", None)),
+        ("num_heads", "num_attention_heads", "num_key_value_heads"),
+    )
+    found = {getattr(holder, name, None) for holder in holders for name in names}
+    return sorted(count for count in found if isinstance(count, int)) or [8]
 
 
 def _in_decoder(plain: Callable[..., tuple[Tensor, Tensor]], kernels: Kernels) -> Callable[..., tuple[Tensor, Tensor]]:
