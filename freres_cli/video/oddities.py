@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import av
+from av.error import FFmpegError
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
 from freres_cli.errors import count_of
@@ -30,7 +32,9 @@ def is_clear(frame: av.VideoFrame) -> bool:
     kind = frame.format
     if kind.name != "pal8" and not any(component.is_alpha for component in kind.components):
         return False
-    return bool((frame.to_ndarray(format="rgba")[..., 3] < 255).any())
+    with suppress(FFmpegError):  # whoever converts the picture says so
+        return bool((frame.to_ndarray(format="rgba")[..., 3] < 255).any())
+    return False
 
 
 @dataclass
