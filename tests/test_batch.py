@@ -16,7 +16,6 @@ import pytest
 from freres_cli.cli.compress import make_options
 from freres_cli.workflows import batch as batch_workflow
 from freres_cli.workflows import batch_ray
-from freres_cli.workflows.batch_store import Store
 from freres_cli.workflows.batch_worker import FACTS, BatchRow, Job, VideoWorker, WorkerSetup
 from tests.clips import write_short_clips
 from tests.runner import check_failure, fails, run_freres
@@ -193,29 +192,6 @@ def test_a_bundle_that_cannot_be_stored_leaves_nothing(models, store, clips, tmp
         row.status == "failed" and not row.is_fatal and "memory://out/clip0.pt: cannot be written" in row.error.message
     )
     assert store.find("/out") == []
-
-
-def test_a_bundle_is_under_its_name_only_when_it_is_whole(store, tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"whole")
-    seen = []
-    copy = type(store).cp_file
-
-    def look(self, *arguments):
-        seen.append({path: store.cat_file(path) for path in store.find("/out")})
-        copy(self, *arguments)
-
-    monkeypatch.setattr(type(store), "cp_file", look)
-    Store("memory://out/x.pt").put(tmp_path / "file")
-    assert seen == [{"/out/.x.pt.part": b"whole"}] and store.find("/out") == ["/out/x.pt"]
-
-
-@pytest.mark.parametrize("name", ["clip [1].pt", "a*.pt", "q?.pt"])
-def test_names_that_look_like_patterns_are_names_on_a_store(store, tmp_path, name):
-    (tmp_path / "file").write_bytes(b"whole")
-    store.pipe_file("/out/.clip 1.pt.part", b"another's")
-    Store(f"memory://out/{name}").put(tmp_path / "file")
-    assert store.cat_file(f"/out/{name}") == b"whole"
-    assert sorted(store.find("/out")) == sorted(["/out/.clip 1.pt.part", f"/out/{name}"])
 
 
 def test_a_video_that_is_not_on_the_store_is_a_failed_row(models, store, tmp_path):

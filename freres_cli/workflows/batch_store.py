@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from freres_cli.errors import FreresError, ResourceError, UsageError, VideoError
+from freres_cli.errors import DiskFullError, FreresError, ResourceError, UsageError, VideoError
 
 # s3://bucket/key, memory://file, or a chain such as zip://clip.mp4::s3://bucket/clips.zip or simplecache::s3://bucket/key.
 # Two colons alone may stand in the name of a file.
@@ -135,7 +135,7 @@ class Store:
 
     def put(self, file: Path) -> None:
         """Store a local file here, whole or not at all: under another name first, then moved. What a killed run left there
-        is overwritten. Raises ``UsageError``."""
+        is overwritten. Raises ``UsageError``, or ``DiskFullError`` where there is no room."""
         place = PurePosixPath(self.path)
         part = str(place.with_name(f".{place.name}{PART_SUFFIX}"))
         with _failures_as(UsageError, self.url, "cannot be written"):
@@ -148,7 +148,7 @@ class Store:
                     self.files.rm_file(part)
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     hint = "free some space, or choose another place with -o"
-                    raise ResourceError(f"{self.url}: not enough disk space to write it", hint) from error
+                    raise DiskFullError(f"{self.url}: not enough disk space to write it", hint) from error
                 raise
 
     def _move(self, part: str) -> None:

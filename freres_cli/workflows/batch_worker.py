@@ -181,7 +181,10 @@ class VideoWorker:
             raise ResourceError(message, "set TMPDIR to a larger disk") from fatal
         if row.status == "done":
             start = time.perf_counter()
-            store.put(local)
+            try:
+                store.put(local)
+            except DiskFullError as error:
+                raise _FatalError(error) from error
             timings["store"] = time.perf_counter() - start
         return row
 
