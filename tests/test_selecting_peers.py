@@ -205,9 +205,9 @@ def test_the_score_of_ktv_is_that_of_the_paper_with_norms():
     assert torch.allclose(score_tokens(tokens), torch.tensor(expected), atol=1e-5)
     assert score_tokens(torch.ones(4, D)).tolist() == pytest.approx([0.8] * 4)
     # Products round equal tokens apart, by their place.
-    for count in (13, 577):
-        equal = 3 * torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(count, -1)
-        assert score_tokens(equal.contiguous()).unique().numel() == 1
+    for width, count in ((7, 117), (64, 5), (64, 117), (192, 577)):
+        equal = 3 * torch.randn(1, width, generator=torch.Generator().manual_seed(0)).expand(count, -1)
+        assert score_tokens(equal).unique().numel() == 1
 
 
 def test_ts_llava_is_a_thumbnail_of_six_frames_and_samples_from_end_to_end():

@@ -155,27 +155,22 @@ def test_given_frames_at_other_times_are_another_video():
     assert len({FrameArray(*own).sha256 for own in others}) == 4
 
 
-@pytest.mark.parametrize(
-    "pix_fmt",
-    [
-        "gray",
-        "yuv420p",
-        "yuv420p10le",
-        "gbrp16le",
-        "gray16be",
-        "rgb565le",
-        "rgb8",
-        "monob",
-        "gbrpf32le",
-        "rgb48be",
-        "x2rgb10le",
-    ],
-)
+# Colours that are far apart, and whose bytes are near each other where they are no samples.
+APART = {
+    **dict.fromkeys(
+        ["gray", "yuv420p", "yuv420p10le", "gbrp16le", "gbrpf32le", "rgb48be", "x2rgb10le"], (255, 255, 255)
+    ),
+    "rgb565le": (0, 64, 0),
+    "rgb8": (0, 0, 85),
+    "bgr8": (85, 0, 0),
+}
+
+
+@pytest.mark.parametrize("pix_fmt", APART)
 def test_the_bound_is_one_of_levels_in_every_layout(pix_fmt):
-    """Bytes of some formats are no samples: as numbers, black and white may be near each other."""
     dark, light = (
-        av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, np.uint8), format="rgb24").reformat(format=pix_fmt)
-        for level in (0, 255)
+        av.VideoFrame.from_ndarray(np.full((16, 32, 3), colour, np.uint8), format="rgb24").reformat(format=pix_fmt)
+        for colour in ((0, 0, 0), APART[pix_fmt])
     )
     detector = StillDetector(2)
     assert [detector.is_still(*read_planes(frame, 2)) for frame in (dark, light, light, dark)] == [
@@ -184,3 +179,16 @@ def test_the_bound_is_one_of_levels_in_every_layout(pix_fmt):
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(("pix_fmt", "byte"), [("monob", 0x01), ("gray16be", 0x01)])
+def test_the_bound_is_one_of_levels_where_one_bit_is_a_change(pix_fmt, byte):
+    """The last pixel of each eight; the upper byte of each sample, which comes first, one level of 255."""
+    frames = []
+    for value in (0, byte):
+        frame = av.VideoFrame(32, 16, pix_fmt)
+        row = bytes([value]) * frame.planes[0].line_size if pix_fmt == "monob" else bytes([8 * value, 0]) * 32
+        frame.planes[0].update(row.ljust(frame.planes[0].line_size, b"\0") * 16)
+        frames.append(frame)
+    detector = StillDetector(2)
+    assert [detector.is_still(*read_planes(frame, 2)) for frame in frames] == [False, False]
