@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from freres_cli.backbones import attention
 from freres_cli.devices import Device
+
+# Marks of a test that only a real device can run.
+cuda = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 NAME = "cuda:0"
 LABELLED = Device(NAME, "CPU labelled cuda:0", "sdpa", "device cuda:0: a label on the CPU, for a test")

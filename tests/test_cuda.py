@@ -29,7 +29,7 @@ from tests.family_contract import CASES, by_family
 from tests.family_contract import folders as folders
 from tests.family_contract import load as load
 from tests.family_contract import one_thread as one_thread
-from tests.labelled_device import count_waits, labelled_device, strip
+from tests.labelled_device import count_waits, cuda, labelled_device, strip
 from tests.runner import run_freres
 from tests.tiny_models import CPU, video_tokens
 
@@ -39,7 +39,6 @@ QUICK = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "minicpmv4_7")
 SOME = ("qwen2_5_vl", "qwen3_5", "minicpmv4_7")
 QUESTION, NUM_NEW = "What moves?", 6
 
-cuda = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 on_both = pytest.mark.parametrize("device", ["labelled", pytest.param("cuda", marks=cuda)], indirect=True)
 each_family = by_family(QUICK)
 

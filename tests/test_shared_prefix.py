@@ -15,13 +15,13 @@ from freres_cli.backbones.shared_prefix import Shared, attend_shared, can_share,
 from freres_cli.devices import choose_device
 from freres_cli.pipeline import session as session_module
 from freres_cli.pipeline.query import Query
+from tests.labelled_device import cuda
 from tests.largest_made import LargestMade
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
 from tests.pipeline_fixtures import clip as clip
 from tests.tiny_models import CPU, video_tokens
 
-cuda = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 on_both = pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=cuda)])
 
 NUM_VIDEO, NUM_TEXTS, HEADS, KV_HEADS, WIDTH = 700, 3, 4, 2, 24

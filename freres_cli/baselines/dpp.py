@@ -34,12 +34,12 @@ def keep_diverse_tokens(latents: Tensor, frame_seconds: Tensor, budget_tokens: i
 def pick_diverse(tokens: Tensor, relevance: Tensor, count: int) -> Tensor:
     """Return the indices of min(``count``, S) of ``tokens`` (S, D) in the order in which they are picked, (n,) int64.
 
-    Greedy maximum of the determinant of K = diag(r) Z Z^T diag(r) over the tokens picked so far (CDPruner; greedy
-    search as in Chen et al., arXiv 1709.05135). Z is the tokens at norm 1, r the ``relevance``, (S,) float32, 0 or
-    more. Of equal gains, the first token is picked, but for rounding. A token's gain is its squared length across the
-    span of those picked, which is kept as an orthonormal basis: the same picks as from Cholesky rows, without the (n,
-    S) matrix of those. Once no token adds volume, the search starts over among the rest (ours, because D directions are
-    spent after D picks, and the budget is exact).
+    Greedy maximum of the determinant of K = diag(r) Z Z^T diag(r) over the tokens picked so far (CDPruner; greedy search
+    as in Chen et al., arXiv 1709.05135). Z is the tokens at norm 1, r the ``relevance``, (S,) float32, 0 or more. Of equal
+    gains, the first token is picked, but for rounding. A token's gain is its squared length across the span of those
+    picked, which is kept as an orthonormal basis: the same picks as from Cholesky rows, without the (n, S) matrix of those.
+    Once no token adds volume, the search starts over among the rest (ours, because D directions are spent after D picks,
+    and the budget is exact).
     """
     count = min(count, len(tokens))
     inverse = inverse_norms(tokens)

@@ -42,8 +42,9 @@ class PacketTable:
 
     ``stamps_s``: one per packet, ascending. ``end_s``: when the last frame leaves the screen. ``gap_s``: the usual time
     between frames. ``is_order_blind``: the timestamps ascend in the file although the codec may reorder frames, so they
-    do not say when a B-frame is shown. ``missing_s``: how much longer than its packets the header says the file is; 0 if
-    it does not say. It counts only if ``is_cut``, that is, if there is other evidence that the end of the file is missing.
+    do not say when a B-frame is shown; or they begin again. ``missing_s``: how much longer than its packets the header says
+    the file is; 0 if it does not say. It counts only if ``is_cut``, that is, if there is other evidence that the end of the
+    file is missing.
 
     ``num_joints``: how often the timestamps of the file begin again; those here go on. ``num_headless``: packets before the
     first at which decoding can begin, in file order.
@@ -86,8 +87,7 @@ class _Stamps:
     key_dts: array[int] = field(default_factory=lambda: array("q"))
     num_discarded: int = 0
     num_bare: int = 0  # that do not say when they are shown
-    num_headless: int = 0
-    has_key: bool = False
+    num_headless: int | None = None  # before the first key frame, if there is one
 
     def add(self, packet: Packet[Any]) -> None:
         if packet.is_discard:
@@ -95,8 +95,8 @@ class _Stamps:
             return
         stamp = packet.pts if packet.pts is not None else packet.dts
         self.num_bare += packet.pts is None
-        self.has_key |= packet.is_keyframe
-        self.num_headless += not self.has_key
+        if packet.is_keyframe and self.num_headless is None:
+            self.num_headless = len(self.pts)
         self.pts.append(NO_STAMP if stamp is None else _bound(stamp))
         self.dts.append(NO_STAMP if packet.dts is None else _bound(packet.dts))
         self.durations.append(_bound(packet.duration or 0))
@@ -173,7 +173,7 @@ def _build_table(path: str, stream: VideoStream, stamps: _Stamps, missing_s: flo
     time_base = stream.time_base
     assert time_base is not None
     num_joints = _join_parts(stamps)
-    num_headless = stamps.num_headless if stamps.has_key else 0
+    num_headless = stamps.num_headless or 0
     filled = np.frombuffer(array("q", _fill(stamps)), dtype=np.int64)
     ascending = np.sort(filled)
     steps = np.diff(ascending)
@@ -186,13 +186,13 @@ def _build_table(path: str, stream: VideoStream, stamps: _Stamps, missing_s: flo
         guesses = (usual * time_base, 1 / Fraction(stream.guessed_rate or GUESSED_FPS))
         gap = next((float(guess) for guess in guesses if 0 < guess < MOST_SECONDS_PER_FRAME), 1 / GUESSED_FPS)
         seconds = array("d", (k * gap for k in range(count)))
-        return PacketTable(seconds, count * gap, gap, False, True, missing_s, is_cut, 0, num_headless)
+        return PacketTable(seconds, count * gap, gap, False, True, missing_s, is_cut, num_headless=num_headless)
     usual = Fraction(float(np.median(steps[steps > 0]))) if steps.any() else Fraction(last_duration)
     gap = float(usual * time_base) or 1 / GUESSED_FPS
     end = float(int(ascending[-1]) * time_base) + (float(last_duration * time_base) or gap)
     seconds = array("d", (float(stamp * time_base) for stamp in array("q", ascending.tobytes())))
-    is_order_blind = bool((np.diff(filled) >= 0).all()) and bool(stream.codec_context.has_b_frames)
-    is_order_blind |= num_joints > 0
+    ascends = bool((np.diff(filled) >= 0).all())
+    is_order_blind = num_joints > 0 or (ascends and bool(stream.codec_context.has_b_frames))
     table = PacketTable(seconds, end, gap, True, is_order_blind, missing_s, is_cut, num_joints, num_headless)
     if is_order_blind or stamps.num_bare or stamps.num_discarded or not steps.all():
         return table

@@ -138,17 +138,16 @@ class Store:
         is overwritten. Raises ``UsageError``, or ``DiskFullError`` where there is no room."""
         place = PurePosixPath(self.path)
         part = str(place.with_name(f".{place.name}{PART_SUFFIX}"))
-        with _failures_as(UsageError, self.url, "cannot be written"):
+        hint = "free some space, or choose another place with -o"
+        is_full = DiskFullError(f"{self.url}: not enough disk space to write it", hint)
+        with _failures_as(UsageError, self.url, "cannot be written", is_full):
             self.files.makedirs(str(place.parent), exist_ok=True)
             try:
                 self.files.put_file(str(file), part)
                 self._move(part)
-            except BaseException as error:
+            except BaseException:
                 with contextlib.suppress(Exception):
                     self.files.rm_file(part)
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    hint = "free some space, or choose another place with -o"
-                    raise DiskFullError(f"{self.url}: not enough disk space to write it", hint) from error
                 raise
 
     def _move(self, part: str) -> None:
@@ -190,8 +189,11 @@ def _is_file(facts: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _failures_as(kind: type[UsageError | VideoError], url: str, what: str) -> Iterator[None]:
-    """Turn the error of a store into one of ours. Every store's package has errors of its own."""
+def _failures_as(
+    kind: type[UsageError | VideoError], url: str, what: str, is_full: ResourceError | None = None
+) -> Iterator[None]:
+    """Turn the error of a store into one of ours. Every store's package has errors of its own. ``is_full``: the one of a full
+    disk, by default that of the copies."""
     try:
         yield
     except FreresError:
@@ -200,9 +202,10 @@ def _failures_as(kind: type[UsageError | VideoError], url: str, what: str) -> It
         raise kind(f"{url}: {what}: no such file", "check the URL") from error
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
-            raise ResourceError(
+            is_full = is_full or ResourceError(
                 f"{url}: {what}: not enough disk space for a copy", "set TMPDIR to a larger disk"
-            ) from error
+            )
+            raise is_full from error
         raise kind(f"{url}: {what}: {_reason(error)}", "check the URL, and your rights there") from error
 
 
