@@ -203,8 +203,9 @@ fidelity:
     A table with a row for each method and budget: tokens and the share of energy that hold and linear keep, means over
     the videos, each of which counts once. For several videos a second table lists each of them. A video that cannot be
     used is a warning, and counts for no mean. One that is damaged or cut short is measured as far as it can be read,
-    and a warning says so; the JSON has the seconds lost and the notes on each. In the JSON, `lost_by_second` has the
-    share of the clip's energy that is lost in each second after its first frame; it sums to 1 minus the share kept.
+    and a warning says so; the JSON has the seconds lost and the notes on each. In the JSON, `lost_by_second_hold` and
+    `lost_by_second_linear` have the share of the clip's energy that is lost in each second after its first frame; each
+    sums to 1 minus the share kept.
     `--plot` needs matplotlib: pip install 'freres[plot]'. It shows the seconds of at most 6 videos, at the smallest
     budget of each method, by the reader that keeps more. `num_frames` of a row is how many frames its tokens are made
     from. A note says where rows differ in them: each is judged on the frames that the settings name.
@@ -289,7 +290,7 @@ inspect:
       over_time (edges_s tokens tokens_by_kind lost_energy why_no_loss note)
       stretches (quality curve num_cuts cuts_s frames_mean frames_max cells_mean cells_max num_single largest)
       absorber (picture adapter height_px width_px gamma pooled_grid gops_shown notes gops) environment
-  defaults: {absorber: none (nothing is drawn), adapter: none (but --absorber needs one)}
+  defaults: {absorber: none (nothing is drawn), adapter: "the bundled model's own, none for others; it needs --absorber"}
 report:
   examples:
     freres report bundle.pt: Write report.html; open it in any browser.
@@ -307,7 +308,8 @@ repack:
   output: >-
     The new bundle's path. Token counts go to stderr. Bundles of methods other than fre-res and adaptive cannot be cut,
     because their tokens have no order of importance. With `--budget` and `--quality`, the cut bundle keeps to the budget,
-    and a note says if its quality is below the one asked for. A bundle that keeps less already is left unchanged.
+    and a note says if its quality is below the one asked for. A bundle that keeps less already keeps all its
+    tokens. One of `--budget`, `--quality` and `--deepstack` is needed.
   schemas:
     freres.repack/1:
       bundle bundle_bytes source_bundle visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
