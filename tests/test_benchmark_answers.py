@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from freres_cli.cli.benchmark import quantized
+from freres_cli.cli.benchmark import choices, variants
 from freres_cli.cli.benchmark.grids import GRIDS, measure_grids
+from freres_cli.cli.benchmark.variants import Variant, ask_variants
+from freres_cli.evaluation.cells import Cell, parse_budget
+from freres_cli.method import merging
+from tests.clips import write_clip
 from tests.evaluations import write_clips, write_questions
 from tests.loaded_models import loaded_models
 
@@ -16,18 +20,48 @@ def questions(tmp_path):
 
 
 def test_each_storage_answers_and_a_second_run_asks_nothing(questions, monkeypatch):
-    models = {"one": loaded_models().language_model, "another": loaded_models().language_model}
-    found = quantized.ask_all(questions, models)
+    named = {name: Variant(loaded_models().language_model) for name in ("one", "another")}
+    cells = [Cell("full", None), *(Cell("adaptive", parse_budget(budget)) for budget in ("0.25", "0.1"))]
+    found = ask_variants(questions, named, cells, "answers.jsonl")
     assert [row["label"] for row in found["rows"]] == [
-        f"{method}, {name}" for name in models for method in ("full", "adaptive", "adaptive")
+        f"{method}, {name}" for name in named for method in ("full", "adaptive", "adaptive")
     ]
     assert all(row["num_questions"] == 6 and not row["failed"] for row in found["rows"])
     of_the_same = [
         own for own in found["differences"] if own["method"].partition(", ")[0] == own["minus"].partition(", ")[0]
     ]
     assert len(of_the_same) == 3 and all(own["mean_over_categories"]["difference"] == 0 for own in of_the_same)
-    monkeypatch.setattr(quantized, "ask_cell", None)
-    assert quantized.ask_all(questions, models) == found
+    monkeypatch.setattr(variants, "ask_cell", None)
+    assert ask_variants(questions, named, cells, "answers.jsonl") == found
+
+
+def test_each_choice_merges_with_its_own_constants(questions, monkeypatch):
+    for clip in questions.parent.glob("*.mp4"):
+        clip.unlink()
+        write_clip(clip, 8, fps=1)  # in clips that last a moment, time decides nothing
+    seen = []
+
+    def note(cell, clip, request, asked, *_):
+        stretches, _ = clip.make_bundle(40, loaded_models().language_model, "adaptive")
+        seen.append((merging.COST_EXPONENT, merging.APART_S, stretches.boxes.tolist()))
+        answers = {question.id: ("", True, 0.0) for question in asked}
+        figures = dict.fromkeys(("num_frames", "encoded_tokens", "visual_tokens", "context_tokens", "budget_tokens"), 1)
+        return {**figures, "status": "ok", "compress_s": 0.0, "prefill_s": 0.0, "answers": answers} | dict.fromkeys(
+            ("kv_cache_bytes", "peak_memory_bytes")
+        )
+
+    monkeypatch.setattr(variants, "ask_cell", note)
+    measured = choices.measure_choices([questions])
+    usual = merging.COST_EXPONENT, merging.APART_S
+    num_budgets = len(choices.BUDGETS)
+    of_clips = seen[::num_budgets]
+    of_each = {name: of_clips[place :: len(choices.CONSTANTS)] for place, name in enumerate(choices.CONSTANTS)}
+    changed = [usual, (0.3, usual[1]), (1.0, usual[1]), (usual[0], float("inf"))]
+    assert [{own[:2] for own in clips} for clips in of_each.values()] == [{own} for own in changed]
+    merged = [[own[2] for own in clips] for clips in of_each.values()]
+    assert all(own != merged[0] for own in merged[1:])
+    for row in measured["order"]["rows"]:
+        assert 0 < row["one_at_a_time"] < 1 and row["rounds"] == pytest.approx(row["one_at_a_time"], abs=0.03)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ clip shorter), ``startup`` (``compress`` and ``ask`` on a short clip, here and i
 random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a token in a bundle) go to ``batch.json``,
 ``levers`` (file to first token with each way to encode faster, on ``--frames``) and ``grids`` (accuracy with smaller grids
 for residual frames, on each ``--questions``) to ``speed.json``, as does ``lines`` (``line_levels``: speed and accuracy, on
-both); ``quantized`` (cache and weights in 8 bits, on each ``--questions``; needs torchao) to ``quantized.json``.
+both); ``quantized`` (cache and weights in 8 bits, on each ``--questions``; needs torchao) to ``quantized.json``; ``choices``
+(constants of adaptive Fre-Res against others, on each ``--questions``) to ``choices.json``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from freres_cli.bench.report import describe_environment
 from freres_cli.cli.benchmark.batch import measure_actors, measure_kills, measure_storage
+from freres_cli.cli.benchmark.choices import measure_choices
 from freres_cli.cli.benchmark.gpu import measure_gpu, measure_gpu_clip
 from freres_cli.cli.benchmark.grids import measure_grids
 from freres_cli.cli.benchmark.hours import measure_hours
@@ -60,10 +62,11 @@ ONLY_IF_NAMED = (
     "grids",
     "lines",
     "quantized",
+    "choices",
     "gpu",
 )
 # Parts with a file of their own.
-NAMED_ALONE = ("hours", "quantized", "gpu")
+NAMED_ALONE = ("hours", "quantized", "choices", "gpu")
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -77,7 +80,7 @@ def _parse_arguments() -> argparse.Namespace:
         type=Path,
         action="append",
         default=[],
-        help="a questions file that grids, lines and quantized ask",
+        help="a questions file that grids, lines, quantized and choices ask",
     )
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), help="those that peers measures; by default all"
@@ -113,6 +116,7 @@ def main() -> None:
             "lines": lambda: measure_lines(Path(folder), arguments.frames, arguments.questions),
             "grids": lambda: measure_grids(arguments.questions),
             "quantized": lambda: measure_quantized(arguments.questions),
+            "choices": lambda: measure_choices(arguments.questions),
             "gpu": measure_gpu,
             "gpu_clip": measure_gpu_clip,
             "startup": lambda: measure_startup(Path(folder), arguments.other),

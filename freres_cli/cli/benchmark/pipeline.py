@@ -28,6 +28,7 @@ from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.planning import method_settings
 from freres_cli.presets import load_settings
 from freres_cli.records import FrameSize
+from freres_cli.stretches import Stretches
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
@@ -172,7 +173,7 @@ def measure_bounded(folder: Path, count: int = 3, num_frames: int = 360) -> dict
         for share, part in itertools.product((0.05, 0.02), (4, 8, 16)):
             budget_tokens = int(share * clip.full_tokens)
             exact, bounded = (
-                _merge_in(clip, budget_tokens, most) for most in (clip.full_tokens, clip.full_tokens // part)
+                merge_in(clip, budget_tokens, most).quality for most in (clip.full_tokens, clip.full_tokens // part)
             )
             rows.append(
                 {"seed": seed, "latents": clip.full_tokens, "budget_tokens": budget_tokens, "memory_share": 2 / part}
@@ -186,8 +187,8 @@ def measure_bounded(folder: Path, count: int = 3, num_frames: int = 360) -> dict
     }
 
 
-def _merge_in(clip: EncodedClip, budget_tokens: int, most: int) -> float:
-    """Return the quality of a clip merged with at most 2 * ``most`` stretches in memory."""
+def merge_in(clip: EncodedClip, budget_tokens: int, most: int) -> Stretches:
+    """Return a clip merged with at most 2 * ``most`` stretches in memory."""
     usual, adaptive.MOST_STRETCHES = adaptive.MOST_STRETCHES, most
     try:
         grid_h, grid_w, width = clip.latents.shape[1:]
@@ -195,7 +196,7 @@ def _merge_in(clip: EncodedClip, budget_tokens: int, most: int) -> float:
         compressor.push(clip.latents, clip.pts_seconds)
     finally:
         adaptive.MOST_STRETCHES = usual
-    return compressor.finish().quality
+    return compressor.finish()
 
 
 def measure_many(folder: Path, count: int = 20, repeat: int = 3) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,20 +13,12 @@ from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.quantized_cache import make_cache
 from freres_cli.backbones.quantized_weights import plain_tensors
 from freres_cli.baselines.registry import ADAPTIVE
-from freres_cli.bench.clock import StageTimer
 from freres_cli.cli.benchmark.lean import compare, measure_decoding
-from freres_cli.cli.output import print_line
+from freres_cli.cli.benchmark.variants import Variant, ask_variants
 from freres_cli.devices import choose_device, choose_storage
 from freres_cli.evaluation.cells import Cell, parse_budget
-from freres_cli.evaluation.questions import Question, read_questions
-from freres_cli.evaluation.scores import summarize
-from freres_cli.pipeline.clip import EncodedClip
-from freres_cli.pipeline.compressor import Compressor
-from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.presets import BUNDLED
-from freres_cli.workflows.eval_run import EvalRequest
-from freres_cli.workflows.evaluate import ask_cell
 
 BUDGETS = ("0.25", "0.1")
 STORAGES = {
@@ -50,7 +41,9 @@ def measure_quantized(questions: Sequence[Path], repeat: int = 3) -> dict[str, A
         name: Models(make_source(BUNDLED, "cpu", storage=choose_storage(kv, weights))).language_model
         for name, (kv, weights) in STORAGES.items()
     }
-    asked = {path.parent.name: ask_all(path, models) for path in questions}
+    variants = {name: Variant(model) for name, model in models.items()}
+    cells = [Cell("full", None), *(Cell(ADAPTIVE, parse_budget(budget)) for budget in BUDGETS)]
+    asked = {path.parent.name: ask_variants(path, variants, cells, "quantized.jsonl") for path in questions}
     plain = models["float32"]
     rounded: dict[str, Any] = {name: model for name, model in models.items() if name != "float32"}
     return {
@@ -85,46 +78,3 @@ def _time_prefill(model: LanguageModel, plain: LanguageModel, repeat: int) -> di
             own.decode(own.text_rows([5] * LENGTHS[0], 0, 0.0), own.new_cache())
 
     return compare(lambda: run(model), lambda: run(plain), repeat)
-
-
-def ask_all(path: Path, models: dict[str, LanguageModel]) -> dict[str, Any]:
-    """Return the document of ``freres eval`` for one file, with a row for each method, budget and storage.
-
-    ``models``: the language half by the name of its storage.
-    """
-    compressor, file = Compressor(device="cpu"), read_questions(path)
-    kinds = [("full", None), *((ADAPTIVE, parse_budget(budget)) for budget in BUDGETS)]
-    cells = {name: [Cell(method, budget, f"{method}, {name}") for method, budget in kinds] for name in models}
-    listed = tuple(cell for own in cells.values() for cell in own)
-    request = EvalRequest(file, listed, compressor.options)
-    kept = path.with_name("quantized.jsonl")
-    done = {row["video"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
-    videos = file.by_video()
-    for number, (video, asked) in enumerate(videos.items(), 1):
-        if video not in done:
-            done[video] = _ask_video(video, asked, compressor, models, cells, request)
-            with kept.open("a") as out:
-                out.write(json.dumps(done[video]) + "\n")
-        print_line(f"{path.parent.name}: {number} of {len(videos)} videos")
-    rows = [done[video] for video in videos]
-    return {**summarize(file, rows, listed), "questions_file": f"{path.parent.name}/{path.name}"}
-
-
-def _ask_video(
-    name: str,
-    questions: Sequence[Question],
-    compressor: Compressor,
-    models: dict[str, LanguageModel],
-    cells: dict[str, list[Cell]],
-    request: EvalRequest,
-) -> dict[str, Any]:
-    timer = StageTimer(torch.device("cpu"))
-    clip = EncodedClip(VideoSource(questions[0].video), compressor.options, compressor.models.encoder, timer)
-    answered = [
-        ask_cell(cell, clip, request, questions, model, {}, timer)
-        for storage, model in models.items()
-        for cell in cells[storage]
-    ]
-    row = {"video": name, "status": "ok", "full_tokens": clip.full_tokens, "cells": answered}
-    row |= {"lost_s": clip.lost_s, "notes": list(clip.notes)}
-    return row | {"decode_s": timer.seconds["decode"], "encode_s": timer.seconds["encode"]}
