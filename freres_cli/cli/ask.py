@@ -28,7 +28,7 @@ from freres_cli.cli.questions import check_text, read_question, read_rows, read_
 from freres_cli.devices import choose_storage
 from freres_cli.errors import ExitStatus, FreresError, UsageError, count_of
 from freres_cli.imports import quick_imports
-from freres_cli.pipeline.choices import check_revision
+from freres_cli.pipeline.choices import MAX_NEW_TOKENS, check_revision
 from freres_cli.presets import TEXT_AFTER
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from freres_cli.pipeline.session import AskRequest, Session
     from freres_cli.records import Answer
     from freres_cli.workflows.ask import AskedRow
-
-MAX_NEW_TOKENS = 128
 
 
 def ask(

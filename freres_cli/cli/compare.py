@@ -23,7 +23,7 @@ from freres_cli.cli.output import (
 )
 from freres_cli.cli.questions import check_question, check_text
 from freres_cli.errors import UsageError, count_of
-from freres_cli.pipeline.choices import choose_cells
+from freres_cli.pipeline.choices import MAX_NEW_TOKENS, choose_cells
 
 if TYPE_CHECKING:
     from freres_cli.workflows.compare import CompareRequest, CompareResult
@@ -47,7 +47,9 @@ def compare(
     choices: Annotated[
         str | None, typer.Option("--choices", metavar="A|B|...", help="Every answer is one of these.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in an answer.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum tokens in an answer.")
+    ] = MAX_NEW_TOKENS,
     adapter: options.Adapter = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,
@@ -64,8 +66,8 @@ def compare(
     The video is decoded and encoded once. Without --question only the vision tower is loaded: the table has tokens, the
     share of the latents' energy that can be rebuilt from them (hold and linear, as in freres fidelity), and the time from
     latents to tokens. With --question the language model answers from each method's tokens, in the same words as freres
-    ask: the table gains all tokens of the longest prompt, and the time from the first question to its first token, with
-    the prefill. A method that fails is a warning, and a row with what was known by then.
+    ask: then the table also has how many tokens the longest prompt had in all, text included, and the time from the first
+    question to its first token, with the prefill. A method that fails is a warning, and a row with what was known by then.
     """
     from freres_cli.evaluation.questions import check_choices, check_length
 

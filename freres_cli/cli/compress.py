@@ -94,10 +94,11 @@ def compress(
     always noticed, so it does not go with --strict. Where no GPU can decode, it is an error.
 
     For several videos, a folder (searched recursively; links to folders are not followed) or a .txt list (one path per
-    line, relative to the list), the model is loaded only once. Bundles are named after their videos. An existing bundle is
-    skipped if it is intact and was made from the same video with the same model and settings, so a stopped run resumes when
-    you start it again; --force replaces those that differ. A video that cannot be used is reported, and the others are
-    still compressed; the exit status is then that of the first failure.
+    line, relative to the list), the model is loaded only once. Bundles are named after their videos: talk.mp4 gives
+    talk.pt, but where there is a talk.mkv as well, they are talk.mp4.pt and talk.mkv.pt. An existing bundle is skipped if
+    it is intact and was made from the same video with the same model and settings, so a stopped run resumes when you start
+    it again; --force replaces those that differ. A video that cannot be used is reported, and the others are still
+    compressed; the exit status is then that of the first failure.
     """
     from freres_cli.video.listing import is_many, list_videos
 

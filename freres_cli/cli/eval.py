@@ -100,13 +100,13 @@ def evaluate(
     """Measure accuracy by method and budget.
 
     Each video is decoded and encoded once; every method makes its tokens from these latents, and answers all questions
-    about the video from one prefill. Where the preset has a track_density above 1, adaptive and fre-res read so many
-    times as many frames as the other methods (fre-res not if its budget holds every token): the file is decoded once
-    more for these, and equal tokens are not equal frames. --set track_density=1 compares at equal frames. Options are
-    scored as in freres ask --choices. Free answers are greedy, have at most 16 tokens, and are compared ignoring case,
-    spacing and final punctuation. A video that cannot be used is a failed row, and its questions count for no method. A
-    method that fails on a video at a budget, for want of memory or of context, loses that video in that row only; two
-    rows are compared on the videos that both have.
+    about the video from one prefill. Where the preset's track_density is above 1 (4 in most of them), adaptive and
+    fre-res read that multiple of the frames that the other methods read (fre-res not if its budget holds every token):
+    the file is decoded once more for these, and equal tokens are not equal frames. --set track_density=1 compares at
+    equal frames. Options are scored as in freres ask --choices. Free answers are greedy, have at most 16 tokens, and
+    are compared ignoring case, spacing and final punctuation. A video that cannot be used is a failed row, and its
+    questions count for no method. A method that fails on a video at a budget, for want of memory or of context, loses
+    that video in that row only; two rows are compared on the videos that both have.
 
     QUESTIONS holds one JSON object per line with the keys id, video (relative to that file), category, question, choices
     (2 to 26 options; none for a free answer) and answer (the text of the right option). Other keys are ignored.

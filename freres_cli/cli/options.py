@@ -108,7 +108,7 @@ Attention = Annotated[
 ]
 KvDtype = Annotated[
     str | None,
-    typer.Option("--kv-dtype", metavar="NAME", help="Numbers of the KV cache: auto, int8 or fp8 (lossy)."),
+    typer.Option("--kv-dtype", metavar="NAME", help="Precision of the KV cache: auto, int8 or fp8 (lossy)."),
 ]
 WeightDtype = Annotated[
     str | None,
@@ -180,7 +180,7 @@ Frames = Annotated[
     typer.Option(
         "--frames",
         min=1,
-        help="Sample this many frames. With a track_density above 1, adaptive and fre-res read so many times more.",
+        help="Sample this many frames; adaptive and fre-res read track_density times as many (most presets: 4).",
     ),
 ]
 Grid = Annotated[

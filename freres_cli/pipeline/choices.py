@@ -17,6 +17,8 @@ from freres_cli.evaluation.cells import Budget, Cell, parse_cells
 from freres_cli.files import can_be_name
 from freres_cli.presets import BUNDLED, MODEL_INFO_FILE, Settings
 
+MAX_NEW_TOKENS = 128  # of a free answer, where nothing else is asked for: `ask`, `compare` and a session agree
+
 
 def as_whole(value: object, name: str) -> int:
     """Return a whole number of any library as Python's own. ``name``: of the argument. Raises ``UsageError``."""

@@ -21,6 +21,7 @@ from freres_cli.bundle.store import read_bundle
 from freres_cli.devices import AS_COMPUTED, Device, Storage, memory_errors_as
 from freres_cli.errors import BackboneError, UsageError
 from freres_cli.pipeline.answers import report_choice, report_generation, report_tokens
+from freres_cli.pipeline.choices import MAX_NEW_TOKENS
 from freres_cli.pipeline.manifest import clip_end_s
 from freres_cli.pipeline.models import Models, check_model, find_model
 from freres_cli.pipeline.notes import describe_limits
@@ -137,7 +138,7 @@ class Session:
         question: str,
         *,
         choices: Sequence[str] | None = (),
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         sampling: Sampling | None = None,
         on_text: Callable[[str], None] | None = None,
         refine: int | None = None,
@@ -193,7 +194,7 @@ class Session:
         self,
         queries: Iterable[Query | str],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         on_answer: Callable[[int, Answer], None] | None = None,
         refine: int | None = None,
     ) -> list[Answer]:

@@ -17,7 +17,7 @@ from freres_cli.errors import FreresError, UsageError
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss, share_kept
 from freres_cli.pipeline.adapters import AnyModules, describe_overlap, read_training_videos
-from freres_cli.pipeline.choices import count_budget
+from freres_cli.pipeline.choices import MAX_NEW_TOKENS, count_budget
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, open_method_session
@@ -46,7 +46,7 @@ class CompareRequest:
     cells: tuple[Cell, ...]
     options: CompressOptions
     queries: tuple[Query, ...] = ()
-    max_new_tokens: int = 64
+    max_new_tokens: int = MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)
