@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from freres_cli.cli.benchmark import choices, variants
@@ -9,7 +11,6 @@ from freres_cli.cli.benchmark.grids import GRIDS, measure_grids
 from freres_cli.cli.benchmark.variants import Variant, ask_variants
 from freres_cli.evaluation.cells import Cell, parse_budget
 from freres_cli.method import merging
-from tests.clips import write_clip
 from tests.evaluations import write_clips, write_questions
 from tests.loaded_models import loaded_models
 
@@ -35,10 +36,8 @@ def test_each_storage_answers_and_a_second_run_asks_nothing(questions, monkeypat
     assert ask_variants(questions, named, cells, "answers.jsonl") == found
 
 
-def test_each_choice_merges_with_its_own_constants(questions, monkeypatch):
-    for clip in questions.parent.glob("*.mp4"):
-        clip.unlink()
-        write_clip(clip, 8, fps=1)  # in clips that last a moment, time decides nothing
+def test_each_choice_merges_with_its_own_constants(tmp_path, monkeypatch):
+    monkeypatch.setattr(choices, "LEVELS", (1,))
     seen = []
 
     def note(cell, clip, request, asked, *_):
@@ -51,7 +50,11 @@ def test_each_choice_merges_with_its_own_constants(questions, monkeypatch):
         )
 
     monkeypatch.setattr(variants, "ask_cell", note)
-    measured = choices.measure_choices([questions])
+    measured = choices.measure_choices(tmp_path, count=2)
+    rows = list(map(json.loads, (tmp_path / "level_1" / "questions.jsonl").read_text().splitlines()))
+    assert len({row["video"] for row in rows}) == 2 and {row["category"] for row in rows} <= {"Action", "Character"}
+    [found] = measured["sets"].values()
+    assert found["num_questions"] == len(rows)
     usual = merging.COST_EXPONENT, merging.APART_S
     num_budgets = len(choices.BUDGETS)
     of_clips = seen[::num_budgets]

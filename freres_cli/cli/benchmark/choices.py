@@ -1,10 +1,12 @@
-"""The part ``choices`` of the benchmark: constants of adaptive Fre-Res against others, on clips that are in no test split."""
+"""The part ``choices`` of the benchmark: constants of adaptive Fre-Res against others, on clips of the validation split."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from freres_cli.method.adaptive import cut_stretches
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.world.make import CODECS, QUESTIONS_FILE, MadeClip, clip_seed, encode_scene, question_rows
+from freres_cli.world.questions import questions_of
+from freres_cli.world.scene import Scene
+from freres_cli.world.script import make_scene
 
 CONSTANTS: dict[str, dict[str, float]] = {
     "as it is": {},
@@ -30,26 +36,54 @@ CONSTANTS: dict[str, dict[str, float]] = {
     "latents alone": {"APART_S": math.inf},
 }
 BUDGETS = ("0.1", "0.05")
+LEVELS = (1, 3)
+CATEGORIES = ("Action", "Character")
 ONE_AT_A_TIME = {"TREE_SHARE": 0.0}
 ORDER_BUDGETS = (0.25, 0.1, 0.05)
 
 
-def measure_choices(questions: Sequence[Path]) -> dict[str, Any]:
-    """Ask the questions of each file with every choice of ``CONSTANTS``, and compare the answers in pairs; and compare the
-    error of merges in rounds with that of one merge at a time.
+def measure_choices(folder: Path, count: int = 76) -> dict[str, Any]:
+    """Ask about what things do with every choice of ``CONSTANTS``, and compare the answers in pairs; and compare the error of
+    merges in rounds with that of one merge at a time.
 
-    ``questions``: files of the world, such as ``freres world make --split validation`` writes. A run that was stopped goes
-    on from the answers beside the questions.
+    ``folder``: where clips and answers are; a run that was stopped goes on from there. ``count``: clips of each level.
     """
+    questions = [_make_set(folder / f"level_{level}", level, count) for level in LEVELS]
     model = Compressor(device="cpu").models.language_model
     variants = {name: Variant(model, constants) for name, constants in CONSTANTS.items()}
     cells = [Cell(ADAPTIVE, parse_budget(budget)) for budget in BUDGETS]
     return {
         "device": choose_device("cpu").description,
+        "clips": f"of each level, the first {count} of the validation split with a question of these categories",
+        "categories": CATEGORIES,
         "constants": {name: dict(constants) for name, constants in CONSTANTS.items()},
         "sets": {path.parent.name: ask_variants(path, variants, cells, "choices.jsonl") for path in questions},
         "order": measure_order(questions),
     }
+
+
+def _make_set(folder: Path, level: int, count: int) -> Path:
+    """Write clips of a level and all their questions of ``CATEGORIES``, unless they are there. Return the questions file."""
+    path = folder / QUESTIONS_FILE
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    clips = _clips_of(level)
+    for clip, scene in itertools.islice(clips, count):
+        encode_scene(folder / clip.file, scene, *CODECS[0][1:])
+        rows += question_rows(clip)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _clips_of(level: int) -> Iterator[tuple[MadeClip, Scene]]:
+    for index in itertools.count():
+        seed = clip_seed("validation", index)
+        scene = make_scene(seed, level=level)
+        asked = tuple(question for question in questions_of(seed, scene) if question.category in CATEGORIES)
+        if asked:
+            yield MadeClip(seed, f"{index:05d}.mp4", asked), scene
 
 
 def measure_order(questions: Sequence[Path]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ random moments), ``actors`` (one worker against two) and ``storage`` (bytes of a
 ``levers`` (file to first token with each way to encode faster, on ``--frames``) and ``grids`` (accuracy with smaller grids
 for residual frames, on each ``--questions``) to ``speed.json``, as does ``lines`` (``line_levels``: speed and accuracy, on
 both); ``quantized`` (cache and weights in 8 bits, on each ``--questions``; needs torchao) to ``quantized.json``; ``choices``
-(constants of adaptive Fre-Res against others, on each ``--questions``) to ``choices.json``.
+(constants of adaptive Fre-Res against others; ``--clips`` keeps its clips and answers) to ``choices.json``.
 """
 
 from __future__ import annotations
@@ -80,12 +80,13 @@ def _parse_arguments() -> argparse.Namespace:
         type=Path,
         action="append",
         default=[],
-        help="a questions file that grids, lines, quantized and choices ask",
+        help="a questions file that grids, lines and quantized ask",
     )
     parser.add_argument(
         "--methods", type=lambda text: text.split(","), help="those that peers measures; by default all"
     )
     parser.add_argument("--limit", type=float, default=600.0, help="most seconds for a method that peers measures")
+    parser.add_argument("--clips", type=Path, help="folder in which choices keeps its clips and answers, to go on from")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
         "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
@@ -116,7 +117,7 @@ def main() -> None:
             "lines": lambda: measure_lines(Path(folder), arguments.frames, arguments.questions),
             "grids": lambda: measure_grids(arguments.questions),
             "quantized": lambda: measure_quantized(arguments.questions),
-            "choices": lambda: measure_choices(arguments.questions),
+            "choices": lambda: measure_choices(arguments.clips or Path(folder)),
             "gpu": measure_gpu,
             "gpu_clip": measure_gpu_clip,
             "startup": lambda: measure_startup(Path(folder), arguments.other),
