@@ -59,7 +59,7 @@ def test_each_choice_merges_with_its_own_constants(tmp_path, monkeypatch):
     num_budgets = len(choices.BUDGETS)
     of_clips = seen[::num_budgets]
     of_each = {name: of_clips[place :: len(choices.CONSTANTS)] for place, name in enumerate(choices.CONSTANTS)}
-    changed = [usual, (0.3, usual[1]), (1.0, usual[1]), (usual[0], float("inf"))]
+    changed = [usual, (0.3, usual[1]), (1.0, usual[1]), (usual[0], 1e9)]
     assert [{own[:2] for own in clips} for clips in of_each.values()] == [{own} for own in changed]
     merged = [[own[2] for own in clips] for clips in of_each.values()]
     assert all(own != merged[0] for own in merged[1:])
