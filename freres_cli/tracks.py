@@ -19,6 +19,7 @@ GOP_STARTS = ("uniform", "event", "demoted")
 NUM_SEGMENTS = 8  # lost energy is reported for each eighth of a GoP
 NUM_REPORTED_BANDS = 8
 MAX_BANDS = 1 << 16
+MOST_WAVES = 64  # the most that a preset allows; energies take memory for each band up to the highest
 # A band from here on is no wave: IMPULSE + b is the residual itself in time bin b, for what lasts a moment (ours, because a
 # spike has only K / L of its energy in K of L bands).
 IMPULSE = 1 << 15
@@ -217,6 +218,7 @@ class Tracks:
         require(bool((is_legal & covers).all()), "gop_num_bins: expected bins that cover the residual frames")
         within = self.coefficient_band % IMPULSE < bins[self.coefficient_gop]
         require(bool(within.all()), "coefficient_band: expected less than the bins of its GoP")
+        require(self.num_bands <= MOST_WAVES, f"coefficient_band: expected 0..{MOST_WAVES - 1}, or an impulse")
 
     def _check_bases(self) -> None:
         """Every coefficient occurs once, and its cell has a base."""

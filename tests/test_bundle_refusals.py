@@ -14,13 +14,17 @@ import torch
 from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError, ExitStatus
+from freres_cli.presets import KEYS
+from freres_cli.tracks import MOST_WAVES
 from tests.forged_bundles import (
     MANIFEST,
     edit_manifest,
     edit_text,
     forge,
+    make_tracks,
     manifest_for,
     rewrite,
+    smooth_latents,
 )
 from tests.forged_bundles import bundle as bundle
 from tests.forged_bundles import tracks as tracks
@@ -171,6 +175,24 @@ def test_an_index_out_of_range_is_refused_even_with_right_checksums(tmp_path, tr
         BundleError, match="gop_num_bins: expected" if name == "gop_bin_frames" else f"{name}: expected"
     ):
         read_bundle(tmp_path / "b.pt")
+
+
+def test_a_band_that_no_preset_allows_is_refused(tmp_path):
+    """Energies take memory for each band up to the highest: 108 GB of a file of 47 KB."""
+    long = make_tracks(smooth_latents(300), 60, 1)
+    bins = long.gop_num_residuals.clone()
+    band = long.coefficient_band.clone()
+    wave = int((~long.is_impulse).nonzero()[0])
+    for value, is_refused in ((MOST_WAVES - 1, False), (MOST_WAVES, True), (int(bins[0]) - 1, True)):
+        band[wave] = value
+        changed = {"gop_num_bins": bins, "gop_bin_frames": torch.ones_like(bins), "coefficient_band": band}
+        forge(tmp_path / f"{value}.pt", long, {**long.tensors(), **changed})
+        if is_refused:
+            with pytest.raises(BundleError, match=r"coefficient_band: expected 0\.\.63, or an impulse"):
+                read_bundle(tmp_path / f"{value}.pt")
+        else:
+            read_bundle(tmp_path / f"{value}.pt")
+    assert KEYS["max_coefficients"].high == MOST_WAVES
 
 
 def test_an_expanded_view_that_claims_more_than_the_file_holds_is_refused(bundle):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 
 import pytest
 
@@ -10,7 +11,7 @@ from freres_cli.bundle.store import write_bundle
 from freres_cli.cli.inspect import SHOWN_GOPS
 from freres_cli.cli.output import BLOCKS, PLAIN_BLOCKS, SCREEN_COLUMNS, format_sparkline
 from freres_cli.workflows.inspect import choose_gops
-from tests.forged_bundles import make_stretches, make_tokens, make_tracks, manifest_for, smooth_latents
+from tests.forged_bundles import edit_manifest, make_stretches, make_tokens, make_tracks, manifest_for, smooth_latents
 from tests.runner import run_freres
 
 LONG = "a name that goes on and on " * 6
@@ -98,3 +99,31 @@ def test_a_spark_grows_with_its_value(monkeypatch):
         plain = format_sparkline([0, 1, 2, 3, 4, 5, 6, 7])
         monkeypatch.undo()
         assert plain == PLAIN_BLOCKS and plain.isascii()
+
+
+def test_a_method_that_this_release_does_not_know_is_shown(path):
+    """Bundles of tokens may be of any method: those of a later release are read as well."""
+
+    def rename(manifest):
+        manifest["settings"]["method"]["value"] = "newmethod"
+
+    if path.stem == "tokens":
+        other = path.with_name("other.pt")
+        shutil.copy(path, other)
+        edit_manifest(other, rename)
+        assert "newmethod" in run_freres("inspect", other, "--all").out
+        assert run_freres("report", other, "-o", path.with_name("page.html"), "--force").status == 0
+
+
+@pytest.mark.parametrize("unknown", ["mean_shift_s", "max_shift_s"])
+def test_a_shift_that_is_not_known_is_not_shown(path, unknown):
+    def forget(manifest):
+        known = {"context_tokens": 9, "text_overhead_tokens": 2, "moved_tokens": 5, "moved_outside": 0}
+        manifest["tokens"].update(known, mean_shift_s=0.5, max_shift_s=0.5)
+        manifest["tokens"][unknown] = None
+
+    other = path.with_name("other.pt")
+    shutil.copy(path, other)
+    edit_manifest(other, forget)
+    found = run_freres("inspect", other)
+    assert found.status == 0 and "9 tokens without a question" in found.out and "tokens move" not in found.out

@@ -68,6 +68,11 @@ def inspect(
 
         print_json("freres.inspect/1", {**report, "environment": describe_environment(choose_device("cpu"))})
         return
+    print_report(report, show_all)
+
+
+def print_report(report: dict[str, Any], show_all: bool) -> None:
+    """Print what ``inspect_bundle`` returns: on one screen, or all of it."""
     _print_head(report, show_all)
     _print_time(report["over_time"])
     if report["stretches"] is not None:
@@ -76,10 +81,10 @@ def inspect(
         _print_energy(report["energy"])
         _print_gops(report["gops"], show_all)
     _print_settings(report["settings"], show_all)
-    if tokens:
+    if report["tokens"] is not None:
         print_result("")
         _print_tokens(report["tokens"])
-    if picture is not None:
+    if report["absorber"] is not None:
         print_result("")
         _print_picture(report["absorber"])
 
@@ -141,8 +146,8 @@ def _describe_context(report: dict[str, Any]) -> str:
         f"{count_of(report['context_tokens'], 'token')} without a question, "
         f"{report['text_overhead_tokens']} of them text in the video"
     )
-    if not report["moved_tokens"]:
-        return text
+    if not report["moved_tokens"] or None in (report["mean_shift_s"], report["max_shift_s"]):
+        return text  # each may be unknown by itself
     outside = f", {report['moved_outside']} out of the time they stand for" if report["moved_outside"] else ""
     return (
         f"{text}; {report['moved_tokens']} tokens move{outside}: {report['mean_shift_s']:.2f} s on average, "

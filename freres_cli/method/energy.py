@@ -130,11 +130,11 @@ def _explained_by_segment(tracks: Tracks, gop: int) -> Tensor:
     rows = ((tracks.coefficient_gop == gop) & ~tracks.is_impulse).nonzero().squeeze(1)
     if not rows.numel():
         return torch.zeros(NUM_SEGMENTS)
-    dense = _dense(tracks, rows)
-    gram = torch.einsum("pkd,pjd->kj", dense * _weights(tracks, gop)[:, None, None], dense)
+    dense, _, cells = _dense(tracks, rows, tracks.coefficient_cell[rows])
+    gram = torch.einsum("pkd,pjd->kj", dense * _weights(tracks, gop)[cells, None, None], dense)
     counts = _bin_counts(tracks, gop)
     basis = dct_basis(counts.shape[0], dense.shape[1])
-    per_bin = torch.einsum("kb,jb,kj->b", basis, basis, gram) * counts / float(tracks.gop_bin_frames[gop])
+    per_bin = (basis * (gram @ basis)).sum(0) * counts / float(tracks.gop_bin_frames[gop])
     return 2 * tracks.coefficient_segments[rows].sum(0) - sum_by_segment(per_bin[:, None]).squeeze(1)
 
 
@@ -146,12 +146,19 @@ def _bin_counts(tracks: Tracks, gop: int) -> Tensor:
     return counts
 
 
-def _dense(tracks: Tracks, rows: Tensor) -> Tensor:
-    """The coefficients in these rows of one GoP, zero where none was kept: (P, K, D) float32."""
-    dense = torch.zeros(tracks.num_cells, tracks.num_bands, tracks.width)
-    values = tracks.coefficient_values[rows, : tracks.width].to(torch.float32)
-    dense[tracks.coefficient_cell[rows], tracks.coefficient_band[rows]] = values
-    return dense
+def _dense(tracks: Tracks, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the coefficients in these rows of one GoP, zero where none was kept: (n, K, D) float32, of n cells.
+
+    ``wanted``: the cells, (m,), each as often as you like. Return also where each of them is among the n, (m,), and the n.
+    Only these take memory: a grid may have many more cells than a file has rows.
+    """
+    cells, place = wanted.unique(return_inverse=True)
+    dense = torch.zeros(cells.shape[0], tracks.num_bands, tracks.width)
+    mine = rows[torch.isin(tracks.coefficient_cell[rows], cells)]
+    values = tracks.coefficient_values[mine, : tracks.width].to(torch.float32)
+    at = torch.searchsorted(cells, tracks.coefficient_cell[mine])
+    dense[at, tracks.coefficient_band[mine]] = values
+    return dense, place, cells
 
 
 def _weights(tracks: Tracks, gop: int) -> Tensor:
@@ -169,11 +176,11 @@ def _impulse_gains(tracks: Tracks) -> Tensor:
     for gop in tracks.coefficient_gop[tracks.is_impulse].unique().tolist():
         mine = tracks.coefficient_gop == gop
         impulses = (mine & tracks.is_impulse).nonzero().squeeze(1)
-        dense = _dense(tracks, (mine & ~tracks.is_impulse).nonzero().squeeze(1))
         cell, at = tracks.coefficient_cell[impulses], tracks.coefficient_band[impulses] % IMPULSE
+        dense, place, _ = _dense(tracks, (mine & ~tracks.is_impulse).nonzero().squeeze(1), cell)
         counts = _bin_counts(tracks, gop)
         waves = dct_basis(counts.shape[0], dense.shape[1])[:, at] / float(tracks.gop_bin_frames[gop]) ** 0.5
-        held = torch.einsum("kn,nkd->nd", waves, dense[cell])
+        held = torch.einsum("kn,nkd->nd", waves, dense[place])
         missed = tracks.coefficient_values[impulses, : tracks.width].to(torch.float32) - held
         gains[impulses] = (missed.square().sum(1) * _weights(tracks, gop)[cell] * counts[at]).to(torch.float64)
     return gains

@@ -157,6 +157,8 @@ def _digest(source: VideoSource, options: CompressOptions, plan: CompressPlan, e
         "settings": {**options.settings.values(), "method": options.method},
         "window": [options.start_s, options.end_s, options.strict, options.decode],
         "plan": [asdict(plan.sampling), asdict(plan.size), plan.num_frames, count_batch_frames(plan)],
+        # Settings alone do not say whether the budget limits a --quality: where they come from does.
+        "limits": [plan.budget_tokens, plan.quality],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -93,8 +93,8 @@ def describe_bundle(
 
 def _describe_mixing(manifest: Mapping[str, Any]) -> str | None:
     """Return why tokens are shown at fewer places than they stand for, if they are."""
-    method = METHODS[manifest["settings"]["method"]["value"]]
-    if not method.mixes:
+    method = METHODS.get(manifest["settings"]["method"]["value"])  # a bundle of tokens may be of any method
+    if method is None or not method.mixes:
         return None
     return f"tokens of method {method.name} mix latents that the bundle does not name: each is shown at its own place"
 
