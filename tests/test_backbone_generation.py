@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from freres_cli.backbones import engine
 from freres_cli.backbones.generation import Sampling, TextStream, generate, pick_token
@@ -66,3 +70,30 @@ def test_text_comes_in_whole_characters(tiny, data):
     assert "".join(pieces) + stream.flush() == content.decode(errors="replace")
     if isinstance(data, str):
         assert "\ufffd" not in "".join(pieces)
+
+
+def byte_fallback_tokenizer():
+    """A tokenizer like that of Llama: a character without a token of its own is a token for each of its bytes."""
+    words = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581hello": 256, "a": 257, "b": 258, "<unk>": 259}
+    made = Tokenizer(BPE(words, [], unk_token="<unk>", byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("text", ["字", "字字b😀é", "ab字 b", "hé"])
+def test_characters_come_whole_from_tokens_of_bytes(text):
+    tokenizer = byte_fallback_tokenizer()
+    ids = [256, *itertools.chain(*([{"a": 257, "b": 258}[c]] if c in "ab" else c.encode() for c in text))]
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids) and tokenizer.decode(ids).endswith(text)
+    assert "\ufffd" not in "".join(pieces)
+
+
+@pytest.mark.parametrize("after", ["", "ab€"])
+def test_a_control_token_after_a_split_character_adds_nothing(tiny, after):
+    tokenizer = tiny.model.tokenizer
+    first, rest = (list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in ("é", after))
+    ids = [*first, tokenizer.convert_tokens_to_ids("<|vision_start|>"), *rest]
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.add, ids), stream.flush()]) == f"é{after}"

@@ -166,23 +166,22 @@ class TextStream:
     def add(self, token: int) -> str:
         """The new text that is certain after this token; may be empty."""
         self._ids.append(token)
-        text = self._decode()
-        # A tokenizer decodes an unfinished character at the end as exactly one replacement character.
-        certain = text.removesuffix(_REPLACEMENT)
+        text = self._decode(self._ids)
+        # An unfinished character at the end is one replacement character, or one for each of its bytes.
+        certain = text.rstrip(_REPLACEMENT)
         piece = certain[self._num_sent :]
-        if certain == text and text:
+        self._num_sent = max(self._num_sent, len(certain))  # a token without text shows what was not certain before it
+        last = self._decode(self._ids[-1:])
+        if certain == text and last and _REPLACEMENT not in last:
             # Keep one whole token as context: some tokenizers treat the start of a text specially.
-            self._ids = self._ids[-1:]
-            self._num_sent = len(self._decode())
-        else:
-            self._num_sent = len(certain)
+            self._ids, self._num_sent = self._ids[-1:], len(last)
         return piece
 
     def flush(self) -> str:
         """The rest of the text, with replacement characters for characters that were never completed."""
-        piece = self._decode()[self._num_sent :]
+        piece = self._decode(self._ids)[self._num_sent :]
         self._ids, self._num_sent = [], 0
         return piece
 
-    def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

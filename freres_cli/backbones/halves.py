@@ -157,3 +157,11 @@ def loading(checkpoint: Checkpoint, what: str) -> Any:
     gib = checkpoint.weight_bytes / 2**30
     message = f"{checkpoint.model_id}: loading the {what} (whole model: {gib:.1f} GiB as stored)"
     return memory_errors_as(message, "use a smaller model or dtype, or a device with more memory")
+
+
+def read_stop_ids(checkpoint: Checkpoint, text_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer: those of the generation config, or else of the decoder's config, and the one that
+    ends a turn in the ``tokenizer``: checkpoints without a generation config may name another, and run on past it."""
+    named = checkpoint.read_json("generation_config.json").get("eos_token_id", text_config.eos_token_id)
+    every = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return frozenset(token for token in every if token is not None)

@@ -28,6 +28,7 @@ from freres_cli.backbones.halves import (
     check_decoder,
     loading,
     read_config,
+    read_stop_ids,
     read_tokenizer,
 )
 from freres_cli.backbones.locks import ThreadLock
@@ -133,8 +134,7 @@ class DecoderLanguageModel(ABC):
             weights_note = quantize_linears(half.decoder, storage.weights, place)
             half.to(place)
             half.tie_equal_head()
-        stop = checkpoint.read_json("generation_config.json").get("eos_token_id", config.text_config.eos_token_id)
-        stop_ids = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
+        stop_ids = read_stop_ids(checkpoint, config.text_config, tokenizer)
         digests = fingerprint(checkpoint, cls.files.projector)
         found = (device.note, dtype_note, attention_note, long_note, weights_note, *rope_notes(config.text_config))
         notes = tuple(filter(None, found))
@@ -143,15 +143,14 @@ class DecoderLanguageModel(ABC):
 
     @classmethod
     def load_without_weights(cls, checkpoint: Checkpoint, storage: Storage = AS_COMPUTED) -> Self:
-        """The language half on torch's meta device, which holds no values: it can count the rows of prompts, not run.
-
-        Only the config and the tokenizer are read. ``storage``: how a cache would be kept.
-        """
+        """The language half on torch's meta device, which holds no values: it can count the rows of prompts, not run. Only
+        configs and the tokenizer are read. ``storage``: how a cache would be kept."""
         config = read_config(checkpoint, cls.files)
         tokenizer = read_tokenizer(checkpoint, cls.video_token or config.video_token_id)
         with MatricesOnMeta():
             half, _ = cls.build_half(config, torch.float32)
-        return cls(config, half.to("meta"), tokenizer, frozenset(), {}, storage=storage)
+        stops = read_stop_ids(checkpoint, config.text_config, tokenizer)
+        return cls(config, half.to("meta"), tokenizer, stops, {}, storage=storage)
 
     @classmethod
     def build_half(

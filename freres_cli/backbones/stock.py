@@ -5,6 +5,7 @@ What ``freres verify`` and the contract tests compare ours with. Nothing here us
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,14 +162,19 @@ class StockPath:
         return found
 
     @torch.no_grad()
-    def answer(self, num_tokens: int) -> tuple[list[int], Tensor]:
-        """Greedy ids from the stock ``generate``, without penalties, and the logits that each was picked from."""
+    def answer(self, num_tokens: int, stop_ids: Iterable[int]) -> tuple[list[int], Tensor]:
+        """Greedy ids from the stock ``generate``, without penalties, and the logits that each was picked from.
+
+        ``num_tokens``: at most so many. ``stop_ids``: that end the answer. A checkpoint without a generation config names
+        fewer than its tokenizer does.
+        """
         told = self.stock.generate(
             **self.forward_inputs(self.ids),
             max_new_tokens=num_tokens,
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
+            eos_token_id=sorted(stop_ids),
             output_logits=True,
             return_dict_in_generate=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.errors import UsageError
@@ -16,6 +17,9 @@ from freres_cli.evaluation.questions import (
 )
 from freres_cli.pipeline.choices import as_whole
 from freres_cli.pipeline.reasoning import refuse_reasoning
+
+# By model: how its turn begins.
+_OPENINGS: WeakKeyDictionary[LanguageModel, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,28 @@ def encode_choices(model: LanguageModel, query: Query) -> tuple[str, list[tuple[
     if model.choices_as == "words":
         return query.question, [(*encode(choice, add_special_tokens=False), end) for choice in query.choices]
     letters = check_choices(query.choices)
-    ids = [tuple(encode(letter, add_special_tokens=False)) for letter in letters]
-    return format_choices(query.question, query.choices), ids
+    return format_choices(query.question, query.choices), [_ids_in_turn(model, letter) for letter in letters]
+
+
+def _ids_in_turn(model: LanguageModel, text: str) -> tuple[int, ...]:
+    """Return the ids of a text as the model's turn begins with it: tokenizers have other tokens for a letter after a space,
+    or at the start of a text."""
+    if model not in _OPENINGS:
+        _OPENINGS[model] = _read_opening(model)
+    opening = _OPENINGS[model]
+    gap = " " if opening and not opening[-1].isspace() else ""  # `Assistant:`, as SmolVLM's turn begins
+    before, whole, alone = (
+        tuple(model.tokenizer.encode(part, add_special_tokens=False)) for part in (opening, opening + gap + text, text)
+    )
+    return whole[len(before) :] if whole[: len(before)] == before else alone
+
+
+def _read_opening(model: LanguageModel) -> str:
+    """Return what the prompt ends in, after its last control token: the start of the model's turn."""
+    ids = model.prompt("?").suffix
+    controls = [place for place, token in enumerate(ids) if token in model.tokenizer.added_tokens_decoder]
+    opening = list(ids[max(controls, default=-1) + 1 :])
+    return str(model.tokenizer.decode(opening, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def read_queries(queries: Iterable[Query | str]) -> list[Query]:

@@ -183,6 +183,8 @@ class Session:
             self._check(query)
             if (why := why_no_evidence(self.model)) is not None:
                 raise BackboneError(why)
+            if self.pruning is not None:
+                raise BackboneError("evidence: not known for a method that drops tokens inside the decoder")
             prefix, suffix = self._encode_choices(query)[:2] if query.choices else self._prompt(query)
             ids = next(ids for ids, own in self._prefixes.items() if own is prefix)
             places = find_places(self.model, ids, self.tokens, self.text_after)

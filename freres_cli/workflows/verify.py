@@ -168,7 +168,7 @@ def run_stock(models: Models, frames: Tensor, size: FrameSize, keep: Tensor) -> 
     features = path.features().float().cpu()
     if ids is None:
         return StockResult(pixels, features, None, reason=reason)
-    answer, scores = path.answer(NUM_ANSWER)
+    answer, scores = path.answer(NUM_ANSWER, counter.stop_ids)
     steps = None
     if is_croppable(counter):
         told, logits = path.masked_steps(keep, NUM_STEPS)
