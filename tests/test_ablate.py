@@ -198,6 +198,17 @@ def test_a_budget_given_twice_is_refused(folder, tmp_path, flag):
     assert not any(tmp_path.iterdir())
 
 
+def test_no_plot_replaces_a_video_that_is_read(folder, tmp_path):
+    video = tmp_path / "v.png"  # an animated PNG is a video
+    video.write_bytes(b"whatever it holds")
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({**row, "video": str(video)}) + "\n" for row in rows))
+    for questions, data in (("q.jsonl", folder / "data.jsonl"), (folder / "questions.jsonl", "q.jsonl")):
+        named = ("ablate", tmp_path / questions, "--train", tmp_path / data, "-o", tmp_path / "out", *FLAGS)
+        check_failure(run_freres(*named, "--plot", video, "--force"), 2, "video")
+        assert video.read_bytes() == b"whatever it holds"
+
+
 def test_without_training_the_rows_of_adapters_are_left_out():
     cells = ablate.make_cells(("components", "anchors"), parse_budgets("0.25,64"), {})
     untrained = [label for label in COMPONENTS if not label.endswith(", trained")]

@@ -69,6 +69,23 @@ def test_only_a_method_that_is_new_is_asked(questions, before, asked):
     assert figures(joined.summary) == figures(run_eval(questions, *cells).summary)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_how_a_video_was_read_is_kept_in_any_order_and_where_one_row_is_new(questions, tmp_path, order):
+    """With density 4 adaptive asks for more frames than the clips have, which is a note; uniform does not."""
+    settings = {"sample": "count", "sample_count": 4, "track_density": 4, "grid": "4x4"}
+    files = [tmp_path / f"{method}.jsonl" for method in ("uniform", "adaptive")]
+    for file in files:
+        run_eval(questions, file.stem, "0.5", output=file, settings=settings)
+    cells = ("uniform,adaptive", "0.5")
+    expected = run_eval(questions, *cells, settings=settings).summary["video_notes"]
+    assert expected
+    for joined in ([files[place] for place in order], [files[order[0]]]):
+        found = run_eval(questions, *cells, joined=joined, settings=settings).summary["video_notes"]
+        assert [{**item, "notes": set(item["notes"])} for item in found] == [
+            {**item, "notes": set(item["notes"])} for item in expected
+        ]
+
+
 def test_the_first_of_two_files_counts_and_one_fills_the_gaps_of_the_other(questions, before, tmp_path, asked):
     run_eval(questions, "evs,adaptive", "0.25", output=tmp_path / "evs.jsonl")
     del asked[:]
@@ -86,7 +103,7 @@ def test_what_has_changed_since_or_failed_or_answers_other_questions_is_asked_ag
     run_eval(questions, "blind,uniform", "0.5", output=other, limit=5)
     rows = other.read_text().splitlines()
     row = json.loads(rows[1])
-    row["cells"][1] = {"method": "uniform", "budget": 0.5, "status": "failed", "message": "no"}
+    row["cells"][1] = {"method": "uniform", "budget": 0.5, "status": "failed", "message": "no", "answers": {}}
     other.write_text("\n".join([rows[0], json.dumps(row), *rows[2:]]) + "\n")
     write_clip(tmp_path / "clip1.mp4", 7, fps=10)
     del asked[:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,22 @@ def test_a_damaged_middle_line_is_refused_and_a_cut_header_begun_anew(questions,
     path.write_bytes(lines[0][:30])
     run_eval(questions, "blind", output=path)
     assert path.read_bytes().startswith(lines[0])
+
+
+@pytest.mark.parametrize("change", ["method", "budget", "time"])
+def test_a_row_without_its_method_or_with_no_number_is_damaged(questions, tmp_path, change):
+    path = tmp_path / "a.jsonl"
+    run_eval(questions, "blind", output=path)
+    lines = path.read_text().splitlines(keepends=True)
+    row = json.loads(lines[1])
+    cell = row["cells"][0]
+    if change == "method":
+        del cell["method"]
+    else:
+        cell["budget" if change == "budget" else "prefill_s"] = "0.5" if change == "budget" else float("nan")
+    path.write_text("".join([lines[0], json.dumps(row) + "\n", *lines[2:]]))
+    with fails(2, f"{path}:2: damaged"):
+        run_eval(questions, "blind", output=path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -22,7 +22,7 @@ REMEDY = "remove it, or name another folder with -o"
 
 def ablate(
     questions: Annotated[
-        Path, typer.Argument(metavar="QUESTIONS", readable=False, help="Questions, as for freres eval.")
+        Path, typer.Argument(metavar="QUESTIONS", readable=False, help="Questions in JSON lines, as for freres eval.")
     ],
     output: Annotated[
         str,
@@ -87,7 +87,8 @@ def ablate(
     known = None if data is None else read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
-    options.refuse_inputs(picture, [("questions file", questions), ("data", data), *chosen.files])
+    videos = [("video", question.video) for own in (file, known) if own is not None for question in own.questions]
+    options.refuse_inputs(picture, [("questions file", questions), ("data", data), *videos, *chosen.files])
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.eval_run import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation

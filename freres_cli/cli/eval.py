@@ -101,7 +101,7 @@ def evaluate(
 
     Each video is decoded and encoded once; every method makes its tokens from these latents, and answers all questions
     about the video from one prefill. Where the preset's track_density is above 1 (4 in most of them), adaptive and
-    fre-res read that multiple of the frames that the other methods read (fre-res not if its budget holds every token):
+    fre-res read that multiple of the frames that the other methods read (neither does if its budget holds every token):
     the file is decoded once more for these, and equal tokens are not equal frames. --set track_density=1 compares at
     equal frames. Options are scored as in freres ask --choices. Free answers are greedy, have at most 16 tokens, and
     are compared ignoring case, spacing and final punctuation. A video that cannot be used is a failed row, and its

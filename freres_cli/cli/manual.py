@@ -226,9 +226,10 @@ compare:
     also all tokens of the longest prompt, the prefill, and the time to the first token of the first question, which
     includes it; later questions reuse the prefill. Then a table for each question, with the answer of each method, and
     with `--choices` the probability of the option it chose. An answer that was cut at `--max-new-tokens` ends in three
-    dots. Fre-Res is rebuilt from its tracks, as in freres-fidelity(1). blind has no tokens, and so no shares. Times are
-    of one run without a warm-up: see freres-profile(1) for repeated ones. `num_frames` of a row in the JSON is how many
-    frames its tokens are made from; a note says where rows differ in them.
+    dots. Fre-Res is rebuilt from its tracks, as in freres-fidelity(1). blind has no tokens, and so no shares; nor have
+    methods that need the question. Times are of one run without a warm-up: see freres-profile(1) for repeated ones.
+    `num_frames` of a row in the JSON is how many frames its tokens are made from; a note says where rows differ in
+    them.
   schemas:
     freres.compare/1:
       video num_frames full_tokens decode_s encode_s questions

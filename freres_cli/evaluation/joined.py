@@ -19,12 +19,15 @@ REMEDY = "--join takes results of freres eval for the same questions, model, dev
 class KnownCells:
     """What is known about a video. ``row``: one that was written before, whose ``cells`` are not these; ``None`` if nothing
     is known. ``cells``: its parts by the place of their method in the run that is made. ``num_joined``: how many of them
-    are from other files than the run's own. ``sha256``: of the video, if it was read."""
+    are from other files than the run's own. ``sha256``: of the video, if it was read. ``notes``, ``lost_s``: how the video
+    was read for any of the cells."""
 
     row: Mapping[str, Any] | None = None
     cells: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     num_joined: int = 0
     sha256: str | None = None
+    notes: tuple[str, ...] = ()
+    lost_s: float = 0.0
 
 
 class JoinedAnswers:
@@ -47,7 +50,7 @@ class JoinedAnswers:
         taken, as tokens and times are those of all of them. ``own``: what the run's own file has about it, which counts
         first. What failed is not known: it is tried again.
         """
-        base: Mapping[str, Any] | None = None
+        used: list[Mapping[str, Any]] = []
         cells: dict[int, dict[str, Any]] = {}
         num_own = 0
         for row, places in self._find_rows(video, own):
@@ -56,9 +59,13 @@ class JoinedAnswers:
             for place, other in places.items():
                 cell = row["cells"][other]
                 if place not in cells and cell["status"] == "ok" and cell["answers"].keys() == asked:
-                    cells[place], base = cell, base or row
+                    cells[place] = cell
                     num_own += row is own
-        return KnownCells(base, cells, len(cells) - num_own, sha256)
+                    used.append(row)
+        # Rows of the same video may have read other frames of it.
+        notes = dict.fromkeys(note for row in used for note in row["notes"])
+        lost_s = max((row["lost_s"] for row in used), default=0.0)
+        return KnownCells(used[0] if used else None, cells, len(cells) - num_own, sha256, tuple(notes), lost_s)
 
     def _find_rows(
         self, video: str, own: Mapping[str, Any] | None

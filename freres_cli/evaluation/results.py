@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -169,9 +170,11 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
 
 
 def _is_whole_cell(cell: Mapping[str, Any]) -> bool:
+    budget, answers = cell.get("budget"), cell.get("answers")
+    if not isinstance(cell.get("method"), str) or not (budget is None or _is_number(budget)):
+        return False
     if cell.get("status") == "failed":
-        return isinstance(cell.get("message"), str)
-    answers = cell.get("answers")
+        return isinstance(cell.get("message"), str) and answers == {}
     tokens = ("budget_tokens", "visual_tokens", "context_tokens", "encoded_tokens")
     numbers = (*tokens, "num_frames", "compress_s", "prefill_s")
     notes = cell.get("notes", [])
@@ -194,7 +197,7 @@ def _is_whole_cell(cell: Mapping[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def digest_run(run: Mapping[str, Any]) -> str:

@@ -80,7 +80,8 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
     if request.queries:
         model = models.language_model
         check_methods([cell.method for cell in request.cells], model)
-        refuse_control_tokens([("--question", query.texts) for query in request.queries], model)
+        refuse_control_tokens([("--question", [query.question for query in request.queries])], model)
+        refuse_control_tokens([("--choices", query.choices) for query in request.queries], model)
         modules = load_all_modules(request.cells, request.options, models)
         notes += [*describe_limits(request.options.model.name, is_world_clip(request.video)), *model.notes]
     encoder = models.encoder

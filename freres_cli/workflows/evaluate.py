@@ -170,7 +170,8 @@ def evaluate_video(
     what goes wrong. ``known``: what was answered before.
     """
     if known.row is not None and len(known.cells) == len(request.cells):
-        return {**known.row, "cells": [known.cells[place] for place in range(len(request.cells))]}
+        cells = [known.cells[place] for place in range(len(request.cells))]
+        return {**known.row, "cells": cells, "lost_s": known.lost_s, "notes": list(known.notes)}
     first = questions[0]
     video, model = first.video, models.language_model
     options = replace(request.options, start_s=first.start_s, end_s=first.end_s)
@@ -191,7 +192,8 @@ def evaluate_video(
                 for place, cell in enumerate(request.cells)
             ]
             # After the cells: some decode the file once more.
-            row |= {"lost_s": clip.lost_s, "notes": list(clip.notes)}
+            notes = dict.fromkeys((*known.notes, *clip.notes))
+            row |= {"lost_s": max(known.lost_s, clip.lost_s), "notes": list(notes)}
     except FreresError as error:
         failures.append(error.without_frames())
         return {"video": name, "status": "failed", "message": error.message}
