@@ -104,6 +104,17 @@ def test_a_repacked_bundle_is_a_bundle(bundle, tmp_path):
     assert grown.status == 0 and "already fits" in grown.err
 
 
+def test_of_a_bundle_with_every_token_it_says_if_compressing_would_read_other_frames(clip, tiny, tmp_path):
+    """Then repacking does not give what compressing gives."""
+    flags = ("--model", tiny[0], "--frames", 4, "--grid", "4x4", "--method", "adaptive")
+    for density, budget, is_told in ((4, 64, True), (1, 64, False), (4, 63, False)):
+        path = tmp_path / f"{density}-{budget}.pt"
+        made = run_freres("compress", clip, *flags, "--set", f"track_density={density}", "--budget", budget, "-o", path)
+        assert made.status == 0, made.err
+        cut = run_freres("repack", path, "--budget", 30, "-o", tmp_path / f"small-{path.name}")
+        assert ("reads other frames" in cut.err and "track_density=4" in cut.err) == is_told
+
+
 def test_a_bundle_can_be_repacked_over_itself(bundle, tmp_path):
     path = tmp_path / "b.pt"
     shutil.copy(bundle, path)

@@ -54,6 +54,7 @@ def cut_content(
         budget = min(budget, _count_for_quality(content, manifest, cut.quality, name))
     if budget < before:
         content = _cut(content, manifest, budget, name)
+        notes += _describe_frames(content, manifest, before)
         if cut.quality is not None and isinstance(content, Stretches) and content.quality < cut.quality:
             notes.append(
                 f"quality {content.quality:.4f} in place of {cut.quality:g}: the budget of {count_of(budget, 'token')} "
@@ -89,6 +90,25 @@ def _count_for_quality(content: Content, manifest: Mapping[str, Any], quality: f
             f"cut it to a --budget, or {again}" if isinstance(content, Tracks) else again,
         )
     return count_for_quality(content, quality)
+
+
+def _describe_frames(content: Content, manifest: Mapping[str, Any], before: int) -> list[str]:
+    """Return a note if compressing to fewer tokens reads other frames than the bundle was made from."""
+    settings = {key: setting["value"] for key, setting in manifest["settings"].items()}
+    if not isinstance(content, Stretches) or before < manifest["tokens"]["full_tokens"]:
+        return []
+    is_denser = settings["sample"] != "native" and settings.get("track_density", 1) > 1
+    keys = [
+        key
+        for key, has_effect in (("track_density", is_denser), ("line_levels", settings.get("line_levels")))
+        if has_effect
+    ]
+    if not keys:
+        return []
+    named = " and ".join(f"{key}={settings[key]}" for key in keys)
+    return [
+        f"the bundle holds every token, so it was made without {named}: compressing to a smaller budget reads other frames"
+    ]
 
 
 def _cut(content: Content, manifest: Mapping[str, Any], budget_tokens: int, name: str) -> Content:
