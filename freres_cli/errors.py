@@ -5,6 +5,7 @@ And the words that several messages share.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -157,7 +158,17 @@ def explain_no_file(path: str | Path, what: str = "file") -> str:
         if url[1].lower() == "file":
             return f"{url[1]}:///{url[2]}: is a URL, not a file: name the path, /{url[2]}"
         return f"{url[1]}://{url[2]}: is a URL, not a file: download it first"
-    return f"{name}: no such {what}"
+    return f"{name}: {_why_not_found(name) or f'no such {what}'}"
+
+
+def _why_not_found(name: str) -> str | None:
+    """Return why a file cannot be looked for, such as a folder that may not be entered."""
+    try:
+        os.stat(name)  # noqa: PTH116 (as above)
+    except (OSError, ValueError) as error:
+        code = getattr(error, "errno", errno.ENOENT)
+        return None if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) else os.strerror(code).lower()
+    return None
 
 
 def count_of(count: int, noun: str) -> str:

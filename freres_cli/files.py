@@ -52,6 +52,8 @@ def check_destination(path: Path, force: bool, flag: str = "-o") -> None:
     if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114
         raise UsageError(f"{path}: is a link to a file that does not exist", f"remove the link, or {another}")
     if not os.path.isdir(path.parent):  # noqa: PTH112
+        if os.path.exists(path.parent):  # noqa: PTH110
+            raise UsageError(f"{path}: {path.parent} is not a folder", another)
         raise UsageError(f"{path}: folder {path.parent} does not exist", "make the folder first")
     if os.path.exists(path) and not force:  # noqa: PTH110
         raise UsageError(
@@ -166,8 +168,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
         if isinstance(error, RuntimeError) and not is_short_write:
             raise
         if is_short_write or getattr(cause, "errno", None) in _DISK_FULL:
-            kind = ResourceError if getattr(cause, "errno", None) == errno.EFBIG else DiskFullError
-            raise kind(
+            if getattr(cause, "errno", None) == errno.EFBIG:
+                raise ResourceError(
+                    f"{path}: larger than a file may be in this place",
+                    f"choose another place with {flag}, or see: ulimit -f",
+                ) from error
+            raise DiskFullError(
                 f"{path}: not enough disk space to write it", f"free some space, or choose another place with {flag}"
             ) from error
         reason = getattr(cause, "strerror", None) or cause

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -112,6 +113,15 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path):
     with pytest.raises(ResourceError, match="disk space"):
         write_atomically(tmp_path / "b.pt", fail, force=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_may_not_be_so_large_is_no_full_disk(tmp_path):
+    def fail(file):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    with pytest.raises(ResourceError, match="larger than a file may be") as caught:
+        write_atomically(tmp_path / "b.pt", fail, force=False)
+    assert "free some space" not in str(caught.value.hint) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -42,6 +42,7 @@ from tests.runner import check_failure, run_freres
         (("compress", "{clip}", "--device", "tpu"), 2, "error: --device: expected"),
         (("compress", "{clip}", "--dtype", "int3"), 2, "error: --dtype: expected"),
         (("compress", "{clip}", "-o", "no/such/folder.pt"), 2, "does not exist"),
+        (("compress", "{clip}", "-o", "{clip}/b.pt"), 2, "is not a folder"),
         (("ask", "missing.pt", "what?"), 4, "missing.pt"),
         (("ask", "{clip}", "what?"), 4, "not a freres bundle"),
         (("ask", "{bundle}", "  "), 2, "question"),
@@ -128,3 +129,21 @@ def test_no_memory_is_6(clip, tmp_path, monkeypatch):
 
     monkeypatch.setattr("freres_cli.pipeline.encoding.LatentStream.encode", allocate)
     check_failure(run_freres("compress", clip, "-o", tmp_path / "b.pt"), 6, "memory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("ask", "b.pt", "what?"), 4),
+        (("inspect", "b.pt"), 4),
+        (("profile", "b.pt"), 3),
+        (("compress", "list.txt"), 2),
+        (("presets", "./p.yaml"), 2),
+    ],
+)
+def test_a_file_that_cannot_be_looked_for_is_not_said_to_be_missing(arguments, status, tmp_path, monkeypatch):
+    """A link to itself stands for a folder that may not be entered, which root may."""
+    monkeypatch.chdir(tmp_path)
+    named = next(argument for argument in arguments if "." in argument)
+    (tmp_path / named).symlink_to(named)
+    check_failure(run_freres(*arguments), status, "too many levels of symbolic links")

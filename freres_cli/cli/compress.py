@@ -359,7 +359,8 @@ def _print_plan(plan: CompressPlan, facts: dict[str, Any], chosen: CompressOptio
     for kind, count in facts["tokens_by_kind"].items():
         print_result(f"  {kind:<14} {count}")
     budget = plan.budget
-    print_result(f"GoPs             {budget.num_anchors}, up to {budget.max_events} more for events")
+    more = f", up to {budget.max_events} more at cuts, and some without an anchor at further cuts"
+    print_result(f"GoPs             {budget.num_anchors}{more if budget.max_events else ''}")
     print_result(f"coefficients     {budget.num_coefficients} in {budget.pooled_grid[0]}x{budget.pooled_grid[1]} cells")
 
 

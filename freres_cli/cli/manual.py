@@ -21,21 +21,21 @@ compress:
     freres compress video.mp4 --budget 1280 --dry-run: Show the token allocation; encode nothing.
     freres compress video.mp4 --method fre-res --set temporal_share=0.4: The paper's method, with one setting changed.
   output: >-
-    The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, as does a warning for
-    each video that failed. `context_tokens` are all tokens of the prompt without a question; `text_overhead_tokens` are
-    those inside the video that are not visual, such as the time of each frame. A family that writes text around every frame
-    gets at most 10 % of it: ask then moves tokens that stand for more than one frame to frames that they share, and
+    The path of the bundle, one line for each video. Token counts, time and peak memory go to stderr, as does a warning
+    for each video that failed. `context_tokens` are all tokens of the prompt without a question; `text_overhead_tokens`
+    are those inside the video that are not visual, such as the time of each frame. A family that writes text around every
+    frame gets at most 10 % of it: ask then moves tokens that stand for more than one frame to frames that they share, and
     `moved_tokens`, `moved_outside` (those that leave the time they stand for), `mean_shift_s` and `max_shift_s` say how
     far. Anchor tokens never move; if their frames alone need more text, it is counted as it is. All of these are null if
     the model's tokenizer cannot be read. With `--dry-run`, the first two are upper bounds, because the frames that will
-    hold tokens are not known yet. With `--quality`, the number of visual tokens is known only once the frames are encoded:
-    `--dry-run` has null for it. Method adaptive records `quality`, the share of energy that its bundle keeps; a note says
-    so if it is below the one asked for. It is null for other methods. Frames are read and resized while others are encoded,
-    and on a GPU most methods work beside the tower, so the stages of `timings_s` may add up to more than `total`; `decode` is
-    the time of the thread that reads. With
+    hold tokens are not known yet, and the kinds of fre-res are those of a clip without cuts. With `--quality`, the number
+    of visual tokens is known only once the frames are encoded: `--dry-run` has null for it. Method adaptive records
+    `quality`, the share of energy that its bundle keeps; a note says so if it is below the one asked for. It is null for
+    other methods. Frames are read and resized while others are encoded, and on a GPU most methods work beside the tower,
+    so the stages of `timings_s` may add up to more than `total`; `decode` is the time of the thread that reads. With
     `--residual-grid`, only anchor frames pass the tower at their whole grid; every frame, anchors too, passes it at the
-    smaller one, from which events and residuals are taken. The file is decoded once for both grids. `encoded_tokens` counts
-    both. With `--set line_levels=N`, it counts the frames that passed the tower; see freres(7).
+    smaller one, from which events and residuals are taken. The file is decoded once for both grids. `encoded_tokens`
+    counts both. With `--set line_levels=N`, it counts the frames that passed the tower; see freres(7).
   schemas:
     freres.compress/1:
       bundle bundle_bytes visual_tokens budget_tokens full_tokens compression retention tokens_by_kind quality
@@ -280,7 +280,7 @@ inspect:
     Source, model, tokens, context, residual energy kept, GoPs and settings. The counts of text are those that the bundle
     records, as in freres-compress(1). The spectrum is shown with its null, the spectrum of
     independent noise frames. Bundles of other methods have no residual energy or GoPs. Those of method adaptive have
-    `stretches` in their place: the quality, that at other budgets (`curve`, to which a cut would lead), how many frames and
+    `stretches` in their place: the quality, that at other budgets (`curve`: of this clip), how many frames and
     cells a stretch covers, and the cuts. `--absorber` adds a line about
     the picture, which shows at most 20 GoPs, those with the most energy; `--json` has the maps of all.
   schemas:

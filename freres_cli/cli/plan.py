@@ -61,9 +61,10 @@ def plan(
 ) -> None:
     """Show what a video will cost before compressing it or asking about it.
 
-    Prints frames, tokens, work of the tower, tokens in context, KV cache, peak memory with all its parts, and the estimated
-    time of every stage. Reads the video's packets and the model's configs; no weights are needed. With --device-memory it
-    says whether that fits, and the largest budget that would; the exit status is 6 if it does not.
+    Prints frames, tokens, work of the tower, tokens in context, KV cache, peak memory with all its parts, and the
+    estimated time of every stage but the method's own, which is short. Reads the video's packets and the model's
+    configs; no weights are needed. With --device-memory it says whether that fits, and the largest budget that would;
+    the exit status is 6 if it does not.
     """
     path = options.check_path(video, "VIDEO")
     limit = None if device_memory is None else parse_size(device_memory)

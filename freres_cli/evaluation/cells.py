@@ -72,7 +72,7 @@ def parse_budget(text: str, flag: str = "--budgets") -> Budget:
         return Budget(share=share)
     raise UsageError(
         f"{flag}: expected a share such as 0.25 (above 0, at most 1.0) or a count such as 640, got {text!r}",
-        "a decimal point makes a share: 1.0 is every token" if text == "1" else "separate budgets with commas",
+        "a decimal point makes a share: 1.0 is every token; separate budgets with commas",
     )
 
 
