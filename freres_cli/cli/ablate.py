@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from freres_cli.cli.given import gather_flags
 from freres_cli.cli.output import print_json, print_line, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
 from freres_cli.files import make_folder
+
+if TYPE_CHECKING:
+    from freres_cli.evaluation.questions import QuestionFile
 
 REMEDY = "remove it, or name another folder with -o"
 
@@ -87,8 +90,7 @@ def ablate(
     known = None if data is None else read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
-    videos = [("video", question.video) for own in (file, known) if own is not None for question in own.questions]
-    options.refuse_inputs(picture, [("questions file", questions), ("data", data), *videos, *chosen.files])
+    options.refuse_inputs(picture, [*_files_of(file, "questions file"), *_files_of(known, "data"), *chosen.files])
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.eval_run import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
@@ -117,6 +119,13 @@ def ablate(
         print_json("freres.ablate/1", {**describe_result(result, request), "tables": list(names), "plot": drawn})
     else:
         _print_tables(result.summary, drawn)
+
+
+def _files_of(file: QuestionFile | None, name: str) -> list[tuple[str, Path]]:
+    """The file, called ``name``, and its videos."""
+    if file is None:
+        return []
+    return [(name, file.path), *(("video", question.video) for question in file.questions)]
 
 
 def _print_tables(summary: dict[str, Any], drawn: str | None) -> None:

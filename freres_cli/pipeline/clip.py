@@ -69,7 +69,7 @@ class EncodedClip:
     the stages ``decode``, ``encode`` and ``compress``.
 
     No picture passes the tower twice. The frames that the settings name are read first. If ``track_density`` is
-    above 1, Fre-Res reads denser frames below the full budget, and the file is decoded a second time for them.
+    above 1, both forms of Fre-Res read denser frames below the full budget, and the file is decoded a second time for them.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from freres_cli.backbones.sizes import DecoderSizes, TowerSizes
 from freres_cli.devices import AS_COMPUTED, Storage
 from freres_cli.method.adaptive import MOST_STRETCHES
 from freres_cli.method.budget import BudgetPlan
+from freres_cli.method.compress import MAX_DEMOTED_TRACKS
 from freres_cli.method.residuals import MAX_TIME_BINS
 
 FLOAT32 = 4
@@ -92,12 +93,14 @@ def method_parts(
         gops = budget.num_anchors + budget.max_events
         length = min(MAX_TIME_BINS, -(-num_frames // budget.num_anchors))
         kept = gops * frame_tokens * row
-        candidates = 0 if budget.is_lossless else gops * (budget.num_coefficients + 2) * cells * channels * FLOAT32
+        # Where there are more cuts than anchors for them, the strongest keep their coefficients.
+        tracks = gops + (min(MAX_DEMOTED_TRACKS, max(0, num_frames - gops)) if budget.max_events else 0)
+        candidates = 0 if budget.is_lossless else tracks * (budget.num_coefficients + 2) * cells * channels * FLOAT32
         # The open GoP, the one before it while its anchor may still move, and a stacked copy when one closes.
         trajectory = 0 if budget.is_lossless else 3 * length * cells * channels * FLOAT32
         return [
             Part("anchors", kept, f"{gops} frames * N*C*b", is_on_device=False),
-            Part("coefficients", candidates, f"{gops} GoPs * (K + 2) * {cells} cells * C*4", is_on_device=False),
+            Part("coefficients", candidates, f"{tracks} GoPs * (K + 2) * {cells} cells * C*4", is_on_device=False),
             Part("open GoP", trajectory, f"3 * {length} time bins * {cells} cells * C*4"),
             result,
         ]

@@ -75,7 +75,7 @@ def _ask_video(
 ) -> dict[str, Any]:
     timer = StageTimer(torch.device("cpu"))
     source = VideoSource(questions[0].video)
-    usual = clip = EncodedClip(source, compressor.options, compressor.models.encoder, timer)
+    usual = EncodedClip(source, compressor.options, compressor.models.encoder, timer)
     answered = []
     for name, variant in variants.items():
         with merging_with(variant.constants):
