@@ -19,7 +19,7 @@ GOP_STARTS = ("uniform", "event", "demoted")
 NUM_SEGMENTS = 8  # lost energy is reported for each eighth of a GoP
 NUM_REPORTED_BANDS = 8
 MAX_BANDS = 1 << 16
-MOST_WAVES = 64  # the most that a preset allows; energies take memory for each band up to the highest
+MOST_WAVES = 128  # of the most time bins that the method makes; energies take memory for each band up to the highest
 # A band from here on is no wave: IMPULSE + b is the residual itself in time bin b, for what lasts a moment (ours, because a
 # spike has only K / L of its energy in K of L bands).
 IMPULSE = 1 << 15

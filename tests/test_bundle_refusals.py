@@ -14,6 +14,7 @@ import torch
 from freres_cli.bundle.schema import encode_manifest
 from freres_cli.bundle.store import read_bundle
 from freres_cli.errors import BundleError, ExitStatus
+from freres_cli.method.residuals import MAX_TIME_BINS
 from freres_cli.presets import KEYS
 from freres_cli.tracks import MOST_WAVES
 from tests.forged_bundles import (
@@ -177,7 +178,7 @@ def test_an_index_out_of_range_is_refused_even_with_right_checksums(tmp_path, tr
         read_bundle(tmp_path / "b.pt")
 
 
-def test_a_band_that_no_preset_allows_is_refused(tmp_path):
+def test_a_band_that_no_method_makes_is_refused(tmp_path):
     """Energies take memory for each band up to the highest: 108 GB of a file of 47 KB."""
     long = make_tracks(smooth_latents(300), 60, 1)
     bins = long.gop_num_residuals.clone()
@@ -188,11 +189,11 @@ def test_a_band_that_no_preset_allows_is_refused(tmp_path):
         changed = {"gop_num_bins": bins, "gop_bin_frames": torch.ones_like(bins), "coefficient_band": band}
         forge(tmp_path / f"{value}.pt", long, {**long.tensors(), **changed})
         if is_refused:
-            with pytest.raises(BundleError, match=r"coefficient_band: expected 0\.\.63, or an impulse"):
+            with pytest.raises(BundleError, match=r"coefficient_band: expected 0\.\.127, or an impulse"):
                 read_bundle(tmp_path / f"{value}.pt")
         else:
             read_bundle(tmp_path / f"{value}.pt")
-    assert KEYS["max_coefficients"].high == MOST_WAVES
+    assert KEYS["max_coefficients"].high <= MOST_WAVES == MAX_TIME_BINS
 
 
 def test_an_expanded_view_that_claims_more_than_the_file_holds_is_refused(bundle):
