@@ -26,7 +26,7 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 KERNEL_PLACES = ("/proc/", "/sys/", "/dev/fd/", "/dev/std")
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -167,12 +167,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
         is_short_write = isinstance(error, RuntimeError) and (isinstance(cause, OSError) or "write" in str(error))
         if isinstance(error, RuntimeError) and not is_short_write:
             raise
-        if is_short_write or getattr(cause, "errno", None) in _DISK_FULL:
-            if getattr(cause, "errno", None) == errno.EFBIG:
-                raise ResourceError(
-                    f"{path}: larger than a file may be in this place",
-                    f"choose another place with {flag}, or see: ulimit -f",
-                ) from error
+        code = getattr(cause, "errno", None)
+        if code == errno.EFBIG:
+            raise ResourceError(
+                f"{path}: larger than a file may be in this place",
+                f"choose another place with {flag}, or see: ulimit -f",
+            ) from error
+        if is_short_write or code in _DISK_FULL:
             raise DiskFullError(
                 f"{path}: not enough disk space to write it", f"free some space, or choose another place with {flag}"
             ) from error

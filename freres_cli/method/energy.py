@@ -130,7 +130,7 @@ def _explained_by_segment(tracks: Tracks, gop: int) -> Tensor:
     rows = ((tracks.coefficient_gop == gop) & ~tracks.is_impulse).nonzero().squeeze(1)
     if not rows.numel():
         return torch.zeros(NUM_SEGMENTS)
-    dense, _, cells = _dense(tracks, rows, tracks.coefficient_cell[rows])
+    cells, dense = _dense(tracks, gop)
     gram = torch.einsum("pkd,pjd->kj", dense * _weights(tracks, gop)[cells, None, None], dense)
     counts = _bin_counts(tracks, gop)
     basis = dct_basis(counts.shape[0], dense.shape[1])
@@ -146,19 +146,16 @@ def _bin_counts(tracks: Tracks, gop: int) -> Tensor:
     return counts
 
 
-def _dense(tracks: Tracks, rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the coefficients in these rows of one GoP, zero where none was kept: (n, K, D) float32, of n cells.
-
-    ``wanted``: the cells, (m,), each as often as you like. Return also where each of them is among the n, (m,), and the n.
-    Only these take memory: a grid may have many more cells than a file has rows.
-    """
-    cells, place = wanted.unique(return_inverse=True)
+def _dense(tracks: Tracks, gop: int) -> tuple[Tensor, Tensor]:
+    """Return the cells of one GoP that kept coefficients or impulses, (n,) ascending, and the coefficients of each, zero
+    where none was kept, (n, K, D) float32. Other cells take no memory: a grid may have many more than a file has rows."""
+    mine = tracks.coefficient_gop == gop
+    cells = tracks.coefficient_cell[mine].unique()
+    rows = (mine & ~tracks.is_impulse).nonzero().squeeze(1)
     dense = torch.zeros(cells.shape[0], tracks.num_bands, tracks.width)
-    mine = rows[torch.isin(tracks.coefficient_cell[rows], cells)]
-    values = tracks.coefficient_values[mine, : tracks.width].to(torch.float32)
-    at = torch.searchsorted(cells, tracks.coefficient_cell[mine])
-    dense[at, tracks.coefficient_band[mine]] = values
-    return dense, place, cells
+    values = tracks.coefficient_values[rows, : tracks.width].to(torch.float32)
+    dense[torch.searchsorted(cells, tracks.coefficient_cell[rows]), tracks.coefficient_band[rows]] = values
+    return cells, dense
 
 
 def _weights(tracks: Tracks, gop: int) -> Tensor:
@@ -174,13 +171,12 @@ def _impulse_gains(tracks: Tracks) -> Tensor:
     """
     gains = torch.zeros(tracks.coefficient_gop.shape[0], dtype=torch.float64)
     for gop in tracks.coefficient_gop[tracks.is_impulse].unique().tolist():
-        mine = tracks.coefficient_gop == gop
-        impulses = (mine & tracks.is_impulse).nonzero().squeeze(1)
+        impulses = ((tracks.coefficient_gop == gop) & tracks.is_impulse).nonzero().squeeze(1)
         cell, at = tracks.coefficient_cell[impulses], tracks.coefficient_band[impulses] % IMPULSE
-        dense, place, _ = _dense(tracks, (mine & ~tracks.is_impulse).nonzero().squeeze(1), cell)
+        cells, dense = _dense(tracks, gop)
         counts = _bin_counts(tracks, gop)
         waves = dct_basis(counts.shape[0], dense.shape[1])[:, at] / float(tracks.gop_bin_frames[gop]) ** 0.5
-        held = torch.einsum("kn,nkd->nd", waves, dense[place])
+        held = torch.einsum("kn,nkd->nd", waves, dense[torch.searchsorted(cells, cell)])
         missed = tracks.coefficient_values[impulses, : tracks.width].to(torch.float32) - held
         gains[impulses] = (missed.square().sum(1) * _weights(tracks, gop)[cell] * counts[at]).to(torch.float64)
     return gains

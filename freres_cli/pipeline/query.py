@@ -18,8 +18,8 @@ from freres_cli.evaluation.questions import (
 from freres_cli.pipeline.choices import as_whole
 from freres_cli.pipeline.reasoning import refuse_reasoning
 
-# By model: how its turn begins.
-_OPENINGS: WeakKeyDictionary[LanguageModel, str] = WeakKeyDictionary()
+# By model: how its turn begins, as far as an answer's first word, and the ids of that.
+_OPENINGS: WeakKeyDictionary[LanguageModel, tuple[str, list[int]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,22 @@ def _ids_in_turn(model: LanguageModel, text: str) -> tuple[int, ...]:
     or at the start of a text."""
     if model not in _OPENINGS:
         _OPENINGS[model] = _read_opening(model)
-    opening = _OPENINGS[model]
-    gap = " " if opening and not opening[-1].isspace() else ""  # `Assistant:`, as SmolVLM's turn begins
-    before, whole, alone = (
-        tuple(model.tokenizer.encode(part, add_special_tokens=False)) for part in (opening, opening + gap + text, text)
-    )
-    return whole[len(before) :] if whole[: len(before)] == before else alone
+    opening, before = _OPENINGS[model]
+    whole = model.tokenizer.encode(opening + text, add_special_tokens=False)
+    if whole[: len(before)] != before:
+        return tuple(model.tokenizer.encode(text, add_special_tokens=False))
+    return tuple(whole[len(before) :])
 
 
-def _read_opening(model: LanguageModel) -> str:
-    """Return what the prompt ends in, after its last control token: the start of the model's turn."""
+def _read_opening(model: LanguageModel) -> tuple[str, list[int]]:
+    """Return what the prompt ends in, after its last control token, with the space that is to follow, and the ids of it
+    without that space."""
     ids = model.prompt("?").suffix
     controls = [place for place, token in enumerate(ids) if token in model.tokenizer.added_tokens_decoder]
-    opening = list(ids[max(controls, default=-1) + 1 :])
-    return str(model.tokenizer.decode(opening, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    own = list(ids[max(controls, default=-1) + 1 :])
+    opening = str(model.tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    gap = " " if opening and not opening[-1].isspace() else ""  # `Assistant:`, as SmolVLM's turn begins
+    return opening + gap, model.tokenizer.encode(opening, add_special_tokens=False)
 
 
 def read_queries(queries: Iterable[Query | str]) -> list[Query]:
