@@ -135,13 +135,12 @@ def test_a_state_of_other_work_is_not_used(clip, models, tmp_path, monkeypatch):
     assert states(tmp_path) == [kept]
 
 
-@pytest.mark.parametrize("stopped", [{"quality": 0.999}, {"quality": 0.999, "budget_tokens": 576}])
-def test_a_quality_goes_on_only_with_the_budget_that_it_began_with(clip, models, tmp_path, monkeypatch, stopped):
+@pytest.mark.parametrize(("stopped", "other"), [(None, 576), (576, None)])
+def test_a_quality_goes_on_only_with_the_budget_that_it_began_with(clip, models, tmp_path, monkeypatch, stopped, other):
     """The preset has the same budget, which limits a quality only if the user names it."""
     with pytest.raises(Stopped):
-        compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=16, method="adaptive", **stopped)
-    other = {"quality": 0.999} if len(stopped) > 1 else {"quality": 0.999, "budget_tokens": 576}
-    found = compress(clip, tmp_path / "c.pt", models, monkeypatch, every_s=1e9, method="adaptive", **other)
+        compress(clip, tmp_path / "b.pt", models, monkeypatch, stop_at=16, quality=0.999, budget_tokens=stopped)
+    found = compress(clip, tmp_path / "c.pt", models, monkeypatch, every_s=1e9, quality=0.999, budget_tokens=other)
     assert found.resumed_frames == 0
 
 
