@@ -149,3 +149,15 @@ def test_what_is_missing_is_in_the_document_as_well(monkeypatch):
     run = run_freres("doctor", "--json")
     assert run.status == 6 and "the main job cannot run: PyAV" in run.err
     assert [row["state"] for row in json.loads(run.out)["findings"]] == ["missing"]
+
+
+def test_bad_defaults_from_the_environment_are_told_as_commands_tell_them(monkeypatch):
+    monkeypatch.setenv("FRERES_DEVICE", "tpu")
+    monkeypatch.setenv("FRERES_DTYPE", "float32")
+    assert finding("FRERES_DTYPE").state == "ok"
+    found = finding("FRERES_DEVICE")
+    assert found.state == "missing" and found.text in run_freres("ask", "none.pt", "what?").err
+    run = run_freres("doctor")
+    assert run.status == 6 and "the main job cannot run: FRERES_DEVICE" in run.err
+    monkeypatch.delenv("FRERES_DEVICE")
+    assert run_freres("doctor").status == 0

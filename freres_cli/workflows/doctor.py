@@ -17,7 +17,9 @@ from freres_cli.backbones.fused import find_kernels
 from freres_cli.backbones.registry import FAMILIES, KNOWN_CHECKPOINTS, import_half
 from freres_cli.bench.clock import total_memory_bytes
 from freres_cli.devices import choose_device
-from freres_cli.errors import BackboneError, ResourceError
+from freres_cli.errors import BackboneError, FreresError, ResourceError
+from freres_cli.pipeline.models import find_device, find_dtype
+from freres_cli.presets import environment_value
 from freres_cli.video.nvdec import choose_gpu
 from freres_cli.world.bundled_model import bundled_model_dir
 
@@ -42,7 +44,7 @@ class Finding:
 def examine_machine() -> list[Finding]:
     """Return a finding for each part that freres uses."""
     device = [*_devices(), _attention(), *_kernels(), *_gpu_decoder(), _memory()]
-    machine = [_packages(), _decoders(), _encoder(), *device, _bundled_model(), _hub()]
+    machine = [_packages(), *_defaults(), _decoders(), _encoder(), *device, _bundled_model(), _hub()]
     return [*machine, *(_family(model_type) for model_type in FAMILIES)]
 
 
@@ -53,6 +55,22 @@ def _packages() -> Finding:
     except PackageNotFoundError as error:
         return Finding("packages", "missing", f"{error}: install freres with pip", True)
     return Finding("packages", "ok", f"Python {platform.python_version()}, {found}", True)
+
+
+def _defaults() -> list[Finding]:
+    """Report the defaults that the environment sets, by choosing them: a bad one ends every command with a model."""
+    found = []
+    for flag, choose in (("device", find_device), ("dtype", find_dtype)):
+        part, value = f"FRERES_{flag.upper()}", environment_value(flag)
+        if value is None:
+            continue
+        try:
+            choose()
+        except FreresError as error:
+            found.append(Finding(part, "missing", "; ".join(filter(None, (error.message, error.hint))), True))
+        else:
+            found.append(Finding(part, "ok", f"{value}, where no --{flag} is given", True))
+    return found
 
 
 def _decoders() -> Finding:
