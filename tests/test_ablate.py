@@ -13,12 +13,14 @@ from freres_cli.bundle.adapter import read_adapter, write_adapter
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.evaluation.cells import parse_budgets
 from freres_cli.evaluation.questions import read_questions
+from freres_cli.evaluation.readers.registry import read_any_questions
 from freres_cli.presets import presets_dir
 from freres_cli.workflows import ablate
 from freres_cli.workflows.eval_run import EvalRequest
 from freres_cli.workflows.evaluate import EvalResult, evaluate
 from freres_cli.workflows.training_loop import Recipe
 from freres_cli.world.make import make_set
+from tests.benchmark_copies import make_nextqa
 from tests.evaluations import read_rows
 from tests.loaded_models import loaded_models
 from tests.runner import check_failure, fails, run_freres
@@ -214,3 +216,18 @@ def test_without_training_the_rows_of_adapters_are_left_out():
     untrained = [label for label in COMPONENTS if not label.endswith(", trained")]
     assert [cell.name for cell in cells[1 : 2 * len(untrained) : 2]] == [f"{label} 0.25" for label in untrained]
     assert all(cell.adapter is None for cell in cells)
+
+
+def test_a_benchmark_is_asked_by_its_own_protocol_and_no_picture_replaces_its_annotations(tmp_path):
+    (tmp_path / "copy").mkdir()
+    copy = make_nextqa(tmp_path / "copy")
+    part = ("--benchmark", "nextqa:val", "--limit", 1, "--device", "cpu", "--json")
+    found = run_freres("ablate", copy, *part, "-o", tmp_path / "out", "--tables", "anchors").json
+    scored = run_freres("eval", copy, *part, "--methods", "uniform").json
+    assert found["scoring"] == scored["scoring"] and found["notes"][0] == scored["notes"][0]
+    assert len(found["rows"]) == 1 + len(ablate.TABLES["anchors"])
+    annotation, *_ = read_any_questions(copy, "nextqa:val").annotations
+    linked = copy / "linked.png"
+    linked.symlink_to(annotation)
+    run = run_freres("ablate", copy, *part, "-o", tmp_path / "out", "--plot", linked, "--force")
+    check_failure(run, 2, "is the annotation file")

@@ -15,6 +15,7 @@ from freres_cli.cli.eval_tables import print_rows, print_totals
 from freres_cli.cli.given import gather_flags
 from freres_cli.cli.output import print_json, print_line, print_notes, print_warning, progress_bar
 from freres_cli.errors import UsageError
+from freres_cli.evaluation.readers.registry import read_any_questions
 from freres_cli.files import make_folder
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ REMEDY = "remove it, or name another folder with -o"
 
 def ablate(
     questions: Annotated[
-        Path, typer.Argument(metavar="QUESTIONS", readable=False, help="Questions in JSON lines, as for freres eval.")
+        Path,
+        typer.Argument(
+            metavar="QUESTIONS", readable=False, help="JSON lines, or the folder of a benchmark, as for freres eval."
+        ),
     ],
     output: Annotated[
         str,
@@ -46,6 +50,7 @@ def ablate(
     ] = "0.5,0.25,0.1",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each adapter.")] = 500,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed for training.")] = 0,
+    benchmark: options.Benchmark = None,
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG of the accuracy of every setting.")
     ] = None,
@@ -67,6 +72,8 @@ def ablate(
     absorber: attention with I-token queries, and the sparse inverse DCT), coefficients kept per trajectory, frames read
     (4 or 2 a second) and anchors (Table 5).
 
+    QUESTIONS is as for freres eval: a file, or a benchmark with its own scoring.
+
     A stopped run resumes when you start it again: finished adapters and answers in DIR are reused. Adapters trained on
     different data, with different settings or by a different recipe are refused.
     """
@@ -86,7 +93,7 @@ def ablate(
     flags = gather_flags(assignments, {})
     if fixed := sorted({"budget_tokens", "variant"} & set(flags)):
         raise UsageError(f"--set {fixed[0]}: the tables set it", "leave it out")
-    file = read_questions(questions, limit)
+    file = read_any_questions(questions, benchmark, limit)
     known = None if data is None else read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
@@ -122,10 +129,11 @@ def ablate(
 
 
 def _files_of(file: QuestionFile | None, name: str) -> list[tuple[str, Path]]:
-    """The file, called ``name``, and its videos."""
+    """The file, called ``name``, or those of a benchmark, and its videos."""
     if file is None:
         return []
-    return [(name, file.path), *(("video", question.video) for question in file.questions)]
+    annotations = [("annotation file", path) for path in file.annotations]
+    return [(name, file.path), *annotations, *(("video", question.video) for question in file.questions)]
 
 
 def _print_tables(summary: dict[str, Any], drawn: str | None) -> None:

@@ -9,8 +9,9 @@ from freres_cli.cli.output import print_json, print_table
 def doctor(json: options.Json = False) -> None:
     """Check what this machine can run.
 
-    Looks at packages, defaults from the environment, decoders, devices, attention kernels, memory, the bundled model, the model hub and each model
-    family. Every line says ok, limited or missing, and what that means. The exit status is 0 if the main job can run.
+    Looks at packages, defaults from the environment, decoders, devices, attention kernels, memory, the bundled model,
+    the model hub and each model family. Every line says ok, limited or missing, and what that means. The exit status is
+    0 if the main job can run.
     """
     from freres_cli.errors import ResourceError
     from freres_cli.workflows.doctor import examine_machine
@@ -26,4 +27,6 @@ def doctor(json: options.Json = False) -> None:
     else:
         print_table(("part", "state", "what"), [(f.part, f.state, f.text) for f in findings])
     if missing:
-        raise ResourceError(f"the main job cannot run: {', '.join(missing)}", "the lines that say missing tell what to do")
+        raise ResourceError(
+            f"the main job cannot run: {', '.join(missing)}", "the lines that say missing tell what to do"
+        )

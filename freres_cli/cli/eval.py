@@ -16,7 +16,7 @@ from freres_cli.cli.given import gather_flags_at_budgets
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.cli.values import read_shard
 from freres_cli.devices import choose_storage
-from freres_cli.evaluation.readers.registry import BENCHMARKS, read_any_questions
+from freres_cli.evaluation.readers.registry import read_any_questions
 from freres_cli.pipeline.choices import choose_cells
 
 if TYPE_CHECKING:
@@ -45,14 +45,7 @@ def evaluate(
         ),
     ] = "full,uniform,fre-res,adaptive",
     budgets: options.Budgets = "1.0,0.5,0.25,0.1",
-    benchmark: Annotated[
-        str | None,
-        typer.Option(
-            "--benchmark",
-            metavar="NAME[:PART]",
-            help=f"What the folder holds: {', '.join(BENCHMARKS)}. PART is a task, split or length.",
-        ),
-    ] = None,
+    benchmark: options.Benchmark = None,
     output: Annotated[
         Path | None,
         typer.Option(

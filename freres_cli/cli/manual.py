@@ -264,12 +264,12 @@ train:
 ablate:
   examples:
     freres ablate questions.jsonl -o out --train data.jsonl: Train five adapters, fill all tables at a quarter of the tokens.
-    freres ablate questions.jsonl -o out --tables anchors --budgets 0.5,0.25: One table without training.
+    freres ablate MVBench -o out --tables anchors --budgets 0.5,0.25: One table, on a local benchmark, without training.
   output: >-
     The tables of freres eval, with a row for each setting; `--json` has the paired difference between any two rows at equal
     budgets. DIR keeps the adapters, the compressed videos and every answer.
   schemas: {freres.ablate/1: the keys of freres.eval/1 and tables and plot}
-  defaults: {data: nothing is trained, limit: every question, plot: none (nothing is drawn)}
+  defaults: {data: nothing is trained, limit: every question, plot: none (nothing is drawn), benchmark: as the files tell}
 inspect:
   examples:
     freres inspect bundle.pt: What is inside, on one screen.

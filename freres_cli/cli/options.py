@@ -12,6 +12,7 @@ import typer
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
+from freres_cli.evaluation.readers.registry import BENCHMARKS
 from freres_cli.files import InputFiles
 from freres_cli.presets import BUNDLED, DEEPSTACK, preset_names
 
@@ -133,6 +134,14 @@ PresetName = Annotated[
         metavar="NAME|FILE",
         help="Settings to start from: a shipped preset or a .yaml file.",
         autocompletion=complete_preset,
+    ),
+]
+Benchmark = Annotated[
+    str | None,
+    typer.Option(
+        "--benchmark",
+        metavar="NAME[:PART]",
+        help=f"What the folder holds: {', '.join(BENCHMARKS)}. PART is a task, split or length.",
     ),
 ]
 Budget = Annotated[int | None, typer.Option("--budget", min=1, metavar="TOKENS", help="Upper limit on visual tokens.")]
