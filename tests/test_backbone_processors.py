@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from freres_cli.backbones import stock_processors
@@ -44,6 +48,22 @@ def test_the_stock_prompt_is_written_by_the_stock_processor(name, text, tmp_path
         tokenizer.chat_template = None
         with pytest.raises(BackboneError, match="the stock processor cannot write this prompt"):
             stock_processors.stock_prompt_ids(*arguments)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_tokenizer_that_puts_spaces_before_texts_puts_none_inside_the_prompt(tmp_path, scheme):
+    """Those of InternLM's models are such. ``first``: only at the start of a prompt; ``always``: after control tokens too."""
+    case = next(case for case in FAMILY_CASES if case.name == "internvl")
+    stock = case.make(tmp_path)
+    model = case.language_class.load_without_weights(checkpoint := open_checkpoint(tmp_path))
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spaced = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme=scheme), to_bytes])
+    model.tokenizer.backend_tokenizer.pre_tokenizer = spaced
+    arguments = (checkpoint, stock.config, model.tokenizer, (T, *case.grid), PERIOD_S, QUESTION)
+    ids = torch.tensor(stock_processors.stock_prompt_ids(*arguments))
+    prompt, texts = model.prompt(QUESTION), model.frame_texts(SimpleNamespace(grid=(T, *case.grid)))
+    around = [piece for sides in zip(texts.before, texts.after, strict=True) for piece in sides]
+    assert ids[ids != stock.config.image_token_id].tolist() == [*prompt.prefix, *chain(*around), *prompt.suffix]
 
 
 @pytest.mark.parametrize("writes_bos", [True, False])

@@ -109,7 +109,11 @@ class FrameRunLanguageModel(DecoderLanguageModel):
         """Token ids of some text, without the tokens that a tokenizer adds around a whole prompt."""
         return self.ids_of_each([text])[0]
 
-    def ids_of_each(self, texts: Iterable[str]) -> list[list[int]]:
-        """``ids_of`` several texts. One call for all takes a tenth of the time of one for each."""
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return ids
+    def ids_of_each(self, texts: Iterable[str], after: str = "") -> list[list[int]]:
+        """``ids_of`` several texts. One call for all takes a tenth of the time of one for each.
+
+        ``after``: the end of what comes before each of them in the prompt. Tokenizers such as Llama's put a space before what
+        begins a text, or follows a control token, and before nothing else.
+        """
+        before, *ids = self.tokenizer([after, *(after + text for text in texts)], add_special_tokens=False)["input_ids"]
+        return [own[len(before) :] for own in ids]

@@ -60,6 +60,7 @@ class InternVLLanguageModel(FrameRunLanguageModel):
         """Frames are numbered from 1, each on its own line."""
         start = getattr(self.tokenizer, "start_image_token", None) or "<img>"
         end = getattr(self.tokenizer, "end_image_token", None) or "</img>"
-        lines = ("\n" * (frame > 0) + f"Frame{frame + 1}: {start}" for frame in range(video.grid[0]))
-        before = self.ids_of_each(lines)
+        first = self.ids_of_each([f"Frame1: {start}"], after="\n")
+        others = self.ids_of_each((f"\nFrame{frame}: {start}" for frame in range(2, video.grid[0] + 1)), after=end)
+        before = [*first, *others]
         return FrameTexts(before, [self.ids_of(end)] * len(before))
