@@ -159,6 +159,10 @@ def test_an_export_does_not_replace_the_model_of_its_bundle(bundle, tmp_path, na
 def test_a_model_that_an_export_does_not_need_is_refused(bundle, tmp_path):
     run = run_freres("export", bundle, "--to", "safetensors", "--model", "no/such", "-o", tmp_path / "x")
     check_failure(run, 2, "--model: has no effect with --to safetensors")
+    run = run_freres("export", bundle, "--to", "safetensors", "--revision", "v1", "-o", tmp_path / "x")
+    check_failure(run, 2, "--revision: has no effect with --to safetensors")
+    run = run_freres("export", bundle, "--to", "vllm", "--revision", "v1", "-o", tmp_path / "x")
+    check_failure(run, 2, "--revision: bundled is not a hub model")
 
 
 def test_an_export_does_not_replace_its_own_bundle(bundle, tmp_path):

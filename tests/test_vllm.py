@@ -149,6 +149,56 @@ def test_what_cannot_be_used_is_refused_before_the_engine(world, engine, tmp_pat
     assert engine.generate([good], params(1), use_tqdm=False)[0].outputs[0].token_ids
 
 
+def with_yarn(config):
+    """The same model for four times its positions. vLLM makes frequencies of its own, with or without the plug-in."""
+    config["text_config"]["rope_parameters"] |= {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024,
+    }  # fmt: skip
+    return config
+
+
+def make_wide(folder, name, change=lambda config: config):
+    """A tiny model of a family that vLLM takes. ``change``: what else to make of its config."""
+    case = with_wide_heads(CASES[name])
+    replace(case, config=lambda *tokens: change(case.config(*tokens))).make(folder)
+    return folder
+
+
+def answers_of(model, architecture, prompts):
+    from freres_cli.integrations.vllm_benchmark import open_engine
+
+    with open_engine(model, architecture) as llm:
+        return [list(one.outputs[0].token_ids) for one in llm.generate(prompts, params(16), use_tqdm=False)]
+
+
+def test_longer_contexts_by_yarn_are_vllms_own(tmp_path):
+    model = make_wide(tmp_path / "model", "qwen2_vl", with_yarn)
+    text = [{"prompt_token_ids": [place * 7 % 250 for place in range(1500)]}]
+    stock = answers_of(model, "Qwen2VLForConditionalGeneration", text)
+    assert answers_of(model, ARCHITECTURES["qwen2_vl"], text) == stock
+
+
+def test_embeddings_of_images_are_taken_as_without_the_plug_in(tmp_path):
+    """Without the tower, vLLM takes no DeepStack rows in them."""
+    model = make_wide(tmp_path / "model", "qwen3_vl")
+    config = json.loads((model / "config.json").read_text())
+    rows = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    image = {"image_embeds": rows, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    ids = [65, 66, config["vision_start_token_id"], config["image_token_id"], config["vision_end_token_id"], 67, 68]
+    prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"image": image}}]
+    stock = answers_of(model, "Qwen3VLForConditionalGeneration", prompts)
+    assert answers_of(model, ARCHITECTURES["qwen3_vl"], prompts) == stock
+
+
+def test_a_draft_model_is_refused():
+    from freres_cli.integrations.vllm_models import refuse_drafts
+
+    refuse_drafts(None)
+    refuse_drafts(SimpleNamespace(method="ngram", uses_draft_kv_cache=lambda: False))
+    with pytest.raises(ValueError, match=r"speculative decoding with a model \(eagle\)"):
+        refuse_drafts(SimpleNamespace(method="eagle", uses_draft_kv_cache=lambda: True))
+
+
 def with_wide_heads(case):
     """The same family with heads of 32 values, the fewest that vLLM's attention on a CPU takes."""
 
@@ -169,8 +219,7 @@ def test_every_family_says_what_ask_says(name, tmp_path):
 
     from freres_cli.integrations.vllm_benchmark import open_engine
 
-    model, bundle = tmp_path / "model", tmp_path / "b.pt"
-    with_wide_heads(CASES[name]).make(model)
+    model, bundle = make_wide(tmp_path / "model", name), tmp_path / "b.pt"
     clip = write_clip(tmp_path / "clip.mp4", 40, fps=8)
     run = run_freres(
         *("compress", clip, "--model", model, "--frames", 8, "--grid", "4x5", "--budget", 70, "--device", "cpu"),

@@ -72,16 +72,56 @@ def test_bundles_read_last_are_kept_up_to_a_number_of_bytes(files, placed, monke
     assert placed[start:] == [own[0], own[1], own[0]]
 
 
+def make_info(dtype=torch.float32, revision=None):
+    """What vLLM asks about bundles, for the bundled model as a server names it."""
+    from freres_cli.integrations.vllm_processing import BundleInfo
+
+    info = BundleInfo()
+    config = SimpleNamespace(model=str(bundled_model_dir()), revision=revision, dtype=dtype)
+    info.ctx = SimpleNamespace(model_config=config, get_mm_config=lambda: None)
+    return info
+
+
+def test_latents_have_the_served_dtype_whatever_the_bundles_have(files):
+    """vLLM joins the items of a batch in the dtype of the first, so that an answer would depend on who else asks."""
+    from freres_cli.integrations.vllm_processing import LATENTS
+
+    whole, halved = (make_info(dtype).read_bundles(make_payload(files[0])) for dtype in (torch.float32, torch.bfloat16))
+    assert whole.data[LATENTS].dtype == torch.float32
+    assert torch.equal(halved.data[LATENTS], whole.data[LATENTS].bfloat16())
+
+
+def test_a_folder_that_vllm_made_of_a_hub_id_keeps_no_revision(files):
+    """Offline, vLLM names the folder of the revision that was asked for, and still the revision."""
+    assert make_info(revision="0a1b2c3").read_bundles(make_payload(files[0])).bundles
+
+
+def test_bundles_with_too_many_positions_together_are_a_bad_request(files, monkeypatch):
+    info, bundles = make_info(), [make_payload(files[0])] * 2
+    (own,) = info.read_bundles(bundles[0]).bundles
+    end = int(own.video.next_position)
+    monkeypatch.setattr(vllm_bundles, "MOST_POSITIONS", 2 * end)
+    assert len(info.read_bundles(bundles).bundles) == 2
+    monkeypatch.setattr(vllm_bundles, "MOST_POSITIONS", 2 * end - 1)
+    with pytest.raises(VLLMValidationError, match=f"expected at most {2 * end - 1} positions in all, got {2 * end}"):
+        info.read_bundles(bundles)
+
+
+def test_an_object_of_vllms_own_embeddings_is_a_bad_request(files, tmp_path):
+    """vLLM fetches what stands under each of its keys, and then asks for the number of dimensions."""
+    from freres_cli.integrations.vllm_connector import BundleConnector
+
+    with pytest.raises(VLLMValidationError, match="expected one URL or base64 text with a bundle, got an object"):
+        _ = BundleConnector(tmp_path).fetch_video_embedding(data_url(files[0])).ndim
+
+
 @pytest.mark.parametrize("kept_bytes", [1, 2**32])
 def test_bundles_never_answer_for_each_other(files, kept_bytes, monkeypatch):
     """Neither where they are kept, nor by the name that they have in vLLM's caches, alone or together in a prompt."""
-    from freres_cli.integrations.vllm_processing import LATENTS, BundleInfo
+    from freres_cli.integrations.vllm_processing import LATENTS
 
     monkeypatch.setattr(vllm_bundles, "KEPT_BYTES", kept_bytes)
-    info = BundleInfo()
-    info.ctx = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(bundled_model_dir()), revision=None), get_mm_config=lambda: None
-    )
+    info = make_info()
     alone = [info.read_bundles(make_payload(content)) for content in files]
     names = [items.get_item_for_hash(0) for items in alone]
     assert len(set(names)) == 3

@@ -38,8 +38,9 @@ def export(
     if target not in TARGETS:
         raise UsageError(f"--to: expected one of {', '.join(TARGETS)}, got {target}")
     check_revision(model, revision)
-    if target == "safetensors" and model is not None:
-        raise UsageError("--model: has no effect with --to safetensors, which needs no model", "leave it out")
+    for flag, given in (("--model", model), ("--revision", revision)):
+        if target == "safetensors" and given is not None:
+            raise UsageError(f"{flag}: has no effect with --to safetensors, which needs no model", "leave it out")
     from freres_cli.devices import choose_device
     from freres_cli.workflows.export import ExportRequest, export_bundle
 

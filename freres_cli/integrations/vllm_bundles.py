@@ -12,7 +12,7 @@ import logging
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ VLLM_FORMAT = "freres.vllm/1"
 # How much of the bundles read last is kept: a further question about one of them has only to hash its file.
 KEPT_BYTES = 4 * 2**30
 MAKE_ONE = "make one with: freres compress VIDEO"
-# Positions and ids below it are exact in float32.
-MOST_POSITIONS = 2**24
+# Positions below twice this are exact in float32: the bundles of a prompt have one half, its text the other.
+MOST_POSITIONS = 2**23
 # vLLM shows what its own loggers and those below them say.
 LOG = logging.getLogger("vllm.plugins.freres")
 
@@ -172,3 +172,12 @@ def check_rows(video: PlacedVideo, model: Any) -> None:
         raise BundleError(f"bundle: positions: expected 0 to {MOST_POSITIONS}")
     if not 0 < after < MOST_POSITIONS or after != int(after):
         raise BundleError(f"bundle: next_position: expected a whole number from 1 to {MOST_POSITIONS}, got {after}")
+
+
+def check_lengths(bundles: Sequence[BundleRows]) -> None:
+    """Refuse the bundles of a prompt that have too many positions together. Raises ``BundleError``."""
+    if (total := sum(int(bundle.video.next_position) for bundle in bundles)) > MOST_POSITIONS:
+        raise BundleError(
+            f"bundles of one prompt: expected at most {MOST_POSITIONS} positions in all, got {total}",
+            "ask about fewer at once",
+        )

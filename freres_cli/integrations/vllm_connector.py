@@ -8,6 +8,7 @@ import binascii
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.connector import MediaConnector
@@ -38,9 +39,20 @@ class BundleIO(MediaIO[Any]):  # type: ignore[misc]  # vLLM is not installed whe
             raise VLLMValidationError(f"{filepath.name}: cannot be read: {error.strerror}") from error
 
 
+class _Payload(dict[str, Tensor]):
+    """A payload that says what is wrong where vLLM takes an object with embeddings of its own apart."""
+
+    @property
+    def ndim(self) -> int:
+        raise VLLMValidationError(
+            "video_embeds: expected one URL or base64 text with a bundle, got an object: VLLM_MEDIA_CONNECTOR=freres "
+            "takes no other embeddings of videos"
+        )
+
+
 def _make_payload(content: bytes, name: str = "video_embeds") -> Any:
     try:
-        return make_payload(content, name)
+        return _Payload(make_payload(content, name))
     except BundleError as error:
         raise VLLMValidationError(error.message) from error
 

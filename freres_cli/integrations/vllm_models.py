@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding, apply_interleaved_rope
 from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -28,7 +29,8 @@ class ExactRotary(nn.Module):
         self.section, self.is_interleaved = rotary.mrope_section, rotary.mrope_interleaved
         self.head_size, self.rotary_dim, self.scale = rotary.head_size, rotary.rotary_dim, rotary.mscale
         self.turn = rotary.apply_rotary_emb.forward_native
-        frequencies = rotary._compute_inv_freq(rotary.base).to(rotary.cos_sin_cache.device)
+        # With YaRN the method takes the factor in place of the base.
+        frequencies = rotary._compute_inv_freq(rotary.scaling_factor or rotary.base).to(rotary.cos_sin_cache.device)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,12 +67,23 @@ def use_exact_positions(model: nn.Module) -> None:
         setattr(module, name, ExactRotary(getattr(module, name)))
 
 
+def refuse_drafts(speculative: Any) -> None:
+    """Refuse a server with a draft model, which would look up the bits of a fraction in its table of angles. ``speculative``:
+    vLLM's config of that name, if any. Raises ``ValueError``."""
+    if speculative is not None and speculative.uses_draft_kv_cache():
+        raise ValueError(
+            f"speculative decoding with a model ({speculative.method}) cannot read the positions of bundles: leave it "
+            "out, or use ngram"
+        )
+
+
 class TakesBundles:
     """Mixed into a model of vLLM, in front of it."""
 
     language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        refuse_drafts(vllm_config.speculative_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         use_exact_positions(self.language_model)
         self.row_dtype = vllm_config.model_config.dtype
@@ -142,15 +155,25 @@ class BundleQwen3VL(TakesBundles, qwen3_vl.Qwen3VLForConditionalGeneration):  # 
     """Qwen3-VL, whose DeepStack rows a bundle holds: they are added whether or not the tower is loaded."""
 
     use_deepstack: bool
+    visual_dim: int
+    multiscale_dim: int
 
     def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         levels = len(self.config.vision_config.deepstack_visual_indexes)
         if self.use_deepstack or not levels:
             return
-        # vLLM turns DeepStack off where it leaves out the tower.
+        # vLLM turns DeepStack off where it leaves out the tower, and then takes embeddings without its rows.
         size = vllm_config.scheduler_config.max_num_batched_tokens, self.config.text_config.hidden_size
         self.use_deepstack, self.deepstack_num_level = True, levels
         self.multiscale_dim = self.visual_dim * levels
         self.deepstack_input_embeds = [torch.zeros(size) for _ in range(levels)]
         self.deepstack_input_embeds_num_tokens = 0
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """See ``TakesBundles``. Embeddings of other media without rows for DeepStack get zeros, which add nothing."""
+        found = super().embed_multimodal(**kwargs)
+        missing = (0, self.multiscale_dim)
+        return found and [
+            functional.pad(rows, missing) if rows.shape[-1] == self.visual_dim else rows for rows in found
+        ]

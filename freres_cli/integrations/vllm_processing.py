@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from freres_cli.integrations.vllm_bundles import (
     NUM_BYTES,
     BundleReader,
     BundleRows,
+    check_lengths,
     is_payload,
     split_payload,
 )
@@ -53,13 +55,13 @@ def bundle_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class BundleItems(DictEmbeddingItems):  # type: ignore[misc]  # vLLM is not installed where types are checked
-    """The bundles of one prompt."""
+    """The bundles of one prompt. ``dtype``: the served model's; vLLM puts the items of a batch into that of its first."""
 
-    def __init__(self, bundles: Sequence[BundleRows]) -> None:
+    def __init__(self, bundles: Sequence[BundleRows], dtype: torch.dtype) -> None:
         videos = [bundle.video for bundle in bundles]
         counts = [[len(video.ids), len(video.latents)] for video in videos]
         data = {
-            LATENTS: torch.cat([video.latents for video in videos]),
+            LATENTS: torch.cat([video.latents.to(dtype) for video in videos]),
             IDS: torch.cat([video.ids for video in videos]),
             POSITIONS: torch.cat([video.positions.T for video in videos]),
             COUNTS: torch.tensor(counts),
@@ -82,7 +84,9 @@ class BundleInfo:
     def bundle_reader(self) -> BundleReader:
         """Reads bundles for the served model."""
         config = self.ctx.model_config
-        return BundleReader(config.model, config.revision)
+        # Without the hub, vLLM names the folder of the revision, and still the revision.
+        revision = None if Path(config.model).is_dir() else config.revision
+        return BundleReader(config.model, revision)
 
     def get_data_parser(self) -> Any:
         """See ``BaseProcessingInfo``."""
@@ -101,7 +105,9 @@ class BundleInfo:
                 "start it without"
             )
         try:
-            return BundleItems([self.bundle_reader.read(content) for content in split_payload(data)])
+            bundles = [self.bundle_reader.read(content) for content in split_payload(data)]
+            check_lengths(bundles)
+            return BundleItems(bundles, self.ctx.model_config.dtype)
         except FreresError as error:
             raise VLLMValidationError(f"{error.message}" + (f" ({error.hint})" if error.hint else "")) from error
 

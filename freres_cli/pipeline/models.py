@@ -260,7 +260,8 @@ def find_model(
     """Return where to find a bundle's own model, unless another one is named.
 
     ``recorded``: the manifest's facts about the model. ``bundle``: its name, for messages. ``model``: the named one, if
-    there is one. ``device``, ``revision``, ``dtype``, ``storage``: as ``ModelSource`` has them. Raises ``BackboneError``.
+    there is one. ``device``, ``revision``, ``dtype``, ``storage``: as ``ModelSource`` has them. Raises ``BackboneError``, or
+    ``UsageError`` for a revision of a model that has none.
     """
     name, folder = model or recorded["model_id"], recorded["folder"]
     if model is None and folder is not None:
@@ -270,6 +271,7 @@ def find_model(
                 "name that model's folder with --model",
             )
         name = folder
+    check_revision(name, revision)
     # Another repository has other commits.
     own = recorded["revision"] if name == recorded["model_id"] else None
     return ModelSource(name, device, revision or own, dtype, storage=storage)
