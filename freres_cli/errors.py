@@ -54,6 +54,13 @@ class FreresError(Exception):
         # Errors cross process borders in 'freres profile'.
         return type(self), (self.message, self.hint)
 
+    def naming(self, path: object, *others: object) -> Self:
+        """Return this failure with ``path`` in front, unless it names that or one of ``others``: an error of the settings
+        names no file."""
+        if any(str(known) in self.message for known in (path, *others)):
+            return self
+        return type(self)(f"{path}: {self.message}", self.hint)
+
     def without_frames(self) -> Self:
         """Return this failure without its traceback and cause, to keep it while work goes on: their frames hold on to every
         tensor they had. With FRERES_DEBUG=1 the failure itself, whose traceback is shown."""
@@ -169,6 +176,11 @@ def _why_not_found(name: str) -> str | None:
         code = getattr(error, "errno", errno.ENOENT)
         return None if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) else os.strerror(code).lower()
     return None
+
+
+def round_count(count: float, digits: int = 3) -> str:
+    """Return a count with so many digits, and a large one as a whole number, without an exponent."""
+    return f"{count:.0f}" if abs(count) >= 10**digits else f"{count:.{digits}g}"
 
 
 def count_of(count: int, noun: str) -> str:

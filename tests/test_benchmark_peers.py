@@ -16,7 +16,7 @@ from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.registry import METHODS
 from freres_cli.bench.apart import STARTED, run_apart
 from freres_cli.bench.latents import NUM_SCENES, MadeLatents
-from freres_cli.cli.benchmark import command, peers
+from freres_cli.cli.benchmark import command, peers, startup
 from freres_cli.cli.benchmark.peers import measure_peers, measure_stream, measure_whole
 from tests.pipeline_fixtures import forked as forked
 
@@ -142,3 +142,7 @@ def test_the_command_writes_the_part_and_runs_it_only_if_named(tmp_path, monkeyp
     command.main()
     assert asked == [(7, 9.0, None), (7, 9.0, ["evs", "dtd"])]
     assert json.loads((tmp_path / "r.json").read_text())["peers"] == {"rows": []}
+
+
+def test_startup_is_measured_with_this_checkout():
+    assert (startup.THIS / "freres_cli" / "cli" / "start.py").is_file()

@@ -12,6 +12,7 @@ from freres_cli.pipeline.choices import choose_cells
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.query import Query
+from freres_cli.pipeline.session import Session
 from freres_cli.workflows.compare import CompareRequest, compare
 from tests.clips import write_clip
 from tests.evaluations import FRAMES, write_clips
@@ -169,3 +170,15 @@ def test_a_video_that_is_none_is_a_video_error(tmp_path):
     check_failure(run_freres("compare", tmp_path / "a.mp4"), 3, "a.mp4")
     check_failure(run_freres("compare", tmp_path / "b.mp4", "--question", "what?"), 3, "b.mp4")
     check_failure(run_freres("compare", ""), 2, "empty")
+
+
+def test_costs_are_those_of_the_first_question_and_an_adapter_is_named(video, monkeypatch):
+    asked, ask = [], Session.ask
+    monkeypatch.setattr(Session, "ask", lambda self, *given, **more: asked.append(1) or ask(self, *given, **more))
+    monkeypatch.setattr(Session, "prefill_s", property(lambda self: float(len(asked))))
+    queries = (Query("Which way?"), Query("How many?"))
+    result = compare(request_for(video, "cdpruner", queries=queries), loaded_models())
+    assert result.rows[0]["prefill_s"] == 1.0 and len(asked) == 2
+    monkeypatch.undo()
+    run = run_freres("compare", video, "--methods", "fre-res,evs", "--question", "Which way?", "--max-new-tokens", 1)
+    assert run.status == 0 and "note: fre-res with adapter bundled_adapter.safetensors" in run.err, run.err

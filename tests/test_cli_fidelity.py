@@ -10,10 +10,11 @@ import torch
 
 from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
 from freres_cli.cli.compress import make_options
-from freres_cli.errors import ExitStatus
+from freres_cli.errors import ExitStatus, UsageError
 from freres_cli.evaluation.cells import parse_cells
 from freres_cli.evaluation.fidelity import READERS, measure_energy, measure_loss
 from freres_cli.pipeline.encoding import VideoSource
+from freres_cli.workflows import fidelity as workflow
 from freres_cli.workflows.fidelity import FidelityRequest, measure_fidelity, rebuild_clip
 from tests.evaluations import FRAMES, write_clips
 from tests.loaded_models import CountingEncoder, loaded_models, models_with
@@ -196,3 +197,17 @@ def test_a_bad_video_is_a_warning_beside_good_ones_and_an_error_alone(folder, tm
     check_failure(run_freres("fidelity", bad, missing), 3, "none of 2 videos")
     with fails(3, "bad.mp4"):
         VideoSource(bad)
+
+
+def test_a_failure_that_names_no_file_gets_the_name_of_its_video(folder, monkeypatch):
+    measure, videos = workflow.measure_clip, [folder / f"clip{i}.mp4" for i in range(2)]
+
+    def measure_one(clip, *rest):
+        if clip.num_frames == FRAMES:
+            raise UsageError("--set: residual_grid: too large")
+        return measure(clip, *rest)
+
+    monkeypatch.setattr(workflow, "measure_clip", measure_one)
+    run = run_freres("fidelity", *videos, "--methods", "evs", "--budgets", 20)
+    assert f"failed: {videos[0]}: --set: residual_grid: too large" in run.err and run.status == 2, run.err
+    assert f"error: 1 of 2 videos failed: {videos[0]}: --set" in run.err

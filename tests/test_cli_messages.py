@@ -11,7 +11,7 @@ import pytest
 from freres_cli.cli import app as cli_app
 from freres_cli.cli.eval_tables import print_totals
 from freres_cli.cli.output import format_share
-from freres_cli.errors import BackboneError, ExitStatus, as_freres_error, count_of
+from freres_cli.errors import BackboneError, ExitStatus, as_freres_error, count_of, round_count
 from tests.evaluations import GOOD_ROW, write_rows
 from tests.loaded_models import loaded_models
 from tests.pipeline_fixtures import bundle as bundle
@@ -103,8 +103,16 @@ def test_one_is_not_many(clip, tmp_path, monkeypatch):
 
 def test_totals_and_shares_are_plain(capsys):
     summary = {"num_questions": 1, "num_videos": 1, "failed": [], "full_tokens": 9, "intervals": {"resamples": 5}}
-    print_totals({**summary, "decode_s": 1.0, "encode_s": 1.0})
+    print_totals({**summary, "rows": [], "decode_s": 1.0, "encode_s": 1.0})
     assert "1 question on 1 video, " in capsys.readouterr().out
+    assert [round_count(count) for count in (0.25, 12.34, 999.4, 1152.0, 14401)] == [
+        "0.25",
+        "12.3",
+        "999",
+        "1152",
+        "14401",
+    ]
+    assert round_count(3601.25, 4) == "3601" and round_count(14401, 4) == "14401"
     assert format_share(-0.0001) == "0.0 %" and format_share(-0.001) == "-0.1 %"
 
 

@@ -12,7 +12,7 @@ from itertools import combinations
 import av
 import pytest
 
-from freres_cli.cli.eval_tables import MOST_DIFFERENCES, TABLE_WIDTH, print_differences, print_rows
+from freres_cli.cli.eval_tables import MOST_DIFFERENCES, TABLE_WIDTH, print_differences, print_rows, print_totals
 from freres_cli.evaluation.accuracy_csv import write_rows
 from freres_cli.evaluation.accuracy_plot import draw_accuracy
 from tests.evaluations import run_eval, write_clips, write_questions
@@ -202,3 +202,20 @@ def test_memory_is_shown_where_it_was_measured():
     summary["rows"][0]["peak_memory_bytes"] = 3 * 2**30
     assert any("memory" in line for line in printed(print_rows, summary))
     assert any(line.endswith("3.00 GiB") for line in printed(print_rows, summary))
+
+
+def test_chance_is_that_of_the_row_with_all_the_questions():
+    """A method that failed on the only video of a category has no chance of its own there."""
+    summary = made_summary(2, (0.5,), 1)
+    first = summary["rows"][0]["by_category"]["category 0"]
+    first |= {"accuracy": None, "num_questions": 0, "chance": None}
+    lines = [line.split() for line in printed(print_rows, summary)]
+    assert ["questions", "5"] in lines and ["chance", "25.0"] in lines
+
+
+@pytest.mark.parametrize(("frames", "told"), [(64.0, "once for all methods"), (256.0, "for the frames of all methods")])
+def test_seconds_of_decoding_are_told_as_what_they_are(frames, told):
+    summary = made_summary(2, (0.5,), 1)
+    summary["rows"][0]["num_frames"] = frames
+    summary |= {"failed": [], "full_tokens": 9, "intervals": {"resamples": 5}, "decode_s": 1.0, "encode_s": 1.0}
+    assert printed(print_totals, summary)[-1].endswith(told)

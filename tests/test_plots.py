@@ -7,9 +7,11 @@ import io
 import av
 import pytest
 
+from freres_cli.evaluation import fidelity_plot
 from freres_cli.evaluation.ablation_plot import draw_ablation
 from freres_cli.evaluation.plots import COLOURS, PlotFile
 from freres_cli.evaluation.profile_plot import STAGES, draw_profile, stage_seconds
+from freres_cli.workflows.fidelity import average_rows
 from freres_cli.workflows.profile import STAGES as MEASURED
 from freres_cli.workflows.profile import empty_row
 from tests.pipeline_fixtures import clip as clip
@@ -75,6 +77,31 @@ def test_profile_writes_its_plot(clip, tmp_path, monkeypatch):
     run = run_freres("profile", clip, "--plot", path)
     assert run.status == 0 and f"plot: {path}" in run.out and path.read_bytes() == draw_profile([ROW])
     assert run_freres("profile", clip, "--plot", path, "--force", "--json").json["plot"] == str(path)
+
+
+def test_fidelity_is_drawn_over_the_mean_share_of_tokens_and_tells_twenty_methods_apart(monkeypatch):
+    """640 tokens are all of a short clip and few of a long one: the mean share is not that of the mean counts."""
+
+    def rows_of(video):
+        full = (100, 10_000)[video]
+        own = {"visual_tokens": min(640, full), "full_tokens": full, "kept_hold": 0.5, "kept_linear": 0.4}
+        own |= {"budget_tokens": 640, "num_frames": 8}
+        lost = {f"lost_by_second_{reader}": [0.5] for reader in ("hold", "linear")}
+        return [{"method": f"m{n}", "budget": 640, **own, **lost} for n in range(20)]
+
+    videos = [{"video": f"{number}.mp4", "rows": rows_of(number)} for number in range(2)]
+    figures, make = [], fidelity_plot.new_figure
+    monkeypatch.setattr(fidelity_plot, "new_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    png, notes = fidelity_plot.draw_fidelity(average_rows([video["rows"] for video in videos]), videos)
+    kept, *curves = figures[0].axes
+    lines = [line for line in kept.get_lines() if line.get_linestyle() == "-"]
+    assert len(lines) == 20 and not notes and av.open(io.BytesIO(png), format="png_pipe")
+    for line in lines:
+        assert line.get_xdata() == pytest.approx([100 * (1 + 0.064) / 2])
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+    for axes in curves:
+        assert len({(own.get_edgecolor(), str(own.get_linestyle())) for own in axes.patches}) == 20
+    assert len(figures[0].legends[0].get_texts()) == 20 and all(axes.get_legend() is None for axes in figures[0].axes)
 
 
 @pytest.mark.parametrize("verb", ["profile", "ablate", "fidelity"])

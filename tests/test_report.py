@@ -100,7 +100,7 @@ def test_a_page_has_every_section_and_the_figures_of_inspect(bundle, clip, tmp_p
     for name in ("spectrum", "null_spectrum"):
         assert all(f"{100 * share:.1f} %" in page.text for share in report["energy"][name])
     for gop in report["gops"]:
-        assert f"{100 * gop['energy_kept']:.1f} % of the energy kept" in page.text
+        assert f"{100 * gop['energy_kept']:.1f} % of its pooled residual energy kept" in page.text
     events = sum(gop["start"] == "event" for gop in report["gops"])
     assert f"{events} event" in page.text and f"{len(report['gops'])} GoPs" in page.text
     assert "Absorber maps:" not in page.text and "gamma" in page.text
@@ -119,9 +119,19 @@ def test_what_a_kind_of_bundle_cannot_show_is_said(bundles, method, tmp_path):
     assert ("cannot be cut" in page.text) == (method in ("evs", "lowres", "tome"))
     assert ("does not name" in page.text) == (method in ("lowres", "tome"))
     assert ("does not name" in run_freres("inspect", bundles[method]).out) == (method in ("lowres", "tome"))
+    assert ("it has no GoPs, so no anchor frames are marked" in page.text) == lost
     assert "There are no thumbnails" in page.text
     for section in re.findall(r"<section.*?</section>", page.source, re.S):
         assert len(re.sub(r"<h2>.*?</h2>|<[^>]+>", "", section).strip()) > 20, "no section is left blank"
+
+
+def test_a_bundle_without_anchor_tokens_says_so_and_the_summary_says_which_part_was_read(clip, tmp_path):
+    flags = ("--method", "fre-res", "--variant", "temporal", "--frames", 12, "--grid", "6x6", "--budget", 60)
+    run = run_freres("compress", clip, *flags, "--start", 0.5, "-o", tmp_path / "part.pt")
+    assert run.status == 0, run.err
+    page = make_page(tmp_path / "part.pt", tmp_path)
+    assert "it holds no anchor tokens" in page.text and "has no anchor frames" not in page.text
+    assert "12 read (count) from 0.53 to 2.00 s" in page.text
 
 
 def test_thumbnails_are_the_first_frames_of_the_parts(bundle, clip, tmp_path):

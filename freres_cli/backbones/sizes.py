@@ -51,7 +51,7 @@ class DecoderSizes:
     in the cache. ``kv_layer_values``: the same of one layer. ``state_values``: numbers that linear attention keeps for a
     sequence. ``num_deep_layers``: DeepStack rows of a token. ``kv_heads``: heads of keys and of values in all layers.
     ``linear_weights``, ``linear_rows``: numbers, and rows of matrices, in the linear layers; ``largest_linear``: numbers of
-    the largest.
+    the largest. ``read_weights``: numbers of all weights that one token passes, head included.
     """
 
     num_parameters: int
@@ -69,6 +69,7 @@ class DecoderSizes:
     linear_weights: int
     linear_rows: int
     largest_linear: int
+    read_weights: int
 
     def row_bytes(self, itemsize: int, storage: Storage) -> int:
         """Bytes that a row takes in the cache. ``itemsize``: of the model's precision, which scales have too."""
@@ -243,6 +244,7 @@ def measure_decoder(model: LanguageModel) -> DecoderSizes:
         linear_weights=sum(linear.weight.numel() for linear in linears),
         linear_rows=sum(linear.out_features for linear in linears),
         largest_linear=max(linear.weight.numel() for linear in linears),
+        read_weights=_matrix_flops(decoder, config) // 2 + config.hidden_size * config.vocab_size,
     )
 
 

@@ -67,7 +67,8 @@ def compare(
     share of the latents' energy that can be rebuilt from them (hold and linear, as in freres fidelity), and the time from
     latents to tokens. With --question the language model answers from each method's tokens, in the same words as freres
     ask: then the table also has how many tokens the longest prompt had in all, text included, and the time from the first
-    question to its first token, with the prefill. A method that fails is a warning, and a row with what was known by then.
+    question to its first token, with the prefill. A method that needs the question picks its tokens in that time, which is
+    then in both columns. A method that fails is a warning, and a row with what was known by then.
     """
     from freres_cli.evaluation.questions import check_choices, check_length
 

@@ -135,13 +135,14 @@ def compress(
         if is_many(paths):
             raise UsageError("--dry-run: expected one video file", "name one of them")
         from freres_cli.pipeline.notes import describe_repeats
-        from freres_cli.pipeline.prompt_text import bound_text
+        from freres_cli.pipeline.prompt_text import bound_text, describe_context
 
         plan = compressor.plan(paths[0])
-        print_notes(describe_repeats(plan), quiet)
-        _print_plan(
-            plan, {**plan_document(plan, chosen), **bound_text(plan, compressor.models, chosen.method)}, chosen, json
-        )
+        text = bound_text(plan, compressor.models, chosen.method)
+        counted = text["context_tokens"]
+        full = () if counted is None else describe_context(counted, compressor.models.prompt_counter, is_bound=True)
+        print_notes([*describe_repeats(plan), *full], quiet)
+        _print_plan(plan, {**plan_document(plan, chosen), **text}, chosen, json)
         return
     _print_one(result, chosen, json, quiet)
 

@@ -66,9 +66,10 @@ def print_totals(summary: dict[str, Any]) -> None:
     )
     print_result("tokens are means over videos; context is the whole prompt, with its text and the question")
     print_result("times are medians; bytes are those of the largest video")
+    is_denser = len({row["num_frames"] or None for row in summary["rows"]} - {None}) > 1
+    scope = "for the frames of all methods" if is_denser else "once for all methods"
     print_result(
-        f"per video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, "
-        "once for all methods"
+        f"per video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, {scope}"
     )
 
 
@@ -104,15 +105,19 @@ def print_differences(summary: dict[str, Any]) -> None:
 
 def _print_categories(rows: Sequence[dict[str, Any]]) -> None:
     """Print a row for each method and budget, and as many tables as the categories need."""
-    first = rows[0]["by_category"]
+    # Where a method failed on some videos, a row with all the questions has the chance of all.
+    whole = {
+        category: max((row["by_category"][category] for row in rows), key=lambda part: part["num_questions"])
+        for category in rows[0]["by_category"]
+    }
     columns = [
         (
             category,
-            str(max(row["by_category"][category]["num_questions"] for row in rows)),
-            _percent(first[category]["chance"]),
+            str(part["num_questions"]),
+            _percent(part["chance"]),
             *[_percent(row["by_category"][category]["accuracy"]) for row in rows],
         )
-        for category in first
+        for category, part in whole.items()
     ]
     names = [("accuracy", "budget"), ("questions", ""), ("chance", ""), *[name_row(row) for row in rows]]
     room = TABLE_WIDTH - sum(2 + max(map(len, part)) for part in zip(*names, strict=True))

@@ -68,7 +68,7 @@ def fidelity(
     runs in a straight line from one token of a cell to the next. A cell without any token shows the mean of the nearest
     frame that has some. In both columns fre-res is rebuilt from its tracks: anchors where they are kept, else pooled
     ones, plus the inverse DCT and the impulses. That is more than its tokens show a language model, so its figure is
-    generous. Adapters have no part in it.
+    generous. Adapters have no part in it. A clip whose tokens are all equal has no energy; its share is 100 %.
 
     A video that cannot be used is reported, and counts for no mean; the exit status is then that of the first failure.
 

@@ -20,7 +20,7 @@ from freres_cli.cli.output import (
     print_table,
     print_wrapped,
 )
-from freres_cli.errors import UsageError, count_of
+from freres_cli.errors import UsageError, count_of, round_count
 
 
 def inspect(
@@ -129,7 +129,7 @@ def _print_time(over_time: dict[str, Any]) -> None:
     each = format_seconds((edges[-1] - edges[0]) / len(tokens))
     print_result("")
     print_wrapped("time", f"{edges[0]:.2f} to {edges[-1]:.2f} s, {each} a column")
-    print_result(f"{'tokens':<8} {format_sparkline(tokens)} at most {max(tokens):.3g}")
+    print_result(f"{'tokens':<8} {format_sparkline(tokens)} at most {round_count(max(tokens))}")
     if over_time["note"] is not None:
         print_wrapped("note", over_time["note"])
     if lost is None:

@@ -119,6 +119,8 @@ def _print_cost(cost: Cost, stages: list[Stage], speed: Speed) -> None:
     plan, text = cost.plan, "" if cost.text_tokens is None else f", {cost.text_tokens} of them text in the video"
     print_result(f"frames           {plan.num_frames} of {plan.size.grid_h}x{plan.size.grid_w} tokens")
     visual = f"{cost.visual_tokens} of {plan.full_tokens}"
+    if plan.budget is not None and plan.budget.max_events:
+        visual = f"at most {visual}; {plan.budget.expected.total} without cuts"
     if plan.quality is not None:
         visual = f"at most {visual}, as few as keep quality {plan.quality:g}: the rest is for the most"
     print_result(f"visual tokens    {visual}")

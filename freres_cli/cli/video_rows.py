@@ -46,7 +46,7 @@ class VideoRows:
 
     def _show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
         if row.error is not None:
-            print_warning(f"failed: {_describe(row, row.error)}")
+            print_warning(f"failed: {row.error.naming(row.video, row.bundle).message}")
         if self._print_line is not None:
             self._print_line(row)
             return
@@ -68,16 +68,10 @@ def raise_first_failure(rows: Sequence[VideoRow]) -> None:
     for row in rows:
         if (error := row.error) is not None:
             failed = count_statuses(rows)["failed"]
-            raise tell_how_many(type(error)(_describe(row, error), error.hint), failed, len(rows))
+            raise tell_how_many(error.naming(row.video, row.bundle), failed, len(rows))
 
 
 def tell_how_many(first: FreresError, num_failed: int, num_videos: int) -> FreresError:
     """Return the failure of a run in which some videos failed. ``first``: the failure of the first of them."""
     told = f"{num_failed} of {count_of(num_videos, 'video')} failed: {first.message}"
     return type(first)(told, first.hint)
-
-
-def _describe(row: VideoRow, error: FreresError) -> str:
-    """The message of a failed row, which says what video it is about: an error of the settings names none."""
-    is_named = str(row.video) in error.message or str(row.bundle) in error.message
-    return error.message if is_named else f"{row.video}: {error.message}"

@@ -43,7 +43,7 @@ def draw_profile(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.margins(x=0.15)
         axes.set_xlim(left=0)
         axes.grid(axis="x", alpha=0.3)
-    times.set(xlabel="seconds to the first token of the answer, models loaded")
+    times.set(xlabel="seconds of each stage to the answer's first token, models loaded; decoding and encoding overlap")
     memory.set(xlabel="peak memory, GiB")
     times.legend(fontsize="small", ncols=len(STAGES), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return encode_figure(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from freres_cli.errors import round_count
 from freres_cli.page.charts import Axes, Series, curves, draw, legend, stacks, time_line
 from freres_cli.page.elements import Html, data_uri, fold, table, tag
 from freres_cli.page.facts import PageFacts, Piece
@@ -16,6 +17,7 @@ def show_summary(facts: PageFacts) -> Parts:
     """Source, model and token counts."""
     report = facts.inspected
     source, model, sampling, grid = report["source"], report["model"], report["sampling"], report["geometry"]["grid"]
+    edges = report["over_time"]["edges_s"]
     rows = [
         (
             "source",
@@ -26,7 +28,8 @@ def show_summary(facts: PageFacts) -> Parts:
         ("method", facts.method),
         (
             "frames",
-            f"{sampling['num_frames']} read ({sampling['mode']}), grid {grid[1]}x{grid[2]}, "
+            f"{sampling['num_frames']} read ({sampling['mode']}) from {edges[0]:.2f} to {edges[-1]:.2f} s, grid "
+            f"{grid[1]}x{grid[2]}, "
             f"{sampling['lost_s']:.2f} s lost to damage",
         ),
         (
@@ -60,7 +63,8 @@ def show_time_line(facts: PageFacts) -> Parts:
     )
     line = time_line("Time line", counted, (edges[0], edges[-1]), facts.bounds_s, facts.anchors_s, facts.events_s)
     if not facts.anchors_s:
-        counted += "; this method has no anchor frames"
+        has_gops = facts.piece_word == "GoP"
+        counted += f"; {'it holds no anchor tokens' if has_gops else 'it has no GoPs, so no anchor frames are marked'}"
     said = tag(
         "p",
         f"{counted}. Blocks are {facts.piece_word}s, a blue tick is an anchor frame, and a triangle is an event: a cut, "
@@ -90,7 +94,8 @@ def show_tokens(facts: PageFacts) -> Parts:
     series = [Series(kind, kind, values) for kind, values in kinds.items() if any(values)]
     axes = Axes("seconds", "tokens", (edges[0], edges[-1]), (0.0, peak))
     each = (edges[-1] - edges[0]) / (len(edges) - 1)
-    said = f"Tokens in each {each:.3g} s of the clip, spread evenly over the time they stand for; at most {peak:.3g}."
+    most = round_count(peak)
+    said = f"Tokens in each {each:.3g} s of the clip, spread evenly over the time they stand for; at most {most}."
     columns = ("from s", "to s", *(one.name for one in series))
     rows = [
         (f"{start:.2f}", f"{end:.2f}", *(f"{one.values[place]:.1f}" for one in series))
@@ -116,7 +121,7 @@ def show_places(facts: PageFacts) -> Parts:
         ),
     ]
     for name, heat in (("Rows", facts.rows), ("Columns", facts.columns)):
-        what = f"{name} of the frame over time; brightest from {heat.peak:.3g} tokens a frame on"
+        what = f"{name} of the frame over time; brightest from {round_count(heat.peak)} tokens a frame on"
         picture = tag("img", src=data_uri(heat.png, "png"), alt=what, class_="strip")
         parts.append(tag("div", picture, tag("p", f"{what}.", class_="faint"), class_="block"))
     note = facts.inspected["over_time"]["note"]
@@ -131,7 +136,7 @@ def show_pieces(facts: PageFacts) -> Parts:
     chosen = "" if shown == number else ": those that kept least, and those with most tokens"
     said = (
         f"{shown} of {count_of(number, facts.piece_word)}{chosen}. {facts.thumbnails} Each map has the "
-        f"tokens on every cell of the frame, black for none, yellow for {facts.cell_peak:.3g}: "
+        f"tokens on every cell of the frame, black for none, yellow for {round_count(facts.cell_peak)}: "
     )
     scale = tag("img", src=data_uri(facts.scale, "png"), alt="the colours from none to the most", class_="scale")
     cards = tag("ul", *(_card(piece) for piece in facts.pieces), class_="cards")
@@ -150,7 +155,7 @@ def _card(piece: Piece) -> Html:
         )
         pictures.insert(0, picture)
     kinds = ", ".join(f"{count:.0f} {kind}" for kind, count in piece.tokens_by_kind.items() if round(count))
-    kept = None if piece.kept is None else tag("p", f"{_percent(piece.kept)} of the energy kept")
+    kept = None if piece.kept is None else tag("p", f"{_percent(piece.kept)} of its pooled residual energy kept")
     heading = tag("p", tag("strong", span), f" {piece.label}")
     return tag("li", heading, tag("div", *pictures, class_="pictures"), tag("p", kinds or "less than one token"), kept)
 

@@ -29,7 +29,7 @@ from freres_cli.pipeline.manifest import build_manifest
 from freres_cli.pipeline.models import Models, make_source, refuse_beside
 from freres_cli.pipeline.notes import describe_fit, describe_limits, describe_plan
 from freres_cli.pipeline.planning import CPU, CompressOptions, CompressPlan, plan_compression
-from freres_cli.pipeline.prompt_text import PromptText, read_prompt_text
+from freres_cli.pipeline.prompt_text import PromptText, describe_context, read_prompt_text
 from freres_cli.pipeline.reduction import LatentBatch, Reduction, make_reducer, reduce_latents
 from freres_cli.pipeline.torch_state import plain_torch
 from freres_cli.presets import BUNDLED, load_settings
@@ -147,6 +147,8 @@ class Compressor:
         limits = describe_limits(options.model.name, manifest["source"]["made_by_world"])
         fit, planned = describe_fit(plan, encoder, options.settings), describe_plan(plan, options, manifest)
         found = (*limits, *encoder.notes, *fit, *plan.info.notes, *manifest["sampling"]["notes"], *planned, *untold)
+        if text is not None:
+            found += describe_context(manifest["tokens"]["context_tokens"], self.models.prompt_counter)
         timer.seconds["total"] = time.perf_counter() - start
         return Bundle(
             manifest,

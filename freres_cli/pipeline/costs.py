@@ -38,12 +38,18 @@ def sum_bytes(parts: list[Part], *, is_cuda: bool) -> int:
 
 
 def encode_parts(
-    tower: TowerSizes, batch_frames: int, frame_px: int, frame_tokens: int, itemsize: int, num_batches: int = 2
+    tower: TowerSizes,
+    batch_frames: int,
+    frame_px: int,
+    frame_tokens: int,
+    itemsize: int,
+    num_batches: int,
+    latent_frames: int,
 ) -> list[Part]:
     """The memory of decoding and encoding.
 
     ``tower``: from ``measure_tower``. ``batch_frames``: n. ``frame_px``: pixels of a resized frame. ``frame_tokens``: N.
-    ``itemsize``: b. ``num_batches``: whose latents are there at once.
+    ``itemsize``: b. ``num_batches``: whose pixels are there at once. ``latent_frames``: whose latents are.
     """
     n, b, values = batch_frames, itemsize, 3 * frame_px * batch_frames
     rows = n * tower.rows
@@ -62,12 +68,17 @@ def encode_parts(
         what = f"input of {packed} bytes, rotations of {angles}, n*R*b*({inside})"
     return [
         Part("tower weights", tower.num_parameters * b, f"{tower.num_parameters} parameters * {b} bytes"),
-        Part("frames", 2 * values, f"2 copies of {n} frames of {frame_px} pixels in 8-bit RGB", is_on_device=False),
+        Part(
+            "frames",
+            num_batches * values,
+            f"{num_batches} batches of {n} frames of {frame_px} pixels in 8-bit RGB",
+            is_on_device=False,
+        ),
         Part("tower activations", max(normalizing, passing), what),
         Part(
             "latents of batches",
-            num_batches * n * frame_tokens * tower.out_channels * b,
-            f"{num_batches}*n*N*C*b: this one, and those that are not reduced yet",
+            latent_frames * frame_tokens * tower.out_channels * b,
+            f"{latent_frames}*N*C*b: this one, and those that are not reduced yet",
         ),
     ]
 
@@ -95,12 +106,12 @@ def method_parts(
         kept = gops * frame_tokens * row
         # Where there are more cuts than anchors for them, the strongest keep their coefficients.
         tracks = gops + (min(MAX_DEMOTED_TRACKS, max(0, num_frames - gops)) if budget.max_events else 0)
-        candidates = 0 if budget.is_lossless else tracks * (budget.num_coefficients + 2) * cells * channels * FLOAT32
+        candidates = 0 if budget.is_lossless else tracks * (budget.num_coefficients + 3) * cells * channels * FLOAT32
         # The open GoP, the one before it while its anchor may still move, and a stacked copy when one closes.
         trajectory = 0 if budget.is_lossless else 3 * length * cells * channels * FLOAT32
         return [
             Part("anchors", kept, f"{gops} frames * N*C*b", is_on_device=False),
-            Part("coefficients", candidates, f"{tracks} GoPs * (K + 2) * {cells} cells * C*4", is_on_device=False),
+            Part("coefficients", candidates, f"{tracks} GoPs * (K + 3) * {cells} cells * C*4", is_on_device=False),
             Part("open GoP", trajectory, f"3 * {length} time bins * {cells} cells * C*4"),
             result,
         ]
@@ -169,6 +180,11 @@ def ask_parts(
             f"cache and states once more for the question, {cache + states} bytes, beyond the two parts of the prefill"
         )
         parts.append(Part("copy of the cache", copied, told))
+    if storage.weights is not None and not is_cuda:
+        # They are read as they are stored, and then put into 8 bits one by one.
+        before = decoder.num_parameters * b + decoder.largest_linear
+        told = f"{decoder.num_parameters} parameters * {b} bytes before they are in 8 bits, beyond the parts above"
+        parts.append(Part("weights as they are read", max(0, before - sum_bytes(parts, is_cuda=False)), told))
     return parts
 
 

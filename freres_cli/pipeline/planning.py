@@ -144,6 +144,13 @@ class CompressPlan:
         that can be more than ``full_tokens``."""
         return min(self.budget_tokens, self.num_frames * self.size.num_tokens)
 
+    @property
+    def bound_tokens(self) -> int:
+        """As many as the bundle will hold at most. Of Fre-Res, cuts may add tokens to what is expected."""
+        if self.budget is None:
+            return self.most_tokens
+        return self.budget_tokens if self.budget.max_events else self.budget.expected.total
+
 
 def refuse_lost_settings(settings: Settings, methods: Collection[str], hint: str) -> None:
     """Refuse named settings of Fre-Res if it is none of the methods: what they were meant to change would stay as it is.

@@ -161,9 +161,10 @@ def bound_text(plan: CompressPlan, models: Models, method: str) -> dict[str, int
     Fre-Res may have an anchor for each event; another method may have tokens at every frame.
     """
     info, num_frames = plan.info, plan.num_frames
-    visual = plan.budget.expected.total if plan.budget else plan.most_tokens
-    first_s = info.count_s(info.start_s)
-    seconds = torch.linspace(first_s, first_s + info.duration_s, num_frames, dtype=torch.float64)
+    visual = plan.bound_tokens
+    last_s = info.count_s(info.start_s) + info.duration_s
+    # Backwards, so that one frame has the time that takes the most text.
+    seconds = torch.linspace(last_s, last_s - info.duration_s, num_frames, dtype=torch.float64).flip(0)
     try:
         text = read_prompt_text(models.prompt_counter, (num_frames, plan.size.grid_h, plan.size.grid_w), seconds)
     except BackboneError:
@@ -179,6 +180,20 @@ def bound_text(plan: CompressPlan, models: Models, method: str) -> dict[str, int
         most = min(most, max(int(TEXT_SHARE * visual), num_fixed * longest))
     overhead = text.in_video + most
     return {"text_overhead_tokens": overhead, "context_tokens": text.around_video + overhead + visual}
+
+
+def describe_context(context_tokens: int, model: LanguageModel, *, is_bound: bool = False) -> tuple[str, ...]:
+    """Return a note if a prompt without a question leaves no room for one in the context of ``model``; else nothing.
+
+    ``context_tokens``: of the prompt. ``is_bound``: it is known to have no more than these.
+    """
+    if context_tokens < model.max_context_tokens:
+        return ()
+    has, may = ("has up to", "may") if is_bound else ("has", "will")
+    return (
+        f"the prompt {has} {context_tokens} tokens without a question, and the model's context {model.max_context_tokens}: "
+        f"freres ask {may} refuse it; a smaller budget fits",
+    )
 
 
 def record_text(text: PromptText | None) -> dict[str, Any]:

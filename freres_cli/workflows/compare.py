@@ -27,7 +27,7 @@ from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.pipeline.query import Query, refuse_control_tokens
 from freres_cli.pipeline.session import Session
 from freres_cli.video.opening import hash_file
-from freres_cli.workflows.eval_run import describe_frame_counts, reads_other_frames
+from freres_cli.workflows.eval_run import describe_adapters, describe_frame_counts, reads_other_frames
 from freres_cli.workflows.evaluate import Modules, failure_of, load_all_modules
 from freres_cli.workflows.fidelity import Rebuild, rebuild_clip, rebuild_tokens
 from freres_cli.world.make import is_world_clip
@@ -83,6 +83,7 @@ def compare(request: CompareRequest, models: Models | None = None) -> CompareRes
         refuse_control_tokens([("--question", [query.question for query in request.queries])], model)
         refuse_control_tokens([("--choices", query.choices) for query in request.queries], model)
         modules = load_all_modules(request.cells, request.options, models)
+        notes += describe_adapters(request.cells)
         notes += [*describe_limits(request.options.model.name, is_world_clip(request.video)), *model.notes]
     encoder = models.encoder
     timer = StageTimer(torch.device(request.options.model.device.name))
@@ -159,8 +160,7 @@ def _try_cell(
                 session = open_method_session(
                     clip, tokens, cell.method, budget_tokens, models.language_model, text_after
                 )
-                row |= _ask(session, request)
-                row["compress_s"] += session.refine_s
+                row |= _ask(session, request, row["compress_s"])
     except Exception as error:
         failures.append(failure_of(error, cell.name))
         row |= {"status": "failed", "message": failures[-1].message}
@@ -173,16 +173,18 @@ def _measure_kept(latents: Tensor, own: Mapping[str, Rebuild], width: int, energ
     return {f"kept_{reader}": share_kept(lost[reader], energy) for reader in READERS}
 
 
-def _ask(session: Session, request: CompareRequest) -> dict[str, Any]:
-    """Return what the language model says to each question, and what that costs."""
-    answers = [
-        session.ask(query.question, choices=query.choices, max_new_tokens=request.max_new_tokens)
-        for query in request.queries
-    ]
+def _ask(session: Session, request: CompareRequest, compress_s: float) -> dict[str, Any]:
+    """Return what the language model says to each question, and what the first one costs. ``compress_s``: so far."""
+    answers, costs = [], []
+    for query in request.queries:
+        answers.append(session.ask(query.question, choices=query.choices, max_new_tokens=request.max_new_tokens))
+        costs.append((session.prefill_s, session.refine_s))
+    prefill_s, refine_s = costs[0]
     return {
         "visual_tokens": max(answer.num_visual_tokens for answer in answers),
         "context_tokens": max(answer.num_context_tokens for answer in answers),
-        "prefill_s": session.prefill_s,
+        "compress_s": compress_s + refine_s,
+        "prefill_s": prefill_s,
         "ttft_s": answers[0].ttft_s,
         "notes": [*session.notes, *dict.fromkeys(note for answer in answers for note in answer.notes)],
         "answers": [

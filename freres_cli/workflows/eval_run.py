@@ -12,6 +12,7 @@ from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.weight_samples import digest_weights
 from freres_cli.devices import AS_COMPUTED
+from freres_cli.errors import round_count
 from freres_cli.evaluation.cells import Cell
 from freres_cli.evaluation.questions import QuestionFile
 from freres_cli.evaluation.results import REMEDY
@@ -95,7 +96,7 @@ def describe_answers(
     """
     return (
         *_describe_unread(request.questions, rows),
-        *_describe_adapters(request),
+        *describe_adapters(request.cells),
         *_describe_frames(rows, summary["rows"], request.options.settings.track_density),
         *describe_times((cell.method for cell in request.cells), request.options.model.device),
         *describe_oddities(summary["video_notes"]),
@@ -104,9 +105,9 @@ def describe_answers(
     )
 
 
-def _describe_adapters(request: EvalRequest) -> Iterator[str]:
+def describe_adapters(cells: Sequence[Cell]) -> Iterator[str]:
     """Yield a note on each adapter and the method that it is used with, as a default may have chosen it."""
-    used = dict.fromkeys((cell.method, cell.adapter.name) for cell in request.cells if cell.adapter is not None)
+    used = dict.fromkeys((cell.method, cell.adapter.name) for cell in cells if cell.adapter is not None)
     for method, name in used:
         yield f"{method} with adapter {name}"
 
@@ -135,7 +136,7 @@ def describe_frame_counts(rows: Sequence[Mapping[str, Any]], track_density: int,
         counts.setdefault(name, set()).add(row["num_frames"])
     for name, row in known:
         names.setdefault(row["num_frames"], {})[name if len(counts[name]) == 1 else f"{name} {row['budget']}"] = None
-    told = "; ".join(f"{count:.4g} by {', '.join(own)}" for count, own in sorted(names.items()))
+    told = "; ".join(f"{round_count(count, 4)} by {', '.join(own)}" for count, own in sorted(names.items()))
     remedy = "; --set track_density=1 reads equal frames" if track_density > 1 else ""
     return f"rows differ in the frames they are made from{counted}: {told}{remedy}"
 

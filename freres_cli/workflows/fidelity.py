@@ -99,8 +99,8 @@ def measure_fidelity(
                 found = measure_clip(clip, request.cells, encoder.width)
                 videos.append(found | {"video": str(path), "lost_s": clip.lost_s, "notes": list(clip.notes)})
         except FreresError as error:
-            errors.append(error.without_frames())
-            failed.append({"video": str(path), "message": error.message})
+            errors.append(error.without_frames().naming(path))
+            failed.append({"video": str(path), "message": errors[-1].message})
     if not videos:
         first = errors[0]
         if len(errors) > 1:

@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from freres_cli.backbones.engine import choose_chunk, is_long_prompt
-from freres_cli.backbones.long_attention import LONG_CHUNK_TOKENS
+from freres_cli.backbones.engine import choose_chunk
 from freres_cli.backbones.quantized_weights import describe_weights
 from freres_cli.backbones.row_parts import PART_ROWS
 from freres_cli.backbones.sizes import DecoderSizes, TowerSizes, has_experts, measure_decoder, measure_tower
@@ -26,11 +25,12 @@ from freres_cli.pipeline.costs import (
     method_parts,
     sum_bytes,
 )
-from freres_cli.pipeline.encoding import VideoSource, count_batch_frames
+from freres_cli.pipeline.encoding import BATCHES_AHEAD, VideoSource, count_batch_frames
 from freres_cli.pipeline.models import Models
 from freres_cli.pipeline.notes import describe_repeats
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan, plan_compression
-from freres_cli.pipeline.prompt_text import bound_text
+from freres_cli.pipeline.prompt_text import bound_text, describe_context
+from freres_cli.video.lines import MOST_APART
 
 # Measured on one thread of a server CPU: decoding 2.1 ms and resizing 10.3 ms for a picture of 1280x720 in H.264.
 DECODE_S_PER_PX = 2.1e-3 / (1280 * 720)
@@ -143,11 +143,12 @@ class Planner:
         """What the user should know about the figures."""
         levels = self.options.settings.still_levels
         still = f"in which nothing moved by more than {levels} levels" if levels else "that repeat the last one"
-        lines = self.options.settings.line_levels if self.options.method == ADAPTIVE else 0
+        plan = plan_compression(self.options, self.encoder, self.info)
+        lines = plan.line_levels
         still += f", or that lie within {lines} levels of the line between two others," if lines else ""
         skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
-        plan = plan_compression(self.options, self.encoder, self.info)
         told = [self.dtype_note, skipped, *describe_repeats(plan), *self.language.describe_kv()]
+        told += describe_context(self.cost().context_tokens, self.language, is_bound=True)
         if (weights := self.options.model.storage.weights) is not None:
             sizes = measure_decoder(self.language)
             before = sizes.linear_weights * self.dtype.itemsize
@@ -162,12 +163,11 @@ class Planner:
             options = replace(options, settings=settings)
         plan = plan_compression(options, self.encoder, self.info)
         text = bound_text(plan, self.models, options.method)
-        visual = plan.budget.expected.total if plan.budget else plan.most_tokens
+        visual = plan.bound_tokens
         context = text["context_tokens"]
         tower, decoder = measure_tower(self.encoder, plan.size), measure_decoder(self.language)
         rows = visual if context is None else context
-        is_long = is_long_prompt(self.language, rows, is_cuda=self.is_cuda)
-        chunk = LONG_CHUNK_TOKENS if is_long else choose_chunk(self.language, rows, is_cuda=self.is_cuda)
+        chunk = choose_chunk(self.language, rows, is_cuda=self.is_cuda)
         # As row_parts.use_row_parts: experts share out rows themselves.
         mlp_rows = PART_ROWS if self.is_cuda and not has_experts(self.language.decoder.config) else None
         b, cells = self.dtype.itemsize, plan.size.num_tokens
@@ -185,7 +185,7 @@ class Planner:
             None if plan.residual_size is None else measure_tower(self.encoder, plan.residual_size),
             decoder,
             chunk,
-            [*encode_parts(tower, batch, frame_px, cells, b, self._num_batches(plan)), *kept],
+            [*encode_parts(tower, batch, frame_px, cells, b, *self._count_batches(plan, batch)), *kept],
             ask_parts(decoder, visual, rows, chunk, b, storage, is_cuda=self.is_cuda, mlp_rows=mlp_rows),
             self.is_cuda,
             storage,
@@ -197,17 +197,24 @@ class Planner:
         trends = width if self.options.method == ADAPTIVE and settings.trends == "keep" else 0
         return (width if settings.deepstack == "drop" else tower.out_channels) + trends
 
-    def _num_batches(self, plan: CompressPlan) -> int:
-        """How many batches of latents are there at once."""
+    def _count_batches(self, plan: CompressPlan, batch: int) -> tuple[int, int]:
+        """How many batches of frames, and frames with latents, are there at once. ``batch``: frames of one."""
         is_beside = self.is_cuda and plan.residual_size is None and (plan.budget or self.options.method == ADAPTIVE)
-        return 2 + MOST_BEGUN if is_beside else 2
+        has_lines, begun = bool(plan.line_levels), MOST_BEGUN if is_beside else 0
+        # One is decoded, some wait, one is encoded; and where lines are drawn, one must be known not to be the last.
+        num_batches = min(BATCHES_AHEAD + 2 + has_lines, -(-plan.num_frames // batch))
+        # There a batch begins with frames that waited for it, and is there as lines and joined.
+        whole = batch + MOST_APART if has_lines else batch
+        return num_batches, (2 + has_lines + begun) * whole
 
     def largest_budget(self, device_bytes: int) -> int | None:
-        """The largest budget whose peak memory fits, ``None`` if not even one token does. At most every token."""
+        """The largest budget whose peak memory fits, and whose prompt the model's context holds; ``None`` if not even one
+        token does. At most every token."""
 
         def fits(budget_tokens: int) -> bool:
             cost = self.cost(budget_tokens)
-            return cost.peak_bytes + cost.base_bytes <= device_bytes
+            is_read = not describe_context(cost.context_tokens, self.language)
+            return is_read and cost.peak_bytes + cost.base_bytes <= device_bytes
 
         low, high = 0, self.cost().plan.full_tokens
         if not METHODS[self.options.method].has_budget:
@@ -231,12 +238,14 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
         num_whole = min(plan.num_frames, num_anchors + num_events)
         tower_flops = plan.num_frames * cost.residual_tower.flops + num_whole * cost.tower.flops
         events = f" and {num_events} more for cuts" if num_events else ""
-        encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens, {num_anchors} anchors whole{events},"
+        encoded = f"every sampled frame at {small.grid_h}x{small.grid_w} tokens, at least {num_anchors} whole{events},"
     prefill_flops = cost.decoder.prefill_flops(cost.context_tokens, cost.chunk)
     rate = "a speed that is not known" if speed.flops_per_s is None else f"{speed.flops_per_s / 1e12:.3g} TFLOP/s"
     per_token = None
     if speed.bytes_per_s is not None:
         weights = cost.decoder.weight_bytes(cost.dtype.itemsize, cost.storage)
+        # A token reads no experts but its own, and one row of the embedding.
+        weights = weights * cost.decoder.read_weights // cost.decoder.num_parameters
         per_token = (weights + cost.kv_bytes) / speed.bytes_per_s
     return [
         Stage(
@@ -248,7 +257,12 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
         Stage("resize", None, plan.num_frames * source_px * RESIZE_S_PER_PX, "every sampled frame, one thread"),
         Stage("tower", tower_flops, speed.time(tower_flops), f"{encoded} at {rate}"),
         Stage("prefill", prefill_flops, speed.time(prefill_flops), f"the whole prompt at {rate}"),
-        Stage("per token", None, per_token, "weights and cache are read once for each token of the answer"),
+        Stage(
+            "per token",
+            None,
+            per_token,
+            "cache and weights that it passes are read once for each token",
+        ),
     ]
 
 

@@ -89,7 +89,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=Path, help="folder in which choices keeps its clips and answers, to go on from")
     parser.add_argument("--other", type=Path, help="the checkout that startup compares with this one")
     parser.add_argument(
-        "--minutes", type=int, nargs="+", default=[10, 60, 180], help="lengths that hours measures, in tens of minutes"
+        "--minutes",
+        type=int,
+        nargs="+",
+        default=[10, 60, 180],
+        help="lengths that hours measures, each a multiple of 10",
     )
     parser.add_argument("parts", nargs="*", default=[], help=f"{USUAL}; and, if named, {', '.join(ONLY_IF_NAMED)}")
     return parser.parse_args()

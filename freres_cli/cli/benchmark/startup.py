@@ -13,7 +13,7 @@ from freres_cli.bench.report import summarize_ratios, summarize_runs
 from freres_cli.cli.benchmark.inputs import METHOD, METHOD_FLAGS
 from freres_cli.world.make import make_set
 
-THIS = Path(__file__).parents[2]
+THIS = Path(__file__).parents[3]
 QUESTION = "what moves first?"
 
 
