@@ -206,7 +206,7 @@ def test_a_training_that_blows_up_ends(folder, tmp_path):
     with fails(5, "step 1: the loss is nan") as caught:
         train(folder / "questions.jsonl", tmp_path / "a.safetensors", models=models)
     assert "--dtype" in caught.value.hint, "no step was taken: the learning rate has no part in it"
-    with fails(2, "step 2: the loss is nan"):
+    with fails(2, "step 1: the loss on the held-out videos is nan"):
         train(folder / "questions.jsonl", tmp_path / "a.safetensors", learning_rate=1e30)
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -215,6 +215,20 @@ def test_a_loss_on_held_out_videos_that_is_not_finite_is_refused_before_the_firs
     monkeypatch.setattr(training_loop.TrainingLoop, "validate", lambda _: training_loop.Score(0.5, float("nan")))
     with fails(5, "before the first step: the loss on the held-out videos is nan"):
         train(folder / "questions.jsonl", tmp_path / "a.safetensors")
+
+
+def test_a_loss_on_held_out_videos_that_is_not_finite_later_is_refused(folder, tmp_path, monkeypatch):
+    losses = iter((1.0, float("inf")))
+    monkeypatch.setattr(training_loop.TrainingLoop, "validate", lambda _: training_loop.Score(0.5, next(losses)))
+    with fails(2, "step 1: the loss on the held-out videos is inf"):
+        train(folder / "questions.jsonl", tmp_path / "a.safetensors", num_steps=1)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_trends_that_an_adapter_reads_cannot_be_dropped(folder, tmp_path):
+    flags = ("--set", "method=adaptive", "--set", "trends=drop", "-o", tmp_path / "a.safetensors")
+    run = run_freres("train", folder / "questions.jsonl", *flags)
+    check_failure(run, 2, "--set: trends: adapters of adaptive read trends: expected keep, got drop")
 
 
 def test_a_question_that_is_too_long_beside_every_token_is_no_want_of_memory(folder, tmp_path, monkeypatch):

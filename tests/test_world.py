@@ -42,6 +42,7 @@ from tests.runner import check_failure, run_freres
 SCENES = 3000
 LEVELS = (1, 2, 3)
 CHANCE, MARGIN = 0.25, 0.03
+NAMES_IN_2821 = ("green triangle", "purple square")
 
 
 @functools.cache
@@ -57,11 +58,17 @@ def asked():
 
 
 @functools.cache
-def chosen_at(level):
+def offered_at(level):
+    """The questions that each of many clips supports."""
+    return [questions_of(seed, make_scene(seed, level=level)) for seed in range(SCENES)]
+
+
+@functools.cache
+def chosen_at(level, per_clip=4):
     """The questions that ``world make`` writes about many clips."""
     counts, found = Counter(), []
-    for seed in range(SCENES):
-        found += choose_questions(questions_of(seed, make_scene(seed, level=level)), 4, counts)
+    for offered in offered_at(level):
+        found += choose_questions(offered, per_clip, counts)
     return found
 
 
@@ -101,10 +108,10 @@ def blind_key(question, option):
     return question.category, wording, "a name" if is_name else option
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_no_category_can_be_guessed_from_the_question(level):
+@pytest.mark.parametrize(("level", "per_clip"), [(1, 4), (2, 4), (3, 4), (1, 1), (1, 2), (1, 3)])
+def test_no_category_can_be_guessed_from_the_question(level, per_clip):
     """The best possible guesser: from half the clips it knows how often each option is true for each wording."""
-    questions = chosen_at(level)
+    questions = chosen_at(level, per_clip)
     half = len(questions) // 2
     offered, true = Counter(), Counter()
     for question in questions[:half]:
@@ -132,6 +139,24 @@ def test_of_the_same_options_each_is_true_equally_often(level):
     for options in (DOES, SPEEDS, DIRECTIONS, NUMBERS, PLACES, TEXTURES):
         counts = true[frozenset(options)]
         assert sum(counts.values()) > 400 and max(counts.values()) < 1.25 * min(counts[o] for o in options), counts
+
+
+@pytest.mark.parametrize("per_clip", [1, 2])
+def test_few_questions_a_clip_have_even_answers_as_well(per_clip):
+    """Scenes with more objects offer more categories, so each of these is asked about them less often."""
+    true = Counter(question.answer for question in chosen_at(1, per_clip) if question.category == "Count")
+    assert len(true) == 4 and sum(true.values()) > 100 and max(true.values()) <= min(true.values()) + 2
+
+
+def test_no_question_is_about_what_another_object_hides_all_the_time():
+    seed = clip_seed("test", 2821)
+    scene = make_scene(seed)
+    hidden, front = (next(thing for thing in scene.things if thing.name == name) for name in NAMES_IN_2821)
+    assert np.abs(hidden.centre - front.centre).max() < front.radius / 2 and hidden.radius < front.radius
+    asked = [
+        question.question for question in questions_of(seed, scene) if question.category in ("Object", "Attribute")
+    ]
+    assert asked and not any(hidden.colour in text or hidden.shape in text for text in asked)
 
 
 def test_the_answer_is_in_every_place_equally_often(asked):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_training_starts_from_a_model_and_leaves_the_tower_alone(tmp_path, monke
     assert info["start_sha256"] == hash_file(bundled_model_dir() / "model.safetensors")
     check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", tmp_path), 5, "training can start from")
     check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", "nowhere"), 2, "no such folder")
+    copy = shutil.copytree(bundled_model_dir(), tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # not in a file that changes
+    weights.write_bytes(weights.read_bytes()[:3_000_000])
+    check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", copy), 5, "training can start from")
+    weights.unlink()
+    torch.save(whole, copy / "pytorch_model.bin")  # pickles are never read
+    check_failure(run_freres("world", "train", "-o", tmp_path / "b", "--start", copy), 5, "training can start from")
 
 
 def request(folder, **steps):

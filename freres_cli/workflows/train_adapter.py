@@ -69,7 +69,13 @@ def train_adapter(
     """
     options, recipe = request.options, request.recipe
     if options.method == ADAPTIVE:
-        options = replace(options, settings=options.settings.with_values("train", trends="keep"))
+        settings = options.settings
+        if settings.is_named("trends") and settings.trends != "keep":
+            raise UsageError(
+                f"{settings.name_of('trends')}: adapters of {ADAPTIVE} read trends: expected keep, got {settings.trends}",
+                "leave it out",
+            )
+        options = replace(options, settings=settings.with_values("train", trends="keep"))
         request = replace(request, options=options)
     models = models or Models(options.model)
     workers = Workers(options.model.device)

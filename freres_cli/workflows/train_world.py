@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from freres_cli import __version__
 from freres_cli.bench.report import describe_environment
@@ -148,9 +149,11 @@ def _load_weights(folder: Path, tower: Any, decoder: Any) -> None:
     from transformers import Qwen2VLForConditionalGeneration
 
     try:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = Qwen2VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
         tower.load_state_dict(model.model.visual.state_dict())
         decoder.load_state_dict(model.model.language_model.state_dict())
-    except (OSError, RuntimeError, ValueError, AttributeError) as error:
+    except (OSError, RuntimeError, ValueError, AttributeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BackboneError(f"{folder}: not a model that training can start from: {reason}") from error

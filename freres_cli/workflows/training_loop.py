@@ -119,6 +119,7 @@ class TrainingLoop:
             if step % recipe.validate_every and step < recipe.num_steps:
                 continue
             score = self.validate()
+            _refuse_overflow(score.loss, step, f"step {step}: the loss on the held-out videos")
             if score.loss < best_of(history)[2]:
                 best = self._copy()
             history.append([step, score.accuracy, score.loss])

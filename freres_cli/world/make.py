@@ -29,6 +29,7 @@ CODECS = (
     ("webm", "libvpx-vp9", {"crf": "24", "b:v": "0", "deadline": "realtime", "cpu-used": "6", "threads": "1"}),
 )
 VP9_EVERY = 4
+EVEN_COUNT = 3  # questions a clip, from which on every category is asked about often enough to keep its answers even
 FOOTAGE_CRF_RANGE = 13
 
 
@@ -121,10 +122,12 @@ def choose_questions(questions: list[Question], count: int, asked: Counter[objec
     """Return at most ``count``, one per category, the least asked categories first. Updates ``asked``.
 
     Of a category's questions, the one is chosen whose options had this answer least often. Otherwise the answers that
-    more scenes offer would be true more often, and guessing would pay.
+    more scenes offer would be true more often, and guessing would pay. Of few questions a clip, scenes that offer many
+    categories have a smaller part in each: then a question is left out while its answer was true more often than another.
     """
     by_category: dict[str, list[Question]] = {}
-    for question in questions:
+    even = [question for question in questions if count >= EVEN_COUNT or _lead(question, asked) <= 1]
+    for question in even or questions:
         by_category.setdefault(question.category, []).append(question)
     chosen = []
     for category in sorted(by_category, key=lambda category: asked[category])[:count]:
@@ -137,6 +140,12 @@ def choose_questions(questions: list[Question], count: int, asked: Counter[objec
 
 def _options_and_answer(question: Question) -> tuple[frozenset[str], str]:
     return frozenset(question.choices), question.answer
+
+
+def _lead(question: Question, asked: Counter[object]) -> int:
+    """How much more often its answer was true than the rarest of its options."""
+    options = frozenset(question.choices)
+    return asked[options, question.answer] - min(asked[options, option] for option in options)
 
 
 def question_rows(clip: MadeClip) -> Iterator[dict[str, object]]:

@@ -75,7 +75,20 @@ def _lasting(scene: Scene) -> list[Thing]:
 
 def _shaped(scene: Scene) -> list[Thing]:
     """Lasting objects whose shape can be seen."""
-    return [thing for thing in _lasting(scene) if not thing.is_small]
+    lasting = _lasting(scene)
+    return [
+        thing
+        for place, thing in enumerate(lasting)
+        if not thing.is_small and not any(_hides(other, thing) for other in lasting[place + 1 :])
+    ]
+
+
+def _hides(front: Thing, thing: Thing) -> bool:
+    """Whether an object in front of a smaller one never leaves it, as when two pass by in one lane."""
+    if front.radius <= thing.radius:
+        return False
+    apart_px = np.linalg.norm(front.centre - thing.centre, axis=1)
+    return bool(((apart_px < front.radius / 2) & front.visible)[thing.visible].all())
 
 
 def _action(scene: Scene, rng: Generator) -> Iterator[Question]:
