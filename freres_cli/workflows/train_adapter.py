@@ -69,13 +69,7 @@ def train_adapter(
     """
     options, recipe = request.options, request.recipe
     if options.method == ADAPTIVE:
-        settings = options.settings
-        if settings.is_named("trends") and settings.trends != "keep":
-            raise UsageError(
-                f"{settings.name_of('trends')}: adapters of {ADAPTIVE} read trends: expected keep, got {settings.trends}",
-                "leave it out",
-            )
-        options = replace(options, settings=settings.with_values("train", trends="keep"))
+        options = _keep_trends(options)
         request = replace(request, options=options)
     models = models or Models(options.model)
     workers = Workers(options.model.device)
@@ -120,6 +114,17 @@ def train_adapter(
     workers.wait()
     told = {"cache": str(request.cache), "failed": data.failed, "video_notes": data.video_notes}
     return {"adapter": str(request.output), **facts, "train_s": time.perf_counter() - start, **told}
+
+
+def _keep_trends(options: CompressOptions) -> CompressOptions:
+    """Return the options with the trends that adapters of adaptive read. Raises ``UsageError`` if those are to go."""
+    settings = options.settings
+    if settings.is_named("trends") and settings.trends != "keep":
+        raise UsageError(
+            f"{settings.name_of('trends')}: adapters of {ADAPTIVE} read trends: expected keep, got {settings.trends}",
+            "leave it out",
+        )
+    return replace(options, settings=settings.with_values("train", trends="keep"))
 
 
 def describe_left_out(facts: Mapping[str, Any]) -> Iterator[str]:
