@@ -242,6 +242,14 @@ def test_missing_timestamps_are_guessed_and_reported(tmp_path):
     assert any("no usable timestamps" in note for note in info.notes)
 
 
+def test_times_that_ffmpeg_made_up_are_reported(tmp_path):
+    told = "holds no times: FFmpeg takes 25 frames per second"
+    for suffix, is_told in (("mjpeg", True), ("avi", False)):
+        path = clips.write_clip(tmp_path / f"row.{suffix}", 20, fps=10, codec="mjpeg", pix_fmt="yuvj420p")
+        assert any(told in note for note in probe_video(path).notes) == is_told
+    assert probe_video(tmp_path / "row.avi").duration_s == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_rotation_is_applied(tmp_path, degrees):
     marker = 0x1235

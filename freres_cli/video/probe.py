@@ -16,6 +16,9 @@ from freres_cli.video.opening import count_bytes, iterate_frames, open_video
 from freres_cli.video.packets import PacketTable, promised_s, read_packet_table, tolerated_s
 from freres_cli.video.turn import read_turn
 
+# Rows of pictures that hold no times, to which FFmpeg gives those of a rate of its own.
+UNTIMED_FORMATS = ("mjpeg", "dnxhd")
+
 
 def _real_video_streams(container: InputContainer) -> list[VideoStream]:
     """The video streams, without the cover pictures of songs."""
@@ -67,6 +70,8 @@ def _describe_oddities(container: InputContainer, stream: VideoStream, table: Pa
         yield f"timestamps begin again {count_of(table.num_joints, 'time')}: the parts are taken one after the other"
     if not table.has_timestamps:
         yield f"the file has no usable timestamps: times are guessed from {1 / table.gap_s:.2f} frames per second"
+    if container.format.name in UNTIMED_FORMATS and len(table.stamps_s) > 1:
+        yield f"the file is a bare row of pictures, which holds no times: FFmpeg takes {rate or 0:.4g} frames per second"
     steps = table.steps_s
     if len(steps) and steps.max() > 2 * steps.min() + 0.002:
         yield f"variable frame rate: frames are {steps.min() * 1e3:.0f} to {steps.max() * 1e3:.0f} ms apart"
