@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 
@@ -72,6 +73,15 @@ def test_a_closed_pipe_is_not_a_failure(bundle):
     process.stdout.readline()
     process.stdout.close()
     assert process.wait() == 0 and b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("words", [("inspect", "BUNDLE"), ("inspect", "BUNDLE", "--json"), ("--help",), ("--version",)])
+def test_a_result_that_nobody_can_read_is_a_failure(bundle, words):
+    """Standard output is closed before the start: what goes there would be lost."""
+    command = shlex.join([*COMMAND, *(str(bundle) if word == "BUNDLE" else word for word in words)])
+    done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 6 and done.stderr.count("\n") == 1, done.stderr
+    assert "output cannot be written: Bad file descriptor" in done.stderr.replace("output: cannot", "output cannot")
 
 
 def test_repack_needs_no_video_and_no_model(orphan, tmp_path):

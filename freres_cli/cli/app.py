@@ -39,7 +39,7 @@ from freres_cli.cli import (
     verify,
     world,
 )
-from freres_cli.cli.output import print_error, print_result
+from freres_cli.cli.output import discard, print_error, print_result
 from freres_cli.cli.values import check_values
 from freres_cli.errors import ExitStatus, FreresError, ResourceError, UsageError, find_interruption, is_out_of_memory
 
@@ -128,7 +128,8 @@ def main() -> None:
 
 def _run() -> None:
     if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        # It was closed: results would be lost, so to write any is an error, as on what may only be read.
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -143,6 +144,7 @@ def _run() -> None:
         if isinstance(status := getattr(error.__context__, "exit_code", None), int):
             sys.exit(status)  # what was to be said about a wrong flag could not be written
         if error.filename is None and _is_of_help(error):
+            discard(sys.stdout)
             _fail(ResourceError(f"output cannot be written: {error.strerror}"), error)
         if error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None:
             _fail(UsageError(f"{error.filename}: no permission", "name another place, or ask for rights there"), error)

@@ -29,14 +29,14 @@ def print_result(text: str, end: str = "\n") -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader closed the pipe, as `head` does.
-        _discard(sys.stdout)
+        discard(sys.stdout)
         raise SystemExit(ExitStatus.DONE) from None
     except OSError as error:
-        _discard(sys.stdout)
+        discard(sys.stdout)
         raise ResourceError(f"standard output: cannot be written: {error.strerror}") from error
 
 
-def _discard(stream: TextIO) -> None:
+def discard(stream: TextIO) -> None:
     """Send the rest of a stream nowhere: neither later lines nor the flush at shutdown may fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -116,7 +116,7 @@ def _tell(line: str, end: str = "\n") -> None:
     try:
         print(line, end=end, file=sys.stderr, flush=True)
     except OSError:
-        _discard(sys.stderr)
+        discard(sys.stderr)
 
 
 def _plain(text: str) -> str:
