@@ -180,7 +180,7 @@ def _why_not_found(name: str) -> str | None:
 
 def round_count(count: float, digits: int = 3) -> str:
     """Return a count with so many digits, and a large one as a whole number, without an exponent."""
-    return f"{count:.0f}" if abs(count) >= 10**digits else f"{count:.{digits}g}"
+    return f"{count:.0f}" if abs(count) >= 10 ** (digits - 1) else f"{count:.{digits}g}"
 
 
 def count_of(count: int, noun: str) -> str:
