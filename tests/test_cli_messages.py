@@ -105,10 +105,10 @@ def test_totals_and_shares_are_plain(capsys):
     summary = {"num_questions": 1, "num_videos": 1, "failed": [], "full_tokens": 9, "intervals": {"resamples": 5}}
     print_totals({**summary, "rows": [], "decode_s": 1.0, "encode_s": 1.0})
     assert "1 question on 1 video, " in capsys.readouterr().out
-    assert [round_count(count) for count in (0.25, 12.34, 999.4, 1152.0, 14401)] == [
+    assert [round_count(count) for count in (0.25, 12.34, 999.6, 1152.0, 14401)] == [
         "0.25",
         "12.3",
-        "999",
+        "1000",
         "1152",
         "14401",
     ]

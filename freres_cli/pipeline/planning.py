@@ -149,7 +149,8 @@ class CompressPlan:
         """As many as the bundle will hold at most. Of Fre-Res, cuts may add tokens to what is expected."""
         if self.budget is None:
             return self.most_tokens
-        return self.budget_tokens if self.budget.max_events else self.budget.expected.total
+        expected = self.budget.expected.total
+        return max(expected, self.most_tokens) if self.budget.max_events else expected
 
 
 def refuse_lost_settings(settings: Settings, methods: Collection[str], hint: str) -> None:
