@@ -59,7 +59,7 @@ class FreresError(Exception):
         names no file."""
         if any(str(known) in self.message for known in (path, *others)):
             return self
-        return type(self)(f"{path}: {self.message}", self.hint)
+        return type(self)(f"{path}: {self.message}", self.hint).with_traceback(self.__traceback__)
 
     def without_frames(self) -> Self:
         """Return this failure without its traceback and cause, to keep it while work goes on: their frames hold on to every

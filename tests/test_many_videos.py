@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from freres_cli.bundle.store import read_bundle
+from freres_cli.cli import compress as command
 from freres_cli.cli.output import print_notes, print_warning
-from freres_cli.errors import VideoError
+from freres_cli.errors import ResourceError, VideoError
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.matching import find_differences
 from freres_cli.pipeline.models import Models, make_source
@@ -313,6 +314,14 @@ def test_where_nobody_reads_the_notes_the_work_goes_on(monkeypatch):
         print_notes(["first", "second"])
         print_warning("third")
         assert Path(f"/proc/self/fd/{full.fileno()}").readlink() == Path(os.devnull)
+
+
+def test_where_results_cannot_be_written_the_other_videos_are_compressed_all_the_same(clips, tmp_path, monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(ResourceError, match="standard output: cannot be written: No space left"):
+            command.compress([str(clips)], output=str(tmp_path / "out"), budget=60, quiet=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"clip{i}.pt" for i in range(3)]
 
 
 def test_a_window_from_zero_is_the_whole_video(clips, compressor, tmp_path):

@@ -185,16 +185,20 @@ def test_what_does_not_fit_says_what_would(clip, tmp_path):
 def test_a_prompt_beyond_the_models_context_is_told_before_and_after(clip, tiny):
     options = make_options({"budget_tokens": 300}, None, str(tiny[0]), device="cpu")
     planner, compressor = Planner(clip, options, False), Compressor.from_options(options)
-    told = "freres ask {} refuse it"
-    assert not any(told.format("may") in note for note in planner.notes)
+    told = "freres ask {} it; use fewer tokens, or ask with --refine"
+    assert not any(told.format("may refuse") in note for note in planner.notes)
     planner.language.max_context_tokens = limit = planner.cost().context_tokens
-    assert any(f"up to {limit} tokens" in note and told.format("may") in note for note in planner.notes)
+    assert any(f"up to {limit} tokens" in note and told.format("may refuse") in note for note in planner.notes)
     largest = planner.largest_budget(2**40)
     assert planner.cost(largest).context_tokens < limit <= planner.cost(largest + 1).context_tokens
     made = compressor.compress(clip)
-    assert not any(told.format("will") in note for note in made.notes)
+    assert not any(told.format("refuses") in note for note in made.notes)
     compressor.models.prompt_counter.max_context_tokens = made.manifest["tokens"]["context_tokens"]
-    assert any(told.format("will") in note for note in compressor.compress(clip).notes)
+    assert any(told.format("refuses") in note for note in compressor.compress(clip).notes)
+    whole = Planner(clip, make_options({}, None, str(tiny[0]), None, "full", device="cpu"), False)
+    assert whole.largest_budget(2**40) == whole.cost().plan.full_tokens
+    whole.language.max_context_tokens = whole.cost().context_tokens
+    assert whole.largest_budget(2**40) is None
 
 
 @pytest.mark.parametrize("frames", [1, 40])

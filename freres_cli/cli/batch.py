@@ -12,7 +12,7 @@ from freres_cli.cli import options
 from freres_cli.cli.compress import make_options
 from freres_cli.cli.given import Given, gather_flags
 from freres_cli.cli.output import format_bytes, format_seconds, print_json_line, print_notes, progress_bar
-from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
+from freres_cli.cli.video_rows import VideoRows, count_statuses
 from freres_cli.errors import UsageError, count_of
 from freres_cli.presets import BUNDLED, environment_value
 
@@ -126,7 +126,7 @@ def batch(
     if not json:
         parts = f"{counts['done']} compressed, {counts['skipped']} skipped, {counts['failed']} failed"
         print_notes([f"{parts}; rows in {request.rows_file}"], quiet)
-    raise_first_failure(made)
+    shown.finish(made)
 
 
 def absolute_model(model: str) -> str:

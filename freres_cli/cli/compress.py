@@ -23,7 +23,7 @@ from freres_cli.cli.output import (
     print_result,
     progress_bar,
 )
-from freres_cli.cli.video_rows import VideoRows, count_statuses, raise_first_failure
+from freres_cli.cli.video_rows import VideoRows, count_statuses
 from freres_cli.devices import AS_COMPUTED, Storage, use_one_heap
 from freres_cli.errors import UsageError, count_of
 from freres_cli.files import made_folder
@@ -220,7 +220,7 @@ def _compress_many(
             progress=progress,
             tell=lambda note: print_notes([note], quiet),
         )
-    raise_first_failure(rows)
+    shown.finish(rows)
     counts = count_statuses(rows)
     if not json:
         print_notes([f"{counts['done']} compressed, {counts['skipped']} skipped"], quiet)

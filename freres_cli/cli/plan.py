@@ -63,8 +63,9 @@ def plan(
 
     Prints frames, tokens, work of the tower, tokens in context, KV cache, peak memory with all its parts, and the
     estimated time of every stage but the method's own, which is short. Reads the video's packets and the model's
-    configs; no weights are needed. With --device-memory it says whether that fits, and the largest budget that would;
-    the exit status is 6 if it does not.
+    configs; no weights are needed. Where cuts may add tokens, tokens in context, cache and memory are those at most. With
+    --device-memory it says whether that fits, and the largest budget that fits it and the model's context; the exit
+    status is 6 if it does not fit.
     """
     path = options.check_path(video, "VIDEO")
     limit = None if device_memory is None else parse_size(device_memory)
@@ -96,14 +97,17 @@ def plan(
         print_notes(planner.notes, quiet)
         _print_cost(cost, stages, speed)
     if fits is False and limit is not None:
-        hint = "no budget fits: use a smaller --dtype or model" if largest is None else f"--budget {largest} would fit"
+        hint = "no budget fits: use a smaller --dtype or another model"
+        if largest is not None:
+            hint = f"--budget {largest} would fit"
         if not METHODS[chosen.method].has_budget:
             hint = f"method {chosen.method} keeps every token: use another one, a smaller --dtype or model"
         raise ResourceError(
             f"{path}: does not fit: expected at most {format_bytes(limit)}, got {format_bytes(needed)}", hint
         )
     if limit is not None and not json:
-        print_result(f"fits {format_bytes(limit)}: yes; the largest budget that would: {largest}")
+        most = "no prompt fits the model's context" if largest is None else f"the largest budget that would: {largest}"
+        print_result(f"fits {format_bytes(limit)}: yes; {most}")
 
 
 def parse_size(text: str) -> int:

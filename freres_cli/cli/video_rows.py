@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from freres_cli.cli.output import print_notes, print_path, print_warning
-from freres_cli.errors import ExitStatus, FreresError, count_of
+from freres_cli.errors import ExitStatus, FreresError, ResourceError, count_of
 
 
 class VideoRow(Protocol):
@@ -33,6 +33,7 @@ class VideoRows:
     def __init__(self, print_line: Callable[[Any], None] | None, quiet: bool) -> None:
         self._print_line, self._quiet = print_line, quiet
         self._told: set[str] = set()
+        self._lost: ResourceError | None = None
 
     def show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
         """Print a row. ``said``: what became of a video that did not fail. ``notes``: about it."""
@@ -43,6 +44,15 @@ class VideoRows:
             # the run.
             if end.code not in (None, ExitStatus.DONE):
                 raise
+        except ResourceError as error:
+            # Where lines cannot be written, bundles can be.
+            self._lost = self._lost or error
+
+    def finish(self, rows: Sequence[VideoRow]) -> None:
+        """Raise the error of the first failed video, if one failed, else of the first row that could not be printed."""
+        raise_first_failure(rows)
+        if self._lost is not None:
+            raise self._lost
 
     def _show(self, row: VideoRow, said: str, notes: Sequence[str]) -> None:
         if row.error is not None:

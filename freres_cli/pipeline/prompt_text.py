@@ -189,10 +189,10 @@ def describe_context(context_tokens: int, model: LanguageModel, *, is_bound: boo
     """
     if context_tokens < model.max_context_tokens:
         return ()
-    has, may = ("has up to", "may") if is_bound else ("has", "will")
+    has, refuses = ("has up to", "may refuse") if is_bound else ("has", "refuses")
     return (
         f"the prompt {has} {context_tokens} tokens without a question, and the model's context {model.max_context_tokens}: "
-        f"freres ask {may} refuse it; a smaller budget fits",
+        f"freres ask {refuses} it; use fewer tokens, or ask with --refine",
     )
 
 

@@ -211,15 +211,14 @@ class Planner:
         """The largest budget whose peak memory fits, and whose prompt the model's context holds; ``None`` if not even one
         token does. At most every token."""
 
-        def fits(budget_tokens: int) -> bool:
+        def fits(budget_tokens: int | None) -> bool:
             cost = self.cost(budget_tokens)
             is_read = not describe_context(cost.context_tokens, self.language)
             return is_read and cost.peak_bytes + cost.base_bytes <= device_bytes
 
         low, high = 0, self.cost().plan.full_tokens
         if not METHODS[self.options.method].has_budget:
-            whole = self.cost()
-            return high if whole.peak_bytes + whole.base_bytes <= device_bytes else None
+            return high if fits(None) else None
         if fits(high):
             return high
         while high - low > max(1, low // 1000):
@@ -244,8 +243,8 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
     per_token = None
     if speed.bytes_per_s is not None:
         weights = cost.decoder.weight_bytes(cost.dtype.itemsize, cost.storage)
-        # A token reads no experts but its own, and one row of the embedding.
-        weights = weights * cost.decoder.read_weights // cost.decoder.num_parameters
+        # A token reads no experts but its own, and one row of the embedding; neither is kept in 8 bits.
+        weights -= (cost.decoder.num_parameters - cost.decoder.read_weights) * cost.dtype.itemsize
         per_token = (weights + cost.kv_bytes) / speed.bytes_per_s
     return [
         Stage(
