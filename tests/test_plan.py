@@ -196,6 +196,7 @@ def test_a_prompt_beyond_the_models_context_is_told_before_and_after(clip, tiny)
     compressor.models.prompt_counter.max_context_tokens = made.manifest["tokens"]["context_tokens"]
     assert any(told.format("refuses") in note for note in compressor.compress(clip).notes)
     whole = Planner(clip, make_options({}, None, str(tiny[0]), None, "full", device="cpu"), False)
+    whole.language.max_context_tokens = 10**6
     assert whole.largest_budget(2**40) == whole.cost().plan.full_tokens
     whole.language.max_context_tokens = whole.cost().context_tokens
     assert whole.largest_budget(2**40) is None
