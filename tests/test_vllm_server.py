@@ -115,7 +115,7 @@ def test_bad_requests_are_told_in_a_line_and_the_server_goes_on(server, bundles,
     for url, message in (
         (f"file://{outside}", "must be a subpath"),
         (f"file://{path}/../nothing.pt", "nothing.pt"),
-        (damaged, "bundle: not a freres bundle"),
+        (damaged, "bundle: damaged bundle: its end is missing"),
     ):
         status, told = ask(server, url, QUESTIONS[0])
         assert status == 400 and message in told and "\n" not in told, (status, told)
