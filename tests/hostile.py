@@ -213,7 +213,8 @@ def _fresh(folder: Path, name: str) -> Path:
 def kill_once(number: int, folder: Path) -> str:
     """Kill a compression at a random moment, as often as it takes, and let the last one finish."""
     bench, dice = Bench.of(folder), random.Random(f"kill {number}")
-    place = _fresh(folder, "kills")
+    # A folder of its own: what a killed run left goes when a process first writes there, and this one writes in all.
+    place = _fresh(folder, f"kills-{number}")
     output = place / "b.pt"
     child = bench.fork(output)
     time.sleep(dice.uniform(0, 1.1) * bench.seconds)
