@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,6 @@ from freres_cli.cli.output import print_json, print_line, print_notes, print_war
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.readers.registry import read_any_questions
 from freres_cli.files import make_folder
-
-if TYPE_CHECKING:
-    from freres_cli.evaluation.questions import QuestionFile
 
 REMEDY = "remove it, or name another folder with -o"
 
@@ -97,7 +94,7 @@ def ablate(
     known = None if data is None else read_questions(data, is_named=False)
     made = make_options(flags, preset, model, revision, device=device, dtype=dtype)
     chosen = at_budgets(made, "ablate", trains=(FRE_RES,))
-    options.refuse_inputs(picture, [*_files_of(file, "questions file"), *_files_of(known, "data"), *chosen.files])
+    options.refuse_inputs(picture, [*file.inputs(), *(known.inputs("data") if known else ()), *chosen.files])
     from freres_cli.pipeline.models import Models
     from freres_cli.workflows.eval_run import EvalRequest
     from freres_cli.workflows.evaluate import evaluate as run_evaluation
@@ -126,14 +123,6 @@ def ablate(
         print_json("freres.ablate/1", {**describe_result(result, request), "tables": list(names), "plot": drawn})
     else:
         _print_tables(result.summary, drawn)
-
-
-def _files_of(file: QuestionFile | None, name: str) -> list[tuple[str, Path]]:
-    """The file, called ``name``, or those of a benchmark, and its videos."""
-    if file is None:
-        return []
-    annotations = [("annotation file", path) for path in file.annotations]
-    return [(name, file.path), *annotations, *(("video", question.video) for question in file.questions)]
 
 
 def _print_tables(summary: dict[str, Any], drawn: str | None) -> None:

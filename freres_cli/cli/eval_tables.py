@@ -66,8 +66,9 @@ def print_totals(summary: dict[str, Any]) -> None:
     )
     print_result("tokens are means over videos; context is the whole prompt, with its text and the question")
     print_result("times are medians; bytes are those of the largest video")
-    is_denser = len({row["num_frames"] or None for row in summary["rows"]} - {None}) > 1
-    scope = "for the frames of all methods" if is_denser else "once for all methods"
+    from freres_cli.workflows.eval_run import reads_other_frames
+
+    scope = "for the frames of all methods" if reads_other_frames(summary["rows"]) else "once for all methods"
     print_result(
         f"per video: decode {format_seconds(summary['decode_s'])}, encode {format_seconds(summary['encode_s'])}, {scope}"
     )

@@ -49,8 +49,12 @@ class VideoRows:
             self._lost = self._lost or error
 
     def finish(self, rows: Sequence[VideoRow]) -> None:
-        """Raise the error of the first failed video, if one failed, else of the first row that could not be printed."""
-        raise_first_failure(rows)
+        """Raise the error of the first failed video, if one failed, with how many did, else of the first row that could not
+        be printed."""
+        failed = [(row, row.error) for row in rows if row.error is not None]
+        if failed:
+            row, error = failed[0]
+            raise tell_how_many(error.naming(row.video, row.bundle), len(failed), len(rows))
         if self._lost is not None:
             raise self._lost
 
@@ -71,14 +75,6 @@ class VideoRows:
 def count_statuses(rows: Sequence[VideoRow]) -> Counter[str]:
     """Return how many videos have each status."""
     return Counter(row.status for row in rows)
-
-
-def raise_first_failure(rows: Sequence[VideoRow]) -> None:
-    """Raise the error of the first failed video, if one failed, with the number of those that did."""
-    for row in rows:
-        if (error := row.error) is not None:
-            failed = count_statuses(rows)["failed"]
-            raise tell_how_many(error.naming(row.video, row.bundle), failed, len(rows))
 
 
 def tell_how_many(first: FreresError, num_failed: int, num_videos: int) -> FreresError:

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from freres_cli.errors import count_of
-from freres_cli.evaluation.plots import encode_figure, new_figure
+from freres_cli.evaluation.plots import NUM_COLOURS, draw_legend, encode_figure, new_figure
 
 INCHES = (9.0, 6.0)
-NUM_COLOURS = 10
 STYLES = ("o-", "s--", "^:", "D-.")  # the colours repeat after ten methods; with these, 40 can be told apart
-MOST_PER_COLUMN = 20  # entries of the legend
 
 
 def draw_accuracy(summary: Mapping[str, Any]) -> bytes:
@@ -55,7 +53,5 @@ def draw_accuracy(summary: Mapping[str, Any]) -> bytes:
         fontsize="medium",
     )
     axes.grid(alpha=0.3)
-    columns = -(-len(names) // MOST_PER_COLUMN)
-    for text in figure.legend(loc="outside right upper", fontsize="small", ncols=columns).get_texts():
-        text.set_parse_math(False)
+    draw_legend(figure, len(names))
     return encode_figure(figure)

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from freres_cli.evaluation.plots import encode_figure, new_figure, short_name
+from freres_cli.evaluation.plots import NUM_COLOURS, draw_legend, encode_figure, new_figure, short_name
 
 MAX_CURVES = 6  # videos whose seconds are drawn
 PANEL_INCHES = (9.0, 3.6)
-NUM_COLOURS, MARKERS, DASHES = 10, "os^D", ("-", "--", "-.", ":")  # told apart beyond the colours, which repeat
-MOST_PER_COLUMN = 20  # entries of the legend
+MARKERS, DASHES = "os^D", ("-", "--", "-.", ":")  # tell methods apart where the colours repeat
 
 
 def draw_fidelity(rows: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any]]) -> tuple[bytes, list[str]]:
@@ -49,7 +48,7 @@ def draw_fidelity(rows: Sequence[dict[str, Any]], videos: Sequence[dict[str, Any
         axes.set_title(f"{short_name(video['video'])}: fewest tokens, the better reader").set_parse_math(False)
     for axes in (kept, *curves):
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", ncols=-(-len(names) // MOST_PER_COLUMN))
+    draw_legend(figure, len(names))
     left_out = len(videos) - len(shown)
     notes = [f"the plot shows the seconds of the first {MAX_CURVES} of {len(videos)} videos"] if left_out else []
     return encode_figure(figure), notes

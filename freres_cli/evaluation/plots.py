@@ -14,6 +14,8 @@ from freres_cli.files import check_destination, write_atomically
 
 PLOT_FLAG = "--plot"
 MAX_TITLE = 60
+NUM_COLOURS = 10  # "C0" to "C9"; then they repeat
+MOST_PER_COLUMN = 20  # entries of a legend
 # Told apart with any colour vision, and in print by their lightness; markers and hatches tell them apart as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 MARKERS = "osD^vPX"
@@ -50,6 +52,13 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_legend(figure: Any, num_names: int) -> None:
+    """Draw the legend of all axes beside them, in as many columns as ``num_names`` need. Names are no formulas."""
+    columns = -(-num_names // MOST_PER_COLUMN)
+    for text in figure.legend(loc="outside right upper", fontsize="small", ncols=columns).get_texts():
+        text.set_parse_math(False)
 
 
 def encode_figure(figure: Any) -> bytes:

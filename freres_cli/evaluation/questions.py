@@ -92,6 +92,12 @@ class QuestionFile:
     annotations: tuple[Path, ...] = ()
     shard: tuple[int, int] | None = None
 
+    def inputs(self, name: str = "questions file") -> Iterator[tuple[str, Path]]:
+        """The file, called ``name``, with a benchmark's annotations, and its videos, as ``files.InputFiles`` takes them."""
+        yield name, self.path
+        yield from (("annotation file", file) for file in self.annotations)
+        yield from (("video", video) for video in dict.fromkeys(question.video for question in self.questions))
+
     def by_video(self) -> dict[str, list[Question]]:
         """Return the questions of each video, in the order of the file."""
         videos: dict[str, list[Question]] = {}

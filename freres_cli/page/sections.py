@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from freres_cli.errors import round_count
+from freres_cli.errors import count_of, round_count
 from freres_cli.page.charts import Axes, Series, curves, draw, legend, stacks, time_line
 from freres_cli.page.elements import Html, data_uri, fold, table, tag
 from freres_cli.page.facts import PageFacts, Piece
@@ -74,11 +74,6 @@ def show_time_line(facts: PageFacts) -> Parts:
         return [said, line]
     listed = fold("Events as a table", table("Events", ("event", "second"), enumerate_seconds(facts.events_s)))
     return [said, line, listed]
-
-
-def count_of(number: int, word: str) -> str:
-    """Return a number and a word, with an s unless there is just one."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def enumerate_seconds(seconds: Sequence[float]) -> list[tuple[int, str]]:

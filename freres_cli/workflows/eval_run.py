@@ -49,11 +49,7 @@ class EvalRequest:
     @property
     def inputs(self) -> Iterator[tuple[str, Path | None]]:
         """The files that the run reads, as ``InputFiles`` takes them."""
-        yield "questions file", self.questions.path
-        yield from (("annotation file", file) for file in self.questions.annotations)
-        yield from (
-            ("video", video) for video in dict.fromkeys(question.video for question in self.questions.questions)
-        )
+        yield from self.questions.inputs()
         yield from (("file of --join", file) for file in self.joined)
         yield from (("adapter", cell.adapter) for cell in self.cells)
         yield from self.options.files

@@ -143,14 +143,14 @@ class Planner:
         """What the user should know about the figures."""
         levels = self.options.settings.still_levels
         still = f"in which nothing moved by more than {levels} levels" if levels else "that repeat the last one"
-        plan = plan_compression(self.options, self.encoder, self.info)
-        lines = plan.line_levels
+        cost = self.cost()
+        lines = cost.plan.line_levels
         still += f", or that lie within {lines} levels of the line between two others," if lines else ""
         skipped = f"frames {still} are not encoded; they are found while decoding, so resize and tower may take less"
-        told = [self.dtype_note, skipped, *describe_repeats(plan), *self.language.describe_kv()]
-        told += describe_context(self.cost().context_tokens, self.language, is_bound=True)
+        told = [self.dtype_note, skipped, *describe_repeats(cost.plan), *self.language.describe_kv()]
+        told += describe_context(cost.context_tokens, self.language, is_bound=True)
         if (weights := self.options.model.storage.weights) is not None:
-            sizes = measure_decoder(self.language)
+            sizes = cost.decoder
             before = sizes.linear_weights * self.dtype.itemsize
             told.append(describe_weights(weights, sizes.linear_bytes(weights), before))
         return tuple(told)
@@ -256,12 +256,7 @@ def estimate_stages(cost: Cost, speed: Speed) -> list[Stage]:
         Stage("resize", None, plan.num_frames * source_px * RESIZE_S_PER_PX, "every sampled frame, one thread"),
         Stage("tower", tower_flops, speed.time(tower_flops), f"{encoded} at {rate}"),
         Stage("prefill", prefill_flops, speed.time(prefill_flops), f"the whole prompt at {rate}"),
-        Stage(
-            "per token",
-            None,
-            per_token,
-            "cache and weights that it passes are read once for each token",
-        ),
+        Stage("per token", None, per_token, "cache and weights that it passes are read once for each token"),
     ]
 
 

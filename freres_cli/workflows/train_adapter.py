@@ -76,8 +76,7 @@ def train_adapter(
     state_path = request.output.with_name(request.output.name + ".state")
     check_destination(state_path, True)
     check_destination(request.output, request.force or state_path.exists())
-    read = request.data.questions
-    inputs = InputFiles([("data", request.data.path), *(("video", row.video) for row in read), *options.files])
+    inputs = InputFiles([*request.data.inputs("data"), *options.files])
     for output in (request.output, state_path):
         inputs.refuse(output)
     state = read_state(state_path)
