@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from enum import IntEnum
 from pathlib import Path
 from typing import Self
@@ -64,7 +65,10 @@ class FreresError(Exception):
     def without_frames(self) -> Self:
         """Return this failure without its traceback and cause, to keep it while work goes on: their frames hold on to every
         tensor they had. With FRERES_DEBUG=1 the failure itself, whose traceback is shown."""
-        return self if os.environ.get("FRERES_DEBUG") == "1" else type(self)(self.message, self.hint)
+        if os.environ.get("FRERES_DEBUG") == "1":
+            return self
+        _clear_frames(self)
+        return type(self)(self.message, self.hint)
 
 
 class UsageError(FreresError):
@@ -127,6 +131,14 @@ def as_freres_error(error: Exception, what: str) -> FreresError:
     return FreresError(f"{what}: unexpected {type(error).__name__}: {reason}", "this is a bug in freres")
 
 
+def _clear_frames(error: BaseException | None) -> None:
+    """Empty the frames that ``error`` and its causes came through, as far as they have ended: since Python 3.13 those of
+    context managers hold on to each other until the collector comes by."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, of the machine or of a device. Does not import torch."""
     torch = sys.modules.get("torch")
@@ -135,12 +147,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY_WORDS)
 
 
-def find_interruption(error: BaseException | None) -> BaseException | None:
+def find_interruption(error: BaseException | None, before: BaseException | None = None) -> BaseException | None:
     """Return the interruption that ``error`` came from: a ``SystemExit`` or ``KeyboardInterrupt`` that was being handled
-    when cleaning up failed, as torch's writer does when it is stopped half way."""
-    while error is not None and isinstance(error, Exception):
+    when cleaning up failed, as torch's writer does when it is stopped half way. ``before``: what a caller was handling
+    already, which is no cause of it."""
+    while error is not None and error is not before and isinstance(error, Exception):
         error = error.__context__
-    return error
+    return None if error is before else error
 
 
 def size_of(count: float) -> str:

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -151,7 +152,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
     removed, once for each folder. ``flag``: the flag that named ``path``. Raises ``UsageError`` for a place that cannot be
     written, ``DiskFullError`` for a full disk, ``ResourceError`` for a file that is larger than may be.
     """
-    path = Path(os.path.realpath(path))
+    path, handled = Path(os.path.realpath(path)), sys.exception()
     try:
         _clean_once(path.parent)
         with _temporary_file(path.parent) as (temporary, file):
@@ -160,7 +161,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, force:
             os.fsync(file.fileno())
             _move(temporary, path, force, flag)
     except (OSError, RuntimeError) as error:
-        if (interruption := find_interruption(error)) is not None:
+        if (interruption := find_interruption(error, handled)) is not None:
             raise interruption from None
         # torch reports a short write as RuntimeError, the cause behind it.
         cause = error if isinstance(error, OSError) else error.__context__

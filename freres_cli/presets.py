@@ -363,8 +363,7 @@ def merge_settings(
     needed = {"fps": "sample_fps", "count": "sample_count"}.get(values["sample"])
     if needed and values[needed] is None:
         if "sample" in given:
-            flag = {"sample_fps": "--fps", "sample_count": "--frames"}[needed]
-            raise PresetError(f"sample: {values['sample']} needs {needed}", f"name it with {flag}, or {needed}=NUMBER")
+            raise PresetError(f"sample: {values['sample']} needs {needed}", f"name it as well: {needed}=NUMBER")
         raise PresetError(f"{preset.path}: sample: {values['sample']} needs {needed}")
     return Settings(**values, sources=sources, file=preset.path, names=known)
 

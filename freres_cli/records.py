@@ -119,7 +119,7 @@ def nearest_frames(t: Tensor, num_frames: int) -> Tensor:
     return (t + 0.5).floor().long().clamp(0, num_frames - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VideoTokens:
     """Visual tokens ready for the language model, in sequence order.
 

@@ -139,7 +139,7 @@ def test_an_adapter_that_does_not_say_its_settings_is_refused(folder, trained):
     path = trained / "absorber.safetensors"
     weights, header = read_adapter(path, loaded_models().facts)
     del header["training"]["settings"]
-    write_adapter(path, weights, header)
+    write_adapter(path, weights, header, force=True)
     check_failure(run_command(folder, trained), 2, "settings (not recorded)")
 
 
@@ -147,7 +147,7 @@ def test_an_adapter_with_the_absorber_of_an_earlier_release_is_refused(folder, t
     path = trained / "absorber.safetensors"
     weights, header = read_adapter(path, loaded_models().facts)
     del header["shape"]["values"]
-    write_adapter(path, weights, header)
+    write_adapter(path, weights, header, force=True)
     with fails(2, "differs in absorber (an earlier release's)"):
         run_ablate(folder, trained)
 

@@ -307,7 +307,7 @@ def test_adapters_that_do_not_fit_are_refused(bundle, tmp_path):
     write_adapter(path, modules.state_dict(), {**header, "model": {**model, "projector_sha256": "0"}})
     check_failure(run_freres("inspect", bundle, "--absorber", out, "--adapter", path), 5, "another model")
     torch.nn.init.constant_(modules.absorber.output.weight, torch.inf)
-    write_adapter(path, modules.state_dict(), header)
+    write_adapter(path, modules.state_dict(), header, force=True)
     check_failure(run_freres("inspect", bundle, "--absorber", out, "--adapter", path), 5, "not finite")
     assert not out.exists()
 

@@ -16,6 +16,7 @@ from freres_cli.method.adaptive import (
     cut_stretches,
 )
 from freres_cli.method.stretch_means import box_sizes
+from tests.compressed_clips import smooth_clip
 from tests.test_merging import D, walk
 
 
@@ -269,3 +270,16 @@ def test_at_a_cut_cells_change_by_half_of_what_two_random_tokens_differ(share, i
     detector.observe(still)
     moved = still[:1] + (share * detector.distance / D) ** 0.5
     assert detector.observe(moved)[0] == [is_cut]
+
+
+def test_the_shot_of_a_token_is_that_of_its_first_frame():
+    """The shot of a token is the number of cuts up to its first frame."""
+    latents = torch.cat([smooth_clip(9, (4, 4), seed=seed) for seed in range(3)])
+    latents[9:18] += 20
+    made = StretchCompressor((4, 4), 16, 60)
+    made.push(latents, [i / 10 for i in range(27)])
+    stretches = made.finish()
+    tokens = build_stretch_tokens(stretches)
+    cuts = stretches.cut_frame.tolist()
+    assert cuts == [9, 18]
+    assert tokens.gop.tolist() == [sum(cut <= first for cut in cuts) for first in stretches.boxes[:, 0].tolist()]

@@ -76,14 +76,15 @@ def test_the_figures_of_level_2_are_those_of_the_answers() -> None:
 def test_the_figures_of_level_3_are_those_of_the_answers() -> None:
     part = PART["at_2.1x"]
     check_figures(part)
-    assert part["questions_sha256"] == PART["questions_sha256"]
+    assert part["questions_sha256"] == PART["questions_sha256"] and part["num_videos"] == PART["num_videos"] == 500
     told = README.partition("**Every method, level 3**")[2].partition("At 2.1x")[2].partition("```")[0]
-    assert f"{part['num_questions']:,} questions on {part['num_videos']} clips" in told
-    assert f"the other {PART['num_videos'] - part['num_videos']} clips" in told
+    world = json.loads((RESULTS / "world.json").read_text(encoding="utf-8"))["level_3"]
+    others = {key: [row for row in world[key] if row["budget"] == 0.476] for key in ("rows", "differences")}
+    others["differences"] = [row for row in others["differences"] if "adaptive" in (row["method"], row["minus"])]
     less, higher, ahead, behind = compare(part)
-    listed = told.partition("neither is certainly ahead.")[2].partition("are certainly behind")[0]
-    assert not ahead and behind == set(re.findall(r"`([\w-]+)`", listed)) and len(behind) == 8
-    assert higher == {"prunevid", "tome"} and {f"{100 * less[name]:.1f}" for name in higher} == {"0.1"}
-    own = next(row for row in part["rows"] if row["method"] == "adaptive")["mean_over_categories"]
-    figures = [f"{100 * own[key]:.1f}" for key in ("accuracy", "ci_low", "ci_high")]
-    assert "has\n{} there ({} to {}). `prunevid` and `tome` have a higher mean, each by 0.1".format(*figures) in told
+    known, *found = compare(others)
+    assert higher | found[0] == {"fre-res"} and 0 < known["fre-res"] < 0.0005 and not ahead | found[1]
+    listed = set(re.findall(r"`([\w-]+)`", told.partition("less than 0.1.")[2].partition("are certainly behind")[0]))
+    assert behind | found[2] - {"full"} == listed
+    assert len(less | known) - len(listed) - len(higher | found[0]) == 12 and "the other twelve" in told
+    assert f"the {len(part['rows'])} methods" in told

@@ -18,6 +18,7 @@ from freres_cli.errors import BundleError, PresetError, UsageError, VideoError
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.pipeline.session import AskRequest, open_session
 from freres_cli.pipeline.tokens import load_tokens
+from freres_cli.world.bundled_model import bundled_model_dir
 from tests.clips import write_clip
 from tests.runner import run_freres
 
@@ -373,3 +374,23 @@ def test_what_an_open_model_has_settled_is_not_ignored(black_bundle, models, nam
         with pytest.raises(UsageError, match=f"{name}: expected none with models"):
             Compressor(models=models, **argument)
     assert black_bundle.open(models=models, model="bundled", adapter="none", text_after="hf").text_after == "hf"
+
+
+def test_sessions_and_tokens_are_told_apart_by_which_they_are(black_bundle, models):
+    """They hold tensors, of which == has no single answer."""
+    pool = [black_bundle.open(models=models) for _ in range(2)]
+    first, second = pool
+    pool.remove(second)
+    assert pool[0] is first and len({first, second}) == 2
+    assert black_bundle.tokens() != black_bundle.tokens()
+
+
+def test_a_model_is_found_from_another_folder(models, tmp_path, monkeypatch):
+    """A name that leads to a folder from here is no longer one from there."""
+    (tmp_path / "weights").symlink_to(bundled_model_dir())
+    monkeypatch.chdir(tmp_path)
+    compressor = Compressor("weights", budget_tokens=10, device="cpu")
+    monkeypatch.chdir("/")
+    bundle = compressor.compress(np.zeros((2, 32, 32, 3), np.uint8), seconds=[0.0, 1.0])
+    assert bundle.manifest["model"]["folder"] == str(bundled_model_dir().resolve())
+    assert bundle.save(tmp_path / "b.pt").open(device="cpu").model.family == "qwen2_vl"

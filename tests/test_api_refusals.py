@@ -18,6 +18,7 @@ from freres_cli.world.bundled_model import bundled_model_dir
 
 FRAMES, SECONDS = np.zeros((2, 32, 32, 3), np.uint8), [0.0, 1.0]
 ANY = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+NO_TIMES = (np.array([0, 250], "m8[ms]"), np.array([0, 1], "M8[s]"), ["0", "1"], [False, True])
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,15 @@ def test_videos_that_are_none(compressor, video, seconds):
     refuses(lambda: compressor.compress(video, seconds=seconds), f"expected a path or frames, got {got}", UsageError)
 
 
-@pytest.mark.parametrize("seconds", [[0j, 1j], np.zeros(2, np.complex64), torch.zeros(2, dtype=torch.complex64), 3])
+@pytest.mark.parametrize(
+    "seconds", [[0j, 1j], np.zeros(2, np.complex64), torch.zeros(2, dtype=torch.complex64), 3, *NO_TIMES]
+)
 def test_times_that_are_none(compressor, seconds):
     refuses(lambda: compressor.compress(FRAMES, seconds=seconds), "frames: expected", VideoError)
+
+
+def test_frames_have_no_title(compressor):
+    refuses(lambda: compressor.compress(FRAMES, seconds=SECONDS, title="a"), "frames: expected no title", UsageError)
 
 
 @pytest.mark.parametrize("number", [1j, np.complex64(1), torch.zeros(2), torch.tensor(1j), 10**400, "soon", "1", True])

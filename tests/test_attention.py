@@ -336,3 +336,18 @@ def test_boundaries_of_two_passes_are_told_apart_whatever_their_number():
         got, _ = packed_frames_attention(nn.Module(), *packed, None, None, bounds, bounds.diff().max())
         alone = [scaled_dot_product_attention(*(x[:, :, a:b] for x in packed)) for a, b in pairwise(cuts)]
         torch.testing.assert_close(got, torch.cat(alone, 2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_one_query_are_those_of_scores_that_were_never_rounded(dtype):
+    """A bias of the keys, as Qwen2 has, takes all scores far from 0, where 16 bits know no fractions."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 1, 64, generator=generator).to(dtype)
+    key, value = (torch.randn(1, 2, 40, 64, generator=generator).to(dtype) for _ in range(2))
+    query[..., 0], key[..., 0] = 8.0, 60.0  # 60 once they are scaled
+    scores = query.double() @ key.double().repeat_interleave(2, 1).mT / 8
+    expected = scores.softmax(-1)
+    assert torch.allclose(attention.attend_last(query, key, None), expected[0, :, 0].float(), rtol=1e-4)
+    out = expected @ value.double().repeat_interleave(2, 1)
+    made = attention.attend_row(query, key, value, None, torch.zeros(40))
+    assert torch.allclose(made[0, 0].double(), out[0, :, 0], atol=1e-5 if dtype == torch.float32 else 0.02)

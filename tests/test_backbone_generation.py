@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from freres_cli.backbones import engine
+from freres_cli.backbones import engine, generation, token_steps
 from freres_cli.backbones.generation import Sampling, TextStream, generate, pick_token
 from freres_cli.errors import UsageError
 from tests import tiny_qwen2_vl
@@ -97,3 +97,43 @@ def test_a_control_token_after_a_split_character_adds_nothing(tiny, after):
     ids = [*first, tokenizer.convert_tokens_to_ids("<|vision_start|>"), *rest]
     stream = TextStream(tokenizer)
     assert "".join([*map(stream.add, ids), stream.flush()]) == f"é{after}"
+
+
+def test_tokens_are_drawn_as_often_as_the_temperature_says():
+    """Drawn as often as softmax(logits / temperature) says."""
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    for temperature in (0.25, 4.0):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [pick_token(logits, Sampling(temperature), generator) for _ in range(2000)]
+        shares = torch.bincount(torch.tensor(drawn), minlength=3) / 2000
+        assert torch.allclose(shares, (logits / temperature).softmax(-1), atol=0.05)
+
+
+def test_the_time_of_a_token_is_that_of_the_steps_alone(tiny, monkeypatch):
+    """On a clock that stands still but for a step of the decoder, 1 s, and the caller's own work, 10 s."""
+    now, run = [0.0], token_steps.TokenSteps.run
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now[0])
+
+    def step(self, *given):
+        now[0] += 1
+        return run(self, *given)
+
+    monkeypatch.setattr(token_steps.TokenSteps, "run", step)
+    prefix = engine.prefill_video(tiny.model, tiny.prompt.prefix, video_tokens(tiny.latents))
+    answer = generate(tiny.model, prefix, tiny.prompt.suffix, 6)
+    for _ in answer:
+        now[0] += 10
+    assert (answer.num_new_tokens, answer.ttft_s, answer.tpot_s) == (6, 0, 1)
+
+
+def test_an_answer_that_ends_at_the_limit_has_stopped(tiny):
+    """A stop token in the last place that is allowed ends the answer, and is none of its text."""
+    video = video_tokens(tiny.latents)
+    prefix, ids = engine.prefill_video(tiny.model, tiny.prompt.prefix, video), tiny.greedy(video, 3)
+    model = copy.copy(tiny.model)
+    model.stop_ids = frozenset(ids[2:])
+    limit = ids.index(ids[2]) + 1
+    answer = generate(model, prefix, tiny.prompt.suffix, limit)
+    list(answer)
+    expected = model.tokenizer.decode(ids[: limit - 1], skip_special_tokens=True)
+    assert (answer.ids, answer.finish_reason, answer.text) == (ids[:limit], "stop", expected)

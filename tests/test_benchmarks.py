@@ -333,7 +333,7 @@ def test_answers_without_a_letter_are_counted_in_a_note(copies, monkeypatch):
     say(monkeypatch, lambda _: "hm")
     result = evaluate(request_for(copies["egoschema"], methods="uniform,blind"), models=loaded_models())
     assert "answers that name no option: 4 of 4; each counts as a guess" in result.notes
-    assert any("1 questions are left out" in note for note in result.notes)
+    assert any("left out: 1 question without" in note for note in result.notes)
 
 
 def test_an_answer_to_video_mme_without_a_letter_is_wrong_and_scoring_says_that_its_script_differs(copies, monkeypatch):

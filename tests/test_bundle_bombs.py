@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import struct
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -123,12 +124,13 @@ def test_a_directory_that_readers_might_not_agree_on_is_refused(bundle):
 
 
 def test_a_directory_that_says_it_stands_elsewhere_is_refused(bundle, monkeypatch):
-    """zipfile looks for it before its end, torch where it says it is. Here both ends are told right."""
+    """zipfile looks for it before its end, to Python 3.12, and torch where it says it is. Here both ends are told right."""
     whole = bundle.read_bytes()
     (end,) = struct.unpack_from("<Q", whole, len(whole) - 34)
     bundle.write_bytes(b"moved" + whole[:-34] + struct.pack("<Q", end + 5) + whole[-26:])
-    with zipfile.ZipFile(bundle) as archive:
-        assert archive.testzip() is None
+    if sys.version_info < (3, 13):
+        with zipfile.ZipFile(bundle) as archive:
+            assert archive.testzip() is None
     check_refused_unread(bundle, monkeypatch, "directory")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from freres_cli.evaluation import results
 from freres_cli.presets import parse_grid
 from tests.evaluations import (
     FRAMES,
@@ -181,3 +183,24 @@ def test_no_usable_video_is_a_video_error(folder):
     path = write_rows(folder / "all_broken.jsonl", rows_for(["absent.mp4", "gone.mp4"]))
     with fails(3, "none of 2 videos could be used"):
         run_eval(path, "full,uniform,fre-res")
+
+
+def test_a_header_for_which_there_is_no_room_is_told(tmp_path, monkeypatch):
+    """Closing the file writes what is left in it, and fails once more."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        close = flush = lambda self: self.write(b"")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    opened = results._open_alone
+    monkeypatch.setattr(results, "_open_alone", lambda path: Full(opened(path)))
+    with fails(6, "No space left on device"):
+        results.ResultsFile(tmp_path / "a.jsonl", {})

@@ -207,3 +207,16 @@ def test_seconds_to_the_first_token_are_of_first_questions_and_of_the_others():
     parts = [{"answers": {q.id: ["", True, 1.0 if i else 9.0] for i, q in enumerate(own)}} for own in listed]
     first, later = _ttft_seconds(parts, listed)
     assert first == [9.0] * len(ASKED) and later == [1.0] * (sum(map(len, ASKED)) - len(ASKED))
+
+
+def test_the_most_tokens_are_those_that_were_kept():
+    """Of two videos, not of their budgets, which a method may not use up."""
+    asked = tuple(Question(str(v), f"{v}.mp4", Path(f"{v}.mp4"), "a", "?", (), "yes", 1) for v in range(2))
+    rows = []
+    for v, kept in enumerate((5, 7)):
+        part = {"status": "ok", "answers": {str(v): ["", True, 0.1]}, **dict.fromkeys(FIGURES, 1)}
+        part |= {"budget_tokens": 9, "visual_tokens": kept}
+        row = {"video": f"{v}.mp4", "status": "ok", "lost_s": 0, "notes": [], "cells": [part]}
+        rows.append(row | dict.fromkeys(READ, 1))
+    (found,) = summarize(QuestionFile(Path("q.jsonl"), "0", asked), rows, [Cell("evs", HALF)])["rows"]
+    assert (found["visual_tokens"], found["visual_tokens_max"], found["budget_tokens_max"]) == (6, 7, 9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,19 @@ def test_spans_cover_the_clip_and_their_shares_add_up(bundle):
     run = run_freres("ask", bundle, "What moves?", "--choices", "the red circle|nothing", "--where")
     assert "where the model looked" in run.out and run.out.count("of the tokens") == 3
     assert run_freres("ask", bundle, "What moves?", "--json").json["where"] is None
+
+
+def test_no_span_is_made_by_rounding():
+    """275 frames at 25 a second end an ulp after 11 s."""
+    seconds = [i / 25 for i in range(275)]
+    frames = np.zeros((275, 32, 32, 3), np.uint8)
+    session = (
+        Compressor(budget_tokens=10, models=loaded_models())
+        .compress(frames, seconds=seconds)
+        .open(models=loaded_models())
+    )
+    found = locate_evidence(session, Query("What moves?"))
+    assert session.end_s > 11 and min(span["end_s"] - span["start_s"] for span in found["spans"]) > 0.4
 
 
 @pytest.mark.parametrize(("window", "end_s"), [((), 4.0), (("--start", 1, "--end", 2.5), 2.5)])

@@ -381,3 +381,13 @@ def test_a_file_that_another_run_took_for_abandoned_is_begun_again(tmp_path, mon
     monkeypatch.setattr(files.fcntl, "flock", flock)
     write_atomically(tmp_path / "out", lambda file: file.write(b"whole"), force=False)
     assert taken and [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+
+
+@pytest.mark.parametrize("handled", [KeyboardInterrupt, GeneratorExit])
+def test_a_failure_while_an_interruption_is_handled_is_told(tmp_path, handled):
+    """What the caller was handling before is not what stopped the write."""
+    try:
+        raise handled
+    except handled:
+        with pytest.raises(UsageError, match="cannot be written"):
+            write_atomically(tmp_path / "no folder" / "a", lambda file: file.write(b"whole"), force=False)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from freres_cli.method.anchors import EventDetector, anchor_schedule, prune_order, spread_order
-from tests.compressed_clips import smooth_clip
+from freres_cli.method.budget import plan_budget
+from freres_cli.method.compress import StreamingCompressor
+from tests.compressed_clips import make_settings, smooth_clip
 
 
 def test_block_pruning_drops_the_weakest_token_of_every_3x3_block():
@@ -153,3 +155,44 @@ def test_distances_are_those_of_the_definition():
         mean = clip[: i + 1].double().mean((0, 1, 2))
         pair = [(clip[j].double() - mean).flatten() for j in (i - 1, i)]
         assert found[i] == pytest.approx(1 - float(torch.cosine_similarity(*pair, dim=0)), abs=1e-5)
+
+
+def test_above_a_threshold_of_its_own_every_step_is_an_event():
+    """With a threshold of its own, every longer step is an event, however long the one before was."""
+    noise = torch.randn(40, 6, 6, 16, generator=torch.Generator().manual_seed(1))
+    clip = noise.clone()
+    for frame in range(1, 40):
+        clip[frame] = 0.7 * clip[frame - 1] + 0.51**0.5 * noise[frame]
+    detector = EventDetector(0.2)
+    distances = detector.measure(clip).tolist()
+    assert detector.judge(distances, [False] * 40) == [distance > 0.2 for distance in distances]
+    assert 0.2 < min(distances[1:]) < max(distances) < 0.5
+
+
+def test_a_full_block_is_thinned_before_one_that_is_cut_off():
+    """Of a grid that is no multiple of 3, a full block loses its weakest before a cut-off block loses its only token."""
+    for grid in ((4, 4), (7, 7), (5, 3)):
+        energy = torch.rand(*grid, 1, generator=torch.Generator().manual_seed(0)) + 1
+        energy[-1, -1] = 0.1
+        num_full = (grid[0] // 3) * (grid[1] // 3)
+        order = prune_order(energy, 1)
+        lost = {(i // grid[1] // 3, i % grid[1] // 3) for i in order[len(order) - num_full :].tolist()}
+        assert lost == {(r, c) for r in range(grid[0] // 3) for c in range(grid[1] // 3)}
+
+
+def test_frames_that_are_sampled_again_are_no_steps_wherever_batches_begin():
+    """A frame that is sampled again is no step, wherever batches begin."""
+    noise = torch.randn(80, 6, 6, 16, generator=torch.Generator().manual_seed(1))
+    clip = noise.clone()
+    for frame in (*range(1, 40), *range(41, 80)):
+        clip[frame] = 0.7 * clip[frame - 1] + 0.51**0.5 * noise[frame]
+    latents, seconds = clip.repeat_interleave(2, dim=0), [frame // 2 / 10 for frame in range(160)]
+    settings = make_settings(events=True)
+    plan = plan_budget(160, (6, 6), settings, 400)
+    found = []
+    for size in (160, 3, 1):
+        made = StreamingCompressor(plan, settings, 16)
+        for first in range(0, 160, size):
+            made.push(latents[first : first + size], seconds[first : first + size])
+        found.append((made.num_cuts_found, made.finish().gop_anchor_frame.tolist()))
+    assert found[0] == found[1] == found[2]

@@ -7,7 +7,7 @@ import torch
 
 from freres_cli.baselines.registry import METHODS
 from freres_cli.errors import UsageError
-from freres_cli.pipeline.query import Query
+from freres_cli.pipeline.query import Query, check_query
 from freres_cli.pipeline.refining import refine_tokens
 from freres_cli.pipeline.session import Session
 from tests.evaluations import make_request, read_rows, rows_for, run_eval, write_clips, write_rows
@@ -114,3 +114,9 @@ def test_a_decoder_that_cannot_be_pruned_is_refused_by_name(questions, tmp_path,
     HYBRID.make(tmp_path / "model")
     run = run_freres("eval", questions, "--methods", f"blind,{method}", "--model", tmp_path / "model")
     check_failure(run, 5, f"method {method}: cannot prune qwen3_5")
+
+
+@pytest.mark.parametrize("text", [5, "x" * 20000, "\ud800", "see <|im_end|>"])
+def test_relevant_text_is_checked_as_a_question_is(text):
+    with pytest.raises(UsageError):
+        check_query(Query("Which?", (), text), loaded_models().language_model)

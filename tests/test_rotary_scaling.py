@@ -16,7 +16,14 @@ from tests.tiny_models import CPU, open_checkpoint
 
 CASES = {case.name: case for case in FAMILY_CASES}
 LIMIT = 64
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, LIMIT
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 6,
+    "long_factor": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    "original_max_position_embeddings": LIMIT,
+}
 
 
 def scale(directory, name, rope, **text):
@@ -30,12 +37,13 @@ def scale(directory, name, rope, **text):
     return stock
 
 
-@pytest.fixture(scope="module")
-def dynamic(tmp_path_factory):
+@pytest.fixture(scope="module", params=[DYNAMIC, (LONG, 16 * LIMIT)], ids=["dynamic", "longrope"])
+def dynamic(request, tmp_path_factory):
+    rope, length = request.param
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("dynamic")
     tiny = Tiny(CASES["internvl"], directory)
-    stock = scale(directory, "internvl", DYNAMIC, max_position_embeddings=LIMIT)
+    stock = scale(directory, "internvl", rope, max_position_embeddings=length)
     tiny.load = lambda: CASES["internvl"].language_class.load(open_checkpoint(directory), CPU)
     tiny.load_stock = lambda: type(stock).from_pretrained(directory).eval()
     return tiny

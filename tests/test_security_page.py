@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -36,5 +37,6 @@ def test_the_page_has_the_committed_counts(part):
     record = RESULTS[part]
     [text] = re.findall(rf"^\.B {part}\n(.*)", PAGE, re.MULTILINE)
     found = sorted(float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text))
-    counts = [record["cases"], *record["outcomes"].values(), record["most_cpu_s"], record["most_memory_bytes"] >> 20]
+    counts = [record["cases"], *record["outcomes"].values(), record["most_cpu_s"]]
+    counts.append(math.ceil(record["most_memory_bytes"] / 2**20))  # the page says: at most
     assert found == sorted(map(float, counts))

@@ -296,3 +296,23 @@ def test_a_video_that_is_cut_short_is_trained_on_and_told(folder, tmp_path):
         assert noted["video"] == "short.webm" and f"{noted['lost_s']:.2f} s lost" in warned[0]
         assert f"short.webm: {noted['notes'][0]}" in run.err
     assert read_header(tmp_path / "b.safetensors")["training"]["num_videos_damaged"] == 1
+
+
+def test_an_adapter_that_came_meanwhile_stays(folder, tmp_path):
+    """It is replaced where --force is named, by this run or by the one that began it, and then no step is taken again."""
+    data, output = folder / "questions.jsonl", tmp_path / "a.safetensors"
+
+    def come(line):
+        output.write_bytes(b"another's")
+
+    with fails(2, "already exists"):
+        train(data, output, log=come)
+    assert output.read_bytes() == b"another's" and output.with_name("a.safetensors.state").exists()
+    with fails(2, "already exists"):
+        train(data, output)
+    told = []
+    report = train(data, output, log=told.append, force=True)
+    assert report["steps"] == TRAINING.recipe["num_steps"] and not any(line.startswith("step ") for line in told)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, output, log=stop_at(2), force=True)
+    assert train(data, output)["steps"] == TRAINING.recipe["num_steps"]

@@ -202,3 +202,15 @@ def test_the_plan_counts_the_smaller_frames(clip):
 
 def plan_of(clip):
     return Compressor(models=loaded_models(), budget_tokens=200, method="fre-res", residual_grid="3x3").plan(clip)
+
+
+def test_the_energy_of_residuals_is_that_of_the_whole_grid():
+    """Latents that are the same in every four places have the energy of the whole grid when a quarter is read."""
+    small = smooth_clip(40, (4, 4))
+    whole = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    settings = make_settings()
+    plan = plan_budget(40, (8, 8), settings, 200, (4, 4))
+    made = StreamingCompressor(plan, settings, 16)
+    made.push(small, range(40), lambda rows: whole[rows])
+    expected = compress_latents(whole, range(40), plan, settings, 16).gop_residual_energy
+    assert torch.allclose(made.finish().gop_residual_energy, expected, rtol=1e-4)

@@ -144,3 +144,13 @@ def test_a_line_feed_after_the_end_of_a_gif_is_no_damage(whole_files, tmp_path):
     path = tmp_path / "fed.gif"
     path.write_bytes(whole_files["picture.gif"].read_bytes() + b"\n")
     assert decode(path, strict=True)[0] == list(range(48))
+
+
+def test_the_box_of_a_fragment_may_have_a_size_of_64_bits(tmp_path):
+    """A box may give its size in 64 bits."""
+    path, part = tmp_path / "long.mp4", struct.pack(">I4s", 8, b"moof")
+    data = part + struct.pack(">I4sQ", 1, b"mdat", 16 + 40) + bytes(40)
+    path.write_bytes(data * 2)
+    assert not ends_inside(str(path), "mov,mp4,m4a", 2 * len(data))
+    for missing in (1, 30):
+        assert ends_inside(str(path), "mov,mp4,m4a", 2 * len(data) - missing)

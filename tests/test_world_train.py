@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,10 +15,11 @@ from freres_cli.backbones.registry import load_language_model
 from freres_cli.errors import UsageError
 from freres_cli.training.state import save_state
 from freres_cli.video.opening import hash_file
+from freres_cli.workflows import train_world
 from freres_cli.workflows.train_world import TrainRequest, _claim, _name_weights
 from freres_cli.world import train_language, train_tower
 from freres_cli.world.bundled_model import WIDTH, bundled_model_dir, bundled_model_info
-from tests.runner import check_failure, run_freres
+from tests.runner import check_failure, fails, run_freres
 from tests.tiny_models import CPU
 
 
@@ -104,3 +106,16 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     refused = run_freres("world", "train", "-o", tmp_path / "model")
     check_failure(refused, 2, "runs in one process, got 2")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_cannot_be_written_is_told_and_leaves_no_half_of_one(tmp_path, monkeypatch):
+    def write(folder, *_, **__):
+        (folder / "config.json").write_text("{}")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(train_world, "make_checkpoint", write)
+    states = tmp_path / "training"
+    states.mkdir()
+    with fails(6, "the model cannot be written: I/O error: No space left"):
+        train_world._write_checkpoint(tmp_path, states, {}, {}, {})
+    assert list(tmp_path.iterdir()) == [states] and not list(states.iterdir())

@@ -46,13 +46,14 @@ class Training:
         models: Models | None = None,
         log: Callable[[str], None] = lambda _: None,
         dtype: str | None = None,
+        force: bool = False,
         **changed: Any,
     ) -> dict[str, Any]:
         """Train with ``models``, by default the bundled one. ``changed``: fields that differ from the recipe."""
         models = models or loaded_models(dtype=dtype)
         options = at_budgets(make_options({}, None, None, device="cpu", dtype=dtype), "train", trains=TRAINED_METHODS)
         recipe = Recipe(parse_budgets(self.budgets), **{**self.recipe, **changed})
-        request = TrainRequest(read_questions(data, is_named=False), options, recipe, output, cache)
+        request = TrainRequest(read_questions(data, is_named=False), options, recipe, output, cache, force)
         return train_adapter(request, log, models=models)
 
 

@@ -154,11 +154,7 @@ def attend_row(query: Tensor, key: Tensor, value: Tensor, scaling: float | None,
     mask reads shared keys once, and scores stay in float32.
     """
     groups = query[0, :, 0].unflatten(0, (key.shape[1], -1))  # (kv_heads, heads of each, d)
-    if query.is_cuda and query.dtype.itemsize == 2:  # where a product can be had as it was added up
-        scores = torch.bmm(groups, key[0].mT, torch.float32)
-    else:
-        scores = torch.bmm(groups, key[0].mT).float()
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling) + key_bias
+    scores = _score(groups, key[0]) * (query.shape[-1] ** -0.5 if scaling is None else scaling) + key_bias
     return torch.bmm(scores.softmax(-1).to(value.dtype), value[0]).flatten(0, 1)[None, None]
 
 
@@ -168,8 +164,17 @@ def attend_last(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
     ``query``: (n, heads, q, d). ``key``: (n, kv_heads, kv, d). ``scaling``: factor of the scores, by default 1/sqrt(d).
     """
     row = query[0, :, -1].unflatten(0, (key.shape[1], -1))  # (kv_heads, heads of each, d)
-    scores = row @ key[0].mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return scores.softmax(-1, dtype=torch.float32).flatten(0, 1)
+    scores = _score(row, key[0]) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return scores.softmax(-1).flatten(0, 1)
+
+
+def _score(groups: Tensor, key: Tensor) -> Tensor:
+    """Return the products of one query, (kv_heads, heads of each, d), with keys, (kv_heads, kv, d), in float32: in 16 bits,
+    scores far from 0 would be off by a tenth of a weight and more."""
+    if groups.is_cuda and groups.dtype.itemsize == 2:  # where a product can be had as it was added up
+        return torch.bmm(groups, key.mT, torch.float32)
+    # One head at a time: a copy of all keys would take as much memory as those of two layers.
+    return torch.stack([row.float() @ own.float().mT for row, own in zip(groups, key, strict=True)])
 
 
 def _attend_sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, is_causal: bool) -> Tensor:

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from freres_cli.backbones.angles import CHANGING_ROPE
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.cache import ReservedLayer
 from freres_cli.backbones.sizes import find_rope_kind, has_experts
 from freres_cli.devices import WAITING
-
-# Rotary angles that depend on the length of the prompt: what a replay reads may be those of another video by then.
-CHANGING_ROPE = ("dynamic", "longrope")
 
 
 class _WholeBuffers(CacheLayerMixin):

@@ -20,14 +20,15 @@ MODEL_FACTS = ("config_sha256", "projector_sha256")
 WEIGHT_FACTS = ("tower_sha256", "decoder_sha256")
 
 
-def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write trained weights atomically.
+def write_adapter(path: Path, weights: Mapping[str, Tensor], header: Mapping[str, Any], *, force: bool = False) -> None:
+    """Write trained ``weights`` to ``path`` atomically.
 
     ``header``: facts about the backbone under ``model``, the ``method`` they are for, module sizes under ``shape``, and
-    facts about the training under ``training``. Raises ``UsageError`` or ``ResourceError``.
+    facts about the training under ``training``. ``force``: as in ``write_atomically``. Raises ``UsageError`` or
+    ``ResourceError``.
     """
     content = save(dict(weights), {HEADER: json.dumps(header, sort_keys=True)})
-    write_atomically(path, lambda file: file.write(content), force=True)
+    write_atomically(path, lambda file: file.write(content), force=force)
 
 
 def _name(model: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ def ablate(
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG of the accuracy of every setting.")
     ] = None,
-    force: options.Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the picture of --plot.")] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many questions.")] = None,
     preset: options.PresetName = None,
     assignments: options.Assignments = None,

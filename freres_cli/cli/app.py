@@ -158,7 +158,10 @@ def _run() -> None:
         if interruption is not None:
             sys.exit(ExitStatus.INTERRUPTED)
         if is_out_of_memory(error):
-            _fail(ResourceError("not enough memory", "lower the budget, or use a smaller --dtype"), error)
+            _fail(
+                ResourceError("not enough memory", "use a smaller budget or dtype, or a machine with more memory"),
+                error,
+            )
         _fail_unexpected(error)
 
 

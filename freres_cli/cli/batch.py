@@ -83,6 +83,7 @@ def batch(
     freres-preset(5), which counts for that video only. Videos, lists and the output may be on an object store that fsspec can
     open, such as s3://bucket/clips. freres-batch(7) has the rest, with a plan for a million hours.
     """
+    from freres_cli.pipeline.models import name_model
     from freres_cli.workflows.batch import RAY, BatchRequest, check_engine, run_batch
     from freres_cli.workflows.batch_list import is_list, list_jobs, with_own
     from freres_cli.workflows.batch_store import as_place, is_among, is_url, join_url
@@ -113,7 +114,7 @@ def batch(
     jobs, notes = list_jobs(lists, make_own)
     print_notes(notes, quiet)
     device, dtype = device or environment_value("device"), dtype or environment_value("dtype")
-    setup = WorkerSetup(place, force, absolute_model(model or BUNDLED), device, dtype, revision, attn)
+    setup = WorkerSetup(place, force, name_model(model or BUNDLED), device, dtype, revision, attn)
     request = BatchRequest(jobs, setup, engine, actors, address, rows_place)
     shown = VideoRows(_print_line if json else None, quiet)
 
@@ -127,12 +128,6 @@ def batch(
         parts = f"{counts['done']} compressed, {counts['skipped']} skipped, {counts['failed']} failed"
         print_notes([f"{parts}; rows in {request.rows_file}"], quiet)
     shown.finish(made)
-
-
-def absolute_model(model: str) -> str:
-    """Return a model's name as any worker understands it: a folder by its full path."""
-    folder = Path(model).expanduser()
-    return str(folder.absolute()) if model != BUNDLED and folder.is_dir() else model
 
 
 def _print_line(row: BatchRow) -> None:

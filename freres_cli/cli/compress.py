@@ -272,7 +272,7 @@ def at_budgets(
 
     ``chosen``: the options. ``verb``: its name. ``cells``: what it compares, if it does. ``trains``: the methods that it
     trains adapters of; the first is trained unless another is named. Raises ``UsageError`` if the settings name a quality,
-    a method that is not among these, or a setting of Fre-Res that changes nothing.
+    a method that is not among these, or where ``verb`` compares methods any, or a setting of Fre-Res that changes nothing.
     """
     from freres_cli.pipeline.planning import refuse_lost_settings
 
@@ -280,6 +280,8 @@ def at_budgets(
     if settings.quality is not None:
         raise UsageError(f"{settings.name_of('quality')}: {verb} works at budgets: expected no quality", "leave it out")
     if not trains:
+        if settings.is_named("method"):
+            raise UsageError(f"{settings.name_of('method')}: {verb} takes its methods from --methods", "name it there")
         methods = dict.fromkeys(cell.method for cell in cells)
         refuse_lost_settings(settings, methods, "add it to --methods, or leave the setting out")
         return chosen

@@ -33,7 +33,8 @@ def export(
     itself. safetensors: the visual tokens alone, with their times and positions.
 
     freres-serving(7) has the code that reads each. The tower and the language model are not loaded; hf and vllm need the
-    model's config, tokenizer and projector, and a family whose prompt is text and visual tokens alone (the Qwen families).
+    model's config, tokenizer and projector, and a family whose prompt they can hold (hf: the Qwen families; vllm: Qwen2-VL,
+    Qwen2.5-VL and Qwen3-VL).
     """
     if target not in TARGETS:
         raise UsageError(f"--to: expected one of {', '.join(TARGETS)}, got {target}")

@@ -74,8 +74,8 @@ def fidelity(
 
     This is not accuracy. It does not say what a language model makes of the tokens, whether it can use tokens that were
     averaged or moved, or what their text costs. Every unit of energy counts alike: small or brief things and written text
-    hold little energy, so they may be lost at a high share, and noise may be kept. What the tower does not see, no share
-    shows. Shares of different models cannot be compared.
+    hold little energy, so they may be lost at a high share, and noise may be kept. No share shows what the tower does
+    not see. Shares of different models cannot be compared.
     """
     from freres_cli.video.listing import list_videos
 

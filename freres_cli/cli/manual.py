@@ -85,8 +85,8 @@ plan:
     of a cell. Parts marked host are not in a GPU's memory. With `--device-memory`, and no `--device cpu`, a CUDA device is
     planned for, whose context is taken to be 0.5 GiB; on the CPU the interpreter and its libraries, about 0.4 GiB, are not
     counted, nor is memory that the C library keeps after it was freed (up to a third more, on small models), nor the page
-    cache while weights are read. FLOPs count every multiplication and addition of matrices and attention, with the masked
-    half. Times are estimates: one stage after the other, at the speed of a large matrix product on this device, or at
+    cache while weights are read. FLOPs count every multiplication and addition of matrices and attention, masked ones
+    too. Times are estimates: one stage after the other, at the speed of a large matrix product on this device, or at
     `--tflops`; with that, the time per token of an answer is null, because it depends on the bandwidth of the memory. For a
     GPU that is not here, the times of tower and decoder are null without `--tflops`. Of the model, the configs and the
     tokenizer are read, and of its weights, if they are in a folder, in which dtype they are stored.
@@ -111,8 +111,8 @@ ask:
     question. Costs go to stderr. `context_tokens` are all tokens of the prompt with the question; the other counts of text
     are as in freres-compress(1), and a note says how many tokens moved. A question with its options may have at most
     16,384 bytes of UTF-8. A bundle made with the embedded weights of another release opens with --model and a folder of
-    those. With --refine, `visual_tokens` and the counts of text are those of the question, and `refined_tokens` is B, or null
-    if all tokens are kept.
+    those. With --refine, `visual_tokens` and the counts of text are those of the question, what moved is that of the bundle,
+    and `refined_tokens` is B, or null if all tokens are kept.
   schemas:
     freres.ask/1:
       bundle question answer choices visual_tokens refined_tokens context_tokens text_overhead_tokens moved_tokens

@@ -217,7 +217,7 @@ Decode = Annotated[
     typer.Option(
         "--decode",
         metavar="cpu|gpu",
-        help="What decodes the video; gpu: NVDEC, where it takes it. The bundle is the same.",
+        help="What decodes the video; gpu: NVDEC, for videos that it supports. The bundle is the same.",
     ),
 ]
 Adapter = Annotated[

@@ -55,8 +55,8 @@ def weights_of(model: str | None, weights: str) -> Iterator[tuple[str | None, tu
 
 HINTS = {
     "timed_out": "raise --timeout",
-    "out_of_memory": "use a machine with more memory, or a smaller --budget",
-    "context_exceeded": "name a model with a longer context, or a smaller --budget",
+    "out_of_memory": "use a machine with more memory, or fewer tokens",
+    "context_exceeded": "name a model with a longer context, or use fewer tokens",
 }
 
 

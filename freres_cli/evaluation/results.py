@@ -51,7 +51,8 @@ class ResultsFile:
         try:
             self._begin(path, force)
         except BaseException:
-            self._file.close()
+            with suppress(OSError):  # of what could not be written
+                self._file.close()
             raise
 
     def __enter__(self) -> ResultsFile:

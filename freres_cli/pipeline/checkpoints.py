@@ -22,7 +22,7 @@ from torch import Tensor
 from freres_cli import __version__
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.errors import FreresError, is_out_of_memory
-from freres_cli.files import write_atomically
+from freres_cli.files import make_folder, write_atomically
 from freres_cli.method.adaptive import CutDetector, StretchCompressor
 from freres_cli.method.anchors import EventDetector
 from freres_cli.method.budget import Allocation, BudgetPlan, MethodSettings
@@ -121,6 +121,7 @@ class Checkpoints:
         state = make_state()
         parts = {"position": state.position, "known": state.known, "reducer": state.reducer, "waiting": state.waiting}
         try:
+            make_folder(self._folder)  # a command that failed may have removed it while it was empty
             write_atomically(self._path, lambda file: torch.save(parts, file), force=True)
         except FreresError as error:
             self._tell(f"the state of this run cannot be kept, so a stopped run begins anew: {error.message}")

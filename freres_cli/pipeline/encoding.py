@@ -17,7 +17,7 @@ from torch import Tensor
 from freres_cli.backbones.base import VisionEncoder
 from freres_cli.bench.clock import StageTimer
 from freres_cli.devices import read_later
-from freres_cli.errors import BackboneError
+from freres_cli.errors import BackboneError, UsageError, VideoError
 from freres_cli.pipeline.ahead import read_ahead
 from freres_cli.pipeline.beside import MOST_BEGUN
 from freres_cli.pipeline.planning import CompressOptions, CompressPlan
@@ -49,10 +49,12 @@ class VideoSource:
     """A video to compress: a file, or frames already decoded. Of a file that grows, what it holds at first.
 
     ``video``: its path or its frames. ``title``: what a bundle calls the file; by default its name. Raises ``VideoError`` if
-    it cannot be read.
+    it cannot be read, ``UsageError`` for frames with a title.
     """
 
     def __init__(self, video: Path | FrameArray, title: str | None = None) -> None:
+        if title is not None and isinstance(video, FrameArray):
+            raise UsageError("frames: expected no title: a bundle names only files", "leave title out")
         self.video = video
         self.title = None if isinstance(video, FrameArray) else title or video.name
         self._written_ns, _ = self._read_clock()
@@ -65,8 +67,15 @@ class VideoSource:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the file, or of the frames."""
-        return self.video.sha256 if isinstance(self.video, FrameArray) else hash_file(self.video, self.num_bytes)
+        """SHA-256 of the file, or of the frames. Raises ``VideoError`` if the file is no longer there."""
+        if isinstance(self.video, FrameArray):
+            return self.video.sha256
+        try:
+            return hash_file(self.video, self.num_bytes)
+        except VideoError as error:
+            if self._read_clock()[1] is None:
+                raise VideoError(f"{self.name}: was removed while it was read", "bring it back") from error
+            raise
 
     @property
     def num_bytes(self) -> int:

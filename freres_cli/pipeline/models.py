@@ -80,14 +80,16 @@ def describe_weights(model: Mapping[str, Any]) -> str:
 
 
 def name_model(model: str | os.PathLike[str]) -> str:
-    """Return the name of a model. A path is that of a folder, even one named like a model. Raises ``UsageError``."""
+    """Return the name of a model: of a folder its full path, which stays right when the current folder changes. A path is
+    that of a folder, even one named like a model. Raises ``UsageError``."""
     if isinstance(model, os.PathLike):
         return str(Path(model).expanduser().absolute())
     if not isinstance(model, str):
         raise UsageError(f"model: expected a name or a folder, got {type(model).__name__}")
     if not model:
         raise UsageError("model: expected a name or a folder, got an empty text", "name one, or leave it out")
-    return model
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if model != BUNDLED and folder.is_dir() else model
 
 
 def make_source(

@@ -30,13 +30,15 @@ def kind_of_note(note: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "#", note)
 
 
-def describe_limits(model_id: str, is_from_world: bool) -> tuple[str, ...]:
-    """Return a note if the bundled model is used outside its world; nothing for other models."""
+def describe_limits(model_id: str, is_from_world: bool, is_bundle: bool = False) -> tuple[str, ...]:
+    """Return a note if the bundled model is used outside its world; nothing for other models. ``is_bundle``: the video is a
+    bundle already, which no other model opens."""
     if model_id != BUNDLED or is_from_world:
         return ()
+    told = "compress it with a real model" if is_bundle else "name a real model with --model"
     return (
         "the bundled model only knows its own world of drawn shapes ('freres world make'): its answers about any other "
-        "video mean nothing; name a real model with --model, such as Qwen/Qwen2-VL-2B-Instruct",
+        f"video mean nothing; {told}, such as Qwen/Qwen2-VL-2B-Instruct",
     )
 
 

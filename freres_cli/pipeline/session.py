@@ -65,7 +65,7 @@ class AskRequest:
     storage: Storage = AS_COMPUTED
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """Visual tokens, their language model and the prefilled video: many questions, one prefill. Threads may share one: it
     answers one call at a time, and those that share a model run it in turns.
@@ -375,7 +375,7 @@ def open_bundle(
     model = models.language_model
     check_model(recorded, bundle.content.width, model, str(request.bundle))
     loaded = load_tokens(bundle, request.adapter, models)
-    limits = describe_limits(recorded["model_id"], manifest["source"]["made_by_world"])
+    limits = describe_limits(recorded["model_id"], manifest["source"]["made_by_world"], is_bundle=True)
     text_after = request.text_after or manifest["settings"]["text_after"]["value"]
     load_s = time.perf_counter() - start
     full_tokens = manifest["tokens"]["full_tokens"]

@@ -118,8 +118,8 @@ def _as_numpy(pixels: Tensor | np.ndarray) -> np.ndarray:
 def _as_times(seconds: Sequence[float] | Tensor | np.ndarray) -> np.ndarray:
     try:
         listed = np.asarray(seconds.numpy(force=True) if isinstance(seconds, Tensor) else seconds)
-        if np.iscomplexobj(listed):
-            raise TypeError("complex numbers")
+        if listed.dtype.kind not in "iufO":  # of numbers with a unit, NumPy would leave out the unit
+            raise TypeError(f"values of type {listed.dtype}")
         return np.asarray(listed, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise VideoError(f"frames: expected times in seconds, got {type(seconds).__name__}: {error}") from error

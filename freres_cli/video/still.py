@@ -35,10 +35,7 @@ def describe_still(levels: int, num_pictures: int, num_frames: int) -> Iterator[
     """Yield a note if frames that are not equal to the one before may have been skipped. ``levels``: as above.
     ``num_pictures``: encoded, of ``num_frames``."""
     if levels and num_pictures < num_frames:
-        yield (
-            f"frames that did not move by more than {levels} levels, so were not encoded: {num_frames - num_pictures} of "
-            f"{num_frames}"
-        )
+        yield f"{num_frames - num_pictures} of {num_frames} frames moved by at most {levels} levels and were not encoded"
 
 
 def _is_close(a: np.ndarray, b: np.ndarray, bound: int) -> bool:

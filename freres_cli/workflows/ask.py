@@ -18,6 +18,7 @@ from freres_cli.method.allocation import frame_edges_s, frames_at, sum_in_time, 
 from freres_cli.pipeline.query import Query, refuse_control_tokens
 from freres_cli.pipeline.session import Session
 from freres_cli.records import Answer
+from freres_cli.video.sampling import TOLERANCE_S
 
 HINT = "keys of a row: question, and optionally choices (2 to 26 options) and id"
 
@@ -148,7 +149,8 @@ def locate_evidence(session: Session, query: Query) -> dict[str, Any] | str:
     length = next(
         (length for length in SPAN_LENGTHS_S if (end - start) / length <= MAX_SPANS), (end - start) / MAX_SPANS
     )
-    bounds = torch.arange(start, end, length, dtype=torch.float64) if end > start else torch.tensor([start])
+    last = end - TOLERANCE_S  # sums of times round: no span is so short
+    bounds = torch.arange(start, last, length, dtype=torch.float64) if last > start else torch.tensor([start])
     bounds = torch.cat([bounds.double(), edges_s[-1:]])
     boxes, places = token_boxes(session.tokens), frames_at(edges_s, bounds)
     shares = sum_in_time(boxes, places, evidence.shares).tolist()

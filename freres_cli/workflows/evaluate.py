@@ -220,9 +220,8 @@ def _try_cell(cell: Cell, ask: Callable[[Cell], dict[str, Any]], failures: list[
 
 def failure_of(error: Exception, name: str) -> FreresError:
     """Return why a method failed on a video, as an error with one line and no frames. ``name``: the method and its budget."""
-    if isinstance(error, FreresError) and not error.message.startswith(name):
-        return type(error)(f"{name}: {error.message}", error.hint)
-    return as_freres_error(error, name)
+    kept = as_freres_error(error, name)
+    return kept if kept.message.startswith(name) else type(kept)(f"{name}: {kept.message}", kept.hint)
 
 
 def ask_cell(

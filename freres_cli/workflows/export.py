@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from freres_cli.backbones.placement import PLACED_FAMILIES
 from freres_cli.bundle.store import StoredBundle, read_bundle
 from freres_cli.devices import Device
 from freres_cli.errors import BackboneError
@@ -122,7 +123,7 @@ def check_served(family: str) -> None:
     if family not in VLLM_FAMILIES:
         raise BackboneError(
             f"{family}: the plug-in for vLLM does not serve this family: expected one of {', '.join(VLLM_FAMILIES)}",
-            "ask the bundle with freres ask, or see: freres export --to hf",
+            "ask the bundle with freres ask" + (", or see: freres export --to hf" if family in PLACED_FAMILIES else ""),
         )
 
 

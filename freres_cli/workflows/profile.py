@@ -136,7 +136,7 @@ def send_row(connection: Connection, request: ProfileRequest, name: str, measure
     try:
         if not request.device.is_cuda:
             apart.limit_memory()
-        with memory_errors_as(f"row {name}", "lower --budget, or use a machine with more memory"):
+        with memory_errors_as(f"row {name}", "use a machine with more memory, or fewer tokens"):
             row = measure()
         connection.send(row)
     except FreresError as error:

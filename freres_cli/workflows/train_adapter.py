@@ -43,7 +43,7 @@ class TrainRequest:
 
     ``data``: the questions with their answers. ``options``: model, device, settings and method. ``recipe``: how to train.
     ``output``: the adapter to write; the training state is kept next to it, in a ``.state`` file. ``cache``: folder of
-    the compressed videos. ``force``: replace an existing adapter.
+    the compressed videos. ``force``: replace an existing adapter, also when a run that began with it goes on without.
     """
 
     data: QuestionFile
@@ -75,11 +75,12 @@ def train_adapter(
     workers = Workers(options.model.device)
     state_path = request.output.with_name(request.output.name + ".state")
     check_destination(state_path, True)
-    check_destination(request.output, request.force or state_path.exists())
     inputs = InputFiles([*request.data.inputs("data"), *options.files])
     for output in (request.output, state_path):
         inputs.refuse(output)
     state = read_state(state_path)
+    force = request.force or bool(state.get("force"))
+    check_destination(request.output, force)
     model = models.language_model
     for note in model.notes:
         log(note)
@@ -99,7 +100,7 @@ def train_adapter(
         if note not in model.notes:
             log(note)
     learned, held_out = _split(data, recipe)
-    identity |= {"videos": _identify_videos(data), "num_videos": len(data.examples)}
+    identity |= {"videos": _identify_videos(data), "num_videos": len(data.examples), "force": force}
     _refuse_other_videos(state, identity, data, state_path)
     run = TrainingLoop(recipe, options.settings, model, modules, learned, held_out, workers, identity)
     start = time.perf_counter()
@@ -108,7 +109,7 @@ def train_adapter(
     if workers.is_first:
         # Held-out ones are among them: they choose the weights.
         used = name_videos(example.sha256 for example in data.examples)
-        _write(request, models, modules, done["best"], {**facts, TRAINED_ON: used})
+        _write(replace(request, force=force), models, modules, done["best"], {**facts, TRAINED_ON: used})
         state_path.unlink(missing_ok=True)
     workers.wait()
     told = {"cache": str(request.cache), "failed": data.failed, "video_notes": data.video_notes}
@@ -256,4 +257,7 @@ def _write(
         "shape": modules.shape.to_dict(),
         "training": facts,
     }
-    write_adapter(request.output, best, header)
+    try:
+        write_adapter(request.output, best, header, force=request.force)
+    except UsageError as error:  # such as a file of that name that came meanwhile
+        raise UsageError(str(error), "move it away, or use --force: the training is kept, and ends at once") from error

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from freres_cli import __version__
 from freres_cli.bench.report import describe_environment
 from freres_cli.devices import Device
-from freres_cli.errors import BackboneError, UsageError
+from freres_cli.errors import BackboneError, ResourceError, UsageError
 from freres_cli.files import write_atomically
 from freres_cli.presets import MODEL_INFO_FILE
 from freres_cli.training.state import read_state
@@ -78,7 +79,7 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
         "start_sha256": None if request.start is None else _hash_weights(request.start),
         "choices_as": "words",
     }
-    make_checkpoint(request.output, tower.cpu().state_dict(), decoder.cpu().state_dict(), **facts)
+    _write_checkpoint(request.output, states, tower.cpu().state_dict(), decoder.cpu().state_dict(), facts)
     seconds = time.perf_counter() - start
     return {
         "model": str(request.output),
@@ -86,6 +87,22 @@ def train_world(request: TrainRequest, log: Callable[[str], None]) -> dict[str, 
         "train_s": seconds,
         "environment": describe_environment(request.device),
     }
+
+
+def _write_checkpoint(
+    folder: Path, states: Path, tower: Mapping[str, Any], decoder: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write the checkpoint beside the ``states``, and move it into its ``folder``: the weights last, so that where they are,
+    all of it is. Raises ``ResourceError``."""
+    try:
+        with TemporaryDirectory(dir=states) as made:
+            make_checkpoint(Path(made), tower, decoder, weights=folder.resolve().name, **facts)
+            for path in sorted(Path(made).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                path.replace(folder / path.name)
+    except (OSError, SafetensorError) as error:  # safetensors has no code of what went wrong
+        raise ResourceError(
+            f"{folder}: the model cannot be written: {error}", "free some space, and run the command again: it goes on"
+        ) from error
 
 
 def _claim(request: TrainRequest, states: Path) -> None:

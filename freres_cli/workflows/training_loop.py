@@ -210,7 +210,9 @@ class TrainingLoop:
 
 
 def _memory_errors() -> AbstractContextManager[None]:
-    return memory_errors_as("training", "use fewer --questions, smaller --budgets, or a device with more memory")
+    return memory_errors_as(
+        "training", "train at smaller budgets or on fewer questions at a time, or use a device with more memory"
+    )
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -233,7 +235,7 @@ def _refuse_overflow(loss: float, num_steps: int, what: str) -> None:
     if math.isfinite(loss):
         return
     if num_steps:
-        raise UsageError(f"{what} is {loss}", "use a lower --learning-rate")
+        raise UsageError(f"{what} is {loss}", "use a lower learning rate")
     raise BackboneError(f"{what} is {loss}", "use --dtype bfloat16 or float32; else the checkpoint is damaged")
 
 

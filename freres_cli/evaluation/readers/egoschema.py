@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from freres_cli.errors import UsageError
+from freres_cli.errors import UsageError, count_of
 from freres_cli.evaluation.questions import Protocol, Question
 from freres_cli.evaluation.readers.declaration import Benchmark
 from freres_cli.evaluation.readers.letters import read_egoschema
@@ -36,10 +36,8 @@ def read(copy: LocalCopy, part: str | None) -> list[Question]:
         raise UsageError(
             f"{copy.root / ANSWERS}: answers whose questions are missing: {missing}", f"compare {QUESTIONS}"
         )
-    if len(entries) > len(known):
-        copy.notes.append(
-            f"EgoSchema: {len(entries) - len(known)} questions are left out: {ANSWERS} has no answer to them"
-        )
+    if left_out := len(entries) - len(known):
+        copy.notes.append(f"EgoSchema: left out: {count_of(left_out, 'question')} without an answer in {ANSWERS}")
     answer_entry = Entry(str(copy.root / ANSWERS), answers)
     return [_read_entry(copy, entry, own_id, answer_entry) for entry, own_id in known]
 
