@@ -52,7 +52,7 @@ def _settle(decoder: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Non
     if num_positions != getattr(rotary, "num_settled", None):
         # As a tensor, as transformers gives it: the sums round otherwise.
         length = torch.tensor(num_positions)
-        change = ROPE_INIT_FUNCTIONS[find_rope_kind(decoder.config)]
+        change = ROPE_INIT_FUNCTIONS[str(find_rope_kind(decoder.config))]
         frequencies, _ = change(decoder.config, torch.device("cpu"), seq_len=length)
         rotary.inv_freq.data.copy_(frequencies)
         rotary.num_settled = num_positions
