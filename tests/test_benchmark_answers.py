@@ -38,6 +38,7 @@ def test_each_storage_answers_and_a_second_run_asks_nothing(questions, monkeypat
 
 def test_each_choice_merges_with_its_own_constants(tmp_path, monkeypatch):
     monkeypatch.setattr(choices, "LEVELS", (1,))
+    monkeypatch.setattr(choices, "ALL_CLIPS", {1: 1})
     seen = []
 
     def note(cell, clip, request, asked, *_):
@@ -57,12 +58,16 @@ def test_each_choice_merges_with_its_own_constants(tmp_path, monkeypatch):
     assert found["num_questions"] == len(rows)
     usual = merging.COST_EXPONENT, merging.APART_S
     num_budgets = len(choices.BUDGETS)
-    of_clips = seen[::num_budgets]
+    num_asked = 2 * len(choices.CONSTANTS) * num_budgets
+    of_clips, of_whole = seen[:num_asked:num_budgets], seen[num_asked :: len(choices.ALL_BUDGETS)]
     of_each = {name: of_clips[place :: len(choices.CONSTANTS)] for place, name in enumerate(choices.CONSTANTS)}
     changed = [usual, (0.3, usual[1]), (1.0, usual[1]), (usual[0], 1e9)]
     assert [{own[:2] for own in clips} for clips in of_each.values()] == [{own} for own in changed]
     merged = [[own[2] for own in clips] for clips in of_each.values()]
     assert all(own != merged[0] for own in merged[1:])
+    [whole] = measured["all_categories"].values()
+    assert whole["num_videos"] == 1 and len(whole["rows"][0]["by_category"]) > 2
+    assert [own[:2] for own in of_whole] == [usual, (1.0, usual[1])]
     for row in measured["order"]["rows"]:
         assert 0 < row["one_at_a_time"] < 1 and row["rounds"] == pytest.approx(row["one_at_a_time"], abs=0.03)
 

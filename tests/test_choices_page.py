@@ -31,6 +31,16 @@ def test_other_constants_answer_as_many_but_for_one() -> None:
     assert "it was 1.5 points less at a tenth, on both levels, with intervals that reach 0.5 above 0" in PAGE
 
 
+def test_of_all_questions_another_exponent_answers_as_many() -> None:
+    parts = CHOICES["all_categories"].values()
+    found = [points(own) for part in parts for own in part["differences"]]
+    assert len(found) == 6 and all(low <= 0 <= high for _, low, high in found)
+    asked, clips = (sum(part[key] for part in parts) for key in ("num_questions", "num_videos"))
+    most = max(abs(difference) for difference, _, _ in found)
+    assert f"Of {asked:,} questions of all categories, on {clips} such clips" in PAGE
+    assert f"differences of at most {most} points, all intervals include 0" in PAGE
+
+
 def test_how_many_were_asked_and_that_rounds_lose_little_more() -> None:
     sets, order = CHOICES["sets"].values(), CHOICES["order"]
     asked, clips = (sum(part[key] for part in sets) for key in ("num_questions", "num_videos"))

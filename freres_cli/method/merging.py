@@ -26,7 +26,8 @@ from freres_cli.method.stretch_means import merge_stretches, merge_weights
 from freres_cli.method.stretch_rows import FIRST, Floats, Ints, Pairs, Rows
 
 # Ours. The cost of a merge is (n1 n2 / (n1 + n2))^a |m1 - m2|^2. At a = 1 this is the squared error it adds, which
-# undervalues what is brief. Of questions about what things do, 0.3, 1/2 and 1 answer as many (``choices.json``).
+# undervalues what is brief. Of questions about what things do, 0.3, 1/2 and 1 answer as many, and of all
+# questions 1/2 and 1 (``choices.json``).
 COST_EXPONENT = 0.5
 # Ours. Beside the latents, a merge along time loses when they were: a cell that stands still would be one token, which a
 # model takes for something that it sees once. Middles this far apart count as one latent in place of another, chosen at

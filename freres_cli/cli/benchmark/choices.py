@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +37,47 @@ CONSTANTS: dict[str, dict[str, float]] = {
 BUDGETS = ("0.1", "0.05")
 LEVELS = (1, 3)
 CATEGORIES = ("Action", "Character")
+# Of all categories, the one other choice that made a certain difference to these two.
+OTHER = "exponent 1"
+ALL_BUDGETS = ("0.25", *BUDGETS)
+ALL_CLIPS = {1: 200, 3: 100}
 ONE_AT_A_TIME = {"TREE_SHARE": 0.0}
 ORDER_BUDGETS = (0.25, 0.1, 0.05)
 
 
 def measure_choices(folder: Path, count: int = 76) -> dict[str, Any]:
-    """Ask about what things do with every choice of ``CONSTANTS``, and compare the answers in pairs; and compare the error of
-    merges in rounds with that of one merge at a time.
+    """Ask about what things do with every choice of ``CONSTANTS``, and about everything with ``OTHER``, and compare the
+    answers in pairs; and compare the error of merges in rounds with that of one merge at a time.
 
     ``folder``: where clips and answers are; a run that was stopped goes on from there. ``count``: clips of each level.
     """
-    questions = [_make_set(folder / f"level_{level}", level, count) for level in LEVELS]
+    questions = [_make_set(folder / f"level_{level}", level, count, CATEGORIES) for level in LEVELS]
     model = Compressor(device="cpu").models.language_model
     variants = {name: Variant(model, constants) for name, constants in CONSTANTS.items()}
-    cells = [Cell(ADAPTIVE, parse_budget(budget)) for budget in BUDGETS]
+    cells, all_cells = ([Cell(ADAPTIVE, parse_budget(each)) for each in budgets] for budgets in (BUDGETS, ALL_BUDGETS))
+    whole = [_make_set(folder / f"whole_level_{level}", level, ALL_CLIPS[level]) for level in LEVELS]
+    two = {name: variants[name] for name in ("as it is", OTHER)}
     return {
         "device": choose_device("cpu").description,
         "clips": f"of each level, the first {count} of the validation split with a question of these categories",
         "categories": CATEGORIES,
         "constants": {name: dict(constants) for name, constants in CONSTANTS.items()},
         "sets": {path.parent.name: ask_variants(path, variants, cells, "choices.jsonl") for path in questions},
+        "whole_clips": ALL_CLIPS,
+        "all_categories": {path.parent.name: ask_variants(path, two, all_cells, "whole.jsonl") for path in whole},
         "order": measure_order(questions),
     }
 
 
-def _make_set(folder: Path, level: int, count: int) -> Path:
-    """Write clips of a level and all their questions of ``CATEGORIES``, unless they are there. Return the questions file."""
+def _make_set(folder: Path, level: int, count: int, categories: Collection[str] | None = None) -> Path:
+    """Write clips of a level and all their questions of some ``categories``, or of all, unless they are there. Return the
+    questions file."""
     path = folder / QUESTIONS_FILE
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    clips = _clips_of(level)
+    clips = _clips_of(level, categories)
     for clip, scene in itertools.islice(clips, count):
         encode_scene(folder / clip.file, scene, *CODECS[0][1:])
         rows += question_rows(clip)
@@ -76,11 +85,13 @@ def _make_set(folder: Path, level: int, count: int) -> Path:
     return path
 
 
-def _clips_of(level: int) -> Iterator[tuple[MadeClip, Scene]]:
+def _clips_of(level: int, categories: Collection[str] | None) -> Iterator[tuple[MadeClip, Scene]]:
     for index in itertools.count():
         seed = clip_seed("validation", index)
         scene = make_scene(seed, level=level)
-        asked = tuple(question for question in questions_of(seed, scene) if question.category in CATEGORIES)
+        asked = tuple(
+            question for question in questions_of(seed, scene) if categories is None or question.category in categories
+        )
         if asked:
             yield MadeClip(seed, f"{index:05d}.mp4", asked), scene
 
