@@ -119,6 +119,14 @@ def nearest_frames(t: Tensor, num_frames: int) -> Tensor:
     return (t + 0.5).floor().long().clamp(0, num_frames - 1)
 
 
+def are_in_order(positions: Tensor, may_coincide: bool) -> bool:
+    """Return whether tokens at ``positions``, (S, 3), come by time, then row, then column. ``may_coincide``: two may be at
+    the same place."""
+    t, h, w = positions.diff(dim=0).unbind(1)
+    is_later = (t > 0) | ((t == 0) & ((h > 0) | ((h == 0) & ((w > 0) | ((w == 0) & may_coincide)))))
+    return bool(is_later.all())
+
+
 @dataclass(frozen=True, eq=False)
 class VideoTokens:
     """Visual tokens ready for the language model, in sequence order.

@@ -17,7 +17,9 @@ from freres_cli.backbones.engine import prefill_video
 from freres_cli.backbones.generation import generate
 from freres_cli.backbones.placement import PLACED_FAMILIES, place_video
 from freres_cli.backbones.registry import FAMILIES
+from freres_cli.cli import export as export_command
 from freres_cli.pipeline.bundle import load_bundle
+from freres_cli.workflows import export
 from freres_cli.world.bundled_model import bundled_model_dir
 from tests import family_contract
 from tests.clips import write_clip
@@ -174,3 +176,7 @@ def test_an_export_does_not_replace_its_own_bundle(bundle, tmp_path):
     check_failure(
         run_freres("export", tmp_path / "no.pt", "--to", "safetensors", "-o", copy, "--force"), 4, "no such file"
     )
+
+
+def test_the_command_takes_every_target():
+    assert set(export_command.TARGETS) == set(export.TARGETS)

@@ -149,9 +149,9 @@ def test_the_digest_of_the_rules_of_version_1():
 
 
 def test_a_future_version_is_refused_by_name(tmp_path):
-    content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 5}
+    content = torch.load(FOLDER / "2-absorber.pt", weights_only=True) | {"schema_version": 99}
     torch.save(content, tmp_path / "later.pt")
-    with pytest.raises(BundleError, match="expected version 1 or 2 or 3 or 4, got 5"):
+    with pytest.raises(BundleError, match="expected version 1 or 2 or 3 or 4, got 99"):
         read_bundle(tmp_path / "later.pt")
 
 

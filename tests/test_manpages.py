@@ -102,7 +102,13 @@ def test_unknown_argument_of_the_generator_is_usage() -> None:
 
 
 def test_every_verb_has_a_page_and_every_page_a_verb() -> None:
-    expected = {"man1/freres.1", "man3/freres.3", "man5/freres-bundle.5", "man5/freres-preset.5"}
+    expected = {
+        "man1/freres.1",
+        "man3/freres.3",
+        "man5/freres-bundle.5",
+        "man5/freres-preset.5",
+        "man5/freres-results.5",
+    }
     sections = ("", "-batch", "-benchmarks", "-security", "-serving", "-speed")
     expected |= {f"man7/freres{name}.7" for name in sections}
     expected |= {f"man1/{manpages.page_name(verb)}.1" for verb in VERBS}

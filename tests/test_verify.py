@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from freres_cli.backbones import language, qwen3_vl, stock, vision
+from freres_cli.backbones import language, qwen3_vl, sizes, stock, vision
 from freres_cli.backbones.frame_runs import FrameRunLanguageModel
+from freres_cli.backbones.stock_processors import stock_pixels
 from freres_cli.pipeline.models import Models, make_source
 from freres_cli.workflows import verify
 from tests.family_contract import folders as folders
 from tests.family_contract import one_thread as one_thread
-from tests.runner import check_failure, run_freres
+from tests.runner import check_failure, fails, run_freres
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import make_qwen2_vl
 
@@ -204,3 +205,11 @@ def test_one_model_is_in_memory_at_a_time(folders, monkeypatch):
     monkeypatch.setattr(language, "load_submodule", load)
     verify.verify_model(Models(make_source(str(folders("qwen2_vl")), "cpu")))
     assert alive == [False]
+
+
+def test_a_family_that_was_added_and_is_not_known_to_all_is_named():
+    frames = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    with fails(5, "my_vl: no image processor of transformers is known for this family"):
+        stock_pixels("my_vl", frames, vision.PixelRule((0, 0, 0), (1, 1, 1), 1, 99), 2, 1)
+    with fails(5, "my_vl: the work of this family's tower is not known"):
+        sizes._rows_of("my_vl", None, 4, 1)("blocks.0")

@@ -1,1 +1,1 @@
-"""frames -> latents, and tokens -> answer: the only package that calls transformers."""
+"""frames -> latents, and tokens -> answer, with the classes of transformers."""

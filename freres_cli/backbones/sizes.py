@@ -15,6 +15,7 @@ from torch import nn
 from freres_cli.backbones.base import LanguageModel, VisionEncoder
 from freres_cli.backbones.quantized_weights import ROW_BYTES
 from freres_cli.devices import Storage
+from freres_cli.errors import BackboneError
 from freres_cli.records import FrameSize
 
 # Tokens that the reference code of linear attention takes at a time.
@@ -140,7 +141,9 @@ def _rows_of(family: str, config: Any, patches: int, tokens: int) -> Any:
             return tokens if name.startswith("connector") else patches
         if family == "llava_onevision":
             return patches
-        return _minicpm_rows(name, config, patches)
+        if family.startswith("minicpmv"):
+            return _minicpm_rows(name, config, patches)
+        raise BackboneError(f"{family}: the work of this family's tower is not known: {__name__} lists that of others")
 
     return count
 

@@ -63,8 +63,13 @@ def stock_pixels(family: str, frames: Tensor, rule: PixelRule, patch_px: int, me
 
     ``family``: a ``model_type``. ``frames``: (n, h, w, 3) uint8. ``rule``: the checkpoint's normalization. ``patch_px``,
     ``merge``: side of a patch in pixels, and of a token in patches; only used by families with patches. Returns float32 in
-    the shape that the stock model takes, without the axis for several videos.
+    the shape that the stock model takes, without the axis for several videos. Raises ``BackboneError`` for a family without a
+    line here.
     """
+    if family not in IMAGE_PROCESSORS:
+        raise BackboneError(
+            f"{family}: no image processor of transformers is known for this family: {__name__} lists them"
+        )
     options: dict[str, Any] = {"do_resize": False, "image_mean": list(rule.mean), "image_std": list(rule.std)}
     options["rescale_factor"] = rule.rescale_factor
     if IMAGE_PROCESSORS[family] == _QWEN_PIXELS:

@@ -1,4 +1,5 @@
-"""What a compression method declares. To add one, write a file beside this one and list it in ``registry.py``."""
+"""What a compression method declares. To add one to freres, write a file beside this one and list it in ``registry.py``.
+Another package offers one by an entry point, see ``plugins.py``."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Method:
     compress`` accepts it. ``mixes``: a token may be a mixture of several latents, such as their mean, and a bundle does not
     name them. ``deviations``: how it differs from its source.
 
-    ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens``; ``None``
+    ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens`` of the whole
+    grid, on the CPU: at most B of them, their latents in the dtype given, by time, then row, then column. No two are at one
+    place, unless the method ``mixes``. The same latents always give the same tokens. ``None``
     for Fre-Res and adaptive Fre-Res, which take frames one at a time (``method/compress.py``, ``method/adaptive.py``), and
     for methods that need the question. Those have one of two functions, both of which return the indices of the tokens to
     keep, (n,) int64, increasing. ``pick_for_question``: (tokens (S, D), the question's embeddings (Q, D), n), before the
@@ -59,6 +62,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.makes_bundles and not self.is_question_blind:
             raise ValueError(f"{self.name}: a bundle is made before any question is known")
+        if self.makes_bundles and (self.compress is None) != self.streams:
+            raise ValueError(f"{self.name}: expected a function compress, or a method of freres that streams")
 
     @property
     def is_question_blind(self) -> bool:

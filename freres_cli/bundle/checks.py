@@ -12,6 +12,7 @@ from torch import Tensor
 
 from freres_cli.errors import BundleError, PresetError
 from freres_cli.presets import KEYS, Key, check_rule
+from freres_cli.records import are_in_order
 from freres_cli.tracks import LATENT_DTYPES, Column
 
 REQUIRED = object()
@@ -169,9 +170,7 @@ def check_order(positions: Tensor, may_coincide: bool, where: str) -> None:
     ``may_coincide``: the method merges tokens, and the middles of two groups may be the same place. ``where``: the file.
     Raises ``BundleError``.
     """
-    t, h, w = positions.diff(dim=0).unbind(1)
-    is_later = (t > 0) | ((t == 0) & ((h > 0) | ((h == 0) & ((w > 0) | ((w == 0) & may_coincide)))))
-    if not bool(is_later.all()):
+    if not are_in_order(positions, may_coincide):
         raise damaged(
             where, f"positions: expected {'' if may_coincide else 'each once, '}by time, then row, then column"
         )

@@ -1,7 +1,7 @@
 """The bundle format: what every file must hold, whatever its version, and the reader for each version.
 
-The specification is freres-bundle(5). A new version is a file ``version_N.py`` and a line in ``READERS``; earlier readers
-never change.
+The specification is freres-bundle(5). A new version is a file ``version_N.py``, a line in ``READERS`` and its number in
+``SCHEMA_VERSION``; earlier readers never change.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def encode_manifest(manifest: Mapping[str, Any]) -> str:
 
 def make_content(content: Content, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to pass to ``torch.save``: everything on the CPU, each tensor stored alone."""
-    tensors = {name: _pack(tensor) for name, tensor in version_4.tensors_of(content).items()}
+    tensors = {name: _pack(tensor) for name, tensor in READERS[SCHEMA_VERSION].tensors_of(content).items()}
     # A view would drag its whole storage into the file.
     tensors = {n: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for n, t in tensors.items()}
     text = encode_manifest({**manifest, "content": kind_of(content), "tensors": describe_tensors(tensors)})

@@ -174,11 +174,11 @@ eval:
     counts: a warning says how many there are, and `video_notes` has the seconds lost and the notes on each video that was
     read with any. Where answers came with notes, such as positions beyond the model's context, one of each kind is shown,
     with the number of rows that have it. `--csv` has a line for each row, an empty cell for what is unknown, and four
-    columns for each category. `--plot` needs matplotlib: pip install 'freres[plot]'. The `--output` file has a header and a
-    line for each video. A file from a different run is refused: of another release, with other questions, methods,
-    settings, adapters, device, precision or attention kernel, or of a model with another config, tokenizer, chat template
-    or other weights (256 values of each tensor are compared). Failed videos are tried again. `scoring` says how answers
-    were made and read: of a benchmark, which prompt and rule were used.
+    columns for each category. `--plot` needs matplotlib: pip install 'freres[plot]'. The `--output` file, freres-results(5),
+    has a header and a line for each video. A file from a different run is refused: of another release, with other
+    questions, methods, settings, adapters, device, precision or attention kernel, or of a model with another config,
+    tokenizer, chat template or other weights (256 values of each tensor are compared). Failed videos are tried again.
+    `scoring` says how answers were made and read: of a benchmark, which prompt and rule were used.
   schemas:
     freres.eval/1:
       questions_file questions_sha256 num_questions num_videos failed video_notes (video lost_s notes) full_tokens
@@ -349,7 +349,7 @@ methods:
   schemas:
     freres.methods/1:
       methods (name summary source training needs is_question_blind streams has_budget has_quality makes_bundles
-      deviations num_full_layers)
+      mixes deviations num_full_layers origin) faults
       unavailable (name source reason needs), with --all
 doctor:
   examples: {freres doctor: Check this machine.}

@@ -10,7 +10,7 @@ from numbers import Complex, Real
 from pathlib import Path
 
 from freres_cli.baselines.declaration import Method
-from freres_cli.baselines.registry import BLIND, BUNDLE_METHODS, METHODS
+from freres_cli.baselines.registry import BLIND, BUNDLE_METHODS, METHODS, PLUGINS
 from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.cells import Budget, Cell, parse_cells
@@ -80,7 +80,7 @@ def find_bundle_method(name: str, where: str = "--method") -> Method:
     """Return a method that can make bundles. ``where``: what named it. Raises ``UsageError``."""
     refuse_unavailable(name, where)
     if name not in BUNDLE_METHODS:
-        hint = f"{name} is for freres eval" if name in METHODS else "see: freres methods"
+        hint = f"{name} is for freres eval and compare" if name in METHODS else "see: freres methods"
         raise UsageError(f"{where}: expected one of {', '.join(BUNDLE_METHODS)}, got {name}", hint)
     return METHODS[name]
 
@@ -103,6 +103,9 @@ def count_budget(method: str, budget: Budget | None, full_tokens: int) -> int:
 
 
 def refuse_unavailable(name: str, where: str) -> None:
-    """Refuse a published system that is not here, and say why. ``where``: what named it. Raises ``UsageError``."""
+    """Refuse a published system that is not here, or a method of a package that cannot be used, and say why. ``where``:
+    what named it. Raises ``UsageError``."""
+    if (fault := PLUGINS.faults.get(name)) is not None and name not in METHODS:
+        raise UsageError(f"{where}: {fault}", "mend that package, or remove it")
     if (system := UNAVAILABLE.get(name.lower())) is not None:
         raise UsageError(f"{where}: {name} is not here: {system.reason}", f"it would take {system.needs}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from freres_cli import __version__
 from freres_cli.backbones.base import VisionEncoder
+from freres_cli.baselines.registry import PLUGINS
 from freres_cli.content import count_by_kind, kind_of
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.notes import describe_repeats
@@ -83,8 +84,14 @@ def build_manifest(
             key: {**setting, "source": as_text(setting["source"])} for key, setting in settings.record().items()
         },
         "tokens": {**tokens, **counts},
-        "history": [{"verb": "compress", "freres_version": __version__}],
+        "history": [{"verb": "compress", "freres_version": __version__, **_describe_origin(options.method)}],
     }
+
+
+def _describe_origin(method: str) -> dict[str, str]:
+    """Which package a method is from, if it is not freres itself."""
+    origin = PLUGINS.origins.get(method)
+    return {} if origin is None else {"method_from": origin}
 
 
 def describe_source(source: VideoSource) -> dict[str, Any]:

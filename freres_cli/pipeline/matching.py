@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from freres_cli.backbones.base import EncoderIdentity
+from freres_cli.baselines.registry import PLUGINS
 from freres_cli.pipeline.planning import CompressOptions
 from freres_cli.video.ending import tells_damage
 
@@ -35,6 +36,7 @@ def find_differences(
         "start": (sampling["start_s"] or 0, options.start_s or 0),
         "end": (sampling["end_s"], options.end_s),
         "method": (manifest["settings"]["method"]["value"], options.method),
+        "code of the method": (manifest["history"][0].get("method_from"), PLUGINS.origins.get(options.method)),
     }
     values = options.settings.values()
     del values["method"]  # the options' own decides

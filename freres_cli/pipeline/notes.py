@@ -140,7 +140,9 @@ def _explain_few(plan: CompressPlan, options: CompressOptions, manifest: Mapping
         return f"they were planned for {plan.num_frames} frames, of which {num_frames} could be decoded"
     if options.method == FRE_RES:
         return "with these settings fre-res finds no more to keep"
-    return "the clip has no more distinct ones"
+    if options.method == ADAPTIVE:
+        return "the clip has no more distinct ones"
+    return f"method {options.method} kept no more"
 
 
 def _describe_quality(plan: CompressPlan, tokens: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from freres_cli.errors import BackboneError, VideoError
 from freres_cli.method.adaptive import StretchCompressor
 from freres_cli.method.compress import EncodeWhole, StreamingCompressor
 from freres_cli.pipeline.beside import BesideTower
+from freres_cli.pipeline.method_tokens import check_tokens
 from freres_cli.pipeline.planning import FULL_BUDGET, CompressOptions, CompressPlan, method_settings
 from freres_cli.stretches import Stretches
 from freres_cli.tracks import Tracks
@@ -134,7 +135,8 @@ def _reduce_by_peer(
     on_batch: OnBatch | None,
     check: Callable[[], None],
 ) -> Reduction:
-    compress = METHODS[options.method].compress
+    method = METHODS[options.method]
+    compress = method.compress
     assert compress is not None
     times: list[float] = []
     parts: list[Tensor] = []
@@ -148,6 +150,7 @@ def _reduce_by_peer(
     with timer.stage("compress"), torch.no_grad():
         latents = parts[0] if len(parts) == 1 else torch.cat(parts)
         tokens = compress(latents, torch.tensor(times, dtype=torch.float64), plan.budget_tokens, width)
+    check_tokens(tokens, method, latents, plan.budget_tokens, width)
     return Reduction(tokens, len(times))
 
 

@@ -1,1 +1,1 @@
-"""The only place where the stages are joined; nothing here prints."""
+"""What each verb does, from what the pipeline opens; nothing here prints."""

@@ -11,6 +11,7 @@ from typing import Any
 from freres_cli import __version__
 from freres_cli.backbones.base import LanguageModel
 from freres_cli.backbones.weight_samples import digest_weights
+from freres_cli.baselines.registry import PLUGINS
 from freres_cli.devices import AS_COMPUTED
 from freres_cli.errors import round_count
 from freres_cli.evaluation.cells import Cell
@@ -70,7 +71,7 @@ def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:
         "freres_version": __version__,
         **{name: version(name) for name in LIBRARIES},
         "questions_sha256": request.questions.sha256,
-        "methods": [[cell.name, dict(cell.settings), cell.adapter_sha256] for cell in request.cells],
+        "methods": [_describe_cell(cell) for cell in request.cells],
         "model": dict(model.fingerprint),
         "weights": {"tower_sha256": digest_weights(encoder.tower), "decoder_sha256": digest_weights(model.half)},
         "tokenizer_and_templates": models.checkpoint.small_files_sha256,
@@ -81,6 +82,12 @@ def describe_run(request: EvalRequest, models: Models) -> dict[str, Any]:
         "settings": settings,
         "max_answer_tokens": request.max_answer_tokens if protocol is None else protocol.max_new_tokens,
     }
+
+
+def _describe_cell(cell: Cell) -> list[Any]:
+    """What decides the tokens of a cell: of a method of another package, also which code that is."""
+    origin = PLUGINS.origins.get(cell.method)
+    return [cell.name, dict(cell.settings), cell.adapter_sha256, *([] if origin is None else [origin])]
 
 
 def describe_answers(

@@ -1,0 +1,54 @@
+"""What a method returned, held to what ``baselines.declaration.Method`` promises: methods may come from other packages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from freres_cli.baselines.declaration import Method
+from freres_cli.errors import FreresError
+from freres_cli.records import VideoTokens, are_in_order
+
+DTYPES = {
+    "positions": torch.float32,
+    "seconds": torch.float64,
+    "kind": torch.uint8,
+    "gop": torch.int64,
+    "energy": torch.float32,
+    "frame_seconds": torch.float64,
+}
+CLOCK_S = 1e-3
+
+
+def check_tokens(tokens: VideoTokens, method: Method, latents: Tensor, budget_tokens: int, width: int) -> None:
+    """Refuse tokens that a bundle cannot hold, or that are more than there may be.
+
+    ``tokens``: what ``compress`` of the ``method`` returned. ``latents``: (T, H, W, C), what it was given. ``budget_tokens``,
+    ``width``: likewise. Raises ``FreresError``.
+    """
+
+    def expect(holds: bool, what: str) -> None:
+        if not holds:
+            hint = "freres methods names the package that it is from; baselines/declaration.py has what it must return"
+            raise FreresError(f"method {method.name}: a fault in it: {what}", hint)
+
+    expect(isinstance(tokens, VideoTokens), f"expected VideoTokens, got {type(tokens).__name__}")
+    least, most = int(method.makes_bundles), budget_tokens if method.has_budget else latents.shape[:3].numel()
+    expect(least <= len(tokens) <= most, f"expected {least} to {most} tokens, got {len(tokens)}")
+    for name, dtype in {**DTYPES, "latents": latents.dtype}.items():
+        own = getattr(tokens, name)
+        expect(own.dtype == dtype, f"{name}: expected {dtype}, got {own.dtype}")
+        expect(own.device.type == "cpu", f"{name}: expected a tensor on the CPU, got {own.device}")
+    shape = tokens.latents.shape[1], tokens.width
+    expect(
+        shape == (latents.shape[3], width), f"expected latents (S, {latents.shape[3]}) of width {width}, got {shape}"
+    )
+    grid = tuple(latents.shape[:3])
+    expect(tokens.grid == grid, f"grid: expected {grid}, got {tokens.grid}")
+    outermost = torch.tensor(grid) - 1
+    is_inside = ((tokens.positions >= 0) & (tokens.positions <= outermost)).all()
+    expect(bool(is_inside), "positions: expected frames, rows and columns of the grid")
+    is_sorted = are_in_order(tokens.positions, method.mixes)
+    expect(is_sorted, "positions: expected by time, then row, then column" + ("" if method.mixes else ", each once"))
+    first, last = tokens.frame_seconds[0] - CLOCK_S, tokens.frame_seconds[-1] + CLOCK_S
+    expect(bool(((tokens.seconds >= first) & (tokens.seconds <= last)).all()), "seconds: expected times of the frames")
