@@ -116,7 +116,7 @@ def test_videos_that_an_adapter_was_trained_on_are_told(folder, tmp_path):
     shutil.copy(tmp_path / "clip1.mp4", tmp_path / "renamed.mp4")
 
     def notes(videos, verb="eval", video=None):
-        write_adapter(path, modules.state_dict(), {**header, "training": {"videos": videos}})
+        write_adapter(path, modules.state_dict(), {**header, "training": {"videos": videos}}, force=True)
         if verb == "eval":
             told = run_eval(questions, "full,adaptive", "0.25", adapter=str(path)).notes
         else:

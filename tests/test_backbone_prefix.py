@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,3 +105,17 @@ def test_running_out_of_memory_is_one_line(tiny):
         engine.prefill_video(model, tiny.prompt.prefix, video_tokens(tiny.latents))
     with pytest.raises(ResourceError, match="encoding 4 frames"):
         vision.encode(tiny.frames)
+
+
+def test_a_prompt_may_fill_the_context_and_a_full_one_says_what_fills_it():
+    model = SimpleNamespace(max_context_tokens=1000)
+    assert engine.check_context(model, 1000, 0.0, 400) == ()
+    for num_before, hint in ((400, "shorten it"), (950, "the video fills the context")):
+        with pytest.raises(
+            ContextError, match=f"at most {1000 - num_before} with its answer, got {1001 - num_before}"
+        ) as e:
+            engine.check_context(model, 1001, 0.0, num_before)
+        assert hint in e.value.hint
+    with pytest.raises(ContextError) as caught:
+        engine.check_context(model, 1500, 0.0, 950)
+    assert "the video fills the context" in caught.value.hint, "however long the question is"

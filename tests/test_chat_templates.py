@@ -117,3 +117,11 @@ def test_two_threads_leave_the_limit_as_it_was():
     for thread in threads:
         thread.join(10)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_template_that_leaves_the_video_out_is_not_used(monkeypatch):
+    language = loaded_models().language_model
+    monkeypatch.setattr(language.tokenizer, "chat_template", None)
+    plain = language.prompt("what?")
+    monkeypatch.setattr(language.tokenizer, "chat_template", "{{ messages[0]['content'][1]['text'] }}")
+    assert language.prompt("what?") == plain

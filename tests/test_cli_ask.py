@@ -200,3 +200,15 @@ def test_a_flag_has_an_effect_if_one_question_of_a_file_has_no_options(bundle, t
     flags = ("--questions", tmp_path / "q.jsonl", "--temperature", 1, "--max-new-tokens", 128)
     run = run_freres("ask", bundle, *flags)
     assert run.status == 0 and ("--temperature has no effect" in run.err) == (choices[1] is not None)
+
+
+def test_a_line_that_fails_is_no_failure_of_the_loop_while_someone_is_typing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("\udcff\n"))
+    _loop(None, {}, quiet=True, where=False)
+    assert "error: question: expected UTF-8" in capsys.readouterr().err
+
+
+def test_only_an_answer_that_was_cut_says_so(bundle):
+    told = "cut at --max-new-tokens"
+    assert told in run_freres("ask", bundle, "what moves?", "--max-new-tokens", 1).err
+    assert told not in run_freres("ask", bundle, "what moves?", "--choices", "a|b").err

@@ -212,3 +212,11 @@ def test_ctrl_c_is_130_and_leaves_nothing(clip, tmp_path, monkeypatch):
     monkeypatch.setattr("freres_cli.pipeline.encoding.LatentStream.encode", interrupt)
     run = run_freres("compress", clip, "-o", tmp_path / "b.pt")
     assert run.status == 130 and not list(tmp_path.iterdir())
+
+
+def test_each_of_many_videos_has_the_notes_that_it_has_alone(clip, tmp_path):
+    flags = ("--frames", 500, "--set", "track_density=1", "--budget", 100, "--device", "cpu")
+    alone = run_freres("compress", clip, *flags, "-o", tmp_path / "a.pt", "--json").json["notes"]
+    run = run_freres("compress", clip, *flags, "-o", f"{tmp_path}/")
+    assert any("frames requested" in note for note in alone)
+    assert run.status == 0 and all(note in run.err for note in alone), run.err

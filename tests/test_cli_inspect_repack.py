@@ -130,3 +130,14 @@ def test_a_bundle_can_be_repacked_over_itself(bundle, tmp_path):
     shutil.copy(bundle, path)
     assert run_freres("repack", path, "--budget", 100, "-o", path, "--force").status == 0
     assert len(build_tokens(read_bundle(path).tracks)) == 100
+
+
+@pytest.mark.parametrize(("sample", "is_told"), [("native", False), ("count", True)])
+def test_only_a_bundle_of_fewer_frames_than_it_could_read_says_that_other_frames_would_be_read(
+    clip, tmp_path, sample, is_told
+):
+    whole, small = tmp_path / "whole.pt", tmp_path / "small.pt"
+    named = ["--set", "sample=native"] if sample == "native" else ["--frames", 4]
+    flags = ("--budget", 10**6, "--set", "track_density=4", "--set", "line_levels=0", "--end", 0.5, "--device", "cpu")
+    assert run_freres("compress", clip, *named, *flags, "-o", whole).status == 0
+    assert ("reads other frames" in run_freres("repack", whole, "--budget", 100, "-o", small).err) == is_told

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 
 import pytest
 
 from freres_cli.cli import app as cli_app
+from freres_cli.cli import output
 from freres_cli.cli.eval_tables import print_totals
 from freres_cli.cli.output import format_share
 from freres_cli.errors import BackboneError, ExitStatus, as_freres_error, count_of, round_count
@@ -167,3 +169,9 @@ def test_an_interruption_is_no_failure_of_one_of_many():
         with pytest.raises(KeyboardInterrupt):
             as_freres_error(error, "clip.mp4")
     assert as_freres_error(RuntimeError("a\nfault"), "clip.mp4").message == "clip.mp4: unexpected RuntimeError: a fault"
+
+
+def test_json_escapes_the_delete_character(capsys):
+    output.print_json("freres.test/1", {"name": "a\x7fb"})
+    out = capsys.readouterr().out
+    assert "\x7f" not in out and json.loads(out)["name"] == "a\x7fb"

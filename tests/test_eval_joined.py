@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 
 from freres_cli.errors import VideoError
+from freres_cli.evaluation.joined import JoinedAnswers
 from freres_cli.evaluation.questions import read_questions
+from freres_cli.evaluation.results import ResultsFile
 from freres_cli.workflows import evaluate
 from tests.clips import write_clip
 from tests.evaluations import figures, make_request, run_eval, write_clips, write_questions
@@ -226,3 +228,30 @@ def test_a_shard_is_of_the_same_run_on_any_gpu(questions):
     numbered = replace(model, device=replace(model.device, name="cuda:3"))
     request = replace(request, options=replace(request.options, model=numbered))
     assert evaluate.describe_run(request, loaded_models())["device"] == "cuda"
+
+
+def joined_row(method, lost_s):
+    numbers = (
+        "budget_tokens",
+        "visual_tokens",
+        "context_tokens",
+        "encoded_tokens",
+        "num_frames",
+        "compress_s",
+        "prefill_s",
+    )
+    cell = {"method": method, "budget": 0.5, "status": "ok", "answers": {"q": ["a", True, 0.1]}} | dict.fromkeys(
+        numbers, 1
+    )
+    facts = {"video": "v", "status": "ok", "video_sha256": "s", "notes": [], "cells": [cell], "lost_s": lost_s}
+    return facts | {"full_tokens": 1, "decode_s": 1, "encode_s": 1}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_a_video_that_two_files_have_the_larger_loss_counts(tmp_path, order):
+    methods, paths = [["uniform", 0.5], ["evs", 0.5]], [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, method, lost_s in zip(paths, methods, (0.25, 2.0), strict=True):
+        with ResultsFile(path, {"methods": [method]}) as results:
+            results.append(joined_row(method[0], lost_s))
+    known = JoinedAnswers([paths[place] for place in order], {"methods": methods}).find("v", "s", {"q"})
+    assert len(known.cells) == 2 and known.lost_s == 2.0

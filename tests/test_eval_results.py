@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from freres_cli.evaluation import results
+from freres_cli.evaluation.results import ResultsFile
 from freres_cli.presets import parse_grid
 from tests.evaluations import (
     FRAMES,
@@ -204,3 +205,14 @@ def test_a_header_for_which_there_is_no_room_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "_open_alone", lambda path: Full(opened(path)))
     with fails(6, "No space left on device"):
         results.ResultsFile(tmp_path / "a.jsonl", {})
+
+
+def test_a_row_is_synced_to_the_disk_before_append_returns(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.jsonl", []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (sync(file), synced.append(path.stat().st_size)))
+    with ResultsFile(path, {"methods": []}) as results:
+        for name in "ab":
+            results.append({"video": name, "status": "failed", "message": "missing"})
+            assert synced[-1:] == [path.stat().st_size]
+    assert len(synced) == 3, "the header and two rows"

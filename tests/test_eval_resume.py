@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from freres_cli.cli.eval import run_notes
 from freres_cli.workflows import evaluate
 from tests.clips import write_clip
 from tests.evaluations import (
@@ -175,3 +177,10 @@ def test_an_unwritable_output_is_refused_before_any_work(questions, tmp_path):
     check_failure(run_freres("eval", questions, "-o", "/dev/full"), 2, "not a regular file")
     (tmp_path / "link").symlink_to("/dev/null")
     check_failure(run_freres("eval", questions, "-o", tmp_path / "link"), 2, "not a regular file")
+
+
+def test_a_run_that_goes_on_says_how_many_videos_were_answered():
+    request = SimpleNamespace(output=Path("a.jsonl"), joined=())
+    told = {0: [], 1: ["a.jsonl: 1 video was already answered"], 2: ["a.jsonl: 2 videos were already answered"]}
+    for num_resumed, notes in told.items():
+        assert run_notes(SimpleNamespace(num_resumed=num_resumed, num_joined=0), request) == notes

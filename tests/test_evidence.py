@@ -8,6 +8,7 @@ import torch
 
 from freres_cli.backbones.engine import prefill_video
 from freres_cli.backbones.evidence import FIRST_SHARE, LAST_SHARE, find_evidence, find_places, why_no_evidence
+from freres_cli.cli.ask import _print_spans
 from freres_cli.method.allocation import frame_edges_s, frames_at, share_of_interval, token_boxes
 from freres_cli.pipeline.compressor import Compressor
 from freres_cli.pipeline.query import Query
@@ -163,3 +164,14 @@ def test_a_family_with_a_running_state_says_why_not(bundle, monkeypatch, tmp_pat
     rows = tmp_path / "q.jsonl"
     rows.write_text('{"question": "?"}\n')
     check_failure(run_freres("ask", bundle, "--questions", rows, "--where"), 2, "--where")
+
+
+def test_the_screen_gives_the_attention_of_a_span_first_and_then_its_share_of_the_tokens(capsys):
+    span = {"start_s": 0.0, "end_s": 1.5, "share": 0.25, "token_share": 0.75}
+    rest = {"start_s": 1.5, "end_s": 2.0, "share": 0.5, "token_share": 0.25}
+    _print_spans({"visual_share": 0.4, "spans": [span, rest]})
+    _, *shown = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in shown] == [
+        ["50.0", "%", "1.50-2.00", "s,", "which", "has", "25.0", "%", "of", "the", "tokens"],
+        ["25.0", "%", "0.00-1.50", "s,", "which", "has", "75.0", "%", "of", "the", "tokens"],
+    ]

@@ -320,3 +320,12 @@ def test_a_quality_of_denser_frames_may_take_more_than_the_clip_and_the_plan_say
         assert document["budget_tokens"] == most and document["context_tokens"] > most
     fewer = Compressor(models=loaded_models(), quality=0.5, sample_count=4, track_density=3).compress(clip)
     assert fewer.num_visual_tokens < 144 and not any("without compression" in note for note in fewer.notes)
+
+
+def test_a_bundle_cut_to_a_budget_and_a_quality_records_the_budget(clip, tmp_path):
+    whole, small = tmp_path / "whole.pt", tmp_path / "small.pt"
+    run_freres("compress", clip, "--budget", 400, "-o", whole, "--device", "cpu")
+    assert run_freres("repack", whole, "--budget", 300, "--quality", 0.5, "-o", small).status == 0
+    manifest = read_bundle(small).manifest
+    assert manifest["tokens"]["budget_tokens"] == 300 > manifest["tokens"]["visual_tokens"]
+    assert manifest["history"][-1]["budget_tokens"] == 300 and manifest["history"][-1]["quality"] == 0.5

@@ -146,3 +146,11 @@ def test_a_number_of_tokens_below_one_is_refused(bundle, session):
 
 def test_the_python_api_refines(bundle):
     assert load_bundle(bundle).open(models=loaded_models()).ask(QUESTION, refine=12).num_visual_tokens == 12
+
+
+def test_notes_on_answers_to_a_file_are_those_of_one_question(bundle, tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"question": "what moves?", "choices": ["a", "b"]}) + "\n")
+    notes = run_freres("ask", bundle, "what moves?", "--choices", "a|b", "--refine", 99999, "--json").json["notes"]
+    run = run_freres("ask", bundle, "--questions", file, "--refine", 99999)
+    assert any("refine" in note for note in notes) and all(f"note: {note}\n" in run.err for note in notes)

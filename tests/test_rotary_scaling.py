@@ -10,6 +10,7 @@ import torch
 from freres_cli.backbones import engine
 from freres_cli.backbones.batches import answer_batch, score_options_batch
 from freres_cli.backbones.generation import generate
+from freres_cli.backbones.saved_prefix import open_prefix
 from tests.family_contract import Tiny, difference
 from tests.tiny_families import FAMILY_CASES
 from tests.tiny_models import CPU, open_checkpoint
@@ -112,3 +113,12 @@ def test_scaled_angles_reach_further(tmp_path, rope, most):
     scale(tmp_path, "internvl", rope, max_position_embeddings=64)
     model = CASES["internvl"].language_class.load_without_weights(open_checkpoint(tmp_path))
     assert model.max_context_tokens == most
+
+
+def test_a_prefix_that_is_read_has_the_frequencies_of_the_one_that_was_saved(dynamic, tmp_path):
+    model = dynamic.model = dynamic.load()
+    given = model.prompt("what?").prefix, dynamic.tokens(), "max", tmp_path / "p"
+    saved, read = (open_prefix(model, *given) for _ in range(2))
+    assert any(note.startswith("prefix read from") for note in read.notes)
+    for question in ("what moves?", "what moves at the end?"):
+        assert torch.equal(logits_of(model, read, question), logits_of(model, saved, question))

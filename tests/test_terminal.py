@@ -198,3 +198,13 @@ def test_inspect_breaks_lines_between_words_only(capsys):
     shown = capsys.readouterr().out.splitlines()
     assert any(line.strip() == LONG for line in shown)
     assert max(len(line) for line in shown if LONG not in line) <= output.SCREEN_COLUMNS
+
+
+@pytest.mark.parametrize("choices", [[], ["a", "b"]], ids=["free", "options"])
+def test_answers_to_a_file_of_numbers_that_are_not_finite_are_refused(bundle, tmp_path, choices):
+    tracks = read_bundle(bundle).content
+    loud = replace(tracks, anchor_latents=tracks.anchor_latents.sign() * 3e38)
+    write_bundle(tmp_path / "loud.pt", loud, read_bundle(bundle).manifest)
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"question": "what?", "choices": choices}) + "\n")
+    check_failure(run_freres("ask", tmp_path / "loud.pt", "--questions", file, "--device", "cpu"), 5, "not finite")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import pytest
 
 from freres_cli.errors import VideoError
-from freres_cli.video.packets import _join_parts, _Stamps
+from freres_cli.video.packets import _build_table, _join_parts, _Stamps
 from freres_cli.video.probe import probe_video
 from freres_cli.video.sampling import Sampling
 from tests import clips
@@ -79,3 +81,12 @@ def test_what_cannot_be_decoded_before_the_first_key_frame_is_told_and_refused_i
         with pytest.raises(VideoError, match="are lost"):
             decode(path, sampling, strict=True)
     assert decode(path, Sampling("fps", fps=4, start_s=3.0), strict=True)[4].lost_s == 0
+
+
+@pytest.mark.parametrize(("pts", "has_keys"), [([0, 10, 20, 30], True), ([0, 10, 10, 30], False)])
+def test_reading_begins_at_a_key_frame_only_where_times_tell_frames_apart(pts, has_keys):
+    codec = SimpleNamespace(has_b_frames=False)
+    stream = SimpleNamespace(time_base=Fraction(1, 100), codec_context=codec, guessed_rate=None)
+    keys = array("q", [0, 30])
+    stamps = _Stamps(array("q", pts), array("q", [0, 10, 20, 30]), array("q", [10] * 4), keys, keys, 0, 0, 0)
+    assert list(_build_table("a.mp4", stream, stamps, 0.0, False).key_pts) == ([0, 30] if has_keys else [])

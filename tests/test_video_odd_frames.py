@@ -17,6 +17,7 @@ from freres_cli.video import resizing
 from freres_cli.video.decode import decode_frames
 from freres_cli.video.oddities import screen_colours
 from freres_cli.video.opening import hash_file
+from freres_cli.video.packets import _is_spoilt
 from freres_cli.video.probe import probe_video
 from tests import clips
 from tests.decoding import NATIVE, SMALL, decode
@@ -256,3 +257,9 @@ def test_of_an_animation_with_a_still_picture_ahead_the_animation_is_read(tmp_pa
         options={"preset": "12", "svtav1-params": "lp=1"},
     )
     assert probe_video(path).num_packets == 12
+
+
+@pytest.mark.parametrize("steps", [[], [10**6]])
+def test_one_or_two_frames_that_last_for_days_are_no_time_lapse(steps):
+    assert _is_spoilt(np.array(steps, dtype=np.int64), 1e6, Fraction(1))
+    assert not _is_spoilt(np.array(steps, dtype=np.int64) // 10**4, 100.0, Fraction(1))

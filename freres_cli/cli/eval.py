@@ -16,6 +16,7 @@ from freres_cli.cli.given import gather_flags_at_budgets
 from freres_cli.cli.output import print_json, print_notes, print_warning, progress_bar
 from freres_cli.cli.values import read_shard
 from freres_cli.devices import choose_storage
+from freres_cli.errors import count_of
 from freres_cli.evaluation.readers.registry import read_any_questions
 from freres_cli.pipeline.choices import choose_cells
 
@@ -181,7 +182,8 @@ def run_notes(result: EvalResult, request: EvalRequest) -> list[str]:
     """Return notes on how much of the run was already done."""
     notes = []
     if request.output is not None and result.num_resumed:
-        notes.append(f"{request.output}: {result.num_resumed} videos were already answered")
+        were = "was" if result.num_resumed == 1 else "were"
+        notes.append(f"{request.output}: {count_of(result.num_resumed, 'video')} {were} already answered")
     if request.joined:
         count = len(request.cells) * (result.summary["num_videos"] + len(result.summary["failed"]) - result.num_resumed)
         notes.append(
