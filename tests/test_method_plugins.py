@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
 
+from freres_cli.baselines import plugins
 from freres_cli.baselines.declaration import Method
 from freres_cli.baselines.evs import METHOD
 from freres_cli.errors import FreresError
@@ -102,18 +104,21 @@ def test_a_package_that_cannot_be_used_is_named_and_nothing_else_fails(freres):
         ({"positions": lambda t: t.positions.flip(0)}, "positions: expected by time, then row, then column, each once"),
         ({"positions": lambda t: t.positions + 1}, "positions: expected frames, rows and columns of the grid"),
         ({"seconds": lambda t: t.seconds + 9}, "seconds: expected times of the frames"),
+        ({"frame_seconds": lambda t: t.frame_seconds / 2}, "frame_seconds: expected the times that it was given"),
+        ({"energy": lambda t: t.energy - 1e9}, "energy: expected finite numbers, 0 or more"),
+        ({"kind": lambda t: t.kind + 9}, "kind: expected 0 to 3"),
         ({"width": lambda t: t.width // 2}, "expected latents (S, 4) of width 4, got (4, 2)"),
     ],
 )
 def test_tokens_that_no_bundle_may_hold_are_refused_by_the_name_of_their_method(changed, told):
-    latents = torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(0))
-    tokens = METHOD.compress(latents, torch.arange(3.0).double(), 6, 4)
-    check_tokens(tokens, METHOD, latents, 6, 4)
+    latents, seconds = torch.randn(3, 2, 2, 4, generator=torch.Generator().manual_seed(0)), torch.arange(3.0).double()
+    tokens = METHOD.compress(latents, seconds, 6, 4)
+    check_tokens(tokens, METHOD, latents, seconds, 6, 4)
     with pytest.raises(FreresError, match="method evs: a fault in it: expected 1 to 5 tokens, got 6"):
-        check_tokens(tokens, METHOD, latents, 5, 4)
+        check_tokens(tokens, METHOD, latents, seconds, 5, 4)
     bad = replace(tokens, **{name: make(tokens) for name, make in changed.items()})
     with pytest.raises(FreresError) as refused:
-        check_tokens(bad, METHOD, latents, 6, 4)
+        check_tokens(bad, METHOD, latents, seconds, 6, 4)
     assert told in refused.value.message
 
 
@@ -122,6 +127,61 @@ def test_a_declaration_has_the_one_function_that_is_called():
         Method("mine", "", "")
     with pytest.raises(ValueError, match="mine: expected a function compress"):
         replace(METHOD, name="mine", streams=True)
+
+
+PICKS = """
+import torch
+from freres_cli.baselines import plugins
+from freres_cli.baselines.declaration import Method
+def pick(tokens, question, count):
+    return torch.arange(count + MORE)
+METHOD = Method("picks", "", "", needs=("question",), makes_bundles=False, pick_for_question=pick)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "fault"),
+    [
+        ("ends", "raise SystemExit('at once')", "at once"),
+        ("other", MODULE, "expected a Method named other"),
+        ("first", MODULE.replace('source="ours"', 'source="ours", has_quality=True'), "for methods of freres"),
+        (
+            "first",
+            MODULE.replace('"first"', '"first", makes_bundles=False'),
+            "expected compress, or makes_bundles=False",
+        ),
+        ("picks", PICKS, None),
+        ("first", MODULE, None),
+    ],
+)
+def test_what_cannot_be_added_is_a_fault(tmp_path, monkeypatch, name, module, fault):
+    found = plugins_with(tmp_path, monkeypatch, name, module)
+    assert set(found.methods) == (set() if fault else {name})
+    assert all(fault in told for told in found.faults.values()) and bool(found.faults) == bool(fault)
+
+
+def plugins_with(folder, monkeypatch, name, module):
+    stem = f"m{abs(hash(module))}"
+    (folder / f"{stem}.py").write_text(module)
+    monkeypatch.syspath_prepend(folder)
+    point = EntryPoint(name, f"{stem}:METHOD", plugins.GROUP)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
+    return plugins.find_plugins({"evs"})
+
+
+def test_a_failure_of_a_package_names_it(tmp_path, monkeypatch):
+    failing = MODULE.replace("    return", "    raise ValueError('no idea')\n    return")
+    found = plugins_with(tmp_path, monkeypatch, "first", failing)
+    with pytest.raises(FreresError, match="method first of a package: ValueError: no idea"):
+        found.methods["first"].compress(None, None, 1, 1)
+    for more, told in ((0, None), (1, "expected 3 places as int64"), (-3, "expected 3 places")):
+        found = plugins_with(tmp_path, monkeypatch, "picks", PICKS.replace("MORE", str(more)))
+        pick = found.methods["picks"].pick_for_question
+        if told is None:
+            assert pick(torch.zeros(8, 4), torch.zeros(2, 4), 3).tolist() == [0, 1, 2]
+            continue
+        with pytest.raises(FreresError, match=f"method picks of a package: ValueError: {told}"):
+            pick(torch.zeros(8, 4), torch.zeros(2, 4), 3)
 
 
 def test_the_page_of_results_files_has_every_key_and_its_example_runs(tmp_path, capsys, monkeypatch):

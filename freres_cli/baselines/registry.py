@@ -82,4 +82,5 @@ OWN_METHODS = {
 }
 PLUGINS = find_plugins(OWN_METHODS)
 METHODS: Mapping[str, Method] = MappingProxyType({**OWN_METHODS, **PLUGINS.methods})
+OWN_BUNDLE_METHODS = tuple(name for name, method in OWN_METHODS.items() if method.makes_bundles)
 BUNDLE_METHODS = tuple(name for name, method in METHODS.items() if method.makes_bundles)

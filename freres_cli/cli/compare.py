@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import METHODS
+from freres_cli.baselines.registry import METHODS, OWN_METHODS
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval_tables import name_row
@@ -36,7 +36,7 @@ def compare(
         typer.Option(
             "--methods",
             metavar="NAME,...",
-            help=f"Any of {', '.join(METHODS)}.",
+            help=f"Any of {', '.join(OWN_METHODS)}.",
             autocompletion=options.complete_method,
         ),
     ] = "full,uniform,fre-res,adaptive",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS
+from freres_cli.baselines.registry import BUNDLE_METHODS, OWN_BUNDLE_METHODS
 from freres_cli.cli import options
 from freres_cli.cli.compress import at_budgets, make_options
 from freres_cli.cli.eval import print_losses
@@ -37,7 +37,7 @@ def fidelity(
         typer.Option(
             "--methods",
             metavar="NAME,...",
-            help=f"Any of {', '.join(BUNDLE_METHODS)}.",
+            help=f"Any of {', '.join(OWN_BUNDLE_METHODS)}.",
             autocompletion=options.complete_bundle_methods,
         ),
     ] = "adaptive,fre-res,uniform,lowres,evs,dtd",

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS
+from freres_cli.baselines.registry import BUNDLE_METHODS, METHODS, OWN_BUNDLE_METHODS
 from freres_cli.errors import UsageError
 from freres_cli.evaluation.plots import PLOT_FLAG, PlotFile
 from freres_cli.evaluation.readers.registry import BENCHMARKS
@@ -172,7 +172,7 @@ BundleMethod = Annotated[
     typer.Option(
         "--method",
         metavar="NAME",
-        help=f"Compression method: {', '.join(BUNDLE_METHODS)}.",
+        help=f"Compression method: {', '.join(OWN_BUNDLE_METHODS)}.",
         autocompletion=complete_bundle_method,
     ),
 ]

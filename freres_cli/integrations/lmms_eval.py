@@ -25,7 +25,7 @@ from freres_cli.pipeline.adapters import (
     load_modules_for,
     refuse_unused_adapter,
 )
-from freres_cli.pipeline.choices import choose_preset, count_budget
+from freres_cli.pipeline.choices import choose_preset, count_budget, refuse_unavailable
 from freres_cli.pipeline.clip import EncodedClip
 from freres_cli.pipeline.encoding import VideoSource
 from freres_cli.pipeline.method_session import check_methods, make_method_session
@@ -75,6 +75,7 @@ class FreRes(lmms):  # type: ignore[misc]  # lmms-eval is not installed where ty
         super().__init__()
         if str(batch_size) not in ("1", "auto") or str(max_batch_size or 1) != "1":
             raise UsageError(f"batch_size: expected 1, got {batch_size}", "questions are asked one at a time")
+        refuse_unavailable(method, "method")
         if method not in METHODS:
             raise UsageError(f"method: expected one of {', '.join(METHODS)}, got {method}", "see: freres methods")
         self._method, self._budget = method, parse_budget(str(budget), "budget")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from freres_cli.baselines.declaration import Method
 from freres_cli.errors import FreresError
-from freres_cli.records import VideoTokens, are_in_order
+from freres_cli.records import TOKEN_KINDS, VideoTokens, are_in_order
 
 DTYPES = {
     "positions": torch.float32,
@@ -20,11 +20,13 @@ DTYPES = {
 CLOCK_S = 1e-3
 
 
-def check_tokens(tokens: VideoTokens, method: Method, latents: Tensor, budget_tokens: int, width: int) -> None:
+def check_tokens(
+    tokens: VideoTokens, method: Method, latents: Tensor, seconds: Tensor, budget_tokens: int, width: int
+) -> None:
     """Refuse tokens that a bundle cannot hold, or that are more than there may be.
 
-    ``tokens``: what ``compress`` of the ``method`` returned. ``latents``: (T, H, W, C), what it was given. ``budget_tokens``,
-    ``width``: likewise. Raises ``FreresError``.
+    ``tokens``: what ``compress`` of the ``method`` returned. ``latents``: (T, H, W, C), what it was given. ``seconds``:
+    (T,), ``budget_tokens``, ``width``: likewise. Raises ``FreresError``.
     """
 
     def expect(holds: bool, what: str) -> None:
@@ -50,5 +52,8 @@ def check_tokens(tokens: VideoTokens, method: Method, latents: Tensor, budget_to
     expect(bool(is_inside), "positions: expected frames, rows and columns of the grid")
     is_sorted = are_in_order(tokens.positions, method.mixes)
     expect(is_sorted, "positions: expected by time, then row, then column" + ("" if method.mixes else ", each once"))
-    first, last = tokens.frame_seconds[0] - CLOCK_S, tokens.frame_seconds[-1] + CLOCK_S
+    expect(torch.equal(tokens.frame_seconds, seconds), "frame_seconds: expected the times that it was given")
+    first, last = seconds[0] - CLOCK_S, seconds[-1] + CLOCK_S
     expect(bool(((tokens.seconds >= first) & (tokens.seconds <= last)).all()), "seconds: expected times of the frames")
+    expect(bool((tokens.kind < len(TOKEN_KINDS)).all()), f"kind: expected 0 to {len(TOKEN_KINDS) - 1}")
+    expect(bool((tokens.energy.isfinite() & (tokens.energy >= 0)).all()), "energy: expected finite numbers, 0 or more")

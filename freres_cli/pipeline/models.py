@@ -88,8 +88,8 @@ def name_model(model: str | os.PathLike[str]) -> str:
         raise UsageError(f"model: expected a name or a folder, got {type(model).__name__}")
     if not model:
         raise UsageError("model: expected a name or a folder, got an empty text", "name one, or leave it out")
-    folder = Path(model).expanduser()
-    return str(folder.absolute()) if model != BUNDLED and folder.is_dir() else model
+    folder = os.path.expanduser(model)  # noqa: PTH111 (a Path raises for the home of nobody)
+    return os.path.abspath(folder) if model != BUNDLED and os.path.isdir(folder) else model  # noqa: PTH100, PTH112
 
 
 def make_source(

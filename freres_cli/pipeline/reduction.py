@@ -149,9 +149,10 @@ def _reduce_by_peer(
     _check_any(len(times), plan)
     with timer.stage("compress"), torch.no_grad():
         latents = parts[0] if len(parts) == 1 else torch.cat(parts)
-        tokens = compress(latents, torch.tensor(times, dtype=torch.float64), plan.budget_tokens, width)
+        frame_seconds = torch.tensor(times, dtype=torch.float64)
+        tokens = compress(latents, frame_seconds, plan.budget_tokens, width)
     if method.makes_bundles:  # the blind one keeps nothing
-        check_tokens(tokens, method, latents, plan.budget_tokens, width)
+        check_tokens(tokens, method, latents, frame_seconds, plan.budget_tokens, width)
     return Reduction(tokens, len(times))
 
 

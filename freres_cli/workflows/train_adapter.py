@@ -259,5 +259,8 @@ def _write(
     }
     try:
         write_adapter(request.output, best, header, force=request.force)
-    except UsageError as error:  # such as a file of that name that came meanwhile
-        raise UsageError(str(error), "move it away, or use --force: the training is kept, and ends at once") from error
+    except UsageError as error:
+        way = (
+            "move it away, or use --force" if request.output.exists() else error.hint
+        )  # the first: a file came meanwhile
+        raise UsageError(error.message, f"{way}; the training is kept, and ends at once when run again") from error

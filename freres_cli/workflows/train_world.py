@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -94,15 +94,19 @@ def _write_checkpoint(
 ) -> None:
     """Write the checkpoint beside the ``states``, and move it into its ``folder``: the weights last, so that where they are,
     all of it is. Raises ``ResourceError``."""
+    made = states / "made"
     try:
-        with TemporaryDirectory(dir=states) as made:
-            make_checkpoint(Path(made), tower, decoder, weights=folder.resolve().name, **facts)
-            for path in sorted(Path(made).iterdir(), key=lambda path: path.suffix == ".safetensors"):
-                path.replace(folder / path.name)
+        shutil.rmtree(made, ignore_errors=True)  # of a run that was killed here
+        made.mkdir()
+        make_checkpoint(made, tower, decoder, weights=folder.resolve().name, **facts)
+        for path in sorted(made.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:  # safetensors has no code of what went wrong
         raise ResourceError(
             f"{folder}: the model cannot be written: {error}", "free some space, and run the command again: it goes on"
         ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _claim(request: TrainRequest, states: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS
+from freres_cli.baselines.registry import ADAPTIVE, FRE_RES, METHODS, OWN_METHODS
 from freres_cli.bench.apart import STARTED, limit_memory, run_apart
 from freres_cli.bench.clock import PeakMemory, StageTimer
 from freres_cli.bench.latents import MadeLatents
@@ -45,7 +45,7 @@ def measure_peers(
     a second row on a tenth of the frames. ``names``: the methods, by default all. ``grid``: (H, W). ``width``: D.
     """
     rows, left_out = [], {}
-    for name in METHODS if names is None else names:
+    for name in OWN_METHODS if names is None else names:
         if (reason := _why_not(name)) is not None:
             left_out[name] = reason
             continue
