@@ -97,8 +97,8 @@ def test_what_only_yaml_takes_for_a_number_is_refused(text):
         parse_assignment(text)
 
 
-@pytest.mark.parametrize(("sample", "flag"), [("count", "--frames"), ("fps", "--fps")])
-def test_a_sampling_named_without_its_value_does_not_blame_the_preset(sample, flag):
+@pytest.mark.parametrize(("sample", "key"), [("count", "sample_count"), ("fps", "sample_fps")])
+def test_a_sampling_named_without_its_value_does_not_blame_the_preset(sample, key):
     with fails(ExitStatus.USAGE, f"sample: {sample} needs") as caught:
         load_settings("bundled", {"sample": sample})
-    assert "bundled" not in caught.value.message and flag in caught.value.hint
+    assert "bundled" not in caught.value.message and f"{key}=NUMBER" in caught.value.hint
