@@ -107,6 +107,7 @@ def test_a_package_that_cannot_be_used_is_named_and_nothing_else_fails(freres):
         ({"frame_seconds": lambda t: t.frame_seconds / 2}, "frame_seconds: expected the times that it was given"),
         ({"energy": lambda t: t.energy - 1e9}, "energy: expected finite numbers, 0 or more"),
         ({"kind": lambda t: t.kind + 9}, "kind: expected 0 to 3"),
+        ({"gop": lambda t: t.gop - 9}, "gop: expected 0 to"),
         ({"width": lambda t: t.width // 2}, "expected latents (S, 4) of width 4, got (4, 2)"),
     ],
 )

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from freres_cli.backbones.cache import CACHE_ARGUMENT
 from freres_cli.backbones.sizes import find_rope_kind
 
+# Kinds of scaling whose frequencies depend on the length of the prompt.
 CHANGING_ROPE = ("dynamic", "longrope")
 # As transformers looks for these words in it, this ends its own changes.
 _SETTLED = "settled"

@@ -158,6 +158,7 @@ def can_record(model: LanguageModel, cache: Any) -> bool:
         and torch.cuda.is_available()
         and model.attention != "eager"
         and not has_experts(config)
+        # What a replay reads may be the frequencies of another video by then.
         and find_rope_kind(config) not in CHANGING_ROPE
         and all(type(layer) is ReservedLayer for layer in cache.layers)
         # Layers after a pruning hold fewer rows.

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # What a method may need besides the latents.
 NEEDS = ("question", "decoder layers")
 TRAININGS = ("none", "optional", "required")
+# The fields of a method that are functions: it has one of them, or works frame by frame.
+FUNCTIONS = ("compress", "pick_for_question", "pick_attended")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Method:
 
     ``compress``: (latents (T, H, W, C), frame_seconds (T,) float64, budget_tokens, width D) -> ``VideoTokens`` of the whole
     grid, on the CPU: at most B of them, their latents in the dtype given, by time, then row, then column. No two are at one
-    place, unless the method ``mixes``. The same latents always give the same tokens. ``None``
-    for Fre-Res and adaptive Fre-Res, which take frames one at a time (``method/compress.py``, ``method/adaptive.py``), and
-    for methods that need the question. Those have one of two functions, both of which return the indices of the tokens to
+    place, unless the method ``mixes``. The same latents always give the same tokens. ``None`` for
+    Fre-Res and adaptive Fre-Res, which take frames one at a time (``method/compress.py``, ``method/adaptive.py``), and for
+    methods that need the question. Those have one of two functions, both of which return the indices of the tokens to
     keep, (n,) int64, increasing. ``pick_for_question``: (tokens (S, D), the question's embeddings (Q, D), n), before the
     decoder. ``pick_attended``: (attention (k, heads, S), n), after the first k = ``num_full_layers`` layers of the decoder:
     what the prompt's last token attends to in each of them.

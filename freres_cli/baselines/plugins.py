@@ -20,14 +20,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freres_cli.baselines.declaration import Method
+from freres_cli.baselines.declaration import FUNCTIONS, Method
 from freres_cli.errors import FreresError, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = "freres.methods"
-FUNCTIONS = ("compress", "pick_for_question", "pick_attended")
 
 
 @dataclass

@@ -109,9 +109,9 @@ def evaluate(
     benchmark's prompt greedily, and the option is read from its words by the benchmark's rule, not by probability.
 
     With --shard, runs on several machines or GPUs share the videos, each with its own -o; --join of all these files, in a
-    run without --shard, then gives the whole. --join also takes files of other methods: then only what
-    is added to a comparison is run. Questions, model, settings, kind of device and releases must be the same.
-    Seconds that are taken over are those of the run that measured them.
+    run without --shard, then gives the whole. --join also takes files of other methods: then only what is added to
+    a comparison is run. Questions, model, settings, kind of device and releases must be the same. Seconds that
+    are taken over are those of the run that measured them.
 
     freres methods says what each method keeps. full and blind have one row each, whatever the budgets. fre-res uses at most
     the budget, the others exactly the budget. With deepstack: drop, only full keeps the DeepStack rows. cdpruner

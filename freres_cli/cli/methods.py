@@ -7,13 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from freres_cli.baselines.declaration import Method
+from freres_cli.baselines.declaration import FUNCTIONS, Method
 from freres_cli.baselines.registry import METHODS, PLUGINS
 from freres_cli.baselines.unavailable import UNAVAILABLE
 from freres_cli.cli import options
 from freres_cli.cli.output import print_json, print_notes, print_result, print_table
-
-FUNCTIONS = ("compress", "pick_for_question", "pick_attended")
 
 
 def methods(

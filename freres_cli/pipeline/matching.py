@@ -22,6 +22,7 @@ def find_differences(
     compressed with.
     """
     recorded, sampling = manifest["model"], manifest["sampling"]
+    made: Mapping[str, Any] = next(iter(manifest["history"]), {})
     dtype = str(model.dtype).removeprefix("torch.")
     pairs = {
         "video": (manifest["source"]["sha256"], video_sha256),
@@ -36,7 +37,7 @@ def find_differences(
         "start": (sampling["start_s"] or 0, options.start_s or 0),
         "end": (sampling["end_s"], options.end_s),
         "method": (manifest["settings"]["method"]["value"], options.method),
-        "code of the method": (manifest["history"][0].get("method_from"), PLUGINS.origins.get(options.method)),
+        "code of the method": (made.get("method_from"), PLUGINS.origins.get(options.method)),
     }
     values = options.settings.values()
     del values["method"]  # the options' own decides

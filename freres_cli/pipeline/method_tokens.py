@@ -6,18 +6,10 @@ import torch
 from torch import Tensor
 
 from freres_cli.baselines.declaration import Method
+from freres_cli.bundle.checks import CLOCK_S
 from freres_cli.errors import FreresError
-from freres_cli.records import TOKEN_KINDS, VideoTokens, are_in_order
-
-DTYPES = {
-    "positions": torch.float32,
-    "seconds": torch.float64,
-    "kind": torch.uint8,
-    "gop": torch.int64,
-    "energy": torch.float32,
-    "frame_seconds": torch.float64,
-}
-CLOCK_S = 1e-3
+from freres_cli.records import VideoTokens, are_in_order
+from freres_cli.tracks import TOKEN_COLUMNS
 
 
 def check_tokens(
@@ -37,10 +29,14 @@ def check_tokens(
     expect(isinstance(tokens, VideoTokens), f"expected VideoTokens, got {type(tokens).__name__}")
     most = budget_tokens if method.has_budget else latents.shape[:3].numel()
     expect(1 <= len(tokens) <= most, f"expected 1 to {most} tokens, got {len(tokens)}")
-    for name, dtype in {**DTYPES, "latents": latents.dtype}.items():
+    for name, column in TOKEN_COLUMNS.items():
         own = getattr(tokens, name)
-        expect(own.dtype == dtype, f"{name}: expected {dtype}, got {own.dtype}")
+        dtype = str(latents.dtype) if column.is_latent else f"torch.{column.dtype}"
+        expect(str(own.dtype) == dtype, f"{name}: expected {dtype}, got {own.dtype}")
         expect(own.device.type == "cpu", f"{name}: expected a tensor on the CPU, got {own.device}")
+        if column.limit is not None:
+            most = int(column.limit) - 1
+            expect(0 <= int(own.min()) <= int(own.max()) <= most, f"{name}: expected 0 to {most}")
     shape = tokens.latents.shape[1], tokens.width
     expect(
         shape == (latents.shape[3], width), f"expected latents (S, {latents.shape[3]}) of width {width}, got {shape}"
@@ -55,5 +51,4 @@ def check_tokens(
     expect(torch.equal(tokens.frame_seconds, seconds), "frame_seconds: expected the times that it was given")
     first, last = seconds[0] - CLOCK_S, seconds[-1] + CLOCK_S
     expect(bool(((tokens.seconds >= first) & (tokens.seconds <= last)).all()), "seconds: expected times of the frames")
-    expect(bool((tokens.kind < len(TOKEN_KINDS)).all()), f"kind: expected 0 to {len(TOKEN_KINDS) - 1}")
     expect(bool((tokens.energy.isfinite() & (tokens.energy >= 0)).all()), "energy: expected finite numbers, 0 or more")

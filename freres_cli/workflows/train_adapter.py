@@ -79,8 +79,8 @@ def train_adapter(
     for output in (request.output, state_path):
         inputs.refuse(output)
     state = read_state(state_path)
-    force = request.force or bool(state.get("force"))
-    check_destination(request.output, force)
+    request = replace(request, force=request.force or bool(state.get("force")))
+    check_destination(request.output, request.force)
     model = models.language_model
     for note in model.notes:
         log(note)
@@ -100,7 +100,7 @@ def train_adapter(
         if note not in model.notes:
             log(note)
     learned, held_out = _split(data, recipe)
-    identity |= {"videos": _identify_videos(data), "num_videos": len(data.examples), "force": force}
+    identity |= {"videos": _identify_videos(data), "num_videos": len(data.examples), "force": request.force}
     _refuse_other_videos(state, identity, data, state_path)
     run = TrainingLoop(recipe, options.settings, model, modules, learned, held_out, workers, identity)
     start = time.perf_counter()
@@ -109,7 +109,7 @@ def train_adapter(
     if workers.is_first:
         # Held-out ones are among them: they choose the weights.
         used = name_videos(example.sha256 for example in data.examples)
-        _write(replace(request, force=force), models, modules, done["best"], {**facts, TRAINED_ON: used})
+        _write(request, models, modules, done["best"], {**facts, TRAINED_ON: used})
         state_path.unlink(missing_ok=True)
     workers.wait()
     told = {"cache": str(request.cache), "failed": data.failed, "video_notes": data.video_notes}
@@ -260,7 +260,6 @@ def _write(
     try:
         write_adapter(request.output, best, header, force=request.force)
     except UsageError as error:
-        way = (
-            "move it away, or use --force" if request.output.exists() else error.hint
-        )  # the first: a file came meanwhile
+        came = request.output.exists()  # meanwhile, or the folder would not do
+        way = "move it away, or use --force" if came else error.hint
         raise UsageError(error.message, f"{way}; the training is kept, and ends at once when run again") from error
